@@ -1,0 +1,38 @@
+"""Fast, memory-light operators, layers and models for Glow-style normalizing flows.
+
+Importing this package loads no Triton, no shared library, and makes no CUDA context.
+"""
+
+from glow_kernels.backends import available_backends, backend_status, use_backend
+from glow_kernels.ops import (
+    ScaleMap,
+    actnorm_conv1x1,
+    actnorm_conv1x1_inverse,
+    actnorm_statistics,
+    additive_coupling,
+    additive_coupling_inverse,
+    affine_coupling,
+    affine_coupling_inverse,
+    gaussian_log_prob,
+    gaussian_sample,
+    gaussian_standardize,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ScaleMap",
+    "actnorm_conv1x1",
+    "actnorm_conv1x1_inverse",
+    "actnorm_statistics",
+    "additive_coupling",
+    "additive_coupling_inverse",
+    "affine_coupling",
+    "affine_coupling_inverse",
+    "available_backends",
+    "backend_status",
+    "gaussian_log_prob",
+    "gaussian_sample",
+    "gaussian_standardize",
+    "use_backend",
+]

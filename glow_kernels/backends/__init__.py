@@ -1,0 +1,114 @@
+"""Which backend computes an operator, and why.
+
+An explicit choice (:func:`use_backend`, then the environment variable ``GLOW_KERNELS_BACKEND``) is obeyed or
+refused with a reason; without one, the first backend of :data:`PREFERENCE` that can run here is taken.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+from glow_kernels.errors import BackendUnavailableError, UsageError
+
+PREFERENCE = ("native", "triton", "reference")
+ENVIRONMENT_VARIABLE = "GLOW_KERNELS_BACKEND"
+
+# A module global, not a contextvar: torch.compile traces and guards it, so that switching recompiles.
+_chosen: str | None = None
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """Whether a backend can run here; if not, ``reason`` says why and ``remedy`` what to do."""
+
+    name: str
+    available: bool
+    reason: str
+    remedy: str = ""
+
+
+@functools.cache
+def backend_status(name: str) -> BackendStatus:
+    """Say whether backend ``name`` can run here, and why.
+
+    Raises:
+        UsageError: ``name`` is not a backend of this package.
+    """
+    if name not in PREFERENCE:
+        raise UsageError(f"backend must be one of {', '.join(PREFERENCE)}, got {name!r}")
+    if importlib.util.find_spec(f"{__name__}.{name}") is None:
+        return BackendStatus(
+            name,
+            False,
+            "its kernels are not part of this version",
+            "use backend 'reference', or leave the choice open",
+        )
+    status: BackendStatus = importlib.import_module(f"{__name__}.{name}").status()
+    return status
+
+
+def available_backends() -> tuple[str, ...]:
+    """Names of the backends that can run here, in order of preference."""
+    return tuple(name for name in PREFERENCE if backend_status(name).available)
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Compute every operator with backend ``name`` inside the ``with`` block.
+
+    The choice holds for the whole process, other threads included, and may be nested.
+
+    Raises:
+        UsageError: ``name`` is not a backend of this package.
+        BackendUnavailableError: the backend cannot run here; the message gives the reason and the remedy.
+    """
+    global _chosen
+    _require(name)
+    previous = _chosen
+    _chosen = name
+    try:
+        yield
+    finally:
+        _chosen = previous
+
+
+def select() -> str:
+    """The backend that computes the next operator.
+
+    Raises:
+        UsageError: ``GLOW_KERNELS_BACKEND`` names no backend of this package.
+        BackendUnavailableError: ``GLOW_KERNELS_BACKEND`` names a backend that cannot run here.
+    """
+    if _chosen is not None:
+        return _chosen
+    name = os.environ.get(ENVIRONMENT_VARIABLE)
+    selected: str = _require(name) if name else _default()
+    return selected
+
+
+def implementation(backend: str, operator: str) -> ModuleType:
+    """The module of ``backend`` that implements ``operator``; imported when first asked for."""
+    return importlib.import_module(f"{__name__}.{backend}.{operator}")
+
+
+# What follows is constant while the process lives, and looks at files, which torch.compile cannot trace.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _require(name: str) -> str:
+    status = backend_status(name)
+    if not status.available:
+        raise BackendUnavailableError(f"backend {name!r} is not available: {status.reason}; {status.remedy}")
+    return name
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _default() -> str:
+    return available_backends()[0]

@@ -1,0 +1,16 @@
+"""Reference of ``actnorm_statistics``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from glow_kernels.backends.numerics import compute_dtype, without_autocast
+
+
+@without_autocast
+def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and population variance (C,) of ``x`` (B, C, *spatial), over samples and positions."""
+    dimensions = [dimension for dimension in range(x.dim()) if dimension != 1]
+    variance, mean = torch.var_mean(x.to(compute_dtype(x)), dim=dimensions, correction=0)
+    return mean, variance

@@ -1,0 +1,36 @@
+"""Errors that a user can act on: one line that names the thing and the remedy.
+
+The command line prints these without a traceback and exits with ``exit_code``.
+"""
+
+
+class GlowKernelsError(Exception):
+    """Base of every error that glow_kernels raises on purpose for a user to read."""
+
+    exit_code = 1
+
+
+class UsageError(GlowKernelsError, ValueError):
+    """An option, or a combination of options, that makes no sense."""
+
+    exit_code = 2
+
+
+class DataError(GlowKernelsError):
+    """Data that cannot be read or does not fit the model."""
+
+
+class CheckpointError(GlowKernelsError):
+    """A checkpoint or run folder that cannot be read or written."""
+
+
+class TrainingError(GlowKernelsError):
+    """Training cannot go on."""
+
+
+class BackendUnavailableError(GlowKernelsError, RuntimeError):
+    """A backend was asked for by name and cannot run here."""
+
+
+class MissingDependencyError(GlowKernelsError, ImportError):
+    """An optional package is needed and not installed."""

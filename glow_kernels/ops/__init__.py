@@ -1,0 +1,28 @@
+"""The operators: what a user calls, with the mathematics, the checks and the autograd rules."""
+
+from glow_kernels.ops.actnorm_conv1x1 import actnorm_conv1x1, actnorm_conv1x1_inverse
+from glow_kernels.ops.actnorm_statistics import actnorm_statistics
+from glow_kernels.ops.affine_coupling import (
+    SCALE_MAPS,
+    ScaleMap,
+    additive_coupling,
+    additive_coupling_inverse,
+    affine_coupling,
+    affine_coupling_inverse,
+)
+from glow_kernels.ops.gaussian_log_prob import gaussian_log_prob, gaussian_sample, gaussian_standardize
+
+__all__ = [
+    "SCALE_MAPS",
+    "ScaleMap",
+    "actnorm_conv1x1",
+    "actnorm_conv1x1_inverse",
+    "actnorm_statistics",
+    "additive_coupling",
+    "additive_coupling_inverse",
+    "affine_coupling",
+    "affine_coupling_inverse",
+    "gaussian_log_prob",
+    "gaussian_sample",
+    "gaussian_standardize",
+]

@@ -1,0 +1,41 @@
+"""Argument checks shared by the operators: an error names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+
+def check_image(name: str, x: Tensor) -> None:
+    """``x`` must be a floating-point tensor (B, C, *spatial) with 0 to 3 spatial dimensions."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {str(x.dtype).removeprefix('torch.')}")
+    if not 2 <= x.dim() <= 5:
+        raise ValueError(f"{name} must be (B, C, *spatial) with 0 to 3 spatial dimensions, got shape {tuple(x.shape)}")
+
+
+def check_like(name: str, tensor: Tensor, shape: Sequence[int], meaning: str, x: Tensor) -> None:
+    """``tensor`` must be a floating-point tensor of this shape, whose ``meaning`` is told, on the device of ``x``."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name} must be {meaning} = {tuple(shape)}, got {tuple(tensor.shape)}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {str(tensor.dtype).removeprefix('torch.')}")
+    if tensor.device != x.device:
+        raise ValueError(f"{name} must be on the device of the data, {x.device}, got {tensor.device}")
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """``value`` must be one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def positions(x: Tensor) -> int:
+    """Number of positions P of ``x`` (B, C, *spatial)."""
+    return math.prod(x.shape[2:])
