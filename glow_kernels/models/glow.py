@@ -1,0 +1,324 @@
+"""The multi-scale Glow (Kingma and Dhariwal, "Glow: Generative Flow with Invertible 1x1 Convolutions", 2018)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from glow_kernels.models import likelihood
+from glow_kernels.nn import FlowStep, SplitPrior, Squeeze, TopPrior
+from glow_kernels.ops import ScaleMap
+from glow_kernels.ops._checks import check_image
+
+
+class FlowLevel(nn.Module):
+    """Squeeze, steps of flow and, but for the last level, a split (figure 2b of the paper).
+
+    Args:
+        in_channels: channels before squeezing.
+        steps: number of steps K.
+        split: whether half of the channels leaves here.
+        step_options: of :class:`~glow_kernels.nn.FlowStep`.
+    """
+
+    def __init__(self, in_channels: int, steps: int, split: bool, **step_options: Any) -> None:
+        super().__init__()
+        channels = 4 * in_channels
+        self.squeeze = Squeeze()
+        self.steps = nn.ModuleList(FlowStep(channels, **step_options) for _ in range(steps))
+        self.split = SplitPrior(channels) if split else None
+        self.out_channels = channels // 2 if split else channels
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``x`` (B, C, H, W) to what goes deeper, and the log-likelihood (B,) that this level contributes."""
+        z, log_likelihood = self.transform(x)
+        if self.split is not None:
+            z, log_prob = self.split(z)
+            log_likelihood = log_likelihood + log_prob
+        return z, log_likelihood
+
+    def transform(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Squeeze and steps: ``x`` (B, C, H, W) to ``z`` (B, 4 C, H/2, W/2) and ``log_det`` (B,)."""
+        z, log_det = self.squeeze(x)
+        for step in self.steps:
+            z, step_log_det = step(z)
+            log_det = log_det + step_log_det
+        return z, log_det
+
+    def invert(self, z: Tensor) -> Tensor:
+        """The inverse of :meth:`transform`."""
+        for step in reversed(cast("list[FlowStep]", list(self.steps))):
+            z, _ = step.inverse(z)
+        x: Tensor = self.squeeze.inverse(z)[0]
+        return x
+
+
+class Glow(nn.Module):
+    """Multi-scale Glow: ``levels`` times (squeeze, ``steps`` steps of flow, split).
+
+    ``coupling="additive", mixing="reverse"`` makes it a NICE-style, ``coupling="affine", mixing="reverse"`` a
+    RealNVP-style flow. The model sees images as ``x = dequantize(levels)`` in [-1/2, 1/2).
+
+    Args:
+        in_channels: image channels, 1, 3 or any other number.
+        image_size: height and width, or ``(height, width)``, divisible by ``2 ** levels``.
+        steps: steps of flow per level, K.
+        levels: number of levels, L.
+        hidden_channels: width of the coupling networks.
+        coupling: ``"affine"`` or ``"additive"``.
+        mixing: ``"lu"``, ``"plain"``, ``"reverse"`` or ``"shuffle"``; see :class:`~glow_kernels.nn.FlowStep`.
+        scale_map: of the affine coupling, see :func:`glow_kernels.affine_coupling`.
+        learn_top: learn the prior of the deepest latent; otherwise it is standard normal.
+        num_classes: condition that prior on classes, and add the classification head of the paper.
+        n_bins: number of levels of a pixel value, 256 for 8-bit images.
+
+    Raises:
+        ValueError: sizes that do not fit together, or an unknown option.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        image_size: int | Sequence[int] = 32,
+        steps: int = 32,
+        levels: int = 3,
+        hidden_channels: int = 512,
+        *,
+        coupling: str = "affine",
+        mixing: str = "lu",
+        scale_map: str | ScaleMap = "sigmoid",
+        learn_top: bool = True,
+        num_classes: int | None = None,
+        n_bins: int = 256,
+    ) -> None:
+        super().__init__()
+        for name, value in {"in_channels": in_channels, "steps": steps, "levels": levels}.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.in_channels = in_channels
+        self.image_size = _height_and_width(image_size, levels)
+        self.num_classes = num_classes
+        self.n_bins = n_bins
+        self.levels = nn.ModuleList()
+        channels = in_channels
+        for level in range(levels):
+            flow_level = FlowLevel(
+                channels,
+                steps,
+                split=level < levels - 1,
+                hidden_channels=hidden_channels,
+                coupling=coupling,
+                mixing=mixing,
+                scale_map=scale_map,
+            )
+            self.levels.append(flow_level)
+            channels = flow_level.out_channels
+        self.top_prior = TopPrior(channels, learn_top, num_classes)
+        self.classifier = None
+        if num_classes is not None:
+            self.classifier = nn.Linear(channels, num_classes)
+            nn.init.zeros_(self.classifier.weight)
+            nn.init.zeros_(self.classifier.bias)
+
+    @property
+    def dimensions(self) -> int:
+        """M = C H W, the number of values in an image."""
+        height, width = self.image_size
+        return self.in_channels * height * width
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The same as :meth:`log_prob`, so that wrappers of modules work."""
+        return self.log_prob(x, labels)
+
+    def log_prob(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Log-density in nats.
+
+        The first call in training mode initialises every ActNorm from ``x``.
+
+        Args:
+            x: ``(B, in_channels, height, width)``, floating-point, as :meth:`dequantize` makes it.
+            labels: ``(B,)`` int64 classes, for a model that has classes, and only for one.
+
+        Returns:
+            ``(B,)`` float32 (float64 for float64 ``x``).
+
+        Raises:
+            TypeError, ValueError: ``x`` or ``labels`` do not fit the model.
+            RuntimeError: ActNorm is not initialised, and this is not training.
+        """
+        z, log_likelihood = self._to_top(x, labels)
+        log_prob: Tensor = log_likelihood + self.top_prior(z, labels)
+        return log_prob
+
+    def log_prob_and_logits(self, x: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Log-density (B,) and, from the deepest latent, the logits (B, num_classes) of the classification head.
+
+        Raises:
+            ValueError: the model has no classes; otherwise as :meth:`log_prob`.
+        """
+        if self.classifier is None:
+            raise ValueError("num_classes must be given to the model to classify, got None")
+        z, log_likelihood = self._to_top(x, labels)
+        # As in the published code: a linear map of the mean over positions, zero at the start.
+        logits: Tensor = self.classifier(z.mean(dim=(2, 3)))
+        return log_likelihood + self.top_prior(z, labels), logits
+
+    def bits_per_dim(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        """``(-log_prob(x) + M log n_bins) / (M log 2)``, (B,): bits per pixel value, with M = C H W.
+
+        For ``x = dequantize(levels)`` its mean bounds the code length of the levels from above. Arguments and errors
+        are those of :meth:`log_prob`.
+        """
+        return self.to_bits_per_dim(self.log_prob(x, labels))
+
+    def to_bits_per_dim(self, log_prob: Tensor) -> Tensor:
+        """:func:`glow_kernels.models.bits_per_dim` with the model's dimensions and number of levels."""
+        return likelihood.bits_per_dim(log_prob, self.dimensions, self.n_bins)
+
+    def encode(self, x: Tensor, labels: Tensor | None = None) -> list[Tensor]:
+        """The latents of ``x``, one per level, the deepest last; standard normal under the model.
+
+        A latent is ``(z - mean) / sd`` with the mean and standard deviation of its prior. Arguments and errors are
+        those of :meth:`log_prob`.
+        """
+        self._check_image(x)
+        latents = []
+        z = x
+        for level in self._levels():
+            z, _ = level.transform(z)
+            if level.split is not None:
+                z, eps = level.split.encode(z)
+                latents.append(eps)
+        latents.append(self.top_prior.encode(z, self._checked_labels(labels, x)))
+        return latents
+
+    def decode(self, latents: Sequence[Tensor], labels: Tensor | None = None) -> Tensor:
+        """The inverse of :meth:`encode`.
+
+        Args:
+            latents: as :meth:`encode` returns them; the shapes are :meth:`latent_shapes`.
+            labels: as for :meth:`log_prob`.
+
+        Returns:
+            ``x`` ``(B, in_channels, height, width)``.
+
+        Raises:
+            ValueError: a latent has the wrong shape, or a 1x1 convolution is singular.
+            RuntimeError: ActNorm is not initialised.
+        """
+        got = [tuple(latent.shape[1:]) for latent in latents]
+        if got != self.latent_shapes():
+            raise ValueError(f"latents must have the shapes (B, *) with * = {self.latent_shapes()}, got {got}")
+        *split_latents, top = latents
+        z = self.top_prior.decode(top, self._checked_labels(labels, top))
+        for level in reversed(self._levels()):
+            if level.split is not None:
+                z = level.split.decode(z, split_latents.pop())
+            z = level.invert(z)
+        return z
+
+    @torch.no_grad()
+    def sample(
+        self,
+        n: int,
+        temperature: float = 0.7,
+        labels: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Images from the model: :meth:`decode` of normal latents with standard deviation ``temperature``.
+
+        Args:
+            n: number of images.
+            temperature: 1 samples the model's density; less gives likelier, less varied images (the paper uses 0.7).
+            labels: ``(n,)`` int64 classes, for a model that has classes.
+            generator: source of the noise, on the device of the model.
+
+        Returns:
+            ``(n, in_channels, height, width)``; :meth:`quantize` makes pixels of it.
+
+        Raises:
+            ValueError: a negative ``n`` or ``temperature``; otherwise as :meth:`decode`.
+        """
+        if n < 0:
+            raise ValueError(f"n must be at least 0, got {n}")
+        if not temperature >= 0.0:
+            raise ValueError(f"temperature must be at least 0, got {temperature}")
+        parameter = next(self.parameters())
+        latents = [
+            temperature * torch.randn((n, *shape), generator=generator, device=parameter.device, dtype=parameter.dtype)
+            for shape in self.latent_shapes()
+        ]
+        return self.decode(latents, labels)
+
+    def latent_shapes(self) -> list[tuple[int, int, int]]:
+        """Shapes (C, H, W) of the latents without the batch, one per level, the deepest last."""
+        height, width = self.image_size
+        shapes = []
+        for number, level in enumerate(self._levels(), start=1):
+            shapes.append((level.out_channels, height >> number, width >> number))
+        return shapes
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor, labels: Tensor | None = None) -> None:
+        """Set every ActNorm from ``x`` (B, in_channels, height, width) that has not been set yet.
+
+        The first :meth:`log_prob` in training mode does the same by itself.
+        """
+        was_training = self.training
+        self.train()
+        try:
+            self.log_prob(x, labels)
+        finally:
+            self.train(was_training)
+
+    def dequantize(self, levels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """:func:`glow_kernels.models.dequantize` with the model's number of levels."""
+        return likelihood.dequantize(levels, self.n_bins, generator)
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """:func:`glow_kernels.models.quantize` with the model's number of levels."""
+        return likelihood.quantize(x, self.n_bins)
+
+    def _levels(self) -> list[FlowLevel]:
+        return cast("list[FlowLevel]", list(self.levels))
+
+    def _to_top(self, x: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        self._check_image(x)
+        self._checked_labels(labels, x)
+        first, *others = self._levels()
+        z, log_likelihood = first(x)
+        for level in others:
+            z, level_log_likelihood = level(z)
+            log_likelihood = log_likelihood + level_log_likelihood
+        return z, log_likelihood
+
+    def _check_image(self, x: Tensor) -> None:
+        if isinstance(x, Tensor) and not x.is_floating_point():
+            raise TypeError(
+                f"x must be a floating-point tensor, got {str(x.dtype).removeprefix('torch.')}: "
+                "make one of integer pixels with model.dequantize(levels)"
+            )
+        check_image("x", x)
+        expected = (self.in_channels, *self.image_size)
+        if tuple(x.shape[1:]) != expected:
+            raise ValueError(f"x must be (B, C, H, W) with (C, H, W) = {expected}, got {tuple(x.shape)}")
+
+    def _checked_labels(self, labels: Tensor | None, x: Tensor) -> Tensor | None:
+        if labels is not None and (labels.dtype != torch.int64 or labels.shape != x.shape[:1]):
+            raise ValueError(
+                f"labels must be int64 of shape ({x.shape[0]},), "
+                f"got {str(labels.dtype).removeprefix('torch.')} of shape {tuple(labels.shape)}"
+            )
+        return labels
+
+
+def _height_and_width(image_size: int | Sequence[int], levels: int) -> tuple[int, int]:
+    sizes = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    if len(sizes) != 2 or any(size < 1 or size % 2**levels for size in sizes):
+        raise ValueError(
+            f"image_size must be divisible by 2 ** levels = {2**levels}, got {image_size} with levels = {levels}"
+        )
+    return sizes[0], sizes[1]

@@ -1,0 +1,73 @@
+"""From integer pixel levels to a density and back: dequantisation, and bits per dimension.
+
+Pixels ``k`` in ``{0 .. n_bins - 1}`` become ``x = (k + u) / n_bins - 1/2`` with ``u`` uniform on [0, 1): noise of width
+``a = 1 / n_bins`` on data in [-1/2, 1/2). By Jensen's inequality ``-E log p(x) + c`` with
+``c = -M log a = M log n_bins`` bounds the negative log-likelihood of the M pixel values from above (Theis et al.,
+"A note on the evaluation of generative models", 2016, section 3.1; Kingma and Dhariwal, "Glow", 2018, equation 2).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def dequantize(levels: Tensor, n_bins: int, generator: torch.Generator | None = None) -> Tensor:
+    """``(levels + u) / n_bins - 1/2`` with fresh uniform noise ``u``; ``levels`` is left as it is.
+
+    Args:
+        levels: ``(B, C, H, W)``, an integer type, values in ``0 .. n_bins - 1``.
+        n_bins: number of levels, at least 2; 256 for 8-bit images.
+        generator: source of the noise, on the device of ``levels``.
+
+    Returns:
+        ``(B, C, H, W)`` in ``[-1/2, 1/2)``, of the default floating-point type.
+
+    Raises:
+        TypeError: ``levels`` is not of an integer type.
+        ValueError: ``n_bins`` is below 2.
+    """
+    if levels.is_floating_point() or levels.is_complex() or levels.dtype == torch.bool:
+        raise TypeError(f"levels must be of an integer type, got {str(levels.dtype).removeprefix('torch.')}")
+    _check_bins(n_bins)
+    noise = torch.rand(levels.shape, generator=generator, device=levels.device)
+    x = (levels + noise) / n_bins - 0.5
+    # The sum may round up to the next level, which belongs to another pixel value.
+    return torch.minimum(x, torch.nextafter((levels + 1) / n_bins - 0.5, x.new_tensor(-1.0)))
+
+
+def quantize(x: Tensor, n_bins: int) -> Tensor:
+    """The level ``floor((x + 1/2) * n_bins)`` of every pixel, clamped to ``0 .. n_bins - 1``; NaN becomes 0.
+
+    Args:
+        x: ``(B, C, H, W)``, floating-point, in the range of :func:`dequantize`.
+        n_bins: number of levels, 2 to 256.
+
+    Returns:
+        ``(B, C, H, W)`` uint8.
+
+    Raises:
+        ValueError: ``n_bins`` is not in 2 .. 256.
+    """
+    _check_bins(n_bins)
+    if n_bins > 256:
+        raise ValueError(f"n_bins must be at most 256 for 8-bit pictures, got {n_bins}")
+    return ((x.float() + 0.5) * n_bins).floor().nan_to_num(0.0).clamp(0, n_bins - 1).to(torch.uint8)
+
+
+def bits_per_dim(log_prob: Tensor, dimensions: int, n_bins: int) -> Tensor:
+    """``(-log_prob + M log n_bins) / (M log 2)`` with M = ``dimensions``: bits per pixel value (per subpixel).
+
+    Args:
+        log_prob: log-densities in nats of images from :func:`dequantize`, any shape.
+        dimensions: M = C H W, the channels counted.
+        n_bins: number of levels.
+    """
+    return (math.log(n_bins) - log_prob / dimensions) / math.log(2.0)
+
+
+def _check_bins(n_bins: int) -> None:
+    if n_bins < 2:
+        raise ValueError(f"n_bins must be at least 2, got {n_bins}")

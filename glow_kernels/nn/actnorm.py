@@ -1,0 +1,104 @@
+"""ActNorm: an affine map per channel whose parameters start from the statistics of the first batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from glow_kernels.backends.numerics import compute_dtype
+from glow_kernels.ops import actnorm_statistics
+from glow_kernels.ops._checks import check_image, positions
+
+
+class ActNorm(nn.Module):
+    """``z = exp(log_scale) * (x + bias)`` per channel (Kingma and Dhariwal, "Glow", 2018, section 3.1).
+
+    The first forward in training mode sets ``bias`` and ``log_scale`` so that every channel of that batch, over all
+    ranks, gets mean 0 and standard deviation 1. Whether this has happened is saved with the weights.
+
+    Args:
+        channels: C.
+        eps: added to the standard deviation, so that a constant channel gets a finite scale.
+    """
+
+    initialized: Tensor
+
+    def __init__(self, channels: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.channels = channels
+        self.eps = eps
+        self.log_scale = nn.Parameter(torch.zeros(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("initialized", torch.tensor(False))
+        # Mirror of the buffer: reading a tensor would wait for the device and break compiled graphs.
+        self._is_initialized = False
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``x`` (B, C, *spatial) to ``z`` and ``log_det`` (B,).
+
+        Raises:
+            RuntimeError: not initialised, and not in training mode.
+        """
+        self.prepare(x)
+        z = (x + self._per_channel(self.bias, x)) * self._per_channel(self.log_scale.exp(), x)
+        return z, self._log_det(x)
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """``z`` (B, C, *spatial) to ``x`` and ``log_det`` (B,) of that direction.
+
+        Raises:
+            RuntimeError: not initialised.
+        """
+        self.require_initialized()
+        x = z * self._per_channel((-self.log_scale).exp(), z) - self._per_channel(self.bias, z)
+        return x, -self._log_det(z)
+
+    def prepare(self, x: Tensor) -> None:
+        """Initialise from ``x`` (B, C, *spatial) if that has not happened yet and this is training.
+
+        Raises:
+            RuntimeError: not initialised, and not in training mode.
+        """
+        if self._is_initialized:
+            return
+        if not self.training:
+            self.require_initialized()
+        self.initialize(x)
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor) -> None:
+        """Set the parameters from the statistics of ``x`` (B, C, *spatial), again if need be."""
+        check_image("x", x)
+        if x.shape[1] != self.channels:
+            raise ValueError(f"x must have {self.channels} channels, got shape {tuple(x.shape)}")
+        mean, std = actnorm_statistics(x)
+        self.bias.copy_(-mean)
+        self.log_scale.copy_(-(std + self.eps).log())
+        self.initialized.fill_(True)
+        self._is_initialized = True
+
+    def require_initialized(self) -> None:
+        """Raise a RuntimeError with the remedy unless the parameters have been set from data."""
+        if not self._is_initialized:
+            raise RuntimeError(
+                f"ActNorm of {self.channels} channels is not initialised: run one forward in training mode, "
+                "or model.initialize(batch), or load weights, before evaluating, inverting or sampling"
+            )
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}, eps={self.eps}"
+
+    def _log_det(self, x: Tensor) -> Tensor:
+        return (positions(x) * self.log_scale.to(compute_dtype(x)).sum()).repeat(x.shape[0])
+
+    @staticmethod
+    def _per_channel(values: Tensor, like: Tensor) -> Tensor:
+        return values.to(like.dtype).view(-1, *(1,) * (like.dim() - 2))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        flag = state_dict.get(prefix + "initialized")
+        if flag is not None:
+            self._is_initialized = bool(flag)

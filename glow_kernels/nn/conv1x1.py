@@ -1,0 +1,116 @@
+"""Mixing of channels: the invertible 1x1 convolution, and the fixed permutations that it generalises."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from glow_kernels.backends.numerics import without_autocast
+from glow_kernels.ops import actnorm_conv1x1, actnorm_conv1x1_inverse
+from glow_kernels.ops._checks import check_choice, check_image
+
+
+class ChannelMixing(nn.Module):
+    """Base of the layers ``z = W x`` at every position; a subclass says what W is.
+
+    Args:
+        channels: C.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        if channels < 1:
+            raise ValueError(f"channels must be at least 1, got {channels}")
+        self.channels = channels
+
+    def matrix(self) -> tuple[Tensor, Tensor | None]:
+        """W (C, C), and ``log|det W|`` as a scalar tensor where it is known without computing it from W."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``x`` (B, C, *spatial) to ``z`` and ``log_det`` (B,)."""
+        return actnorm_conv1x1(x, *self._identity_actnorm(x), *self.matrix())
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """``z`` (B, C, *spatial) to ``x`` and ``log_det`` (B,) of that direction.
+
+        Raises:
+            ValueError: W is singular.
+        """
+        return actnorm_conv1x1_inverse(z, *self._identity_actnorm(z), *self.matrix())
+
+    def extra_repr(self) -> str:
+        return str(self.channels)
+
+    def _identity_actnorm(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        check_image("x", x)
+        zeros = x.new_zeros(self.channels)
+        return zeros, zeros
+
+
+class InvertibleConv1x1(ChannelMixing):
+    """Invertible 1x1 convolution, started as a random rotation (Kingma and Dhariwal, "Glow", 2018, section 3.2).
+
+    Args:
+        channels: C.
+        lu: learn ``W = P L (U + diag(s))`` with the permutation P and the signs of s fixed, so that ``log|det W|`` is
+            a sum of ``log|s|``; otherwise learn W itself.
+    """
+
+    permutation: Tensor
+    diagonal_sign: Tensor
+
+    def __init__(self, channels: int, lu: bool = True) -> None:
+        super().__init__(channels)
+        self.lu = lu
+        rotation = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64)).Q
+        if not lu:
+            self.weight = nn.Parameter(rotation.to(torch.get_default_dtype()).contiguous())
+            return
+        permutation, lower, upper = (factor.to(torch.get_default_dtype()) for factor in torch.linalg.lu(rotation))
+        diagonal = upper.diagonal()
+        self.lower = nn.Parameter(lower.tril(-1).contiguous())
+        self.upper = nn.Parameter(upper.triu(1).contiguous())
+        self.log_diagonal = nn.Parameter(diagonal.abs().log())
+        self.register_buffer("permutation", permutation.contiguous())
+        self.register_buffer("diagonal_sign", diagonal.sign())
+
+    def matrix(self) -> tuple[Tensor, Tensor | None]:
+        if not self.lu:
+            return self.weight, None
+        weight = _assemble_lu(self.permutation, self.lower, self.upper, self.diagonal_sign * self.log_diagonal.exp())
+        return weight, self.log_diagonal.sum()
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}, lu={self.lu}"
+
+
+class ChannelPermutation(ChannelMixing):
+    """A fixed permutation of the channels, the ablations of Glow's section 3.2; saved with the weights.
+
+    Args:
+        channels: C.
+        kind: ``"reverse"`` the channels, as RealNVP does, or ``"shuffle"`` them at random, once.
+    """
+
+    weight: Tensor
+
+    def __init__(self, channels: int, kind: str = "reverse") -> None:
+        super().__init__(channels)
+        check_choice("kind", kind, ("reverse", "shuffle"))
+        self.kind = kind
+        order = torch.arange(channels - 1, -1, -1) if kind == "reverse" else torch.randperm(channels)
+        self.register_buffer("weight", torch.eye(channels)[order])
+
+    def matrix(self) -> tuple[Tensor, Tensor | None]:
+        return self.weight, self.weight.new_zeros(())
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}, kind={self.kind!r}"
+
+
+@without_autocast
+def _assemble_lu(permutation: Tensor, lower: Tensor, upper: Tensor, diagonal: Tensor) -> Tensor:
+    # The masks keep whatever an optimizer with momentum writes outside the triangles from mattering.
+    unit_lower = lower.tril(-1) + torch.eye(lower.shape[0], dtype=lower.dtype, device=lower.device)
+    return permutation @ (unit_lower @ (upper.triu(1) + torch.diag(diagonal)))

@@ -1,0 +1,112 @@
+"""Priors: the split prior between levels, and the top prior."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from glow_kernels.nn.network import ZeroConv2d
+from glow_kernels.ops import gaussian_log_prob, gaussian_sample, gaussian_standardize
+
+
+class SplitPrior(nn.Module):
+    """Factor out the second half of the channels, with a Gaussian that a convolution predicts from the first half.
+
+    Kingma and Dhariwal, "Glow", 2018, section 3.6. The convolution runs without autocast: a rounded mean would shift
+    the density.
+
+    Args:
+        channels: C, even.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        if channels < 2 or channels % 2:
+            raise ValueError(f"channels must be even and at least 2 to be split, got {channels}")
+        self.channels = channels
+        self.prior = ZeroConv2d(channels // 2, channels)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``x`` (B, C, H, W) to the kept half (B, C/2, H, W) and the log-density (B,) of the other half given it."""
+        kept, dropped = self._halves(x)
+        return kept, gaussian_log_prob(dropped, self._distribution(kept))
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``x`` (B, C, H, W) to the kept half and the standardised other half, both (B, C/2, H, W)."""
+        kept, dropped = self._halves(x)
+        return kept, gaussian_standardize(dropped, self._distribution(kept))
+
+    def decode(self, kept: Tensor, eps: Tensor) -> Tensor:
+        """The inverse of :meth:`encode`; standard normal ``eps`` makes a sample."""
+        return torch.cat((kept, gaussian_sample(eps, self._distribution(kept))), dim=1)
+
+    def inverse(self, kept: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """The kept half (B, C/2, H, W) to ``x`` with the other half sampled, and minus its log-density (B,)."""
+        h = self._distribution(kept)
+        sample = gaussian_sample(temperature * torch.randn_like(kept), h)
+        return torch.cat((kept, sample), dim=1), -gaussian_log_prob(sample, h)
+
+    def extra_repr(self) -> str:
+        return str(self.channels)
+
+    def _halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if x.dim() != 4 or x.shape[1] != self.channels:
+            raise ValueError(f"x must be (B, {self.channels}, H, W), got shape {tuple(x.shape)}")
+        return x[:, : self.channels // 2], x[:, self.channels // 2 :]
+
+    def _distribution(self, kept: Tensor) -> Tensor:
+        with torch.autocast(kept.device.type, enabled=False):
+            h: Tensor = self.prior(kept)
+        return h
+
+
+class TopPrior(nn.Module):
+    """Gaussian of the deepest latent: a learned mean and standard deviation per channel, and per class if any.
+
+    A convolution of a zero image, as Glow's published code writes it, is a constant per channel, which is what is
+    learned here.
+
+    Args:
+        channels: C of the deepest latent.
+        learned: otherwise a standard normal, up to the class.
+        num_classes: number of classes to condition on, or None.
+    """
+
+    def __init__(self, channels: int, learned: bool = True, num_classes: int | None = None) -> None:
+        super().__init__()
+        self.channels = channels
+        self.learned = learned
+        self.num_classes = num_classes
+        if learned:
+            self.common = nn.Parameter(torch.zeros(2 * channels))
+            self.common_log_scale = nn.Parameter(torch.zeros(2 * channels))
+        if num_classes is not None:
+            self.per_class = nn.Parameter(torch.zeros(num_classes, 2 * channels))
+            self.per_class_log_scale = nn.Parameter(torch.zeros(2 * channels))
+
+    def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Log-density (B,) of ``z`` (B, C, H, W), given ``labels`` (B,) int64 where there are classes."""
+        return gaussian_log_prob(z, self._distribution(z, labels), "chunk_mean_log_sd")
+
+    def encode(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The standardised ``z`` (B, C, H, W)."""
+        return gaussian_standardize(z, self._distribution(z, labels), "chunk_mean_log_sd")
+
+    def decode(self, eps: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The inverse of :meth:`encode`; standard normal ``eps`` makes a sample."""
+        return gaussian_sample(eps, self._distribution(eps, labels), "chunk_mean_log_sd")
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}, learned={self.learned}, num_classes={self.num_classes}"
+
+    def _distribution(self, z: Tensor, labels: Tensor | None) -> Tensor:
+        h = z.new_zeros(1, 2 * self.channels)
+        if self.learned:
+            h = h + self.common * (3.0 * self.common_log_scale).exp()
+        if self.num_classes is not None:
+            if labels is None:
+                raise ValueError(f"labels must be given: the prior has {self.num_classes} classes")
+            h = h + self.per_class[labels] * (3.0 * self.per_class_log_scale).exp()
+        elif labels is not None:
+            raise ValueError("labels must be None: the prior has no classes")
+        return h[:, :, None, None].expand(z.shape[0], -1, *z.shape[2:])

@@ -1,0 +1,32 @@
+"""Squeeze: space to channels."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from glow_kernels.backends.numerics import compute_dtype
+
+
+class Squeeze(nn.Module):
+    """Turn 2x2 blocks of pixels into 4 channels, ``4 c + 2 i + j`` (Dinh et al., "Real NVP", 2017, section 3.6)."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``x`` (B, C, H, W) with even H and W to ``z`` (B, 4 C, H/2, W/2) and ``log_det`` (B,) of zeros.
+
+        Raises:
+            ValueError: not four-dimensional, or an odd height or width.
+        """
+        if x.dim() != 4 or x.shape[2] % 2 or x.shape[3] % 2:
+            raise ValueError(f"x must be (B, C, H, W) with even H and W to be squeezed, got shape {tuple(x.shape)}")
+        return F.pixel_unshuffle(x, 2), x.new_zeros(x.shape[0], dtype=compute_dtype(x))
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """``z`` (B, 4 C, H, W) to ``x`` (B, C, 2 H, 2 W) and ``log_det`` (B,) of zeros.
+
+        Raises:
+            ValueError: not four-dimensional, or a number of channels that 4 does not divide.
+        """
+        if z.dim() != 4 or z.shape[1] % 4:
+            raise ValueError(f"z must be (B, 4 C, H, W) to be unsqueezed, got shape {tuple(z.shape)}")
+        return F.pixel_shuffle(z, 2), z.new_zeros(z.shape[0], dtype=compute_dtype(z))

@@ -1,0 +1,86 @@
+"""One step of flow: ActNorm, mixing of channels, coupling."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from glow_kernels.nn.actnorm import ActNorm
+from glow_kernels.nn.conv1x1 import ChannelMixing, ChannelPermutation, InvertibleConv1x1
+from glow_kernels.nn.coupling import AdditiveCoupling, AffineCoupling
+from glow_kernels.ops import ScaleMap, actnorm_conv1x1, actnorm_conv1x1_inverse
+from glow_kernels.ops._checks import check_choice, check_image
+
+COUPLINGS = ("affine", "additive")
+MIXINGS = ("lu", "plain", "reverse", "shuffle")
+
+
+class FlowStep(nn.Module):
+    """ActNorm and 1x1 convolution as one operator, then a coupling (Kingma and Dhariwal, "Glow", 2018, figure 2a).
+
+    Args:
+        channels: C, at least 2.
+        hidden_channels: width of the coupling network.
+        coupling: ``"affine"`` or ``"additive"``.
+        mixing: ``"lu"`` or ``"plain"`` for the learned 1x1 convolution, ``"reverse"`` or ``"shuffle"`` for a fixed
+            permutation. ``mixing="reverse"`` makes it a step of NICE (additive) or RealNVP (affine).
+        scale_map: of the affine coupling, as for :func:`glow_kernels.affine_coupling`.
+        network: of the coupling, as for :class:`~glow_kernels.nn.AffineCoupling`.
+
+    Raises:
+        ValueError: fewer than two channels, or an unknown option.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        hidden_channels: int = 512,
+        *,
+        coupling: str = "affine",
+        mixing: str = "lu",
+        scale_map: str | ScaleMap = "sigmoid",
+        network: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        check_choice("coupling", coupling, COUPLINGS)
+        check_choice("mixing", mixing, MIXINGS)
+        self.actnorm = ActNorm(channels)
+        self.mixing: ChannelMixing
+        if mixing in ("lu", "plain"):
+            self.mixing = InvertibleConv1x1(channels, lu=mixing == "lu")
+        else:
+            self.mixing = ChannelPermutation(channels, mixing)
+        self.coupling: AffineCoupling | AdditiveCoupling
+        if coupling == "affine":
+            self.coupling = AffineCoupling(channels, hidden_channels, network=network, scale_map=scale_map)
+        else:
+            self.coupling = AdditiveCoupling(channels, hidden_channels, network=network)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``x`` (B, C, H, W) to ``z`` and ``log_det`` (B,).
+
+        Raises:
+            TypeError, ValueError: ``x`` has the wrong type or shape.
+            RuntimeError: ActNorm is not initialised, and this is not training.
+        """
+        check_image("x", x)
+        self.actnorm.prepare(x)
+        weight, weight_log_det = self.mixing.matrix()
+        x, linear_log_det = actnorm_conv1x1(x, self.actnorm.log_scale, self.actnorm.bias, weight, weight_log_det)
+        z, coupling_log_det = self.coupling(x)
+        return z, linear_log_det + coupling_log_det
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """``z`` (B, C, H, W) to ``x`` and ``log_det`` (B,) of that direction.
+
+        Raises:
+            TypeError, ValueError: ``z`` has the wrong type or shape, or the 1x1 convolution is singular.
+            RuntimeError: ActNorm is not initialised.
+        """
+        check_image("z", z)
+        self.actnorm.require_initialized()
+        z, coupling_log_det = self.coupling.inverse(z)
+        weight, weight_log_det = self.mixing.matrix()
+        x, linear_log_det = actnorm_conv1x1_inverse(
+            z, self.actnorm.log_scale, self.actnorm.bias, weight, weight_log_det
+        )
+        return x, linear_log_det + coupling_log_det

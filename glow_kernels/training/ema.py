@@ -1,0 +1,30 @@
+"""Exponential moving average of the weights."""
+
+from __future__ import annotations
+
+import copy
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+class MovingAverage(Generic[Module]):
+    """A copy of ``model`` whose parameters follow it slowly: ``average += (1 - d) * (model - average)``.
+
+    The decay d grows to ``decay`` as ``(1 + n) / (10 + n)`` after n updates, which soon forgets the random start.
+    """
+
+    def __init__(self, model: Module, decay: float) -> None:
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, model: Module, updates: int) -> None:
+        """Take in ``model`` after ``updates`` earlier updates. Buffers are constant in a Glow, and are not averaged."""
+        decay = min(self.decay, (1 + updates) / (10 + updates))
+        averages: list[Tensor] = list(self.model.parameters())
+        values: list[Tensor] = list(model.parameters())
+        torch._foreach_lerp_(averages, values, 1.0 - decay)

@@ -1,0 +1,98 @@
+"""Bits per dimension and reconstruction error of a trained model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from glow_kernels.models import Glow
+
+
+@dataclass(frozen=True)
+class BitsPerDim:
+    """Mean over images, its standard error, and what it was measured on."""
+
+    mean: float
+    standard_error: float
+    images: int
+    draws: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4f} +- {self.standard_error:.4f}"
+
+
+@torch.no_grad()
+def evaluate(
+    model: Glow, levels: Tensor, labels: Tensor | None = None, *, draws: int = 1, batch_size: int = 256, seed: int = 0
+) -> BitsPerDim:
+    """Bits per dimension of images, averaged over ``draws`` of the dequantisation noise.
+
+    Args:
+        model: in evaluation mode, on any device.
+        levels: ``(N, C, H, W)`` integer pixel levels, N at least 1.
+        labels: ``(N,)`` classes for a model that has classes.
+        draws: noise draws per image; the bound stays the same, its estimate gets less noisy.
+        batch_size: images per call of the model.
+        seed: of the noise.
+    """
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    total = torch.zeros(len(levels), dtype=torch.float64)
+    for _ in range(draws):
+        for start in range(0, len(levels), batch_size):
+            part = slice(start, start + batch_size)
+            x = model.dequantize(levels[part].to(device), generator)
+            part_labels = None if labels is None else labels[part].to(device)
+            total[part] += model.bits_per_dim(x, part_labels).double().cpu()
+    per_image = total / draws
+    count = len(per_image)
+    standard_error = per_image.std().item() / math.sqrt(count) if count > 1 else math.nan
+    return BitsPerDim(per_image.mean().item(), standard_error, count, draws)
+
+
+@torch.no_grad()
+def reconstruct(model: Glow, x: Tensor, labels: Tensor | None = None) -> tuple[Tensor, float]:
+    """``decode(encode(x))`` of ``x`` (B, C, H, W), and its largest absolute difference from ``x``."""
+    reconstructed = model.decode(model.encode(x, labels), labels)
+    return reconstructed, (reconstructed - x).abs().max().item()
+
+
+@torch.no_grad()
+def interpolate(
+    model: Glow, start: Tensor, end: Tensor, count: int, labels: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """Images along the great circle between the latents of two batches of images.
+
+    Standard normal latents lie near a sphere; a straight line would cut through its unlikely inside.
+
+    Args:
+        start, end: ``(R, C, H, W)`` images as :meth:`Glow.dequantize` makes them.
+        count: images per row, the two ends included, at least 2.
+        labels: classes (R,) of start and end for a model that has classes; decoding changes over half way.
+
+    Returns:
+        ``(R, count, C, H, W)``.
+    """
+    first_labels, last_labels = labels if labels is not None else (None, None)
+    first, last = model.encode(start, first_labels), model.encode(end, last_labels)
+    angle = _angle(first, last)
+    images = []
+    for position in torch.linspace(0.0, 1.0, count).tolist():
+        latents = [_on_arc(a, b, angle, position) for a, b in zip(first, last, strict=True)]
+        images.append(model.decode(latents, first_labels if position < 0.5 else last_labels))
+    return torch.stack(images, dim=1)
+
+
+def _angle(first: list[Tensor], last: list[Tensor]) -> Tensor:
+    a = torch.cat([latent.flatten(1) for latent in first], dim=1)
+    b = torch.cat([latent.flatten(1) for latent in last], dim=1)
+    cosine = torch.nn.functional.cosine_similarity(a, b)
+    # Away from 0 and pi the weights below stay finite; there an arc is a straight line anyway.
+    return cosine.clamp(-0.9999, 0.9999).acos()[:, None, None, None]
+
+
+def _on_arc(a: Tensor, b: Tensor, angle: Tensor, position: float) -> Tensor:
+    return (((1.0 - position) * angle).sin() * a + (position * angle).sin() * b) / angle.sin()

@@ -1,0 +1,109 @@
+"""The run folder: everything that is needed to resume, evaluate, sample and look at a training run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from glow_kernels.errors import CheckpointError, UsageError
+from glow_kernels.models import Glow
+from glow_kernels.training import checkpoint
+from glow_kernels.training.config import TrainingConfig
+from glow_kernels.training.data import ImageData
+
+CONFIG = "config.json"
+LAST = "last.safetensors"
+BEST = "best.safetensors"
+METRICS = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
+PICTURES = ("samples.png", "reconstruction.png", "interpolation.png", "curve.png")
+
+
+def prepare(folder: Path, config: TrainingConfig, *, overwrite: bool) -> None:
+    """Make ``folder`` ready for a new run and write its configuration.
+
+    Raises:
+        UsageError: it holds a run already and ``overwrite`` is not set, or it is a file.
+        CheckpointError: it cannot be written.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file: name a folder with --run")
+    if (folder / CONFIG).exists():
+        if not overwrite:
+            raise UsageError(f"{folder} already holds a run: continue it with --resume or replace it with --overwrite")
+        _remove_run(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot make the run folder {folder}: {error.strerror}") from error
+    document = json.dumps(config.to_json(), indent=2) + "\n"
+    checkpoint.write_atomically(folder / CONFIG, document.encode())
+
+
+def read_config(folder: Path) -> TrainingConfig:
+    """The configuration of the run in ``folder``.
+
+    Raises:
+        CheckpointError: there is no run, or its configuration cannot be read.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is no run folder: it has no {CONFIG}; make one with 'glow-kernels train'")
+    try:
+        document = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, got {type(document).__name__}")
+    return TrainingConfig.from_json(document, str(path))
+
+
+def describe_model(config: TrainingConfig, data: ImageData) -> dict[str, Any]:
+    """What a checkpoint says about its model, so that it can be built again without the data."""
+    return {
+        "config": config.to_json(),
+        "channels": data.channels,
+        "image_size": list(data.image_size),
+        "n_bins": data.n_bins,
+        "num_classes": data.num_classes,
+    }
+
+
+def load_model(folder: Path, device: str | torch.device = "cpu") -> tuple[Glow, TrainingConfig, Mapping[str, Any]]:
+    """The best model of a run, in evaluation mode, with its configuration and its checkpoint's document.
+
+    Before the first validation there is no best model yet; then it is the last one.
+
+    Raises:
+        CheckpointError: there is no run, or no usable checkpoint in it.
+    """
+    read_config(folder)
+    path = folder / BEST if (folder / BEST).exists() else folder / LAST
+    tensors, document = checkpoint.load(path, device)
+    try:
+        description: Any = document["model"]
+        config = TrainingConfig.from_json(description["config"], str(path))
+        height, width = description["image_size"]
+        shape = description["channels"], (height, width), description["n_bins"], description["num_classes"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} does not describe a model of this version: {error!r}") from error
+    model = config.build_model(*shape).to(device)
+    checkpoint.load_weights(model, take(tensors, "average."), path)
+    return model.eval(), config, document
+
+
+def take(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """The tensors whose names start with ``prefix``, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _remove_run(folder: Path) -> None:
+    # Only what a run writes: the folder may hold a user's own files.
+    for name in (LAST, BEST, METRICS, *PICTURES, CONFIG):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)
