@@ -3,6 +3,8 @@
 Importing this package loads no Triton, no shared library, and makes no CUDA context.
 """
 
+from glow_kernels import models, nn
+from glow_kernels.allocator import tune_allocator
 from glow_kernels.backends import available_backends, backend_status, use_backend
 from glow_kernels.ops import (
     ScaleMap,
@@ -34,5 +36,8 @@ __all__ = [
     "gaussian_log_prob",
     "gaussian_sample",
     "gaussian_standardize",
+    "models",
+    "nn",
+    "tune_allocator",
     "use_backend",
 ]

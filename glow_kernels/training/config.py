@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from glow_kernels.errors import CheckpointError, UsageError
@@ -12,57 +11,38 @@ from glow_kernels.models import Glow
 from glow_kernels.training.data import ImageData
 
 
+def _option(default: Any, description: str, *, choices: tuple[str, ...] | None = None) -> Any:
+    return field(default=default, metadata={"help": description, "choices": choices})
+
+
 @dataclass
 class TrainingConfig:
-    """Everything that decides a run; two runs with equal values on one CPU give equal weights, bit for bit.
+    """Everything that decides a run; two runs with equal values on one CPU give equal weights, bit for bit."""
 
-    Attributes:
-        dataset: as :func:`glow_kernels.training.data.load` takes it.
-        n_bits: bits kept of every pixel value, 1 to 8.
-        image_size: size to crop or resize to, or None for the data's own.
-        flow_steps, levels, hidden_channels, coupling, mixing: of :class:`glow_kernels.models.Glow`.
-        conditional: condition the top prior on the classes of the data, and train the classification head.
-        class_weight: weight of the classification loss, in bits per dimension per bit of cross-entropy.
-        iterations: number of optimisation steps.
-        batch_size: images per step.
-        optimizer: ``"adam"`` or ``"adamax"``.
-        learning_rate: after the warm-up.
-        warmup: steps over which the learning rate rises linearly from zero.
-        schedule: ``"constant"``, or ``"cosine"`` to fall to zero at the last step.
-        weight_decay: decoupled, of the convolutions' weights in the coupling networks.
-        clip: largest norm of the gradient; larger ones are scaled down.
-        ema: decay of the moving average of the weights, which is what is evaluated and sampled.
-        precision: ``"float32"``, or ``"bfloat16"`` to run the coupling networks under autocast.
-        seed: of weights, noise and order of the data.
-        validate_every: steps between validations.
-        patience: validations without improvement before training stops; 0 never stops early.
-        log_every: steps between entries of the metrics.
-    """
-
-    dataset: str = "digits"
-    n_bits: int = 8
-    image_size: int | None = None
-    flow_steps: int = 32
-    levels: int = 3
-    hidden_channels: int = 512
-    coupling: str = "affine"
-    mixing: str = "lu"
-    conditional: bool = False
-    class_weight: float = 0.01
-    iterations: int = 100_000
-    batch_size: int = 64
-    optimizer: str = "adam"
-    learning_rate: float = 1e-3
-    warmup: int = 100
-    schedule: str = "cosine"
-    weight_decay: float = 0.0
-    clip: float = 100.0
-    ema: float = 0.999
-    precision: str = "float32"
-    seed: int = 0
-    validate_every: int = 100
-    patience: int = 0
-    log_every: int = 10
+    dataset: str = _option("digits", "digits, patches, cifar10:PATH, folder:PATH or array:PATH")
+    n_bits: int = _option(8, "bits kept of every pixel value, 1 to 8")
+    image_size: int | None = _option(None, "size to crop or resize images to")
+    flow_steps: int = _option(32, "steps of flow per level")
+    levels: int = _option(3, "levels of the multi-scale architecture")
+    hidden_channels: int = _option(512, "width of the coupling networks")
+    coupling: str = _option("affine", "coupling of the halves", choices=("affine", "additive"))
+    mixing: str = _option("lu", "how channels are mixed", choices=("lu", "plain", "reverse", "shuffle"))
+    conditional: bool = _option(False, "condition on the classes of the data, and learn to classify")
+    class_weight: float = _option(0.01, "weight of the classification loss beside bits per dimension")
+    iterations: int = _option(100_000, "optimisation steps")
+    batch_size: int = _option(64, "images per step")
+    optimizer: str = _option("adam", "optimiser", choices=("adam", "adamax"))
+    learning_rate: float = _option(1e-3, "learning rate after the warm-up")
+    warmup: int = _option(100, "steps over which the learning rate rises from zero")
+    schedule: str = _option("cosine", "learning rate after the warm-up", choices=("constant", "cosine"))
+    weight_decay: float = _option(0.0, "decoupled weight decay of the coupling networks")
+    clip: float = _option(100.0, "largest norm of the gradient; larger ones are scaled down")
+    ema: float = _option(0.999, "decay of the moving average of the weights, which is what is evaluated")
+    precision: str = _option("float32", "of the coupling networks", choices=("float32", "bfloat16"))
+    seed: int = _option(0, "of weights, noise and the order of the data")
+    validate_every: int = _option(100, "steps between validations")
+    patience: int = _option(0, "validations without improvement before stopping early; 0 never stops early")
+    log_every: int = _option(10, "steps between entries of the metrics")
 
     def __post_init__(self) -> None:
         for name in (
@@ -80,8 +60,11 @@ class TrainingConfig:
         for name in ("learning_rate", "clip"):
             _require(getattr(self, name) > 0, name, "above 0", getattr(self, name))
         _require(0 <= self.ema < 1, "ema", "in [0, 1)", self.ema)
-        for name, choices in CHOICES.items():
-            _require(getattr(self, name) in choices, name, "one of " + ", ".join(choices), getattr(self, name))
+        for option in fields(self):
+            choices = option.metadata["choices"]
+            if choices is not None:
+                got = getattr(self, option.name)
+                _require(got in choices, option.name, "one of " + ", ".join(choices), got)
 
     @classmethod
     def for_dataset(cls, dataset: str, **options: Any) -> TrainingConfig:
@@ -92,7 +75,7 @@ class TrainingConfig:
     @classmethod
     def from_json(cls, document: Mapping[str, Any], source: str) -> TrainingConfig:
         """The configuration that :meth:`to_json` wrote; ``source`` names it in errors."""
-        known = {field.name for field in dataclasses.fields(cls)}
+        known = {option.name for option in fields(cls)}
         unknown = sorted(set(document) - known)
         if unknown:
             raise CheckpointError(f"{source} has unknown settings {', '.join(unknown)}: it is from another version")
@@ -103,7 +86,7 @@ class TrainingConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return dataclasses.asdict(self)
+        return asdict(self)
 
     def build_model(self, channels: int, image_size: tuple[int, int], n_bins: int, num_classes: int | None) -> Glow:
         """The model for images of this shape, with freshly drawn weights.
@@ -136,14 +119,6 @@ class TrainingConfig:
             raise UsageError(f"conditional needs data with classes, and {data.name} has none")
         return self.build_model(data.channels, data.image_size, data.n_bins, data.num_classes)
 
-
-CHOICES = {
-    "coupling": ("affine", "additive"),
-    "mixing": ("lu", "plain", "reverse", "shuffle"),
-    "optimizer": ("adam", "adamax"),
-    "schedule": ("constant", "cosine"),
-    "precision": ("float32", "bfloat16"),
-}
 
 # Small data and small images want small models; everything else gets the paper's size.
 PRESETS: dict[str, dict[str, Any]] = {

@@ -14,16 +14,15 @@ from torch import Tensor, nn
 
 from glow_kernels.errors import CheckpointError, MissingDependencyError, TrainingError
 from glow_kernels.nn.network import ActNormConv2d, ZeroConv2d
-from glow_kernels.training import checkpoint, metrics, pictures, run
+from glow_kernels.training import checkpoint, gallery, metrics, run_folder
 from glow_kernels.training.config import TrainingConfig
 from glow_kernels.training.data import BatchSampler, ImageData
 from glow_kernels.training.ema import MovingAverage
-from glow_kernels.training.evaluation import BitsPerDim, evaluate, reconstruct
+from glow_kernels.training.evaluation import BitsPerDim, evaluate
 from glow_kernels.training.interruption import Interruption
 
 MAX_NON_FINITE = 5
 INITIALIZATION_BATCH = 256
-PICTURED = 8
 VALIDATION_SEED = 1
 
 
@@ -48,7 +47,7 @@ class Trainer:
     Args:
         config: what to train and how.
         data: what to train on.
-        folder: the run folder, prepared by :func:`glow_kernels.training.run.prepare`.
+        folder: the run folder, prepared by :func:`glow_kernels.training.run_folder.prepare`.
         device: where to train.
         resume: go on from the last checkpoint in ``folder``; on one CPU the losses are bit for bit those of a run that
             was never interrupted.
@@ -194,24 +193,10 @@ class Trainer:
 
     def _draw(self) -> None:
         model, data = self.average.model, self.data
-        generator = torch.Generator(self.device).manual_seed(VALIDATION_SEED)
-        labels = None
-        if self.config.conditional and data.num_classes is not None:
-            labels = torch.arange(64, device=self.device) % data.num_classes
-        samples = model.sample(64, labels=labels, generator=generator)
-        pictures.grid(model.quantize(samples).cpu(), self.folder / "samples.png", n_bins=data.n_bins)
-        levels = data.validation[:PICTURED].to(self.device)
-        x = model.dequantize(levels, generator)
-        given = data.validation_labels if self.config.conditional else None
-        reconstructed, error = reconstruct(model, x, None if given is None else given[:PICTURED].to(self.device))
-        pictures.reconstruction(
-            (x + 0.5) * data.n_bins,
-            (reconstructed + 0.5) * data.n_bins,
-            self.folder / "reconstruction.png",
-            n_bins=data.n_bins,
-            error=error,
-        )
-        pictures.curve(metrics.read(self.folder), self.folder / "curve.png")
+        labels = data.validation_labels if self.config.conditional else None
+        gallery.draw_samples(model, self.folder / "samples.png")
+        gallery.draw_reconstruction(model, data.validation, labels, self.folder / "reconstruction.png")
+        gallery.draw_curve(self.folder, self.folder / "curve.png")
 
     def _is_due(self, every: int) -> bool:
         return self.progress.iteration % every == 0 or self.progress.iteration == self.config.iterations
@@ -226,7 +211,7 @@ class Trainer:
         return (
             f"{MAX_NON_FINITE} steps in a row gave a non-finite loss or gradient, the last at iteration "
             f"{self.progress.iteration}; the weights were not touched by them, and the last good checkpoint is "
-            f"{self.folder / run.LAST}. Try a lower --learning-rate, a longer --warmup or a smaller --clip"
+            f"{self.folder / run_folder.LAST}. Try a lower --learning-rate, a longer --warmup or a smaller --clip"
         )
 
     def _save(self) -> None:
@@ -240,31 +225,31 @@ class Trainer:
             "noise": self.noise.get_state(),
         }
         document: dict[str, Any] = {
-            "model": run.describe_model(self.config, self.data),
+            "model": run_folder.describe_model(self.config, self.data),
             "optimizer": optimizer_document,
             "sampler": {name: value for name, value in sampler.items() if not isinstance(value, Tensor)},
             "progress": _finite(vars(self.progress)),
         }
-        checkpoint.save(self.folder / run.LAST, tensors, document)
+        checkpoint.save(self.folder / run_folder.LAST, tensors, document)
 
     def _save_best(self, result: BitsPerDim) -> None:
         document: dict[str, Any] = {
-            "model": run.describe_model(self.config, self.data),
+            "model": run_folder.describe_model(self.config, self.data),
             "iteration": self.progress.iteration,
             "validation_bits_per_dim": result.mean,
         }
         tensors = _prefixed("average.", self.average.model.state_dict())
-        checkpoint.save(self.folder / run.BEST, tensors, document)
+        checkpoint.save(self.folder / run_folder.BEST, tensors, document)
 
     def _restore(self) -> None:
-        path = self.folder / run.LAST
+        path = self.folder / run_folder.LAST
         tensors, document = checkpoint.load(path)
-        checkpoint.load_weights(self.model, run.take(tensors, "model."), path)
-        checkpoint.load_weights(self.average.model, run.take(tensors, "average."), path)
+        checkpoint.load_weights(self.model, run_folder.take(tensors, "model."), path)
+        checkpoint.load_weights(self.average.model, run_folder.take(tensors, "average."), path)
         try:
-            checkpoint.restore_optimizer(self.optimizer, run.take(tensors, "optimizer."), document["optimizer"])
+            checkpoint.restore_optimizer(self.optimizer, run_folder.take(tensors, "optimizer."), document["optimizer"])
             sampler: Any = document["sampler"]
-            self.sampler.load_state_dict({**sampler, **run.take(tensors, "sampler.")})
+            self.sampler.load_state_dict({**sampler, **run_folder.take(tensors, "sampler.")})
             self.noise.set_state(tensors["noise"])
             progress: Any = document["progress"]
             finite_or_inf: dict[str, Any] = {

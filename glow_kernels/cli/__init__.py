@@ -1,0 +1,52 @@
+"""The command line: ``glow-kernels``, also as ``python -m glow_kernels``. A subcommand is a file of this folder."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from glow_kernels import __version__
+from glow_kernels.allocator import tune_allocator
+from glow_kernels.cli import evaluate, info, interpolate, sample, train
+from glow_kernels.errors import GlowKernelsError
+
+COMMANDS = (train, evaluate, sample, interpolate, info)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, 1 for an error, 2 for a wrong use."""
+    arguments = _parser().parse_args(argv)
+    tune_allocator()
+    try:
+        arguments.run(arguments)
+    except (GlowKernelsError, OSError) as error:
+        if arguments.debug:
+            raise
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        return getattr(error, "exit_code", 1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; see '{self.prog} --help'\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="glow-kernels", description="Train, evaluate and sample Glow, a normalizing flow for images.")
+    parser.add_argument("--version", action="version", version=f"glow_kernels {__version__}")
+    subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        subparser = command.add_parser(subparsers)
+        subparser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        subparser.set_defaults(run=command.run)
+    return parser
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,81 @@
+"""Arguments that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from glow_kernels.errors import DataError, UsageError
+from glow_kernels.models import Glow
+from glow_kernels.training import data as datasets
+from glow_kernels.training.config import TrainingConfig
+from glow_kernels.training.data import ImageData
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """The run folder, as a position."""
+    parser.add_argument("run_folder", metavar="RUN", type=Path, help="run folder that 'glow-kernels train' made")
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Where to compute."""
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; the default is a GPU if there is one")
+
+
+def device(arguments: argparse.Namespace) -> torch.device:
+    """The device that ``--device`` names.
+
+    Raises:
+        UsageError: there is no such device here.
+    """
+    name = arguments.device
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        # A tensor, since a device object can be made of any known name.
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+
+
+def positive_int(text: str) -> int:
+    """A whole number of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return number
+
+
+def not_negative_int(text: str) -> int:
+    """A whole number of at least 0."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, got {text}")
+    return number
+
+
+def temperature(text: str) -> float:
+    """A finite number of at least 0."""
+    number = float(text)
+    if not 0.0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a finite number of at least 0, got {text}")
+    return number
+
+
+def load_data(dataset: str | None, config: TrainingConfig, model: Glow) -> ImageData:
+    """The data of a run, or other data, which must fit its model.
+
+    Raises:
+        DataError: they do not fit the model.
+    """
+    data = datasets.load(dataset or config.dataset, n_bits=config.n_bits, image_size=config.image_size)
+    got = (data.channels, *data.image_size), data.n_bins
+    expected = (model.in_channels, *model.image_size), model.n_bins
+    if got != expected:
+        raise DataError(
+            f"{data.name} has images of shape {got[0]} with {got[1]} levels, and the model takes shape {expected[0]} "
+            f"with {expected[1]} levels"
+        )
+    return data

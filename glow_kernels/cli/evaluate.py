@@ -1,0 +1,45 @@
+"""``glow-kernels evaluate``: bits per dimension of a trained model."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from glow_kernels.cli import arguments as common
+from glow_kernels.training import evaluation, run_folder
+
+SPLITS = ("test", "validation", "train")
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """Declare the command."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "evaluate",
+        help="bits per dimension of a trained model",
+        description="Bits per dimension of a trained model on images that it was not trained on, with its standard "
+        "error over images.",
+    )
+    common.add_run(parser)
+    common.add_device(parser)
+    parser.add_argument("--split", choices=SPLITS, default="test", help="which images (default: test)")
+    parser.add_argument("--dataset", help="other data of the same size, as for 'train' (default: those of the run)")
+    parser.add_argument(
+        "--draws", type=common.positive_int, default=4, help="draws of the dequantisation noise (default: 4)"
+    )
+    parser.add_argument("--batch-size", type=common.positive_int, default=256, help="images at a time (default: 256)")
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print bits per dimension and the reconstruction error."""
+    model, config, _ = run_folder.load_model(arguments.run_folder, common.device(arguments))
+    data = common.load_data(arguments.dataset, config, model)
+    levels = getattr(data, arguments.split)
+    labels = getattr(data, f"{arguments.split}_labels") if config.conditional else None
+    result = evaluation.evaluate(model, levels, labels, draws=arguments.draws, batch_size=arguments.batch_size)
+    few = slice(0, arguments.batch_size)
+    device = next(model.parameters()).device
+    x = model.dequantize(levels[few].to(device))
+    _, error = evaluation.reconstruct(model, x, None if labels is None else labels[few].to(device))
+    print(f"{result} bits/dim on {result.images:,} {arguments.split} images of {data.name}, {result.draws} draws each")
+    print(f"{error:.1e} largest |decode(encode(x)) - x|")

@@ -1,0 +1,116 @@
+"""``glow-kernels train``: train a Glow and leave a run folder."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from glow_kernels.cli import arguments as common
+from glow_kernels.errors import UsageError
+from glow_kernels.training import data as datasets
+from glow_kernels.training import gallery, run_folder
+from glow_kernels.training.config import TrainingConfig
+from glow_kernels.training.evaluation import evaluate
+from glow_kernels.training.trainer import Trainer
+
+TYPES = {"int": int, "int | None": int, "float": float, "str": str}
+CAN_CHANGE = ("iterations", "patience")
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """Declare the command."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "train",
+        help="train a Glow",
+        description="Train a Glow. Without options: the 8x8 digits of scikit-learn, in a few minutes on a CPU. "
+        "Ctrl-C saves and stops; --resume goes on as if nothing had happened.",
+    )
+    parser.add_argument("--run", dest="folder", type=Path, help="run folder to make (default: runs/DATASET)")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in the run folder")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run in the run folder")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    common.add_device(parser)
+    group = parser.add_argument_group(
+        "settings", "defaults depend on the data; a run keeps its settings in config.json"
+    )
+    for option in fields(TrainingConfig):
+        flag = "--" + option.name.replace("_", "-")
+        description = option.metadata["help"]
+        if option.type == "bool":
+            group.add_argument(flag, dest=option.name, action="store_true", default=None, help=description)
+        else:
+            type_, choices = TYPES[str(option.type)], option.metadata["choices"]
+            group.add_argument(flag, dest=option.name, type=type_, choices=choices, help=description)
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Train, then evaluate the best weights on the test split and draw the pictures."""
+    settings = {option.name: getattr(arguments, option.name) for option in fields(TrainingConfig)}
+    given = {name: value for name, value in settings.items() if value is not None}
+    device = common.device(arguments)
+    folder, config = _resumed(arguments, given) if arguments.resume else _new(arguments, given)
+    data = datasets.load(config.dataset, n_bits=config.n_bits, image_size=config.image_size)
+    if not arguments.resume:
+        config.build_model_for(data)
+        run_folder.prepare(folder, config, overwrite=arguments.overwrite)
+    trainer = Trainer(config, data, folder, device=device, resume=arguments.resume, show_progress=not arguments.quiet)
+    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    print(f"training a Glow of {parameters:,} parameters on {len(data.train):,} images of {data.name}, in {folder}")
+    started = time.perf_counter()
+    if not trainer.train():
+        print(f"stopped at iteration {trainer.progress.iteration}, everything is saved; go on with:")
+        print(f"  glow-kernels train --run {folder} --resume")
+        return
+    _report(trainer, data, folder, device, time.perf_counter() - started)
+
+
+def _new(arguments: argparse.Namespace, given: dict[str, Any]) -> tuple[Path, TrainingConfig]:
+    dataset = given.pop("dataset", "digits")
+    config = TrainingConfig.for_dataset(dataset, **given)
+    name, _, _ = dataset.partition(":")
+    return arguments.folder or Path("runs") / name, config
+
+
+def _resumed(arguments: argparse.Namespace, given: dict[str, Any]) -> tuple[Path, TrainingConfig]:
+    if arguments.overwrite:
+        raise UsageError("--resume and --overwrite exclude each other")
+    if arguments.folder is None:
+        raise UsageError("--resume needs --run: name the run folder to go on with")
+    for name in given:
+        if name not in CAN_CHANGE:
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(f"--resume goes on with the settings in {arguments.folder}: drop {flag}")
+    config = run_folder.read_config(arguments.folder)
+    return arguments.folder, TrainingConfig(**{**config.to_json(), **given})
+
+
+def _report(trainer: Trainer, data: datasets.ImageData, folder: Path, device: torch.device, seconds: float) -> None:
+    model, config, document = run_folder.load_model(folder, device)
+    labels = data.test_labels if config.conditional else None
+    result = evaluate(model, data.test, labels, draws=max(1, 4096 // len(data.test)))
+    gallery.draw_samples(model, folder / "samples.png")
+    error = gallery.draw_reconstruction(model, data.test, labels, folder / "reconstruction.png")
+    pairs = min(8, len(data.test) // 2)
+    ends = None if labels is None else (labels[:pairs], labels[pairs : 2 * pairs])
+    path = folder / "interpolation.png"
+    gallery.draw_interpolation(model, data.test[:pairs], data.test[pairs : 2 * pairs], ends, path)
+    gallery.draw_curve(folder, folder / "curve.png")
+    progress = trainer.progress
+    images_per_second = progress.iteration * len(data.train[: config.batch_size]) / progress.seconds
+    rows = {
+        "test bits/dim": f"{result}  ({result.images:,} images, never trained on)",
+        "validation bits/dim": f"{document['validation_bits_per_dim']:.4f}  (best, at iteration {document['iteration']})",
+        "reconstruction error": f"{error:.1e}  (largest |decode(encode(x)) - x|)",
+        "training speed": f"{images_per_second:,.0f} images/s  ({progress.iteration:,} iterations, {seconds:.0f} s)",
+        "skipped steps": f"{progress.skipped}  (non-finite loss or gradient)",
+        "pictures": ", ".join(str(folder / name) for name in run_folder.PICTURES),
+    }
+    print()
+    for name, value in rows.items():
+        print(f"  {name:<22}{value}")

@@ -1,0 +1,66 @@
+"""The pictures that a run folder holds: samples, reconstructions, interpolations and the training curve."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from glow_kernels.models import Glow
+from glow_kernels.training import metrics, pictures
+from glow_kernels.training.evaluation import interpolate, reconstruct
+
+RECONSTRUCTED = 8
+
+
+def draw_samples(
+    model: Glow,
+    path: Path,
+    *,
+    count: int = 64,
+    temperature: float = 0.7,
+    label: int | None = None,
+    seed: int = 0,
+    batch_size: int = 256,
+) -> None:
+    """A grid of samples; of a model with classes every class in turn, or only class ``label``."""
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    parts = []
+    for start in range(0, count, batch_size):
+        numbers = torch.arange(start, min(start + batch_size, count), device=device)
+        labels = None
+        if model.num_classes is not None:
+            labels = numbers % model.num_classes if label is None else torch.full_like(numbers, label)
+        parts.append(model.quantize(model.sample(len(numbers), temperature, labels, generator)).cpu())
+    pictures.grid(torch.cat(parts), path, n_bins=model.n_bins)
+
+
+def draw_reconstruction(model: Glow, levels: Tensor, labels: Tensor | None, path: Path) -> float:
+    """Images (N, C, H, W), what comes back from the latents, and the difference; returns the largest difference."""
+    device = next(model.parameters()).device
+    x = model.dequantize(levels[:RECONSTRUCTED].to(device), torch.Generator(device).manual_seed(0))
+    part_labels = None if labels is None else labels[:RECONSTRUCTED].to(device)
+    reconstructed, error = reconstruct(model, x, part_labels)
+    before, after = (x + 0.5) * model.n_bins, (reconstructed + 0.5) * model.n_bins
+    pictures.reconstruction(before, after, path, n_bins=model.n_bins, error=error)
+    return error
+
+
+def draw_interpolation(
+    model: Glow, start: Tensor, end: Tensor, labels: tuple[Tensor, Tensor] | None, path: Path, *, count: int = 9
+) -> None:
+    """One row of ``count`` images for each pair of images in ``start`` and ``end``, both (R, C, H, W) levels."""
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(0)
+    first = model.dequantize(start.to(device), generator)
+    last = model.dequantize(end.to(device), generator)
+    moved = None if labels is None else (labels[0].to(device), labels[1].to(device))
+    rows = interpolate(model, first, last, count, moved)
+    pictures.interpolation(model.quantize(rows).cpu(), path, n_bins=model.n_bins)
+
+
+def draw_curve(folder: Path, path: Path) -> None:
+    """Bits per dimension against iterations, from the metrics in ``folder``."""
+    pictures.curve(metrics.read(folder), path)
