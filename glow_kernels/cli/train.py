@@ -105,7 +105,7 @@ def _report(trainer: Trainer, data: datasets.ImageData, folder: Path, device: to
     images_per_second = progress.iteration * len(data.train[: config.batch_size]) / progress.seconds
     rows = {
         "test bits/dim": f"{result}  ({result.images:,} images, never trained on)",
-        "validation bits/dim": f"{document['validation_bits_per_dim']:.4f}  (best, at iteration {document['iteration']})",
+        "validation": f"{document['validation_bits_per_dim']:.4f}  (best, at iteration {document['iteration']:,})",
         "reconstruction error": f"{error:.1e}  (largest |decode(encode(x)) - x|)",
         "training speed": f"{images_per_second:,.0f} images/s  ({progress.iteration:,} iterations, {seconds:.0f} s)",
         "skipped steps": f"{progress.skipped}  (non-finite loss or gradient)",
