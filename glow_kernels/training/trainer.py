@@ -284,7 +284,7 @@ def _build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Op
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     if config.optimizer == "adamax":
         return torch.optim.Adamax(groups, lr=config.learning_rate)
-    return torch.optim.AdamW(groups, lr=config.learning_rate)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
 
 
 def _learning_rate(config: TrainingConfig, iteration: int) -> float:

@@ -1,0 +1,112 @@
+"""What every data source returns, and what the sources share: levels, parts and messages."""
+
+import importlib
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from glow_kernels.errors import DataError, MissingDependencyError, UsageError
+
+# Fixed for ever: with another seed, images held out of an old run would be trained on by a new one.
+SPLIT_SEED = 0
+
+
+@dataclass(frozen=True, eq=False)
+class ImageData:
+    """Images as integer levels, split into parts that never overlap.
+
+    Attributes:
+        name: The specification that the data was made from, for example ``digits`` or ``folder:/x``.
+        n_bins: Number of intensity levels; pixel values are 0 .. ``n_bins - 1``.
+        train: Images to learn from, uint8 of shape (N, C, H, W); the other parts differ in N only.
+        validation: Images for early stopping and the choice of the best checkpoint.
+        test: Images held out: never trained on, never used to choose anything.
+        train_labels: Classes 0 .. ``num_classes - 1`` of ``train``, int64 of shape (N,), or None.
+        validation_labels: Those of ``validation``.
+        test_labels: Those of ``test``.
+        num_classes: Number of classes; None, as are all labels, if the data has none.
+    """
+
+    name: str
+    n_bins: int
+    train: Tensor
+    validation: Tensor
+    test: Tensor
+    train_labels: Tensor | None = None
+    validation_labels: Tensor | None = None
+    test_labels: Tensor | None = None
+    num_classes: int | None = None
+
+    @property
+    def channels(self) -> int:
+        """Channels of an image."""
+        return self.train.shape[1]
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of an image, in pixels."""
+        return self.train.shape[2], self.train.shape[3]
+
+
+def require(module: str, package: str, purpose: str) -> ModuleType:
+    """Import a module of an optional package.
+
+    Raises:
+        MissingDependencyError: it cannot be imported.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingDependencyError(f"{purpose} needs {package}: pip install 'glow_kernels[train]'") from error
+
+
+def one_line(error: Exception) -> str:
+    """The message of an error of another library, fit to stand inside one of ours."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def to_levels(images: Tensor, n_bits: int) -> Tensor:
+    """Keep the ``n_bits`` most significant bits of 8-bit images (uint8, any shape)."""
+    return images >> (8 - n_bits)
+
+
+def check_image_size(image_size: int | None, actual: tuple[int, int], name: str) -> None:
+    """Refuse an image size that is not that of data with a fixed size.
+
+    Raises:
+        UsageError: ``image_size`` is given and not both height and width in ``actual``.
+    """
+    if image_size is not None and actual != (image_size, image_size):
+        raise UsageError(
+            f"image_size {image_size} does not fit {name}: its images are {actual[0]}x{actual[1]} and are not "
+            "resized; leave image_size out"
+        )
+
+
+def split_indices(count: int, validation: int, test: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Indices, int64, of the train, validation and test parts of ``count`` images, always the same ones.
+
+    Raises:
+        MissingDependencyError: NumPy is not installed.
+    """
+    # NumPy and not torch: torch promises no stable random numbers, and a split must outlive an upgrade.
+    numpy = require("numpy", "NumPy", "splitting data")
+    order = torch.from_numpy(numpy.random.default_rng(SPLIT_SEED).permutation(count))
+    return order[test + validation :], order[test : test + validation], order[:test]
+
+
+def split_80_10_10(count: int, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Like :func:`split_indices`, with a tenth, but at least one image, for validation and for test.
+
+    Raises:
+        DataError: there are fewer than 3 images.
+        MissingDependencyError: NumPy is not installed.
+    """
+    if count < 3:
+        raise DataError(
+            f"{name} has {count} image(s) and at least 3 are needed, one each to train, validate and test; add images"
+        )
+    tenth = max(1, count // 10)
+    return split_indices(count, validation=tenth, test=tenth)
