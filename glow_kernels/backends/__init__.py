@@ -15,8 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 
-import torch
-
 from glow_kernels.errors import BackendUnavailableError, UsageError
 
 PREFERENCE = ("native", "triton", "reference")
@@ -91,8 +89,7 @@ def select() -> str:
     if _chosen is not None:
         return _chosen
     name = os.environ.get(ENVIRONMENT_VARIABLE)
-    selected: str = _require(name) if name else _default()
-    return selected
+    return _require(name) if name else _default()
 
 
 def implementation(backend: str, operator: str) -> ModuleType:
@@ -100,8 +97,6 @@ def implementation(backend: str, operator: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{backend}.{operator}")
 
 
-# What follows is constant while the process lives, and looks at files, which torch.compile cannot trace.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _require(name: str) -> str:
     status = backend_status(name)
     if not status.available:
@@ -109,6 +104,11 @@ def _require(name: str) -> str:
     return name
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _default() -> str:
     return available_backends()[0]
+
+
+# These are constant while the process lives, and look at files, which torch.compile cannot trace. The mark is what
+# torch.compiler.assume_constant_result sets; calling that would import the whole compiler, and Triton with it.
+for _constant in (_require, _default):
+    _constant._dynamo_marked_constant = True  # type: ignore[attr-defined, union-attr]

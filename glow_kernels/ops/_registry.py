@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from glow_kernels import backends
 
 _LIBRARY = torch.library.Library("glow_kernels", "DEF")  # type: ignore[no-untyped-call]
-_REGISTERED = ("reference",)
 
 
 class Operator:
-    """An operator that every backend implements.
+    """An operator that one or more backends implement.
 
     Args:
         module: name of the file that implements it in each backend.
@@ -28,6 +27,8 @@ class Operator:
         fake: shapes, types and strides of the results.
         setup_context, backward: the autograd rule as for ``torch.library.register_autograd``; ``backward`` gets the
             backend's module as its first argument. Without them the operator is not differentiable.
+        native: whether the native backend has it. Its implementation comes from the shared library, and the file of
+            this name in ``backends/native`` says which arguments it ``supports``; the reference takes the others.
     """
 
     def __init__(
@@ -39,38 +40,53 @@ class Operator:
         fake: Callable[..., Any],
         setup_context: Callable[..., None] | None = None,
         backward: Callable[..., Any] | None = None,
+        native: bool = False,
     ) -> None:
         self._overloads: dict[str, Callable[..., Any]] = {}
-        for backend in _REGISTERED:
+        self._native: Any = backends.implementation("native", module) if native else None
+        for backend in ("native", "reference") if native else ("reference",):
+            implementation = backends.implementation(backend, module)
+            rule = None if backward is None else functools.partial(backward, implementation)
+            python = getattr(implementation, function) if backend == "reference" else None
             name = f"{module}_{function}_{backend}"
-            qualified_name = f"glow_kernels::{name}"
-            _LIBRARY.define(name + schema)  # type: ignore[no-untyped-call]
-            _LIBRARY.impl(name, _implementation(backend, module, function), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-            torch.library.register_fake(qualified_name, fake, lib=_LIBRARY)
-            if backward is not None:
-                rule = functools.partial(backward, _LazyModule(backend, module))
-                torch.library.register_autograd(qualified_name, rule, setup_context=setup_context, lib=_LIBRARY)
-            self._overloads[backend] = getattr(torch.ops.glow_kernels, name).default
+            self._overloads[backend] = _register(name, schema, fake, python, setup_context, rule)
 
     def __call__(self, *args: Any) -> Any:
-        """Compute with the backend that is selected now."""
-        return self._overloads[backends.select()](*args)
+        """Compute with the backend that is selected now, or the reference where that one does not support ``args``."""
+        backend = backends.select()
+        if backend not in self._overloads or (backend == "native" and not self._native.supports(*args)):
+            backend = "reference"
+        return self._overloads[backend](*args)
 
 
-class _LazyModule:
-    """A backend's module, imported at its first use: importing glow_kernels loads no Triton and no shared library."""
+def register_backward(name: str, schema: str, fake: Callable[..., Any]) -> None:
+    """Register the backward of an operator in one backend, implemented in its shared library.
 
-    def __init__(self, backend: str, module: str) -> None:
-        self._name = (backend, module)
-
-    def __getattr__(self, function: str) -> Any:
-        return getattr(backends.implementation(*self._name), function)
+    The reference needs none: its backward is plain PyTorch, and so can be differentiated again.
+    """
+    _register(name, schema, fake, None, None, functools.partial(_refuse, name))
 
 
-def _implementation(backend: str, module: str, function: str) -> Callable[..., Any]:
-    lazy = _LazyModule(backend, module)
+def _refuse(name: str, *_: Any) -> NoReturn:
+    raise RuntimeError(
+        f"{name} cannot be differentiated again: compute second derivatives with glow_kernels.use_backend('reference')"
+    )
 
-    def call(*args: Any) -> Any:
-        return getattr(lazy, function)(*args)
 
-    return call
+def _register(
+    name: str,
+    schema: str,
+    fake: Callable[..., Any],
+    implementation: Callable[..., Any] | None,
+    setup_context: Callable[..., None] | None,
+    rule: Callable[..., Any] | None,
+) -> Callable[..., Any]:
+    qualified_name = f"glow_kernels::{name}"
+    _LIBRARY.define(name + schema)  # type: ignore[no-untyped-call]
+    if implementation is not None:
+        _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(qualified_name, fake, lib=_LIBRARY)
+    if rule is not None:
+        torch.library.register_autograd(qualified_name, rule, setup_context=setup_context, lib=_LIBRARY)
+    overload: Callable[..., Any] = getattr(torch.ops.glow_kernels, name).default
+    return overload
