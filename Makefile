@@ -4,9 +4,19 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help demo test lint format clean
+LIBRARY := glow_kernels/_C.so
+
+ifeq ($(origin CXX),default)
+CXX := $(shell command -v c++ || command -v g++ || command -v clang++)
+endif
+export CXX
+# Demo and tests run without a compiler too, on the reference backend.
+NATIVE := $(if $(shell command -v $(firstword $(CXX)) 2>/dev/null),$(LIBRARY),no-compiler)
+
+.PHONY: help build demo test lint format clean no-compiler
 
 help:
+	@echo "make build   compile the native CPU library, which needs a C++ compiler; CXX=clang++ chooses another"
 	@echo "make demo    train a Glow on scikit-learn's digits, about two minutes on two cores; pictures in runs/demo"
 	@echo "make test    run the tests"
 	@echo "make lint    ruff, mypy and clang-format"
@@ -14,10 +24,12 @@ help:
 	@echo "make clean   remove .venv and what builds and tests leave behind"
 	@echo "PYTHON=python3.12 and TORCH=torch==2.10.0 choose others for a new .venv"
 
-demo: $(INSTALLED)
+build: $(LIBRARY)
+
+demo: $(INSTALLED) $(NATIVE)
 	$(BIN)/glow-kernels train --run runs/demo --overwrite
 
-test: $(INSTALLED)
+test: $(INSTALLED) $(NATIVE)
 	$(BIN)/python -m pytest
 
 lint: $(INSTALLED)
@@ -32,7 +44,14 @@ format: $(INSTALLED)
 	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' | xargs -r $(BIN)/clang-format -i
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis $(LIBRARY) $(LIBRARY:.so=.json)
+
+# The folders are among what find lists, so that a file taken away counts as a change too.
+$(LIBRARY): setup.py $(shell find csrc) | $(INSTALLED)
+	GLOW_KERNELS_BUILD=cpu $(BIN)/python setup.py --quiet build_ext --inplace
+
+no-compiler:
+	@echo "no C++ compiler: the native library is not built, the reference backend computes; install g++ or clang++"
 
 # torch comes first and pinned, since a looser requirement may fetch gigabytes; an isolated build would fetch it again.
 $(INSTALLED): pyproject.toml setup.py
@@ -40,5 +59,5 @@ $(INSTALLED): pyproject.toml setup.py
 		{ echo "glow_kernels needs Python 3.10 or newer: choose one with 'make PYTHON=python3.12 ...'"; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" "setuptools>=77"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[train,dev]"
+	GLOW_KERNELS_BUILD=none $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[train,dev]"
 	@touch $@

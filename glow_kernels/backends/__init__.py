@@ -111,4 +111,4 @@ def _default() -> str:
 # These are constant while the process lives, and look at files, which torch.compile cannot trace. The mark is what
 # torch.compiler.assume_constant_result sets; calling that would import the whole compiler, and Triton with it.
 for _constant in (_require, _default):
-    _constant._dynamo_marked_constant = True  # type: ignore[attr-defined, union-attr]
+    _constant._dynamo_marked_constant = True  # type: ignore[union-attr]

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from glow_kernels.backends.numerics import compute_dtype, output_format
 from glow_kernels.ops._checks import check_image, check_like, positions
-from glow_kernels.ops._registry import Operator
+from glow_kernels.ops._registry import Operator, register_backward
 
 
 def actnorm_conv1x1(
@@ -126,6 +126,11 @@ def _apply_fake(x: Tensor, matrix: Tensor, shift: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=output_format(x))
 
 
+def _apply_backward_fake(grad: Tensor, x: Tensor, matrix: Tensor, needs_grad_x: bool) -> tuple[Tensor, Tensor, Tensor]:
+    grad_x = torch.empty_like(x, memory_format=output_format(x)) if needs_grad_x else x.new_empty(0)
+    return grad_x, torch.empty_like(matrix, memory_format=torch.contiguous_format), matrix.new_empty(x.shape[1])
+
+
 def _apply_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, matrix, _ = inputs
     ctx.save_for_backward(x, matrix)
@@ -163,4 +168,10 @@ _apply = Operator(
     fake=_apply_fake,
     setup_context=_apply_setup,
     backward=_apply_backward,
+    native=True,
+)
+register_backward(
+    "actnorm_conv1x1_apply_backward_native",
+    "(Tensor grad, Tensor x, Tensor matrix, bool needs_grad_x) -> (Tensor, Tensor, Tensor)",
+    _apply_backward_fake,
 )

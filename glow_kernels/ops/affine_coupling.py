@@ -26,7 +26,7 @@ from torch import Tensor
 
 from glow_kernels.backends.numerics import compute_dtype, output_format
 from glow_kernels.ops._checks import check_choice, check_image, check_like
-from glow_kernels.ops._registry import Operator
+from glow_kernels.ops._registry import Operator, register_backward
 
 KINDS = ("sigmoid", "exp", "tanh", "atan", "softsign", "clip")
 LAYOUTS = ("chunk_scale_shift", "chunk_shift_scale", "interleaved_scale_shift", "interleaved_shift_scale")
@@ -221,6 +221,13 @@ def _fake(x: Tensor, h: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     )
 
 
+def _backward_fake(grad: Tensor, grad_log_det: Tensor, y: Tensor, h: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty_like(y, memory_format=output_format(y)),
+        torch.empty_like(h, memory_format=output_format(h)),
+    )
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     _, h, gain, *ctx.options = inputs
     ctx.save_for_backward(output[0], h, gain)
@@ -245,6 +252,7 @@ _forward = Operator(
     fake=_fake,
     setup_context=_setup_context,
     backward=_forward_rule,
+    native=True,
 )
 _inverse = Operator(
     "affine_coupling",
@@ -253,4 +261,12 @@ _inverse = Operator(
     fake=_fake,
     setup_context=_setup_context,
     backward=_inverse_rule,
+    native=True,
 )
+for _function in ("backward", "inverse_backward"):
+    register_backward(
+        f"affine_coupling_{_function}_native",
+        "(Tensor grad, Tensor grad_log_det, Tensor y, Tensor h, "
+        "str kind, float[] scale_parameters, str layout, str order) -> (Tensor, Tensor)",
+        _backward_fake,
+    )

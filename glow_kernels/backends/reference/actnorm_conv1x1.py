@@ -64,7 +64,7 @@ def fold_inverse(
     matrix = (inverse * (-log_scale.to(wide)).exp().unsqueeze(-1)).to(dtype).contiguous()
     _check_invertible(matrix, info)
     log_det = -log_scale.to(wide).sum(-1) - _log_abs_det(weight.to(wide), weight_log_det)
-    return matrix, -bias, log_det.to(dtype)
+    return matrix, (-bias).contiguous(), log_det.to(dtype)
 
 
 @without_autocast
@@ -104,9 +104,8 @@ def apply(x: Tensor, matrix: Tensor, shift: Tensor) -> Tensor:
 @without_autocast
 def apply_backward(grad: Tensor, x: Tensor, matrix: Tensor, needs_grad_x: bool) -> tuple[Tensor | None, Tensor, Tensor]:
     """Gradients of ``apply``: ``M^T g``, ``sum g x^T``, ``sum g`` (sums over samples and positions)."""
-    wide_grad, wide_x = grad.to(matrix.dtype).flatten(2), x.to(matrix.dtype).flatten(2)
-    if x.dim() == 2:
-        wide_grad, wide_x = wide_grad.unsqueeze(-1), wide_x.unsqueeze(-1)
+    shape = (*x.shape[:2], -1) if x.numel() else (*x.shape[:2], 0)
+    wide_grad, wide_x = grad.to(matrix.dtype).reshape(shape), x.to(matrix.dtype).reshape(shape)
     grad_x = _linear(grad.to(matrix.dtype), matrix.mT, None).to(x.dtype) if needs_grad_x else None
     return grad_x, torch.einsum("bip,bjp->ij", wide_grad, wide_x), wide_grad.sum((0, 2))
 

@@ -1,0 +1,149 @@
+// The linear map of actnorm_conv1x1 on the CPU. The mathematics stands in glow_kernels/ops/actnorm_conv1x1.py, the
+// arithmetic in cpu/kernels/actnorm_conv1x1.cpp.
+#include "cpu/actnorm_conv1x1.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <tuple>
+#include <vector>
+
+#include "cpu/isa.h"
+#include "cpu/planes.h"
+
+namespace glow_kernels {
+namespace {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+
+// The sums over positions are cut into this many parts, whatever the number of threads, and the parts are added in
+// order: so the result does not depend on the number of threads.
+constexpr int64_t kParts = 64;
+
+template <typename T>
+LinearKernels<T> kernels() {
+#if defined(GLOW_KERNELS_HAS_AVX512)
+  if (isa() == Isa::avx512) return avx512::linear_kernels<T>();
+#endif
+#if defined(GLOW_KERNELS_HAS_AVX2)
+  if (isa() == Isa::avx2) return avx2::linear_kernels<T>();
+#endif
+  return baseline::linear_kernels<T>();
+}
+
+template <typename F>
+auto dispatch(const Tensor& x, const F& f) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return f.template operator()<float>();
+    case ScalarType::BFloat16:
+      return f.template operator()<BFloat16>();
+    case ScalarType::Half:
+      return f.template operator()<Half>();
+    default:
+      STD_TORCH_CHECK(x.scalar_type() == ScalarType::Double, "unsupported type of x");
+      return f.template operator()<double>();
+  }
+}
+
+void check(const Tensor& x, const Tensor& matrix) {
+  STD_TORCH_CHECK(x.dim() >= 2, "x must be (B, C, *spatial)");
+  const int64_t channels = x.size(1);
+  STD_TORCH_CHECK(channels <= kMaxChannels, "the native backend takes at most ", kMaxChannels, " channels, got ",
+                  channels);
+  STD_TORCH_CHECK(matrix.dim() == 2 && matrix.size(0) == channels && matrix.size(1) == channels,
+                  "matrix must be (C, C)");
+}
+
+template <typename T>
+Positions<T> positions(const Tensor& x, T* data) {
+  return {data, planes_of(x)};
+}
+
+// Positions that a thread gets at least.
+int64_t grain(int64_t channels) { return std::max<int64_t>(kPositions, 16384 / channels); }
+
+Tensor apply(const Tensor& x_any, const Tensor& matrix_any, const Tensor& shift_any) {
+  check(x_any, matrix_any);
+  const Tensor x = with_planes(x_any);
+  const Tensor matrix = as_contiguous(matrix_any), shift = as_contiguous(shift_any);
+  Tensor z = empty_output(x_any);
+  return dispatch(x, [&]<typename T>() {
+    using A = compute_t<T>;
+    const auto kernel = kernels<T>().apply;
+    const auto source = positions(x, x.const_data_ptr<T>());
+    const auto target = positions(z, z.mutable_data_ptr<T>());
+    const A *matrix_data = matrix.const_data_ptr<A>(), *shift_data = shift.const_data_ptr<A>();
+    const int64_t total = source.planes.batches * source.planes.positions;
+    const int64_t tiles = (total + kPositions - 1) / kPositions;
+    const int64_t tile_grain = std::max<int64_t>(1, grain(x.size(1)) / kPositions);
+    torch::stable::parallel_for(0, tiles, tile_grain, [&](int64_t begin, int64_t end) {
+      kernel(source, matrix_data, shift_data, target, begin * kPositions, std::min(end * kPositions, total));
+    });
+    return z;
+  });
+}
+
+template <typename A>
+std::vector<A> transpose(const A* matrix, int64_t channels) {
+  std::vector<A> transposed(channels * channels);
+  for (int64_t row = 0; row < channels; ++row) {
+    for (int64_t column = 0; column < channels; ++column) {
+      transposed[column * channels + row] = matrix[row * channels + column];
+    }
+  }
+  return transposed;
+}
+
+template <typename A>
+void add_parts(const std::vector<A>& parts, int64_t count, int64_t size, A* target) {
+  for (int64_t i = 0; i < size; ++i) {
+    double total = 0;
+    for (int64_t part = 0; part < count; ++part) total += parts[part * size + i];
+    target[i] = static_cast<A>(total);
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_any, const Tensor& x_any, const Tensor& matrix_any,
+                                            bool needs_grad_x) {
+  check(x_any, matrix_any);
+  const Tensor grad = with_planes(grad_any), x = with_planes(x_any), matrix = as_contiguous(matrix_any);
+  const int64_t channels = x.size(1);
+  Tensor grad_x = needs_grad_x ? empty_output(x_any) : empty_vector(0, x.scalar_type(), x);
+  Tensor grad_matrix = torch::stable::empty({channels, channels}, matrix.scalar_type(), std::nullopt, x.device());
+  Tensor grad_shift = empty_vector(channels, matrix.scalar_type(), x);
+  return dispatch(x, [&]<typename T>() -> std::tuple<Tensor, Tensor, Tensor> {
+    using A = compute_t<T>;
+    const auto kernel = kernels<T>().backward;
+    const auto grad_source = positions(grad, grad.const_data_ptr<T>());
+    const auto x_source = positions(x, x.const_data_ptr<T>());
+    const Positions<T> target = needs_grad_x ? positions(grad_x, grad_x.mutable_data_ptr<T>()) : Positions<T>{};
+    const std::vector<A> transposed = transpose(matrix.const_data_ptr<A>(), channels);
+    const int64_t total = x_source.planes.batches * x_source.planes.positions;
+    const int64_t tiles = (total + kPositions - 1) / kPositions;
+    const int64_t part_size = (tiles + kParts - 1) / kParts * kPositions;
+    const int64_t parts = part_size > 0 ? (total + part_size - 1) / part_size : 0;
+    std::vector<A> matrices(parts * channels * channels), shifts(parts * channels);
+    const int64_t part_grain = part_size > 0 ? std::max<int64_t>(1, grain(channels) / part_size) : 1;
+    torch::stable::parallel_for(0, parts, part_grain, [&](int64_t begin, int64_t end) {
+      for (int64_t part = begin; part < end; ++part) {
+        kernel(grad_source, x_source, transposed.data(), target, part * part_size,
+               std::min((part + 1) * part_size, total), matrices.data() + part * channels * channels,
+               shifts.data() + part * channels);
+      }
+    });
+    add_parts(matrices, parts, channels * channels, grad_matrix.mutable_data_ptr<A>());
+    add_parts(shifts, parts, channels, grad_shift.mutable_data_ptr<A>());
+    return {grad_x, grad_matrix, grad_shift};
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(glow_kernels, CPU, m) {
+  m.impl("actnorm_conv1x1_apply_native", TORCH_BOX(&apply));
+  m.impl("actnorm_conv1x1_apply_backward_native", TORCH_BOX(&backward));
+}
+
+}  // namespace glow_kernels

@@ -1,0 +1,14 @@
+#pragma once
+
+namespace glow_kernels {
+
+// Instruction sets that csrc/cpu/kernels is compiled for, each a superset of those before it.
+enum class Isa { baseline, avx2, avx512 };
+
+// The one to use: the best that this build has and this processor runs, or a lower one by the environment variable
+// GLOW_KERNELS_ISA. Chosen at the first call.
+Isa isa();
+
+const char* isa_name(Isa isa);
+
+}  // namespace glow_kernels

@@ -1,0 +1,105 @@
+// Elementary functions shared by host and device code.
+//
+// On the host the float versions are branch-free polynomials (Cephes, Moshier) that compilers vectorise; they are
+// within 2 ulp. Devices and doubles use the library's own.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#define GLOW_KERNELS_INLINE __host__ __device__ __forceinline__
+#else
+#define GLOW_KERNELS_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace glow_kernels {
+
+#if !defined(__CUDA_ARCH__)
+namespace detail {
+
+GLOW_KERNELS_INLINE float float_from_bits(int32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+GLOW_KERNELS_INLINE int32_t bits_of_float(float value) {
+  int32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+}  // namespace detail
+#endif
+
+GLOW_KERNELS_INLINE double exponential(double x) { return std::exp(x); }
+GLOW_KERNELS_INLINE double logarithm(double x) { return std::log(x); }
+GLOW_KERNELS_INLINE double log1p_of_fraction(double x) { return std::log1p(x); }
+
+// exp(x); 0 and infinity beyond the range of float, NaN for NaN.
+GLOW_KERNELS_INLINE float exponential(float x) {
+#if defined(__CUDA_ARCH__)
+  return expf(x);
+#else
+  // Comparisons that NaN fails keep x, so that it comes through.
+  const float bounded = x < -105.0f ? -105.0f : (x > 89.0f ? 89.0f : x);
+  // Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits.
+  const float shifted = bounded * 1.44269504088896341f + 12582912.0f;
+  const int32_t n = detail::bits_of_float(shifted) - 0x4B400000;
+  const float k = shifted - 12582912.0f;
+  const float r = (bounded - k * 0.693145751953125f) - k * 1.42860682030941723212e-6f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  // Two factors, since 2^n itself may be subnormal or out of range.
+  const int32_t half = n >> 1;
+  const float low = detail::float_from_bits(static_cast<int32_t>(static_cast<uint32_t>(half + 127) << 23));
+  const float high = detail::float_from_bits(static_cast<int32_t>(static_cast<uint32_t>(n - half + 127) << 23));
+  return p * low * high;
+#endif
+}
+
+// log(x) for x > 0 that is not subnormal; infinity for infinity, NaN for NaN.
+GLOW_KERNELS_INLINE float logarithm(float x) {
+#if defined(__CUDA_ARCH__)
+  return logf(x);
+#else
+  const int32_t bits = detail::bits_of_float(x);
+  const int32_t exponent = (bits - 0x3F3504F3) >> 23;
+  const float mantissa = detail::float_from_bits(bits - static_cast<int32_t>(static_cast<uint32_t>(exponent) << 23));
+  const float f = mantissa - 1.0f;
+  const float e = static_cast<float>(exponent);
+  const float z = f * f;
+  float p = 7.0376836292e-2f;
+  p = p * f - 1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f - 1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f - 1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f - 2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  const float y = p * f * z - e * 2.12194440e-4f - 0.5f * z;
+  const float value = f + y + e * 0.693359375f;
+  // The largest finite float compares below infinity; NaN fails the comparison and is returned as it is.
+  return x <= 3.40282347e+38f ? value : x;
+#endif
+}
+
+// log(1 + x) for 0 <= x <= 1.
+GLOW_KERNELS_INLINE float log1p_of_fraction(float x) {
+#if defined(__CUDA_ARCH__)
+  return log1pf(x);
+#else
+  const float w = 1.0f + x;
+  return logarithm(w) + (x - (w - 1.0f)) / w;
+#endif
+}
+
+}  // namespace glow_kernels

@@ -1,0 +1,63 @@
+// The scale maps of the affine coupling: log s = phi(u) and its derivative. The table of kinds stands in the docstring
+// of ScaleMap in glow_kernels/ops/affine_coupling.py.
+#pragma once
+
+#include "glow_kernels/math.h"
+
+namespace glow_kernels {
+
+enum class ScaleKind { sigmoid, exp, tanh, atan, softsign, clip };
+
+template <typename A>
+struct ScaleParameters {
+  A slope, offset, gain, floor, low, high;
+};
+
+template <typename A>
+struct LogScale {
+  A value;       // log s
+  A derivative;  // of log s in u
+};
+
+namespace detail {
+
+// f(v) of "exp(gain * f(v))" and its derivative.
+template <ScaleKind kind, typename A>
+GLOW_KERNELS_INLINE void bound(A v, const ScaleParameters<A>& map, A& value, A& derivative) {
+  if constexpr (kind == ScaleKind::tanh) {
+    value = std::tanh(v);
+    derivative = A(1) - value * value;
+  } else if constexpr (kind == ScaleKind::atan) {
+    value = std::atan(v);
+    derivative = A(1) / (A(1) + v * v);
+  } else if constexpr (kind == ScaleKind::softsign) {
+    const A denominator = A(1) + (v < A(0) ? -v : v);
+    value = v / denominator;
+    derivative = A(1) / (denominator * denominator);
+  } else if constexpr (kind == ScaleKind::clip) {
+    value = v < map.low ? map.low : (v > map.high ? map.high : v);
+    derivative = v < map.low || v > map.high ? A(0) : A(1);
+  } else {
+    value = v;
+    derivative = A(1);
+  }
+}
+
+}  // namespace detail
+
+// log s = phi(u) without the floor; `log_gain` is log(map.gain), which a sigmoid needs.
+template <ScaleKind kind, typename A>
+GLOW_KERNELS_INLINE LogScale<A> log_scale(A u, const ScaleParameters<A>& map, A log_gain) {
+  const A v = map.slope * u + map.offset;
+  if constexpr (kind == ScaleKind::sigmoid) {
+    // exp(-|v|) never overflows, and log(1 + exp(-|v|)) loses nothing where sigmoid(v) is next to 0 or 1.
+    const A e = exponential(v < A(0) ? v : -v);
+    return {(v < A(0) ? v : A(0)) - log1p_of_fraction(e) + log_gain, map.slope * (v < A(0) ? A(1) : e) / (A(1) + e)};
+  } else {
+    A value, derivative;
+    detail::bound<kind>(v, map, value, derivative);
+    return {map.gain * value, map.gain * map.slope * derivative};
+  }
+}
+
+}  // namespace glow_kernels

@@ -1,0 +1,37 @@
+"""Fixtures that every test may use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import glow_kernels as gk
+
+pytest.register_assert_rewrite("operators")
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> None:
+    """Every test draws the same numbers on every run, alone or among others."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=gk.available_backends())
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run the test once on every backend that can run here."""
+    with gk.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Fill every ``torch.empty`` with NaN: an element that an operator forgets to write shows."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = fill

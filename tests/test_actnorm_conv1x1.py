@@ -1,0 +1,377 @@
+"""ActNorm with the invertible 1x1 convolution, on every backend that can run here.
+
+Proven against plain formulas in float64: values, log-determinants and gradients of both directions for every number
+of channels that flows use, ill-conditioned, singular and LU-decomposed weights, and tiny and huge scales.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import ClassVar
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from operators import (
+    DTYPES,
+    LAYOUTS,
+    PROPERTY,
+    Case,
+    DifferentiableProperties,
+    any_shape,
+    assert_accurate,
+    check_gradients,
+    check_results,
+    evaluate,
+    gradients,
+    in_layout,
+    random_upstream,
+    registered_operators,
+)
+from torch import Tensor
+
+import glow_kernels as gk
+from glow_kernels.backends.numerics import compute_dtype
+
+OPERATORS = {"forward": gk.actnorm_conv1x1, "inverse": gk.actnorm_conv1x1_inverse}
+
+
+def channels(vector: Tensor, like: Tensor) -> Tensor:
+    """``vector`` (C,) in the shape that multiplies (B, C, *spatial)."""
+    return vector.reshape(-1, *[1] * (like.dim() - 2))
+
+
+def plain_log_det(x, log_scale, weight, weight_log_det):
+    """The log-determinant of x -> z, (B,)."""
+    if weight_log_det is None:  # PyTorch has no determinant in half precision
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        weight_log_det = torch.linalg.slogdet(weight.to(wide)).logabsdet.to(weight.dtype)
+    return math.prod(x.shape[2:]) * (log_scale.sum() + weight_log_det).expand(len(x))
+
+
+def plain_forward(x, log_scale, bias, weight, weight_log_det=None):
+    """x -> z, one step after the other."""
+    activated = channels(log_scale.exp(), x) * (x + channels(bias, x))
+    z = torch.einsum("ij,bj...->bi...", weight, activated)
+    return z, plain_log_det(x, log_scale, weight, weight_log_det)
+
+
+def plain_inverse(z, log_scale, bias, weight, weight_log_det=None):
+    """z -> x, one step after the other."""
+    inverse = torch.linalg.inv(weight.to(torch.promote_types(weight.dtype, torch.float32))).to(weight.dtype)
+    activated = torch.einsum("ij,bj...->bi...", inverse, z)
+    x = activated / channels(log_scale.exp(), z) - channels(bias, z)
+    return x, -plain_log_det(z, log_scale, weight, weight_log_det)
+
+
+FORMULAS = {"forward": plain_forward, "inverse": plain_inverse}
+
+
+def random_weight(size: int) -> Tensor:
+    """A well-conditioned matrix that is not orthogonal."""
+    orthogonal = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64)).Q
+    return orthogonal + 0.2 * torch.randn(size, size, dtype=torch.float64) / size**0.5
+
+
+def inputs_without_log_det(shape: Sequence[int]) -> tuple[Tensor, ...]:
+    """Data, log_scale, bias and weight."""
+    log_scale, bias = 0.5 * torch.randn(2, shape[1], dtype=torch.float64)
+    return torch.randn(tuple(shape), dtype=torch.float64), log_scale, bias, random_weight(shape[1])
+
+
+def inputs_with_log_det(shape: Sequence[int]) -> tuple[Tensor, ...]:
+    """The same, and weight_log_det."""
+    inputs = inputs_without_log_det(shape)
+    return *inputs, torch.linalg.slogdet(inputs[-1]).logabsdet
+
+
+def conv_case(direction: str, knows_log_det: bool = False) -> Case:
+    """One direction."""
+    back = "inverse" if direction == "forward" else "forward"
+    return Case(
+        f"{direction}_with_weight_log_det" if knows_log_det else direction,
+        OPERATORS[direction],
+        FORMULAS[direction],
+        inputs_with_log_det if knows_log_det else inputs_without_log_det,
+        undo=(OPERATORS[back], FORMULAS[back]),
+    )
+
+
+DIRECTIONS = pytest.mark.parametrize("case", [conv_case("forward"), conv_case("inverse")], ids=lambda case: case.name)
+ALL_CASES = [conv_case(direction, knows) for direction in OPERATORS for knows in (False, True)]
+
+
+def fold_arguments(shape, lay):
+    """Arguments of the folding of a step, or of as many steps as there are samples."""
+    steps, size = tuple(shape[:1]) if len(shape) > 2 else (), shape[1]
+    log_scale, bias = (lay(torch.randn(*steps, size)) if steps else torch.randn(size) for _ in range(2))
+    weight = random_weight(size).float().expand(*steps, size, size)
+    if steps and lay is not LAYOUTS["one_element"]:  # which would be singular
+        weight = lay(weight)
+    weight_log_det = torch.randn(steps).requires_grad_() if len(shape) == 4 else None
+    return log_scale.requires_grad_(), bias.requires_grad_(), weight.requires_grad_(), weight_log_det
+
+
+def apply_arguments(shape, lay):
+    """Arguments of the application to data."""
+    x, size = lay(torch.randn(tuple(shape))).requires_grad_(), shape[1]
+    matrix, shift = random_weight(size).to(compute_dtype(x)), torch.randn(size, dtype=compute_dtype(x))
+    return x, matrix.requires_grad_(), shift.requires_grad_()
+
+
+def native_backward_arguments(shape, lay):
+    """Arguments of the backward of the application, which has no derivative itself."""
+    x, matrix, _ = (tensor.detach() for tensor in apply_arguments(shape, lay))
+    return torch.randn_like(x), x, matrix, True
+
+
+class TestProperties(DifferentiableProperties):
+    """What holds for every differentiable operator."""
+
+    module = "actnorm_conv1x1"
+    arguments: ClassVar = {
+        "fold": fold_arguments,
+        "fold_inverse": fold_arguments,
+        "apply": apply_arguments,
+        "apply_backward_native": native_backward_arguments,
+    }
+    cases = ALL_CASES
+
+
+@given(data=st.data(), shape=any_shape())
+@PROPERTY
+def test_anything_is_as_accurate_as_eager(backend, data, shape):
+    def choose(*values):
+        return data.draw(st.sampled_from(values))
+
+    case = choose(*ALL_CASES)
+    inputs = in_layout(case.draw(shape, choose(*DTYPES.values())), choose(*LAYOUTS))
+    check_results(case, inputs)
+    check_gradients(case, inputs)
+
+
+@DIRECTIONS
+@pytest.mark.parametrize("size", [*range(1, 51), 384])
+def test_every_number_of_channels(backend, case, size):
+    inputs = case.draw((2, size, 3, 5))
+    check_results(case, inputs)
+    check_gradients(case, inputs)
+
+
+@DIRECTIONS
+def test_parameters_may_lie_anywhere_in_memory(backend, case):
+    data, log_scale, bias, weight = case.draw((3, 4, 5, 2))
+    column = torch.stack((log_scale, bias), dim=1)
+    room = torch.full((5, 9), torch.nan)
+    room[1:, 1::2] = weight
+    for inputs in (
+        [data, column[:, 0], column[:, 1], weight.T.contiguous().T],
+        [data, log_scale[:1].expand(4), bias[:1].expand(4), room[1:, 1::2]],
+    ):
+        check_results(case, inputs)
+        check_gradients(case, inputs)
+
+
+@DIRECTIONS
+def test_gradients_in_float32_parameters_are_float32_for_bfloat16_data(backend, case):
+    check_gradients(case, case.draw((4, 6, 5, 7), (torch.bfloat16, torch.float32)), precision=torch.float32)
+
+
+@DIRECTIONS
+@pytest.mark.parametrize("log_scale", [-60.0, -20.0, 20.0, 60.0])
+def test_tiny_and_huge_scales_keep_their_relative_accuracy(backend, case, log_scale):
+    data, _, _, weight = case.draw((3, 4, 5, 2))
+    inputs = [data, torch.full((4,), log_scale), torch.zeros(4), weight]
+    check_results(case, inputs, unit=0.0)
+    check_gradients(case, inputs, unit=0.0)
+
+
+def ill_conditioned(size: int) -> Tensor:
+    """A float32 matrix of condition 1e5."""
+    left, right = torch.linalg.qr(torch.randn(2, size, size, dtype=torch.float64)).Q
+    return (left * torch.logspace(0, -5, size, dtype=torch.float64) @ right).float()
+
+
+@pytest.mark.parametrize("direction", OPERATORS)
+def test_work_on_the_matrix_is_in_float64(backend, direction):
+    # Only M, v and log_det are rounded to float32, so the condition of W does not enter: a product of C terms has a
+    # relative error of C eps / 2 in |M| |x| + |v|, and W^-1 in float32 would have one of 1e5 eps.
+    size, eps = 8, torch.finfo(torch.float32).eps
+    data, log_scale, bias = torch.randn(3, size, 5), torch.randn(size), torch.randn(size)
+    weight = ill_conditioned(size)
+    scale = log_scale.double().exp()
+    if direction == "forward":
+        matrix = weight.double() * scale
+        shift = matrix @ bias.double()
+    else:
+        matrix = torch.linalg.inv(weight.double()) / scale[:, None]
+        shift = -bias.double()
+    result, log_det = OPERATORS[direction](data, log_scale, bias, weight)
+    truth = matrix @ data.double() + shift[:, None]
+    bound = matrix.abs() @ data.double().abs() + shift.abs()[:, None]
+    assert ((result.double() - truth).abs() <= (size + 2) * eps * bound).all()
+
+    sign = 1 if direction == "forward" else -1
+    true_log_det = sign * 5 * (log_scale.double().sum() + torch.linalg.slogdet(weight.double()).logabsdet)
+    assert ((log_det.double() - true_log_det).abs() <= 2 * eps * true_log_det.abs()).all()
+
+
+def test_gradient_through_the_inverse_is_in_float64(backend):
+    # As above: the sums over B P = 15 terms are float32, what W^-1 does to them is not.
+    size, eps = 8, torch.finfo(torch.float32).eps
+    inputs = [torch.randn(3, size, 5), torch.zeros(size), torch.zeros(size), ill_conditioned(size)]
+    upstream = [torch.randn(3, size, 5), torch.randn(3)]
+    wide = [tensor.double() for tensor in inputs]
+    truth = gradients(plain_inverse, wide, [grad.double() for grad in upstream])[3]
+    actual = gradients(gk.actnorm_conv1x1_inverse, inputs, upstream)[3]
+    inverse = torch.linalg.inv(wide[3]).abs()
+    sums = torch.einsum("bip,bjp->ij", upstream[0].double().abs(), wide[0].abs())
+    bound = inverse.T @ sums @ inverse.T + 5 * upstream[1].double().abs().sum() * inverse.T
+    assert ((actual.double() - truth).abs() <= (15 + 4) * eps * bound).all()
+
+
+def lu_weight(lower, upper, diagonal):
+    """W = P L (U + diag(d)), with a fixed permutation P."""
+    size = len(diagonal)
+    L = lower.tril(-1) + torch.eye(size, dtype=lower.dtype)
+    return (L @ (upper.triu(1) + diagonal.diag())).roll(1, dims=0)
+
+
+@pytest.mark.parametrize("direction", OPERATORS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_gradients_reach_the_factors_of_an_lu_decomposed_weight(backend, direction, dtype):
+    def operator(x, log_scale, bias, *factors):
+        return OPERATORS[direction](x, log_scale, bias, lu_weight(*factors), factors[2].abs().log().sum())
+
+    def formula(x, log_scale, bias, *factors):
+        return FORMULAS[direction](x, log_scale, bias, lu_weight(*factors))
+
+    def inputs(shape):
+        lower, upper = 0.4 * torch.randn(2, shape[1], shape[1], dtype=torch.float64)
+        diagonal = (1 + torch.rand(shape[1])) * (-1) ** torch.arange(shape[1])
+        return *inputs_without_log_det(shape)[:3], lower, upper, diagonal
+
+    case = Case("lu", operator, formula, inputs)
+    drawn = case.draw((3, 6, 4, 5), (dtype, dtype))
+    check_results(case, drawn)
+    check_gradients(case, drawn)
+
+
+@pytest.mark.parametrize(("direction", "sign"), [("forward", 1), ("inverse", -1)])
+def test_given_weight_log_det_takes_the_place_of_the_computed_one(backend, direction, sign):
+    data, log_scale, bias, weight = conv_case(direction).draw((2, 3, 4, 5))
+    wrong = torch.tensor(7.0, requires_grad=True)
+    weight.requires_grad_()
+    log_det = OPERATORS[direction](data, log_scale, bias, weight, wrong)[1]
+    torch.testing.assert_close(log_det, (sign * 20 * (log_scale.sum() + 7.0)).expand(2))
+    of_given, of_weight = torch.autograd.grad(log_det.sum(), (wrong, weight))
+    assert of_given == sign * 2 * 20
+    assert (of_weight == 0).all()
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [torch.zeros(3, 3), torch.ones(3, 3), torch.eye(3).cumsum(0).tril(-1)],
+    ids=["zero", "equal_rows", "nilpotent"],
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+def test_singular_weight_has_no_log_det_and_no_inverse(backend, weight, dtype):
+    data, log_scale, bias = torch.randn(2, 3, 4).to(dtype), torch.zeros(3), torch.zeros(3)
+    z, log_det = gk.actnorm_conv1x1(data, log_scale, bias, weight)
+    expected = weight.to(dtype) @ data
+    assert_accurate(z, (weight.double() @ data.double()), expected, "z")
+    assert (log_det == -torch.inf).all()
+    with pytest.raises(ValueError, match="weight") as caught:
+        gk.actnorm_conv1x1_inverse(data, log_scale, bias, weight)
+    assert str(caught.value) == "weight must be invertible, got a singular (3, 3) matrix"
+
+
+@pytest.mark.parametrize("registered_fold", registered_operators("actnorm_conv1x1_fold_"))
+def test_folding_many_steps_is_folding_each(registered_fold):
+    steps = [inputs_without_log_det((1, 4))[1:] for _ in range(6)]
+    stacked = [torch.stack(tensors).unflatten(0, (2, 3)).requires_grad_() for tensors in zip(*steps, strict=True)]
+
+    def formula(log_scale, bias, weight):
+        matrix = weight * log_scale.exp().unsqueeze(-2)
+        return matrix, (matrix @ bias.unsqueeze(-1)).squeeze(-1), log_scale.sum(-1) + weight.det().abs().log()
+
+    def inverse_formula(log_scale, bias, weight):
+        matrix, _, log_det = formula(log_scale, bias, weight)
+        return torch.linalg.inv(matrix), -bias, -log_det
+
+    plain = inverse_formula if "inverse" in registered_fold else formula
+
+    def fold(*tensors):
+        return getattr(torch.ops.glow_kernels, registered_fold)(*tensors, None)
+
+    upstream = random_upstream(fold, stacked)
+    for actual, truth in zip(
+        [*evaluate(fold, stacked), *gradients(fold, stacked, upstream)],
+        [*evaluate(plain, stacked), *gradients(plain, stacked, upstream)],
+        strict=True,
+    ):
+        assert_accurate(actual, truth, truth, registered_fold)
+
+
+X, C, W = torch.zeros(2, 3, 5), torch.zeros(3), torch.eye(3)
+IMAGE = "must be (B, C, *spatial) with 0 to 3 spatial dimensions"
+
+# Arguments, the type of the error and its message; NAME stands for x of the forward and z of the inverse.
+BAD_ARGUMENTS = {
+    "data_no_tensor": ((None, C, C, W), TypeError, "NAME must be a tensor, got NoneType"),
+    "data_integer": ((X.int(), C, C, W), TypeError, "NAME must be a floating-point tensor, got int32"),
+    "data_bool": ((X.bool(), C, C, W), TypeError, "NAME must be a floating-point tensor, got bool"),
+    "data_complex": ((X.cfloat(), C, C, W), TypeError, "NAME must be a floating-point tensor, got complex64"),
+    "data_one_dimension": ((X[0, 0], C, C, W), ValueError, f"NAME {IMAGE}, got shape (5,)"),
+    "data_six_dimensions": ((X[None, None, None], C, C, W), ValueError, f"NAME {IMAGE}, got shape (1, 1, 1, 2, 3, 5)"),
+    "log_scale_no_tensor": ((X, 0.0, C, W), TypeError, "log_scale must be a tensor, got float"),
+    "log_scale_shape": (
+        (X, torch.zeros(4), C, W),
+        ValueError,
+        "log_scale must be (C,) with C = NAME.shape[1] = (3,), got (4,)",
+    ),
+    "bias_shape": (
+        (X, C, C.view(1, 3, 1), W),
+        ValueError,
+        "bias must be (C,) with C = NAME.shape[1] = (3,), got (1, 3, 1)",
+    ),
+    "bias_integer": ((X, C, C.long(), W), TypeError, "bias must be a floating-point tensor, got int64"),
+    "bias_device": (
+        (X, C, C.to("meta"), W),
+        ValueError,
+        f"bias must be on the device of the data, {X.device}, got meta",
+    ),
+    "weight_shape": (
+        (X, C, C, torch.eye(4)),
+        ValueError,
+        "weight must be (C, C) with C = NAME.shape[1] = (3, 3), got (4, 4)",
+    ),
+    "weight_convolution": (
+        (X, C, C, W[..., None, None]),
+        ValueError,
+        "weight must be (C, C) with C = NAME.shape[1] = (3, 3), got (3, 3, 1, 1)",
+    ),
+    "weight_complex": ((X, C, C, W.cfloat()), TypeError, "weight must be a floating-point tensor, got complex64"),
+    "weight_device": (
+        (X, C, C, W.to("meta")),
+        ValueError,
+        f"weight must be on the device of the data, {X.device}, got meta",
+    ),
+    "weight_log_det_number": ((X, C, C, W, 0.0), TypeError, "weight_log_det must be a tensor, got float"),
+    "weight_log_det_shape": (
+        (X, C, C, W, torch.zeros(1)),
+        ValueError,
+        "weight_log_det must be a tensor of one element and shape = (), got (1,)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("direction", "name"), [("forward", "x"), ("inverse", "z")])
+@pytest.mark.parametrize("bad", BAD_ARGUMENTS)
+def test_bad_arguments_are_named(direction, name, bad):
+    arguments, error, message = BAD_ARGUMENTS[bad]
+    with pytest.raises(error) as caught:
+        OPERATORS[direction](*arguments)
+    assert str(caught.value) == message.replace("NAME", name)

@@ -1,0 +1,211 @@
+"""The choice of a backend: what is there, who decides, what a refusal says, and what importing the package costs.
+
+Proven: an explicit choice beats the environment, which beats the preference; it nests, is undone by exceptions, reaches
+other threads and compiled code; every operator has a reference and a test file; the import is lean.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from operators import assert_same_bits, registered_operators
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import glow_kernels as gk
+from glow_kernels import backends
+from glow_kernels.backends import BackendStatus
+from glow_kernels.errors import BackendUnavailableError, GlowKernelsError, UsageError
+
+UNKNOWN = "backend must be one of native, triton, reference, got 'cuda'"
+OPERATOR_MODULES = ("actnorm_conv1x1", "actnorm_statistics", "affine_coupling", "gaussian_log_prob")
+
+
+@pytest.fixture(autouse=True)
+def _no_choice_from_outside(monkeypatch):
+    """Whatever the environment of the test run says."""
+    monkeypatch.delenv("GLOW_KERNELS_BACKEND", raising=False)
+
+
+@pytest.fixture
+def only_triton_is_missing(monkeypatch):
+    """A machine with every backend but Triton."""
+
+    def status(name: str) -> BackendStatus:
+        if name == "triton":
+            return BackendStatus(name, False, "Triton is not installed", "run: pip install triton")
+        return BackendStatus(name, True, "")
+
+    monkeypatch.setattr(backends, "backend_status", status)
+
+
+def test_reference_runs_everywhere_and_is_preferred_last():
+    assert gk.available_backends()[-1] == "reference"
+    assert [name for name in backends.PREFERENCE if name in gk.available_backends()] == list(gk.available_backends())
+
+
+@pytest.mark.parametrize("name", backends.PREFERENCE)
+def test_status_says_why_and_what_to_do(name):
+    status = gk.backend_status(name)
+    assert status.name == name
+    assert status.available == (name in gk.available_backends())
+    assert status.reason
+    assert status.available or status.remedy
+
+
+def test_unknown_backend_is_a_usage_error_that_lists_the_known_ones():
+    for ask in (gk.backend_status, lambda name: gk.use_backend(name).__enter__()):
+        with pytest.raises(UsageError) as caught:
+            ask("cuda")
+        assert str(caught.value) == UNKNOWN
+    assert isinstance(caught.value, GlowKernelsError)
+    assert isinstance(caught.value, ValueError)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.usefixtures("only_triton_is_missing")
+def test_refusal_gives_the_reason_and_the_remedy(monkeypatch):
+    message = "backend 'triton' is not available: Triton is not installed; run: pip install triton"
+    with pytest.raises(BackendUnavailableError) as caught, gk.use_backend("triton"):
+        pass
+    assert str(caught.value) == message
+    monkeypatch.setenv("GLOW_KERNELS_BACKEND", "triton")
+    with pytest.raises(BackendUnavailableError) as caught:
+        gk.affine_coupling(torch.zeros(1, 1), torch.zeros(1, 2))
+    assert str(caught.value) == message
+
+
+def test_environment_variable_that_names_no_backend_is_refused_when_an_operator_is_called(monkeypatch):
+    monkeypatch.setenv("GLOW_KERNELS_BACKEND", "cuda")
+    with pytest.raises(UsageError) as caught:
+        gk.affine_coupling(torch.zeros(1, 1), torch.zeros(1, 2))
+    assert str(caught.value) == UNKNOWN
+
+
+@pytest.mark.usefixtures("only_triton_is_missing")
+def test_explicit_choice_beats_the_environment_which_beats_the_preference(monkeypatch):
+    assert gk.available_backends() == ("native", "reference")
+    assert backends.select() == "native"
+    monkeypatch.setenv("GLOW_KERNELS_BACKEND", "reference")
+    assert backends.select() == "reference"
+    with gk.use_backend("native"):
+        assert backends.select() == "native"
+    monkeypatch.setenv("GLOW_KERNELS_BACKEND", "")
+    assert backends.select() == "native"
+
+
+@pytest.mark.usefixtures("only_triton_is_missing")
+def test_choices_nest_and_are_undone_by_exceptions():
+    def fail_inside() -> None:
+        with gk.use_backend("native"):
+            assert backends.select() == "native"
+            raise KeyError("inside")
+
+    with gk.use_backend("reference"):
+        with gk.use_backend("native"):
+            assert backends.select() == "native"
+        assert backends.select() == "reference"
+        with pytest.raises(KeyError, match="inside"):
+            fail_inside()
+        assert backends.select() == "reference"
+        with pytest.raises(BackendUnavailableError), gk.use_backend("triton"):
+            pass
+        assert backends.select() == "reference"
+    assert backends.select() == "native"
+
+
+@pytest.mark.usefixtures("only_triton_is_missing")
+def test_choice_holds_in_other_threads():
+    seen = []
+    with gk.use_backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(backends.select()))
+        thread.start()
+        thread.join()
+    assert seen == ["reference"]
+
+
+def test_every_operator_has_a_reference():
+    implementations = [operator.rpartition("_") for operator in registered_operators()]
+    reference = {operator for operator, _, backend in implementations if backend == "reference"}
+    # Backwards of other backends are operators too; those of the reference are plain PyTorch.
+    assert {operator for operator, _, _ in implementations if not operator.endswith("backward")} == reference
+
+
+def test_every_registered_operator_has_a_test_file():
+    assert registered_operators() == sorted(
+        operator for module in OPERATOR_MODULES for operator in registered_operators(module)
+    )
+
+
+def operators_in(graph: torch.fx.GraphModule) -> set[str]:
+    """Names of this package's operators in a compiled graph."""
+    targets = (str(node.target) for node in graph.graph.nodes)
+    return {target for target in targets if target.startswith("glow_kernels.")}
+
+
+def test_compiled_code_follows_the_choice():
+    # The choice is guarded: a new one recompiles, one seen before does not.
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(gk.affine_coupling, fullgraph=True, backend=counter)
+    x, h = torch.randn(2, 3, 5), torch.randn(2, 6, 5)
+    expected = gk.affine_coupling(x, h)
+    assert_same_bits(compiled(x, h), expected)
+    assert counter.frame_count == 1
+    for count, name in enumerate(gk.available_backends(), start=2):
+        with gk.use_backend(name):
+            assert_same_bits(compiled(x, h), gk.affine_coupling(x, h))
+        assert counter.frame_count == count
+        assert operators_in(counter.graphs[-1]) == {f"glow_kernels.affine_coupling_forward_{name}.default"}
+    assert_same_bits(compiled(x, h), expected)
+    assert counter.frame_count == 1 + len(gk.available_backends())
+
+
+def test_compiled_code_follows_the_environment(monkeypatch):
+    # Dynamo guards a variable that is set; it does not see one appear that was not there when it traced.
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(gk.affine_coupling, fullgraph=True, backend=counter)
+    x, h = torch.randn(2, 3, 5), torch.randn(2, 6, 5)
+    for count, name in enumerate(reversed(gk.available_backends()), start=1):
+        monkeypatch.setenv("GLOW_KERNELS_BACKEND", name)
+        compiled(x, h)
+        assert counter.frame_count == count
+        assert operators_in(counter.graphs[-1]) == {f"glow_kernels.affine_coupling_forward_{name}.default"}
+    monkeypatch.delenv("GLOW_KERNELS_BACKEND")
+    compiled(x, h)
+    assert counter.frame_count == 1 + len(gk.available_backends())
+
+
+def test_backend_may_be_chosen_inside_compiled_code(backend):
+    torch._dynamo.reset()
+
+    def choose_and_compute(x: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with gk.use_backend(backend):
+            return gk.affine_coupling(x, h)
+
+    counter = CompileCounterWithBackend("aot_eager")
+    x, h = torch.randn(2, 3, 5), torch.randn(2, 6, 5)
+    actual = torch.compile(choose_and_compute, fullgraph=True, backend=counter)(x, h)
+    assert_same_bits(actual, choose_and_compute(x, h))
+    assert operators_in(counter.graphs[-1]) == {f"glow_kernels.affine_coupling_forward_{backend}.default"}
+
+
+LEAN_IMPORT = """
+import sys, torch
+before = set(sys.modules)
+import glow_kernels
+loaded = {name.partition(".")[0] for name in set(sys.modules) - before}
+print(sorted(loaded & {"triton", "matplotlib", "sklearn", "PIL", "tensorboard", "tqdm", "safetensors"}))
+print(sorted(name for name in set(sys.modules) - before if name in ("torch._dynamo", "torch._inductor")))
+print(torch.cuda.is_initialized(), sorted(torch.ops.loaded_libraries))
+"""
+
+
+def test_import_loads_no_triton_no_compiler_no_library_and_makes_no_cuda_context():
+    result = subprocess.run([sys.executable, "-c", LEAN_IMPORT], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines() == ["[]", "[]", "False []"]
+    assert result.stderr == ""
