@@ -212,6 +212,10 @@ class Glow(nn.Module):
         got = [tuple(latent.shape[1:]) for latent in latents]
         if got != self.latent_shapes():
             raise ValueError(f"latents must have the shapes (B, *) with * = {self.latent_shapes()}, got {got}")
+        batch_sizes = {latent.shape[0] for latent in latents}
+        if len(batch_sizes) > 1:
+            sizes = ", ".join(str(latent.shape[0]) for latent in latents)
+            raise ValueError(f"latents must have the same batch size, got {sizes}")
         *split_latents, top = latents
         z = self.top_prior.decode(top, self._checked_labels(labels, top))
         for level in reversed(self._levels()):

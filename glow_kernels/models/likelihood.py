@@ -13,6 +13,8 @@ import math
 import torch
 from torch import Tensor
 
+from glow_kernels.backends.numerics import wide_dtype
+
 
 def dequantize(levels: Tensor, n_bins: int, generator: torch.Generator | None = None) -> Tensor:
     """``(levels + u) / n_bins - 1/2`` with fresh uniform noise ``u``; ``levels`` is left as it is.
@@ -32,10 +34,11 @@ def dequantize(levels: Tensor, n_bins: int, generator: torch.Generator | None = 
     if levels.is_floating_point() or levels.is_complex() or levels.dtype == torch.bool:
         raise TypeError(f"levels must be of an integer type, got {str(levels.dtype).removeprefix('torch.')}")
     _check_bins(n_bins)
+    wide = wide_dtype(levels.device)
     noise = torch.rand(levels.shape, generator=generator, device=levels.device)
-    x = (levels + noise) / n_bins - 0.5
-    # The sum may round up to the next level, which belongs to another pixel value.
-    return torch.minimum(x, torch.nextafter((levels + 1) / n_bins - 0.5, x.new_tensor(-1.0)))
+    x = ((levels + noise.to(wide)) / n_bins - 0.5).to(noise.dtype)
+    # Rounding may have crossed into the next level, by less than one step of the type.
+    return torch.nextafter(x, (x - (_level(x, n_bins) - levels)).to(x.dtype))
 
 
 def quantize(x: Tensor, n_bins: int) -> Tensor:
@@ -54,7 +57,7 @@ def quantize(x: Tensor, n_bins: int) -> Tensor:
     _check_bins(n_bins)
     if n_bins > 256:
         raise ValueError(f"n_bins must be at most 256 for 8-bit pictures, got {n_bins}")
-    return ((x.float() + 0.5) * n_bins).floor().nan_to_num(0.0).clamp(0, n_bins - 1).to(torch.uint8)
+    return _level(x, n_bins).nan_to_num(0.0).clamp(0, n_bins - 1).to(torch.uint8)
 
 
 def bits_per_dim(log_prob: Tensor, dimensions: int, n_bins: int) -> Tensor:
@@ -66,6 +69,10 @@ def bits_per_dim(log_prob: Tensor, dimensions: int, n_bins: int) -> Tensor:
         n_bins: number of levels.
     """
     return (math.log(n_bins) - log_prob / dimensions) / math.log(2.0)
+
+
+def _level(x: Tensor, n_bins: int) -> Tensor:
+    return ((x.to(wide_dtype(x.device)) + 0.5) * n_bins).floor()
 
 
 def _check_bins(n_bins: int) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from glow_kernels.backends.numerics import compute_dtype
 from glow_kernels.ops import actnorm_statistics
-from glow_kernels.ops._checks import check_image, positions
+from glow_kernels.ops._checks import check_channels, positions
 
 
 class ActNorm(nn.Module):
@@ -41,9 +41,11 @@ class ActNorm(nn.Module):
         Raises:
             RuntimeError: not initialised, and not in training mode.
         """
+        check_channels("x", x, self.channels)
         self.prepare(x)
-        z = (x + self._per_channel(self.bias, x)) * self._per_channel(self.log_scale.exp(), x)
-        return z, self._log_det(x)
+        wide = x.to(compute_dtype(x))
+        z = (wide + self._per_channel(self.bias, wide)) * self._per_channel(self.log_scale.exp(), wide)
+        return z.to(x.dtype), self._log_det(x)
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """``z`` (B, C, *spatial) to ``x`` and ``log_det`` (B,) of that direction.
@@ -51,9 +53,11 @@ class ActNorm(nn.Module):
         Raises:
             RuntimeError: not initialised.
         """
+        check_channels("z", z, self.channels)
         self.require_initialized()
-        x = z * self._per_channel((-self.log_scale).exp(), z) - self._per_channel(self.bias, z)
-        return x, -self._log_det(z)
+        wide = z.to(compute_dtype(z))
+        x = wide * self._per_channel((-self.log_scale).exp(), wide) - self._per_channel(self.bias, wide)
+        return x.to(z.dtype), -self._log_det(z)
 
     def prepare(self, x: Tensor) -> None:
         """Initialise from ``x`` (B, C, *spatial) if that has not happened yet and this is training.
@@ -70,9 +74,7 @@ class ActNorm(nn.Module):
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
         """Set the parameters from the statistics of ``x`` (B, C, *spatial), again if need be."""
-        check_image("x", x)
-        if x.shape[1] != self.channels:
-            raise ValueError(f"x must have {self.channels} channels, got shape {tuple(x.shape)}")
+        check_channels("x", x, self.channels)
         mean, std = actnorm_statistics(x)
         self.bias.copy_(-mean)
         self.log_scale.copy_(-(std + self.eps).log())

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from glow_kernels.backends.numerics import without_autocast
 from glow_kernels.ops import actnorm_conv1x1, actnorm_conv1x1_inverse
-from glow_kernels.ops._checks import check_choice, check_image
+from glow_kernels.ops._checks import check_channels, check_choice
 
 
 class ChannelMixing(nn.Module):
@@ -29,6 +29,7 @@ class ChannelMixing(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``x`` (B, C, *spatial) to ``z`` and ``log_det`` (B,)."""
+        check_channels("x", x, self.channels)
         return actnorm_conv1x1(x, *self._identity_actnorm(x), *self.matrix())
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,13 +38,13 @@ class ChannelMixing(nn.Module):
         Raises:
             ValueError: W is singular.
         """
+        check_channels("z", z, self.channels)
         return actnorm_conv1x1_inverse(z, *self._identity_actnorm(z), *self.matrix())
 
     def extra_repr(self) -> str:
         return str(self.channels)
 
     def _identity_actnorm(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        check_image("x", x)
         zeros = x.new_zeros(self.channels)
         return zeros, zeros
 

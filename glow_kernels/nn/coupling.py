@@ -13,7 +13,7 @@ from glow_kernels.ops import (
     affine_coupling,
     affine_coupling_inverse,
 )
-from glow_kernels.ops._checks import check_choice
+from glow_kernels.ops._checks import check_channels, check_choice
 from glow_kernels.ops.affine_coupling import LAYOUTS, ORDERS, resolve_scale_map
 
 
@@ -37,22 +37,21 @@ class _Coupling(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``x`` (B, C, H, W) to ``y`` and ``log_det`` (B,)."""
-        conditioning, transformed = self._split(x)
+        conditioning, transformed = self._split("x", x)
         y, log_det = self._transform(transformed, self.network(conditioning))
         return self._merge(conditioning, y), log_det
 
     def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """``y`` (B, C, H, W) to ``x`` and ``log_det`` (B,) of that direction."""
-        conditioning, transformed = self._split(y)
+        conditioning, transformed = self._split("y", y)
         x, log_det = self._transform_inverse(transformed, self.network(conditioning))
         return self._merge(conditioning, x), log_det
 
     def extra_repr(self) -> str:
         return f"{self.channels}, condition_on={self.condition_on!r}"
 
-    def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if x.dim() < 2 or x.shape[1] != self.channels:
-            raise ValueError(f"x must have {self.channels} channels, got shape {tuple(x.shape)}")
+    def _split(self, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
+        check_channels(name, x, self.channels)
         first, second = x[:, : self.first_channels], x[:, self.first_channels :]
         return (first, second) if self.condition_on == "first" else (second, first)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glow_kernels.backends.numerics import compute_dtype
@@ -19,7 +18,10 @@ class Squeeze(nn.Module):
         """
         if x.dim() != 4 or x.shape[2] % 2 or x.shape[3] % 2:
             raise ValueError(f"x must be (B, C, H, W) with even H and W to be squeezed, got shape {tuple(x.shape)}")
-        return F.pixel_unshuffle(x, 2), x.new_zeros(x.shape[0], dtype=compute_dtype(x))
+        # Not F.pixel_unshuffle, which gives an empty batch the wrong shape.
+        batch, channels, height, width = x.shape
+        blocks = x.reshape(batch, channels, height // 2, 2, width // 2, 2).permute(0, 1, 3, 5, 2, 4)
+        return blocks.reshape(batch, 4 * channels, height // 2, width // 2), _zero_log_det(x)
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """``z`` (B, 4 C, H, W) to ``x`` (B, C, 2 H, 2 W) and ``log_det`` (B,) of zeros.
@@ -29,4 +31,10 @@ class Squeeze(nn.Module):
         """
         if z.dim() != 4 or z.shape[1] % 4:
             raise ValueError(f"z must be (B, 4 C, H, W) to be unsqueezed, got shape {tuple(z.shape)}")
-        return F.pixel_shuffle(z, 2), z.new_zeros(z.shape[0], dtype=compute_dtype(z))
+        batch, channels, height, width = z.shape
+        blocks = z.reshape(batch, channels // 4, 2, 2, height, width).permute(0, 1, 4, 2, 5, 3)
+        return blocks.reshape(batch, channels // 4, 2 * height, 2 * width), _zero_log_det(z)
+
+
+def _zero_log_det(x: Tensor) -> Tensor:
+    return x.new_zeros(x.shape[0], dtype=compute_dtype(x))

@@ -8,7 +8,7 @@ from glow_kernels.nn.actnorm import ActNorm
 from glow_kernels.nn.conv1x1 import ChannelMixing, ChannelPermutation, InvertibleConv1x1
 from glow_kernels.nn.coupling import AdditiveCoupling, AffineCoupling
 from glow_kernels.ops import ScaleMap, actnorm_conv1x1, actnorm_conv1x1_inverse
-from glow_kernels.ops._checks import check_choice, check_image
+from glow_kernels.ops._checks import check_channels, check_choice
 
 COUPLINGS = ("affine", "additive")
 MIXINGS = ("lu", "plain", "reverse", "shuffle")
@@ -62,7 +62,7 @@ class FlowStep(nn.Module):
             TypeError, ValueError: ``x`` has the wrong type or shape.
             RuntimeError: ActNorm is not initialised, and this is not training.
         """
-        check_image("x", x)
+        check_channels("x", x, self.actnorm.channels)
         self.actnorm.prepare(x)
         weight, weight_log_det = self.mixing.matrix()
         x, linear_log_det = actnorm_conv1x1(x, self.actnorm.log_scale, self.actnorm.bias, weight, weight_log_det)
@@ -76,7 +76,7 @@ class FlowStep(nn.Module):
             TypeError, ValueError: ``z`` has the wrong type or shape, or the 1x1 convolution is singular.
             RuntimeError: ActNorm is not initialised.
         """
-        check_image("z", z)
+        check_channels("z", z, self.actnorm.channels)
         self.actnorm.require_initialized()
         z, coupling_log_det = self.coupling.inverse(z)
         weight, weight_log_det = self.mixing.matrix()

@@ -18,6 +18,13 @@ def check_image(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} must be (B, C, *spatial) with 0 to 3 spatial dimensions, got shape {tuple(x.shape)}")
 
 
+def check_channels(name: str, x: Tensor, channels: int) -> None:
+    """``x`` must be a floating-point tensor (B, C, *spatial) with C = ``channels``."""
+    check_image(name, x)
+    if x.shape[1] != channels:
+        raise ValueError(f"{name} must have {channels} channels, got shape {tuple(x.shape)}")
+
+
 def check_like(name: str, tensor: Tensor, shape: Sequence[int], meaning: str, x: Tensor) -> None:
     """``tensor`` must be a floating-point tensor of this shape, whose ``meaning`` is told, on the device of ``x``."""
     if not isinstance(tensor, Tensor):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glow_kernels.errors import CheckpointError, MissingDependencyError, TrainingError
-from glow_kernels.nn.network import ActNormConv2d, ZeroConv2d
+from glow_kernels.nn import CouplingNetwork
 from glow_kernels.training import checkpoint, gallery, metrics, run_folder
 from glow_kernels.training.config import TrainingConfig
 from glow_kernels.training.data import BatchSampler, ImageData
@@ -78,6 +78,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.model = config.build_model_for(data).to(self.device)
         self.optimizer = _build_optimizer(self.model, config)
+        self.decayed = _convolution_weights(self.model)
         self.sampler = BatchSampler(len(data.train), config.batch_size, config.seed)
         self.noise = torch.Generator(self.device).manual_seed(config.seed)
         if not resume:
@@ -125,6 +126,8 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
         progress.iteration += 1
         if math.isfinite(loss.item()) and math.isfinite(norm.item()):
+            with torch.no_grad():
+                torch._foreach_mul_(self.decayed, 1.0 - learning_rate * config.weight_decay)
             self.optimizer.step()
             self.average.update(self.model, progress.updates)
             progress.updates += 1
@@ -277,14 +280,15 @@ class Trainer:
 
 
 def _build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    # Decay pulls towards a smaller network; decaying W or a log-scale would pull towards a particular volume.
-    decayed = [module.weight for module in model.modules() if isinstance(module, ActNormConv2d | ZeroConv2d)]
-    known = {id(parameter) for parameter in decayed}
-    others = [parameter for parameter in model.parameters() if id(parameter) not in known]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     if config.optimizer == "adamax":
-        return torch.optim.Adamax(groups, lr=config.learning_rate)
-    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
+        return torch.optim.Adamax(model.parameters(), lr=config.learning_rate)
+    return torch.optim.Adam(model.parameters(), lr=config.learning_rate, fused=True)
+
+
+def _convolution_weights(model: nn.Module) -> list[Tensor]:
+    # Decay pulls towards a simpler network; decaying W or a log-scale would pull towards a particular volume.
+    networks = [module for module in model.modules() if isinstance(module, CouplingNetwork)]
+    return [convolution.weight for network in networks for convolution in (network.first, network.second, network.last)]
 
 
 def _learning_rate(config: TrainingConfig, iteration: int) -> float:

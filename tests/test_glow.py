@@ -1,0 +1,305 @@
+"""The whole model is a density: its log-determinant, its formulas, its samples, and its round trip after training.
+
+The latents are standard normal under the model: ``log_prob`` is their log-density plus the log-determinant of
+autograd's Jacobian of ``encode``, in float64. The formulas are those of the flow step's test, put together once more.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_nn import assert_close, log_abs_det, moved, ready, standard_normal_log_prob
+from test_nn_split import split_distribution, top_distribution
+from test_nn_step import compiled, plain_step
+from torch import Tensor
+
+from glow_kernels.models import Glow
+from glow_kernels.nn import FlowStep
+
+# Channels, image size, steps, levels, options.
+MODELS = {
+    "one-level": (3, (4, 4), 1, 1, {}),
+    "grey-wide": (1, (4, 8), 2, 2, {}),
+    "colour-high": (3, (8, 4), 2, 2, {"mixing": "plain"}),
+    "four-channels": (4, (4, 4), 1, 2, {"mixing": "shuffle"}),
+    "three-levels": (1, (8, 8), 1, 3, {}),
+    "nice": (1, (8, 4), 2, 2, {"coupling": "additive", "mixing": "reverse"}),
+    "realnvp": (3, (4, 4), 2, 2, {"coupling": "affine", "mixing": "reverse", "scale_map": "tanh"}),
+    "standard-normal-top": (1, (4, 4), 1, 2, {"learn_top": False}),
+    "classes": (3, (4, 4), 1, 2, {"num_classes": 3}),
+    "classes-only": (1, (4, 4), 1, 1, {"num_classes": 3, "learn_top": False}),
+}
+LABELS = torch.tensor([2, 0, 1])
+
+
+def draw(name: str, dtype: torch.dtype = torch.float64) -> tuple[Glow, Tensor, Tensor | None]:
+    """A model with moved weights, three images and their labels."""
+    channels, size, steps, levels, options = MODELS[name]
+    model = Glow(channels, size, steps, levels, hidden_channels=8, **options)
+    x = torch.rand(3, channels, *size, dtype=dtype) - 0.5
+    labels = LABELS if "num_classes" in options else None
+    return ready(model, x, labels), x, labels
+
+
+def flat(latents: list[Tensor]) -> Tensor:
+    return torch.cat([latent.flatten(1) for latent in latents], dim=1)
+
+
+def plain_log_prob(model: Glow, x: Tensor, labels: Tensor | None) -> Tensor:
+    log_prob = torch.zeros(len(x), dtype=x.dtype)
+    for level in model.levels:
+        x = F.pixel_unshuffle(x, 2)
+        for step in level.steps:
+            x, log_det = plain_step(x, step)
+            log_prob = log_prob + log_det
+        if level.split is not None:
+            x, dropped = x.chunk(2, dim=1)
+            log_prob = log_prob + split_distribution(level.split, x).log_prob(dropped).sum((1, 2, 3))
+    return log_prob + top_distribution(model.top_prior, labels).log_prob(x).sum((1, 2, 3))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_latents_are_standard_normal(backend, name):
+    model, x, labels = draw(name)
+    eps = flat(model.encode(x, labels))
+    jacobian = log_abs_det(lambda x: flat(model.encode(x, labels)), x)
+    assert_close(model.log_prob(x, labels), standard_normal_log_prob(eps) + jacobian, 1e-9)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_decode_and_encode_undo_each_other(backend, name):
+    model, x, labels = draw(name)
+    latents = model.encode(x, labels)
+    assert [tuple(latent.shape[1:]) for latent in latents] == model.latent_shapes()
+    assert sum(math.prod(shape) for shape in model.latent_shapes()) == model.dimensions == x[0].numel()
+    assert_close(model.decode(latents, labels), x, 1e-12)
+    eps = [torch.randn_like(latent) for latent in latents]
+    assert_close(flat(model.encode(model.decode(eps, labels), labels)), flat(eps), 1e-12)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "realnvp"])
+def test_log_prob_equals_the_formulas(backend, name):
+    model, x, labels = draw(name)
+    actual, expected = model.log_prob(x, labels), plain_log_prob(model, x, labels)
+    assert_close(actual, expected, 1e-9)
+    parameters = list(model.parameters() if model.classifier is None else [*model.levels.parameters()])
+    for one, other in zip(
+        torch.autograd.grad(actual.mean(), parameters), torch.autograd.grad(expected.mean(), parameters), strict=True
+    ):
+        assert_close(one, other, 1e-9)
+
+
+def test_latent_shapes():
+    assert Glow(3, (16, 32), 1, 3, 4).latent_shapes() == [(6, 8, 16), (12, 4, 8), (48, 2, 4)]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_an_empty_batch(training):
+    model, x, _ = draw("colour-high", torch.float32)
+    model.train(training)
+    assert model.log_prob(x[:0]).shape == (0,)
+    latents = model.encode(x[:0])
+    assert [tuple(latent.shape) for latent in latents] == [(0, *shape) for shape in model.latent_shapes()]
+    assert model.decode(latents).shape == model.sample(0).shape == x[:0].shape
+
+
+def test_samples_are_decoded_normal_latents():
+    model, x, labels = draw("classes")
+    generator = torch.Generator()
+    hot, warm, again = (
+        model.sample(3, temperature, labels, generator.manual_seed(7)) for temperature in (1.0, 0.5, 0.5)
+    )
+    assert hot.shape == x.shape
+    assert hot.dtype == x.dtype
+    assert not hot.requires_grad
+    assert torch.equal(warm, again)
+    hot, warm = flat(model.encode(hot, labels)), flat(model.encode(warm, labels))
+    assert_close(warm, 0.5 * hot, 1e-12)
+    # 144 normal numbers: mean and standard deviation within five of their own standard deviations.
+    assert abs(hot.mean().item()) < 5 / 12
+    assert abs(hot.std().item() - 1) < 5 / 288**0.5
+
+
+def test_sampling_without_noise_or_generator():
+    model, x, labels = draw("classes")
+    zeros = [torch.zeros(3, *shape, dtype=x.dtype) for shape in model.latent_shapes()]
+    assert torch.equal(model.sample(3, 0.0, labels), model.decode(zeros, labels))
+    torch.manual_seed(3)
+    default = model.sample(3, labels=labels)
+    torch.manual_seed(3)
+    assert torch.equal(model.sample(3, 0.7, labels), default)
+    assert not torch.equal(model.sample(3, 0.7, labels), default)
+    state = torch.get_rng_state()
+    model.sample(3, 0.7, labels, torch.Generator())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_forward_is_log_prob():
+    model, x, labels = draw("classes")
+    assert torch.equal(model(x, labels), model.log_prob(x, labels))
+
+
+def test_classes_start_equal_and_become_different():
+    model = Glow(3, 4, steps=1, levels=2, hidden_channels=8, num_classes=3).double()
+    x = torch.randn(1, 3, 4, 4, dtype=torch.float64).expand(3, -1, -1, -1)
+    model.initialize(torch.randn(8, 3, 4, 4, dtype=torch.float64), torch.zeros(8, dtype=torch.int64))
+    assert model.log_prob(x, LABELS).unique().numel() == 1
+    assert torch.equal(model.log_prob_and_logits(x, LABELS)[1], torch.zeros(3, 3, dtype=torch.float64))
+    moved(model)
+    assert model.log_prob(x, LABELS).unique().numel() == 3
+    assert not torch.equal(model.decode(model.encode(x, LABELS), LABELS.roll(1)), x)
+
+
+def test_logits_are_a_linear_map_of_the_deepest_latent():
+    model, x, labels = draw("classes")
+    log_prob, logits = model.log_prob_and_logits(x, labels)
+    assert torch.equal(log_prob, model.log_prob(x, labels))
+    z = model.top_prior.decode(model.encode(x, labels)[-1], labels)
+    expected = z.mean((2, 3)) @ model.classifier.weight.mT + model.classifier.bias
+    assert_close(logits, expected, 1e-12)
+    logits.sum().backward()
+    assert model.levels[0].steps[0].actnorm.bias.grad.abs().min() > 0
+
+
+def test_options_reach_the_steps():
+    model = Glow(1, 4, steps=3, levels=2, hidden_channels=6, coupling="additive", mixing="plain")
+    assert [len(level.steps) for level in model.levels] == [3, 3]
+    assert [level.split is None for level in model.levels] == [False, True]
+    for step in model.modules():
+        if isinstance(step, FlowStep):
+            assert step.coupling.network.first.weight.shape[0] == 6
+            assert not hasattr(step.coupling, "scale_map")
+            assert not step.mixing.lu
+    assert Glow(1, 4, 1, 1, 4, scale_map="exp").levels[0].steps[0].coupling.scale_map.kind == "exp"
+    assert Glow(1, 4, 1, 1, 4).levels[0].steps[0].mixing.lu
+
+
+def test_whole_model_compiles_into_one_graph(backend):
+    model, x, labels = draw("classes", torch.float32)
+    in_one_graph = compiled(model.log_prob)
+    in_one_graph(x, labels)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        x, labels = torch.randn_like(x), labels.roll(1)
+        actual, expected = in_one_graph(x, labels), model.log_prob(x, labels)
+        assert torch.equal(actual, expected)
+        parameters = [*model.levels.parameters(), *model.top_prior.parameters()]
+        gradients = [torch.autograd.grad(log_prob.mean(), parameters) for log_prob in (actual, expected)]
+        assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+def test_autocast_keeps_the_density_in_float32():
+    model, x, _ = draw("grey-wide", torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model.log_prob(x).dtype == torch.float32
+        latents = model.encode(x)
+        assert all(latent.dtype == torch.float32 for latent in latents)
+        assert model.decode(latents).dtype == torch.float32
+
+
+def smooth_pixels(count: int) -> Tensor:
+    """Random pictures (count, 3, 16, 16) of 8-bit levels without sharp edges."""
+    coarse = torch.rand(count, 3, 4, 4)
+    return F.interpolate(coarse, size=16, mode="bicubic").mul(255).clamp(0, 255).long()
+
+
+def test_deep_model_reconstructs_after_training():
+    model = Glow(3, 16, steps=32, levels=3, hidden_channels=32)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
+    losses = []
+    # For convolutions this small oneDNN's set-up takes longer than the work.
+    with torch.backends.mkldnn.flags(enabled=False, allow_tf32=None):
+        model.initialize(model.dequantize(smooth_pixels(64)))
+        for _ in range(200):
+            loss = model.bits_per_dim(model.dequantize(smooth_pixels(4))).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.5
+    model.eval()
+    with torch.no_grad():
+        x = model.dequantize(smooth_pixels(16))
+        assert (model.decode(model.encode(x)) - x).abs().max() < 1e-5
+
+
+BAD_OPTIONS = {
+    "in_channels must be at least 1, got 0": {"in_channels": 0},
+    "steps must be at least 1, got 0": {"steps": 0},
+    "levels must be at least 1, got -1": {"levels": -1},
+    "image_size must be divisible by 2 ** levels = 4, got 6 with levels = 2": {"image_size": 6},
+    "image_size must be divisible by 2 ** levels = 4, got (8, 6) with levels = 2": {"image_size": (8, 6)},
+    "image_size must be divisible by 2 ** levels = 4, got (4, 4, 4) with levels = 2": {"image_size": (4, 4, 4)},
+    "image_size must be divisible by 2 ** levels = 4, got 0 with levels = 2": {"image_size": 0},
+    "coupling must be one of 'affine', 'additive', got 'spline'": {"coupling": "spline"},
+    "mixing must be one of 'lu', 'plain', 'reverse', 'shuffle', got 'qr'": {"mixing": "qr"},
+    "scale_map must be one of 'sigmoid', 'exp', 'tanh', got 'relu'": {"scale_map": "relu"},
+}
+
+
+@pytest.mark.parametrize("message", BAD_OPTIONS)
+def test_bad_options(message):
+    options = {"in_channels": 3, "image_size": 4, "steps": 1, "levels": 2, "hidden_channels": 4}
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        Glow(**{**options, **BAD_OPTIONS[message]})
+
+
+IMAGE = torch.zeros(3, 3, 4, 4, dtype=torch.float64)
+LATENTS = [torch.zeros(3, 6, 2, 2, dtype=torch.float64), torch.zeros(3, 24, 1, 1, dtype=torch.float64)]
+WRONG_IMAGE = "x must be (B, C, H, W) with (C, H, W) = (3, 4, 4), got "
+WRONG_LATENTS = "latents must have the shapes (B, *) with * = [(6, 2, 2), (24, 1, 1)], got "
+NO_FLOAT = "x must be a floating-point tensor, got uint8: make one of integer pixels with model.dequantize(levels)"
+WRONG_LABELS = "labels must be int64 of shape (3,), got "
+
+BAD_CALLS = {
+    WRONG_IMAGE + "(3, 1, 4, 4)": (ValueError, lambda m: m.log_prob(IMAGE[:, :1], LABELS)),
+    WRONG_IMAGE + "(3, 3, 4, 2)": (ValueError, lambda m: m.bits_per_dim(IMAGE[..., :2], LABELS)),
+    WRONG_IMAGE + "(3, 4, 4)": (ValueError, lambda m: m.encode(IMAGE[0], LABELS)),
+    NO_FLOAT: (TypeError, lambda m: m.log_prob(IMAGE.to(torch.uint8), LABELS)),
+    "x must be a tensor, got float": (TypeError, lambda m: m.log_prob(0.5, LABELS)),
+    WRONG_LATENTS + "[(6, 2, 2)]": (ValueError, lambda m: m.decode(LATENTS[:1], LABELS)),
+    WRONG_LATENTS + "[(24, 1, 1), (6, 2, 2)]": (ValueError, lambda m: m.decode(LATENTS[::-1], LABELS)),
+    WRONG_LATENTS + "[]": (ValueError, lambda m: m.decode([], LABELS)),
+    WRONG_LABELS + "int64 of shape (2,)": (ValueError, lambda m: m.log_prob(IMAGE, LABELS[:2])),
+    WRONG_LABELS + "int32 of shape (3,)": (ValueError, lambda m: m.encode(IMAGE, LABELS.int())),
+    WRONG_LABELS + "int64 of shape (3, 1)": (ValueError, lambda m: m.decode(LATENTS, LABELS[:, None])),
+    WRONG_LABELS + "float32 of shape (3,)": (ValueError, lambda m: m.sample(3, labels=LABELS.float())),
+    "labels must be given: the prior has 3 classes": (ValueError, lambda m: m.sample(3)),
+    "n must be at least 0, got -1": (ValueError, lambda m: m.sample(-1, labels=LABELS)),
+    "temperature must be at least 0, got -0.1": (ValueError, lambda m: m.sample(3, -0.1, LABELS)),
+    "temperature must be at least 0, got nan": (ValueError, lambda m: m.sample(3, math.nan, LABELS)),
+}
+
+
+@pytest.mark.parametrize("message", BAD_CALLS)
+def test_bad_calls(message):
+    error, call = BAD_CALLS[message]
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        call(draw("classes")[0])
+
+
+def test_models_without_classes_refuse_them():
+    model, x, _ = draw("one-level")
+    with pytest.raises(ValueError, match=r"^labels must be None: the prior has no classes$"):
+        model.log_prob(x, LABELS)
+    with pytest.raises(ValueError, match=r"^num_classes must be given to the model to classify, got None$"):
+        model.log_prob_and_logits(x)
+
+
+def test_latents_of_different_batches_are_refused():
+    model, x, _ = draw("colour-high")
+    first, second = model.encode(x)
+    with pytest.raises(ValueError, match=r"^latents must have the same batch size, got 3, 2$"):
+        model.decode([first, second[:2]])
+
+
+@pytest.mark.parametrize("call", ["log_prob", "encode", "sample", "decode"])
+def test_an_uninitialised_model_says_what_to_do(call):
+    model = Glow(3, 4, steps=1, levels=1, hidden_channels=4).eval()
+    argument = {"sample": 1, "decode": [torch.zeros(1, 12, 2, 2)]}.get(call, torch.zeros(1, 3, 4, 4))
+    message = r"^ActNorm of \d+ channels is not initialised: run one forward in training mode, or model.initialize\("
+    with pytest.raises(RuntimeError, match=message):
+        getattr(model, call)(argument)

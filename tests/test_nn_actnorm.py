@@ -1,0 +1,219 @@
+"""ActNorm starts from the first batch of training and from no other, and remembers that it did.
+
+After the first forward in training every channel has mean 0 and standard deviation 1, alone, in a flow step and inside
+the coupling networks of a whole model. The memory of it survives a state dict, a copy, pickle and a new process.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_nn import assert_close, moved, ready
+from torch import Tensor, nn
+
+import glow_kernels as gk
+from glow_kernels.nn import ActNorm, AffineCoupling, FlowStep
+from glow_kernels.nn.network import ActNormConv2d
+
+NOT_INITIALISED = (
+    "^ActNorm of 4 channels is not initialised: run one forward in training mode, "
+    r"or model\.initialize\(batch\), or load weights, before evaluating, inverting or sampling$"
+)
+
+
+def skewed(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Random data whose channels have different means and standard deviations."""
+    channel = torch.arange(1, shape[1] + 1, dtype=dtype).view(-1, *(1,) * (len(shape) - 2))
+    return 3.0 * channel + channel * torch.randn(shape, dtype=dtype)
+
+
+def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and population standard deviation (C,)."""
+    values = x.transpose(0, 1).flatten(1)
+    return values.mean(1), values.std(1, correction=0)
+
+
+def assert_normalised(z: Tensor, std: Tensor, eps: float = 1e-6) -> None:
+    """Mean 0, and standard deviation 1 up to the eps that is added to the one of the data, ``std``."""
+    mean, actual = statistics(z)
+    assert_close(mean, torch.zeros_like(mean), 1e-12)
+    assert_close(actual, std / (std + eps), 1e-12)
+
+
+def through_state_dict(module: nn.Module) -> nn.Module:
+    """The same kind of module, fresh, with the saved state of ``module``."""
+    file = io.BytesIO()
+    torch.save(module.state_dict(), file)
+    file.seek(0)
+    fresh = ActNorm(4) if isinstance(module, ActNorm) else FlowStep(4, 8)
+    fresh.double().load_state_dict(torch.load(file, weights_only=True))
+    return fresh
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda module: pickle.loads(pickle.dumps(module)),
+    "state_dict": through_state_dict,
+}
+
+
+@pytest.mark.parametrize("shape", [(64, 4), (16, 4, 5), (8, 4, 3, 5), (4, 4, 2, 3, 2)], ids=str)
+def test_first_training_forward_normalises_every_channel(backend, shape):
+    x = skewed(*shape)
+    layer = ActNorm(4).double()
+    z, log_det = layer(x)
+    mean, std = statistics(x)
+    assert_normalised(z, std)
+    assert_close(layer.bias.detach(), -mean, 1e-12)
+    positions = x[0, 0].numel()
+    assert_close(log_det.detach(), (-positions * (std + 1e-6).log().sum()).expand(shape[0]), 1e-10)
+
+
+def test_eps_is_added_to_the_standard_deviation():
+    x = skewed(8, 4, 3, 5)
+    z, _ = ActNorm(4, eps=0.5).double()(x)
+    assert_normalised(z, statistics(x)[1], eps=0.5)
+
+
+def test_only_the_first_training_forward_initialises():
+    layer = ActNorm(4)
+    layer(skewed(8, 4, 3, 3, dtype=torch.float32))
+    before = copy.deepcopy(layer.state_dict())
+    for mode in (True, False):
+        layer.train(mode)(torch.randn(8, 4, 3, 3))
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+
+
+def test_initialize_starts_again():
+    layer = ActNorm(4).double()
+    x = skewed(8, 4, 3, 5)
+    layer(torch.randn_like(x))
+    layer.eval().initialize(x)
+    assert_normalised(layer(x)[0], statistics(x)[1])
+
+
+def test_a_constant_channel_stays_finite():
+    x = torch.randn(8, 4, 3, 3)
+    x[:, 2] = 7.0
+    layer = ActNorm(4)
+    z, log_det = layer(x)
+    assert z.isfinite().all()
+    assert log_det.isfinite().all()
+    # Seven is a float32 number, so its mean is exact and the channel becomes zero.
+    assert torch.equal(z[:, 2], torch.zeros(8, 3, 3))
+    assert_close(layer.log_scale[2].detach(), -torch.tensor(1e-6).log(), 1e-5)
+    assert_close(layer.inverse(z)[0], x, 1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("make", [lambda: ActNorm(4), lambda: FlowStep(4, 8)], ids=["ActNorm", "FlowStep"])
+def test_before_initialisation_inverse_and_evaluation_are_refused(make, training):
+    layer = make().train(training)
+    calls = [layer.inverse] if training else [layer.inverse, layer]
+    for call in calls:
+        with pytest.raises(RuntimeError, match=NOT_INITIALISED):
+            call(torch.randn(2, 4, 3, 3))
+
+
+def test_before_initialisation_a_coupling_refuses_evaluation():
+    coupling = AffineCoupling(4, 4).eval()
+    for call in (coupling, coupling.inverse):
+        with pytest.raises(RuntimeError, match=NOT_INITIALISED):
+            call(torch.randn(2, 4, 3, 3))
+
+
+@pytest.mark.parametrize("duplicate", COPIES.values(), ids=COPIES)
+@pytest.mark.parametrize("make", [lambda: ActNorm(4), lambda: FlowStep(4, 8)], ids=["ActNorm", "FlowStep"])
+def test_a_copy_knows_whether_it_is_initialised(make, duplicate):
+    fresh = duplicate(make().double()).eval()
+    x = skewed(8, 4, 3, 3)
+    with pytest.raises(RuntimeError, match="not initialised"):
+        fresh(x)
+    layer = ready(make(), x)
+    same = duplicate(layer).eval()
+    assert all(torch.equal(one, other) for one, other in zip(same(x), layer(x), strict=True))
+    same.train()(torch.randn_like(x))
+    assert all(torch.equal(value, layer.state_dict()[name]) for name, value in same.state_dict().items())
+
+
+def test_loading_an_uninitialised_state_makes_uninitialised():
+    layer = ActNorm(4)
+    layer(torch.randn(8, 4, 3, 3))
+    layer.load_state_dict(ActNorm(4).state_dict())
+    with pytest.raises(RuntimeError, match="not initialised"):
+        layer.inverse(torch.randn(8, 4, 3, 3))
+
+
+def test_every_actnorm_of_a_model_is_normalised_by_the_first_forward():
+    model = gk.models.Glow(3, 8, steps=2, levels=2, hidden_channels=8, mixing="plain").double()
+    networks, steps = [], []
+
+    def check_network(convolution, inputs, output):
+        convolved = nn.functional.conv2d(inputs[0], convolution.weight, padding=convolution.padding)
+        assert_normalised(output, statistics(convolved)[1])
+        networks.append(convolution)
+
+    def keep_input(step, inputs):
+        steps.append((step, inputs[0]))
+
+    for module in model.modules():
+        if isinstance(module, ActNormConv2d):
+            module.register_forward_hook(check_network)
+        if isinstance(module, FlowStep):
+            module.register_forward_pre_hook(keep_input)
+    model(skewed(16, 3, 8, 8))
+    assert len(networks) == 8
+    assert len(steps) == 4
+    for step, x in steps:
+        assert_normalised(step.actnorm(x)[0], statistics(x)[1])
+
+
+def test_initialize_of_a_model_is_the_first_training_forward():
+    model = gk.models.Glow(3, 8, steps=2, levels=2, hidden_channels=8)
+    other = copy.deepcopy(model)
+    x = torch.randn(8, 3, 8, 8)
+    model.eval().initialize(x)
+    assert not any(module.training for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    other.train()(x)
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
+    model.initialize(torch.randn_like(x))
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+IN_A_NEW_PROCESS = """
+import sys, torch, glow_kernels as gk
+folder, threads = sys.argv[1:]
+torch.set_num_threads(int(threads))
+x = torch.load(folder + "/x")
+loaded = gk.models.Glow(3, 8, steps=2, levels=2, hidden_channels=8, mixing="shuffle")
+loaded.load_state_dict(torch.load(folder + "/state_dict"))
+results = []
+for model in (loaded.eval(), torch.load(folder + "/pickle", weights_only=False)):
+    latents = model.encode(x)
+    results.append([model.log_prob(x), *latents, model.decode(latents)])
+    model.train()(torch.randn_like(x))
+    results[-1] += model.state_dict().values()
+torch.save(results, folder + "/results")
+"""
+
+
+def test_a_new_process_continues_bit_for_bit(tmp_path):
+    model = gk.models.Glow(3, 8, steps=2, levels=2, hidden_channels=8, mixing="shuffle")
+    x = torch.randn(8, 3, 8, 8)
+    model.initialize(x)
+    moved(model, 0.02).eval()
+    for name, thing in {"x": x, "state_dict": model.state_dict(), "pickle": model}.items():
+        torch.save(thing, tmp_path / name)
+    command = [sys.executable, "-c", IN_A_NEW_PROCESS, str(tmp_path), str(torch.get_num_threads())]
+    subprocess.run(command, check=True, timeout=120)
+    latents = model.encode(x)
+    expected = [model.log_prob(x), *latents, model.decode(latents), *model.state_dict().values()]
+    for results in torch.load(tmp_path / "results"):
+        assert all(torch.equal(one, other) for one, other in zip(results, expected, strict=True))
