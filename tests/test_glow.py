@@ -19,6 +19,7 @@ from torch import Tensor
 
 from glow_kernels.models import Glow
 from glow_kernels.nn import FlowStep
+from glow_kernels.training import data
 
 # Channels, image size, steps, levels, options.
 MODELS = {
@@ -188,7 +189,8 @@ def test_whole_model_compiles_into_one_graph(backend):
         assert torch.equal(actual, expected)
         parameters = [*model.levels.parameters(), *model.top_prior.parameters()]
         gradients = [torch.autograd.grad(log_prob.mean(), parameters) for log_prob in (actual, expected)]
-        assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+        for one, other in zip(*gradients, strict=True):  # whose sums may be in another order
+            assert (one - other).norm() <= 1e-5 * other.norm()
 
 
 def test_autocast_keeps_the_density_in_float32():
@@ -200,29 +202,26 @@ def test_autocast_keeps_the_density_in_float32():
         assert model.decode(latents).dtype == torch.float32
 
 
-def smooth_pixels(count: int) -> Tensor:
-    """Random pictures (count, 3, 16, 16) of 8-bit levels without sharp edges."""
-    coarse = torch.rand(count, 3, 4, 4)
-    return F.interpolate(coarse, size=16, mode="bicubic").mul(255).clamp(0, 255).long()
-
-
-def test_deep_model_reconstructs_after_training():
-    model = Glow(3, 16, steps=32, levels=3, hidden_channels=32)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
+def test_deep_model_reconstructs_photographs_after_training():
+    photographs = data.load("patches", image_size=8)
+    model = Glow(3, 8, steps=32, levels=3, hidden_channels=32)
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
     losses = []
     # For convolutions this small oneDNN's set-up takes longer than the work.
     with torch.backends.mkldnn.flags(enabled=False, allow_tf32=None):
-        model.initialize(model.dequantize(smooth_pixels(64)))
-        for _ in range(200):
-            loss = model.bits_per_dim(model.dequantize(smooth_pixels(4))).mean()
+        model.initialize(model.dequantize(photographs.train[:64]))
+        for step in range(200):
+            optimizer.param_groups[0]["lr"] = 1e-3 * min(1.0, (step + 1) / 100)
+            x = model.dequantize(photographs.train[torch.randint(len(photographs.train), (16,))])
+            loss = model.bits_per_dim(x).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
-    assert losses[-1] < losses[0] - 0.5
+    assert sum(losses[-20:]) < sum(losses[:20]) - 20 * 0.5
     model.eval()
     with torch.no_grad():
-        x = model.dequantize(smooth_pixels(16))
+        x = model.dequantize(photographs.train[:32])
         assert (model.decode(model.encode(x)) - x).abs().max() < 1e-5
 
 
