@@ -167,7 +167,7 @@ def test_stopped_and_resumed_run_is_bit_for_bit_the_uninterrupted_one(
     assert contents(tmp_path) == expected
 
 
-@pytest.mark.parametrize("crash", [1, 4, 7])
+@pytest.mark.parametrize("crash", [1, 3, 6])
 def test_run_that_crashed_resumes_from_its_last_checkpoint(
     uninterrupted: tuple[Any, Any], crash: int, tmp_path: Path
 ) -> None:

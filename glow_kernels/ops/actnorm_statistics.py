@@ -46,7 +46,9 @@ def _over_all_ranks(mean: Tensor, variance: Tensor, count: int) -> tuple[Tensor,
     wide = wide_dtype(mean.device)
     counts = torch.full_like(mean, count, dtype=wide)
     # A rank without a sample has NaN statistics and no weight.
-    mine = torch.stack((counts, mean.to(wide).nan_to_num(), variance.to(wide).nan_to_num()))
+    if count == 0:
+        mean, variance = torch.zeros_like(mean), torch.zeros_like(variance)
+    mine = torch.stack((counts, mean.to(wide), variance.to(wide)))
     gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(gathered, mine)
     counts, means, variances = torch.stack(gathered, dim=1)

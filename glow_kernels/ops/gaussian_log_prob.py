@@ -6,7 +6,7 @@
 
 Backward of the log-density, with ``r = (z - mean) exp(-2 log_sd)`` and ``l = dL/dlog p``: ``dz = -l r``,
 ``dmean = l r``, ``dlog_sd = l ((z - mean) r - 1)``. Of the sample, with ``g = dL/dz``: ``deps = g exp(log_sd)``,
-``dmean = g``, ``dlog_sd = g (z - mean)``.
+``dmean = g``, ``dlog_sd = g exp(log_sd) eps``.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ _sample = Operator(
     "sample",
     "(Tensor eps, Tensor h, str layout) -> Tensor",
     fake=_elementwise_fake,
-    setup_context=_save_output,
+    setup_context=_save_input,
     backward=_sample_rule,
 )
 _standardize = Operator(

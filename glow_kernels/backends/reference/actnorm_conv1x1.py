@@ -62,7 +62,7 @@ def fold_inverse(
     dtype, wide = weight.dtype, wide_dtype(weight.device)
     inverse, info = torch.linalg.inv_ex(weight.to(wide))
     matrix = (inverse * (-log_scale.to(wide)).exp().unsqueeze(-1)).to(dtype).contiguous()
-    _check_invertible(matrix, info)
+    _check_invertible(inverse, info)
     log_det = -log_scale.to(wide).sum(-1) - _log_abs_det(weight.to(wide), weight_log_det)
     return matrix, (-bias).contiguous(), log_det.to(dtype)
 
@@ -124,10 +124,10 @@ def _log_abs_det(weight: Tensor, known: Tensor | None) -> Tensor:
     return torch.linalg.slogdet(weight).logabsdet if known is None else known
 
 
-def _check_invertible(matrix: Tensor, info: Tensor) -> None:
+def _check_invertible(inverse: Tensor, info: Tensor) -> None:
     # Reading the flag waits for the device, which a capturing stream cannot; infinities then show in the result.
     if info.is_cuda and torch.cuda.is_current_stream_capturing():
         return
-    if bool((info != 0).any()) or not bool(matrix.isfinite().all()):
-        size = tuple(matrix.shape[-2:])
+    if bool((info != 0).any()) or not bool(inverse.isfinite().all()):
+        size = tuple(inverse.shape[-2:])
         raise ValueError(f"weight must be invertible, got a singular {size} matrix")

@@ -12,5 +12,8 @@ from glow_kernels.backends.numerics import compute_dtype, without_autocast
 def forward(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and population variance (C,) of ``x`` (B, C, *spatial), over samples and positions."""
     dimensions = [dimension for dimension in range(x.dim()) if dimension != 1]
+    if x.numel() == 0:  # torch.var_mean warns
+        mean = x.new_full((x.shape[1],), torch.nan, dtype=compute_dtype(x))
+        return mean, mean.clone()
     variance, mean = torch.var_mean(x.to(compute_dtype(x)), dim=dimensions, correction=0)
     return mean, variance

@@ -42,13 +42,13 @@ def sample(eps: Tensor, h: Tensor, layout: str) -> Tensor:
 
 
 @without_autocast
-def sample_backward(grad: Tensor, z: Tensor, h: Tensor, layout: str) -> tuple[Tensor, Tensor]:
+def sample_backward(grad: Tensor, eps: Tensor, h: Tensor, layout: str) -> tuple[Tensor, Tensor]:
     """Gradients of ``sample`` in eps and h."""
-    dtype = compute_dtype(z)
-    mean, log_sd = split(h.to(dtype), layout)
+    dtype = compute_dtype(eps)
+    _, log_sd = split(h.to(dtype), layout)
     wide_grad = grad.to(dtype)
-    grad_h = merge(wide_grad, wide_grad * (z.to(dtype) - mean), layout)
-    return (wide_grad * log_sd.exp()).to(z.dtype), grad_h.to(h.dtype)
+    grad_eps = wide_grad * log_sd.exp()
+    return grad_eps.to(eps.dtype), merge(wide_grad, grad_eps * eps.to(dtype), layout).to(h.dtype)
 
 
 @without_autocast
