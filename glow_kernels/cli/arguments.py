@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from glow_kernels.errors import DataError, UsageError
 from glow_kernels.models import Glow
 from glow_kernels.training import data as datasets
-from glow_kernels.training.config import TrainingConfig
+from glow_kernels.training.config import LARGEST_SEED, TrainingConfig
 from glow_kernels.training.data import ImageData
 
 
@@ -34,33 +35,42 @@ def device(arguments: argparse.Namespace) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        # A tensor, since a device object can be made of any known name.
-        return torch.zeros(1, device=name).device
+        # A value, since a device object can be made of any known name, and a tensor on "meta" holds none.
+        zero = torch.zeros(1, device=name)
+        zero.item()
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+    return zero.device
 
 
-def positive_int(text: str) -> int:
+def positive(text: str) -> int:
     """A whole number of at least 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return number
+    return _whole_number(text, 1)
 
 
-def not_negative_int(text: str) -> int:
-    """A whole number of at least 0."""
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, got {text}")
-    return number
+def not_negative(text: str) -> int:
+    """A whole number from 0 to the largest seed."""
+    return _whole_number(text, 0)
 
 
 def temperature(text: str) -> float:
     """A finite number of at least 0."""
-    number = float(text)
-    if not 0.0 <= number < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a finite number of at least 0, got {text}")
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0.0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a finite number of at least 0, got {text!r}")
+    return number
+
+
+def _whole_number(text: str, least: int) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = least - 1
+    if not least <= number <= LARGEST_SEED:
+        raise argparse.ArgumentTypeError(f"must be a whole number from {least} to {LARGEST_SEED}, got {text!r}")
     return number
 
 
@@ -73,6 +83,8 @@ def load_data(dataset: str | None, config: TrainingConfig, model: Glow) -> Image
     data = datasets.load(dataset or config.dataset, n_bits=config.n_bits, image_size=config.image_size)
     got = (data.channels, *data.image_size), data.n_bins
     expected = (model.in_channels, *model.image_size), model.n_bins
+    if config.conditional and data.num_classes != model.num_classes:
+        raise DataError(f"{data.name} has {data.num_classes or 'no'} classes, and the model has {model.num_classes}")
     if got != expected:
         raise DataError(
             f"{data.name} has images of shape {got[0]} with {got[1]} levels, and the model takes shape {expected[0]} "

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+import torch
+
 from glow_kernels.cli import arguments as common
 from glow_kernels.training import evaluation, run_folder
 
@@ -24,9 +26,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--split", choices=SPLITS, default="test", help="which images (default: test)")
     parser.add_argument("--dataset", help="other data of the same size, as for 'train' (default: those of the run)")
     parser.add_argument(
-        "--draws", type=common.positive_int, default=4, help="draws of the dequantisation noise (default: 4)"
+        "--draws", type=common.positive, default=4, help="draws of the dequantisation noise (default: 4)"
     )
-    parser.add_argument("--batch-size", type=common.positive_int, default=256, help="images at a time (default: 256)")
+    parser.add_argument("--batch-size", type=common.positive, default=256, help="images at a time (default: 256)")
     return parser
 
 
@@ -39,7 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
     result = evaluation.evaluate(model, levels, labels, draws=arguments.draws, batch_size=arguments.batch_size)
     few = slice(0, arguments.batch_size)
     device = next(model.parameters()).device
-    x = model.dequantize(levels[few].to(device))
+    x = model.dequantize(levels[few].to(device), torch.Generator(device).manual_seed(0))
     _, error = evaluation.reconstruct(model, x, None if labels is None else labels[few].to(device))
     print(f"{result} bits/dim on {result.images:,} {arguments.split} images of {data.name}, {result.draws} draws each")
     print(f"{error:.1e} largest |decode(encode(x)) - x|")

@@ -18,15 +18,15 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     )
     common.add_run(parser)
     common.add_device(parser)
-    parser.add_argument("-n", type=common.positive_int, default=64, help="number of images (default: 64)")
+    parser.add_argument("-n", type=common.positive, default=64, help="number of images (default: 64)")
     parser.add_argument(
         "--temperature",
         type=common.temperature,
         default=0.7,
         help="1 samples the density; less gives likelier, less varied images (default: 0.7)",
     )
-    parser.add_argument("--class", dest="label", type=common.not_negative_int, help="only this class")
-    parser.add_argument("--seed", type=common.not_negative_int, default=0, help="of the noise (default: 0)")
+    parser.add_argument("--class", dest="label", type=common.not_negative, help="only this class")
+    parser.add_argument("--seed", type=common.not_negative, default=0, help="of the noise (default: 0)")
     parser.add_argument("--output", type=Path, help="picture to write (default: samples.png in the run folder)")
     return parser
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -65,7 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
     started = time.perf_counter()
     if not trainer.train():
         print(f"stopped at iteration {trainer.progress.iteration}, everything is saved; go on with:")
-        print(f"  glow-kernels train --run {folder} --resume")
+        print(f"  glow-kernels train --run {shlex.quote(str(folder))} --resume")
         return
     _report(trainer, data, folder, device, time.perf_counter() - started)
 

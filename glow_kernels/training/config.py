@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -45,6 +46,15 @@ class TrainingConfig:
     log_every: int = _option(10, "steps between entries of the metrics")
 
     def __post_init__(self) -> None:
+        for option in fields(self):
+            kind, description = KINDS[str(option.type)]
+            value = getattr(self, option.name)
+            # To Python a bool is an int.
+            right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+            _require(right or (value is None and "None" in str(option.type)), option.name, description, value)
+            choices = option.metadata["choices"]
+            if choices is not None:
+                _require(value in choices, option.name, "one of " + ", ".join(choices), value)
         for name in (
             "flow_steps",
             "levels",
@@ -59,12 +69,10 @@ class TrainingConfig:
             _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
         for name in ("learning_rate", "clip"):
             _require(getattr(self, name) > 0, name, "above 0", getattr(self, name))
+        for name in ("learning_rate", "weight_decay", "class_weight"):
+            _require(math.isfinite(getattr(self, name)), name, "finite", getattr(self, name))
+        _require(self.seed <= LARGEST_SEED, "seed", f"at most {LARGEST_SEED}", self.seed)
         _require(0 <= self.ema < 1, "ema", "in [0, 1)", self.ema)
-        for option in fields(self):
-            choices = option.metadata["choices"]
-            if choices is not None:
-                got = getattr(self, option.name)
-                _require(got in choices, option.name, "one of " + ", ".join(choices), got)
 
     @classmethod
     def for_dataset(cls, dataset: str, **options: Any) -> TrainingConfig:
@@ -119,6 +127,18 @@ class TrainingConfig:
             raise UsageError(f"conditional needs data with classes, and {data.name} has none")
         return self.build_model(data.channels, data.image_size, data.n_bins, data.num_classes)
 
+
+# What the generators take.
+LARGEST_SEED = 2**63 - 1
+
+# Types of the settings and how to say them.
+KINDS: dict[str, tuple[Any, str]] = {
+    "int": (int, "a whole number"),
+    "int | None": (int, "a whole number"),
+    "float": ((int, float), "a number"),
+    "bool": (bool, "true or false"),
+    "str": (str, "a text"),
+}
 
 # Small data and small images want small models; everything else gets the paper's size.
 PRESETS: dict[str, dict[str, Any]] = {

@@ -79,11 +79,12 @@ def interpolate(
     first_labels, last_labels = labels if labels is not None else (None, None)
     first, last = model.encode(start, first_labels), model.encode(end, last_labels)
     angle = _angle(first, last)
-    images = []
-    for position in torch.linspace(0.0, 1.0, count).tolist():
+    # The ends are the images themselves: rounding in the model could move a pixel to the next level.
+    images = [start]
+    for position in torch.linspace(0.0, 1.0, count).tolist()[1:-1]:
         latents = [_on_arc(a, b, angle, position) for a, b in zip(first, last, strict=True)]
         images.append(model.decode(latents, first_labels if position < 0.5 else last_labels))
-    return torch.stack(images, dim=1)
+    return torch.stack([*images, end], dim=1)
 
 
 def _angle(first: list[Tensor], last: list[Tensor]) -> Tensor:

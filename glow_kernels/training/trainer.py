@@ -22,6 +22,7 @@ from glow_kernels.training.evaluation import BitsPerDim, evaluate
 from glow_kernels.training.interruption import Interruption
 
 MAX_NON_FINITE = 5
+REMEDY = "Try a lower --learning-rate, a longer --warmup or a smaller --clip"
 INITIALIZATION_BATCH = 256
 VALIDATION_SEED = 1
 
@@ -176,6 +177,8 @@ class Trainer:
     def _validate(self, writer: metrics.MetricsWriter) -> str:
         progress = self.progress
         result = self.evaluate_split("validation")
+        if not math.isfinite(result.mean):
+            raise TrainingError(self._nonsense_report(f"bits/dim of the validation images are {result.mean}"))
         progress.validation = result.mean
         writer.write(progress.iteration, validation_bits_per_dim=result.mean)
         if result.mean < progress.best:
@@ -183,7 +186,10 @@ class Trainer:
             self._save_best(result)
         else:
             progress.stale_validations += 1
-        self._draw()
+        try:
+            self._draw()
+        except ValueError as error:
+            raise TrainingError(self._nonsense_report(str(error))) from error
         return f"iteration {progress.iteration}: validation {result} bits/dim (best {progress.best:.4f})"
 
     def evaluate_split(self, split: str) -> BitsPerDim:
@@ -214,7 +220,13 @@ class Trainer:
         return (
             f"{MAX_NON_FINITE} steps in a row gave a non-finite loss or gradient, the last at iteration "
             f"{self.progress.iteration}; the weights were not touched by them, and the last good checkpoint is "
-            f"{self.folder / run_folder.LAST}. Try a lower --learning-rate, a longer --warmup or a smaller --clip"
+            f"{self.folder / run_folder.LAST}. {REMEDY}"
+        )
+
+    def _nonsense_report(self, why: str) -> str:
+        return (
+            f"the weights make no sense any more at iteration {self.progress.iteration}: {why}; the last good "
+            f"checkpoint is {self.folder / run_folder.LAST}. {REMEDY}"
         )
 
     def _save(self) -> None:
