@@ -58,5 +58,6 @@ def _pairs(arguments: argparse.Namespace, images: int) -> tuple[torch.Tensor, to
             raise UsageError(f"--pair must name two of {images} test images, 0 to {images - 1}, got {arguments.pair}")
         return torch.tensor(arguments.pair[:1]), torch.tensor(arguments.pair[1:])
     order = torch.randperm(images, generator=torch.Generator().manual_seed(arguments.seed))
-    rows = min(arguments.rows, images // 2)
-    return order[:rows], order[rows : 2 * rows]
+    # Of a single image the path leads back to itself.
+    rows = min(arguments.rows, max(1, images // 2))
+    return order[:rows], order[-rows:]

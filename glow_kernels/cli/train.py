@@ -60,6 +60,8 @@ def run(arguments: argparse.Namespace) -> None:
     if not arguments.resume:
         config.build_model_for(data)
         run_folder.prepare(folder, config, overwrite=arguments.overwrite)
+    else:
+        run_folder.write_config(folder, config)
     trainer = Trainer(config, data, folder, device=device, resume=arguments.resume, show_progress=not arguments.quiet)
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     print(f"training a Glow of {parameters:,} parameters on {len(data.train):,} images of {data.name}, in {folder}")
@@ -97,10 +99,9 @@ def _report(trainer: Trainer, data: datasets.ImageData, folder: Path, device: to
     result = evaluate(model, data.test, labels, draws=max(1, 4096 // len(data.test)))
     gallery.draw_samples(model, folder / "samples.png")
     error = gallery.draw_reconstruction(model, data.test, labels, folder / "reconstruction.png")
-    pairs = min(8, len(data.test) // 2)
-    ends = None if labels is None else (labels[:pairs], labels[pairs : 2 * pairs])
-    path = folder / "interpolation.png"
-    gallery.draw_interpolation(model, data.test[:pairs], data.test[pairs : 2 * pairs], ends, path)
+    pairs = min(8, max(1, len(data.test) // 2))
+    ends = None if labels is None else (labels[:pairs], labels[-pairs:])
+    gallery.draw_interpolation(model, data.test[:pairs], data.test[-pairs:], ends, folder / "interpolation.png")
     gallery.draw_curve(folder, folder / "curve.png")
     progress = trainer.progress
     images_per_second = progress.iteration * len(data.train[: config.batch_size]) / progress.seconds

@@ -41,6 +41,15 @@ def prepare(folder: Path, config: TrainingConfig, *, overwrite: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"cannot make the run folder {folder}: {error.strerror}") from error
+    write_config(folder, config)
+
+
+def write_config(folder: Path, config: TrainingConfig) -> None:
+    """Write the configuration of the run in ``folder``.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
     document = json.dumps(config.to_json(), indent=2) + "\n"
     checkpoint.write_atomically(folder / CONFIG, document.encode())
 
