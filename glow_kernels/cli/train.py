@@ -60,9 +60,9 @@ def run(arguments: argparse.Namespace) -> None:
     if not arguments.resume:
         config.build_model_for(data)
         run_folder.prepare(folder, config, overwrite=arguments.overwrite)
-    else:
-        run_folder.write_config(folder, config)
     trainer = Trainer(config, data, folder, device=device, resume=arguments.resume, show_progress=not arguments.quiet)
+    if arguments.resume:
+        run_folder.write_config(folder, config)
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     print(f"training a Glow of {parameters:,} parameters on {len(data.train):,} images of {data.name}, in {folder}")
     started = time.perf_counter()
