@@ -187,6 +187,26 @@ def test_a_coupling_reads_one_half_and_changes_the_other(make, half, channels):
     assert default.last.weight.shape == (outputs, 8, 3, 3)
 
 
+@pytest.mark.parametrize("scale_map", SCALE_MAPS.values(), ids=SCALE_MAPS)
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_options_reach_the_operator(layout, order, scale_map):
+    network = RecordingNetwork(2, 4)
+    coupling = AffineCoupling(4, network=network, layout=layout, order=order, scale_map=scale_map)
+    x = torch.randn(2, 4, 3, 3)
+    y, log_det = coupling(x)
+    expected, expected_log_det = gk.affine_coupling(x[:, 2:], network.output, scale_map, layout, order)
+    assert torch.equal(y[:, 2:], expected)
+    assert torch.equal(log_det, expected_log_det)
+
+
+@pytest.mark.parametrize("coupling", COUPLINGS)
+def test_a_step_uses_the_network_it_is_given(coupling):
+    network = RecordingNetwork(2, 4 if coupling == "affine" else 2)
+    FlowStep(4, coupling=coupling, network=network)(torch.randn(8, 4, 3, 3))
+    assert network.output.shape[0] == 8
+
+
 def test_couplings_start_close_to_the_identity():
     x = torch.randn(2, 4, 3, 3, dtype=torch.float64)
     y, log_det = AdditiveCoupling(4, 8).double()(x)

@@ -104,10 +104,13 @@ def _report(trainer: Trainer, data: datasets.ImageData, folder: Path, device: to
     gallery.draw_interpolation(model, data.test[:pairs], data.test[-pairs:], ends, folder / "interpolation.png")
     gallery.draw_curve(folder, folder / "curve.png")
     progress = trainer.progress
+    best = "never finite"
+    if "validation_bits_per_dim" in document:
+        best = f"{document['validation_bits_per_dim']:.4f}  (best, at iteration {document['iteration']:,})"
     images_per_second = progress.iteration * len(data.train[: config.batch_size]) / progress.seconds
     rows = {
         "test bits/dim": f"{result}  ({result.images:,} images, never trained on)",
-        "validation": f"{document['validation_bits_per_dim']:.4f}  (best, at iteration {document['iteration']:,})",
+        "validation": best,
         "reconstruction error": f"{error:.1e}  (largest |decode(encode(x)) - x|)",
         "training speed": f"{images_per_second:,.0f} images/s  ({progress.iteration:,} iterations, {seconds:.0f} s)",
         "skipped steps": f"{progress.skipped}  (non-finite loss or gradient)",

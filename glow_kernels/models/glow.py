@@ -311,6 +311,8 @@ class Glow(nn.Module):
             raise ValueError(f"x must be (B, C, H, W) with (C, H, W) = {expected}, got {tuple(x.shape)}")
 
     def _checked_labels(self, labels: Tensor | None, x: Tensor) -> Tensor | None:
+        if labels is not None and not isinstance(labels, Tensor):
+            raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
         if labels is not None and (labels.dtype != torch.int64 or labels.shape != x.shape[:1]):
             raise ValueError(
                 f"labels must be int64 of shape ({x.shape[0]},), "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glow_kernels.nn.network import ZeroConv2d
@@ -106,7 +107,7 @@ class TopPrior(nn.Module):
         if self.num_classes is not None:
             if labels is None:
                 raise ValueError(f"labels must be given: the prior has {self.num_classes} classes")
-            h = h + self.per_class[labels] * (3.0 * self.per_class_log_scale).exp()
+            h = h + F.embedding(labels, self.per_class) * (3.0 * self.per_class_log_scale).exp()
         elif labels is not None:
             raise ValueError("labels must be None: the prior has no classes")
         return h[:, :, None, None].expand(z.shape[0], -1, *z.shape[2:])

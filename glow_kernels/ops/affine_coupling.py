@@ -65,15 +65,15 @@ class ScaleMap:
 
     def __post_init__(self) -> None:
         check_choice("kind", self.kind, KINDS)
-        for name in ("slope", "offset", "gain", "floor"):
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"{name} must be finite, got {getattr(self, name)}")
-        if self.floor < 0.0:
+        if not self.floor >= 0.0:
             raise ValueError(f"floor must be at least 0, got {self.floor}")
         if self.kind == "sigmoid" and not self.gain > 0.0:
             raise ValueError(f"gain of a sigmoid scale map must be above 0, got {self.gain}")
         if not self.low <= self.high:
             raise ValueError(f"low must not be above high, got low={self.low}, high={self.high}")
+        for name in ("slope", "offset", "gain", "floor"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} must be finite, got {getattr(self, name)}")
 
     @property
     def parameters(self) -> list[float]:

@@ -177,8 +177,6 @@ class Trainer:
     def _validate(self, writer: metrics.MetricsWriter) -> str:
         progress = self.progress
         result = self.evaluate_split("validation")
-        if not math.isfinite(result.mean):
-            raise TrainingError(self._nonsense_report(f"bits/dim of the validation images are {result.mean}"))
         progress.validation = result.mean
         writer.write(progress.iteration, validation_bits_per_dim=result.mean)
         if result.mean < progress.best:
