@@ -17,7 +17,7 @@ NATIVE := $(if $(shell command -v $(firstword $(CXX)) 2>/dev/null),$(LIBRARY),no
 
 help:
 	@echo "make build   compile the native CPU library, which needs a C++ compiler; CXX=clang++ chooses another"
-	@echo "make demo    train a Glow on scikit-learn's digits, about two minutes on two cores; pictures in runs/demo"
+	@echo "make demo    train a Glow on scikit-learn's digits, two to three minutes on two cores; pictures in runs/demo"
 	@echo "make test    run the tests"
 	@echo "make lint    ruff, mypy and clang-format"
 	@echo "make format  let ruff and clang-format rewrite the sources"
