@@ -177,6 +177,7 @@ def test_options_reach_the_steps():
             assert not step.mixing.lu
     assert Glow(1, 4, 1, 1, 4, scale_map="exp").levels[0].steps[0].coupling.scale_map.kind == "exp"
     assert Glow(1, 4, 1, 1, 4).levels[0].steps[0].mixing.lu
+    assert not Glow(1, 4, 1, 1, 4, learn_top=False).top_prior.learned
 
 
 def test_whole_model_compiles_into_one_graph(backend):
