@@ -58,6 +58,9 @@ class Case:
         formula: the same map written plainly, for tensors that all have one type.
         inputs: random float64 arguments for data of a given shape.
         batched: how many leading arguments have the shape of the data, up to the number of channels.
+        data_arguments: how many leading arguments have the type of the data.
+        types: for every result, the argument whose type it has; None is the type of log-determinants. Unless told,
+            results that have the shape of the data have its type.
         undo: operator and formula that lead from the first result back to the data, given the other arguments.
     """
 
@@ -66,12 +69,14 @@ class Case:
     formula: Function
     inputs: Callable[[Sequence[int]], tuple[Tensor, ...]]
     batched: int = 1
+    data_arguments: int = 1
+    types: tuple[int | None, ...] | None = None
     undo: tuple[Function, Function] | None = None
 
     def draw(self, shape: Sequence[int], dtypes: tuple[torch.dtype, torch.dtype] = DTYPES["float32"]) -> list[Tensor]:
         """Random arguments of these types."""
-        data, *others = self.inputs(shape)
-        return [data.to(dtypes[0]), *(other.to(dtypes[1]) for other in others)]
+        arguments = enumerate(self.inputs(shape))
+        return [argument.to(dtypes[index >= self.data_arguments]) for index, argument in arguments]
 
 
 def _channels_last(x: Tensor) -> Tensor:
@@ -178,8 +183,8 @@ def check_results(case: Case, inputs: Sequence[Tensor], unit: float = 1.0) -> No
     data = inputs[0]
     truth, actual = evaluate(case.formula, inputs, torch.float64), evaluate(case.operator, inputs)
     for index, (result, true) in enumerate(zip(actual, truth, strict=True)):
-        wide = torch.promote_types(data.dtype, torch.float32)
-        assert result.dtype == (data.dtype if true.shape == data.shape else wide)
+        like = (0 if true.shape == data.shape else None) if case.types is None else case.types[index]
+        assert result.dtype == (torch.promote_types(data.dtype, torch.float32) if like is None else inputs[like].dtype)
         eager = evaluate(case.formula, inputs, result.dtype)[index]
         assert_accurate(result, true, eager, f"result {index}", unit_of_sum(result, data, unit))
 

@@ -20,6 +20,7 @@ from operators import (
     PROPERTY,
     Case,
     DifferentiableProperties,
+    OperatorProperties,
     any_shape,
     assert_accurate,
     check_gradients,
@@ -99,6 +100,79 @@ def conv_case(direction: str, knows_log_det: bool = False) -> Case:
     )
 
 
+def plain_reversible_backward(z, grad, grad_log_det, *parameters):
+    """The inverse, and autograd through the plain forward."""
+    x, _ = plain_inverse(z, *parameters)
+    leaves = [tensor.detach().requires_grad_() for tensor in (x, *parameters)]
+    with torch.enable_grad():
+        results = plain_forward(*leaves)
+    return (x, *torch.autograd.grad(results, leaves, (grad, grad_log_det)))
+
+
+def reversible_case(knows_log_det: bool) -> Case:
+    """``actnorm_conv1x1_reversible_backward``."""
+
+    def operator(z, grad, grad_log_det, *parameters):
+        results = gk.ops.actnorm_conv1x1_reversible_backward(grad, grad_log_det, z, *parameters)
+        return tuple(result for result in results if result is not None)
+
+    def inputs(shape: Sequence[int]) -> tuple[Tensor, ...]:
+        z, *parameters = (inputs_with_log_det if knows_log_det else inputs_without_log_det)(shape)
+        return z, torch.randn_like(z), torch.randn(shape[0], dtype=torch.float64), *parameters
+
+    return Case(
+        "reversible_with_weight_log_det" if knows_log_det else "reversible",
+        operator,
+        plain_reversible_backward,
+        inputs,
+        batched=2,
+        data_arguments=2,
+        types=(0, 0, 3, 4, 5, 6)[: 6 if knows_log_det else 5],
+    )
+
+
+def plain_lu_weight(lower, permutation, upper, log_diagonal, diagonal_sign):
+    """W and log|det W|, as the paper writes them."""
+    identity = torch.eye(lower.shape[-1], dtype=lower.dtype)
+    unit_lower = lower * torch.ones_like(lower).tril(-1) + identity
+    full_upper = upper * torch.ones_like(upper).triu(1) + identity * (diagonal_sign * log_diagonal.exp())[..., None, :]
+    return permutation @ unit_lower @ full_upper, log_diagonal.sum(-1)
+
+
+def lu_inputs(shape: Sequence[int]) -> tuple[Tensor, ...]:
+    """Random factors for matrices (*K, C, C), with junk outside the triangles."""
+    *steps, size = shape
+    lower, upper = torch.randn(2, *steps, size, size, dtype=torch.float64)
+    permutation = torch.eye(size, dtype=torch.float64)[torch.randperm(size)].expand_as(lower)
+    log_diagonal = 0.5 * torch.randn(*steps, size, dtype=torch.float64)
+    return lower, permutation, upper, log_diagonal, torch.randn(*steps, size, dtype=torch.float64).sign()
+
+
+LU_CASE = Case(
+    "lu_weight",
+    lambda lower, permutation, *others: gk.ops.lu_weight(permutation, lower, *others),
+    plain_lu_weight,
+    lu_inputs,
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(1,), (2,), (7,), (48,), (3, 5), (2, 3, 4), (0, 3)], ids=str)
+def test_lu_weight_and_its_gradients(backend, shape, dtype):
+    inputs = LU_CASE.draw(shape, (dtype, dtype))
+    check_results(LU_CASE, inputs)
+    check_gradients(LU_CASE, inputs, wanted=(0, 2, 3))
+
+
+def test_lu_weight_gradcheck(backend):
+    lower, permutation, upper, log_diagonal, sign = lu_inputs((2, 3))
+
+    def weight(lower, upper, log_diagonal):
+        return gk.ops.lu_weight(permutation, lower, upper, log_diagonal, sign)
+
+    assert torch.autograd.gradcheck(weight, [tensor.requires_grad_() for tensor in (lower, upper, log_diagonal)])
+
+
 DIRECTIONS = pytest.mark.parametrize("case", [conv_case("forward"), conv_case("inverse")], ids=lambda case: case.name)
 ALL_CASES = [conv_case(direction, knows) for direction in OPERATORS for knows in (False, True)]
 
@@ -121,10 +195,38 @@ def apply_arguments(shape, lay):
     return x, matrix.requires_grad_(), shift.requires_grad_()
 
 
-def native_backward_arguments(shape, lay):
-    """Arguments of the backward of the application, which has no derivative itself."""
+def apply_backward_arguments(shape, lay):
+    """Arguments of the backward of the application."""
     x, matrix, _ = (tensor.detach() for tensor in apply_arguments(shape, lay))
     return torch.randn_like(x), x, matrix, True
+
+
+def reversible_arguments(shape, lay):
+    """Arguments of the reversible backward of the application."""
+    z, matrix, shift = (tensor.detach() for tensor in apply_arguments(shape, lay))
+    return torch.randn_like(z), z, matrix, torch.linalg.inv(matrix).contiguous(), shift
+
+
+def fold_backward_arguments(shape, lay):
+    """Arguments of the backward of the folding."""
+    inputs = [None if tensor is None else tensor.detach() for tensor in fold_arguments(shape, lay)]
+    weight, steps = inputs[2], inputs[2].shape[:-2]
+    return torch.randn(weight.shape), torch.randn(weight.shape[:-1]), torch.randn(steps), *inputs
+
+
+def lu_arguments(shape, lay):
+    """Arguments of the assembly of LU-decomposed weights."""
+    steps, size = tuple(shape[:1]) if len(shape) > 2 else (), shape[1]
+    lower, permutation, upper, log_diagonal, sign = (tensor.float() for tensor in lu_inputs((*steps, size)))
+    if steps:
+        lower, upper, log_diagonal = lay(lower), lay(upper), lay(log_diagonal)
+    return permutation, lower.requires_grad_(), upper.requires_grad_(), log_diagonal.requires_grad_(), sign
+
+
+def lu_backward_arguments(shape, lay):
+    """Arguments of the backward of the assembly."""
+    inputs = [tensor.detach() for tensor in lu_arguments(shape, lay)]
+    return torch.randn(inputs[0].shape), torch.randn(inputs[0].shape[:-2]), *inputs
 
 
 class TestProperties(DifferentiableProperties):
@@ -132,12 +234,31 @@ class TestProperties(DifferentiableProperties):
 
     module = "actnorm_conv1x1"
     arguments: ClassVar = {
+        "lu_weight": lu_arguments,
+        "lu_weight_backward": lu_backward_arguments,
         "fold": fold_arguments,
+        "fold_backward": fold_backward_arguments,
         "fold_inverse": fold_arguments,
+        "fold_inverse_backward": fold_backward_arguments,
         "apply": apply_arguments,
-        "apply_backward_native": native_backward_arguments,
+        "apply_backward": apply_backward_arguments,
+        "apply_reversible_backward": reversible_arguments,
     }
     cases = ALL_CASES
+
+
+class TestReversibleBackward(OperatorProperties):
+    """What holds for every operator."""
+
+    module = "actnorm_conv1x1_apply_reversible"
+    arguments: ClassVar = {"backward": reversible_arguments}
+    cases: ClassVar = [reversible_case(knows_log_det=False), reversible_case(knows_log_det=True)]
+
+
+@pytest.mark.parametrize("size", [*range(1, 51), 96])
+def test_reversible_backward_of_every_number_of_channels(backend, size):
+    case = reversible_case(knows_log_det=True)
+    check_results(case, case.draw((2, size, 3, 5)))
 
 
 @given(data=st.data(), shape=any_shape())

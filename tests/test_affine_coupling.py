@@ -22,6 +22,7 @@ from operators import (
     PROPERTY,
     Case,
     DifferentiableProperties,
+    OperatorProperties,
     any_shape,
     assert_accurate,
     assert_same_bits,
@@ -119,6 +120,33 @@ def affine_case(
     return Case(f"{direction}_{name or scale_map.kind}", *here, inputs, batched=2, undo=back)
 
 
+def plain_reversible_backward(scale_map, layout, order, y, grad, h, grad_log_det, learned_gain=None):
+    """The inverse, and autograd through the plain forward."""
+    x, _ = plain_inverse(scale_map, layout, order, y, h, learned_gain)
+    leaves = [tensor.detach().requires_grad_() for tensor in (x, h, learned_gain) if tensor is not None]
+    with torch.enable_grad():
+        results = plain_forward(scale_map, layout, order, *leaves)
+    return (x, *torch.autograd.grad(results, leaves, (grad, grad_log_det)))
+
+
+def reversible_case(scale_map: ScaleMap, layout: str, order: str, learned_gain: bool = False) -> Case:
+    """``affine_coupling_reversible_backward`` with these options."""
+
+    def operator(y, grad, h, grad_log_det, gain=None):
+        results = gk.ops.affine_coupling_reversible_backward(grad, grad_log_det, y, h, scale_map, layout, order, gain)
+        return tuple(result for result in results if result is not None)
+
+    def inputs(shape: Sequence[int]) -> tuple[Tensor, ...]:
+        gain = (0.5 + torch.rand(shape[1], dtype=torch.float64),) if learned_gain else ()
+        y, grad = torch.randn(2, *shape, dtype=torch.float64)
+        h = torch.randn(like_h(shape), dtype=torch.float64)
+        return y, grad, h, torch.randn(shape[0], dtype=torch.float64), *gain
+
+    formula = functools.partial(plain_reversible_backward, scale_map, layout, order)
+    types = (0, 0, 2, 4) if learned_gain else (0, 0, 2)
+    return Case(f"reversible_{scale_map.kind}", operator, formula, inputs, batched=2, data_arguments=2, types=types)
+
+
 def additive_cases() -> list[Case]:
     """Both directions of ``additive_coupling``."""
 
@@ -143,22 +171,11 @@ def opcheck_arguments(shape, lay):
     return x, h, gain, "clip", [0.7, -0.3, 1.5, 0.1, -math.inf, 0.9], "interleaved_scale_shift", "scale_shift"
 
 
-def native_arguments(shape, lay):
-    """The same without a learned gain, which the native backend leaves to the reference."""
-    x, h, _, *options = opcheck_arguments(shape, lay)
-    return x, h, None, *options
-
-
-def native_backward_arguments(shape, lay):
-    """Arguments of the backward of a registered operator, which has no derivative itself."""
-    y, h, _, *options = opcheck_arguments(shape, lay)
-    return (
-        lay(torch.randn(shape).to(y.dtype)),
-        torch.randn(shape[0]).to(compute_dtype(y)),
-        y.detach(),
-        h.detach(),
-        *options,
-    )
+def backward_arguments(shape, lay):
+    """Arguments of the registered backwards, which have no derivative themselves."""
+    y, h, gain, *options = opcheck_arguments(shape, lay)
+    grad, grad_log_det = lay(torch.randn(shape).to(y.dtype)), torch.randn(shape[0]).to(compute_dtype(y))
+    return grad, grad_log_det, y.detach(), h.detach(), gain.detach(), *options
 
 
 class TestProperties(DifferentiableProperties):
@@ -168,10 +185,9 @@ class TestProperties(DifferentiableProperties):
     arguments: ClassVar = {
         "forward": opcheck_arguments,
         "inverse": opcheck_arguments,
-        "forward_native": native_arguments,
-        "inverse_native": native_arguments,
-        "backward_native": native_backward_arguments,
-        "inverse_backward_native": native_backward_arguments,
+        "backward": backward_arguments,
+        "inverse_backward": backward_arguments,
+        "reversible_backward": backward_arguments,
     }
     cases = [
         affine_case(direction, *options)
@@ -182,6 +198,28 @@ class TestProperties(DifferentiableProperties):
             (MAPS["softsign"], "chunk_shift_scale", "unshift_scale"),
         ]
     ] + additive_cases()
+
+
+class TestReversibleBackward(OperatorProperties):
+    """What holds for every operator, for a selection of the options."""
+
+    module = "affine_coupling_reversible"
+    arguments: ClassVar = {"backward": backward_arguments}
+    cases: ClassVar = [
+        reversible_case(MAPS["glow"], "interleaved_shift_scale", "shift_scale"),
+        reversible_case(MAPS["tanh_with_everything"], "chunk_scale_shift", "scale_shift", True),
+        reversible_case(MAPS["softsign"], "chunk_shift_scale", "unshift_scale"),
+    ]
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_reversible_backward_of_every_map_in_every_layout_and_order(backend, name):
+    for layout, order, learned_gain in itertools.product(CHANNEL_LAYOUTS, ORDERS, (False, True)):
+        if MAPS[name].kind == "sigmoid" and learned_gain:
+            continue
+        case = reversible_case(MAPS[name], layout, order, learned_gain)
+        for dtypes in DTYPES.values():
+            check_results(case, case.draw((3, 4, 5, 2), dtypes))
 
 
 def all_options():

@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.distributions import Normal
 
 import glow_kernels as gk
+from glow_kernels.backends.numerics import compute_dtype
 
 CHANNEL_LAYOUTS = ("chunk_mean_log_sd", "interleaved_mean_log_sd")
 
@@ -93,11 +94,22 @@ def opcheck_arguments(shape, lay):
     return z, h, "interleaved_mean_log_sd"
 
 
+def backward_arguments(shape, lay, per_sample=False):
+    """Arguments of the registered backwards, which have no derivative themselves."""
+    z, h, layout = opcheck_arguments(shape, lay)
+    grad = torch.randn(shape[0]).to(compute_dtype(z)) if per_sample else torch.randn(tuple(shape)).to(z.dtype)
+    return grad, z.detach(), h.detach(), layout
+
+
 class TestProperties(DifferentiableProperties):
     """What holds for every differentiable operator."""
 
     module = "gaussian_log_prob"
-    arguments: ClassVar = dict.fromkeys(("forward", "sample", "standardize"), opcheck_arguments)
+    arguments: ClassVar = {
+        **dict.fromkeys(("forward", "sample", "standardize"), opcheck_arguments),
+        "backward": functools.partial(backward_arguments, per_sample=True),
+        **dict.fromkeys(("sample_backward", "standardize_backward"), backward_arguments),
+    }
     cases = ALL_CASES
 
 

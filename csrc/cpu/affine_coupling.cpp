@@ -137,15 +137,17 @@ std::tuple<Tensor, Tensor> transform(const Tensor& x_any, const Tensor& h_any, s
 }
 
 template <bool is_inverse>
-std::tuple<Tensor, Tensor> gradients(const Tensor& grad_any, const Tensor& grad_log_det_any, const Tensor& y_any,
-                                     const Tensor& h_any, std::string kind, std::vector<double> scale_parameters,
-                                     std::string layout_name, std::string order) {
-  check(y_any, h_any, std::nullopt);
+std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& grad_any, const Tensor& grad_log_det_any,
+                                             const Tensor& y_any, const Tensor& h_any,
+                                             std::optional<Tensor> log_scale_gain, std::string kind,
+                                             std::vector<double> scale_parameters, std::string layout_name,
+                                             std::string order) {
+  check(y_any, h_any, log_scale_gain);
   const CouplingOptions options = parse_options(kind, scale_parameters, order);
   const Tensor grad = with_planes(grad_any), y = with_planes(y_any), h = with_planes(h_any);
   const Tensor grad_log_det = as_contiguous(grad_log_det_any);
   Tensor grad_x = empty_output(y_any), grad_h = empty_output(h_any);
-  return dispatch(y, h, [&]<typename T, typename H>() -> std::tuple<Tensor, Tensor> {
+  return dispatch(y, h, [&]<typename T, typename H>() -> std::tuple<Tensor, Tensor, Tensor> {
     const Planes grad_planes = planes_of(grad), y_planes = planes_of(y), h_planes = planes_of(h);
     const Planes grad_x_planes = planes_of(grad_x), grad_h_planes = planes_of(grad_h);
     const CouplingLayout layout = parse_layout(layout_name, y_planes.channels);
@@ -169,7 +171,7 @@ std::tuple<Tensor, Tensor> gradients(const Tensor& grad_any, const Tensor& grad_
                options);
       }
     });
-    return {grad_x, grad_h};
+    return {grad_x, grad_h, empty_vector(0, grad_log_det.scalar_type(), y)};
   });
 }
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,13 +42,6 @@ def backend_status(name: str) -> BackendStatus:
     """
     if name not in PREFERENCE:
         raise UsageError(f"backend must be one of {', '.join(PREFERENCE)}, got {name!r}")
-    if importlib.util.find_spec(f"{__name__}.{name}") is None:
-        return BackendStatus(
-            name,
-            False,
-            "its kernels are not part of this version",
-            "use backend 'reference', or leave the choice open",
-        )
     status: BackendStatus = importlib.import_module(f"{__name__}.{name}").status()
     return status
 
@@ -79,17 +71,22 @@ def use_backend(name: str) -> Iterator[None]:
         _chosen = previous
 
 
-def select() -> str:
-    """The backend that computes the next operator.
+def candidates() -> tuple[str, ...]:
+    """The backends to try for the next operator, in order; the last one, the reference, takes everything.
 
     Raises:
         UsageError: ``GLOW_KERNELS_BACKEND`` names no backend of this package.
         BackendUnavailableError: ``GLOW_KERNELS_BACKEND`` names a backend that cannot run here.
     """
-    if _chosen is not None:
-        return _chosen
-    name = os.environ.get(ENVIRONMENT_VARIABLE)
-    return _require(name) if name else _default()
+    name = _chosen or os.environ.get(ENVIRONMENT_VARIABLE)
+    if not name:
+        return _default()
+    return (_require(name), "reference") if name != "reference" else ("reference",)
+
+
+def select() -> str:
+    """The backend that computes the next operator if it supports its arguments; errors as for :func:`candidates`."""
+    return candidates()[0]
 
 
 def implementation(backend: str, operator: str) -> ModuleType:
@@ -104,8 +101,8 @@ def _require(name: str) -> str:
     return name
 
 
-def _default() -> str:
-    return available_backends()[0]
+def _default() -> tuple[str, ...]:
+    return available_backends()
 
 
 # These are constant while the process lives, and look at files, which torch.compile cannot trace. The mark is what

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from glow_kernels.backends.numerics import without_autocast
-from glow_kernels.ops import actnorm_conv1x1, actnorm_conv1x1_inverse
+from glow_kernels.ops import actnorm_conv1x1, actnorm_conv1x1_inverse, lu_weight
 from glow_kernels.ops._checks import check_channels, check_choice
 
 
@@ -79,8 +78,7 @@ class InvertibleConv1x1(ChannelMixing):
     def matrix(self) -> tuple[Tensor, Tensor | None]:
         if not self.lu:
             return self.weight, None
-        weight = _assemble_lu(self.permutation, self.lower, self.upper, self.diagonal_sign * self.log_diagonal.exp())
-        return weight, self.log_diagonal.sum()
+        return lu_weight(self.permutation, self.lower, self.upper, self.log_diagonal, self.diagonal_sign)
 
     def extra_repr(self) -> str:
         return f"{self.channels}, lu={self.lu}"
@@ -108,10 +106,3 @@ class ChannelPermutation(ChannelMixing):
 
     def extra_repr(self) -> str:
         return f"{self.channels}, kind={self.kind!r}"
-
-
-@without_autocast
-def _assemble_lu(permutation: Tensor, lower: Tensor, upper: Tensor, diagonal: Tensor) -> Tensor:
-    # The masks keep whatever an optimizer with momentum writes outside the triangles from mattering.
-    unit_lower = lower.tril(-1) + torch.eye(lower.shape[0], dtype=lower.dtype, device=lower.device)
-    return permutation @ (unit_lower @ (upper.triu(1) + torch.diag(diagonal)))

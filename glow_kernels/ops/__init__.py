@@ -1,6 +1,11 @@
 """The operators: what a user calls, with the mathematics, the checks and the autograd rules."""
 
-from glow_kernels.ops.actnorm_conv1x1 import actnorm_conv1x1, actnorm_conv1x1_inverse
+from glow_kernels.ops.actnorm_conv1x1 import (
+    actnorm_conv1x1,
+    actnorm_conv1x1_inverse,
+    actnorm_conv1x1_reversible_backward,
+    lu_weight,
+)
 from glow_kernels.ops.actnorm_statistics import actnorm_statistics
 from glow_kernels.ops.affine_coupling import (
     SCALE_MAPS,
@@ -9,6 +14,7 @@ from glow_kernels.ops.affine_coupling import (
     additive_coupling_inverse,
     affine_coupling,
     affine_coupling_inverse,
+    affine_coupling_reversible_backward,
 )
 from glow_kernels.ops.gaussian_log_prob import gaussian_log_prob, gaussian_sample, gaussian_standardize
 
@@ -17,12 +23,15 @@ __all__ = [
     "ScaleMap",
     "actnorm_conv1x1",
     "actnorm_conv1x1_inverse",
+    "actnorm_conv1x1_reversible_backward",
     "actnorm_statistics",
     "additive_coupling",
     "additive_coupling_inverse",
     "affine_coupling",
     "affine_coupling_inverse",
+    "affine_coupling_reversible_backward",
     "gaussian_log_prob",
     "gaussian_sample",
     "gaussian_standardize",
+    "lu_weight",
 ]

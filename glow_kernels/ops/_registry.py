@@ -1,13 +1,13 @@
 """Registration with torch.library: one schema, one fake and one autograd rule for all backends of an operator.
 
-Every backend has an operator of its own, ``glow_kernels::<operator>_<function>_<backend>``, so that a CUDA tensor can
+Every backend has an operator of its own, ``glow_kernels::<module>_<function>_<backend>``, so that a CUDA tensor can
 choose between two of them, a compiled graph keeps the one that it was traced with, and forward and backward agree.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -20,15 +20,21 @@ _LIBRARY = torch.library.Library("glow_kernels", "DEF")  # type: ignore[no-untyp
 class Operator:
     """An operator that one or more backends implement.
 
+    The reference and Triton implement it as a function of this name in their file ``module``; the native backend in
+    its shared library. In ``support.py`` of native and Triton, ``module(function, *args)`` says whether they take these
+    arguments; the reference takes all.
+
     Args:
         module: name of the file that implements it in each backend.
-        function: name of the implementing function in that file.
+        function: name of the implementing function.
         schema: arguments and results in torch.library's language, ``(Tensor x) -> Tensor``.
         fake: shapes, types and strides of the results.
         setup_context, backward: the autograd rule as for ``torch.library.register_autograd``; ``backward`` gets the
-            backend's module as its first argument. Without them the operator is not differentiable.
-        native: whether the native backend has it. Its implementation comes from the shared library, and the file of
-            this name in ``backends/native`` says which arguments it ``supports``; the reference takes the others.
+            name of the backend that computed the forward as its first argument. Without them the operator refuses to
+            be differentiated.
+        plain_reference: do not register the reference but call its plain PyTorch as it is, which can be
+            differentiated. So the gradients of the reference have gradients.
+        supported_by: backends beside the reference.
     """
 
     def __init__(
@@ -40,36 +46,49 @@ class Operator:
         fake: Callable[..., Any],
         setup_context: Callable[..., None] | None = None,
         backward: Callable[..., Any] | None = None,
-        native: bool = False,
+        plain_reference: bool = False,
+        supported_by: Sequence[str] = ("native", "triton"),
     ) -> None:
+        self._function = function
+        self._support = {name: getattr(backends.implementation(name, "support"), module) for name in supported_by}
         self._overloads: dict[str, Callable[..., Any]] = {}
-        self._native: Any = backends.implementation("native", module) if native else None
-        for backend in ("native", "reference") if native else ("reference",):
-            implementation = backends.implementation(backend, module)
-            rule = None if backward is None else functools.partial(backward, implementation)
-            python = getattr(implementation, function) if backend == "reference" else None
+        for backend in (*supported_by, "reference"):
+            python = None if backend == "native" else functools.partial(_call, backend, module, function)
+            if backend == "reference" and plain_reference:
+                self._overloads[backend] = getattr(backends.implementation(backend, module), function)
+                continue
             name = f"{module}_{function}_{backend}"
+            rule = functools.partial(_refuse, name) if backward is None else functools.partial(backward, backend)
             self._overloads[backend] = _register(name, schema, fake, python, setup_context, rule)
 
     def __call__(self, *args: Any) -> Any:
-        """Compute with the backend that is selected now, or the reference where that one does not support ``args``."""
-        backend = backends.select()
-        if backend not in self._overloads or (backend == "native" and not self._native.supports(*args)):
-            backend = "reference"
-        return self._overloads[backend](*args)
+        """Compute with the first backend in order of preference that supports ``args``."""
+        return self._overloads[self._choose(args)](*args)
+
+    def on(self, backend: str, *args: Any) -> Any:
+        """Compute with ``backend``, or the reference if that does not support ``args``."""
+        return self._overloads[backend if self._supports(backend, args) else "reference"](*args)
+
+    def _choose(self, args: tuple[Any, ...]) -> str:
+        for backend in backends.candidates():
+            if self._supports(backend, args):
+                return backend
+        return "reference"
+
+    def _supports(self, backend: str, args: tuple[Any, ...]) -> bool:
+        if backend == "reference":
+            return True
+        return backend in self._support and bool(self._support[backend](self._function, *args))
 
 
-def register_backward(name: str, schema: str, fake: Callable[..., Any]) -> None:
-    """Register the backward of an operator in one backend, implemented in its shared library.
-
-    The reference needs none: its backward is plain PyTorch, and so can be differentiated again.
-    """
-    _register(name, schema, fake, None, None, functools.partial(_refuse, name))
+def _call(backend: str, module: str, function: str, *args: Any) -> Any:
+    return getattr(backends.implementation(backend, module), function)(*args)
 
 
 def _refuse(name: str, *_: Any) -> NoReturn:
     raise RuntimeError(
-        f"{name} cannot be differentiated again: compute second derivatives with glow_kernels.use_backend('reference')"
+        f"{name} cannot be differentiated: compute second derivatives with memory='store' and "
+        "glow_kernels.use_backend('reference')"
     )
 
 
@@ -79,14 +98,13 @@ def _register(
     fake: Callable[..., Any],
     implementation: Callable[..., Any] | None,
     setup_context: Callable[..., None] | None,
-    rule: Callable[..., Any] | None,
+    rule: Callable[..., Any],
 ) -> Callable[..., Any]:
     qualified_name = f"glow_kernels::{name}"
     _LIBRARY.define(name + schema)  # type: ignore[no-untyped-call]
     if implementation is not None:
         _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(qualified_name, fake, lib=_LIBRARY)
-    if rule is not None:
-        torch.library.register_autograd(qualified_name, rule, setup_context=setup_context, lib=_LIBRARY)
+    torch.library.register_autograd(qualified_name, rule, setup_context=setup_context, lib=_LIBRARY)
     overload: Callable[..., Any] = getattr(torch.ops.glow_kernels, name).default
     return overload

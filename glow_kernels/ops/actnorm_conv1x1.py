@@ -7,10 +7,15 @@ ActNorm ``a = s * (x + b)`` with ``s = exp(log_scale)``, followed by ``z = W a``
   ``log_det = sum(log_scale) + log|det W|``;
 * *applying*, one pass over the data.
 
-Backward of applying, with ``g = dL/dz``: ``dx = M^T g``, ``dM = sum_{b,p} g x^T``, ``dv = sum_{b,p} g``.
+Backward of applying, with ``g = dL/dz``: ``dx = M^T g``, ``dM = sum_{b,p} g x^T``, ``dv = sum_{b,p} g``. The reversible
+backward does it in one pass from the output, with ``x = M^-1 z - b`` where it is needed.
+
+The LU-decomposed W (section 3.2 there) is assembled by :func:`lu_weight`.
 
 Backward of folding, with ``A = dL/dM + dL/dv b^T`` and ``l = dL/dlog_det``:
-``dW = A diag(s) + l W^-T``, ``dlog_scale_j = s_j sum_i W_ij A_ij + l``, ``db = M^T dL/dv``.
+``dW = A diag(s) + l W^-T``, ``dlog_scale_j = s_j sum_i W_ij A_ij + l``, ``db = M^T dL/dv``. Of assembling, with
+``A = P^T dL/dW``: ``dL = A (U + diag(s))^T`` below the diagonal, ``dU = L^T A`` above it, and
+``dlog|s_j| = s_j (L^T A)_jj + l``.
 """
 
 from __future__ import annotations
@@ -22,7 +27,7 @@ from torch import Tensor
 
 from glow_kernels.backends.numerics import compute_dtype, output_format
 from glow_kernels.ops._checks import check_image, check_like, positions
-from glow_kernels.ops._registry import Operator, register_backward
+from glow_kernels.ops._registry import Operator
 
 
 def actnorm_conv1x1(
@@ -80,6 +85,76 @@ def actnorm_conv1x1_inverse(
     return _apply(z, matrix, shift), (positions(z) * log_det).repeat(z.shape[0])
 
 
+def actnorm_conv1x1_reversible_backward(
+    grad: Tensor,
+    grad_log_det: Tensor,
+    z: Tensor,
+    log_scale: Tensor,
+    bias: Tensor,
+    weight: Tensor,
+    weight_log_det: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Undo and differentiate :func:`actnorm_conv1x1` in one pass over the data, from its output.
+
+    Args:
+        grad: ``(B, C, *spatial)``, gradient of the output ``z``, of its type.
+        grad_log_det: ``(B,)``, gradient of ``log_det``.
+        z: ``(B, C, *spatial)``, the output; the other arguments as for :func:`actnorm_conv1x1`.
+
+    Returns:
+        The input ``x``, its gradient, and the gradients of ``log_scale``, ``bias``, ``weight`` and, if it was given,
+        ``weight_log_det``. They cannot be differentiated again.
+
+    Raises:
+        TypeError, ValueError: as for :func:`actnorm_conv1x1`; also if ``weight`` is singular.
+    """
+    _check("z", z, log_scale, bias, weight, weight_log_det)
+    check_like("grad", grad, z.shape, "the shape of z", z)
+    check_like("grad_log_det", grad_log_det, z.shape[:1], "(B,) with B = z.shape[0]", z)
+    parameters = _in_compute_dtype(z, log_scale, bias, weight, weight_log_det)
+    matrix, _, _ = _fold(*parameters)
+    inverse, inverse_shift, _ = _fold_inverse(*parameters)
+    x, grad_x, grad_matrix, grad_shift = _reversible_backward(grad.to(z.dtype), z, matrix, inverse, inverse_shift)
+    total = positions(z) * grad_log_det.to(matrix.dtype).sum()
+    grads = _fold_backward(grad_matrix, grad_shift, total, *parameters)
+    grad_log_scale, grad_bias, grad_weight, grad_weight_log_det = (
+        None if tensor is None else gradient.to(tensor.dtype)
+        for gradient, tensor in zip(grads, (log_scale, bias, weight, weight_log_det), strict=True)
+    )
+    return x, grad_x, grad_log_scale, grad_bias, grad_weight, grad_weight_log_det  # type: ignore[return-value]
+
+
+def lu_weight(
+    permutation: Tensor, lower: Tensor, upper: Tensor, log_diagonal: Tensor, diagonal_sign: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``W = P L (U + diag(s))`` and ``log|det W| = sum log|s|`` (Kingma and Dhariwal, "Glow", 2018, equation 10).
+
+    Leading dimensions ``(*K)`` assemble many matrices at once. Arithmetic is in float64, also under autocast.
+
+    Args:
+        permutation: ``(*K, C, C)``, the matrix P, fixed.
+        lower: ``(*K, C, C)``, of which what lies below the diagonal is L; L has a diagonal of ones.
+        upper: ``(*K, C, C)``, of which what lies above the diagonal is U.
+        log_diagonal: ``(*K, C)``, ``log|s|``.
+        diagonal_sign: ``(*K, C)``, the signs of s, fixed.
+
+    Returns:
+        ``weight`` ``(*K, C, C)`` and ``weight_log_det`` ``(*K)``.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape or device.
+    """
+    if not isinstance(lower, Tensor) or lower.dim() < 2 or lower.shape[-1] != lower.shape[-2]:
+        raise ValueError(f"lower must be (*K, C, C), got {tuple(lower.shape)}")
+    check_like("permutation", permutation, lower.shape, "the shape of lower", lower)
+    check_like("upper", upper, lower.shape, "the shape of lower", lower)
+    check_like("log_diagonal", log_diagonal, lower.shape[:-1], "(*K, C) for this lower", lower)
+    check_like("diagonal_sign", diagonal_sign, lower.shape[:-1], "(*K, C) for this lower", lower)
+    dtype = compute_dtype(lower)
+    weight, log_det = _lu(*(tensor.to(dtype) for tensor in (permutation, lower, upper, log_diagonal, diagonal_sign)))
+    return weight, log_det
+
+
 def _check(
     name: str, x: Tensor, log_scale: Tensor, bias: Tensor, weight: Tensor, weight_log_det: Tensor | None
 ) -> None:
@@ -110,16 +185,55 @@ def _fold_fake(
     )
 
 
+def _fold_backward_fake(
+    grad_matrix: Tensor,
+    grad_shift: Tensor,
+    grad_log_det: Tensor,
+    log_scale: Tensor,
+    bias: Tensor,
+    weight: Tensor,
+    weight_log_det: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    size = 0 if weight_log_det is None else weight_log_det.shape
+    inputs = (log_scale, bias, weight)
+    grads = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in inputs]
+    return grads[0], grads[1], grads[2], weight.new_empty(size)
+
+
 def _fold_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _fold_backward(backend: Any, ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    return tuple(backend.fold_backward(*grads, *ctx.saved_tensors))
+def _fold_rule(backend: str, ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    return _without_empty(ctx, _fold_backward.on(backend, *grads, *ctx.saved_tensors))
 
 
-def _fold_inverse_backward(backend: Any, ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    return tuple(backend.fold_inverse_backward(*grads, *ctx.saved_tensors))
+def _fold_inverse_rule(backend: str, ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    return _without_empty(ctx, _fold_inverse_backward.on(backend, *grads, *ctx.saved_tensors))
+
+
+def _without_empty(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    *_, weight_log_det = ctx.saved_tensors
+    return (*grads[:3], None if weight_log_det is None else grads[3])
+
+
+def _lu_fake(
+    permutation: Tensor, lower: Tensor, upper: Tensor, log_diagonal: Tensor, diagonal_sign: Tensor
+) -> tuple[Tensor, Tensor]:
+    weight = torch.empty_like(lower, memory_format=torch.contiguous_format)
+    return weight, lower.new_empty(lower.shape[:-2])
+
+
+def _lu_backward_fake(
+    grad_weight: Tensor, grad_log_det: Tensor, permutation: Tensor, lower: Tensor, upper: Tensor, *diagonal: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = (lower, upper, diagonal[0])
+    grads = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in inputs]
+    return grads[0], grads[1], grads[2]
+
+
+def _lu_rule(backend: str, ctx: Any, grad_weight: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
+    return (None, *_lu_backward.on(backend, grad_weight, grad_log_det, *ctx.saved_tensors), None)
 
 
 def _apply_fake(x: Tensor, matrix: Tensor, shift: Tensor) -> Tensor:
@@ -131,27 +245,69 @@ def _apply_backward_fake(grad: Tensor, x: Tensor, matrix: Tensor, needs_grad_x: 
     return grad_x, torch.empty_like(matrix, memory_format=torch.contiguous_format), matrix.new_empty(x.shape[1])
 
 
+def _reversible_backward_fake(
+    grad: Tensor, z: Tensor, matrix: Tensor, inverse: Tensor, inverse_shift: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x = torch.empty_like(z, memory_format=output_format(z))
+    return x, *_apply_backward_fake(grad, z, matrix, True)
+
+
 def _apply_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, matrix, _ = inputs
     ctx.save_for_backward(x, matrix)
 
 
-def _apply_backward(backend: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _apply_rule(backend: str, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, matrix = ctx.saved_tensors
-    return tuple(backend.apply_backward(grad, x, matrix, ctx.needs_input_grad[0]))
+    needs_grad_x = ctx.needs_input_grad[0]
+    grad_x, grad_matrix, grad_shift = _apply_backward.on(backend, grad, x, matrix, needs_grad_x)
+    return grad_x if needs_grad_x else None, grad_matrix, grad_shift
 
 
-# Leading dimensions, written (*K), fold many steps in one call.
-_FOLD_SCHEMA = "(Tensor log_scale, Tensor bias, Tensor weight, Tensor? weight_log_det) -> (Tensor, Tensor, Tensor)"
 _MODULE = "actnorm_conv1x1"
+# Leading dimensions, written (*K), fold many steps in one call.
+_PARAMETERS = "Tensor log_scale, Tensor bias, Tensor weight, Tensor? weight_log_det"
+_FOLD_SCHEMA = f"({_PARAMETERS}) -> (Tensor, Tensor, Tensor)"
+# The last result is the gradient of weight_log_det, empty if there is none.
+_FOLD_BACKWARD_SCHEMA = (
+    f"(Tensor grad_matrix, Tensor grad_shift, Tensor grad_log_det, {_PARAMETERS}) -> (Tensor, Tensor, Tensor, Tensor)"
+)
 
+_LU = "Tensor permutation, Tensor lower, Tensor upper, Tensor log_diagonal, Tensor diagonal_sign"
+
+_lu = Operator(
+    _MODULE,
+    "lu_weight",
+    f"({_LU}) -> (Tensor, Tensor)",
+    fake=_lu_fake,
+    setup_context=_fold_setup,
+    backward=_lu_rule,
+    supported_by=("triton",),
+)
+_lu_backward = Operator(
+    _MODULE,
+    "lu_weight_backward",
+    f"(Tensor grad_weight, Tensor grad_log_det, {_LU}) -> (Tensor, Tensor, Tensor)",
+    fake=_lu_backward_fake,
+    plain_reference=True,
+    supported_by=("triton",),
+)
 _fold = Operator(
     _MODULE,
     "fold",
     _FOLD_SCHEMA,
     fake=_fold_fake,
     setup_context=_fold_setup,
-    backward=_fold_backward,
+    backward=_fold_rule,
+    supported_by=("triton",),
+)
+_fold_backward = Operator(
+    _MODULE,
+    "fold_backward",
+    _FOLD_BACKWARD_SCHEMA,
+    fake=_fold_backward_fake,
+    plain_reference=True,
+    supported_by=("triton",),
 )
 _fold_inverse = Operator(
     _MODULE,
@@ -159,7 +315,16 @@ _fold_inverse = Operator(
     _FOLD_SCHEMA,
     fake=_fold_fake,
     setup_context=_fold_setup,
-    backward=_fold_inverse_backward,
+    backward=_fold_inverse_rule,
+    supported_by=("triton",),
+)
+_fold_inverse_backward = Operator(
+    _MODULE,
+    "fold_inverse_backward",
+    _FOLD_BACKWARD_SCHEMA,
+    fake=_fold_backward_fake,
+    plain_reference=True,
+    supported_by=("triton",),
 )
 _apply = Operator(
     _MODULE,
@@ -167,11 +332,19 @@ _apply = Operator(
     "(Tensor x, Tensor matrix, Tensor shift) -> Tensor",
     fake=_apply_fake,
     setup_context=_apply_setup,
-    backward=_apply_backward,
-    native=True,
+    backward=_apply_rule,
 )
-register_backward(
-    "actnorm_conv1x1_apply_backward_native",
+_apply_backward = Operator(
+    _MODULE,
+    "apply_backward",
     "(Tensor grad, Tensor x, Tensor matrix, bool needs_grad_x) -> (Tensor, Tensor, Tensor)",
-    _apply_backward_fake,
+    fake=_apply_backward_fake,
+    plain_reference=True,
+)
+_reversible_backward = Operator(
+    _MODULE,
+    "apply_reversible_backward",
+    "(Tensor grad, Tensor z, Tensor matrix, Tensor inverse, Tensor inverse_shift) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_reversible_backward_fake,
+    supported_by=("triton",),
 )

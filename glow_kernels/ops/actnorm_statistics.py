@@ -63,4 +63,6 @@ def _fake(x: Tensor) -> tuple[Tensor, Tensor]:
     return statistic, torch.empty_like(statistic)
 
 
-_forward = Operator("actnorm_statistics", "forward", "(Tensor x) -> (Tensor, Tensor)", fake=_fake)
+_forward = Operator(
+    "actnorm_statistics", "forward", "(Tensor x) -> (Tensor, Tensor)", fake=_fake, supported_by=("triton",)
+)

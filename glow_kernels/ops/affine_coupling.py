@@ -11,6 +11,8 @@ same ``du``; of ``x s + t``: ``dt = g`` and ``du = phi'(u) (g (y - t) + l)``.
 Backward of the inverse, with ``g = dL/dx``: ``dy = g / s``; with ``w = s dx/ds`` per element, ``w = -(x + t)``,
 ``-(x - t)`` and ``-x`` in the same order, ``du = phi'(u) (g w - l)``; ``dt = -g``, ``g`` and ``-g / s``.
 
+The reversible backward is one pass over the output: the inverse, and the gradients.
+
 The additive coupling (Dinh et al., "NICE", 2015, section 3.2) is ``y = x + h`` without a log-determinant. It is one
 addition, which PyTorch already does in one pass, so it has no operator of its own.
 """
@@ -26,7 +28,7 @@ from torch import Tensor
 
 from glow_kernels.backends.numerics import compute_dtype, output_format
 from glow_kernels.ops._checks import check_choice, check_image, check_like
-from glow_kernels.ops._registry import Operator, register_backward
+from glow_kernels.ops._registry import Operator
 
 KINDS = ("sigmoid", "exp", "tanh", "atan", "softsign", "clip")
 LAYOUTS = ("chunk_scale_shift", "chunk_shift_scale", "interleaved_scale_shift", "interleaved_shift_scale")
@@ -149,6 +151,40 @@ def affine_coupling_inverse(
     return x, log_det
 
 
+def affine_coupling_reversible_backward(
+    grad: Tensor,
+    grad_log_det: Tensor,
+    y: Tensor,
+    h: Tensor,
+    scale_map: str | ScaleMap = "sigmoid",
+    layout: str = "interleaved_shift_scale",
+    order: str = "shift_scale",
+    log_scale_gain: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Undo and differentiate :func:`affine_coupling` in one pass, from its output.
+
+    Args:
+        grad: ``(B, C, *spatial)``, gradient of the output ``y``, of its type.
+        grad_log_det: ``(B,)``, gradient of ``log_det``.
+        y: ``(B, C, *spatial)``, the output; the other arguments as for :func:`affine_coupling`.
+
+    Returns:
+        The input ``x``, its gradient, the gradient of ``h``, and that of ``log_scale_gain`` if there is one. They
+        cannot be differentiated again.
+
+    Raises:
+        TypeError, ValueError: as for :func:`affine_coupling`.
+    """
+    map_ = _check("y", y, h, scale_map, layout, order, log_scale_gain)
+    check_like("grad", grad, y.shape, "the shape of y", y)
+    check_like("grad_log_det", grad_log_det, y.shape[:1], "(B,) with B = y.shape[0]", y)
+    gain = _in_compute_dtype(y, log_scale_gain)
+    grad, grad_log_det = grad.to(y.dtype), grad_log_det.to(compute_dtype(y))
+    options = (map_.kind, map_.parameters, layout, order)
+    x, grad_x, grad_h, grad_gain = _reversible_backward(grad, grad_log_det, y, h, gain, *options)
+    return x, grad_x, grad_h, None if log_scale_gain is None else grad_gain.to(log_scale_gain.dtype)
+
+
 def additive_coupling(x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     """``y = x + h``, with a log-determinant of zero.
 
@@ -224,11 +260,21 @@ def _fake(x: Tensor, h: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     )
 
 
-def _backward_fake(grad: Tensor, grad_log_det: Tensor, y: Tensor, h: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _backward_fake(
+    grad: Tensor, grad_log_det: Tensor, y: Tensor, h: Tensor, log_scale_gain: Tensor | None, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     return (
         torch.empty_like(y, memory_format=output_format(y)),
         torch.empty_like(h, memory_format=output_format(h)),
+        y.new_empty(0 if log_scale_gain is None else y.shape[1], dtype=compute_dtype(y)),
     )
+
+
+def _reversible_backward_fake(
+    grad: Tensor, grad_log_det: Tensor, y: Tensor, h: Tensor, log_scale_gain: Tensor | None, *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x = torch.empty_like(y, memory_format=output_format(y))
+    return x, *_backward_fake(grad, grad_log_det, y, h, log_scale_gain)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -236,40 +282,47 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(output[0], h, gain)
 
 
-def _forward_rule(backend: Any, ctx: Any, grad: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
-    grads = backend.backward(grad, grad_log_det, *ctx.saved_tensors, *ctx.options)
-    return (*grads, None, None, None, None)
+def _forward_rule(backend: str, ctx: Any, grad: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
+    return _gradients(ctx, _backward.on(backend, grad, grad_log_det, *ctx.saved_tensors, *ctx.options))
 
 
-def _inverse_rule(backend: Any, ctx: Any, grad: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
-    grads = backend.inverse_backward(grad, grad_log_det, *ctx.saved_tensors, *ctx.options)
-    return (*grads, None, None, None, None)
+def _inverse_rule(backend: str, ctx: Any, grad: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
+    return _gradients(ctx, _inverse_backward.on(backend, grad, grad_log_det, *ctx.saved_tensors, *ctx.options))
 
 
+def _gradients(ctx: Any, grads: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor | None, ...]:
+    _, _, gain = ctx.saved_tensors
+    grad_x, grad_h, grad_gain = grads
+    return grad_x, grad_h, None if gain is None else grad_gain, None, None, None, None
+
+
+_MODULE = "affine_coupling"
 _OPTIONS = "Tensor h, Tensor? log_scale_gain, str kind, float[] scale_parameters, str layout, str order"
+# The last result is the gradient of log_scale_gain, empty if there is none.
+_BACKWARD_SCHEMA = f"(Tensor grad, Tensor grad_log_det, Tensor y, {_OPTIONS}) -> (Tensor, Tensor, Tensor)"
 
 _forward = Operator(
-    "affine_coupling",
+    _MODULE,
     "forward",
     f"(Tensor x, {_OPTIONS}) -> (Tensor, Tensor)",
     fake=_fake,
     setup_context=_setup_context,
     backward=_forward_rule,
-    native=True,
 )
 _inverse = Operator(
-    "affine_coupling",
+    _MODULE,
     "inverse",
     f"(Tensor y, {_OPTIONS}) -> (Tensor, Tensor)",
     fake=_fake,
     setup_context=_setup_context,
     backward=_inverse_rule,
-    native=True,
 )
-for _function in ("backward", "inverse_backward"):
-    register_backward(
-        f"affine_coupling_{_function}_native",
-        "(Tensor grad, Tensor grad_log_det, Tensor y, Tensor h, "
-        "str kind, float[] scale_parameters, str layout, str order) -> (Tensor, Tensor)",
-        _backward_fake,
-    )
+_backward = Operator(_MODULE, "backward", _BACKWARD_SCHEMA, fake=_backward_fake, plain_reference=True)
+_inverse_backward = Operator(_MODULE, "inverse_backward", _BACKWARD_SCHEMA, fake=_backward_fake, plain_reference=True)
+_reversible_backward = Operator(
+    _MODULE,
+    "reversible_backward",
+    f"(Tensor grad, Tensor grad_log_det, Tensor y, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_reversible_backward_fake,
+    supported_by=("triton",),
+)

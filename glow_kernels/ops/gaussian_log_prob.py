@@ -80,6 +80,13 @@ def _elementwise_fake(z: Tensor, h: Tensor, layout: str) -> Tensor:
     return torch.empty_like(z, memory_format=output_format(z))
 
 
+def _backward_fake(grad: Tensor, z: Tensor, h: Tensor, layout: str) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty_like(z, memory_format=output_format(z)),
+        torch.empty_like(h, memory_format=output_format(h)),
+    )
+
+
 def _save_input(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     z, h, ctx.layout = inputs
     ctx.save_for_backward(z, h)
@@ -90,19 +97,21 @@ def _save_output(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(output, h)
 
 
-def _forward_rule(backend: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return (*backend.backward(grad, *ctx.saved_tensors, ctx.layout), None)
+def _forward_rule(backend: str, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return (*_backward.on(backend, grad, *ctx.saved_tensors, ctx.layout), None)
 
 
-def _sample_rule(backend: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return (*backend.sample_backward(grad, *ctx.saved_tensors, ctx.layout), None)
+def _sample_rule(backend: str, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return (*_sample_backward.on(backend, grad, *ctx.saved_tensors, ctx.layout), None)
 
 
-def _standardize_rule(backend: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return (*backend.standardize_backward(grad, *ctx.saved_tensors, ctx.layout), None)
+def _standardize_rule(backend: str, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return (*_standardize_backward.on(backend, grad, *ctx.saved_tensors, ctx.layout), None)
 
 
 _MODULE = "gaussian_log_prob"
+_BACKENDS = ("triton",)
+_BACKWARD_SCHEMA = "(Tensor grad, Tensor z, Tensor h, str layout) -> (Tensor, Tensor)"
 
 _forward = Operator(
     _MODULE,
@@ -111,6 +120,10 @@ _forward = Operator(
     fake=_log_prob_fake,
     setup_context=_save_input,
     backward=_forward_rule,
+    supported_by=_BACKENDS,
+)
+_backward = Operator(
+    _MODULE, "backward", _BACKWARD_SCHEMA, fake=_backward_fake, plain_reference=True, supported_by=_BACKENDS
 )
 _sample = Operator(
     _MODULE,
@@ -119,6 +132,10 @@ _sample = Operator(
     fake=_elementwise_fake,
     setup_context=_save_input,
     backward=_sample_rule,
+    supported_by=_BACKENDS,
+)
+_sample_backward = Operator(
+    _MODULE, "sample_backward", _BACKWARD_SCHEMA, fake=_backward_fake, plain_reference=True, supported_by=_BACKENDS
 )
 _standardize = Operator(
     _MODULE,
@@ -127,4 +144,13 @@ _standardize = Operator(
     fake=_elementwise_fake,
     setup_context=_save_output,
     backward=_standardize_rule,
+    supported_by=_BACKENDS,
+)
+_standardize_backward = Operator(
+    _MODULE,
+    "standardize_backward",
+    _BACKWARD_SCHEMA,
+    fake=_backward_fake,
+    plain_reference=True,
+    supported_by=_BACKENDS,
 )

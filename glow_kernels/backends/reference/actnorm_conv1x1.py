@@ -10,6 +10,37 @@ from glow_kernels.backends.numerics import is_channels_last, output_format, wide
 
 
 @without_autocast
+def lu_weight(
+    permutation: Tensor, lower: Tensor, upper: Tensor, log_diagonal: Tensor, diagonal_sign: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``W = P L (U + diag(s))`` (*K, C, C) and ``log|det W|`` (*K)."""
+    dtype, wide = lower.dtype, wide_dtype(lower.device)
+    unit_lower, full_upper = _triangles(lower, upper, log_diagonal, diagonal_sign)
+    weight = torch.matmul(permutation.to(wide), torch.matmul(unit_lower, full_upper))
+    return weight.to(dtype).contiguous(), log_diagonal.to(wide).sum(-1).to(dtype)
+
+
+@without_autocast
+def lu_weight_backward(
+    grad_weight: Tensor,
+    grad_log_det: Tensor,
+    permutation: Tensor,
+    lower: Tensor,
+    upper: Tensor,
+    log_diagonal: Tensor,
+    diagonal_sign: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``lu_weight`` in lower, upper and log_diagonal."""
+    dtype, wide = lower.dtype, wide_dtype(lower.device)
+    unit_lower, full_upper = _triangles(lower, upper, log_diagonal, diagonal_sign)
+    permuted = torch.matmul(permutation.to(wide).mT, grad_weight.to(wide))
+    grad_lower = torch.matmul(permuted, full_upper.mT).tril(-1)
+    grad_upper = torch.matmul(unit_lower.mT, permuted)
+    grad_diagonal = (grad_upper * full_upper).diagonal(dim1=-2, dim2=-1) + grad_log_det.to(wide).unsqueeze(-1)
+    return grad_lower.to(dtype), grad_upper.triu(1).to(dtype), grad_diagonal.to(dtype)
+
+
+@without_autocast
 def fold(
     log_scale: Tensor, bias: Tensor, weight: Tensor, weight_log_det: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -30,8 +61,8 @@ def fold_backward(
     bias: Tensor,
     weight: Tensor,
     weight_log_det: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of ``fold`` in its arguments."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of ``fold`` in its arguments; empty for a missing weight_log_det."""
     dtype, wide = weight.dtype, wide_dtype(weight.device)
     scale, wide_weight = log_scale.to(wide).exp(), weight.to(wide)
     grad_shift = grad_shift.to(wide).unsqueeze(-1)
@@ -46,7 +77,7 @@ def fold_backward(
         grad_log_scale.to(dtype),
         grad_bias.to(dtype),
         grad_weight.to(dtype),
-        None if weight_log_det is None else grad_log_det.to(dtype),
+        weight.new_empty(0) if weight_log_det is None else grad_log_det.to(dtype),
     )
 
 
@@ -76,7 +107,7 @@ def fold_inverse_backward(
     bias: Tensor,
     weight: Tensor,
     weight_log_det: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of ``fold_inverse``: ``dN = -diag(dlog_scale) N - N dW W^-1``."""
     dtype, wide = weight.dtype, wide_dtype(weight.device)
     grad_matrix, grad_log_det = grad_matrix.to(wide), grad_log_det.to(wide)
@@ -90,7 +121,7 @@ def fold_inverse_backward(
         grad_log_scale.to(dtype),
         -grad_shift,
         grad_weight.to(dtype),
-        None if weight_log_det is None else -grad_log_det.to(dtype),
+        weight.new_empty(0) if weight_log_det is None else -grad_log_det.to(dtype),
     )
 
 
@@ -102,12 +133,32 @@ def apply(x: Tensor, matrix: Tensor, shift: Tensor) -> Tensor:
 
 
 @without_autocast
-def apply_backward(grad: Tensor, x: Tensor, matrix: Tensor, needs_grad_x: bool) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Gradients of ``apply``: ``M^T g``, ``sum g x^T``, ``sum g`` (sums over samples and positions)."""
+def apply_backward(grad: Tensor, x: Tensor, matrix: Tensor, needs_grad_x: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``apply``: ``M^T g`` (or nothing), ``sum g x^T``, ``sum g`` (sums over samples and positions)."""
     shape = (*x.shape[:2], -1) if x.numel() else (*x.shape[:2], 0)
     wide_grad, wide_x = grad.to(matrix.dtype).reshape(shape), x.to(matrix.dtype).reshape(shape)
-    grad_x = _linear(grad.to(matrix.dtype), matrix.mT, None).to(x.dtype) if needs_grad_x else None
+    grad_x = _linear(grad.to(matrix.dtype), matrix.mT, None).to(x.dtype) if needs_grad_x else x.new_empty(0)
     return grad_x, torch.einsum("bip,bjp->ij", wide_grad, wide_x), wide_grad.sum((0, 2))
+
+
+@without_autocast
+def apply_reversible_backward(
+    grad: Tensor, z: Tensor, matrix: Tensor, inverse: Tensor, inverse_shift: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The input ``x = M^-1 z - b`` of ``apply`` and its gradients in x, matrix and shift."""
+    x = _linear(z.to(matrix.dtype), inverse, inverse_shift)
+    grad_x, grad_matrix, grad_shift = apply_backward(grad, x, matrix, True)
+    format_ = output_format(z)
+    x, grad_x = (tensor.to(z.dtype).contiguous(memory_format=format_) for tensor in (x, grad_x))
+    return x, grad_x, grad_matrix.contiguous(), grad_shift
+
+
+def _triangles(lower: Tensor, upper: Tensor, log_diagonal: Tensor, diagonal_sign: Tensor) -> tuple[Tensor, Tensor]:
+    # The masks keep whatever an optimizer with momentum writes outside the triangles from mattering.
+    wide = wide_dtype(lower.device)
+    unit_lower = lower.to(wide).tril(-1) + torch.eye(lower.shape[-1], dtype=wide, device=lower.device)
+    diagonal = diagonal_sign.to(wide) * log_diagonal.to(wide).exp()
+    return unit_lower, upper.to(wide).triu(1) + torch.diag_embed(diagonal)
 
 
 def _linear(x: Tensor, matrix: Tensor, shift: Tensor | None) -> Tensor:

@@ -71,8 +71,8 @@ def backward(
     scale_parameters: Sequence[float],
     layout: str,
     order: str,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of ``forward`` in x, h and log_scale_gain."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``forward`` in x, h and log_scale_gain (empty if there is none)."""
     dtype = compute_dtype(y)
     raw_scale, shift = split(h.to(dtype), layout)
     scale = scale_map(raw_scale, log_scale_gain, kind, scale_parameters).exp()
@@ -100,8 +100,8 @@ def inverse_backward(
     scale_parameters: Sequence[float],
     layout: str,
     order: str,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of ``inverse`` in y, h and log_scale_gain."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``inverse`` in y, h and log_scale_gain (empty if there is none)."""
     dtype = compute_dtype(x)
     raw_scale, shift = split(h.to(dtype), layout)
     inverse_scale = (-scale_map(raw_scale, log_scale_gain, kind, scale_parameters)).exp()
@@ -116,6 +116,30 @@ def inverse_backward(
     grad_log_scale = -wide_grad * scaled - _per_sample(grad_log_det, x)
     grad_raw, grad_gain = scale_map_backward(grad_log_scale, raw_scale, log_scale_gain, kind, scale_parameters)
     return grad_y.to(x.dtype), merge(grad_raw, grad_shift, layout).to(h.dtype), grad_gain
+
+
+@without_autocast
+def reversible_backward(
+    grad: Tensor,
+    grad_log_det: Tensor,
+    y: Tensor,
+    h: Tensor,
+    log_scale_gain: Tensor | None,
+    kind: str,
+    scale_parameters: Sequence[float],
+    layout: str,
+    order: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The input x of ``forward`` and the gradients in x, h and log_scale_gain (empty if there is none)."""
+    options = (log_scale_gain, kind, scale_parameters, layout, order)
+    x, _ = inverse(y, h, *options)
+    grad_x, grad_h, grad_gain = backward(grad, grad_log_det, y, h, *options)
+    return (
+        x,
+        grad_x.contiguous(memory_format=output_format(y)),
+        grad_h.contiguous(memory_format=output_format(h)),
+        grad_gain,
+    )
 
 
 def split(h: Tensor, layout: str) -> tuple[Tensor, Tensor]:
@@ -147,18 +171,18 @@ def scale_map(raw: Tensor, log_scale_gain: Tensor | None, kind: str, parameters:
 
 def scale_map_backward(
     grad: Tensor, raw: Tensor, log_scale_gain: Tensor | None, kind: str, parameters: Sequence[float]
-) -> tuple[Tensor, Tensor | None]:
-    """Gradients of ``scale_map`` in the raw scale and in log_scale_gain, given dL/dlog_s."""
+) -> tuple[Tensor, Tensor]:
+    """Gradients of ``scale_map`` in the raw scale and in log_scale_gain (empty if there is none), given dL/dlog_s."""
     slope, offset, gain, floor, low, high = parameters
     v = slope * raw + offset
     if floor > 0.0:
         without_floor = scale_map(raw, log_scale_gain, kind, (slope, offset, gain, 0.0, low, high))
         grad = grad * torch.sigmoid(without_floor - math.log(floor))
     if kind == "sigmoid":
-        return grad * slope * torch.sigmoid(-v), None
+        return grad * slope * torch.sigmoid(-v), grad.new_empty(0)
     grad_raw = grad * (slope * gain) * _bound_derivative(v, kind, low, high)
     if log_scale_gain is None:
-        return grad_raw, None
+        return grad_raw, grad.new_empty(0)
     grad_gain = (grad * gain * _bound(v, kind, low, high)).transpose(0, 1).flatten(1).sum(1)
     return grad_raw * _per_channel(log_scale_gain, raw), grad_gain
 
