@@ -167,7 +167,7 @@ def additive_cases() -> list[Case]:
 def opcheck_arguments(shape, lay):
     """Arguments of the registered operators."""
     x, h = lay(torch.randn(shape)).requires_grad_(), lay(torch.randn(like_h(shape))).requires_grad_()
-    gain = torch.rand(shape[1]).requires_grad_()
+    gain = torch.rand(shape[1], dtype=compute_dtype(x)).requires_grad_()
     return x, h, gain, "clip", [0.7, -0.3, 1.5, 0.1, -math.inf, 0.9], "interleaved_scale_shift", "scale_shift"
 
 

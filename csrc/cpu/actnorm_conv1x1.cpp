@@ -20,6 +20,8 @@ using torch::headeronly::Half;
 // The sums over positions are cut into this many parts, whatever the number of threads, and the parts are added in
 // order: so the result does not depend on the number of threads.
 constexpr int64_t kParts = 64;
+// Fewer tiles would cost more to add than to compute.
+constexpr int64_t kTilesPerPart = 4;
 
 template <typename T>
 LinearKernels<T> kernels() {
@@ -86,17 +88,6 @@ Tensor apply(const Tensor& x_any, const Tensor& matrix_any, const Tensor& shift_
 }
 
 template <typename A>
-std::vector<A> transpose(const A* matrix, int64_t channels) {
-  std::vector<A> transposed(channels * channels);
-  for (int64_t row = 0; row < channels; ++row) {
-    for (int64_t column = 0; column < channels; ++column) {
-      transposed[column * channels + row] = matrix[row * channels + column];
-    }
-  }
-  return transposed;
-}
-
-template <typename A>
 void add_parts(const std::vector<A>& parts, int64_t count, int64_t size, A* target) {
   for (int64_t i = 0; i < size; ++i) {
     double total = 0;
@@ -105,37 +96,63 @@ void add_parts(const std::vector<A>& parts, int64_t count, int64_t size, A* targ
   }
 }
 
+// Runs the kernel over all positions and writes the sums.
+template <typename T>
+void run_backward(const LinearBackward<T>& arguments, compute_t<T>* grad_matrix, compute_t<T>* grad_shift) {
+  using A = compute_t<T>;
+  const auto kernel = kernels<T>().backward;
+  const Planes& planes = arguments.grad.planes;
+  const int64_t channels = planes.channels, total = planes.batches * planes.positions;
+  const int64_t tiles = (total + kPositions - 1) / kPositions;
+  const int64_t part_size = std::max(kTilesPerPart, (tiles + kParts - 1) / kParts) * kPositions;
+  const int64_t parts = (total + part_size - 1) / part_size;
+  std::vector<A> matrices(parts * channels * channels), shifts(parts * channels);
+  torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) {
+      kernel(arguments, part * part_size, std::min((part + 1) * part_size, total),
+             matrices.data() + part * channels * channels, shifts.data() + part * channels);
+    }
+  });
+  add_parts(matrices, parts, channels * channels, grad_matrix);
+  add_parts(shifts, parts, channels, grad_shift);
+}
+
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_any, const Tensor& x_any, const Tensor& matrix_any,
                                             bool needs_grad_x) {
   check(x_any, matrix_any);
   const Tensor grad = with_planes(grad_any), x = with_planes(x_any), matrix = as_contiguous(matrix_any);
-  const int64_t channels = x.size(1);
   Tensor grad_x = needs_grad_x ? empty_output(x_any) : empty_vector(0, x.scalar_type(), x);
-  Tensor grad_matrix = torch::stable::empty({channels, channels}, matrix.scalar_type(), std::nullopt, x.device());
-  Tensor grad_shift = empty_vector(channels, matrix.scalar_type(), x);
+  Tensor grad_matrix = torch::stable::empty(matrix.sizes(), matrix.scalar_type(), std::nullopt, x.device());
+  Tensor grad_shift = empty_vector(x.size(1), matrix.scalar_type(), x);
   return dispatch(x, [&]<typename T>() -> std::tuple<Tensor, Tensor, Tensor> {
     using A = compute_t<T>;
-    const auto kernel = kernels<T>().backward;
-    const auto grad_source = positions(grad, grad.const_data_ptr<T>());
-    const auto x_source = positions(x, x.const_data_ptr<T>());
-    const Positions<T> target = needs_grad_x ? positions(grad_x, grad_x.mutable_data_ptr<T>()) : Positions<T>{};
-    const std::vector<A> transposed = transpose(matrix.const_data_ptr<A>(), channels);
-    const int64_t total = x_source.planes.batches * x_source.planes.positions;
-    const int64_t tiles = (total + kPositions - 1) / kPositions;
-    const int64_t part_size = (tiles + kParts - 1) / kParts * kPositions;
-    const int64_t parts = part_size > 0 ? (total + part_size - 1) / part_size : 0;
-    std::vector<A> matrices(parts * channels * channels), shifts(parts * channels);
-    const int64_t part_grain = part_size > 0 ? std::max<int64_t>(1, grain(channels) / part_size) : 1;
-    torch::stable::parallel_for(0, parts, part_grain, [&](int64_t begin, int64_t end) {
-      for (int64_t part = begin; part < end; ++part) {
-        kernel(grad_source, x_source, transposed.data(), target, part * part_size,
-               std::min((part + 1) * part_size, total), matrices.data() + part * channels * channels,
-               shifts.data() + part * channels);
-      }
-    });
-    add_parts(matrices, parts, channels * channels, grad_matrix.mutable_data_ptr<A>());
-    add_parts(shifts, parts, channels, grad_shift.mutable_data_ptr<A>());
+    LinearBackward<T> arguments{};
+    arguments.grad = positions(grad, grad.const_data_ptr<T>());
+    arguments.data = positions(x, x.const_data_ptr<T>());
+    arguments.matrix = matrix.const_data_ptr<A>();
+    if (needs_grad_x) arguments.grad_x = positions(grad_x, grad_x.mutable_data_ptr<T>());
+    run_backward(arguments, grad_matrix.mutable_data_ptr<A>(), grad_shift.mutable_data_ptr<A>());
     return {grad_x, grad_matrix, grad_shift};
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> reversible_backward(const Tensor& grad_any, const Tensor& z_any,
+                                                               const Tensor& matrix_any, const Tensor& inverse_any,
+                                                               const Tensor& inverse_shift_any) {
+  check(z_any, matrix_any);
+  check(z_any, inverse_any);
+  const Tensor grad = with_planes(grad_any), z = with_planes(z_any), matrix = as_contiguous(matrix_any);
+  const Tensor inverse = as_contiguous(inverse_any), inverse_shift = as_contiguous(inverse_shift_any);
+  Tensor x = empty_output(z_any), grad_x = empty_output(z_any);
+  Tensor grad_matrix = torch::stable::empty(matrix.sizes(), matrix.scalar_type(), std::nullopt, z.device());
+  Tensor grad_shift = empty_vector(z.size(1), matrix.scalar_type(), z);
+  return dispatch(z, [&]<typename T>() -> std::tuple<Tensor, Tensor, Tensor, Tensor> {
+    using A = compute_t<T>;
+    run_backward<T>({positions(grad, grad.const_data_ptr<T>()), positions(z, z.const_data_ptr<T>()),
+                     matrix.const_data_ptr<A>(), inverse.const_data_ptr<A>(), inverse_shift.const_data_ptr<A>(),
+                     positions(x, x.mutable_data_ptr<T>()), positions(grad_x, grad_x.mutable_data_ptr<T>())},
+                    grad_matrix.mutable_data_ptr<A>(), grad_shift.mutable_data_ptr<A>());
+    return {x, grad_x, grad_matrix, grad_shift};
   });
 }
 
@@ -144,6 +161,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_any, const Tensor
 STABLE_TORCH_LIBRARY_IMPL(glow_kernels, CPU, m) {
   m.impl("actnorm_conv1x1_apply_native", TORCH_BOX(&apply));
   m.impl("actnorm_conv1x1_apply_backward_native", TORCH_BOX(&backward));
+  m.impl("actnorm_conv1x1_apply_reversible_backward_native", TORCH_BOX(&reversible_backward));
 }
 
 }  // namespace glow_kernels

@@ -10,25 +10,37 @@ namespace glow_kernels {
 // Largest C of the kernels; more channels are a matrix product that belongs to a BLAS.
 constexpr int64_t kMaxChannels = 64;
 
-// Positions that are worked on at a time; the tiles of x and z fill the first-level cache for kMaxChannels floats.
-constexpr int64_t kPositions = 64;
+// Positions that are worked on at a time. Sums over them stay in registers, and a tile of kMaxChannels floats fits into
+// a quarter of the second-level cache.
+constexpr int64_t kPositions = 256;
 
-// A tensor (B, C, *spatial) as C rows of B * P positions.
+// A tensor (B, C, *spatial) as C rows of B * P positions; null for none.
 template <typename T>
 struct Positions {
   T* data;
   Planes planes;
 };
 
+// What the backward reads and writes. All matrices are C x C, row by row.
+template <typename T>
+struct LinearBackward {
+  using A = compute_t<T>;
+  Positions<const T> grad, data;  // g, and x, or z for the reversible backward
+  const A* matrix;                // M
+  const A* inverse;               // M^-1, and the shift of x = M^-1 z + shift; null unless reversible
+  const A* inverse_shift;
+  Positions<T> x;       // of the reversible backward
+  Positions<T> grad_x;  // M^T g; null if it is not wanted
+};
+
 template <typename T>
 struct LinearKernels {
   using A = compute_t<T>;
-  // z = M x + v at positions [begin, end); `matrix` is C x C row by row.
+  // z = M x + v at positions [begin, end).
   void (*apply)(Positions<const T> x, const A* matrix, const A* shift, Positions<T> z, int64_t begin, int64_t end);
-  // Adds sum g x^T (C x C) and sum g (C) over positions [begin, end) to `grad_matrix` and `grad_shift` and, unless
-  // grad_x.data is null, writes grad_x = M^T g; `transposed` is M^T row by row.
-  void (*backward)(Positions<const T> grad, Positions<const T> x, const A* transposed, Positions<T> grad_x,
-                   int64_t begin, int64_t end, A* grad_matrix, A* grad_shift);
+  // Adds sum g x^T (C x C) and sum g (C) over positions [begin, end) to `grad_matrix` and `grad_shift` and writes the
+  // other results there.
+  void (*backward)(const LinearBackward<T>& arguments, int64_t begin, int64_t end, A* grad_matrix, A* grad_shift);
 };
 
 namespace baseline {

@@ -54,14 +54,16 @@ CouplingOptions parse_options(const std::string& kind, const std::vector<double>
           {parameters[0], parameters[1], parameters[2], parameters[3], parameters[4], parameters[5]}};
 }
 
-void check(const Tensor& x, const Tensor& h, const std::optional<Tensor>& log_scale_gain) {
-  STD_TORCH_CHECK(!log_scale_gain.has_value(), "the native backend has no log_scale_gain");
+void check(const Tensor& x, const Tensor& h, const std::optional<Tensor>& gain) {
   STD_TORCH_CHECK(x.dim() >= 2 && h.dim() == x.dim() && h.size(1) == 2 * x.size(1),
                   "h must have twice the channels of x");
   for (int64_t dimension = 0; dimension < x.dim(); ++dimension) {
     STD_TORCH_CHECK(dimension == 1 || h.size(dimension) == x.size(dimension),
                     "h must have the shape of x but for dim 1");
   }
+  const ScalarType wide = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  STD_TORCH_CHECK(!gain || (gain->dim() == 1 && gain->size(0) == x.size(1) && gain->scalar_type() == wide),
+                  "log_scale_gain must have an element of the type of arithmetic for every channel of x");
 }
 
 template <typename T, typename H>
@@ -88,91 +90,135 @@ auto dispatch(const Tensor& x, const Tensor& h, const F& f) {
   return f.template operator()<double, double>();
 }
 
+// Strided memory of an optional tensor.
+template <typename T>
+struct Plane {
+  T* data = nullptr;
+  Planes planes{};
+};
+
+template <typename T>
+Plane<const T> readable(const Tensor& x) {
+  return {x.const_data_ptr<T>(), planes_of(x)};
+}
+
+template <typename T>
+Plane<T> writable(const std::optional<Tensor>& x) {
+  return x ? Plane<T>{x->mutable_data_ptr<T>(), planes_of(*x)} : Plane<T>{};
+}
+
+// What a direction reads and writes; `data`, `result` and the gradients are those of CouplingTile.
+struct Arguments {
+  Tensor data, h;
+  std::optional<Tensor> gain = {}, grad = {}, grad_log_det = {}, result = {}, grad_data = {}, grad_h = {};
+};
+
+// The kernel over all tiles, in parallel. Returns what it returned for every tile; writes to `grad_gain`, unless it is
+// null, the sums over samples and positions. Everything is added in a fixed order.
+template <typename T, typename H>
+std::vector<double> run(const Arguments& arguments, typename CouplingKernels<T, H>::Kernel* kernel,
+                        const CouplingOptions& options, const CouplingLayout& layout, const Tiling& tiling,
+                        compute_t<T>* grad_gain) {
+  using A = compute_t<T>;
+  const auto data = readable<T>(arguments.data);
+  const auto h = readable<H>(arguments.h);
+  const auto grad = arguments.grad ? readable<T>(*arguments.grad) : Plane<const T>{};
+  const auto result = writable<T>(arguments.result), grad_data = writable<T>(arguments.grad_data);
+  const auto grad_h = writable<H>(arguments.grad_h);
+  const A* lambda = arguments.grad_log_det ? arguments.grad_log_det->const_data_ptr<A>() : nullptr;
+  const int64_t channels = data.planes.channels, per_tile = grad_gain ? tiling.channels_per_tile() : 0;
+  Plane<const A> gain{};
+  if (arguments.gain) gain = {arguments.gain->const_data_ptr<A>(), {0, channels, 1, 0, arguments.gain->stride(0), 0}};
+
+  std::vector<double> returned(tiling.size()), gain_sums(tiling.size() * per_tile);
+  torch::stable::parallel_for(0, tiling.size(), kTilesPerThread, [&](int64_t begin, int64_t end) {
+    A contributions[kTile];
+    for (int64_t index = begin; index < end; ++index) {
+      const Tile tile = tiling[index];
+      const auto at = [&](const auto& plane, int64_t first = 0, int64_t step = 1) {
+        return tiling.at(tile, plane.data, plane.planes, first, step);
+      };
+      returned[index] = kernel({tile.rows, tile.columns, at(data), at(h, layout.scale_first, layout.step),
+                                at(h, layout.shift_first, layout.step), at(gain), at(grad),
+                                lambda ? static_cast<double>(lambda[tile.batch]) : 0.0, at(result), at(grad_data),
+                                at(grad_h, layout.scale_first, layout.step),
+                                at(grad_h, layout.shift_first, layout.step), grad_gain ? contributions : nullptr},
+                               options);
+      if (grad_gain) tiling.add_per_channel(tile, contributions, &gain_sums[index * per_tile]);
+    }
+  });
+  if (grad_gain) {
+    std::vector<double> totals(channels);
+    for (int64_t index = 0; index < tiling.size(); ++index) {
+      const Tile tile = tiling[index];
+      for (int64_t i = 0; i < tiling.channels(tile); ++i) {
+        totals[tiling.first_channel(tile) + i] += gain_sums[index * per_tile + i];
+      }
+    }
+    for (int64_t channel = 0; channel < channels; ++channel) grad_gain[channel] = static_cast<A>(totals[channel]);
+  }
+  return returned;
+}
+
 // log_det (B,) from the sums of the tiles, which are added in a fixed order.
-Tensor reduce(const std::vector<double>& sums, int64_t batches, int64_t per_sample, const Tensor& x) {
-  const bool wide = x.scalar_type() == ScalarType::Double;
-  Tensor log_det = empty_vector(batches, wide ? ScalarType::Double : ScalarType::Float, x);
-  void* data = log_det.mutable_data_ptr();
+template <typename A>
+Tensor reduce(const std::vector<double>& sums, const Tiling& tiling, int64_t batches, const Tensor& x) {
+  Tensor log_det = empty_vector(batches, std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float, x);
+  A* data = log_det.mutable_data_ptr<A>();
+  const int64_t per_sample = tiling.per_sample();
   for (int64_t batch = 0; batch < batches; ++batch) {
     double total = 0;
     for (int64_t tile = 0; tile < per_sample; ++tile) total += sums[batch * per_sample + tile];
-    if (wide) {
-      static_cast<double*>(data)[batch] = total;
-    } else {
-      static_cast<float*>(data)[batch] = static_cast<float>(total);
-    }
+    data[batch] = static_cast<A>(total);
   }
   return log_det;
 }
 
 template <bool is_inverse>
-std::tuple<Tensor, Tensor> transform(const Tensor& x_any, const Tensor& h_any, std::optional<Tensor> log_scale_gain,
-                                     std::string kind, std::vector<double> scale_parameters, std::string layout_name,
+std::tuple<Tensor, Tensor> transform(const Tensor& x, const Tensor& h, std::optional<Tensor> log_scale_gain,
+                                     std::string kind, std::vector<double> scale_parameters, std::string layout,
                                      std::string order) {
-  check(x_any, h_any, log_scale_gain);
+  check(x, h, log_scale_gain);
   const CouplingOptions options = parse_options(kind, scale_parameters, order);
-  const Tensor x = with_planes(x_any), h = with_planes(h_any);
-  Tensor y = empty_output(x_any);
+  Tensor y = empty_output(x);
+  Arguments arguments{with_planes(x), with_planes(h), log_scale_gain};
+  arguments.result = y;
   return dispatch(x, h, [&]<typename T, typename H>() -> std::tuple<Tensor, Tensor> {
-    const Planes x_planes = planes_of(x), h_planes = planes_of(h), y_planes = planes_of(y);
-    const CouplingLayout layout = parse_layout(layout_name, x_planes.channels);
     const CouplingKernels<T, H> table = kernels<T, H>();
-    const auto kernel = is_inverse ? table.inverse : table.forward;
-    const T* x_data = x.const_data_ptr<T>();
-    const H* h_data = h.const_data_ptr<H>();
-    T* y_data = y.mutable_data_ptr<T>();
-    const Tiling tiling(y_planes);
-    std::vector<double> sums(tiling.size());
-    torch::stable::parallel_for(0, tiling.size(), kTilesPerThread, [&](int64_t begin, int64_t end) {
-      for (int64_t index = begin; index < end; ++index) {
-        const Tile tile = tiling[index];
-        sums[index] = kernel(tiling.at(tile, x_data, x_planes),
-                             tiling.at(tile, h_data, h_planes, layout.scale_first, layout.step),
-                             tiling.at(tile, h_data, h_planes, layout.shift_first, layout.step),
-                             tiling.at(tile, y_data, y_planes), tile.rows, tile.columns, options);
-      }
-    });
-    return {y, reduce(sums, x_planes.batches, tiling.per_sample(), x)};
+    const Tiling tiling(planes_of(y));
+    const std::vector<double> sums = run<T, H>(arguments, is_inverse ? table.inverse : table.forward, options,
+                                               parse_layout(layout, x.size(1)), tiling, nullptr);
+    return {y, reduce<compute_t<T>>(sums, tiling, x.size(0), x)};
   });
 }
 
-template <bool is_inverse>
-std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& grad_any, const Tensor& grad_log_det_any,
-                                             const Tensor& y_any, const Tensor& h_any,
-                                             std::optional<Tensor> log_scale_gain, std::string kind,
-                                             std::vector<double> scale_parameters, std::string layout_name,
-                                             std::string order) {
-  check(y_any, h_any, log_scale_gain);
+enum class Direction { backward, inverse_backward, reversible_backward };
+
+template <Direction direction>
+auto gradients(const Tensor& grad, const Tensor& grad_log_det, const Tensor& y, const Tensor& h,
+               std::optional<Tensor> log_scale_gain, std::string kind, std::vector<double> scale_parameters,
+               std::string layout, std::string order) {
+  check(y, h, log_scale_gain);
   const CouplingOptions options = parse_options(kind, scale_parameters, order);
-  const Tensor grad = with_planes(grad_any), y = with_planes(y_any), h = with_planes(h_any);
-  const Tensor grad_log_det = as_contiguous(grad_log_det_any);
-  Tensor grad_x = empty_output(y_any), grad_h = empty_output(h_any);
-  return dispatch(y, h, [&]<typename T, typename H>() -> std::tuple<Tensor, Tensor, Tensor> {
-    const Planes grad_planes = planes_of(grad), y_planes = planes_of(y), h_planes = planes_of(h);
-    const Planes grad_x_planes = planes_of(grad_x), grad_h_planes = planes_of(grad_h);
-    const CouplingLayout layout = parse_layout(layout_name, y_planes.channels);
+  Tensor grad_x = empty_output(y), grad_h = empty_output(h);
+  Tensor grad_gain = empty_vector(log_scale_gain ? y.size(1) : 0, grad_log_det.scalar_type(), y);
+  Arguments arguments{with_planes(y), with_planes(h), log_scale_gain, with_planes(grad), as_contiguous(grad_log_det)};
+  arguments.grad_data = grad_x;
+  arguments.grad_h = grad_h;
+  if constexpr (direction == Direction::reversible_backward) arguments.result = empty_output(y);
+  dispatch(y, h, [&]<typename T, typename H>() {
     const CouplingKernels<T, H> table = kernels<T, H>();
-    const auto kernel = is_inverse ? table.inverse_backward : table.backward;
-    const T *grad_data = grad.const_data_ptr<T>(), *y_data = y.const_data_ptr<T>();
-    const H* h_data = h.const_data_ptr<H>();
-    const compute_t<T>* lambda = grad_log_det.const_data_ptr<compute_t<T>>();
-    T* grad_x_data = grad_x.mutable_data_ptr<T>();
-    H* grad_h_data = grad_h.mutable_data_ptr<H>();
-    const Tiling tiling(grad_x_planes);
-    torch::stable::parallel_for(0, tiling.size(), kTilesPerThread, [&](int64_t begin, int64_t end) {
-      for (int64_t index = begin; index < end; ++index) {
-        const Tile tile = tiling[index];
-        kernel(tiling.at(tile, grad_data, grad_planes), lambda[tile.batch], tiling.at(tile, y_data, y_planes),
-               tiling.at(tile, h_data, h_planes, layout.scale_first, layout.step),
-               tiling.at(tile, h_data, h_planes, layout.shift_first, layout.step),
-               tiling.at(tile, grad_x_data, grad_x_planes),
-               tiling.at(tile, grad_h_data, grad_h_planes, layout.scale_first, layout.step),
-               tiling.at(tile, grad_h_data, grad_h_planes, layout.shift_first, layout.step), tile.rows, tile.columns,
-               options);
-      }
-    });
-    return {grad_x, grad_h, empty_vector(0, grad_log_det.scalar_type(), y)};
+    const auto kernel = direction == Direction::backward           ? table.backward
+                        : direction == Direction::inverse_backward ? table.inverse_backward
+                                                                   : table.reversible_backward;
+    compute_t<T>* gain_data = log_scale_gain ? grad_gain.mutable_data_ptr<compute_t<T>>() : nullptr;
+    run<T, H>(arguments, kernel, options, parse_layout(layout, y.size(1)), Tiling(planes_of(grad_x)), gain_data);
   });
+  if constexpr (direction == Direction::reversible_backward) {
+    return std::tuple<Tensor, Tensor, Tensor, Tensor>{*arguments.result, grad_x, grad_h, grad_gain};
+  } else {
+    return std::tuple<Tensor, Tensor, Tensor>{grad_x, grad_h, grad_gain};
+  }
 }
 
 }  // namespace
@@ -180,8 +226,9 @@ std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& grad_any, const Tenso
 STABLE_TORCH_LIBRARY_IMPL(glow_kernels, CPU, m) {
   m.impl("affine_coupling_forward_native", TORCH_BOX(&transform<false>));
   m.impl("affine_coupling_inverse_native", TORCH_BOX(&transform<true>));
-  m.impl("affine_coupling_backward_native", TORCH_BOX(&gradients<false>));
-  m.impl("affine_coupling_inverse_backward_native", TORCH_BOX(&gradients<true>));
+  m.impl("affine_coupling_backward_native", TORCH_BOX(&gradients<Direction::backward>));
+  m.impl("affine_coupling_inverse_backward_native", TORCH_BOX(&gradients<Direction::inverse_backward>));
+  m.impl("affine_coupling_reversible_backward_native", TORCH_BOX(&gradients<Direction::reversible_backward>));
 }
 
 }  // namespace glow_kernels

@@ -14,24 +14,36 @@ struct CouplingOptions {
   ScaleParameters<double> map;
 };
 
-// Each function works on one tile of `rows` x `columns` elements, at most kTile. T is the type of x and y, H that of h,
-// of which u holds the raw scales and t the shifts.
+// One tile of all arguments and results, `rows` x `columns` elements, at most kTile. T is the type of x and y, H that
+// of h, of which `u` holds the raw scales and `t` the shifts. Which members a kernel uses stands with the kernel.
+template <typename T, typename H>
+struct CouplingTile {
+  using A = compute_t<T>;
+  int64_t rows, columns;
+  Strided<const T> data;         // x or y
+  Strided<const H> u, t;
+  Strided<const A> gain;         // of each element's channel; null for none
+  Strided<const T> grad;         // gradient of the result
+  double grad_log_det;
+  Strided<T> result;             // y, or x for the inverse and the reversible backward
+  Strided<T> grad_data;
+  Strided<H> grad_u, grad_t;
+  A* grad_gain;                  // contributions of all elements, rows x columns; null for none
+};
+
 template <typename T, typename H>
 struct CouplingKernels {
-  // Writes y, returns the sum of log s.
-  double (*forward)(Strided<const T> x, Strided<const H> u, Strided<const H> t, Strided<T> y, int64_t rows,
-                    int64_t columns, const CouplingOptions& options);
-  // Writes x, returns minus the sum of log s.
-  double (*inverse)(Strided<const T> y, Strided<const H> u, Strided<const H> t, Strided<T> x, int64_t rows,
-                    int64_t columns, const CouplingOptions& options);
-  // From dL/dy, dL/dlog_det and y to dL/dx, dL/du and dL/dt.
-  void (*backward)(Strided<const T> grad, double grad_log_det, Strided<const T> y, Strided<const H> u,
-                   Strided<const H> t, Strided<T> grad_x, Strided<H> grad_u, Strided<H> grad_t, int64_t rows,
-                   int64_t columns, const CouplingOptions& options);
-  // From dL/dx, dL/dlog_det and x to dL/dy, dL/du and dL/dt.
-  void (*inverse_backward)(Strided<const T> grad, double grad_log_det, Strided<const T> x, Strided<const H> u,
-                           Strided<const H> t, Strided<T> grad_y, Strided<H> grad_u, Strided<H> grad_t, int64_t rows,
-                           int64_t columns, const CouplingOptions& options);
+  using Kernel = double(const CouplingTile<T, H>&, const CouplingOptions&);
+  // From x to y; returns the sum of log s.
+  Kernel* forward;
+  // From y to x; returns minus the sum of log s.
+  Kernel* inverse;
+  // From y, dL/dy and dL/dlog_det to dL/dx, dL/du, dL/dt and dL/dgain; returns nothing of use, as those below.
+  Kernel* backward;
+  // From x, dL/dx and dL/dlog_det to dL/dy, dL/du, dL/dt and dL/dgain.
+  Kernel* inverse_backward;
+  // What backward does, and x.
+  Kernel* reversible_backward;
 };
 
 namespace baseline {

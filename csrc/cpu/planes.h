@@ -85,10 +85,26 @@ class Tiling {
     return {batch, row, column, std::min(rows_, outer_ - row), std::min(columns_, inner_ - column)};
   }
 
+  // The channels of a tile, and at most how many a tile has.
+  int64_t first_channel(const Tile& tile) const { return channels_inside_ ? tile.column : tile.row; }
+  int64_t channels(const Tile& tile) const { return channels_inside_ ? tile.columns : tile.rows; }
+  int64_t channels_per_tile() const { return channels_inside_ ? columns_ : rows_; }
+
+  // sums[c] += the values of a tile's channel c.
+  template <typename A>
+  void add_per_channel(const Tile& tile, const A* values, double* sums) const {
+    for (int64_t row = 0; row < tile.rows; ++row) {
+      for (int64_t column = 0; column < tile.columns; ++column) {
+        sums[channels_inside_ ? column : row] += values[row * tile.columns + column];
+      }
+    }
+  }
+
   // The tile in a tensor whose channel c stands at channel `first_channel + channel_step * c`.
   template <typename T>
   Strided<T> at(const Tile& tile, T* data, const Planes& planes, int64_t first_channel = 0,
                 int64_t channel_step = 1) const {
+    if (data == nullptr) return {};
     const int64_t channel = channel_step * planes.channel_stride, position = planes.position_stride;
     const int64_t row_stride = channels_inside_ ? position : channel;
     const int64_t column_stride = channels_inside_ ? channel : position;

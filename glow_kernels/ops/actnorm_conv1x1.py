@@ -346,5 +346,4 @@ _reversible_backward = Operator(
     "apply_reversible_backward",
     "(Tensor grad, Tensor z, Tensor matrix, Tensor inverse, Tensor inverse_shift) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_reversible_backward_fake,
-    supported_by=("triton",),
 )

@@ -324,5 +324,4 @@ _reversible_backward = Operator(
     "reversible_backward",
     f"(Tensor grad, Tensor grad_log_det, Tensor y, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_reversible_backward_fake,
-    supported_by=("triton",),
 )

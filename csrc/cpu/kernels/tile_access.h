@@ -38,57 +38,65 @@ inline __attribute__((always_inline)) T narrowed(A value) {
   }
 }
 
-template <typename A, typename T>
-inline bool lies_as_tile(const Strided<T>& matrix, int64_t rows) {
-  return std::is_same_v<std::remove_const_t<T>, A> && matrix.column_stride == 1 && rows == 1;
+template <typename To, typename From>
+inline __attribute__((always_inline)) To converted(From value) {
+  if constexpr (std::is_same_v<To, float> || std::is_same_v<To, double>) {
+    return widened<To>(value);
+  } else {
+    return narrowed<To>(value);
+  }
 }
 
-// buffer[r * columns + c] = source[r][c]
-template <typename A, typename T>
-inline void copy_in(Strided<const T> source, int64_t rows, int64_t columns, A* __restrict buffer) {
-  for (int64_t row = 0; row < rows; ++row, buffer += columns) {
-    const T* __restrict data = source.data + row * source.row_stride;
-    if (source.column_stride == 1) {
-      for (int64_t column = 0; column < columns; ++column) buffer[column] = widened<A>(data[column]);
-    } else {
-      for (int64_t column = 0; column < columns; ++column)
-        buffer[column] = widened<A>(data[column * source.column_stride]);
+// target[i * target_stride] = source[i * source_stride], converted. Short rows are common (a 4 x 4 image has 16
+// positions), so that blocks of a fixed size, which need no loop, come first.
+template <typename To, typename From>
+inline __attribute__((always_inline)) void copy_row(const From* __restrict source, int64_t source_stride,
+                                                    To* __restrict target, int64_t target_stride, int64_t count) {
+  int64_t i = 0;
+  if (source_stride == 1 && target_stride == 1) {
+    constexpr int64_t kBlock = 16;
+    for (; i + kBlock <= count; i += kBlock) {
+#pragma omp simd
+      for (int64_t j = 0; j < kBlock; ++j) target[i + j] = converted<To>(source[i + j]);
     }
   }
+  for (; i < count; ++i) target[i * target_stride] = converted<To>(source[i * source_stride]);
+}
+
+template <typename A, typename T>
+inline bool lies_as_tile(const Strided<T>& matrix, int64_t rows, int64_t columns) {
+  return std::is_same_v<std::remove_const_t<T>, A> && matrix.column_stride == 1 &&
+         (rows == 1 || matrix.row_stride == columns);
 }
 
 // The tile as one vector in the type of arithmetic: where it lies, if it lies so, otherwise in `buffer`.
 template <typename A, typename T>
-inline const A* load(Strided<const T> source, int64_t rows, int64_t columns, A* buffer) {
+inline const A* load(const Strided<const T>& source, int64_t rows, int64_t columns, A* buffer) {
   if constexpr (std::is_same_v<A, T>) {
-    if (lies_as_tile<A>(source, rows)) return source.data;
+    if (lies_as_tile<A>(source, rows, columns)) return source.data;
   }
-  copy_in(source, rows, columns, buffer);
+  for (int64_t row = 0; row < rows; ++row) {
+    copy_row(source.data + row * source.row_stride, source.column_stride, buffer + row * columns, 1, columns);
+  }
   return buffer;
 }
 
 // Where to compute a tile that `store` will write: in place, if it lies as one vector there, otherwise in `buffer`.
 template <typename A, typename T>
-inline A* destination(const Strided<T>& target, int64_t rows, A* buffer) {
+inline A* destination(const Strided<T>& target, int64_t rows, int64_t columns, A* buffer) {
   if constexpr (std::is_same_v<A, T>) {
-    if (lies_as_tile<A>(target, rows)) return target.data;
+    if (lies_as_tile<A>(target, rows, columns)) return target.data;
   }
   return buffer;
 }
 
 template <typename A, typename T>
-inline void store(const A* values, int64_t rows, int64_t columns, Strided<T> target) {
+inline void store(const A* values, int64_t rows, int64_t columns, const Strided<T>& target) {
   if constexpr (std::is_same_v<A, T>) {
     if (values == target.data) return;
   }
-  for (int64_t row = 0; row < rows; ++row, values += columns) {
-    T* __restrict data = target.data + row * target.row_stride;
-    if (target.column_stride == 1) {
-      for (int64_t column = 0; column < columns; ++column) data[column] = narrowed<T>(values[column]);
-    } else {
-      for (int64_t column = 0; column < columns; ++column)
-        data[column * target.column_stride] = narrowed<T>(values[column]);
-    }
+  for (int64_t row = 0; row < rows; ++row) {
+    copy_row(values + row * columns, 1, target.data + row * target.row_stride, target.column_stride, columns);
   }
 }
 

@@ -37,6 +37,8 @@ GLOW_KERNELS_INLINE int32_t bits_of_float(float value) {
 GLOW_KERNELS_INLINE double exponential(double x) { return std::exp(x); }
 GLOW_KERNELS_INLINE double logarithm(double x) { return std::log(x); }
 GLOW_KERNELS_INLINE double log1p_of_fraction(double x) { return std::log1p(x); }
+GLOW_KERNELS_INLINE double hyperbolic_tangent(double x) { return std::tanh(x); }
+GLOW_KERNELS_INLINE double arc_tangent(double x) { return std::atan(x); }
 
 // exp(x); 0 and infinity beyond the range of float, NaN for NaN.
 GLOW_KERNELS_INLINE float exponential(float x) {
@@ -99,6 +101,44 @@ GLOW_KERNELS_INLINE float log1p_of_fraction(float x) {
 #else
   const float w = 1.0f + x;
   return logarithm(w) + (x - (w - 1.0f)) / w;
+#endif
+}
+
+GLOW_KERNELS_INLINE float hyperbolic_tangent(float x) {
+#if defined(__CUDA_ARCH__)
+  return tanhf(x);
+#else
+  const float magnitude = x < 0.0f ? -x : x;
+  const float e = exponential(-2.0f * magnitude);
+  const float large = (1.0f - e) / (1.0f + e);
+  // The difference above cancels for small arguments.
+  const float z = x * x;
+  float p = -5.70498872745e-3f;
+  p = p * z + 2.06390887954e-2f;
+  p = p * z - 5.37397155531e-2f;
+  p = p * z + 1.33314422036e-1f;
+  p = p * z - 3.33332819422e-1f;
+  const float small = p * z * x + x;
+  return magnitude < 0.625f ? small : (x < 0.0f ? -large : large);
+#endif
+}
+
+GLOW_KERNELS_INLINE float arc_tangent(float x) {
+#if defined(__CUDA_ARCH__)
+  return atanf(x);
+#else
+  const float magnitude = x < 0.0f ? -x : x;
+  const bool large = magnitude > 2.41421356f, middle = magnitude > 0.414213562f;
+  const float numerator = large ? -1.0f : (middle ? magnitude - 1.0f : magnitude);
+  const float denominator = large ? magnitude : (middle ? magnitude + 1.0f : 1.0f);
+  const float reduced = numerator / denominator, z = reduced * reduced;
+  float p = 8.05374449538e-2f;
+  p = p * z - 1.38776856032e-1f;
+  p = p * z + 1.99777106478e-1f;
+  p = p * z - 3.33329491539e-1f;
+  const float base = large ? 1.57079632679f : (middle ? 0.785398163397f : 0.0f);
+  const float value = base + (p * z * reduced + reduced);
+  return x < 0.0f ? -value : value;
 #endif
 }
 

@@ -25,10 +25,12 @@ namespace detail {
 template <ScaleKind kind, typename A>
 GLOW_KERNELS_INLINE void bound(A v, const ScaleParameters<A>& map, A& value, A& derivative) {
   if constexpr (kind == ScaleKind::tanh) {
-    value = std::tanh(v);
-    derivative = A(1) - value * value;
+    value = hyperbolic_tangent(v);
+    // 1 - tanh^2 would cancel where tanh saturates.
+    const A e = exponential(v < A(0) ? A(2) * v : A(-2) * v);
+    derivative = A(4) * e / ((A(1) + e) * (A(1) + e));
   } else if constexpr (kind == ScaleKind::atan) {
-    value = std::atan(v);
+    value = arc_tangent(v);
     derivative = A(1) / (A(1) + v * v);
   } else if constexpr (kind == ScaleKind::softsign) {
     const A denominator = A(1) + (v < A(0) ? -v : v);

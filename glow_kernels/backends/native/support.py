@@ -23,9 +23,9 @@ _MAX_CHANNELS = 64
 
 
 def affine_coupling(function: str, *args: Any) -> bool:
-    """A learned gain is left to the reference."""
-    x, h, log_scale_gain = args[2:5] if function.endswith("backward") else args[:3]
-    return log_scale_gain is None and (x.dtype, h.dtype) in _COUPLING_TYPES and _is_dense_cpu(x, h)
+    """All of it."""
+    x, h = args[2:4] if function.endswith("backward") else args[:2]
+    return (x.dtype, h.dtype) in _COUPLING_TYPES and _is_dense_cpu(x, h)
 
 
 def actnorm_conv1x1(function: str, *args: Any) -> bool:
