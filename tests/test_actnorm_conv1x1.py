@@ -184,8 +184,10 @@ def fold_arguments(shape, lay):
     weight = random_weight(size).float().expand(*steps, size, size)
     if steps and lay is not LAYOUTS["one_element"]:  # which would be singular
         weight = lay(weight)
-    weight_log_det = torch.randn(steps).requires_grad_() if len(shape) == 4 else None
-    return log_scale.requires_grad_(), bias.requires_grad_(), weight.requires_grad_(), weight_log_det
+    weight_log_det = torch.randn(steps) if len(shape) == 4 else None
+    tensors = (log_scale, bias, weight, weight_log_det)
+    dtype = compute_dtype(log_scale)  # parameters are never in half precision here
+    return tuple(None if tensor is None else tensor.to(dtype).requires_grad_() for tensor in tensors)
 
 
 def apply_arguments(shape, lay):
@@ -211,7 +213,7 @@ def fold_backward_arguments(shape, lay):
     """Arguments of the backward of the folding."""
     inputs = [None if tensor is None else tensor.detach() for tensor in fold_arguments(shape, lay)]
     weight, steps = inputs[2], inputs[2].shape[:-2]
-    return torch.randn(weight.shape), torch.randn(weight.shape[:-1]), torch.randn(steps), *inputs
+    return *(torch.randn(shape, dtype=weight.dtype) for shape in (weight.shape, weight.shape[:-1], steps)), *inputs
 
 
 def lu_arguments(shape, lay):
@@ -220,13 +222,16 @@ def lu_arguments(shape, lay):
     lower, permutation, upper, log_diagonal, sign = (tensor.float() for tensor in lu_inputs((*steps, size)))
     if steps:
         lower, upper, log_diagonal = lay(lower), lay(upper), lay(log_diagonal)
-    return permutation, lower.requires_grad_(), upper.requires_grad_(), log_diagonal.requires_grad_(), sign
+    dtype = compute_dtype(lower)
+    lower, upper, log_diagonal = (tensor.to(dtype).requires_grad_() for tensor in (lower, upper, log_diagonal))
+    return permutation.to(dtype), lower, upper, log_diagonal, sign.to(dtype)
 
 
 def lu_backward_arguments(shape, lay):
     """Arguments of the backward of the assembly."""
     inputs = [tensor.detach() for tensor in lu_arguments(shape, lay)]
-    return torch.randn(inputs[0].shape), torch.randn(inputs[0].shape[:-2]), *inputs
+    grads = (torch.randn(shape, dtype=inputs[0].dtype) for shape in (inputs[0].shape, inputs[0].shape[:-2]))
+    return *grads, *inputs
 
 
 class TestProperties(DifferentiableProperties):
@@ -409,7 +414,10 @@ def test_singular_weight_has_no_log_det_and_no_inverse(backend, weight, dtype):
     assert str(caught.value) == "weight must be invertible, got a singular (3, 3) matrix"
 
 
-@pytest.mark.parametrize("registered_fold", registered_operators("actnorm_conv1x1_fold_"))
+FOLDS = [name for name in registered_operators("actnorm_conv1x1_fold_") if "backward" not in name]
+
+
+@pytest.mark.parametrize("registered_fold", FOLDS)
 def test_folding_many_steps_is_folding_each(registered_fold):
     steps = [inputs_without_log_det((1, 4))[1:] for _ in range(6)]
     stacked = [torch.stack(tensors).unflatten(0, (2, 3)).requires_grad_() for tensors in zip(*steps, strict=True)]

@@ -3,19 +3,14 @@
 #include "cpu/actnorm_conv1x1.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <tuple>
 #include <vector>
 
-#include "cpu/isa.h"
-#include "cpu/planes.h"
+#include "cpu/dispatch.h"
 
 namespace glow_kernels {
 namespace {
-
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
 
 // The sums over positions are cut into this many parts, whatever the number of threads, and the parts are added in
 // order: so the result does not depend on the number of threads.
@@ -25,28 +20,7 @@ constexpr int64_t kTilesPerPart = 4;
 
 template <typename T>
 LinearKernels<T> kernels() {
-#if defined(GLOW_KERNELS_HAS_AVX512)
-  if (isa() == Isa::avx512) return avx512::linear_kernels<T>();
-#endif
-#if defined(GLOW_KERNELS_HAS_AVX2)
-  if (isa() == Isa::avx2) return avx2::linear_kernels<T>();
-#endif
-  return baseline::linear_kernels<T>();
-}
-
-template <typename F>
-auto dispatch(const Tensor& x, const F& f) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return f.template operator()<float>();
-    case ScalarType::BFloat16:
-      return f.template operator()<BFloat16>();
-    case ScalarType::Half:
-      return f.template operator()<Half>();
-    default:
-      STD_TORCH_CHECK(x.scalar_type() == ScalarType::Double, "unsupported type of x");
-      return f.template operator()<double>();
-  }
+  GLOW_KERNELS_RETURN_TABLE(linear_kernels<T>());
 }
 
 void check(const Tensor& x, const Tensor& matrix) {

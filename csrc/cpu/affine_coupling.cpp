@@ -3,20 +3,15 @@
 #include "cpu/affine_coupling.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <string>
 #include <tuple>
 #include <vector>
 
-#include "cpu/isa.h"
-#include "cpu/planes.h"
+#include "cpu/dispatch.h"
 
 namespace glow_kernels {
 namespace {
-
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
 
 // Where the raw scale and the shift of channel c stand in h: at channel `first + step * c`.
 struct CouplingLayout {
@@ -55,12 +50,7 @@ CouplingOptions parse_options(const std::string& kind, const std::vector<double>
 }
 
 void check(const Tensor& x, const Tensor& h, const std::optional<Tensor>& gain) {
-  STD_TORCH_CHECK(x.dim() >= 2 && h.dim() == x.dim() && h.size(1) == 2 * x.size(1),
-                  "h must have twice the channels of x");
-  for (int64_t dimension = 0; dimension < x.dim(); ++dimension) {
-    STD_TORCH_CHECK(dimension == 1 || h.size(dimension) == x.size(dimension),
-                    "h must have the shape of x but for dim 1");
-  }
+  check_conditioning(x, h);
   const ScalarType wide = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   STD_TORCH_CHECK(!gain || (gain->dim() == 1 && gain->size(0) == x.size(1) && gain->scalar_type() == wide),
                   "log_scale_gain must have an element of the type of arithmetic for every channel of x");
@@ -68,43 +58,7 @@ void check(const Tensor& x, const Tensor& h, const std::optional<Tensor>& gain) 
 
 template <typename T, typename H>
 CouplingKernels<T, H> kernels() {
-#if defined(GLOW_KERNELS_HAS_AVX512)
-  if (isa() == Isa::avx512) return avx512::coupling_kernels<T, H>();
-#endif
-#if defined(GLOW_KERNELS_HAS_AVX2)
-  if (isa() == Isa::avx2) return avx2::coupling_kernels<T, H>();
-#endif
-  return baseline::coupling_kernels<T, H>();
-}
-
-// Calls f.operator()<T, H>() with the types of x and h.
-template <typename F>
-auto dispatch(const Tensor& x, const Tensor& h, const F& f) {
-  const ScalarType type = x.scalar_type(), h_type = h.scalar_type();
-  if (type == ScalarType::Float && h_type == ScalarType::Float) return f.template operator()<float, float>();
-  if (type == ScalarType::Float && h_type == ScalarType::BFloat16) return f.template operator()<float, BFloat16>();
-  if (type == ScalarType::Float && h_type == ScalarType::Half) return f.template operator()<float, Half>();
-  if (type == ScalarType::BFloat16 && h_type == type) return f.template operator()<BFloat16, BFloat16>();
-  if (type == ScalarType::Half && h_type == type) return f.template operator()<Half, Half>();
-  STD_TORCH_CHECK(type == ScalarType::Double && h_type == type, "unsupported types of x and h");
-  return f.template operator()<double, double>();
-}
-
-// Strided memory of an optional tensor.
-template <typename T>
-struct Plane {
-  T* data = nullptr;
-  Planes planes{};
-};
-
-template <typename T>
-Plane<const T> readable(const Tensor& x) {
-  return {x.const_data_ptr<T>(), planes_of(x)};
-}
-
-template <typename T>
-Plane<T> writable(const std::optional<Tensor>& x) {
-  return x ? Plane<T>{x->mutable_data_ptr<T>(), planes_of(*x)} : Plane<T>{};
+  GLOW_KERNELS_RETURN_TABLE(coupling_kernels<T, H>());
 }
 
 // What a direction reads and writes; `data`, `result` and the gradients are those of CouplingTile.
@@ -122,7 +76,7 @@ std::vector<double> run(const Arguments& arguments, typename CouplingKernels<T, 
   using A = compute_t<T>;
   const auto data = readable<T>(arguments.data);
   const auto h = readable<H>(arguments.h);
-  const auto grad = arguments.grad ? readable<T>(*arguments.grad) : Plane<const T>{};
+  const auto grad = readable<T>(arguments.grad);
   const auto result = writable<T>(arguments.result), grad_data = writable<T>(arguments.grad_data);
   const auto grad_h = writable<H>(arguments.grad_h);
   const A* lambda = arguments.grad_log_det ? arguments.grad_log_det->const_data_ptr<A>() : nullptr;
@@ -160,20 +114,6 @@ std::vector<double> run(const Arguments& arguments, typename CouplingKernels<T, 
   return returned;
 }
 
-// log_det (B,) from the sums of the tiles, which are added in a fixed order.
-template <typename A>
-Tensor reduce(const std::vector<double>& sums, const Tiling& tiling, int64_t batches, const Tensor& x) {
-  Tensor log_det = empty_vector(batches, std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float, x);
-  A* data = log_det.mutable_data_ptr<A>();
-  const int64_t per_sample = tiling.per_sample();
-  for (int64_t batch = 0; batch < batches; ++batch) {
-    double total = 0;
-    for (int64_t tile = 0; tile < per_sample; ++tile) total += sums[batch * per_sample + tile];
-    data[batch] = static_cast<A>(total);
-  }
-  return log_det;
-}
-
 template <bool is_inverse>
 std::tuple<Tensor, Tensor> transform(const Tensor& x, const Tensor& h, std::optional<Tensor> log_scale_gain,
                                      std::string kind, std::vector<double> scale_parameters, std::string layout,
@@ -188,7 +128,7 @@ std::tuple<Tensor, Tensor> transform(const Tensor& x, const Tensor& h, std::opti
     const Tiling tiling(planes_of(y));
     const std::vector<double> sums = run<T, H>(arguments, is_inverse ? table.inverse : table.forward, options,
                                                parse_layout(layout, x.size(1)), tiling, nullptr);
-    return {y, reduce<compute_t<T>>(sums, tiling, x.size(0), x)};
+    return {y, sum_per_sample<compute_t<T>>(sums, tiling, x.size(0), x)};
   });
 }
 

@@ -85,6 +85,9 @@ class Tiling {
     return {batch, row, column, std::min(rows_, outer_ - row), std::min(columns_, inner_ - column)};
   }
 
+  // Whether the columns of a tile are channels.
+  bool channels_inside() const { return channels_inside_; }
+
   // The channels of a tile, and at most how many a tile has.
   int64_t first_channel(const Tile& tile) const { return channels_inside_ ? tile.column : tile.row; }
   int64_t channels(const Tile& tile) const { return channels_inside_ ? tile.columns : tile.rows; }

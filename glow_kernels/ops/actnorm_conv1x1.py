@@ -81,7 +81,7 @@ def actnorm_conv1x1_inverse(
         TypeError, ValueError: as for :func:`actnorm_conv1x1`; also if ``weight`` is singular.
     """
     _check("z", z, log_scale, bias, weight, weight_log_det)
-    matrix, shift, log_det = _fold_inverse(*_in_compute_dtype(z, log_scale, bias, weight, weight_log_det))
+    matrix, shift, log_det = _invert(*_in_compute_dtype(z, log_scale, bias, weight, weight_log_det))
     return _apply(z, matrix, shift), (positions(z) * log_det).repeat(z.shape[0])
 
 
@@ -113,7 +113,7 @@ def actnorm_conv1x1_reversible_backward(
     check_like("grad_log_det", grad_log_det, z.shape[:1], "(B,) with B = z.shape[0]", z)
     parameters = _in_compute_dtype(z, log_scale, bias, weight, weight_log_det)
     matrix, _, _ = _fold(*parameters)
-    inverse, inverse_shift, _ = _fold_inverse(*parameters)
+    inverse, inverse_shift, _ = _invert(*parameters)
     x, grad_x, grad_matrix, grad_shift = _reversible_backward(grad.to(z.dtype), z, matrix, inverse, inverse_shift)
     total = positions(z) * grad_log_det.to(matrix.dtype).sum()
     grads = _fold_backward(grad_matrix, grad_shift, total, *parameters)
@@ -166,6 +166,17 @@ def _check(
     check_like("weight", weight, (channels, channels), f"(C, C) with C = {name}.shape[1]", x)
     if weight_log_det is not None:
         check_like("weight_log_det", weight_log_det, (), "a tensor of one element and shape", x)
+
+
+def _invert(*parameters: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    try:
+        matrix, shift, log_det = _fold_inverse(*parameters)
+    except RuntimeError as error:  # a shared library cannot raise a ValueError
+        message = str(error)
+        if "weight must be invertible" not in message:
+            raise
+        raise ValueError(message[message.index("weight must") :]) from None
+    return matrix, shift, log_det
 
 
 def _in_compute_dtype(x: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
@@ -282,7 +293,6 @@ _lu = Operator(
     fake=_lu_fake,
     setup_context=_fold_setup,
     backward=_lu_rule,
-    supported_by=("triton",),
 )
 _lu_backward = Operator(
     _MODULE,
@@ -290,7 +300,6 @@ _lu_backward = Operator(
     f"(Tensor grad_weight, Tensor grad_log_det, {_LU}) -> (Tensor, Tensor, Tensor)",
     fake=_lu_backward_fake,
     plain_reference=True,
-    supported_by=("triton",),
 )
 _fold = Operator(
     _MODULE,
@@ -299,7 +308,6 @@ _fold = Operator(
     fake=_fold_fake,
     setup_context=_fold_setup,
     backward=_fold_rule,
-    supported_by=("triton",),
 )
 _fold_backward = Operator(
     _MODULE,
@@ -307,7 +315,6 @@ _fold_backward = Operator(
     _FOLD_BACKWARD_SCHEMA,
     fake=_fold_backward_fake,
     plain_reference=True,
-    supported_by=("triton",),
 )
 _fold_inverse = Operator(
     _MODULE,
@@ -316,7 +323,6 @@ _fold_inverse = Operator(
     fake=_fold_fake,
     setup_context=_fold_setup,
     backward=_fold_inverse_rule,
-    supported_by=("triton",),
 )
 _fold_inverse_backward = Operator(
     _MODULE,
@@ -324,7 +330,6 @@ _fold_inverse_backward = Operator(
     _FOLD_BACKWARD_SCHEMA,
     fake=_fold_backward_fake,
     plain_reference=True,
-    supported_by=("triton",),
 )
 _apply = Operator(
     _MODULE,

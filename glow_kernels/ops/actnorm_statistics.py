@@ -63,6 +63,4 @@ def _fake(x: Tensor) -> tuple[Tensor, Tensor]:
     return statistic, torch.empty_like(statistic)
 
 
-_forward = Operator(
-    "actnorm_statistics", "forward", "(Tensor x) -> (Tensor, Tensor)", fake=_fake, supported_by=("triton",)
-)
+_forward = Operator("actnorm_statistics", "forward", "(Tensor x) -> (Tensor, Tensor)", fake=_fake)

@@ -110,7 +110,6 @@ def _standardize_rule(backend: str, ctx: Any, grad: Tensor) -> tuple[Tensor | No
 
 
 _MODULE = "gaussian_log_prob"
-_BACKENDS = ("triton",)
 _BACKWARD_SCHEMA = "(Tensor grad, Tensor z, Tensor h, str layout) -> (Tensor, Tensor)"
 
 _forward = Operator(
@@ -120,11 +119,8 @@ _forward = Operator(
     fake=_log_prob_fake,
     setup_context=_save_input,
     backward=_forward_rule,
-    supported_by=_BACKENDS,
 )
-_backward = Operator(
-    _MODULE, "backward", _BACKWARD_SCHEMA, fake=_backward_fake, plain_reference=True, supported_by=_BACKENDS
-)
+_backward = Operator(_MODULE, "backward", _BACKWARD_SCHEMA, fake=_backward_fake, plain_reference=True)
 _sample = Operator(
     _MODULE,
     "sample",
@@ -132,11 +128,8 @@ _sample = Operator(
     fake=_elementwise_fake,
     setup_context=_save_input,
     backward=_sample_rule,
-    supported_by=_BACKENDS,
 )
-_sample_backward = Operator(
-    _MODULE, "sample_backward", _BACKWARD_SCHEMA, fake=_backward_fake, plain_reference=True, supported_by=_BACKENDS
-)
+_sample_backward = Operator(_MODULE, "sample_backward", _BACKWARD_SCHEMA, fake=_backward_fake, plain_reference=True)
 _standardize = Operator(
     _MODULE,
     "standardize",
@@ -144,7 +137,6 @@ _standardize = Operator(
     fake=_elementwise_fake,
     setup_context=_save_output,
     backward=_standardize_rule,
-    supported_by=_BACKENDS,
 )
 _standardize_backward = Operator(
     _MODULE,
@@ -152,5 +144,4 @@ _standardize_backward = Operator(
     _BACKWARD_SCHEMA,
     fake=_backward_fake,
     plain_reference=True,
-    supported_by=_BACKENDS,
 )

@@ -8,42 +8,17 @@
 #include <algorithm>
 
 #include "cpu/kernels/tile_access.h"
+#include "cpu/kernels/vector.h"
 
 namespace glow_kernels::GLOW_KERNELS_ISA {
 namespace {
 
-// Size of a vector register, and how many accumulators fit into the registers: rows by vectors.
+// Accumulators that fit into the registers: rows by vectors.
 #if defined(__AVX512F__)
-constexpr int64_t kVectorBytes = 64;
-constexpr int kRows = 6, kVectors = 4, kSumRows = 4, kSumColumns = 4;
-#elif defined(__AVX__)
-constexpr int64_t kVectorBytes = 32;
-constexpr int kRows = 4, kVectors = 2, kSumRows = 4, kSumColumns = 2;
+constexpr int kRows = 12, kVectors = 2, kSumRows = 4, kSumColumns = 4;
 #else
-constexpr int64_t kVectorBytes = 16;
 constexpr int kRows = 4, kVectors = 2, kSumRows = 4, kSumColumns = 2;
 #endif
-
-template <typename A>
-constexpr int64_t kLanes = kVectorBytes / sizeof(A);
-
-template <typename A>
-struct VectorOf {
-  typedef A type __attribute__((vector_size(kVectorBytes), aligned(alignof(A)), may_alias));
-};
-
-template <typename A>
-using Vector = typename VectorOf<A>::type;
-
-template <typename A>
-inline const Vector<A>& vector_at(const A* data) {
-  return *reinterpret_cast<const Vector<A>*>(data);
-}
-
-template <typename A>
-inline Vector<A>& vector_at(A* data) {
-  return *reinterpret_cast<Vector<A>*>(data);
-}
 
 // A matrix in the type of arithmetic whose rows lie at a stride; columns lie next to each other.
 template <typename A>
@@ -51,20 +26,6 @@ struct Rows {
   A* data;
   int64_t stride;
 };
-
-// The sum of a vector's lanes, by halves.
-template <typename A, int64_t bytes = kVectorBytes>
-inline A sum_lanes(const A* lanes) {
-  if constexpr (bytes == sizeof(A)) {
-    return *lanes;
-  } else {
-    typedef A Half __attribute__((vector_size(bytes / 2)));
-    Half halves[2];
-    std::memcpy(halves, lanes, bytes);
-    const Half total = halves[0] + halves[1];
-    return sum_lanes<A, bytes / 2>(reinterpret_cast<const A*>(&total));
-  }
-}
 
 // z[row + r][column + c] = shift + sum over k of a[row + r][k] b[k][column + c] for `rows` rows and `vectors` vectors of
 // columns. The shift is that of the row, or of the column if `shift_of_column`; null for zero.
@@ -106,11 +67,8 @@ inline int64_t multiply_rows(Rows<const A> a, Rows<const A> b, const A* shift, R
 template <int vectors, bool shift_of_column, typename A>
 inline void multiply_columns(Rows<const A> a, Rows<const A> b, const A* shift, Rows<A> z, int64_t rows, int64_t inner,
                              int64_t column) {
-  // Few vectors leave registers for more rows.
-  constexpr int kMany = kRows * kVectors / vectors < 12 ? kRows * kVectors / vectors : 12;
-  int64_t row = multiply_rows<kMany, vectors, shift_of_column>(a, b, shift, z, inner, 0, rows, column);
-  row = multiply_rows<kRows, vectors, shift_of_column>(a, b, shift, z, inner, row, rows, column);
-  row = multiply_rows<2, vectors, shift_of_column>(a, b, shift, z, inner, row, rows, column);
+  int64_t row = multiply_rows<kRows, vectors, shift_of_column>(a, b, shift, z, inner, 0, rows, column);
+  row = multiply_rows<4, vectors, shift_of_column>(a, b, shift, z, inner, row, rows, column);
   multiply_rows<1, vectors, shift_of_column>(a, b, shift, z, inner, row, rows, column);
 }
 
@@ -363,9 +321,7 @@ struct Interleaved {
 
   template <int vectors, typename A>
   static void sum_columns(Rows<const A> g, Rows<const A> x, A* sums, int64_t channels, int64_t count, int64_t column) {
-    constexpr int kMany = kRows * kVectors / vectors < 12 ? kRows * kVectors / vectors : 12;
     int64_t row = 0;
-    for (; row + kMany <= channels; row += kMany) sum_block<kMany, vectors>(g, x, sums, channels, count, row, column);
     for (; row + kRows <= channels; row += kRows) sum_block<kRows, vectors>(g, x, sums, channels, count, row, column);
     for (; row < channels; ++row) sum_block<1, vectors>(g, x, sums, channels, count, row, column);
   }

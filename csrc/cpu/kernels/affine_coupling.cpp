@@ -3,6 +3,7 @@
 #include "cpu/affine_coupling.h"
 
 #include "cpu/kernels/tile_access.h"
+#include "cpu/kernels/vector.h"
 
 namespace glow_kernels::GLOW_KERNELS_ISA {
 namespace {
@@ -10,61 +11,99 @@ namespace {
 // What a pass over the scales produces beside the sum of log s: s, or 1/s for the inverse.
 enum class Factor { scale, reciprocal };
 
-// log(1 + exp(-v)) by way of w = 1 + exp(-v) = m 2^k with m in [1, 2): the m of a tile are multiplied and the k added
-// up, lane by lane, so that a whole tile takes one logarithm. No product overflows: a lane has kTile / kLanes < 128
-// factors below 2, and all of them are kTile < 1024 such factors in a double.
+// For a sum of log w with w = 1 + exp(-v) = m 2^k and m in [1, 2): the m of a tile are multiplied and the k added up, lane
+// by lane, so that a whole tile takes one logarithm.
+struct SigmoidSums {
+  Vector<float> mantissas = Vector<float>{} + 1.0f;
+  Vector<int32_t> exponents = {};
+  Vector<uint32_t> highest = {};  // of the bits of w, which are in the order of w, with NaN above all
+};
+
+// Beyond, exp(-v) leaves the range of float; there log s = v to the last bit.
+constexpr float kLimit = 87.0f;
+
+// s = sigmoid(v) = 1 / w, with w = 1 + e and e = exp(-v).
+struct Sigmoid {
+  Vector<float> w, s, e;
+};
+
+inline __attribute__((always_inline)) Sigmoid sigmoid(Vector<float> v) {
+  // Comparisons that NaN fails keep v, so that it comes through.
+  const Vector<float> bounded = v < -kLimit ? Vector<float>{} - kLimit : v;
+  // Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits, as in exponential().
+  const Vector<float> shifted = bounded * -1.44269504088896341f + 12582912.0f;
+  const Vector<float> k = shifted - 12582912.0f;
+  const Vector<float> r = (-bounded - k * 0.693145751953125f) - k * 1.42860682030941723212e-6f;
+  Vector<float> p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + (r + 1.0f);
+  const Vector<float> scaled = p * bits_as<float>((bits_as<int32_t>(shifted) << 23) + 0x3F800000);
+  const Vector<float> e = v > kLimit ? Vector<float>{} : scaled;
+  const Vector<float> w = e + 1.0f;
+  return {w, reciprocal(w), e};
+}
+
+inline __attribute__((always_inline)) void add(SigmoidSums& sums, Vector<float> w) {
+  const Vector<int32_t> bits = bits_as<int32_t>(w);
+  sums.mantissas *= bits_as<float>((bits & 0x007FFFFF) | 0x3F800000);
+  sums.exponents += bits >> 23;
+  const Vector<uint32_t> order = bits_as<uint32_t>(w);
+  sums.highest = order > sums.highest ? order : sums.highest;
+}
+
+// The sum of log w over all lanes of so many vectors. No product overflows: a lane has kTile / kLanes factors below 2, and
+// all lanes kTile of them, which a double takes.
+static_assert(kTile / kLanes<float> <= 128 && kTile < 1024);
+double total(const SigmoidSums& sums, int64_t vectors) {
+  constexpr int64_t lanes = kLanes<float>;
+  double product = 1.0;
+  int64_t exponent = -127 * vectors * lanes;
+  for (int64_t lane = 0; lane < lanes; ++lane) {
+    product *= sums.mantissas[lane];
+    exponent += sums.exponents[lane];
+  }
+  return exponent * 0.693147180559945309 + std::log(product);
+}
+
 template <Factor factor, bool with_derivative>
 double sigmoid_scales(const ScaleParameters<float>& map, int64_t count, const float* __restrict u,
                       float* __restrict factors, float* __restrict derivatives) {
-  constexpr int64_t kLanes = 16;
-  // Beyond, exp(-v) leaves the range of float; there log s = v to the last bit.
-  constexpr float kLimit = 87.0f;
-  float products[kLanes], lowest[kLanes];
-  int32_t exponents[kLanes];
-  for (int64_t lane = 0; lane < kLanes; ++lane) products[lane] = 1.0f, lowest[lane] = 0.0f, exponents[lane] = 0;
+  constexpr int64_t lanes = kLanes<float>;
   const float inverse_gain = 1.0f / map.gain;
-  const auto element = [&](int64_t i, int64_t lane) __attribute__((always_inline)) {
-    const float v = map.slope * u[i] + map.offset;
-    const float bounded = v < -kLimit ? -kLimit : v;
-    const float e = exponential(-bounded);
-    const float w = 1.0f + e;
-    const int32_t bits = detail::bits_of_float(w);
-    const int32_t exponent = (bits >> 23) - 127;
-    const float mantissa = detail::float_from_bits((bits & 0x007FFFFF) | 0x3F800000);
-    products[lane] *= mantissa;
-    exponents[lane] += exponent;
-    lowest[lane] = v < lowest[lane] ? v : lowest[lane];
-    // 1 / m by Newton's method from a linear start with an error of 1/17: cheaper than a division.
-    float reciprocal = 1.41176471f - 0.470588235f * mantissa;
-    reciprocal = reciprocal * (2.0f - mantissa * reciprocal);
-    reciprocal = reciprocal * (2.0f - mantissa * reciprocal);
-    reciprocal = reciprocal + reciprocal * (1.0f - mantissa * reciprocal);
-    const float s = reciprocal * detail::float_from_bits((127 - exponent) << 23);
-    factors[i] = factor == Factor::scale ? map.gain * s : inverse_gain * w;
-    if constexpr (with_derivative) derivatives[i] = map.slope * (e * s);
+  SigmoidSums sums;
+  const auto vector = [&](const float* from, float* to, float* to_derivative) __attribute__((always_inline)) {
+    const Sigmoid sigmoid_v = sigmoid(vector_at(from) * map.slope + map.offset);
+    vector_at(to) = factor == Factor::scale ? map.gain * sigmoid_v.s : inverse_gain * sigmoid_v.w;
+    if constexpr (with_derivative) vector_at(to_derivative) = map.slope * (sigmoid_v.e * sigmoid_v.s);
+    return sigmoid_v.w;
   };
   int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-#pragma omp simd
-    for (int64_t lane = 0; lane < kLanes; ++lane) element(i + lane, lane);
+  for (; i + lanes <= count; i += lanes) add(sums, vector(u + i, factors + i, derivatives + i));
+  int64_t vectors = i / lanes;
+  if (i < count) {
+    // The rest in a vector of its own, whose other lanes have w = 1.
+    float rest[3][lanes] = {};
+    std::memcpy(rest[0], u + i, (count - i) * sizeof(float));
+    Vector<float> w = vector(rest[0], rest[1], rest[2]);
+    for (int64_t lane = count - i; lane < lanes; ++lane) w[lane] = 1.0f;
+    add(sums, w);
+    ++vectors;
+    std::memcpy(factors + i, rest[1], (count - i) * sizeof(float));
+    if constexpr (with_derivative) std::memcpy(derivatives + i, rest[2], (count - i) * sizeof(float));
   }
-  for (int64_t lane = 0; i < count; ++i, ++lane) element(i, lane);
-  double product = 1.0;
-  int64_t exponent = 0;
-  float minimum = 0.0f;
-  for (int64_t lane = 0; lane < kLanes; ++lane) {
-    product *= products[lane];
-    exponent += exponents[lane];
-    minimum = lowest[lane] < minimum ? lowest[lane] : minimum;
-  }
-  double total = -(exponent * 0.693147180559945309 + std::log(product));
-  for (i = 0; minimum < -kLimit && i < count; ++i) {
+  double result = -total(sums, vectors);
+  bool out_of_range = false;
+  for (int64_t lane = 0; lane < lanes; ++lane) out_of_range |= sums.highest[lane] > 0x7E000000;  // about exp(87)
+  for (i = 0; out_of_range && i < count; ++i) {
     const float v = map.slope * u[i] + map.offset;
     if (v >= -kLimit) continue;
-    total += v + kLimit;
+    result += v + kLimit;  // NaN too
     factors[i] = factor == Factor::scale ? map.gain * exponential(v) : inverse_gain * exponential(-v);
   }
-  return total + count * std::log(static_cast<double>(map.gain));
+  return result + count * std::log(static_cast<double>(map.gain));
 }
 
 // Where the scales of a tile go. The derivatives are those of log s, in u and in the learned gain.
@@ -181,21 +220,26 @@ inline A restored(A y, A r, A t) {
   return order == CouplingOrder::shift_scale ? y * r - t : y * r + t;
 }
 
+template <CouplingOrder order, bool is_inverse, typename A>
+void combine(int64_t count, const A* data, const A* factor, const A* t, A* result) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    result[i] = is_inverse ? restored<order>(data[i], factor[i], t[i]) : transformed<order>(data[i], factor[i], t[i]);
+  }
+}
+
 template <typename T, typename H, bool is_inverse>
 double transform(const CouplingTile<T, H>& tile, const CouplingOptions& options) {
   using A = compute_t<T>;
-  const int64_t rows = tile.rows, columns = tile.columns, count = rows * columns;
-  Buffer<A> factor_buffer, t_buffer, data_buffer, result_buffer;
-  const A* factor = factor_buffer.values;
+  const int64_t rows = tile.rows, columns = tile.columns;
+  Buffer<A> factor, t_buffer, data_buffer, result_buffer;
   const double total = evaluate<is_inverse ? Factor::reciprocal : Factor::scale, false>(
-      tile, options, Scales<A>{factor_buffer.values, nullptr, nullptr});
+      tile, options, Scales<A>{factor.values, nullptr, nullptr});
   const A* data = load(tile.data, rows, columns, data_buffer.values);
   const A* t = load(tile.t, rows, columns, t_buffer.values);
-  A* __restrict result = destination(tile.result, rows, columns, result_buffer.values);
+  A* result = destination(tile.result, rows, columns, result_buffer.values);
   with_order(options.order, [&](auto order) {
-    for (int64_t i = 0; i < count; ++i) {
-      result[i] = is_inverse ? restored<order()>(data[i], factor[i], t[i]) : transformed<order()>(data[i], factor[i], t[i]);
-    }
+    combine<order(), is_inverse>(rows * columns, data, factor.values, t, result);
   });
   store(result, rows, columns, tile.result);
   return is_inverse ? -total : total;
@@ -203,49 +247,69 @@ double transform(const CouplingTile<T, H>& tile, const CouplingOptions& options)
 
 enum class Gradient { of_forward, of_inverse, reversible };
 
+// What a tile's gradients are made of, and where they go; grad_gain and x may be null.
+template <typename A>
+struct Gradients {
+  A lambda;
+  const A *data, *t, *g, *factor, *in_u, *in_gain;
+  A *grad_data, *grad_u, *grad_t, *grad_gain, *x;
+};
+
+template <CouplingOrder order, Gradient gradient, typename A>
+void combine(int64_t count, const Gradients<A>& values) {
+  constexpr bool of_inverse = gradient == Gradient::of_inverse, shift_last = order == CouplingOrder::scale_shift;
+  constexpr A sign = order == CouplingOrder::unshift_scale ? A(-1) : A(1);
+  // The gradient in log s; the inverse scales by 1 / s.
+  const auto in_log_s = [&](int64_t i) __attribute__((always_inline)) {
+    const A t = values.t[i], data = values.data[i];
+    const A scaled = of_inverse ? (shift_last ? data : data + sign * t) : (shift_last ? data - t : data);
+    const A sum = values.g[i] * scaled + values.lambda;
+    return of_inverse ? -sum : sum;
+  };
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    const A g = values.g[i], in_data = g * values.factor[i], in_u = in_log_s(i) * values.in_u[i];
+    values.grad_u[i] = in_u;
+    values.grad_t[i] = of_inverse ? (shift_last ? -in_data : -sign * g) : (shift_last ? g : sign * in_data);
+    values.grad_data[i] = in_data;
+  }
+  if constexpr (gradient == Gradient::reversible) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) {
+      values.x[i] = restored<order>(values.data[i], A(1) / values.factor[i], values.t[i]);
+    }
+  }
+  if (values.grad_gain == nullptr) return;
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) values.grad_gain[i] = in_log_s(i) * values.in_gain[i];
+}
+
 // With dL/dresult and the result of a direction: the gradients in its data, in log s, hence in u and the gain, and in t.
 template <typename T, typename H, Gradient gradient>
 double differentiate(const CouplingTile<T, H>& tile, const CouplingOptions& options) {
   using A = compute_t<T>;
-  constexpr bool of_inverse = gradient == Gradient::of_inverse;
-  const int64_t rows = tile.rows, columns = tile.columns, count = rows * columns;
-  const A lambda = static_cast<A>(tile.grad_log_det);
-  Buffer<A> factors, in_u, in_gain, t_buffer, data_buffer, grad_buffer, grad_data_buffer, du_buffer, dt_buffer, x_buffer;
-  const A *factor = factors.values, *derivative = in_u.values;
-  evaluate<of_inverse ? Factor::reciprocal : Factor::scale, true>(tile, options,
-                                                                 Scales<A>{factors.values, in_u.values, in_gain.values});
-  const A* data = load(tile.data, rows, columns, data_buffer.values);
-  const A* t = load(tile.t, rows, columns, t_buffer.values);
-  const A* g = load(tile.grad, rows, columns, grad_buffer.values);
-  A* __restrict grad_data = destination(tile.grad_data, rows, columns, grad_data_buffer.values);
-  A* __restrict du = destination(tile.grad_u, rows, columns, du_buffer.values);
-  A* __restrict dt = destination(tile.grad_t, rows, columns, dt_buffer.values);
-  with_order(options.order, [&](auto order_constant) {
-    constexpr CouplingOrder order = decltype(order_constant)::value;
-    constexpr bool shift_last = order == CouplingOrder::scale_shift;
-    constexpr A sign = order == CouplingOrder::unshift_scale ? A(-1) : A(1);
-    if (tile.grad_gain != nullptr) {
-      for (int64_t i = 0; i < count; ++i) {
-        const A scaled = of_inverse ? (shift_last ? data[i] : data[i] + sign * t[i]) : (shift_last ? data[i] - t[i] : data[i]);
-        tile.grad_gain[i] = (of_inverse ? -1 : 1) * (g[i] * scaled + lambda) * in_gain.values[i];
-      }
-    }
-    for (int64_t i = 0; i < count; ++i) {
-      const A scaled = of_inverse ? (shift_last ? data[i] : data[i] + sign * t[i]) : (shift_last ? data[i] - t[i] : data[i]);
-      const A in_log_s = g[i] * scaled + lambda, in_data = g[i] * factor[i];
-      du[i] = of_inverse ? -derivative[i] * in_log_s : derivative[i] * in_log_s;
-      dt[i] = of_inverse ? (shift_last ? -in_data : -sign * g[i]) : (shift_last ? g[i] : sign * in_data);
-      grad_data[i] = in_data;
-    }
-    if constexpr (gradient == Gradient::reversible) {
-      A* __restrict x = destination(tile.result, rows, columns, x_buffer.values);
-      for (int64_t i = 0; i < count; ++i) x[i] = restored<order>(data[i], A(1) / factor[i], t[i]);
-      store(x, rows, columns, tile.result);
-    }
-  });
-  store(grad_data, rows, columns, tile.grad_data);
-  store(du, rows, columns, tile.grad_u);
-  store(dt, rows, columns, tile.grad_t);
+  constexpr Factor kFactor = gradient == Gradient::of_inverse ? Factor::reciprocal : Factor::scale;
+  const int64_t rows = tile.rows, columns = tile.columns;
+  Buffer<A> factor, in_u, in_gain, t, data, g, grad_data, grad_u, grad_t, x;
+  evaluate<kFactor, true>(tile, options, Scales<A>{factor.values, in_u.values, in_gain.values});
+  const Gradients<A> values{static_cast<A>(tile.grad_log_det),
+                            load(tile.data, rows, columns, data.values),
+                            load(tile.t, rows, columns, t.values),
+                            load(tile.grad, rows, columns, g.values),
+                            factor.values,
+                            in_u.values,
+                            in_gain.values,
+                            destination(tile.grad_data, rows, columns, grad_data.values),
+                            destination(tile.grad_u, rows, columns, grad_u.values),
+                            destination(tile.grad_t, rows, columns, grad_t.values),
+                            tile.grad_gain,
+                            gradient == Gradient::reversible ? destination(tile.result, rows, columns, x.values)
+                                                             : nullptr};
+  with_order(options.order, [&](auto order) { combine<order(), gradient>(rows * columns, values); });
+  store(values.grad_data, rows, columns, tile.grad_data);
+  store(values.grad_u, rows, columns, tile.grad_u);
+  store(values.grad_t, rows, columns, tile.grad_t);
+  if constexpr (gradient == Gradient::reversible) store(values.x, rows, columns, tile.result);
   return 0;
 }
 

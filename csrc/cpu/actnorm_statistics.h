@@ -1,0 +1,28 @@
+// The statistics of ActNorm's initialisation on the CPU: what the instruction-set variants of their kernel offer.
+#pragma once
+
+#include "cpu/tile.h"
+
+namespace glow_kernels {
+
+template <typename T>
+struct StatisticsKernels {
+  // Mean and sum of squared deviations from it of every row of a tile, or of every column if `of_columns`.
+  void (*forward)(const Strided<const T>& tile, int64_t rows, int64_t columns, bool of_columns, double* means,
+                  double* deviations);
+};
+
+namespace baseline {
+template <typename T>
+StatisticsKernels<T> statistics_kernels();
+}
+namespace avx2 {
+template <typename T>
+StatisticsKernels<T> statistics_kernels();
+}
+namespace avx512 {
+template <typename T>
+StatisticsKernels<T> statistics_kernels();
+}
+
+}  // namespace glow_kernels
