@@ -13,12 +13,18 @@ export CXX
 # Demo and tests run without a compiler too, on the reference backend.
 NATIVE := $(if $(shell command -v $(firstword $(CXX)) 2>/dev/null),$(LIBRARY),no-compiler)
 
-.PHONY: help build demo test lint format clean no-compiler
+# The library once more, with every access and every arithmetic operation checked, and the tests that are for it.
+SANITIZED := build/sanitized
+SANITIZE := -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+SANITIZED_TESTS := $(addprefix tests/test_,actnorm_conv1x1.py actnorm_statistics.py affine_coupling.py gaussian_log_prob.py)
+
+.PHONY: help build demo test test-sanitized lint format clean no-compiler
 
 help:
 	@echo "make build   compile the native CPU library, which needs a C++ compiler; CXX=clang++ chooses another"
 	@echo "make demo    train a Glow on scikit-learn's digits, two to three minutes on two cores; pictures in runs/demo"
 	@echo "make test    run the tests"
+	@echo "make test-sanitized  run the operator tests on a native library with AddressSanitizer and UBSan"
 	@echo "make lint    ruff, mypy and clang-format"
 	@echo "make format  let ruff and clang-format rewrite the sources"
 	@echo "make clean   remove .venv and what builds and tests leave behind"
@@ -31,6 +37,11 @@ demo: $(INSTALLED) $(NATIVE)
 
 test: $(INSTALLED) $(NATIVE)
 	$(BIN)/python -m pytest
+
+test-sanitized: $(INSTALLED)
+	CXXFLAGS="$(SANITIZE)" GLOW_KERNELS_BUILD=cpu $(BIN)/python setup.py --quiet build --build-lib $(SANITIZED)
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) \
+		$(BIN)/pytest -k "native and not opcheck and not compiles" $(SANITIZED_TESTS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -6,8 +6,9 @@ The environment variable ``GLOW_KERNELS_BUILD`` says whether to compile it:
 - ``cpu``: compile it, or fail and say why;
 - ``auto``: compile it where that works; elsewhere say why not and install pure Python.
 
-``CXX`` chooses the compiler, ``MAX_JOBS`` how many of them run at once. The library has no Python symbols and keeps to
-torch's stable ABI, so that one build serves every Python and every torch from 2.10 on.
+``CXX`` chooses the compiler, ``CXXFLAGS`` adds options, ``MAX_JOBS`` says how many compilers run at once. The library
+has no Python symbols and keeps to torch's stable ABI, so that one build serves every Python and every torch from 2.10
+on.
 """
 
 import hashlib
@@ -98,13 +99,23 @@ def build(tools: Toolchain, root: Path) -> None:
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
         objects = list(pool.map(lambda unit: compile_unit(tools, *unit), units))
     libraries = [f"-L{tools.torch / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
-    produce(root / LIBRARY, [*tools.compiler, *LINK, *map(str, objects), *libraries])
+    produce(root / LIBRARY, [*tools.compiler, *LINK, *extra_flags(), *map(str, objects), *libraries])
     (root / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+
+
+def extra_flags() -> list[str]:
+    """Options that the user adds; the compiler lets the last of contrary ones win."""
+    return shlex.split(os.environ.get("CXXFLAGS", ""))
 
 
 def compile_unit(tools: Toolchain, source: Path, isa: str | None) -> Path:
     """Compile ``source``, or take the object that an earlier build made of the very same."""
-    command = [*tools.compiler, *COMPILE.split(), *(f"-DGLOW_KERNELS_HAS_{name.upper()}" for name in ISAS)]
+    command = [
+        *tools.compiler,
+        *COMPILE.split(),
+        *extra_flags(),
+        *(f"-DGLOW_KERNELS_HAS_{name.upper()}" for name in ISAS),
+    ]
     if isa is not None:
         command += [*ISAS[isa].split(), f"-DGLOW_KERNELS_ISA={isa}"]
     # As system headers torch's give no warnings; the map keeps this machine's folders out of error messages.

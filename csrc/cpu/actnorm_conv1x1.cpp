@@ -15,8 +15,9 @@ namespace {
 // The sums over positions are cut into this many parts, whatever the number of threads, and the parts are added in
 // order: so the result does not depend on the number of threads.
 constexpr int64_t kParts = 64;
-// Fewer tiles would cost more to add than to compute.
+// Fewer tiles of few channels would cost more to add than to compute.
 constexpr int64_t kTilesPerPart = 4;
+constexpr int64_t kFewChannels = 48;
 
 template <typename T>
 LinearKernels<T> kernels() {
@@ -78,7 +79,8 @@ void run_backward(const LinearBackward<T>& arguments, compute_t<T>* grad_matrix,
   const Planes& planes = arguments.grad.planes;
   const int64_t channels = planes.channels, total = planes.batches * planes.positions;
   const int64_t tiles = (total + kPositions - 1) / kPositions;
-  const int64_t part_size = std::max(kTilesPerPart, (tiles + kParts - 1) / kParts) * kPositions;
+  const int64_t fewest = channels <= kFewChannels ? kTilesPerPart : 1;
+  const int64_t part_size = std::max(fewest, (tiles + kParts - 1) / kParts) * kPositions;
   const int64_t parts = (total + part_size - 1) / part_size;
   std::vector<A> matrices(parts * channels * channels), shifts(parts * channels);
   torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {

@@ -7,11 +7,10 @@
 
 namespace glow_kernels {
 
-// Largest C of the kernels; more channels are a matrix product that belongs to a BLAS.
-constexpr int64_t kMaxChannels = 64;
+// Largest C of the kernels; beyond, the matrix leaves the caches and the product belongs to a BLAS.
+constexpr int64_t kMaxChannels = 512;
 
-// Positions that are worked on at a time. Sums over them stay in registers, and a tile of kMaxChannels floats fits into
-// a quarter of the second-level cache.
+// Positions that are worked on at a time. Sums over them stay in registers.
 constexpr int64_t kPositions = 256;
 
 // A tensor (B, C, *spatial) as C rows of B * P positions; null for none.

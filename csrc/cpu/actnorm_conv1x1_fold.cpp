@@ -99,15 +99,21 @@ struct Inverse {
 };
 
 Inverse inverted(Values matrix, int64_t n) {
-  Inverse result{Values(n * n), 0};
-  result.log_det = kernels().invert(n, matrix.data(), result.matrix.data());
-  return result;
+  const double log_det = kernels().invert(n, matrix.data(), false);
+  return {std::move(matrix), log_det};
 }
+
+double log_abs_det(Values matrix, int64_t n) { return kernels().invert(n, matrix.data(), true); }
 
 double sum(const Values& values) {
   double total = 0;
   for (double value : values) total += value;
   return total;
+}
+
+Values exponentials(Values values, double sign) {
+  for (double& value : values) value = std::exp(sign * value);
+  return values;
 }
 
 // L with its diagonal of ones, and U + diag(s).
@@ -186,14 +192,14 @@ std::tuple<Tensor, Tensor, Tensor> fold(const Tensor& log_scale, const Tensor& b
     for_each_step(sizes, [&](int64_t k) {
       const Values log_s = scales.step(k), b = biases.step(k), w = weights.step(k);
       Values m(n * n), v(n);
-      for (int64_t j = 0; j < n; ++j) {
-        const double s = std::exp(log_s[j]);
-        for (int64_t i = 0; i < n; ++i) m[i * n + j] = w[i * n + j] * s;
-      }
+      const Values s = exponentials(log_s, 1);
       for (int64_t i = 0; i < n; ++i) {
-        for (int64_t j = 0; j < n; ++j) v[i] += m[i * n + j] * b[j];
+        for (int64_t j = 0; j < n; ++j) {
+          m[i * n + j] = w[i * n + j] * s[j];
+          v[i] += m[i * n + j] * b[j];
+        }
       }
-      write<A>({sum(log_s) + (known ? known->step(k)[0] : inverted(w, n).log_det)}, log_det, k);
+      write<A>({sum(log_s) + (known ? known->step(k)[0] : log_abs_det(w, n))}, log_det, k);
       write<A>(m, matrix, k);
       write<A>(v, shift, k);
     });
@@ -205,7 +211,8 @@ using FoldGradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 FoldGradients empty_gradients(const Tensor& log_scale, const Tensor& bias, const Tensor& weight,
                               const std::optional<Tensor>& weight_log_det) {
-  Tensor grad_log_det = weight_log_det ? empty(weight_log_det->sizes(), weight) : empty_vector(0, weight.scalar_type(), weight);
+  Tensor grad_log_det =
+      weight_log_det ? empty(weight_log_det->sizes(), weight) : empty_vector(0, weight.scalar_type(), weight);
   return {empty(log_scale.sizes(), weight), empty(bias.sizes(), weight), empty(weight.sizes(), weight), grad_log_det};
 }
 
@@ -226,12 +233,13 @@ FoldGradients fold_backward(const Tensor& grad_matrix, const Tensor& grad_shift,
       // The gradient in M, of which v = M b.
       Values total = in_matrix.step(k), dlog_s(n, in_log_abs_det), db(n), dw(n * n);
       if (!weight_log_det) dw = transposed(inverted(w, n).matrix, n);
+      const Values s = exponentials(log_s, 1);
       for (int64_t i = 0; i < n; ++i) {
         for (int64_t j = 0; j < n; ++j) {
-          const double s = std::exp(log_s[j]), sum_ij = total[i * n + j] + dv[i] * b[j];
-          dw[i * n + j] = sum_ij * s + in_log_abs_det * dw[i * n + j];
-          dlog_s[j] += s * w[i * n + j] * sum_ij;
-          db[j] += s * w[i * n + j] * dv[i];
+          const double sum_ij = total[i * n + j] + dv[i] * b[j];
+          dw[i * n + j] = sum_ij * s[j] + in_log_abs_det * dw[i * n + j];
+          dlog_s[j] += s[j] * w[i * n + j] * sum_ij;
+          db[j] += s[j] * w[i * n + j] * dv[i];
         }
       }
       write<A>(dlog_s, in_log_scale, k);
@@ -257,9 +265,10 @@ std::tuple<Tensor, Tensor, Tensor> fold_inverse(const Tensor& log_scale, const T
       const Values log_s = scales.step(k);
       Values minus_b = biases.step(k);
       Inverse inverse = inverted(weights.step(k), n);
+      const Values inverse_s = exponentials(log_s, -1);
       for (int64_t i = 0; i < n; ++i) {
         minus_b[i] = -minus_b[i];
-        for (int64_t j = 0; j < n; ++j) inverse.matrix[i * n + j] *= std::exp(-log_s[i]);
+        for (int64_t j = 0; j < n; ++j) inverse.matrix[i * n + j] *= inverse_s[i];
       }
       for (double value : inverse.matrix) is_singular[k] |= !std::isfinite(value);
       write<A>({-sum(log_s) - (known ? known->step(k)[0] : inverse.log_det)}, log_det, k);
@@ -288,11 +297,12 @@ FoldGradients fold_inverse_backward(const Tensor& grad_matrix, const Tensor& gra
       const Values log_s = scales.step(k), dn = in_matrix.step(k);
       const double in_log_abs_det = lambda.step(k)[0];
       const Values inverse = inverted(weights.step(k), n).matrix, inverse_transposed = transposed(inverse, n);
+      const Values inverse_s = exponentials(log_s, -1);
       Values matrix = inverse, dlog_s(n, -in_log_abs_det), minus_db = in_shift.step(k);
       for (int64_t i = 0; i < n; ++i) {
         minus_db[i] = -minus_db[i];
         for (int64_t j = 0; j < n; ++j) {
-          matrix[i * n + j] *= std::exp(-log_s[i]);
+          matrix[i * n + j] *= inverse_s[i];
           dlog_s[i] -= dn[i * n + j] * matrix[i * n + j];
         }
       }

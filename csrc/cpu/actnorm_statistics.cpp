@@ -1,5 +1,5 @@
-// Mean and variance of every channel on the CPU: those of tiles, combined as in Chan, Golub and LeVeque, "Updating formulae
-// and a pairwise algorithm for computing sample variances", 1979.
+// Mean and variance of every channel on the CPU: those of tiles, combined as in Chan, Golub and LeVeque, "Updating
+// formulae and a pairwise algorithm for computing sample variances", 1979.
 #include "cpu/actnorm_statistics.h"
 
 #include <torch/csrc/stable/library.h>

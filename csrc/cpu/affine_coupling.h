@@ -20,15 +20,15 @@ template <typename T, typename H>
 struct CouplingTile {
   using A = compute_t<T>;
   int64_t rows, columns;
-  Strided<const T> data;         // x or y
+  Strided<const T> data;  // x or y
   Strided<const H> u, t;
-  Strided<const A> gain;         // of each element's channel; null for none
-  Strided<const T> grad;         // gradient of the result
+  Strided<const A> gain;  // of each element's channel; null for none
+  Strided<const T> grad;  // gradient of the result
   double grad_log_det;
-  Strided<T> result;             // y, or x for the inverse and the reversible backward
+  Strided<T> result;  // y, or x for the inverse and the reversible backward
   Strided<T> grad_data;
   Strided<H> grad_u, grad_t;
-  A* grad_gain;                  // contributions of all elements, rows x columns; null for none
+  A* grad_gain;  // contributions of all elements, rows x columns; null for none
 };
 
 template <typename T, typename H>

@@ -54,11 +54,10 @@ std::vector<double> run(const Arguments& arguments, typename GaussianKernels<T, 
       const auto at = [&](const auto& plane, int64_t first = 0, int64_t step = 1) {
         return tiling.at(tile, plane.data, plane.planes, first, step);
       };
-      returned[index] = kernel({tile.rows, tile.columns, at(data), at(h, layout.mean_first, layout.step),
-                                at(h, layout.log_sd_first, layout.step), at(grad),
-                                weight ? static_cast<double>(weight[tile.batch]) : 0.0, at(result),
-                                at(grad_h, layout.mean_first, layout.step),
-                                at(grad_h, layout.log_sd_first, layout.step)});
+      returned[index] = kernel(
+          {tile.rows, tile.columns, at(data), at(h, layout.mean_first, layout.step),
+           at(h, layout.log_sd_first, layout.step), at(grad), weight ? static_cast<double>(weight[tile.batch]) : 0.0,
+           at(result), at(grad_h, layout.mean_first, layout.step), at(grad_h, layout.log_sd_first, layout.step)});
     }
   });
   return returned;

@@ -5,9 +5,9 @@
 
 namespace glow_kernels {
 
-// One tile of all arguments and results, `rows` x `columns` elements, at most kTile. T is the type of z and eps, H that of
-// h, which holds the means and the logarithms of the standard deviations. Gradients of what h holds go to `grad_mean` and
-// `grad_log_sd`. Which members a kernel uses stands with the kernel.
+// One tile of all arguments and results, `rows` x `columns` elements, at most kTile. T is the type of z and eps, H that
+// of h, which holds the means and the logarithms of the standard deviations. Gradients of what h holds go to
+// `grad_mean` and `grad_log_sd`. Which members a kernel uses stands with the kernel.
 template <typename T, typename H>
 struct GaussianTile {
   int64_t rows, columns;

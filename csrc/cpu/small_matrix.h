@@ -8,8 +8,9 @@ namespace glow_kernels {
 struct SmallMatrixKernels {
   // c = a b for n x n matrices.
   void (*multiply)(int64_t n, const double* a, const double* b, double* c);
-  // The inverse of a, which is destroyed, and log|det a|; of a singular matrix NaN and minus infinity.
-  double (*invert)(int64_t n, double* a, double* inverse);
+  // Puts the inverse of a in its place, unless only the determinant is asked for, and returns log|det a|; for a
+  // singular matrix NaN, and minus infinity or NaN.
+  double (*invert)(int64_t n, double* a, bool only_log_det);
 };
 
 namespace baseline {

@@ -93,7 +93,7 @@ class ActNorm(nn.Module):
         return f"{self.channels}, eps={self.eps}"
 
     def _log_det(self, x: Tensor) -> Tensor:
-        return (positions(x) * self.log_scale.to(compute_dtype(x)).sum()).repeat(x.shape[0])
+        return self.log_scale.to(compute_dtype(x)).sum().expand(x.shape[0]) * positions(x)
 
     @staticmethod
     def _per_channel(values: Tensor, like: Tensor) -> Tensor:

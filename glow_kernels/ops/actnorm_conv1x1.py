@@ -57,7 +57,7 @@ def actnorm_conv1x1(
     """
     _check("x", x, log_scale, bias, weight, weight_log_det)
     matrix, shift, log_det = _fold(*_in_compute_dtype(x, log_scale, bias, weight, weight_log_det))
-    return _apply(x, matrix, shift), (positions(x) * log_det).repeat(x.shape[0])
+    return _apply(x, matrix, shift), log_det.expand(x.shape[0]) * positions(x)
 
 
 def actnorm_conv1x1_inverse(
@@ -82,7 +82,7 @@ def actnorm_conv1x1_inverse(
     """
     _check("z", z, log_scale, bias, weight, weight_log_det)
     matrix, shift, log_det = _invert(*_in_compute_dtype(z, log_scale, bias, weight, weight_log_det))
-    return _apply(z, matrix, shift), (positions(z) * log_det).repeat(z.shape[0])
+    return _apply(z, matrix, shift), log_det.expand(z.shape[0]) * positions(z)
 
 
 def actnorm_conv1x1_reversible_backward(

@@ -1,11 +1,13 @@
 // Small matrix products of actnorm_conv1x1, a tile of positions at a time; compiled once per instruction set.
 //
-// Where the positions lie next to each other (NCHW), a vector register holds positions of one channel; where the channels
-// do (channels last), it holds channels of one position. Both read and write the tensors where they lie if the type is
-// that of arithmetic and vectors fit; otherwise a tile goes through a buffer.
+// Where the positions lie next to each other (NCHW), a vector register holds positions of one channel; where the
+// channels do (channels last), it holds channels of one position. Both read and write the tensors where they lie if the
+// type is that of arithmetic and vectors fit; otherwise a tile goes through a buffer.
 #include "cpu/actnorm_conv1x1.h"
 
 #include <algorithm>
+#include <cstdlib>
+#include <memory>
 
 #include "cpu/kernels/tile_access.h"
 #include "cpu/kernels/vector.h"
@@ -27,8 +29,8 @@ struct Rows {
   int64_t stride;
 };
 
-// z[row + r][column + c] = shift + sum over k of a[row + r][k] b[k][column + c] for `rows` rows and `vectors` vectors of
-// columns. The shift is that of the row, or of the column if `shift_of_column`; null for zero.
+// z[row + r][column + c] = shift + sum over k of a[row + r][k] b[k][column + c] for `rows` rows and `vectors` vectors
+// of columns. The shift is that of the row, or of the column if `shift_of_column`; null for zero.
 template <int rows, int vectors, bool shift_of_column, typename A>
 inline __attribute__((always_inline)) void multiply_block(Rows<const A> a, Rows<const A> b, const A* shift, Rows<A> z,
                                                           int64_t inner, int64_t row, int64_t column) {
@@ -85,30 +87,61 @@ void multiply(Rows<const A> a, Rows<const A> b, const A* shift, Rows<A> z, int64
   }
 }
 
-// A square matrix with its rows padded to whole vectors, so that products may read beyond the last column.
+// Memory that a thread keeps between calls, since fresh memory of this size costs page faults.
 template <typename A>
-struct PaddedMatrix {
-  static constexpr int64_t kStride = kMaxChannels;
-  alignas(kVectorBytes) A values[kMaxChannels * kStride];
-  alignas(kVectorBytes) A shift[kStride];
-
-  PaddedMatrix(const A* matrix, bool transpose, const A* shift_values, int64_t channels) {
-    std::memset(values, 0, channels * kStride * sizeof(A));
-    std::memset(shift, 0, sizeof shift);
-    for (int64_t i = 0; i < channels; ++i) {
-      for (int64_t j = 0; j < channels; ++j) {
-        values[i * kStride + j] = transpose ? matrix[j * channels + i] : matrix[i * channels + j];
-      }
-      if (shift_values) shift[i] = shift_values[i];
+class Buffer {
+ public:
+  A* reserve(int64_t size) {
+    if (size > size_) {
+      values_.reset(static_cast<A*>(
+          std::aligned_alloc(kVectorBytes, (size + kLanes<A>)*sizeof(A) / kVectorBytes * kVectorBytes)));
+      size_ = size;
     }
+    return values_.get();
   }
 
-  Rows<const A> rows() const { return {values, kStride}; }
+ private:
+  struct Free {
+    void operator()(A* values) const { std::free(values); }
+  };
+  std::unique_ptr<A, Free> values_;
+  int64_t size_ = 0;
 };
 
+inline int64_t padded(int64_t channels, int64_t lanes) { return (channels + lanes - 1) / lanes * lanes; }
+
+// A square matrix, or its transpose, and a shift, with their rows padded to whole vectors by zeros, so that products
+// may read beyond the last column.
 template <typename A>
-struct alignas(kVectorBytes) TileBuffer {
-  A values[kMaxChannels * kPositions];
+class PaddedMatrix {
+ public:
+  PaddedMatrix(Buffer<A>& buffer, const A* matrix, bool transpose, const A* shift, int64_t channels)
+      : stride_(padded(channels, kLanes<A>)), values_(buffer.reserve((channels + 1) * stride_)) {
+    std::memset(values_, 0, (channels + 1) * stride_ * sizeof(A));
+    for (int64_t i = 0; i < channels; ++i) {
+      for (int64_t j = 0; j < channels; ++j) {
+        values_[i * stride_ + j] = transpose ? matrix[j * channels + i] : matrix[i * channels + j];
+      }
+      if (shift) values_[channels * stride_ + i] = shift[i];
+    }
+    shift_ = shift ? values_ + channels * stride_ : nullptr;
+  }
+
+  Rows<const A> rows() const { return {values_, stride_}; }
+  const A* shift() const { return shift_; }
+
+ private:
+  int64_t stride_;
+  A* values_;
+  const A* shift_;
+};
+
+// A tile of positions that is loaded from or stored to a tensor.
+template <typename A>
+struct TileBuffer {
+  A* values;
+
+  TileBuffer(Buffer<A>& buffer, int64_t channels) : values(buffer.reserve(padded(channels, kLanes<A>) * kPositions)) {}
 };
 
 // Calls visit(offset, count, data) for the part of every sample that positions [begin, end) touch: where it stands
@@ -142,8 +175,8 @@ struct Planar {
     const Planes& p = x.planes;
     for_each_sample(x, begin, end, [&](int64_t offset, int64_t count, const T* data) {
       for (int64_t channel = 0; channel < p.channels; ++channel) {
-        copy_row(data + channel * p.channel_stride, p.position_stride, buffer.values + channel * kPositions + offset,
-                 1, count);
+        copy_row(data + channel * p.channel_stride, p.position_stride, buffer.values + channel * kPositions + offset, 1,
+                 count);
       }
     });
     const int64_t whole = (end - begin + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
@@ -176,9 +209,9 @@ struct Planar {
 
   // tile z = M x + v, given M as it is.
   template <typename A>
-  static void multiply_tile(const PaddedMatrix<A>& matrix, Rows<const A> x, const A* shift, Rows<A> z,
-                            int64_t channels, int64_t count) {
-    multiply<false>(matrix.rows(), x, shift, z, channels, channels, count);
+  static void multiply_tile(const PaddedMatrix<A>& matrix, Rows<const A> x, Rows<A> z, int64_t channels,
+                            int64_t count) {
+    multiply<false>(matrix.rows(), x, matrix.shift(), z, channels, channels, count);
   }
 
   // grad_matrix += g x^T, grad_shift += sum g.
@@ -283,9 +316,9 @@ struct Interleaved {
 
   // tile z = M x + v, given the transpose of M.
   template <typename A>
-  static void multiply_tile(const PaddedMatrix<A>& transposed, Rows<const A> x, const A* shift, Rows<A> z,
-                            int64_t channels, int64_t count) {
-    multiply<true>(x, transposed.rows(), shift, z, count, channels, channels);
+  static void multiply_tile(const PaddedMatrix<A>& transposed, Rows<const A> x, Rows<A> z, int64_t channels,
+                            int64_t count) {
+    multiply<true>(x, transposed.rows(), transposed.shift(), z, count, channels, channels);
   }
 
   // grad_matrix += g x^T, grad_shift += sum g.
@@ -305,13 +338,10 @@ struct Interleaved {
   }
 
  private:
-  static int64_t padded(int64_t channels, int64_t lanes) { return (channels + lanes - 1) / lanes * lanes; }
-
   template <typename A, typename T>
   static Rows<A> in_place(const Positions<T>& x, int64_t begin) {
     const Planes& p = x.planes;
-    return {x.data + begin / p.positions * p.batch_stride + begin % p.positions * p.position_stride,
-            p.position_stride};
+    return {x.data + begin / p.positions * p.batch_stride + begin % p.positions * p.position_stride, p.position_stride};
   }
 
   template <typename A>
@@ -358,13 +388,14 @@ void apply_as(Positions<const T> x, const compute_t<T>* matrix, const compute_t<
               int64_t begin, int64_t end) {
   using A = compute_t<T>;
   const int64_t channels = x.planes.channels;
-  const PaddedMatrix<A> padded(matrix, Layout::kChannelsInside, shift, channels);
-  TileBuffer<A> x_buffer, z_buffer;
+  static thread_local Buffer<A> buffers[3];
+  const PaddedMatrix<A> map(buffers[0], matrix, Layout::kChannelsInside, shift, channels);
+  TileBuffer<A> x_buffer(buffers[1], channels), z_buffer(buffers[2], channels);
   for (int64_t start = begin; start < end; start += kPositions) {
     const int64_t stop = std::min(start + kPositions, end);
     const Rows<const A> inputs = Layout::load(x, start, stop, x_buffer);
     const Rows<A> outputs = Layout::destination(z, start, stop, z_buffer);
-    Layout::multiply_tile(padded, inputs, padded.shift, outputs, channels, stop - start);
+    Layout::multiply_tile(map, inputs, outputs, channels, stop - start);
     Layout::store(outputs, z, start, stop, z_buffer);
   }
 }
@@ -382,24 +413,25 @@ void backward_as(const LinearBackward<T>& arguments, int64_t begin, int64_t end,
   using A = compute_t<T>;
   const int64_t channels = arguments.grad.planes.channels;
   constexpr bool inside = Layout::kChannelsInside;
-  const PaddedMatrix<A> transposed(arguments.matrix, !inside, nullptr, channels);
-  const PaddedMatrix<A> inverse(arguments.inverse ? arguments.inverse : arguments.matrix, inside,
+  static thread_local Buffer<A> buffers[5];
+  const PaddedMatrix<A> transposed(buffers[0], arguments.matrix, !inside, nullptr, channels);
+  const PaddedMatrix<A> inverse(buffers[1], arguments.inverse ? arguments.inverse : arguments.matrix, inside,
                                 arguments.inverse_shift, channels);
-  TileBuffer<A> g_buffer, data_buffer, result_buffer;
+  TileBuffer<A> g_buffer(buffers[2], channels), data_buffer(buffers[3], channels), result_buffer(buffers[4], channels);
   for (int64_t start = begin; start < end; start += kPositions) {
     const int64_t stop = std::min(start + kPositions, end), count = stop - start;
     const Rows<const A> g = Layout::load(arguments.grad, start, stop, g_buffer);
     Rows<const A> x = Layout::load(arguments.data, start, stop, data_buffer);
     if (arguments.inverse) {
       const Rows<A> restored = Layout::destination(arguments.x, start, stop, result_buffer);
-      Layout::multiply_tile(inverse, x, inverse.shift, restored, channels, count);
+      Layout::multiply_tile(inverse, x, restored, channels, count);
       Layout::store(restored, arguments.x, start, stop, result_buffer);
       x = {restored.data, restored.stride};
     }
     Layout::accumulate(g, x, grad_matrix, grad_shift, channels, count);
     if (arguments.grad_x.data == nullptr) continue;
     const Rows<A> grad_x = Layout::destination(arguments.grad_x, start, stop, result_buffer);
-    Layout::multiply_tile(transposed, g, static_cast<const A*>(nullptr), grad_x, channels, count);
+    Layout::multiply_tile(transposed, g, grad_x, channels, count);
     Layout::store(grad_x, arguments.grad_x, start, stop, result_buffer);
   }
 }

@@ -11,8 +11,8 @@ namespace {
 // What a pass over the scales produces beside the sum of log s: s, or 1/s for the inverse.
 enum class Factor { scale, reciprocal };
 
-// For a sum of log w with w = 1 + exp(-v) = m 2^k and m in [1, 2): the m of a tile are multiplied and the k added up, lane
-// by lane, so that a whole tile takes one logarithm.
+// For a sum of log w with w = 1 + exp(-v) = m 2^k and m in [1, 2): the m of a tile are multiplied and the k added up,
+// lane by lane, so that a whole tile takes one logarithm.
 struct SigmoidSums {
   Vector<float> mantissas = Vector<float>{} + 1.0f;
   Vector<int32_t> exponents = {};
@@ -54,8 +54,8 @@ inline __attribute__((always_inline)) void add(SigmoidSums& sums, Vector<float> 
   sums.highest = order > sums.highest ? order : sums.highest;
 }
 
-// The sum of log w over all lanes of so many vectors. No product overflows: a lane has kTile / kLanes factors below 2, and
-// all lanes kTile of them, which a double takes.
+// The sum of log w over all lanes of so many vectors. No product overflows: a lane has kTile / kLanes factors below 2,
+// and all lanes kTile of them, which a double takes.
 static_assert(kTile / kLanes<float> <= 128 && kTile < 1024);
 double total(const SigmoidSums& sums, int64_t vectors) {
   constexpr int64_t lanes = kLanes<float>;
@@ -102,6 +102,7 @@ double sigmoid_scales(const ScaleParameters<float>& map, int64_t count, const fl
     if (v >= -kLimit) continue;
     result += v + kLimit;  // NaN too
     factors[i] = factor == Factor::scale ? map.gain * exponential(v) : inverse_gain * exponential(-v);
+    if constexpr (with_derivative) derivatives[i] = v < -kLimit ? map.slope : v;
   }
   return result + count * std::log(static_cast<double>(map.gain));
 }
@@ -238,9 +239,8 @@ double transform(const CouplingTile<T, H>& tile, const CouplingOptions& options)
   const A* data = load(tile.data, rows, columns, data_buffer.values);
   const A* t = load(tile.t, rows, columns, t_buffer.values);
   A* result = destination(tile.result, rows, columns, result_buffer.values);
-  with_order(options.order, [&](auto order) {
-    combine<order(), is_inverse>(rows * columns, data, factor.values, t, result);
-  });
+  with_order(options.order,
+             [&](auto order) { combine<order(), is_inverse>(rows * columns, data, factor.values, t, result); });
   store(result, rows, columns, tile.result);
   return is_inverse ? -total : total;
 }
@@ -284,7 +284,8 @@ void combine(int64_t count, const Gradients<A>& values) {
   for (int64_t i = 0; i < count; ++i) values.grad_gain[i] = in_log_s(i) * values.in_gain[i];
 }
 
-// With dL/dresult and the result of a direction: the gradients in its data, in log s, hence in u and the gain, and in t.
+// With dL/dresult and the result of a direction: the gradients in its data, in log s, hence in u and the gain, and in
+// t.
 template <typename T, typename H, Gradient gradient>
 double differentiate(const CouplingTile<T, H>& tile, const CouplingOptions& options) {
   using A = compute_t<T>;
@@ -292,19 +293,19 @@ double differentiate(const CouplingTile<T, H>& tile, const CouplingOptions& opti
   const int64_t rows = tile.rows, columns = tile.columns;
   Buffer<A> factor, in_u, in_gain, t, data, g, grad_data, grad_u, grad_t, x;
   evaluate<kFactor, true>(tile, options, Scales<A>{factor.values, in_u.values, in_gain.values});
-  const Gradients<A> values{static_cast<A>(tile.grad_log_det),
-                            load(tile.data, rows, columns, data.values),
-                            load(tile.t, rows, columns, t.values),
-                            load(tile.grad, rows, columns, g.values),
-                            factor.values,
-                            in_u.values,
-                            in_gain.values,
-                            destination(tile.grad_data, rows, columns, grad_data.values),
-                            destination(tile.grad_u, rows, columns, grad_u.values),
-                            destination(tile.grad_t, rows, columns, grad_t.values),
-                            tile.grad_gain,
-                            gradient == Gradient::reversible ? destination(tile.result, rows, columns, x.values)
-                                                             : nullptr};
+  const Gradients<A> values{
+      static_cast<A>(tile.grad_log_det),
+      load(tile.data, rows, columns, data.values),
+      load(tile.t, rows, columns, t.values),
+      load(tile.grad, rows, columns, g.values),
+      factor.values,
+      in_u.values,
+      in_gain.values,
+      destination(tile.grad_data, rows, columns, grad_data.values),
+      destination(tile.grad_u, rows, columns, grad_u.values),
+      destination(tile.grad_t, rows, columns, grad_t.values),
+      tile.grad_gain,
+      gradient == Gradient::reversible ? destination(tile.result, rows, columns, x.values) : nullptr};
   with_order(options.order, [&](auto order) { combine<order(), gradient>(rows * columns, values); });
   store(values.grad_data, rows, columns, tile.grad_data);
   store(values.grad_u, rows, columns, tile.grad_u);

@@ -43,8 +43,8 @@ double transform(const GaussianTile<T, H>& tile) {
   A* result = destination(tile.result, rows, columns, result_buffer.values);
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
-    result[i] = map == Map::sample ? mean[i] + exponential(log_sd[i]) * data[i]
-                                   : (data[i] - mean[i]) * exponential(-log_sd[i]);
+    result[i] =
+        map == Map::sample ? mean[i] + exponential(log_sd[i]) * data[i] : (data[i] - mean[i]) * exponential(-log_sd[i]);
   }
   store(result, rows, columns, tile.result);
   return 0;

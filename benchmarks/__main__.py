@@ -1,0 +1,5 @@
+"""``python -m benchmarks``: the table of the operators."""
+
+from benchmarks.operators import main
+
+main()
