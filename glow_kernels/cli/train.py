@@ -14,7 +14,7 @@ import torch
 from glow_kernels.cli import arguments as common
 from glow_kernels.errors import UsageError
 from glow_kernels.training import data as datasets
-from glow_kernels.training import gallery, run_folder
+from glow_kernels.training import distributed, gallery, run_folder
 from glow_kernels.training.config import TrainingConfig
 from glow_kernels.training.evaluation import evaluate
 from glow_kernels.training.trainer import Trainer
@@ -29,12 +29,21 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "train",
         help="train a Glow",
         description="Train a Glow. Without options: the 8x8 digits of scikit-learn, in a few minutes on a CPU. "
-        "Ctrl-C saves and stops; --resume goes on as if nothing had happened.",
+        "Ctrl-C saves and stops; --resume goes on as if nothing had happened. On several devices: "
+        f"{distributed.LAUNCH}, where a batch is split over the processes.",
     )
-    parser.add_argument("--run", dest="folder", type=Path, help="run folder to make (default: runs/DATASET)")
+    # torchrun takes --run for a short form of two options of its own, and fails.
+    parser.add_argument(
+        "--run",
+        "--run-folder",
+        dest="folder",
+        type=Path,
+        help="run folder to make (default: runs/DATASET); for torchrun write --run-folder",
+    )
     parser.add_argument("--resume", action="store_true", help="go on with the run in the run folder")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in the run folder")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument("--fsdp", action="store_true", help="shard the weights over the processes of torchrun")
     common.add_device(parser)
     group = parser.add_argument_group(
         "settings", "defaults depend on the data; a run keeps its settings in config.json"
@@ -54,23 +63,41 @@ def run(arguments: argparse.Namespace) -> None:
     """Train, then evaluate the best weights on the test split and draw the pictures."""
     settings = {option.name: getattr(arguments, option.name) for option in fields(TrainingConfig)}
     given = {name: value for name, value in settings.items() if value is not None}
+    with distributed.joined(arguments.fsdp) as ranks:
+        _train(arguments, given, ranks)
+
+
+def _train(arguments: argparse.Namespace, given: dict[str, Any], ranks: distributed.Ranks) -> None:
+    if distributed.is_launched():
+        arguments.device = distributed.local_device(arguments.device)
     device = common.device(arguments)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     folder, config = _resumed(arguments, given) if arguments.resume else _new(arguments, given)
     data = datasets.load(config.dataset, n_bits=config.n_bits, image_size=config.image_size)
     if not arguments.resume:
         config.build_model_for(data)
-        run_folder.prepare(folder, config, overwrite=arguments.overwrite)
-    trainer = Trainer(config, data, folder, device=device, resume=arguments.resume, show_progress=not arguments.quiet)
-    if arguments.resume:
+        if ranks.is_writer:
+            run_folder.prepare(folder, config, overwrite=arguments.overwrite)
+    trainer = Trainer(
+        config, data, folder, device=device, resume=arguments.resume, show_progress=not arguments.quiet, ranks=ranks
+    )
+    if arguments.resume and ranks.is_writer:
         run_folder.write_config(folder, config)
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-    print(f"training a Glow of {parameters:,} parameters on {len(data.train):,} images of {data.name}, in {folder}")
+    if ranks.is_writer:
+        where = f"in {folder}" if ranks.size == 1 else f"by {ranks.size} processes, in {folder}"
+        print(
+            f"training a Glow of {parameters:,} parameters on {len(data.train):,} images of {data.name}, {where}",
+            flush=True,
+        )
     started = time.perf_counter()
-    if not trainer.train():
+    if trainer.train():
+        _report(trainer, data, folder, device, time.perf_counter() - started)
+    elif ranks.is_writer:
         print(f"stopped at iteration {trainer.progress.iteration}, everything is saved; go on with:")
-        print(f"  glow-kernels train --run {shlex.quote(str(folder))} --resume")
-        return
-    _report(trainer, data, folder, device, time.perf_counter() - started)
+        command = f"{distributed.LAUNCH} --run-folder" if distributed.is_launched() else "glow-kernels train --run"
+        print(f"  {command} {shlex.quote(str(folder))} --resume")
 
 
 def _new(arguments: argparse.Namespace, given: dict[str, Any]) -> tuple[Path, TrainingConfig]:
@@ -94,14 +121,20 @@ def _resumed(arguments: argparse.Namespace, given: dict[str, Any]) -> tuple[Path
 
 
 def _report(trainer: Trainer, data: datasets.ImageData, folder: Path, device: torch.device, seconds: float) -> None:
-    model, config, document = run_folder.load_model(folder, device)
+    ranks = trainer.ranks
+    ranks.any(False)  # From here on all ranks read what one has written.
+    model, config, document = run_folder.load_model(folder, "cpu" if ranks.fsdp else device)
+    ranks.shard(model, device)
     labels = data.test_labels if config.conditional else None
-    result = evaluate(model, data.test, labels, draws=max(1, 4096 // len(data.test)))
-    gallery.draw_samples(model, folder / "samples.png")
-    error = gallery.draw_reconstruction(model, data.test, labels, folder / "reconstruction.png")
+    result = evaluate(model, data.test, labels, draws=max(1, 4096 // len(data.test)), ranks=ranks)
+    pictures = {name: folder / name if ranks.is_writer else None for name in run_folder.PICTURES}
+    gallery.draw_samples(model, pictures["samples.png"])
+    error = gallery.draw_reconstruction(model, data.test, labels, pictures["reconstruction.png"])
     pairs = min(8, max(1, len(data.test) // 2))
     ends = None if labels is None else (labels[:pairs], labels[-pairs:])
-    gallery.draw_interpolation(model, data.test[:pairs], data.test[-pairs:], ends, folder / "interpolation.png")
+    gallery.draw_interpolation(model, data.test[:pairs], data.test[-pairs:], ends, pictures["interpolation.png"])
+    if not ranks.is_writer:
+        return
     gallery.draw_curve(folder, folder / "curve.png")
     progress = trainer.progress
     best = "never finite"

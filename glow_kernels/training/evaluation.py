@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from glow_kernels.models import Glow
+from glow_kernels.training.distributed import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,14 @@ class BitsPerDim:
 
 @torch.no_grad()
 def evaluate(
-    model: Glow, levels: Tensor, labels: Tensor | None = None, *, draws: int = 1, batch_size: int = 256, seed: int = 0
+    model: Glow,
+    levels: Tensor,
+    labels: Tensor | None = None,
+    *,
+    draws: int = 1,
+    batch_size: int = 256,
+    seed: int = 0,
+    ranks: Ranks = ALONE,
 ) -> BitsPerDim:
     """Bits per dimension of images, averaged over ``draws`` of the dequantisation noise.
 
@@ -37,6 +45,7 @@ def evaluate(
         draws: noise draws per image; the bound stays the same, its estimate gets less noisy.
         batch_size: images per call of the model.
         seed: of the noise.
+        ranks: who share the work; all of them call, with equal arguments, and get the same answer.
     """
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
@@ -44,10 +53,12 @@ def evaluate(
     for _ in range(draws):
         for start in range(0, len(levels), batch_size):
             part = slice(start, start + batch_size)
+            # All draw the noise of all images, and so the same as one process.
             x = model.dequantize(levels[part].to(device), generator)
-            part_labels = None if labels is None else labels[part].to(device)
-            total[part] += model.bits_per_dim(x, part_labels).double().cpu()
-    per_image = total / draws
+            mine = ranks.share(len(x))
+            part_labels = None if labels is None else labels[part][mine].to(device)
+            total[part][mine] += model.bits_per_dim(x[mine], part_labels).double().cpu()
+    per_image = ranks.sum(total) / draws
     count = len(per_image)
     standard_error = per_image.std().item() / math.sqrt(count) if count > 1 else math.nan
     return BitsPerDim(per_image.mean().item(), standard_error, count, draws)

@@ -16,7 +16,7 @@ RECONSTRUCTED = 8
 
 def draw_samples(
     model: Glow,
-    path: Path,
+    path: Path | None,
     *,
     count: int = 64,
     temperature: float = 0.7,
@@ -24,7 +24,10 @@ def draw_samples(
     seed: int = 0,
     batch_size: int = 256,
 ) -> None:
-    """A grid of samples; of a model with classes every class in turn, or only class ``label``."""
+    """A grid of samples; of a model with classes every class in turn, or only class ``label``.
+
+    Without a ``path`` nothing is drawn: that is for processes that hold a share of the weights of one that draws.
+    """
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     parts = []
@@ -34,31 +37,41 @@ def draw_samples(
         if model.num_classes is not None:
             labels = numbers % model.num_classes if label is None else torch.full_like(numbers, label)
         parts.append(model.quantize(model.sample(len(numbers), temperature, labels, generator)).cpu())
-    pictures.grid(torch.cat(parts), path, n_bins=model.n_bins)
+    if path is not None:
+        pictures.grid(torch.cat(parts), path, n_bins=model.n_bins)
 
 
-def draw_reconstruction(model: Glow, levels: Tensor, labels: Tensor | None, path: Path) -> float:
-    """Images (N, C, H, W), what comes back from the latents, and the difference; returns the largest difference."""
+def draw_reconstruction(model: Glow, levels: Tensor, labels: Tensor | None, path: Path | None) -> float:
+    """Images (N, C, H, W), what comes back from the latents, and the difference; returns the largest difference.
+
+    As in :func:`draw_samples`, ``path`` may be None.
+    """
     device = next(model.parameters()).device
     x = model.dequantize(levels[:RECONSTRUCTED].to(device), torch.Generator(device).manual_seed(0))
     part_labels = None if labels is None else labels[:RECONSTRUCTED].to(device)
     reconstructed, error = reconstruct(model, x, part_labels)
+    if path is None:
+        return error
     before, after = (x + 0.5) * model.n_bins, (reconstructed + 0.5) * model.n_bins
     pictures.reconstruction(before, after, path, n_bins=model.n_bins, error=error)
     return error
 
 
 def draw_interpolation(
-    model: Glow, start: Tensor, end: Tensor, labels: tuple[Tensor, Tensor] | None, path: Path, *, count: int = 9
+    model: Glow, start: Tensor, end: Tensor, labels: tuple[Tensor, Tensor] | None, path: Path | None, *, count: int = 9
 ) -> None:
-    """One row of ``count`` images for each pair of images in ``start`` and ``end``, both (R, C, H, W) levels."""
+    """One row of ``count`` images for each pair of images in ``start`` and ``end``, both (R, C, H, W) levels.
+
+    As in :func:`draw_samples`, ``path`` may be None.
+    """
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(0)
     first = model.dequantize(start.to(device), generator)
     last = model.dequantize(end.to(device), generator)
     moved = None if labels is None else (labels[0].to(device), labels[1].to(device))
     rows = interpolate(model, first, last, count, moved)
-    pictures.interpolation(model.quantize(rows).cpu(), path, n_bins=model.n_bins)
+    if path is not None:
+        pictures.interpolation(model.quantize(rows).cpu(), path, n_bins=model.n_bins)
 
 
 def draw_curve(folder: Path, path: Path) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glow_kernels.errors import CheckpointError, MissingDependencyError, TrainingError
@@ -17,9 +18,11 @@ from glow_kernels.nn import CouplingNetwork
 from glow_kernels.training import checkpoint, gallery, metrics, run_folder
 from glow_kernels.training.config import TrainingConfig
 from glow_kernels.training.data import BatchSampler, ImageData
+from glow_kernels.training.distributed import ALONE, Ranks, one_unit_at_a_time, sharded_like, whole
 from glow_kernels.training.ema import MovingAverage
 from glow_kernels.training.evaluation import BitsPerDim, evaluate
 from glow_kernels.training.interruption import Interruption
+from glow_kernels.training.objective import Objective
 
 MAX_NON_FINITE = 5
 REMEDY = "Try a lower --learning-rate, a longer --warmup or a smaller --clip"
@@ -53,9 +56,11 @@ class Trainer:
         resume: go on from the last checkpoint in ``folder``; on one CPU the losses are bit for bit those of a run that
             was never interrupted.
         show_progress: a progress bar, where standard error is a terminal.
+        ranks: the processes that train together, all of which call the same methods. The one that writes needs
+            ``folder``; to resume all of them read it.
 
     Raises:
-        UsageError: the data do not fit the model.
+        UsageError: the data do not fit the model, or a batch is too small for the ranks.
         CheckpointError: ``resume`` without a usable checkpoint.
     """
 
@@ -68,25 +73,37 @@ class Trainer:
         device: str | torch.device = "cpu",
         resume: bool = False,
         show_progress: bool = True,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.config = config
         self.data = data
         self.folder = folder
         self.device = torch.device(device)
         self.show_progress = show_progress
+        self.ranks = ranks
+        ranks.check_batch(min(len(data.train), config.batch_size))
         self.progress = Progress()
         self._train_bits = math.nan
         torch.manual_seed(config.seed)
-        self.model = config.build_model_for(data).to(self.device)
-        self.optimizer = _build_optimizer(self.model, config)
-        self.decayed = _convolution_weights(self.model)
+        # What is to be sharded may not fit on one device: it is made on the host.
+        self.model = config.build_model_for(data).to("cpu" if ranks.fsdp else self.device)
         self.sampler = BatchSampler(len(data.train), config.batch_size, config.seed)
         self.noise = torch.Generator(self.device).manual_seed(config.seed)
-        if not resume:
+        path = folder / run_folder.LAST
+        tensors, document = checkpoint.load(path) if resume else ({}, {})
+        if resume:
+            checkpoint.load_weights(self.model, run_folder.take(tensors, "model."), path)
+        else:
             self._initialize()
         self.average = MovingAverage(self.model, config.ema)
         if resume:
-            self._restore()
+            checkpoint.load_weights(self.average.model, run_folder.take(tensors, "average."), path)
+        self.objective = ranks.wrap(Objective(self.model, config), self.device)
+        ranks.shard(self.average.model, self.device)
+        self.optimizer = _build_optimizer(self.model, config)
+        self.decayed = _convolution_weights(self.model)
+        if resume:
+            self._restore(path, tensors, document)
 
     def train(self) -> bool:
         """Train until the last iteration, an early stop, SIGINT or SIGTERM.
@@ -99,34 +116,42 @@ class Trainer:
             CheckpointError: something cannot be written; earlier checkpoints are intact.
         """
         self.model.train()
-        with Interruption() as interruption, metrics.MetricsWriter(self.folder) as writer, self._bar() as bar:
-            writer.truncate(self.progress.iteration)
+        with Interruption() as interruption, self._writer() as writer, self._bar() as bar:
+            if writer is not None:
+                writer.truncate(self.progress.iteration)
             self._save()
             while self.progress.iteration < self.config.iterations and not self._should_stop():
-                if interruption.requested:
+                if self.ranks.any(interruption.requested):
                     self._save()
                     return False
                 self._step(writer)
                 bar.set_postfix_str(self._summary(), refresh=False)
                 bar.update()
                 if self._is_due(self.config.validate_every):
-                    bar.write(self._validate(writer))
+                    report = self._validate(writer)
+                    if writer is not None:
+                        bar.write(report)
                     self._save()
         return True
 
-    def _step(self, writer: metrics.MetricsWriter) -> None:
+    def _step(self, writer: metrics.MetricsWriter | None) -> None:
         config, progress = self.config, self.progress
         started = time.perf_counter()
         learning_rate = _learning_rate(config, progress.iteration)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        x, labels = self._batch(self.sampler.next())
+        indices = self.sampler.next()
+        x, labels = self._batch(indices)
         self.optimizer.zero_grad(set_to_none=True)
-        loss, train_bits = self._loss(x, labels)
-        loss.backward()  # type: ignore[no-untyped-call]
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
+        loss, train_bits = self.objective(x, labels)
+        # Ranks weigh as much as they have images, also where their gradients are averaged.
+        share = len(x) / len(indices)
+        (loss * (share * self.ranks.size)).backward()
+        norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), config.clip))
         progress.iteration += 1
-        if math.isfinite(loss.item()) and math.isfinite(norm.item()):
+        means = torch.stack((loss.detach() * share, train_bits * share, norm / self.ranks.size))
+        joint_loss, self._train_bits, joint_norm = self.ranks.sum(means).tolist()
+        if math.isfinite(joint_loss) and math.isfinite(joint_norm):
             with torch.no_grad():
                 torch._foreach_mul_(self.decayed, 1.0 - learning_rate * config.weight_decay)
             self.optimizer.step()
@@ -138,47 +163,40 @@ class Trainer:
             progress.skipped_in_a_row += 1
         seconds = time.perf_counter() - started
         progress.seconds += seconds
-        self._train_bits = train_bits.item()
-        if self._is_due(config.log_every):
+        if writer is not None and self._is_due(config.log_every):
             writer.write(
                 progress.iteration,
                 train_bits_per_dim=self._train_bits,
-                gradient_norm=norm.item(),
+                gradient_norm=joint_norm,
                 learning_rate=learning_rate,
-                images_per_second=len(x) / seconds,
+                images_per_second=len(indices) / seconds,
                 skipped_steps=progress.skipped,
             )
         if progress.skipped_in_a_row >= MAX_NON_FINITE:
             raise TrainingError(self._divergence_report())
 
-    def _loss(self, x: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
-        with autocast:
-            if labels is None:
-                bits = self.model.bits_per_dim(x).mean()
-                return bits, bits.detach()
-            log_prob, logits = self.model.log_prob_and_logits(x, labels)
-        bits = self.model.to_bits_per_dim(log_prob).mean()
-        cross_entropy_bits = F.cross_entropy(logits.float(), labels) / math.log(2.0)
-        return bits + self.config.class_weight * cross_entropy_bits, bits.detach()
-
     def _batch(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
-        x = self.model.dequantize(self.data.train[indices].to(self.device), self.noise)
+        """This rank's share of a joint batch. All draw the noise of all of it, and so the same as one process."""
+        mine = self.ranks.share(len(indices))
+        x = self.model.dequantize(self.data.train[indices].to(self.device), self.noise)[mine]
         labels = self.data.train_labels
         if not self.config.conditional or labels is None:
             return x, None
-        return x, labels[indices].to(self.device)
+        return x, labels[indices][mine].to(self.device)
 
     def _initialize(self) -> None:
+        self.ranks.equalize(self.model)
         # Statistics of more images than one batch has make a better start.
         x, labels = self._batch(torch.arange(min(INITIALIZATION_BATCH, len(self.data.train))))
-        self.model.initialize(x, labels)
+        with one_unit_at_a_time(self.model, self.device) if self.ranks.fsdp else nullcontext():
+            self.model.initialize(x, labels)
 
-    def _validate(self, writer: metrics.MetricsWriter) -> str:
+    def _validate(self, writer: metrics.MetricsWriter | None) -> str:
         progress = self.progress
         result = self.evaluate_split("validation")
         progress.validation = result.mean
-        writer.write(progress.iteration, validation_bits_per_dim=result.mean)
+        if writer is not None:
+            writer.write(progress.iteration, validation_bits_per_dim=result.mean)
         if result.mean < progress.best:
             progress.best, progress.best_iteration, progress.stale_validations = result.mean, progress.iteration, 0
             self._save_best(result)
@@ -196,14 +214,17 @@ class Trainer:
         labels = getattr(self.data, f"{split}_labels") if self.config.conditional else None
         # Small splits get several draws of the noise, so that it does not drown the differences between models.
         draws = max(1, 1024 // len(levels))
-        return evaluate(self.average.model, levels, labels, draws=draws, seed=VALIDATION_SEED)
+        return evaluate(self.average.model, levels, labels, draws=draws, seed=VALIDATION_SEED, ranks=self.ranks)
 
     def _draw(self) -> None:
         model, data = self.average.model, self.data
         labels = data.validation_labels if self.config.conditional else None
-        gallery.draw_samples(model, self.folder / "samples.png")
-        gallery.draw_reconstruction(model, data.validation, labels, self.folder / "reconstruction.png")
-        gallery.draw_curve(self.folder, self.folder / "curve.png")
+        # Sharded weights need every rank to compute what one of them draws.
+        folder = self.folder if self.ranks.is_writer else None
+        gallery.draw_samples(model, folder and folder / "samples.png")
+        gallery.draw_reconstruction(model, data.validation, labels, folder and folder / "reconstruction.png")
+        if folder is not None:
+            gallery.draw_curve(folder, folder / "curve.png")
 
     def _is_due(self, every: int) -> bool:
         return self.progress.iteration % every == 0 or self.progress.iteration == self.config.iterations
@@ -243,7 +264,7 @@ class Trainer:
             "sampler": {name: value for name, value in sampler.items() if not isinstance(value, Tensor)},
             "progress": _finite(vars(self.progress)),
         }
-        checkpoint.save(self.folder / run_folder.LAST, tensors, document)
+        self._write(run_folder.LAST, tensors, document)
 
     def _save_best(self, result: BitsPerDim) -> None:
         document: dict[str, Any] = {
@@ -252,25 +273,35 @@ class Trainer:
             "validation_bits_per_dim": result.mean,
         }
         tensors = _prefixed("average.", self.average.model.state_dict())
-        checkpoint.save(self.folder / run_folder.BEST, tensors, document)
+        self._write(run_folder.BEST, tensors, document)
 
-    def _restore(self) -> None:
-        path = self.folder / run_folder.LAST
-        tensors, document = checkpoint.load(path)
-        checkpoint.load_weights(self.model, run_folder.take(tensors, "model."), path)
-        checkpoint.load_weights(self.average.model, run_folder.take(tensors, "average."), path)
+    def _write(self, name: str, tensors: dict[str, Tensor], document: dict[str, Any]) -> None:
+        gathered = {}
+        for key, tensor in tensors.items():
+            value = whole(tensor)
+            if self.ranks.is_writer:
+                # One by one to the host: whole they may not fit on one device.
+                gathered[key] = value.cpu()
+        if self.ranks.is_writer:
+            checkpoint.save(self.folder / name, gathered, document)
+
+    def _restore(self, path: Path, tensors: dict[str, Tensor], document: Mapping[str, Any]) -> None:
         try:
-            checkpoint.restore_optimizer(self.optimizer, run_folder.take(tensors, "optimizer."), document["optimizer"])
-            sampler: Any = document["sampler"]
+            state = sharded_like(self.optimizer, run_folder.take(tensors, "optimizer."))
+            checkpoint.restore_optimizer(self.optimizer, state, document["optimizer"])
+            sampler = document["sampler"]
             self.sampler.load_state_dict({**sampler, **run_folder.take(tensors, "sampler.")})
             self.noise.set_state(tensors["noise"])
-            progress: Any = document["progress"]
+            progress = document["progress"]
             finite_or_inf: dict[str, Any] = {
                 name: math.inf if value is None else value for name, value in progress.items()
             }
             self.progress = Progress(**finite_or_inf)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{path} cannot be resumed: {error!r}; it is from another version or data") from error
+
+    def _writer(self) -> AbstractContextManager[metrics.MetricsWriter | None]:
+        return metrics.MetricsWriter(self.folder) if self.ranks.is_writer else nullcontext()
 
     def _bar(self) -> Any:
         try:
@@ -284,7 +315,7 @@ class Trainer:
             unit_scale=len(self.data.train[: self.config.batch_size]),
             desc="training",
             # None shows the bar where standard error is a terminal.
-            disable=None if self.show_progress else True,
+            disable=None if self.show_progress and self.ranks.is_writer else True,
             dynamic_ncols=True,
         )
 

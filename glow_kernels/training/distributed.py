@@ -1,0 +1,258 @@
+"""Training on several processes, as ``torchrun`` starts them: one rank per device.
+
+Every rank draws the same joint batch with the same noise and computes its share of it, so that N ranks see what one
+process sees, and a checkpoint says nothing about their number. What decides how a run goes on (losses, gradient
+norms, signals, validations) is reduced over all ranks before anybody acts on it.
+
+Weights are either on every rank (DDP; Li et al., "PyTorch Distributed", 2020) or sharded over all of them (FSDP2;
+Rajbhandari et al., "ZeRO", 2020, stage 3): parameters, gradients, optimizer state and moving average alike.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
+from torch.nn.parallel import DistributedDataParallel
+
+from glow_kernels.errors import GlowKernelsError, TrainingError, UsageError
+from glow_kernels.models import Glow
+from glow_kernels.nn import FlowStep, SplitPrior, TopPrior
+
+LAUNCH = "torchrun --nproc-per-node=N -m glow_kernels train"
+VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+CONNECT_TIMEOUT = timedelta(minutes=5)
+# Where the first rank that fails says so; the others then leave the message to it.
+FAILURE = "glow_kernels/failure"
+# What FSDP must gather weights for, besides forward. None of these calls another one.
+ENTRY_POINTS = ("log_prob", "log_prob_and_logits", "encode", "decode")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that train together; by default it is alone.
+
+    Args:
+        rank: number of this process, from 0.
+        size: number of processes.
+        fsdp: shard the weights over the ranks, instead of keeping all of them on each.
+    """
+
+    rank: int = 0
+    size: int = 1
+    fsdp: bool = False
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this is the one rank that writes files and talks to the user."""
+        return self.rank == 0
+
+    def share(self, count: int) -> slice:
+        """This rank's part of ``count`` things; sizes of parts differ by at most one."""
+        return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all ranks of float64 ``values``, on the host; the same bits on every rank."""
+        total = values.detach().to("cpu", torch.float64, copy=True)
+        if self.size > 1:
+            dist.all_reduce(total)
+        return total
+
+    def any(self, flag: bool) -> bool:
+        """Whether ``flag`` is set on some rank. Nobody returns before everybody has called."""
+        return flag if self.size == 1 else self.sum(torch.tensor(float(flag))).item() > 0
+
+    def check_batch(self, images: int) -> None:
+        """Raise a UsageError unless a joint batch of ``images`` has something for every rank."""
+        if images < self.size:
+            raise UsageError(
+                f"a batch of {images} images cannot be split over {self.size} ranks: use a larger --batch-size, "
+                "more images or fewer ranks"
+            )
+
+    @torch.no_grad()
+    def equalize(self, model: nn.Module) -> None:
+        """Give every rank the weights of rank 0: the same seed may round differently on another kind of machine."""
+        if self.size == 1:
+            return
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.is_floating_point():
+                dist.broadcast(tensor, 0)
+
+    def wrap(self, objective: nn.Module, device: torch.device) -> nn.Module:
+        """``objective`` as a module whose backward leaves the mean of all ranks' gradients."""
+        if self.fsdp:
+            return self.shard(objective, device)
+        if self.size == 1:
+            return objective
+        # Buckets as gradients save a copy of all of them.
+        devices = [device] if device.type == "cuda" else None
+        wrapped = DistributedDataParallel(objective, device_ids=devices, gradient_as_bucket_view=True)
+        # Buffers of a Glow are constant. Not an argument, since torch 2.13 has another name for that.
+        wrapped.broadcast_buffers = False
+        return wrapped
+
+    def shard(self, module: nn.Module, device: torch.device) -> nn.Module:
+        """Under FSDP, shard a Glow or a module around one in place, a step of flow at a time; else leave it."""
+        if not self.fsdp:
+            return module
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+        mesh = init_device_mesh(device.type, (self.size,))
+        for step in module.modules():
+            if isinstance(step, FlowStep):
+                fully_shard(step, mesh=mesh)
+                register_fsdp_forward_method(step, "inverse")
+        # By default FSDP keeps the outermost weights gathered after a forward, and parameters() would change.
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+        if isinstance(module, Glow):
+            for name in ENTRY_POINTS:
+                register_fsdp_forward_method(module, name)
+        return module
+
+
+ALONE = Ranks()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be sharded; then every rank must call."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def sharded_like(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of :func:`glow_kernels.training.checkpoint.flatten_optimizer`, sharded as the parameters are."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    result = dict(tensors)
+    for name, tensor in tensors.items():
+        parameter = parameters[int(name.split(".")[1])]
+        if isinstance(parameter, DTensor) and tensor.shape == parameter.shape:
+            # Every rank has read the file: nothing has to be sent.
+            result[name] = distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return result
+
+
+@contextmanager
+def one_unit_at_a_time(model: Glow, device: torch.device) -> Iterator[None]:
+    """Run ``model``, which is on the host, on ``device`` with no more than one step of its weights there at a time."""
+    handles = []
+    for unit in model.modules():
+        if isinstance(unit, (FlowStep, SplitPrior, TopPrior, nn.Linear)):
+            handles.append(unit.register_forward_pre_hook(lambda module, _: _move(module, device)))
+            handles.append(unit.register_forward_hook(lambda module, *_: _move(module, torch.device("cpu"))))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _move(module: nn.Module, device: torch.device) -> None:
+    module.to(device)
+
+
+def is_launched() -> bool:
+    """Whether a launcher such as ``torchrun`` started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def local_device(name: str) -> str:
+    """The ``--device`` of this rank: ``auto`` and ``cuda`` mean the GPU with the number LOCAL_RANK.
+
+    Raises:
+        UsageError: one GPU is named for several ranks, or there are fewer GPUs than ranks.
+    """
+    local_rank, local_size = (int(os.environ.get(key, "0")) for key in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda:") and local_size > 1:
+        raise UsageError(f"--device {name} is one device for {local_size} ranks: use --device cuda")
+    if name != "cuda":
+        return name
+    if torch.cuda.is_available() and local_rank >= torch.cuda.device_count():
+        raise UsageError(
+            f"{torch.cuda.device_count()} GPUs are too few for {local_size} ranks: lower --nproc-per-node, "
+            "or use --device cpu"
+        )
+    return f"cuda:{local_rank}"
+
+
+@contextmanager
+def joined(fsdp: bool = False) -> Iterator[Ranks]:
+    """The ranks that were launched together, connected; or this process alone.
+
+    An error in the body ends every rank: the first to fail raises it with its rank in the message, the others leave
+    without a word and with the same exit code. Over gloo they notice at their next collective; over NCCL, whose
+    collectives cannot see that a rank is gone, the launcher ends them.
+
+    Raises:
+        UsageError: ``fsdp`` without a launcher, or a launcher that does not say how to connect.
+        TrainingError: the other ranks cannot be reached, or one vanished without a word.
+    """
+    if not is_launched():
+        if fsdp:
+            raise UsageError(f"--fsdp shards a model over several processes: start them with {LAUNCH} --fsdp ...")
+        yield ALONE
+        return
+    store, rank, size = _connect()
+    try:
+        yield Ranks(rank, size, fsdp)
+    except Exception as error:
+        raise _joint(error, store, rank) from error
+    dist.destroy_process_group()
+
+
+def _connect() -> tuple[Any, int, int]:
+    missing = [name for name in VARIABLES if name not in os.environ]
+    if missing:
+        raise UsageError(f"the launcher did not set {', '.join(missing)}: start with {LAUNCH} ...")
+    if not dist.is_available():
+        raise UsageError("this build of torch has no distributed training: train on one process")
+    nccl = torch.cuda.is_available() and dist.is_nccl_available()
+    try:
+        store, rank, size = next(rendezvous("env://", timeout=CONNECT_TIMEOUT))
+        # What is agreed on is on the host, whatever computes: no waiting for a device.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", store=store, rank=rank, world_size=size)
+    except (dist.DistError, RuntimeError, ValueError) as error:
+        raise TrainingError(f"rank {os.environ['RANK']} cannot reach the other ranks: {error}") from error
+    return store, rank, size
+
+
+def _joint(error: Exception, store: Any, rank: int) -> BaseException:
+    """What to raise for ``error`` on this rank, given what other ranks have raised."""
+    # The launcher ends the other ranks as soon as one has gone, and the one with the message must live to say it.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    exit_code = getattr(error, "exit_code", 1)
+    mine = f"{rank} {exit_code}"
+    try:
+        first = store.compare_set(FAILURE, "", mine).decode()
+    except (dist.DistError, RuntimeError):
+        first = mine  # The rank that kept the store has gone.
+    if first != mine:
+        return SystemExit(int(first.split()[1]))
+    if _is_lost_contact(error):
+        why = "another rank has gone without a word, killed perhaps; go on from the last checkpoint with --resume"
+        return TrainingError(f"rank {rank}: {why} ({str(error).splitlines()[0]})")
+    if not isinstance(error, (GlowKernelsError, OSError)):
+        return RuntimeError(f"rank {rank}: {type(error).__name__}: {error}")
+    joint = GlowKernelsError(f"rank {rank}: {error}")
+    joint.exit_code = exit_code
+    return joint
+
+
+def _is_lost_contact(error: Exception) -> bool:
+    # Gloo raises plain RuntimeErrors.
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
