@@ -150,7 +150,7 @@ def one_unit_at_a_time(model: Glow, device: torch.device) -> Iterator[None]:
     """Run ``model``, which is on the host, on ``device`` with no more than one step of its weights there at a time."""
     handles = []
     for unit in model.modules():
-        if isinstance(unit, (FlowStep, SplitPrior, TopPrior, nn.Linear)):
+        if isinstance(unit, (FlowStep, SplitPrior, TopPrior)):
             handles.append(unit.register_forward_pre_hook(lambda module, _: _move(module, device)))
             handles.append(unit.register_forward_hook(lambda module, *_: _move(module, torch.device("cpu"))))
     try:

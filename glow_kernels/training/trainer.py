@@ -297,7 +297,7 @@ class Trainer:
                 name: math.inf if value is None else value for name, value in progress.items()
             }
             self.progress = Progress(**finite_or_inf)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (LookupError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{path} cannot be resumed: {error!r}; it is from another version or data") from error
 
     def _writer(self) -> AbstractContextManager[metrics.MetricsWriter | None]:
