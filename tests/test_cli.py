@@ -464,7 +464,7 @@ def test_info_says_how_to_install_what_is_missing(
 
 OPTIONS = {
     "train": {
-        *("--run", "--resume", "--overwrite", "--quiet", "--device"),
+        *("--run-folder", "--resume", "--overwrite", "--quiet", "--fsdp", "--device"),
         *(f"--{option.name.replace('_', '-')}" for option in fields(TrainingConfig)),
     },
     "evaluate": {"RUN", "--device", "--split", "--dataset", "--draws", "--batch-size"},
@@ -485,7 +485,9 @@ def help_of(*command: str, capsys: pytest.CaptureFixture[str]) -> str:
 def test_help_mentions_every_option_with_a_text(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     text = help_of(command, capsys=capsys)
     # An option at the beginning of a line, and a text after its metavariable or on the next line.
-    found = re.findall(r"^  (?:-h, )?(RUN|--?[a-z-]+)(?: [A-Z{][^ \n]*)*(?:  +|\n +)\w", text, flags=re.MULTILINE)
+    found = re.findall(
+        r"^  (?:-h, |--run FOLDER, )?(RUN|--?[a-z-]+)(?: [A-Z{][^ \n]*)*(?:  +|\n +)\w", text, flags=re.MULTILINE
+    )
     assert set(found) == OPTIONS[command] | {"--help", "--debug"}
     assert command in help_of(capsys=capsys)
 
