@@ -378,9 +378,10 @@ struct Interleaved {
   }
 };
 
+// Whether a tensor that is there has its channels next to each other.
 template <typename T>
 bool channels_inside(const Positions<T>& x) {
-  return x.planes.channel_stride == 1 && x.planes.channels > 1 && x.planes.position_stride != 1;
+  return x.data == nullptr || (x.planes.channel_stride == 1 && x.planes.channels > 1 && x.planes.position_stride != 1);
 }
 
 template <typename Layout, typename T>
@@ -439,7 +440,8 @@ void backward_as(const LinearBackward<T>& arguments, int64_t begin, int64_t end,
 template <typename T>
 void backward(const LinearBackward<T>& arguments, int64_t begin, int64_t end, compute_t<T>* grad_matrix,
               compute_t<T>* grad_shift) {
-  if (channels_inside(arguments.grad) && channels_inside(arguments.data)) {
+  if (channels_inside(arguments.grad) && channels_inside(arguments.data) && channels_inside(arguments.x) &&
+      channels_inside(arguments.grad_x)) {
     return backward_as<Interleaved>(arguments, begin, end, grad_matrix, grad_shift);
   }
   return backward_as<Planar>(arguments, begin, end, grad_matrix, grad_shift);
