@@ -6,6 +6,7 @@ autograd's Jacobian of ``encode``, in float64. The formulas are those of the flo
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 
@@ -17,6 +18,7 @@ from test_nn_split import split_distribution, top_distribution
 from test_nn_step import compiled, plain_step
 from torch import Tensor
 
+import glow_kernels as gk
 from glow_kernels.models import Glow
 from glow_kernels.nn import FlowStep
 from glow_kernels.training import data
@@ -312,3 +314,25 @@ def test_an_uninitialised_model_says_what_to_do(call):
     message = r"^ActNorm of \d+ channels is not initialised: run one forward in training mode, or model.initialize\("
     with pytest.raises(RuntimeError, match=message):
         getattr(model, call)(argument)
+
+
+def test_training_has_the_same_losses_on_every_backend(backend):
+    batches = [torch.rand(4, 1, 8, 8) - 0.5 for _ in range(30)]
+    start = Glow(1, 8, steps=2, levels=2, hidden_channels=8)
+    start.train().initialize(batches[0])
+
+    def losses(name: str) -> list[float]:
+        model = copy.deepcopy(start)
+        # Not Adam: it makes steps of full size of gradients that are nothing but rounding errors.
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+        with gk.use_backend(name):
+            return [take_step(model, optimizer, x) for x in batches]
+
+    def take_step(model: Glow, optimizer: torch.optim.Optimizer, x: torch.Tensor) -> float:
+        optimizer.zero_grad()
+        loss = model.bits_per_dim(x).mean()
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    assert losses(backend) == pytest.approx(losses("reference"), abs=1e-4)
