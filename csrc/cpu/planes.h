@@ -63,6 +63,9 @@ struct Tile {
   int64_t batch, row, column, rows, columns;
 };
 
+// Elements of a row that are a tile by themselves: several rows that do not follow each other go through a buffer.
+constexpr int64_t kLongRow = 256;
+
 // All tiles of a tensor, in a fixed order that does not depend on the number of threads.
 class Tiling {
  public:
@@ -71,7 +74,7 @@ class Tiling {
         outer_(channels_inside_ ? planes.positions : planes.channels),
         inner_(channels_inside_ ? planes.channels : planes.positions),
         columns_(std::clamp<int64_t>(inner_, 1, kTile)),
-        rows_(kTile / columns_),
+        rows_(columns_ >= kLongRow ? 1 : kTile / columns_),
         row_tiles_((outer_ + rows_ - 1) / rows_),
         column_tiles_((inner_ + columns_ - 1) / columns_),
         batches_(planes.batches) {}
