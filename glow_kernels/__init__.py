@@ -19,10 +19,12 @@ from glow_kernels.ops import (
     gaussian_sample,
     gaussian_standardize,
 )
+from glow_kernels.reversible import ReversibleSequential
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ReversibleSequential",
     "ScaleMap",
     "actnorm_conv1x1",
     "actnorm_conv1x1_inverse",

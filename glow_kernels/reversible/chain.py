@@ -99,7 +99,7 @@ class ReversibleSequential(nn.Sequential):
         for index, step in enumerate(self):
             _initialize(step, x, context)
             last = index == len(self) - 1
-            place = Place(self._handle, index, len(context), self._is_anchor(index), last)
+            place = Place(self._handle, index, len(context), self._is_anchor(index), last, self.check != "off")
             x, log_det, ghost = _linked(step, place, mode, x, log_det, ghost, context)
         assert log_det is not None
         return x, log_det

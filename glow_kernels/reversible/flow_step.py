@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,19 @@ def is_flow_step(step: nn.Module) -> bool:
     parts = (step.actnorm, step.mixing, step.coupling)
     patched = any("forward" in module.__dict__ or "inverse" in module.__dict__ for module in (step, *parts))
     return same_class and not patched
+
+
+@contextmanager
+def frugal(step: nn.Module) -> Iterator[None]:
+    """Let the networks of this package take a hidden buffer less in a backward that nobody watches."""
+    networks = [module for module in step.modules() if isinstance(module, CouplingNetwork)]
+    for network in networks:
+        network.frugal = True
+    try:
+        yield
+    finally:
+        for network in networks:
+            network.frugal = False
 
 
 def backward_from_output(

@@ -42,13 +42,14 @@ def register(chain: ReversibleSequential) -> int:
 
 
 class Place(NamedTuple):
-    """Which step of which chain, how many context tensors it gets, and what it keeps."""
+    """Which step of which chain, how many context tensors it gets, what it keeps, and whether it compares."""
 
     handle: int
     number: int
     contexts: int
     keeps_input: bool
     keeps_output: bool
+    compares: bool
 
 
 def _step(place: Place) -> nn.Module:
@@ -85,7 +86,8 @@ class Link(torch.autograd.Function):
         else:
             state, *tensors = guards.saved_tensors(ctx, _chains[place.handle], place.number)
         x = state if place.keeps_input else None
-        z = state if place.keeps_output and not place.keeps_input else reconstructed
+        # At an anchor, the state that arrived only serves to be compared.
+        z = state if place.keeps_output and x is None else reconstructed if x is None or place.compares else None
         if torch.compiler.is_compiling():
             arguments = (x, z, grad_z, grad_log_det, tensors, needs, ctx.shape)
             reached, grad_x, *tensor_grads = _backward_operator(*arguments, *_plain(place, mode))
@@ -129,7 +131,7 @@ def _backward(
                 chain[place.number], x, z, grads, context, parameters, needs, mode, states, key in chain._proven
             )
         chain._proven.add(key)
-        if x is not None and z is not None and result.z is not None and chain.check != "off":
+        if x is not None and z is not None and result.z is not None:
             guards.compare(chain, place.number, result.z, z, mode)
     return result
 
@@ -139,7 +141,8 @@ def _plain(place: Place, mode: Mode) -> tuple[Any, ...]:
 
 
 _SETTINGS = (
-    "int handle, int number, int contexts, bool keeps_input, bool keeps_output, int micro_batches, ScalarType? autocast"
+    "int handle, int number, int contexts, bool keeps_input, bool keeps_output, bool compares, "
+    "int micro_batches, ScalarType? autocast"
 )
 _SCHEMAS = (
     f"reversible_forward(Tensor x, Tensor?[] tensors, {_SETTINGS}) -> (Tensor, Tensor)",
@@ -153,7 +156,7 @@ _backward_operator = torch.ops.glow_kernels.reversible_backward.default
 
 
 def _split(settings: Sequence[Any]) -> tuple[Place, Mode]:
-    return Place(*settings[:5]), Mode(*settings[5:])
+    return Place(*settings[:6]), Mode(*settings[6:])
 
 
 @contextmanager

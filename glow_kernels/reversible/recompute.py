@@ -92,7 +92,7 @@ def backward(
     states: Sequence[RandomState] | None,
     closed: bool,
 ) -> Recomputed:
-    """Differentiate a step, given its input ``x`` or else its output ``z``.
+    """Differentiate a step, given its input ``x`` or else its output ``z``; both to evaluate its output again.
 
     Args:
         grads: gradients of the output and of the log-determinant.
@@ -108,7 +108,7 @@ def backward(
     totals: list[Tensor | None] = [None] * len(parameters)
     leaves = [leaf(tensor, need) for tensor, need in zip(parameters, needs[len(context) :], strict=True)]
     wanted_context = [need for need, tensor in zip(needs, context, strict=False) if tensor is not None]
-    with substituted(step, leaves), mode.applied(given.device):
+    with substituted(step, leaves), flow_step.frugal(step), mode.applied(given.device):
         for number, part in enumerate(mode.parts(len(given))):
             parts = iter([leaf(t[part], need) for t, need in zip(tensors, wanted_context, strict=True)])
             part_context = [None if tensor is None else next(parts) for tensor in context]
@@ -127,12 +127,14 @@ def backward(
                 with torch.enable_grad(), _replayed(state):
                     start = leaf(part_x, True)
                     part_z, part_log_det = step.forward(start, *part_context)
-                joined_z.add(part, part_z.detach())
+                if x is not None and z is not None:
+                    joined_z.add(part, part_z.detach())
                 every_leaf = [start, *(t for t in part_context if t is not None), *leaves]
                 grad, *part_grads = differentiate([part_z, part_log_det], [grad_z, grad_log_det], every_leaf, closed)
                 del part_z, part_log_det
                 grad_x = torch.zeros_like(part_x) if grad is None else grad
-            joined_x.add(part, part_x)
+            if x is None:
+                joined_x.add(part, part_x)
             joined_grad.add(part, grad_x)
             for joined, grad in zip(joined_context, part_grads, strict=False):
                 if grad is not None:
@@ -140,7 +142,9 @@ def backward(
             totals = [_sum(total, grad) for total, grad in zip(totals, part_grads[len(tensors) :], strict=True)]
     context_grads = iter([joined.tensor_or_none for joined in joined_context])
     every_grad = [None if tensor is None else next(context_grads) for tensor in context]
-    return Recomputed(joined_x.tensor, joined_z.tensor_or_none, joined_grad.tensor, [*every_grad, *totals])
+    return Recomputed(
+        joined_x.tensor if x is None else x, joined_z.tensor_or_none, joined_grad.tensor, [*every_grad, *totals]
+    )
 
 
 def _parts(context: Sequence[Tensor | None], part: slice) -> list[Tensor | None]:
