@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from glow_kernels.reversible.chain import ReversibleSequential
     from glow_kernels.reversible.recompute import Mode
 
-CHECKS = ("off", "flag", "raise", "replay")
+CHECKS = ("off", "flag", "raise")
 # Relative drift between two anchors that still gives gradients to about three digits.
 DRIFT_LIMITS = {torch.float64: 1e-9, torch.float32: 1e-4}
 LOW_PRECISION_DRIFT_LIMIT = 3e-2
@@ -81,6 +81,14 @@ def saved_tensors(ctx: Any, chain: ReversibleSequential, index: int) -> tuple[Te
             f"between forward and backward: {error}"
         ) from error
     return tensors
+
+
+def refuse_second_derivatives(chain: ReversibleSequential, index: int) -> None:
+    """Raise where a backward is to be differentiated itself (``create_graph=True``)."""
+    raise RuntimeError(
+        f"{step_name(chain, index)}: the backward of a reversible chain cannot be differentiated again: compute second "
+        "derivatives with memory='store' and glow_kernels.use_backend('reference')"
+    )
 
 
 def refuse_transforms() -> None:

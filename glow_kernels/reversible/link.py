@@ -72,19 +72,21 @@ class Link(torch.autograd.Function):
         state = x if place.keeps_input else z if place.keeps_output else None
         ctx.save_for_backward(state, *tensors)
         if not torch.compiler.is_compiling():
-            ctx.versions = guards.versions([state, *tensors])
+            ctx.chain = _chains[place.handle]  # alive until its backward
         total = step_log_det if log_det is None else log_det + step_log_det
         return z, total, z.new_zeros(()).expand(z.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         place, mode = ctx.place, ctx.mode
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            guards.refuse_second_derivatives(ctx.chain, place.number)
         grad_z, grad_log_det, reconstructed = grads
         needs = ctx.needs_input_grad[5:]
         if torch.compiler.is_compiling():
             state, *tensors = ctx.saved_tensors
         else:
-            state, *tensors = guards.saved_tensors(ctx, _chains[place.handle], place.number)
+            state, *tensors = guards.saved_tensors(ctx, ctx.chain, place.number)
         x = state if place.keeps_input else None
         # At an anchor, the state that arrived only serves to be compared.
         z = state if place.keeps_output and x is None else reconstructed if x is None or place.compares else None
