@@ -13,6 +13,7 @@ from glow_kernels.ops._checks import check_choice
 from glow_kernels.reversible import guards
 from glow_kernels.reversible.link import Link, Place, register
 from glow_kernels.reversible.recompute import Mode
+from glow_kernels.reversible.tensors import modules_of, parameters_of
 
 POLICIES = ("store", "checkpoint", "anchor", "invert")
 
@@ -148,7 +149,7 @@ class ReversibleSequential(nn.Sequential):
 
 
 def _initialize(step: nn.Module, x: Tensor, context: tuple[Tensor | None, ...]) -> None:
-    if step.training and any(isinstance(m, ActNorm) and not m._is_initialized for m in step.modules()):
+    if step.training and any(isinstance(m, ActNorm) and not m._is_initialized for m in modules_of(step)):
         with torch.no_grad():
             step(x.detach(), *context)
 
@@ -170,7 +171,9 @@ def _linked(
     context: tuple[Tensor | None, ...],
 ) -> Any:
     def link(x: Tensor, log_det: Tensor | None, ghost: Tensor | None, *context: Tensor | None) -> Any:
-        return Link.apply(place, mode, x, log_det, ghost, *context, *step.parameters())  # type: ignore[no-untyped-call]
+        # Asked for inside of the hooks, where FSDP has gathered them.
+        parameters = parameters_of(step)
+        return Link.apply(place, mode, x, log_det, ghost, *context, *parameters)  # type: ignore[no-untyped-call]
 
     hooks = (step._forward_hooks, step._forward_pre_hooks, step._backward_hooks, step._backward_pre_hooks)
     if torch.compiler.is_compiling() or not any(hooks):

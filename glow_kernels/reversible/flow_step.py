@@ -25,9 +25,9 @@ def is_flow_step(step: nn.Module) -> bool:
 
 
 @contextmanager
-def frugal(step: nn.Module) -> Iterator[None]:
+def frugal(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Let the networks of this package take a hidden buffer less in a backward that nobody watches."""
-    networks = [module for module in step.modules() if isinstance(module, CouplingNetwork)]
+    networks = [module for module in modules if isinstance(module, CouplingNetwork)]
     for network in networks:
         network.frugal = True
     try:

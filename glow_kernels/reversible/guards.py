@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from glow_kernels.reversible import flow_step
 from glow_kernels.reversible.randomness import RandomState
+from glow_kernels.reversible.tensors import modules_of
 
 if TYPE_CHECKING:
     from glow_kernels.reversible.chain import ReversibleSequential
@@ -57,16 +58,23 @@ def unchanged(step: nn.Module, state: Tensor, direction: str) -> Iterator[None]:
     Raises:
         RuntimeError: ``state``, or a parameter or buffer of the step, was modified in place.
     """
-    named_tensors = [("its input", state), *step.named_parameters(), *step.named_buffers()]
-    before = versions([tensor for _, tensor in named_tensors])
+    owned = _tensors_of(step)
+    before = versions([state, *owned])
     yield
-    after = versions([tensor for _, tensor in named_tensors])
-    changed = [name for (name, _), old, new in zip(named_tensors, before, after, strict=True) if old != new]
-    if changed:
+    after = versions([state, *owned])
+    if before != after:
+        names = {id(t): name for name, t in (*step.named_parameters(), *step.named_buffers())}
+        changed = [t for t, old, new in zip((state, *owned), before, after, strict=True) if old != new]
         raise RuntimeError(
-            f"it modifies {', '.join(changed)} in place in {direction}, so that recomputing it gives something else; "
-            "use memory='store', or a step without side effects (BatchNorm in evaluation mode, initialised layers)"
+            f"it modifies {', '.join(names.get(id(t), 'its input') for t in changed)} in place in {direction}, so that "
+            "recomputing it gives something else; use memory='store', or a step without side effects (BatchNorm in "
+            "evaluation mode, initialised layers)"
         )
+
+
+def _tensors_of(step: nn.Module) -> list[Tensor]:
+    owners = [owner for module in modules_of(step) for owner in (module._parameters, module._buffers)]
+    return [tensor for owner in owners for tensor in owner.values() if tensor is not None]
 
 
 def saved_tensors(ctx: Any, chain: ReversibleSequential, index: int) -> tuple[Tensor, ...]:

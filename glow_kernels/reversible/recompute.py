@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from glow_kernels.nn import FlowStep
 from glow_kernels.reversible import flow_step
 from glow_kernels.reversible.randomness import RandomState
-from glow_kernels.reversible.tensors import Joined, differentiate, leaf, substituted
+from glow_kernels.reversible.tensors import Joined, differentiate, leaf, modules_of, substituted
 
 
 class Mode(NamedTuple):
@@ -108,7 +108,8 @@ def backward(
     totals: list[Tensor | None] = [None] * len(parameters)
     leaves = [leaf(tensor, need) for tensor, need in zip(parameters, needs[len(context) :], strict=True)]
     wanted_context = [need for need, tensor in zip(needs, context, strict=False) if tensor is not None]
-    with substituted(step, leaves), flow_step.frugal(step), mode.applied(given.device):
+    modules = modules_of(step)
+    with substituted(modules, leaves), flow_step.frugal(modules), mode.applied(given.device):
         for number, part in enumerate(mode.parts(len(given))):
             parts = iter([leaf(t[part], need) for t, need in zip(tensors, wanted_context, strict=True)])
             part_context = [None if tensor is None else next(parts) for tensor in context]

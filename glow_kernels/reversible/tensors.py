@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,44 +17,59 @@ def leaf(tensor: Tensor, requires_grad: bool) -> Tensor:
     return tensor.detach().requires_grad_(requires_grad)
 
 
-@contextmanager
-def substituted(step: nn.Module, tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Let ``step`` compute with ``tensors`` in place of its parameters, in the order of ``step.parameters()``.
-
-    Not ``torch.func.functional_call``, which reaches only the layer's ``forward``.
-    """
-    slots = _parameter_slots(step)
-    if len(slots) != len(tensors):
-        raise RuntimeError(f"it had {len(tensors)} parameters in forward and has {len(slots)} in backward")
-    originals = [[owner[key] for owner, key in places] for places in slots]
-    try:
-        for places, tensor in zip(slots, tensors, strict=True):
-            for owner, key in places:
-                owner[key] = tensor  # type: ignore[assignment]
-        _refresh_recurrent(step)
-        yield
-    finally:
-        for places, values in zip(slots, originals, strict=True):
-            for (owner, key), value in zip(places, values, strict=True):
-                owner[key] = value
-        _refresh_recurrent(step)
+def modules_of(step: nn.Module) -> list[nn.Module]:
+    """``list(step.modules())``, several times faster, which counts: it is asked for in every step."""
+    found = {id(step): step}
+    stack = [step]
+    while stack:
+        children = [m for m in stack.pop()._modules.values() if m is not None and id(m) not in found]
+        found.update((id(child), child) for child in children)
+        stack.extend(children)
+    return list(found.values())
 
 
-def _parameter_slots(step: nn.Module) -> list[list[tuple[dict[str, nn.Parameter | None], str]]]:
-    """Where every parameter of ``step`` is kept; a shared one is kept in several places."""
-    slots: dict[int, list[tuple[dict[str, nn.Parameter | None], str]]] = {}
-    for module in step.modules():
+Slots = list[list[tuple[dict[str, Any], str]]]
+
+
+def parameter_slots(modules: Sequence[nn.Module]) -> Slots:
+    """Where every parameter is kept; a shared one is kept in several places."""
+    slots: dict[int, list[tuple[dict[str, Any], str]]] = {}
+    for module in modules:
         for key, parameter in module._parameters.items():
             if parameter is not None:
                 slots.setdefault(id(parameter), []).append((module._parameters, key))
     return list(slots.values())
 
 
-def _refresh_recurrent(step: nn.Module) -> None:
-    # Recurrent layers keep a second list of their weights.
-    for module in step.modules():
-        if isinstance(module, nn.RNNBase):
-            module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
+def parameters_of(step: nn.Module) -> list[nn.Parameter]:
+    """The parameters of ``step``, each once, in the order of :func:`parameter_slots`."""
+    return [places[0][0][places[0][1]] for places in parameter_slots(modules_of(step))]
+
+
+@contextmanager
+def substituted(modules: Sequence[nn.Module], tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Let ``modules`` compute with ``tensors`` in place of their parameters, in the order of :func:`parameters_of`.
+
+    Not ``torch.func.functional_call``, which reaches only the ``forward`` of a layer.
+    """
+    slots = parameter_slots(modules)
+    if len(slots) != len(tensors):
+        raise RuntimeError(f"it had {len(tensors)} parameters in forward and has {len(slots)} in backward")
+    originals = [places[0][0][places[0][1]] for places in slots]
+    recurrent = [module for module in modules if isinstance(module, nn.RNNBase)]
+    try:
+        _fill(slots, tensors, recurrent)
+        yield
+    finally:
+        _fill(slots, originals, recurrent)
+
+
+def _fill(slots: Slots, tensors: Sequence[Tensor], recurrent: Sequence[nn.RNNBase]) -> None:
+    for places, tensor in zip(slots, tensors, strict=True):
+        for owner, key in places:
+            owner[key] = tensor
+    for module in recurrent:  # which keep a second list of their weights
+        module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
 
 
 def differentiate(
