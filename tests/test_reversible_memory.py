@@ -1,0 +1,133 @@
+"""What a chain keeps, and the most that it takes while it works, counted with fake tensors at sizes of a GPU.
+
+The published benchmark of memory is 256 x 256 images, batch 8, 256 hidden channels, 3 levels (InvertibleNetworks.jl,
+JOSS 9(99), 2024, figure 2: 5.07 GB; normflows runs out of 40 GB at 64 steps per level). Gradients of parameters, which
+every method needs, are not counted: each is dropped when it is done.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from live_storages import LiveStorages
+from test_reversible import FORGETFUL, Scaling, forgetting, weighted
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import glow_kernels as gk
+from glow_kernels import ReversibleSequential
+from glow_kernels.models import Glow
+from glow_kernels.nn import ActNorm, FlowStep
+
+GB = 1e9
+BATCH, SIZE, HIDDEN = 8, 256, 256
+# Bytes of the state of the first level and of all three: every level has half of the one before.
+FIRST_STATE = BATCH * 3 * SIZE * SIZE * 4
+ALL_STATES = FIRST_STATE * (1 + 1 / 2 + 1 / 4)
+
+
+def measure(steps: int, levels: int, **options) -> tuple[int, int]:
+    """Bytes kept after the forward, and the most at any time, of a training step of the published benchmark."""
+    with FakeTensorMode(), gk.use_backend("reference"):
+        model = Glow(3, SIZE, steps, levels, HIDDEN, **options)
+        for module in model.modules():
+            if isinstance(module, ActNorm):
+                module._is_initialized = True
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        with LiveStorages([model]) as storages:
+            log_prob = model.log_prob(torch.empty(BATCH, 3, SIZE, SIZE))
+            kept = storages.now
+            log_prob.mean().backward()
+    return kept, storages.peak
+
+
+def test_the_published_benchmark_of_eighty_steps():
+    kept, peak = measure(80, 3, memory="anchor", anchor_every=4)
+    assert peak <= 0.62 * GB
+    # 19 anchors per level, the latents and what the split priors keep: as many bytes again.
+    assert kept <= 19 * ALL_STATES + 3 * FIRST_STATE * (1 + 1 / 2)
+
+
+def test_eight_micro_batches_of_the_published_benchmark():
+    # The peak is in the first level's backward, or at the end of the forward, which keeps the same as without them.
+    kept, _ = measure(13, 3, memory="anchor", anchor_every=6)
+    _, few = measure(7, 1, memory="anchor", anchor_every=6, micro_batches=8)
+    _, more = measure(13, 1, memory="anchor", anchor_every=6, micro_batches=8)
+    assert more - few == FIRST_STATE
+    anchors = len(range(6, 80, 6))
+    assert few + (anchors - 1) * FIRST_STATE <= 0.18 * GB
+    assert kept + (anchors - 2) * ALL_STATES <= 0.18 * GB
+
+
+@pytest.mark.parametrize(("memory", "anchor_every"), [("anchor", 4), ("anchor", 2), ("checkpoint", 1), ("invert", None)])
+def test_memory_grows_with_depth_by_the_anchors_only(memory, anchor_every):
+    options = {"memory": memory, "anchor_every": anchor_every or 4}
+    (kept, peak), (deeper_kept, deeper_peak) = measure(4, 3, **options), measure(12, 3, **options)
+    slope = 8 / anchor_every if anchor_every else 0
+    assert deeper_kept - kept == slope * ALL_STATES
+    # The peak is in the backward of the first level, when the others are done.
+    assert deeper_peak - peak <= 1.02 * slope * FIRST_STATE
+
+
+def test_micro_batches_divide_the_working_set():
+    peaks = {parts: measure(2, 1, memory="invert", micro_batches=parts)[1] for parts in (1, 2, 4, 8)}
+    hidden = BATCH * HIDDEN * (SIZE // 2) ** 2 * 4
+    # Three hidden buffers; the rest are a few states.
+    for parts, peak in peaks.items():
+        assert 3 * hidden / parts < peak < 3 * hidden / parts + 9 * FIRST_STATE
+    assert all(peaks[2 * parts] < 0.75 * peaks[parts] for parts in (1, 2, 4))
+
+
+def test_real_tensors_take_what_fake_ones_do():
+    def run(model, x):
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        with LiveStorages([model]) as storages:
+            weighted(model(x)).backward()
+        return storages.peak
+
+    results = []
+    x = torch.randn(4, 6, 8, 8)
+    with gk.use_backend("reference"):
+        model = ReversibleSequential([FlowStep(6, 16) for _ in range(9)], "anchor")
+        model(x)
+        results.append(run(model, x))
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            results.append(run(model, mode.from_tensor(x)))
+    assert results[0] == pytest.approx(results[1], rel=0.01)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("memory", FORGETFUL)
+def test_compiled_chains_keep_no_more(memory, backend):
+    x = torch.randn(4, 6, 16, 16)
+    plain = ReversibleSequential([*[FlowStep(6, 16) for _ in range(4)], Scaling(6), FlowStep(6, 16)], "store")
+    plain(x)
+    model = forgetting(plain, memory, anchor_every=2)
+    parameters = {parameter.data_ptr() for parameter in model.parameters()}
+
+    def saved_bytes(function) -> int:
+        storages: dict[int, int] = {}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in parameters:
+                storages[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            results = function(x)
+        gradients.append(torch.autograd.grad(weighted(results), list(model.parameters())))
+        return sum(storages.values())
+
+    gradients: list[tuple[torch.Tensor, ...]] = []
+    eager = saved_bytes(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    assert saved_bytes(compiled) <= eager
+    for one, other in itertools.zip_longest(*gradients):
+        assert (one - other).norm() <= 1e-5 * other.norm()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        weighted(compiled(torch.randn_like(x))).backward()
