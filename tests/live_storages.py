@@ -1,4 +1,4 @@
-"""Counts the bytes of tensors that live at the same time, also of fake tensors, so of sizes that no machine here has."""
+"""Counts the bytes of tensors that live at the same time; of fake tensors too, so at sizes that no machine here has."""
 
 from __future__ import annotations
 
