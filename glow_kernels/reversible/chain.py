@@ -29,7 +29,8 @@ class ReversibleSequential(nn.Sequential):
     Args:
         steps: the steps, at least one.
         memory: what is kept for backward: ``"store"`` everything, as PyTorch does; ``"checkpoint"`` the state before
-            every step; ``"anchor"`` the state before every ``anchor_every``-th step; ``"invert"`` nothing. Inverting
+            every step; ``"anchor"`` the state before every ``anchor_every``-th step, so that fewer steps than that are inverted
+            in a row; ``"invert"`` nothing. Inverting
             many steps in a row amplifies rounding errors exponentially, and for inputs that are unlike the training
             data to infinity: anchors stop that.
         anchor_every: distance of the anchors.
@@ -137,12 +138,10 @@ class ReversibleSequential(nn.Sequential):
         return x, log_det
 
     def _is_anchor(self, index: int) -> bool:
-        # The first state is worth an anchor only for the comparison: nothing before it depends on it.
-        if index == 0 and self.memory != "checkpoint":
-            return self.check != "off"
-        if self.memory == "anchor":
-            return index % self.anchor_every == 0
-        return self.memory == "checkpoint"
+        if self.memory == "anchor" and index % self.anchor_every == self.anchor_every - 1:
+            return True
+        # The input of the chain is worth keeping only to be compared with.
+        return self.memory == "checkpoint" or (index == 0 and self.check != "off")
 
     def _needs_inverse(self, index: int) -> bool:
         return not self._is_anchor(index)
