@@ -10,6 +10,7 @@ import re
 
 import pytest
 import torch
+from test_nn import ready
 from test_reversible import (
     FORGETFUL,
     Conditioned,
@@ -23,7 +24,9 @@ from test_reversible import (
 )
 from torch import nn
 
+import glow_kernels as gk
 from glow_kernels import ReversibleSequential
+from glow_kernels.models import Glow
 from glow_kernels.nn import FlowStep
 
 
@@ -214,3 +217,24 @@ def test_context_needs_the_batch():
         model(x, torch.randn(1, 3))
     with pytest.raises(ValueError, match=r"^context 0 must be a tensor .* got int$"):
         model(x, 3)
+
+
+def test_reconstruction_error_names_steps_and_matrices():
+    x = torch.randn(4, 3, 8, 8)
+    model = ready(Glow(3, 8, steps=3, levels=2, hidden_channels=8, mixing="plain", memory="anchor"), x)
+    report = gk.reconstruction_error(model, x)
+    assert set(report.steps) == {f"levels.{level}.steps.{step}" for level in range(2) for step in range(3)}
+    assert 0 < max(report.steps.values()) < 1e-5
+    assert max(report.steps.values()) <= report.error < 1e-5
+    assert report.ill_conditioned == {}
+    before = report.steps["levels.0.steps.1"]
+    with torch.no_grad():
+        rows = model.levels[0].steps[1].mixing.weight
+        rows[0] = rows[1] + 1e-5 * rows[0]
+    report = gk.reconstruction_error(model, x)
+    assert list(report.ill_conditioned) == ["levels.0.steps.1.mixing"]
+    assert 1e4 < report.ill_conditioned["levels.0.steps.1.mixing"] < 1e8
+    assert report.steps["levels.0.steps.1"] > 10 * before
+    assert "ill-conditioned: levels.0.steps.1.mixing (" in str(report)
+    with pytest.raises(ValueError, match=r"^model must have a ReversibleSequential, got one without$"):
+        gk.reconstruction_error(nn.Linear(2, 2), x)

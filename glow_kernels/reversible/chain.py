@@ -29,10 +29,9 @@ class ReversibleSequential(nn.Sequential):
     Args:
         steps: the steps, at least one.
         memory: what is kept for backward: ``"store"`` everything, as PyTorch does; ``"checkpoint"`` the state before
-            every step; ``"anchor"`` the state before every ``anchor_every``-th step, so that fewer steps than that are inverted
-            in a row; ``"invert"`` nothing. Inverting
-            many steps in a row amplifies rounding errors exponentially, and for inputs that are unlike the training
-            data to infinity: anchors stop that.
+            every step; ``"anchor"`` that before every ``anchor_every``-th step, so that fewer steps than that are
+            inverted in a row; ``"invert"`` nothing. Inverting many steps in a row amplifies rounding errors
+            exponentially, and to infinity for inputs unlike the training data: anchors stop that.
         anchor_every: distance of the anchors.
         micro_batches: evaluate every step in this many parts of the batch, one after the other, which divides the
             memory that the network of a step takes while it works.

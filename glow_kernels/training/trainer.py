@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from glow_kernels.errors import CheckpointError, MissingDependencyError, TrainingError
 from glow_kernels.nn import CouplingNetwork
+from glow_kernels.reversible import reconstruction_error
 from glow_kernels.training import checkpoint, gallery, metrics, run_folder
 from glow_kernels.training.config import TrainingConfig
 from glow_kernels.training.data import BatchSampler, ImageData
@@ -28,6 +29,7 @@ MAX_NON_FINITE = 5
 REMEDY = "Try a lower --learning-rate, a longer --warmup or a smaller --clip"
 INITIALIZATION_BATCH = 256
 VALIDATION_SEED = 1
+DRIFT_BATCH = 16
 
 
 @dataclass
@@ -195,8 +197,9 @@ class Trainer:
         progress = self.progress
         result = self.evaluate_split("validation")
         progress.validation = result.mean
+        drift = self._reconstruction_error()
         if writer is not None:
-            writer.write(progress.iteration, validation_bits_per_dim=result.mean)
+            writer.write(progress.iteration, validation_bits_per_dim=result.mean, reconstruction_error=drift)
         if result.mean < progress.best:
             progress.best, progress.best_iteration, progress.stale_validations = result.mean, progress.iteration, 0
             self._save_best(result)
@@ -215,6 +218,17 @@ class Trainer:
         # Small splits get several draws of the noise, so that it does not drown the differences between models.
         draws = max(1, 1024 // len(levels))
         return evaluate(self.average.model, levels, labels, draws=draws, seed=VALIDATION_SEED, ranks=self.ranks)
+
+    def _reconstruction_error(self) -> float:
+        """Drift of inverted chains on a few images of the validation split; infinite if a matrix is singular."""
+        model, data = self.average.model, self.data
+        x = model.dequantize(data.validation[:DRIFT_BATCH].to(self.device), torch.Generator(self.device).manual_seed(0))
+        labels = data.validation_labels
+        inputs = (x,) if not self.config.conditional or labels is None else (x, labels[:DRIFT_BATCH].to(self.device))
+        try:
+            return reconstruction_error(model, *inputs).error
+        except ValueError:
+            return math.inf
 
     def _draw(self) -> None:
         model, data = self.average.model, self.data
