@@ -3,12 +3,37 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+
+def training_step_bytes(build: Callable[[], nn.Module], shape: Sequence[int], fake: bool = True) -> tuple[int, int]:
+    """Bytes kept after the forward, and the most at any time, of a training step; gradients of parameters do not count.
+
+    Args:
+        build: makes a model whose call gives a log-density (B,).
+        shape: of its input.
+        fake: with tensors that have no values, of any size; otherwise with real ones.
+    """
+    with FakeTensorMode() if fake else nullcontext():
+        model = build()
+        for module in model.modules():
+            if hasattr(module, "_is_initialized"):
+                module._is_initialized = True
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        with LiveStorages([model]) as storages:
+            log_prob = model(torch.rand(shape))
+            kept = storages.now
+            log_prob.mean().backward()
+    return kept, storages.peak
 
 
 class LiveStorages(TorchDispatchMode):

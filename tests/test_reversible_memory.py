@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import itertools
 import shutil
-from contextlib import nullcontext
 
 import pytest
 import torch
-from live_storages import LiveStorages
+from live_storages import training_step_bytes
 from test_reversible import FORGETFUL, Scaling, forgetting, weighted
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import glow_kernels as gk
 from glow_kernels import ReversibleSequential
 from glow_kernels.models import Glow
-from glow_kernels.nn import ActNorm, FlowStep
+from glow_kernels.nn import FlowStep
 
 GB = 1e9
 BATCH, SIZE, HIDDEN = 8, 256, 256
@@ -33,18 +31,10 @@ def measure(
     steps: int, levels: int, size: int = SIZE, hidden: int = HIDDEN, fake: bool = True, **options
 ) -> tuple[int, int]:
     """Bytes kept after the forward, and the most at any time, of a training step of the published benchmark."""
-    with FakeTensorMode() if fake else nullcontext(), gk.use_backend("reference"):
-        model = Glow(3, size, steps, levels, hidden, **options)
-        for module in model.modules():
-            if isinstance(module, ActNorm):
-                module._is_initialized = True
-        for parameter in model.parameters():
-            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-        with LiveStorages([model]) as storages:
-            log_prob = model.log_prob(torch.rand(BATCH, 3, size, size))
-            kept = storages.now
-            log_prob.mean().backward()
-    return kept, storages.peak
+    with gk.use_backend("reference"):
+        return training_step_bytes(
+            lambda: Glow(3, size, steps, levels, hidden, **options), (BATCH, 3, size, size), fake
+        )
 
 
 def test_the_published_benchmark_of_eighty_steps():
