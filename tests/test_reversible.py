@@ -156,11 +156,12 @@ def test_a_level_whose_latent_is_not_used(memory):
 
 @pytest.mark.parametrize("micro_batches", [2, 3, 5, 8])
 @pytest.mark.parametrize("memory", FORGETFUL)
-def test_micro_batches(memory, micro_batches):
+@pytest.mark.parametrize("check", ["off", "replay"])
+def test_micro_batches(memory, micro_batches, check):
     x, context = torch.randn(5, 6, 4, 4, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
     steps = [FlowStep(6, network=Conditioned(3, 6, context=3)) for _ in range(6)]
     plain = chain(steps, x, context)
-    model = forgetting(plain, memory, micro_batches=micro_batches)
+    model = forgetting(plain, memory, micro_batches=micro_batches, check=check)
     assert_same(gradients(model, x, context), gradients(plain, x, context), 1e-9)
 
 

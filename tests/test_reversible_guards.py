@@ -196,7 +196,7 @@ def test_torch_func_is_refused():
 
 BAD_OPTIONS = {
     "memory must be one of 'store', 'checkpoint', 'anchor', 'invert', got 'less'": {"memory": "less"},
-    "check must be one of 'off', 'flag', 'raise', got 'on'": {"check": "on"},
+    "check must be one of 'off', 'flag', 'raise', 'replay', got 'on'": {"check": "on"},
     "anchor_every must be at least 1, got 0": {"anchor_every": 0},
     "micro_batches must be at least 1, got -2": {"micro_batches": -2},
     "steps must be at least one, got none": {"steps": []},

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -36,8 +37,9 @@ class ReversibleSequential(nn.Sequential):
         micro_batches: evaluate every step in this many parts of the batch, one after the other, which divides the
             memory that the network of a step takes while it works.
         check: compare the state that arrives at an anchor with the exact one: ``"off"``; ``"flag"`` records it for
-            :meth:`drift`; ``"raise"`` raises where it is above ``drift_limit``. With ``"invert"`` the input of the
-            chain is kept for it.
+            :meth:`drift`; ``"raise"`` raises where it is above ``drift_limit``; ``"replay"`` computes the
+            gradients since that anchor again, from exact states, so that they are right. Both wait for the device at
+            every anchor. The input of the chain is kept for it too.
         drift_limit: relative error of a state; 1e-4 by default, 1e-9 in float64, 3e-2 with networks in low precision.
 
     Raises:
@@ -97,11 +99,19 @@ class ReversibleSequential(nn.Sequential):
         mode = Mode.current(x.device, self.micro_batches)
         log_det: Tensor | None = None
         ghost: Tensor | None = None
-        for index, step in enumerate(self):
-            _initialize(step, x, context)
-            last = index == len(self) - 1
-            place = Place(self._handle, index, len(context), self._is_anchor(index), last, self.check != "off")
-            x, log_det, ghost = _linked(step, place, mode, x, log_det, ghost, context)
+        for numbers in self._nodes():
+            steps = [self[number] for number in numbers]
+            _initialize(steps, x, context)
+            place = Place(
+                self._handle,
+                numbers[0],
+                len(numbers),
+                len(context),
+                self._is_anchor(numbers[0]),
+                numbers[-1] == len(self) - 1,
+                self.check != "off",
+            )
+            x, log_det, ghost = _linked(steps, place, mode, x, log_det, ghost, context)
         assert log_det is not None
         return x, log_det
 
@@ -136,6 +146,13 @@ class ReversibleSequential(nn.Sequential):
         assert log_det is not None
         return x, log_det
 
+    def _nodes(self) -> list[range]:
+        """The steps of every node of autograd: one, or all from one anchor to the next if they may be replayed."""
+        if self.check != "replay":
+            return [range(index, index + 1) for index in range(len(self))]
+        starts = [index for index in range(len(self)) if self._is_anchor(index)]
+        return [range(start, end) for start, end in itertools.pairwise([*starts, len(self)])]
+
     def _is_anchor(self, index: int) -> bool:
         if self.memory == "anchor" and index % self.anchor_every == self.anchor_every - 1:
             return True
@@ -146,10 +163,12 @@ class ReversibleSequential(nn.Sequential):
         return not self._is_anchor(index)
 
 
-def _initialize(step: nn.Module, x: Tensor, context: tuple[Tensor | None, ...]) -> None:
-    if step.training and any(isinstance(m, ActNorm) and not m._is_initialized for m in modules_of(step)):
+def _initialize(steps: Sequence[nn.Module], x: Tensor, context: tuple[Tensor | None, ...]) -> None:
+    modules = [module for step in steps if step.training for module in modules_of(step)]
+    if any(isinstance(module, ActNorm) and not module._is_initialized for module in modules):
         with torch.no_grad():
-            step(x.detach(), *context)
+            for step in steps:
+                x, _ = step(x, *context)
 
 
 def _check_batches(x: Tensor, context: tuple[Tensor | None, ...]) -> None:
@@ -160,7 +179,7 @@ def _check_batches(x: Tensor, context: tuple[Tensor | None, ...]) -> None:
 
 
 def _linked(
-    step: nn.Module,
+    steps: Sequence[nn.Module],
     place: Place,
     mode: Mode,
     x: Tensor,
@@ -170,13 +189,19 @@ def _linked(
 ) -> Any:
     def link(x: Tensor, log_det: Tensor | None, ghost: Tensor | None, *context: Tensor | None) -> Any:
         # Asked for inside of the hooks, where FSDP has gathered them.
-        parameters = parameters_of(step)
+        parameters = [parameter for step in steps for parameter in parameters_of(step)]
         return Link.apply(place, mode, x, log_det, ghost, *context, *parameters)  # type: ignore[no-untyped-call]
 
-    hooks = (step._forward_hooks, step._forward_pre_hooks, step._backward_hooks, step._backward_pre_hooks)
-    if torch.compiler.is_compiling() or not any(hooks):
+    if torch.compiler.is_compiling() or not any(_has_hooks(step) for step in steps):
         return link(x, log_det, ghost, *context)
-    return _through_hooks(step, link, x, log_det, ghost, *context)
+    if len(steps) > 1:
+        raise RuntimeError("check='replay' runs several steps as one, without their hooks (FSDP): use check='raise'")
+    return _through_hooks(steps[0], link, x, log_det, ghost, *context)
+
+
+def _has_hooks(step: nn.Module) -> bool:
+    hooks = (step._forward_hooks, step._forward_pre_hooks, step._backward_hooks, step._backward_pre_hooks)
+    return any(hooks)
 
 
 def _through_hooks(step: nn.Module, function: Callable[..., Any], *args: Any) -> Any:

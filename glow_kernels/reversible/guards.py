@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from glow_kernels.reversible.chain import ReversibleSequential
     from glow_kernels.reversible.recompute import Mode
 
-CHECKS = ("off", "flag", "raise")
+CHECKS = ("off", "flag", "raise", "replay")
 # Relative drift between two anchors that still gives gradients to about three digits.
 DRIFT_LIMITS = {torch.float64: 1e-9, torch.float32: 1e-4}
 LOW_PRECISION_DRIFT_LIMIT = 3e-2
@@ -162,22 +162,24 @@ def drift(exact: Tensor, reconstructed: Tensor) -> Tensor:
     return torch.amax(error.nan_to_num(nan=torch.inf, posinf=torch.inf))
 
 
-def compare(chain: ReversibleSequential, index: int, exact: Tensor, reconstructed: Tensor, mode: Mode) -> None:
-    """Record the drift of the state that arrived at an anchor.
+def compare(chain: ReversibleSequential, index: int, exact: Tensor, reconstructed: Tensor, mode: Mode) -> bool:
+    """Record the drift of the state that arrived at an anchor; with ``check="replay"``, whether it is above the limit.
 
     Raises:
         RuntimeError: ``check="raise"``, and the drift is above the limit.
     """
     measured = drift(exact, reconstructed)
     chain._drift[index] = measured
-    if chain.check != "raise":
-        return
+    if chain.check == "flag":
+        return False
     limit = drift_limit(chain, exact, mode)
-    if not measured.item() <= limit:
+    too_far = not measured.item() <= limit
+    if too_far and chain.check == "raise":
         raise RuntimeError(
             f"the state after it was reconstructed with a relative error of {measured.item():.1e}, above the limit of "
             f"{limit:.1e}: use a smaller anchor_every, memory='checkpoint' or check='replay'"
         )
+    return too_far
 
 
 def drift_limit(chain: ReversibleSequential, state: Tensor, mode: Mode) -> float:

@@ -18,13 +18,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._guards import detect_fake_mode
 
 from glow_kernels.backends.numerics import output_format
 from glow_kernels.reversible import guards, recompute
 from glow_kernels.reversible.randomness import RandomState
-from glow_kernels.reversible.recompute import Mode
+from glow_kernels.reversible.recompute import Mode, Recomputed
+from glow_kernels.reversible.tensors import parameters_of
 
 if TYPE_CHECKING:
     from glow_kernels.reversible.chain import ReversibleSequential
@@ -42,18 +43,24 @@ def register(chain: ReversibleSequential) -> int:
 
 
 class Place(NamedTuple):
-    """Which step of which chain, how many context tensors it gets, what it keeps, and whether it compares."""
+    """Which steps of which chain, how many context tensors they get, what is kept of them, and whether to compare.
+
+    A node is one step, so that its gradients leave as soon as they are done; with ``check="replay"``, all from one
+    anchor to the next, so that they can be thrown away.
+    """
 
     handle: int
     number: int
+    length: int
     contexts: int
     keeps_input: bool
     keeps_output: bool
     compares: bool
 
-
-def _step(place: Place) -> nn.Module:
-    return _chains[place.handle][place.number]
+    @property
+    def numbers(self) -> range:
+        """The steps, by their number in the chain."""
+        return range(self.number, self.number + self.length)
 
 
 class Link(torch.autograd.Function):
@@ -69,8 +76,9 @@ class Link(torch.autograd.Function):
             z, step_log_det = _forward_operator(x, list(tensors), *_plain(place, mode))
         else:
             z, step_log_det, ctx.states = _forward(place, mode, x, tensors)
-        state = x if place.keeps_input else z if place.keeps_output else None
-        ctx.save_for_backward(state, *tensors)
+        # Backward through a single step needs its input or its output, through several both.
+        keeps_output = place.keeps_output and not (place.keeps_input and place.length == 1)
+        ctx.save_for_backward(x if place.keeps_input else None, z if keeps_output else None, *tensors)
         if not torch.compiler.is_compiling():
             ctx.chain = _chains[place.handle]  # alive until its backward
         total = step_log_det if log_det is None else log_det + step_log_det
@@ -84,12 +92,12 @@ class Link(torch.autograd.Function):
         grad_z, grad_log_det, reconstructed = grads
         needs = ctx.needs_input_grad[5:]
         if torch.compiler.is_compiling():
-            state, *tensors = ctx.saved_tensors
+            x, z, *tensors = ctx.saved_tensors
         else:
-            state, *tensors = guards.saved_tensors(ctx, ctx.chain, place.number)
-        x = state if place.keeps_input else None
-        # At an anchor, the state that arrived only serves to be compared.
-        z = state if place.keeps_output and x is None else reconstructed if x is None or place.compares else None
+            x, z, *tensors = guards.saved_tensors(ctx, ctx.chain, place.number)
+        # At the input of a single step, the state that arrived only serves to be compared.
+        if z is None and (x is None or place.compares):
+            z = reconstructed
         if torch.compiler.is_compiling():
             arguments = (x, z, grad_z, grad_log_det, tensors, needs, ctx.shape)
             reached, grad_x, *tensor_grads = _backward_operator(*arguments, *_plain(place, mode))
@@ -101,15 +109,23 @@ class Link(torch.autograd.Function):
         return None, None, grad_x, grad_log_det if ctx.needs_input_grad[3] else None, ghost_grad, *tensor_grads
 
 
-def _forward(
-    place: Place, mode: Mode, x: Tensor, tensors: Sequence[Any]
-) -> tuple[Tensor, Tensor, list[RandomState] | None]:
-    chain = _chains[place.handle]
+States = list[list[RandomState] | None]
+
+
+def _forward(place: Place, mode: Mode, x: Tensor, tensors: Sequence[Any]) -> tuple[Tensor, Tensor, States]:
+    chain = _find(place)
     context = tensors[: place.contexts]
-    with guards.named(chain, place.number):
-        guards.prove(chain, place.number, x, context, mode)
-        with guards.unchanged(chain[place.number], x, "forward"):
-            return recompute.forward(chain[place.number], x, context, mode)
+    total: Tensor | None = None
+    states: States = []
+    for number in place.numbers:
+        with guards.named(chain, number):
+            guards.prove(chain, number, x, context, mode)
+            with guards.unchanged(chain[number], x, "forward"):
+                x, log_det, drawn = recompute.forward(chain[number], x, context, mode)
+        total = log_det if total is None else total + log_det
+        states.append(drawn)
+    assert total is not None
+    return x, total, states
 
 
 def _backward(
@@ -120,22 +136,77 @@ def _backward(
     grads: tuple[Tensor | None, Tensor | None],
     tensors: Sequence[Any],
     needs: Sequence[bool],
-    states: list[RandomState] | None,
-) -> recompute.Recomputed:
-    chain = _chains[place.handle]
-    context, parameters = tensors[: place.contexts], tensors[place.contexts :]
-    key = (place.number, "closed")
+    states: States | None,
+) -> Recomputed:
+    chain = _find(place)
+    states = [None] * place.length if states is None else states
+    inputs = [x, *[None] * (place.length - 1)]
+    result, reached = _sweep(place, mode, inputs, z, grads, tensors, needs, states)
+    if result.z is None or reached is None:
+        return result
     with guards.named(chain, place.number):
-        given = z if x is None else x
+        too_far = guards.compare(chain, place.number, result.z, reached, mode)
+    if not too_far:
+        return result
+    # Once more from the anchor, with every state exact.
+    for index, number in enumerate(place.numbers[:-1]):
+        given = inputs[index]
         assert given is not None
-        with guards.unchanged(chain[place.number], given, "backward"):
+        inputs[index + 1] = recompute.forward(chain[number], given, tensors[: place.contexts], mode, states[index])[0]
+    return _sweep(place, mode, inputs, None, grads, tensors, needs, states)[0]
+
+
+def _sweep(
+    place: Place,
+    mode: Mode,
+    inputs: Sequence[Tensor | None],
+    z: Tensor | None,
+    grads: tuple[Tensor | None, Tensor | None],
+    tensors: Sequence[Any],
+    needs: Sequence[bool],
+    states: States,
+) -> tuple[Recomputed, Tensor | None]:
+    """Backward through the steps from ``z``, or from the inputs that are known, and what arrived at the first step."""
+    chain = _find(place)
+    context = tensors[: place.contexts]
+    totals: list[Tensor | None] = [None] * len(tensors)
+    state = reached = z
+    end = len(tensors)
+    result: Recomputed | None = None
+    for index, number in reversed(list(enumerate(place.numbers))):
+        start = end - len(parameters_of(chain[number]))
+        reached = state
+        given = state if inputs[index] is None else inputs[index]
+        assert given is not None
+        key = (number, "closed")
+        with guards.named(chain, number), guards.unchanged(chain[number], given, "backward"):
             result = recompute.backward(
-                chain[place.number], x, z, grads, context, parameters, needs, mode, states, key in chain._proven
+                chain[number],
+                inputs[index],
+                state,
+                grads,
+                context,
+                tensors[start:end],
+                [*needs[: place.contexts], *needs[start:end]],
+                mode,
+                states[index],
+                key in chain._proven,
             )
         chain._proven.add(key)
-        if x is not None and z is not None and result.z is not None:
-            guards.compare(chain, place.number, result.z, z, mode)
-    return result
+        state, grads = result.x, (result.grad_x, grads[1])
+        totals[start:end] = result.grads[place.contexts :]
+        for position, grad in enumerate(result.grads[: place.contexts]):
+            totals[position] = recompute.sum_of(totals[position], grad)
+        end = start
+    assert result is not None
+    return result._replace(grads=totals), reached
+
+
+def _find(place: Place) -> ReversibleSequential:
+    chain = _chains.get(place.handle)
+    if chain is None:
+        raise RuntimeError("the reversible chain that this was compiled for no longer exists")
+    return chain
 
 
 def _plain(place: Place, mode: Mode) -> tuple[Any, ...]:
@@ -143,7 +214,7 @@ def _plain(place: Place, mode: Mode) -> tuple[Any, ...]:
 
 
 _SETTINGS = (
-    "int handle, int number, int contexts, bool keeps_input, bool keeps_output, bool compares, "
+    "int handle, int number, int length, int contexts, bool keeps_input, bool keeps_output, bool compares, "
     "int micro_batches, ScalarType? autocast"
 )
 _SCHEMAS = (
@@ -158,7 +229,7 @@ _backward_operator = torch.ops.glow_kernels.reversible_backward.default
 
 
 def _split(settings: Sequence[Any]) -> tuple[Place, Mode]:
-    return Place(*settings[:6]), Mode(*settings[6:])
+    return Place(*settings[:7]), Mode(*settings[7:])
 
 
 @contextmanager
@@ -182,8 +253,9 @@ def _run_forward(x: Tensor, tensors: Sequence[Tensor | None], *settings: Any) ->
     place, mode = _split(settings)
     with _eager():
         z, log_det, states = _forward(place, mode, x, tensors)
-    if states is not None:
-        name = guards.step_name(_chains[place.handle], place.number)
+    drawing = [number for number, drawn in zip(place.numbers, states, strict=True) if drawn is not None]
+    if drawing:
+        name = guards.step_name(_find(place), drawing[0])
         raise RuntimeError(f"{name}: it draws random numbers, which needs memory='store' under torch.compile")
     return _own(z, x), log_det.contiguous()
 
@@ -195,8 +267,10 @@ def _fake_forward(x: Tensor, tensors: Sequence[Tensor | None], *settings: Any) -
     allowed = fake_mode.allow_non_fake_inputs
     # The parameters and buffers of the step itself are real.
     fake_mode.allow_non_fake_inputs = True
+    z = x
     try:
-        z, log_det, _ = recompute.forward(_step(place), x, tensors[: place.contexts], mode)
+        for number in place.numbers:
+            z, log_det, _ = recompute.forward(_find(place)[number], z, tensors[: place.contexts], mode)
     finally:
         fake_mode.allow_non_fake_inputs = allowed
     return torch.empty_like(z, memory_format=output_format(z)), log_det.new_empty(log_det.shape)

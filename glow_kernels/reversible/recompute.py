@@ -62,22 +62,30 @@ class Recomputed(NamedTuple):
 
 
 def forward(
-    step: nn.Module, x: Tensor, context: Sequence[Tensor | None], mode: Mode
+    step: nn.Module,
+    x: Tensor,
+    context: Sequence[Tensor | None],
+    mode: Mode,
+    states: Sequence[RandomState] | None = None,
 ) -> tuple[Tensor, Tensor, list[RandomState] | None]:
-    """``z``, ``log_det`` (B,) and, if the step drew random numbers, the state of their source before every part."""
+    """``z``, ``log_det`` (B,) and, if the step drew random numbers, the state of their source before every part.
+
+    With such ``states`` of an earlier call, the numbers of that call are drawn again.
+    """
     z, log_det = Joined(len(x)), Joined(len(x))
-    states = []
+    drawn = []
     drew = False
     with torch.no_grad(), mode.applied(x.device):
-        for part in mode.parts(len(x)):
+        for number, part in enumerate(mode.parts(len(x))):
             state = None if isinstance(x, FakeTensor) else RandomState(x.device)
-            part_z, part_log_det = step.forward(x[part], *_parts(context, part))
+            with _replayed(None if states is None else states[number]):
+                part_z, part_log_det = step.forward(x[part], *_parts(context, part))
             if state is not None:
                 drew = drew or state.has_moved()
-                states.append(state)
+                drawn.append(state)
             z.add(part, part_z)
             log_det.add(part, part_log_det)
-    return z.tensor, log_det.tensor, states if drew else None
+    return z.tensor, log_det.tensor, drawn if drew else None
 
 
 def backward(
@@ -140,7 +148,7 @@ def backward(
             for joined, grad in zip(joined_context, part_grads, strict=False):
                 if grad is not None:
                     joined.add(part, grad)
-            totals = [_sum(total, grad) for total, grad in zip(totals, part_grads[len(tensors) :], strict=True)]
+            totals = [sum_of(total, grad) for total, grad in zip(totals, part_grads[len(tensors) :], strict=True)]
     context_grads = iter([joined.tensor_or_none for joined in joined_context])
     every_grad = [None if tensor is None else next(context_grads) for tensor in context]
     return Recomputed(
@@ -156,7 +164,8 @@ def _replayed(state: RandomState | None) -> AbstractContextManager[None]:
     return nullcontext() if state is None else state.replayed()
 
 
-def _sum(total: Tensor | None, grad: Tensor | None) -> Tensor | None:
+def sum_of(total: Tensor | None, grad: Tensor | None) -> Tensor | None:
+    """Two gradients together, of which either may be missing."""
     # Not in place: gradients of two parameters may be one tensor.
     if total is None or grad is None:
         return grad if total is None else total
