@@ -198,7 +198,11 @@ BAD_OPTIONS = {
     "memory must be one of 'store', 'checkpoint', 'anchor', 'invert', got 'less'": {"memory": "less"},
     "check must be one of 'off', 'flag', 'raise', 'replay', got 'on'": {"check": "on"},
     "anchor_every must be at least 1, got 0": {"anchor_every": 0},
-    "micro_batches must be at least 1, got -2": {"micro_batches": -2},
+    "micro_batches must be at least 1, or 'auto', got -2": {"micro_batches": -2},
+    "micro_batches must be at least 1, or 'auto', got 'all'": {"micro_batches": "all"},
+    "memory_budget must be given with micro_batches='auto' and only then, got None": {"micro_batches": "auto"},
+    "memory_budget must be given with micro_batches='auto' and only then, got 5": {"memory_budget": 5},
+    "memory_budget must be at least 1 byte, got 0": {"micro_batches": "auto", "memory_budget": 0},
     "steps must be at least one, got none": {"steps": []},
     "step 1 must be a module with an inverse, got Conv2d": {"steps": [Scaling(2), nn.Conv2d(2, 2, 1)]},
 }

@@ -73,7 +73,7 @@ class Glow(nn.Module):
         learn_top: learn the prior of the deepest latent; otherwise it is standard normal.
         num_classes: condition that prior on classes, and add the classification head of the paper.
         n_bins: number of levels of a pixel value, 256 for 8-bit images.
-        memory, anchor_every, micro_batches, check: what the steps of a level keep for backward, see
+        memory, anchor_every, micro_batches, check, memory_budget: what the steps of a level keep for backward, see
             :class:`~glow_kernels.ReversibleSequential`; ``"store"`` keeps everything. The weights are the same.
 
     Raises:
@@ -96,8 +96,9 @@ class Glow(nn.Module):
         n_bins: int = 256,
         memory: str = "store",
         anchor_every: int = 4,
-        micro_batches: int = 1,
+        micro_batches: int | str = 1,
         check: str = "off",
+        memory_budget: int | None = None,
     ) -> None:
         super().__init__()
         for name, value in {"in_channels": in_channels, "steps": steps, "levels": levels}.items():
@@ -119,6 +120,7 @@ class Glow(nn.Module):
                     "anchor_every": anchor_every,
                     "micro_batches": micro_batches,
                     "check": check,
+                    "memory_budget": memory_budget,
                 },
                 hidden_channels=hidden_channels,
                 coupling=coupling,

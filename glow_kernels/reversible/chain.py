@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from glow_kernels.nn import ActNorm
 from glow_kernels.ops._checks import check_choice
-from glow_kernels.reversible import guards
+from glow_kernels.reversible import budget, guards
 from glow_kernels.reversible.link import Link, Place, register
 from glow_kernels.reversible.recompute import Mode
 from glow_kernels.reversible.tensors import modules_of, parameters_of
@@ -35,11 +35,13 @@ class ReversibleSequential(nn.Sequential):
             exponentially, and to infinity for inputs unlike the training data: anchors stop that.
         anchor_every: distance of the anchors.
         micro_batches: evaluate every step in this many parts of the batch, one after the other, which divides the
-            memory that the network of a step takes while it works.
+            memory that the network of a step takes while it works; ``"auto"`` finds the number from ``memory_budget``.
         check: compare the state that arrives at an anchor with the exact one: ``"off"``; ``"flag"`` records it for
             :meth:`drift`; ``"raise"`` raises where it is above ``drift_limit``; ``"replay"`` computes the
             gradients since that anchor again, from exact states, so that they are right. Both wait for the device at
             every anchor. The input of the chain is kept for it too.
+        memory_budget: bytes that one step may take while it works, for ``micro_batches="auto"``; one sample at a time
+            if that is too little.
         drift_limit: relative error of a state; 1e-4 by default, 1e-9 in float64, 3e-2 with networks in low precision.
 
     Raises:
@@ -51,9 +53,10 @@ class ReversibleSequential(nn.Sequential):
         steps: Iterable[nn.Module],
         memory: str = "anchor",
         anchor_every: int = 4,
-        micro_batches: int = 1,
+        micro_batches: int | str = 1,
         check: str = "off",
         *,
+        memory_budget: int | None = None,
         drift_limit: float | None = None,
     ) -> None:
         steps = list(steps)
@@ -64,17 +67,26 @@ class ReversibleSequential(nn.Sequential):
             raise ValueError("steps must be at least one, got none")
         check_choice("memory", memory, POLICIES)
         check_choice("check", check, guards.CHECKS)
-        for name, value in {"anchor_every": anchor_every, "micro_batches": micro_batches}.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        if anchor_every < 1:
+            raise ValueError(f"anchor_every must be at least 1, got {anchor_every}")
+        if micro_batches != "auto" and (isinstance(micro_batches, str) or micro_batches < 1):
+            raise ValueError(f"micro_batches must be at least 1, or 'auto', got {micro_batches!r}")
+        if (micro_batches == "auto") != (memory_budget is not None):
+            raise ValueError(
+                f"memory_budget must be given with micro_batches='auto' and only then, got {memory_budget}"
+            )
+        if memory_budget is not None and memory_budget < 1:
+            raise ValueError(f"memory_budget must be at least 1 byte, got {memory_budget}")
         super().__init__(*steps)
         self.memory = memory
         self.anchor_every = anchor_every
         self.micro_batches = micro_batches
+        self.memory_budget = memory_budget
         self.check = check
         self.drift_limit = drift_limit
         self._drift: dict[int, Tensor] = {}
         self._proven: set[Any] = set()
+        self._parts: dict[tuple[Any, ...], int] = {}
         self._handle = register(self)
 
     def forward(self, x: Tensor, *context: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -96,7 +108,7 @@ class ReversibleSequential(nn.Sequential):
         if not torch.compiler.is_compiling():
             guards.refuse_transforms()
             _check_batches(x, context)
-        mode = Mode.current(x.device, self.micro_batches)
+        mode = Mode.current(x.device, self._micro_batches(x, context))
         log_det: Tensor | None = None
         ghost: Tensor | None = None
         for numbers in self._nodes():
@@ -145,6 +157,18 @@ class ReversibleSequential(nn.Sequential):
             log_det = step_log_det if log_det is None else log_det + step_log_det
         assert log_det is not None
         return x, log_det
+
+    def _micro_batches(self, x: Tensor, context: tuple[Tensor | None, ...]) -> int:
+        if not isinstance(self.micro_batches, str):
+            return self.micro_batches
+        assert self.memory_budget is not None
+        key = (x.shape, x.dtype, Mode.current(x.device, 1).autocast)
+        if key not in self._parts:
+            if torch.compiler.is_compiling():
+                raise RuntimeError("micro_batches='auto' needs one training step of these shapes before torch.compile")
+            _initialize(list(self), x, context)
+            self._parts[key] = budget.micro_batches(self, x, context, self.memory_budget)
+        return self._parts[key]
 
     def _nodes(self) -> list[range]:
         """The steps of every node of autograd: one, or all from one anchor to the next if they may be replayed."""
