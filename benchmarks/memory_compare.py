@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from live_storages import LiveStorages  # noqa: E402
 
 CHANNELS, HIDDEN, SIZE, BATCH = 12, 128, 32, 8
-REPEATS = 9
+REPEATS = 7
 
 
 class ResizableStorages(LiveStorages):
@@ -163,7 +163,7 @@ def peak(model: nn.Module, x: Tensor) -> int:
 
 def main() -> None:
     warnings.simplefilter("ignore")
-    count = int(sys.argv[1]) if len(sys.argv) > 1 else 16
+    count = int(sys.argv[1]) if len(sys.argv) > 1 else 8
     gk.tune_allocator()
     rows = []
     for coupling in ("affine", "additive"):

@@ -76,6 +76,16 @@ def test_micro_batches_divide_the_working_set():
     assert all(peaks[2 * parts] < 0.75 * peaks[parts] for parts in (1, 2, 4))
 
 
+@pytest.mark.parametrize(("megabytes", "parts"), [(1000, 1), (300, 3), (100, 6), (1, 8)])
+def test_a_budget_chooses_the_micro_batches(megabytes, parts):
+    options = {"memory": "invert", "micro_batches": "auto", "memory_budget": megabytes * 10**6}
+    _, peak = measure(2, 1, **options)
+    _, fixed = measure(2, 1, memory="invert", micro_batches=parts)
+    assert peak == fixed
+    # Beside the working set there are states, which the budget does not count.
+    assert peak < options["memory_budget"] + 9 * FIRST_STATE or parts == BATCH
+
+
 @pytest.mark.parametrize(
     "options", [{"memory": "anchor"}, {"memory": "invert", "micro_batches": 4}, {"memory": "store"}]
 )
