@@ -13,6 +13,7 @@ import weakref
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from test_nn import ready
 from torch import Tensor, nn
 
@@ -433,3 +434,17 @@ def test_gradient_scaler():
     scaler.scale(weighted(model(x))).backward()
     expected = gradients(plain, x, wrt="rest")[2:]
     assert_same([p.grad / 1024.0 for p in model.parameters()], expected, 1e-5)
+
+
+def test_checkpointing_by_pytorch_works_with_the_operators(backend):
+    x = torch.randn(3, 6, 4, 5, dtype=torch.float64)
+    plain = chain(flow_steps(3, mixing="plain"), x)
+
+    def checkpointed(x: Tensor) -> tuple[Tensor, Tensor]:
+        results: tuple[Tensor, Tensor] = torch.utils.checkpoint.checkpoint(plain, x, use_reentrant=False)
+        return results
+
+    x.requires_grad_()
+    parameters = list(plain.parameters())
+    actual, expected = (torch.autograd.grad(weighted(f(x)), parameters) for f in (checkpointed, plain))
+    assert_same(list(actual), list(expected), 1e-12)

@@ -46,12 +46,13 @@ def build() -> tuple[Glow, Tensor]:
 def wrap(name: str, model: Glow) -> nn.Module:
     if name in DDP:
         return nn.parallel.DistributedDataParallel(model, **DDP[name])
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     per_step, reshard = FSDP[name]
     mesh = dist.device_mesh.init_device_mesh("cpu", (RANKS,))
     for step in [step for level in model.levels for step in level.steps] if per_step else []:
         fully_shard(step, mesh=mesh, reshard_after_forward=reshard)
+        register_fsdp_forward_method(step, "inverse")
     return fully_shard(model, mesh=mesh, reshard_after_forward=reshard)
 
 

@@ -10,18 +10,19 @@ from torch import Tensor, nn
 
 from glow_kernels.nn import AdditiveCoupling, AffineCoupling, CouplingNetwork, FlowStep
 from glow_kernels.ops import actnorm_conv1x1_reversible_backward, affine_coupling_reversible_backward
-from glow_kernels.reversible.tensors import differentiate, leaf
+from glow_kernels.reversible.tensors import differentiate, inverse_of, leaf
 
 
 def is_flow_step(step: nn.Module) -> bool:
     """Whether ``step`` computes what a :class:`~glow_kernels.nn.FlowStep` does, in the way that it does."""
     if not isinstance(step, FlowStep) or type(step.coupling) not in (AffineCoupling, AdditiveCoupling):
         return False
-    same_class = type(step).forward is FlowStep.forward and type(step).inverse is FlowStep.inverse
-    # Patched instances, and hooks on what the fast way does not call.
+    # Nobody has patched them.
+    inverse = getattr(inverse_of(step), "__func__", None)
     parts = (step.actnorm, step.mixing, step.coupling)
-    patched = any("forward" in module.__dict__ or "inverse" in module.__dict__ for module in (step, *parts))
-    return same_class and not patched
+    patched = any(name in module.__dict__ for module in parts for name in ("forward", "inverse", "matrix"))
+    own_forward = type(step).forward is FlowStep.forward and "forward" not in step.__dict__
+    return own_forward and inverse is FlowStep.inverse and not patched
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from glow_kernels.nn import FlowStep
 from glow_kernels.reversible import flow_step
 from glow_kernels.reversible.randomness import RandomState
-from glow_kernels.reversible.tensors import Joined, differentiate, leaf, modules_of, substituted
+from glow_kernels.reversible.tensors import Joined, differentiate, inverse_of, leaf, modules_of, substituted
 
 
 class Mode(NamedTuple):
@@ -132,7 +132,7 @@ def backward(
                 part_x = given[part]
                 if x is None:
                     with torch.no_grad(), _replayed(state):
-                        part_x, _ = step.inverse(part_x, *part_context)  # type: ignore[operator]
+                        part_x, _ = inverse_of(step)(part_x, *part_context)
                 with torch.enable_grad(), _replayed(state):
                     start = leaf(part_x, True)
                     part_z, part_log_det = step.forward(start, *part_context)

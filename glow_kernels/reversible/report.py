@@ -36,13 +36,14 @@ class Reconstruction:
 
 
 @torch.no_grad()
-def reconstruction_error(model: nn.Module, *inputs: Any, condition_limit: float = 1e4) -> Reconstruction:
+def reconstruction_error(model: nn.Module, *inputs: Any, condition_limit: float | None = 1e4) -> Reconstruction:
     """Invert every :class:`~glow_kernels.ReversibleSequential` in ``model``, and every step of it, on real data.
 
     Args:
         model: a chain, or a model that has some, such as :class:`~glow_kernels.models.Glow`, with any ``memory``.
         inputs: what ``model`` is called with; its states are the test data.
-        condition_limit: report a 1x1 convolution above this condition number, of which float32 loses as many units.
+        condition_limit: report a 1x1 convolution above this condition number, by which it may amplify rounding; None
+            does not look.
 
     Raises:
         ValueError: ``model`` has no chain, or a 1x1 convolution is singular.
@@ -70,8 +71,10 @@ def reconstruction_error(model: nn.Module, *inputs: Any, condition_limit: float 
             steps[f"{name}.{index}".lstrip(".")] = guards.drift(before, back).item()
         errors.append(guards.drift(x, chains[name].inverse(z, *context)[0]).item())
     mixings = {name: module for name, module in model.named_modules() if isinstance(module, ChannelMixing)}
-    conditions = {name: _condition(module) for name, module in mixings.items()}
-    ill = {name: number for name, number in conditions.items() if not number <= condition_limit}
+    ill = {}
+    if condition_limit is not None:
+        conditions = {name: _condition(module) for name, module in mixings.items()}
+        ill = {name: number for name, number in conditions.items() if not number <= condition_limit}
     return Reconstruction(max(errors), steps, ill)
 
 

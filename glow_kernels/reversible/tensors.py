@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,6 +26,14 @@ def modules_of(step: nn.Module) -> list[nn.Module]:
         found.update((id(child), child) for child in children)
         stack.extend(children)
     return list(found.values())
+
+
+def inverse_of(step: nn.Module) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The inverse of ``step``; under FSDP without gathering its weights, which its node of autograd does."""
+    own = step.__dict__.get("inverse")
+    gathers = own is not None and hasattr(step, "_get_fsdp_state")
+    inverse: Callable[..., tuple[Tensor, Tensor]] = own.__wrapped__ if gathers else step.inverse
+    return inverse
 
 
 Slots = list[list[tuple[dict[str, Any], str]]]

@@ -30,6 +30,7 @@ REMEDY = "Try a lower --learning-rate, a longer --warmup or a smaller --clip"
 INITIALIZATION_BATCH = 256
 VALIDATION_SEED = 1
 DRIFT_BATCH = 16
+CONDITION_LIMIT = 1e4
 
 
 @dataclass
@@ -197,7 +198,7 @@ class Trainer:
         progress = self.progress
         result = self.evaluate_split("validation")
         progress.validation = result.mean
-        drift = self._reconstruction_error()
+        drift, warning = self._reconstruction()
         if writer is not None:
             writer.write(progress.iteration, validation_bits_per_dim=result.mean, reconstruction_error=drift)
         if result.mean < progress.best:
@@ -209,7 +210,7 @@ class Trainer:
             self._draw()
         except ValueError as error:
             raise TrainingError(self._nonsense_report(str(error))) from error
-        return f"iteration {progress.iteration}: validation {result} bits/dim (best {progress.best:.4f})"
+        return f"iteration {progress.iteration}: validation {result} bits/dim (best {progress.best:.4f}){warning}"
 
     def evaluate_split(self, split: str) -> BitsPerDim:
         """Bits per dimension of ``"validation"`` or ``"test"`` under the averaged weights."""
@@ -219,16 +220,23 @@ class Trainer:
         draws = max(1, 1024 // len(levels))
         return evaluate(self.average.model, levels, labels, draws=draws, seed=VALIDATION_SEED, ranks=self.ranks)
 
-    def _reconstruction_error(self) -> float:
-        """Drift of inverted chains on a few images of the validation split; infinite if a matrix is singular."""
+    def _reconstruction(self) -> tuple[float, str]:
+        """How far inverted chains are off on a few images of the validation split, and a warning if W is near-singular.
+
+        The error is infinite if a matrix is singular.
+        """
         model, data = self.average.model, self.data
         x = model.dequantize(data.validation[:DRIFT_BATCH].to(self.device), torch.Generator(self.device).manual_seed(0))
         labels = data.validation_labels
         inputs = (x,) if not self.config.conditional or labels is None else (x, labels[:DRIFT_BATCH].to(self.device))
+        # Sharded matrices are only whole while their step runs.
+        limit = None if self.ranks.fsdp else CONDITION_LIMIT
         try:
-            return reconstruction_error(model, *inputs).error
+            report = reconstruction_error(model, *inputs, condition_limit=limit)
         except ValueError:
-            return math.inf
+            return math.inf, ""
+        names = ", ".join(f"{name} ({number:.0e})" for name, number in report.ill_conditioned.items())
+        return report.error, f"; nearly singular: {names}" if names else ""
 
     def _draw(self) -> None:
         model, data = self.average.model, self.data
