@@ -19,10 +19,12 @@ from glow_kernels.ops import (
     gaussian_sample,
     gaussian_standardize,
 )
+from glow_kernels.reversible import ReversibleSequential, reconstruction_error
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ReversibleSequential",
     "ScaleMap",
     "actnorm_conv1x1",
     "actnorm_conv1x1_inverse",
@@ -38,6 +40,7 @@ __all__ = [
     "gaussian_standardize",
     "models",
     "nn",
+    "reconstruction_error",
     "tune_allocator",
     "use_backend",
 ]

@@ -12,6 +12,7 @@ from glow_kernels.models import likelihood
 from glow_kernels.nn import FlowStep, SplitPrior, Squeeze, TopPrior
 from glow_kernels.ops import ScaleMap
 from glow_kernels.ops._checks import check_image
+from glow_kernels.reversible import ReversibleSequential
 
 
 class FlowLevel(nn.Module):
@@ -21,14 +22,17 @@ class FlowLevel(nn.Module):
         in_channels: channels before squeezing.
         steps: number of steps K.
         split: whether half of the channels leaves here.
+        chain_options: of :class:`~glow_kernels.ReversibleSequential`.
         step_options: of :class:`~glow_kernels.nn.FlowStep`.
     """
 
-    def __init__(self, in_channels: int, steps: int, split: bool, **step_options: Any) -> None:
+    def __init__(
+        self, in_channels: int, steps: int, split: bool, chain_options: dict[str, Any], **step_options: Any
+    ) -> None:
         super().__init__()
         channels = 4 * in_channels
         self.squeeze = Squeeze()
-        self.steps = nn.ModuleList(FlowStep(channels, **step_options) for _ in range(steps))
+        self.steps = ReversibleSequential((FlowStep(channels, **step_options) for _ in range(steps)), **chain_options)
         self.split = SplitPrior(channels) if split else None
         self.out_channels = channels // 2 if split else channels
 
@@ -42,17 +46,12 @@ class FlowLevel(nn.Module):
 
     def transform(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Squeeze and steps: ``x`` (B, C, H, W) to ``z`` (B, 4 C, H/2, W/2) and ``log_det`` (B,)."""
-        z, log_det = self.squeeze(x)
-        for step in self.steps:
-            z, step_log_det = step(z)
-            log_det = log_det + step_log_det
+        z, log_det = self.steps(self.squeeze(x)[0])
         return z, log_det
 
     def invert(self, z: Tensor) -> Tensor:
         """The inverse of :meth:`transform`."""
-        for step in reversed(cast("list[FlowStep]", list(self.steps))):
-            z, _ = step.inverse(z)
-        x: Tensor = self.squeeze.inverse(z)[0]
+        x: Tensor = self.squeeze.inverse(self.steps.inverse(z)[0])[0]
         return x
 
 
@@ -74,6 +73,8 @@ class Glow(nn.Module):
         learn_top: learn the prior of the deepest latent; otherwise it is standard normal.
         num_classes: condition that prior on classes, and add the classification head of the paper.
         n_bins: number of levels of a pixel value, 256 for 8-bit images.
+        memory, anchor_every, micro_batches, check, memory_budget: what the steps of a level keep for backward, see
+            :class:`~glow_kernels.ReversibleSequential`; ``"store"`` keeps everything. The weights are the same.
 
     Raises:
         ValueError: sizes that do not fit together, or an unknown option.
@@ -93,6 +94,11 @@ class Glow(nn.Module):
         learn_top: bool = True,
         num_classes: int | None = None,
         n_bins: int = 256,
+        memory: str = "store",
+        anchor_every: int = 4,
+        micro_batches: int | str = 1,
+        check: str = "off",
+        memory_budget: int | None = None,
     ) -> None:
         super().__init__()
         for name, value in {"in_channels": in_channels, "steps": steps, "levels": levels}.items():
@@ -109,6 +115,13 @@ class Glow(nn.Module):
                 channels,
                 steps,
                 split=level < levels - 1,
+                chain_options={
+                    "memory": memory,
+                    "anchor_every": anchor_every,
+                    "micro_batches": micro_batches,
+                    "check": check,
+                    "memory_budget": memory_budget,
+                },
                 hidden_channels=hidden_channels,
                 coupling=coupling,
                 mixing=mixing,

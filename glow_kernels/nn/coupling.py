@@ -35,16 +35,16 @@ class _Coupling(nn.Module):
         outputs = self.outputs_per_channel * (channels - conditioning)
         self.network = CouplingNetwork(conditioning, outputs, hidden_channels) if network is None else network
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``x`` (B, C, H, W) to ``y`` and ``log_det`` (B,)."""
+    def forward(self, x: Tensor, *context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """``x`` (B, C, H, W) to ``y`` and ``log_det`` (B,); ``context`` goes to the network after its half of ``x``."""
         conditioning, transformed = self._split("x", x)
-        y, log_det = self._transform(transformed, self.network(conditioning))
+        y, log_det = self._transform(transformed, self.network(conditioning, *context))
         return self._merge(conditioning, y), log_det
 
-    def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
+    def inverse(self, y: Tensor, *context: Tensor | None) -> tuple[Tensor, Tensor]:
         """``y`` (B, C, H, W) to ``x`` and ``log_det`` (B,) of that direction."""
         conditioning, transformed = self._split("y", y)
-        x, log_det = self._transform_inverse(transformed, self.network(conditioning))
+        x, log_det = self._transform_inverse(transformed, self.network(conditioning, *context))
         return self._merge(conditioning, x), log_det
 
     def extra_repr(self) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -52,6 +54,23 @@ class ZeroConv2d(nn.Module):
         return F.conv2d(x, self.weight * scale[:, None, None, None], self.bias * scale, padding=1)
 
 
+class _FrugalReLU(torch.autograd.Function):
+    """ReLU that overwrites its input and, in backward, the gradient that it gets, which must be nobody else's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.mark_dirty(x)
+        ctx.save_for_backward(x.relu_())
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (result,) = ctx.saved_tensors
+        grad = grads[0]
+        torch.ops.aten.threshold_backward.grad_input(grad, result, 0, grad_input=grad)
+        return grad
+
+
 class CouplingNetwork(nn.Module):
     """3x3 convolution, ActNorm, ReLU, 1x1 convolution, ActNorm, ReLU, 3x3 convolution that starts at zero.
 
@@ -63,13 +82,16 @@ class CouplingNetwork(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, hidden_channels: int = 512) -> None:
         super().__init__()
+        self.frugal = False
         self.first = ActNormConv2d(in_channels, hidden_channels, 3)
         self.second = ActNormConv2d(hidden_channels, hidden_channels, 1)
         self.last = ZeroConv2d(hidden_channels, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) to (B, out_channels, H, W)."""
-        x = F.relu(self.first(x), inplace=True)
-        x = F.relu(self.second(x), inplace=True)
+        # Gradients of the hidden layers come from convolutions, fresh: one buffer less where they may be overwritten.
+        relu = _FrugalReLU.apply if self.frugal else F.relu_
+        x = relu(self.first(x))
+        x = relu(self.second(x))
         output: Tensor = self.last(x)
         return output

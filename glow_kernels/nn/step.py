@@ -55,8 +55,8 @@ class FlowStep(nn.Module):
         else:
             self.coupling = AdditiveCoupling(channels, hidden_channels, network=network)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``x`` (B, C, H, W) to ``z`` and ``log_det`` (B,).
+    def forward(self, x: Tensor, *context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """``x`` (B, C, H, W) to ``z`` and ``log_det`` (B,); ``context`` goes to the coupling's network.
 
         Raises:
             TypeError, ValueError: ``x`` has the wrong type or shape.
@@ -66,10 +66,10 @@ class FlowStep(nn.Module):
         self.actnorm.prepare(x)
         weight, weight_log_det = self.mixing.matrix()
         x, linear_log_det = actnorm_conv1x1(x, self.actnorm.log_scale, self.actnorm.bias, weight, weight_log_det)
-        z, coupling_log_det = self.coupling(x)
+        z, coupling_log_det = self.coupling(x, *context)
         return z, linear_log_det + coupling_log_det
 
-    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, *context: Tensor | None) -> tuple[Tensor, Tensor]:
         """``z`` (B, C, H, W) to ``x`` and ``log_det`` (B,) of that direction.
 
         Raises:
@@ -78,7 +78,7 @@ class FlowStep(nn.Module):
         """
         check_channels("z", z, self.actnorm.channels)
         self.actnorm.require_initialized()
-        z, coupling_log_det = self.coupling.inverse(z)
+        z, coupling_log_det = self.coupling.inverse(z, *context)
         weight, weight_log_det = self.mixing.matrix()
         x, linear_log_det = actnorm_conv1x1_inverse(
             z, self.actnorm.log_scale, self.actnorm.bias, weight, weight_log_det

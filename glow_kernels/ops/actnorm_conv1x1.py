@@ -20,6 +20,7 @@ Backward of folding, with ``A = dL/dM + dL/dv b^T`` and ``l = dL/dlog_det``:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -216,15 +217,17 @@ def _fold_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
 
 
 def _fold_rule(backend: str, ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    return _without_empty(ctx, _fold_backward.on(backend, *grads, *ctx.saved_tensors))
+    return _fold_gradients(ctx, _fold_backward.on, backend, *grads)
 
 
 def _fold_inverse_rule(backend: str, ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    return _without_empty(ctx, _fold_inverse_backward.on(backend, *grads, *ctx.saved_tensors))
+    return _fold_gradients(ctx, _fold_inverse_backward.on, backend, *grads)
 
 
-def _without_empty(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-    *_, weight_log_det = ctx.saved_tensors
+def _fold_gradients(ctx: Any, operator: Callable[..., Any], *arguments: Any) -> tuple[Tensor | None, ...]:
+    # Asked for once: torch.utils.checkpoint hands out what is saved only once.
+    *parameters, weight_log_det = ctx.saved_tensors
+    grads = operator(*arguments, *parameters, weight_log_det)
     return (*grads[:3], None if weight_log_det is None else grads[3])
 
 

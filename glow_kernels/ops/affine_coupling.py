@@ -20,6 +20,7 @@ addition, which PyTorch already does in one pass, so it has no operator of its o
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -283,16 +284,17 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _forward_rule(backend: str, ctx: Any, grad: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
-    return _gradients(ctx, _backward.on(backend, grad, grad_log_det, *ctx.saved_tensors, *ctx.options))
+    return _gradients(ctx, _backward.on, backend, grad, grad_log_det)
 
 
 def _inverse_rule(backend: str, ctx: Any, grad: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
-    return _gradients(ctx, _inverse_backward.on(backend, grad, grad_log_det, *ctx.saved_tensors, *ctx.options))
+    return _gradients(ctx, _inverse_backward.on, backend, grad, grad_log_det)
 
 
-def _gradients(ctx: Any, grads: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor | None, ...]:
-    _, _, gain = ctx.saved_tensors
-    grad_x, grad_h, grad_gain = grads
+def _gradients(ctx: Any, operator: Callable[..., Any], *arguments: Any) -> tuple[Tensor | None, ...]:
+    # Asked for once: torch.utils.checkpoint hands out what is saved only once.
+    y, h, gain = ctx.saved_tensors
+    grad_x, grad_h, grad_gain = operator(*arguments, y, h, gain, *ctx.options)
     return grad_x, grad_h, None if gain is None else grad_gain, None, None, None, None
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from glow_kernels.errors import CheckpointError, UsageError
 from glow_kernels.models import Glow
+from glow_kernels.reversible import POLICIES
 from glow_kernels.training.data import ImageData
 
 
@@ -39,6 +40,9 @@ class TrainingConfig:
     weight_decay: float = _option(0.0, "decoupled weight decay of the coupling networks")
     clip: float = _option(100.0, "largest norm of the gradient; larger ones are scaled down")
     ema: float = _option(0.999, "decay of the moving average of the weights, which is what is evaluated")
+    memory: str = _option("store", "what is kept for backward, see docs/memory.md", choices=POLICIES)
+    anchor_every: int = _option(4, "distance of the states that --memory anchor keeps")
+    micro_batches: int = _option(1, "parts of the batch that a step is evaluated in, without --memory store")
     precision: str = _option("float32", "of the coupling networks", choices=("float32", "bfloat16"))
     seed: int = _option(0, "of weights, noise and the order of the data")
     validate_every: int = _option(100, "steps between validations")
@@ -61,6 +65,8 @@ class TrainingConfig:
             "hidden_channels",
             "iterations",
             "batch_size",
+            "anchor_every",
+            "micro_batches",
             "validate_every",
             "log_every",
         ):
@@ -113,6 +119,9 @@ class TrainingConfig:
                 mixing=self.mixing,
                 num_classes=num_classes if self.conditional else None,
                 n_bins=n_bins,
+                memory=self.memory,
+                anchor_every=self.anchor_every,
+                micro_batches=self.micro_batches,
             )
         except ValueError as error:
             raise UsageError(f"the data do not fit the model: {error}") from error

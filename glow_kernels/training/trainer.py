@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from glow_kernels.errors import CheckpointError, MissingDependencyError, TrainingError
 from glow_kernels.nn import CouplingNetwork
+from glow_kernels.reversible import reconstruction_error
 from glow_kernels.training import checkpoint, gallery, metrics, run_folder
 from glow_kernels.training.config import TrainingConfig
 from glow_kernels.training.data import BatchSampler, ImageData
@@ -28,6 +29,8 @@ MAX_NON_FINITE = 5
 REMEDY = "Try a lower --learning-rate, a longer --warmup or a smaller --clip"
 INITIALIZATION_BATCH = 256
 VALIDATION_SEED = 1
+DRIFT_BATCH = 16
+CONDITION_LIMIT = 1e4
 
 
 @dataclass
@@ -195,8 +198,9 @@ class Trainer:
         progress = self.progress
         result = self.evaluate_split("validation")
         progress.validation = result.mean
+        drift, warning = self._reconstruction()
         if writer is not None:
-            writer.write(progress.iteration, validation_bits_per_dim=result.mean)
+            writer.write(progress.iteration, validation_bits_per_dim=result.mean, reconstruction_error=drift)
         if result.mean < progress.best:
             progress.best, progress.best_iteration, progress.stale_validations = result.mean, progress.iteration, 0
             self._save_best(result)
@@ -206,7 +210,7 @@ class Trainer:
             self._draw()
         except ValueError as error:
             raise TrainingError(self._nonsense_report(str(error))) from error
-        return f"iteration {progress.iteration}: validation {result} bits/dim (best {progress.best:.4f})"
+        return f"iteration {progress.iteration}: validation {result} bits/dim (best {progress.best:.4f}){warning}"
 
     def evaluate_split(self, split: str) -> BitsPerDim:
         """Bits per dimension of ``"validation"`` or ``"test"`` under the averaged weights."""
@@ -215,6 +219,24 @@ class Trainer:
         # Small splits get several draws of the noise, so that it does not drown the differences between models.
         draws = max(1, 1024 // len(levels))
         return evaluate(self.average.model, levels, labels, draws=draws, seed=VALIDATION_SEED, ranks=self.ranks)
+
+    def _reconstruction(self) -> tuple[float, str]:
+        """How far inverted chains are off on a few images of the validation split, and a warning if W is near-singular.
+
+        The error is infinite if a matrix is singular.
+        """
+        model, data = self.average.model, self.data
+        x = model.dequantize(data.validation[:DRIFT_BATCH].to(self.device), torch.Generator(self.device).manual_seed(0))
+        labels = data.validation_labels
+        inputs = (x,) if not self.config.conditional or labels is None else (x, labels[:DRIFT_BATCH].to(self.device))
+        # Sharded matrices are only whole while their step runs.
+        limit = None if self.ranks.fsdp else CONDITION_LIMIT
+        try:
+            report = reconstruction_error(model, *inputs, condition_limit=limit)
+        except ValueError:
+            return math.inf, ""
+        names = ", ".join(f"{name} ({number:.0e})" for name, number in report.ill_conditioned.items())
+        return report.error, f"; nearly singular: {names}" if names else ""
 
     def _draw(self) -> None:
         model, data = self.average.model, self.data

@@ -1,0 +1,56 @@
+"""A model that plain autograd cannot train in 4 GiB of address space trains in 1 GiB.
+
+Every run is a process of its own with a hard limit on its memory (``RLIMIT_DATA``: heap and anonymous mappings, which
+is what tensors live in, without the code of the libraries). Prints one line per run.
+
+    python benchmarks/memory_limit.py              both runs
+    python benchmarks/memory_limit.py invert 1.0   one policy under one limit in GiB
+"""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+
+STEPS, LEVELS, HIDDEN, SIZE, BATCH = 48, 2, 128, 128, 8
+
+
+def train(memory: str, limit: float) -> None:
+    """Two optimisation steps, whose losses are printed."""
+    import torch
+
+    from glow_kernels.models import Glow
+
+    torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_DATA, (int(limit * 2**30),) * 2)
+    torch.manual_seed(0)
+    options = {} if memory == "store" else {"memory": memory, "micro_batches": 4}
+    model = Glow(3, SIZE, STEPS, LEVELS, HIDDEN, **options)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-5)
+    x = torch.rand(BATCH, 3, SIZE, SIZE) - 0.5
+    model.initialize(x[:2])
+    losses = []
+    for _ in range(2):
+        loss = model.bits_per_dim(x).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(f"{loss.item():.3f}")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"trained: {' then '.join(losses)} bits/dim, {peak:.2f} GiB resident at most", flush=True)
+
+
+def main() -> None:
+    if len(sys.argv) == 3:
+        train(sys.argv[1], float(sys.argv[2]))
+        return
+    print(f"Glow, {STEPS} steps, {LEVELS} levels, {HIDDEN} hidden channels, {BATCH} images of {SIZE} x {SIZE}")
+    for memory, limit in (("store", 4.0), ("anchor", 1.0)):
+        run = subprocess.run([sys.executable, __file__, memory, str(limit)], capture_output=True, text=True)
+        output = (run.stdout if run.returncode == 0 else run.stderr).strip().splitlines()
+        print(f"{memory:8} within {limit} GiB: exit status {run.returncode}, {output[-1] if output else 'no output'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,249 @@
+"""A chain of invertible steps that is trained with little memory."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from glow_kernels.nn import ActNorm
+from glow_kernels.ops._checks import check_choice
+from glow_kernels.reversible import budget, guards
+from glow_kernels.reversible.link import Link, Place, register
+from glow_kernels.reversible.recompute import Mode
+from glow_kernels.reversible.tensors import modules_of, parameters_of
+
+POLICIES = ("store", "checkpoint", "anchor", "invert")
+
+
+class ReversibleSequential(nn.Sequential):
+    """Invertible steps one after the other, of which the backward recomputes what other modules keep.
+
+    A step is any module with ``forward(x, *context) -> (z, log_det)`` and ``inverse(z, *context) -> (x, log_det)``.
+    Backward goes through the chain from its output: it reconstructs the state before every step by inverting the step,
+    or takes it from an anchor, and evaluates the step again for its gradients. The network of a
+    :class:`~glow_kernels.nn.FlowStep` is evaluated once for both, that of any other step twice where it is inverted.
+
+    Args:
+        steps: the steps, at least one.
+        memory: what is kept for backward: ``"store"`` everything, as PyTorch does; ``"checkpoint"`` the state before
+            every step; ``"anchor"`` that before every ``anchor_every``-th step, so that fewer steps than that are
+            inverted in a row; ``"invert"`` nothing. Inverting many steps in a row amplifies rounding errors
+            exponentially, and to infinity for inputs unlike the training data: anchors stop that.
+        anchor_every: distance of the anchors.
+        micro_batches: evaluate every step in this many parts of the batch, one after the other, which divides the
+            memory that the network of a step takes while it works; ``"auto"`` finds the number from ``memory_budget``.
+        check: compare the state that arrives at an anchor with the exact one: ``"off"``; ``"flag"`` records it for
+            :meth:`drift`; ``"raise"`` raises where it is above ``drift_limit``; ``"replay"`` computes the
+            gradients since that anchor again, from exact states, so that they are right. Both wait for the device at
+            every anchor. The input of the chain is kept for it too.
+        memory_budget: bytes that one step may take while it works, for ``micro_batches="auto"``; one sample at a time
+            if that is too little.
+        drift_limit: relative error of a state; 1e-4 by default, 1e-9 in float64, 3e-2 with networks in low precision.
+
+    Raises:
+        TypeError, ValueError: no steps, or steps that are no modules with an inverse; an unknown option.
+    """
+
+    def __init__(
+        self,
+        steps: Iterable[nn.Module],
+        memory: str = "anchor",
+        anchor_every: int = 4,
+        micro_batches: int | str = 1,
+        check: str = "off",
+        *,
+        memory_budget: int | None = None,
+        drift_limit: float | None = None,
+    ) -> None:
+        steps = list(steps)
+        for index, step in enumerate(steps):
+            if not isinstance(step, nn.Module) or not callable(getattr(step, "inverse", None)):
+                raise TypeError(f"step {index} must be a module with an inverse, got {type(step).__name__}")
+        if not steps:
+            raise ValueError("steps must be at least one, got none")
+        check_choice("memory", memory, POLICIES)
+        check_choice("check", check, guards.CHECKS)
+        if anchor_every < 1:
+            raise ValueError(f"anchor_every must be at least 1, got {anchor_every}")
+        if micro_batches != "auto" and (isinstance(micro_batches, str) or micro_batches < 1):
+            raise ValueError(f"micro_batches must be at least 1, or 'auto', got {micro_batches!r}")
+        if (micro_batches == "auto") != (memory_budget is not None):
+            raise ValueError(
+                f"memory_budget must be given with micro_batches='auto' and only then, got {memory_budget}"
+            )
+        if memory_budget is not None and memory_budget < 1:
+            raise ValueError(f"memory_budget must be at least 1 byte, got {memory_budget}")
+        super().__init__(*steps)
+        self.memory = memory
+        self.anchor_every = anchor_every
+        self.micro_batches = micro_batches
+        self.memory_budget = memory_budget
+        self.check = check
+        self.drift_limit = drift_limit
+        self._drift: dict[int, Tensor] = {}
+        self._proven: set[Any] = set()
+        self._parts: dict[tuple[Any, ...], int] = {}
+        self._handle = register(self)
+
+    def forward(self, x: Tensor, *context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """``x`` (B, ...) to ``z`` and ``log_det`` (B,), the sum over the steps.
+
+        ActNorms that have not been initialised are initialised from ``x`` first, if this is training.
+
+        Args:
+            x: the data; the batch is the first dimension.
+            context: passed to every step after ``x``; tensors (B, ...), with gradients, or None.
+
+        Raises:
+            RuntimeError: a step cannot be recomputed, see :mod:`glow_kernels.reversible.guards`; the message names it.
+        """
+        if getattr(self, "_is_replica", False):
+            raise RuntimeError("a reversible chain cannot be used in DataParallel: use DistributedDataParallel")
+        if self.memory == "store" or not torch.is_grad_enabled():
+            return self._store(x, context)
+        if not torch.compiler.is_compiling():
+            guards.refuse_transforms()
+            _check_batches(x, context)
+        mode = Mode.current(x.device, self._micro_batches(x, context))
+        log_det: Tensor | None = None
+        ghost: Tensor | None = None
+        for numbers in self._nodes():
+            steps = [self[number] for number in numbers]
+            _initialize(steps, x, context)
+            place = Place(
+                self._handle,
+                numbers[0],
+                len(numbers),
+                len(context),
+                self._is_anchor(numbers[0]),
+                numbers[-1] == len(self) - 1,
+                self.check != "off",
+            )
+            x, log_det, ghost = _linked(steps, place, mode, x, log_det, ghost, context)
+        assert log_det is not None
+        return x, log_det
+
+    def inverse(self, z: Tensor, *context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """``z`` (B, ...) to ``x`` and ``log_det`` (B,) of that direction; always with plain autograd."""
+        log_det: Tensor | None = None
+        for step in reversed(list(self)):
+            z, step_log_det = step.inverse(z, *context)  # type: ignore[operator]
+            log_det = step_log_det if log_det is None else log_det + step_log_det
+        assert log_det is not None
+        return z, log_det
+
+    def drift(self) -> dict[int, float]:
+        """Relative errors of the states that arrived at the anchors in the last backward, by the index of the step.
+
+        Empty with ``check="off"``. Reading them waits for the device.
+        """
+        return {index: value.item() for index, value in sorted(self._drift.items())}
+
+    def extra_repr(self) -> str:
+        return f"memory={self.memory!r}, anchor_every={self.anchor_every}, micro_batches={self.micro_batches}"
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._handle = register(self)
+
+    def _store(self, x: Tensor, context: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor]:
+        log_det: Tensor | None = None
+        for step in self:
+            x, step_log_det = step(x, *context)
+            log_det = step_log_det if log_det is None else log_det + step_log_det
+        assert log_det is not None
+        return x, log_det
+
+    def _micro_batches(self, x: Tensor, context: tuple[Tensor | None, ...]) -> int:
+        if not isinstance(self.micro_batches, str):
+            return self.micro_batches
+        assert self.memory_budget is not None
+        key = (x.shape, x.dtype, Mode.current(x.device, 1).autocast)
+        if key not in self._parts:
+            if torch.compiler.is_compiling():
+                raise RuntimeError("micro_batches='auto' needs one training step of these shapes before torch.compile")
+            _initialize(list(self), x, context)
+            self._parts[key] = budget.micro_batches(self, x, context, self.memory_budget)
+        return self._parts[key]
+
+    def _nodes(self) -> list[range]:
+        """The steps of every node of autograd: one, or all from one anchor to the next if they may be replayed."""
+        if self.check != "replay":
+            return [range(index, index + 1) for index in range(len(self))]
+        starts = [index for index in range(len(self)) if self._is_anchor(index)]
+        return [range(start, end) for start, end in itertools.pairwise([*starts, len(self)])]
+
+    def _is_anchor(self, index: int) -> bool:
+        if self.memory == "anchor" and index % self.anchor_every == self.anchor_every - 1:
+            return True
+        # The input of the chain is worth keeping only to be compared with.
+        return self.memory == "checkpoint" or (index == 0 and self.check != "off")
+
+    def _needs_inverse(self, index: int) -> bool:
+        return not self._is_anchor(index)
+
+
+def _initialize(steps: Sequence[nn.Module], x: Tensor, context: tuple[Tensor | None, ...]) -> None:
+    modules = [module for step in steps if step.training for module in modules_of(step)]
+    if any(isinstance(module, ActNorm) and not module._is_initialized for module in modules):
+        with torch.no_grad():
+            for step in steps:
+                x, _ = step(x, *context)
+
+
+def _check_batches(x: Tensor, context: tuple[Tensor | None, ...]) -> None:
+    for number, tensor in enumerate(context):
+        if tensor is not None and (not isinstance(tensor, Tensor) or tensor.shape[:1] != x.shape[:1]):
+            got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(f"context {number} must be a tensor with the batch of x, {x.shape[0]}, first, got {got}")
+
+
+def _linked(
+    steps: Sequence[nn.Module],
+    place: Place,
+    mode: Mode,
+    x: Tensor,
+    log_det: Tensor | None,
+    ghost: Tensor | None,
+    context: tuple[Tensor | None, ...],
+) -> Any:
+    def link(x: Tensor, log_det: Tensor | None, ghost: Tensor | None, *context: Tensor | None) -> Any:
+        # Asked for inside of the hooks, where FSDP has gathered them.
+        parameters = [parameter for step in steps for parameter in parameters_of(step)]
+        return Link.apply(place, mode, x, log_det, ghost, *context, *parameters)  # type: ignore[no-untyped-call]
+
+    if torch.compiler.is_compiling() or not any(_has_hooks(step) for step in steps):
+        return link(x, log_det, ghost, *context)
+    if len(steps) > 1:
+        raise RuntimeError("check='replay' runs several steps as one, without their hooks (FSDP): use check='raise'")
+    return _through_hooks(steps[0], link, x, log_det, ghost, *context)
+
+
+def _has_hooks(step: nn.Module) -> bool:
+    hooks = (step._forward_hooks, step._forward_pre_hooks, step._backward_hooks, step._backward_pre_hooks)
+    return any(hooks)
+
+
+def _through_hooks(step: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
+    """Call ``function`` as if it were the forward of ``step``: FSDP gathers the parameters of a step in its hooks."""
+    own = step.__dict__.get("forward")
+
+    def restore() -> None:
+        if own is None:
+            step.__dict__.pop("forward", None)
+        else:
+            step.__dict__["forward"] = own
+
+    def forward(*inputs: Any) -> Any:
+        restore()
+        return function(*inputs)
+
+    step.__dict__["forward"] = forward
+    try:
+        return step(*args)
+    finally:
+        restore()

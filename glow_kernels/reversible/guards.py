@@ -1,0 +1,195 @@
+"""What a chain refuses, naming the step: wrong inverses, side effects, changed tensors, drift.
+
+Recomputation is only right if a step computes the same again. So a step is tried out when it is first used, its
+inputs and buffers are watched on every call, and the state that arrives at an anchor can be compared with what the
+anchored step computes, which costs one pass over the state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from glow_kernels.reversible import flow_step
+from glow_kernels.reversible.randomness import RandomState
+from glow_kernels.reversible.tensors import inverse_of, modules_of
+
+if TYPE_CHECKING:
+    from glow_kernels.reversible.chain import ReversibleSequential
+    from glow_kernels.reversible.recompute import Mode
+
+CHECKS = ("off", "flag", "raise", "replay")
+# Relative drift between two anchors that still gives gradients to about three digits.
+DRIFT_LIMITS = {torch.float64: 1e-9, torch.float32: 1e-4}
+LOW_PRECISION_DRIFT_LIMIT = 3e-2
+
+
+def step_name(chain: ReversibleSequential, index: int) -> str:
+    """How errors call a step: ``step 3 (FlowStep)``."""
+    return f"step {index} ({type(chain[index]).__name__})"
+
+
+@contextmanager
+def named(chain: ReversibleSequential, index: int) -> Iterator[None]:
+    """Let an error from inside say which step it comes from; its type stays."""
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError) as error:
+        message = str(error)
+        if not message.startswith("step "):
+            error.args = (f"{step_name(chain, index)}: {message}", *error.args[1:])
+        raise
+
+
+def versions(tensors: Sequence[Tensor | None]) -> list[int]:
+    """How often each tensor has been modified in place."""
+    return [0 if tensor is None or tensor.is_inference() else tensor._version for tensor in tensors]
+
+
+@contextmanager
+def unchanged(step: nn.Module, state: Tensor, direction: str) -> Iterator[None]:
+    """Watch a call of ``step``.
+
+    Raises:
+        RuntimeError: ``state``, or a parameter or buffer of the step, was modified in place.
+    """
+    owned = _tensors_of(step)
+    before = versions([state, *owned])
+    yield
+    after = versions([state, *owned])
+    if before != after:
+        names = {id(t): name for name, t in (*step.named_parameters(), *step.named_buffers())}
+        changed = [t for t, old, new in zip((state, *owned), before, after, strict=True) if old != new]
+        raise RuntimeError(
+            f"it modifies {', '.join(names.get(id(t), 'its input') for t in changed)} in place in {direction}, so that "
+            "recomputing it gives something else; use memory='store', or a step without side effects (BatchNorm in "
+            "evaluation mode, initialised layers)"
+        )
+
+
+def _tensors_of(step: nn.Module) -> list[Tensor]:
+    owners = [owner for module in modules_of(step) for owner in (module._parameters, module._buffers)]
+    return [tensor for owner in owners for tensor in owner.values() if tensor is not None]
+
+
+def saved_tensors(ctx: Any, chain: ReversibleSequential, index: int) -> tuple[Tensor, ...]:
+    """``ctx.saved_tensors``; an error about a modified tensor says whose it is."""
+    try:
+        tensors: tuple[Tensor, ...] = ctx.saved_tensors
+    except RuntimeError as error:
+        if "inplace operation" not in str(error):
+            raise
+        raise RuntimeError(
+            f"{step_name(chain, index)}: its parameters, its context or the state kept for it were modified in place "
+            f"between forward and backward: {error}"
+        ) from error
+    return tensors
+
+
+def refuse_second_derivatives(chain: ReversibleSequential, index: int) -> None:
+    """Raise where a backward is to be differentiated itself (``create_graph=True``)."""
+    raise RuntimeError(
+        f"{step_name(chain, index)}: the backward of a reversible chain cannot be differentiated again: compute second "
+        "derivatives with memory='store' and glow_kernels.use_backend('reference')"
+    )
+
+
+def refuse_transforms() -> None:
+    """Raise under ``torch.func``, which would differentiate something else than the chain."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise RuntimeError("a reversible chain cannot be transformed by torch.func: use memory='store'")
+
+
+def prove(chain: ReversibleSequential, index: int, x: Tensor, context: Sequence[Tensor | None], mode: Mode) -> None:
+    """Try a step out on two samples when it is first used, unless it is a plain flow step.
+
+    Raises:
+        RuntimeError: it is not a function of its input and its parameters, or its inverse does not lead back.
+        TypeError: its result is not ``(z, log_det)``.
+    """
+    step = chain[index]
+    key = (index, step.training)
+    if key in chain._proven or isinstance(x, FakeTensor) or len(x) == 0:
+        return
+    if not flow_step.is_standard(step):
+        sample = x[:2].detach().clone()
+        sample_context = [None if tensor is None else tensor[:2] for tensor in context]
+        with torch.no_grad(), mode.applied(x.device):
+            _try_out(chain, index, sample, sample_context)
+    chain._proven.add(key)
+
+
+def _try_out(chain: ReversibleSequential, index: int, x: Tensor, context: Sequence[Tensor | None]) -> None:
+    step = chain[index]
+    state = RandomState(x.device)
+    results = []
+    for _ in range(2):
+        with unchanged(step, x, "forward"), state.replayed():
+            result = step.forward(x, *context)
+        if not isinstance(result, tuple) or len(result) != 2 or result[1].shape != x.shape[:1]:
+            raise TypeError("it must return z and log_det of shape (B,)")
+        results.append(result)
+    (z, log_det), (z_again, log_det_again) = results
+    if difference(z_again, z) > _tolerance(z) or difference(log_det_again, log_det) > _tolerance(z):
+        raise RuntimeError("it gives different results for the same input, so that it cannot be recomputed")
+    if not chain._needs_inverse(index):
+        return
+    with unchanged(step, z, "inverse"), state.replayed():
+        back, _ = inverse_of(step)(z, *context)
+    if back.shape != x.shape or difference(back, x) > _tolerance(z):
+        found = f"shape {tuple(back.shape)}" if back.shape != x.shape else f"an error of {difference(back, x):.1e}"
+        raise RuntimeError(f"its inverse does not lead back to its input: {found}; use memory='checkpoint'")
+
+
+def difference(actual: Tensor, expected: Tensor) -> float:
+    """Largest over the samples of the relative L2 difference, where both are finite; 0 where they are not."""
+    both = actual.isfinite() & expected.isfinite()
+    a, b = (
+        torch.where(both, tensor, 0).double().flatten(1 if actual.dim() > 1 else 0) for tensor in (actual, expected)
+    )
+    return float(((a - b).norm(dim=-1) / (b.norm(dim=-1) + 1e-30)).max()) if a.numel() else 0.0
+
+
+def drift(exact: Tensor, reconstructed: Tensor) -> Tensor:
+    """Largest over the samples of the relative L2 difference, a scalar on their device; infinite for NaN."""
+    a, b = exact.flatten(1), reconstructed.flatten(1)
+    error = torch.linalg.vector_norm(a - b, dim=1) / torch.linalg.vector_norm(a, dim=1).clamp_min(1e-30)
+    return torch.amax(error.nan_to_num(nan=torch.inf, posinf=torch.inf))
+
+
+def compare(chain: ReversibleSequential, index: int, exact: Tensor, reconstructed: Tensor, mode: Mode) -> bool:
+    """Record the drift of the state that arrived at an anchor; with ``check="replay"``, whether it is above the limit.
+
+    Raises:
+        RuntimeError: ``check="raise"``, and the drift is above the limit.
+    """
+    measured = drift(exact, reconstructed)
+    chain._drift[index] = measured
+    if chain.check == "flag":
+        return False
+    limit = drift_limit(chain, exact, mode)
+    too_far = not measured.item() <= limit
+    if too_far and chain.check == "raise":
+        raise RuntimeError(
+            f"the state after it was reconstructed with a relative error of {measured.item():.1e}, above the limit of "
+            f"{limit:.1e}: use a smaller anchor_every, memory='checkpoint' or check='replay'"
+        )
+    return too_far
+
+
+def drift_limit(chain: ReversibleSequential, state: Tensor, mode: Mode) -> float:
+    """That of the chain, or one that fits the precision."""
+    if chain.drift_limit is not None:
+        return chain.drift_limit
+    if mode.autocast is not None:
+        return LOW_PRECISION_DRIFT_LIMIT
+    return DRIFT_LIMITS.get(state.dtype, LOW_PRECISION_DRIFT_LIMIT)
+
+
+def _tolerance(z: Tensor) -> float:
+    return float(10.0 * torch.finfo(z.dtype).eps ** 0.5)

@@ -1,0 +1,323 @@
+"""A step of a chain as one node of autograd.
+
+The node keeps its input (an anchor), or nothing: then its backward starts from its output, which the backward of the
+next step has just reconstructed. That state travels as the gradient of a ghost, a tensor of the state's shape that
+takes no memory; the last step keeps the output of the chain. Parameters are inputs of the node and come back as
+gradients, so that hooks, DistributedDataParallel and ``torch.autograd.grad`` see an ordinary node.
+
+``torch.compile`` sees opaque operators in its place: it would merge a recomputation that it can see through with the
+forward, and keep what was to be forgotten.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._guards import detect_fake_mode
+
+from glow_kernels.backends.numerics import output_format
+from glow_kernels.reversible import guards, recompute
+from glow_kernels.reversible.randomness import RandomState
+from glow_kernels.reversible.recompute import Mode, Recomputed
+from glow_kernels.reversible.tensors import parameters_of
+
+if TYPE_CHECKING:
+    from glow_kernels.reversible.chain import ReversibleSequential
+
+_chains: weakref.WeakValueDictionary[int, ReversibleSequential] = weakref.WeakValueDictionary()
+_handles = itertools.count()
+_LIBRARY = torch.library.Library("glow_kernels", "FRAGMENT")  # type: ignore[no-untyped-call]
+
+
+def register(chain: ReversibleSequential) -> int:
+    """A number by which nodes and compiled graphs find ``chain`` while it lives."""
+    handle = next(_handles)
+    _chains[handle] = chain
+    return handle
+
+
+class Place(NamedTuple):
+    """Which steps of which chain, how many context tensors they get, what is kept of them, and whether to compare.
+
+    A node is one step, so that its gradients leave as soon as they are done; with ``check="replay"``, all from one
+    anchor to the next, so that they can be thrown away.
+    """
+
+    handle: int
+    number: int
+    length: int
+    contexts: int
+    keeps_input: bool
+    keeps_output: bool
+    compares: bool
+
+    @property
+    def numbers(self) -> range:
+        """The steps, by their number in the chain."""
+        return range(self.number, self.number + self.length)
+
+
+class Link(torch.autograd.Function):
+    """``apply(place, mode, x, log_det, ghost, *context, *parameters)`` to ``z``, the new ``log_det``, and its ghost."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, place: Place, mode: Mode, x: Tensor, log_det: Tensor | None, ghost: Tensor | None, *tensors: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.place, ctx.mode, ctx.shape, ctx.states = place, mode, x.shape, None
+        if torch.compiler.is_compiling():
+            z, step_log_det = _forward_operator(x, list(tensors), *_plain(place, mode))
+        else:
+            z, step_log_det, ctx.states = _forward(place, mode, x, tensors)
+        # Backward through a single step needs its input or its output, through several both.
+        keeps_output = place.keeps_output and not (place.keeps_input and place.length == 1)
+        ctx.save_for_backward(x if place.keeps_input else None, z if keeps_output else None, *tensors)
+        if not torch.compiler.is_compiling():
+            ctx.chain = _chains[place.handle]  # alive until its backward
+        total = step_log_det if log_det is None else log_det + step_log_det
+        return z, total, z.new_zeros(()).expand(z.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        place, mode = ctx.place, ctx.mode
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            guards.refuse_second_derivatives(ctx.chain, place.number)
+        grad_z, grad_log_det, reconstructed = grads
+        needs = ctx.needs_input_grad[5:]
+        if torch.compiler.is_compiling():
+            x, z, *tensors = ctx.saved_tensors
+        else:
+            x, z, *tensors = guards.saved_tensors(ctx, ctx.chain, place.number)
+        # At the input of a single step, the state that arrived only serves to be compared.
+        if z is None and (x is None or place.compares):
+            z = reconstructed
+        if torch.compiler.is_compiling():
+            arguments = (x, z, grad_z, grad_log_det, tensors, needs, ctx.shape)
+            reached, grad_x, *tensor_grads = _backward_operator(*arguments, *_plain(place, mode))
+            tensor_grads = [grad if need else None for grad, need in zip(tensor_grads, needs, strict=True)]
+        else:
+            result = _backward(place, mode, x, z, (grad_z, grad_log_det), tensors, needs, ctx.states)
+            reached, grad_x, tensor_grads = result.x, result.grad_x, result.grads
+        ghost_grad = (reached if x is None else x) if ctx.needs_input_grad[4] else None
+        return None, None, grad_x, grad_log_det if ctx.needs_input_grad[3] else None, ghost_grad, *tensor_grads
+
+
+States = list[list[RandomState] | None]
+
+
+def _forward(place: Place, mode: Mode, x: Tensor, tensors: Sequence[Any]) -> tuple[Tensor, Tensor, States]:
+    chain = _find(place)
+    context = tensors[: place.contexts]
+    total: Tensor | None = None
+    states: States = []
+    for number in place.numbers:
+        with guards.named(chain, number):
+            guards.prove(chain, number, x, context, mode)
+            with guards.unchanged(chain[number], x, "forward"):
+                x, log_det, drawn = recompute.forward(chain[number], x, context, mode)
+        total = log_det if total is None else total + log_det
+        states.append(drawn)
+    assert total is not None
+    return x, total, states
+
+
+def _backward(
+    place: Place,
+    mode: Mode,
+    x: Tensor | None,
+    z: Tensor | None,
+    grads: tuple[Tensor | None, Tensor | None],
+    tensors: Sequence[Any],
+    needs: Sequence[bool],
+    states: States | None,
+) -> Recomputed:
+    chain = _find(place)
+    states = [None] * place.length if states is None else states
+    inputs = [x, *[None] * (place.length - 1)]
+    result, reached = _sweep(place, mode, inputs, z, grads, tensors, needs, states)
+    if result.z is None or reached is None:
+        return result
+    with guards.named(chain, place.number):
+        too_far = guards.compare(chain, place.number, result.z, reached, mode)
+    if not too_far:
+        return result
+    # Once more from the anchor, with every state exact.
+    for index, number in enumerate(place.numbers[:-1]):
+        given = inputs[index]
+        assert given is not None
+        inputs[index + 1] = recompute.forward(chain[number], given, tensors[: place.contexts], mode, states[index])[0]
+    return _sweep(place, mode, inputs, None, grads, tensors, needs, states)[0]
+
+
+def _sweep(
+    place: Place,
+    mode: Mode,
+    inputs: Sequence[Tensor | None],
+    z: Tensor | None,
+    grads: tuple[Tensor | None, Tensor | None],
+    tensors: Sequence[Any],
+    needs: Sequence[bool],
+    states: States,
+) -> tuple[Recomputed, Tensor | None]:
+    """Backward through the steps from ``z``, or from the inputs that are known, and what arrived at the first step."""
+    chain = _find(place)
+    context = tensors[: place.contexts]
+    totals: list[Tensor | None] = [None] * len(tensors)
+    state = reached = z
+    end = len(tensors)
+    result: Recomputed | None = None
+    for index, number in reversed(list(enumerate(place.numbers))):
+        start = end - len(parameters_of(chain[number]))
+        reached = state
+        given = state if inputs[index] is None else inputs[index]
+        assert given is not None
+        key = (number, "closed")
+        with guards.named(chain, number), guards.unchanged(chain[number], given, "backward"):
+            result = recompute.backward(
+                chain[number],
+                inputs[index],
+                state,
+                grads,
+                context,
+                tensors[start:end],
+                [*needs[: place.contexts], *needs[start:end]],
+                mode,
+                states[index],
+                key in chain._proven,
+            )
+        chain._proven.add(key)
+        state, grads = result.x, (result.grad_x, grads[1])
+        totals[start:end] = result.grads[place.contexts :]
+        for position, grad in enumerate(result.grads[: place.contexts]):
+            totals[position] = recompute.sum_of(totals[position], grad)
+        end = start
+    assert result is not None
+    return result._replace(grads=totals), reached
+
+
+def _find(place: Place) -> ReversibleSequential:
+    chain = _chains.get(place.handle)
+    if chain is None:
+        raise RuntimeError("the reversible chain that this was compiled for no longer exists")
+    return chain
+
+
+def _plain(place: Place, mode: Mode) -> tuple[Any, ...]:
+    return (*place, *mode)
+
+
+_SETTINGS = (
+    "int handle, int number, int length, int contexts, bool keeps_input, bool keeps_output, bool compares, "
+    "int micro_batches, ScalarType? autocast"
+)
+_SCHEMAS = (
+    f"reversible_forward(Tensor x, Tensor?[] tensors, {_SETTINGS}) -> (Tensor, Tensor)",
+    "reversible_backward(Tensor? x, Tensor? z, Tensor? grad_z, Tensor? grad_log_det, Tensor?[] tensors, bool[] needs, "
+    f"int[] shape, {_SETTINGS}) -> Tensor[]",
+)
+for _schema in _SCHEMAS:
+    _LIBRARY.define(_schema)  # type: ignore[no-untyped-call]
+_forward_operator = torch.ops.glow_kernels.reversible_forward.default
+_backward_operator = torch.ops.glow_kernels.reversible_backward.default
+
+
+def _split(settings: Sequence[Any]) -> tuple[Place, Mode]:
+    return Place(*settings[:7]), Mode(*settings[7:])
+
+
+@contextmanager
+def _eager() -> Iterator[None]:
+    """Let autograd record inside an operator, where it is out of the dispatcher's way."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for name in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor", "ADInplaceOrView"):
+        excluded = excluded.remove(getattr(torch._C.DispatchKey, name))
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded):
+        yield
+
+
+def _own(tensor: Tensor, *inputs: Tensor | None) -> Tensor:
+    """``tensor`` as its fake says that it lies in memory, and not in that of an argument of the operator."""
+    tensor = tensor.contiguous(memory_format=output_format(tensor))
+    storages = [other.untyped_storage().data_ptr() for other in inputs if other is not None]
+    return tensor.clone() if tensor.untyped_storage().data_ptr() in storages else tensor
+
+
+def _run_forward(x: Tensor, tensors: Sequence[Tensor | None], *settings: Any) -> tuple[Tensor, Tensor]:
+    place, mode = _split(settings)
+    with _eager():
+        z, log_det, states = _forward(place, mode, x, tensors)
+    drawing = [number for number, drawn in zip(place.numbers, states, strict=True) if drawn is not None]
+    if drawing:
+        name = guards.step_name(_find(place), drawing[0])
+        raise RuntimeError(f"{name}: it draws random numbers, which needs memory='store' under torch.compile")
+    return _own(z, x), log_det.contiguous()
+
+
+def _fake_forward(x: Tensor, tensors: Sequence[Tensor | None], *settings: Any) -> tuple[Tensor, Tensor]:
+    place, mode = _split(settings)
+    fake_mode = detect_fake_mode(x)
+    assert fake_mode is not None
+    allowed = fake_mode.allow_non_fake_inputs
+    # The parameters and buffers of the step itself are real.
+    fake_mode.allow_non_fake_inputs = True
+    z = x
+    try:
+        for number in place.numbers:
+            z, log_det, _ = recompute.forward(_find(place)[number], z, tensors[: place.contexts], mode)
+    finally:
+        fake_mode.allow_non_fake_inputs = allowed
+    return torch.empty_like(z, memory_format=output_format(z)), log_det.new_empty(log_det.shape)
+
+
+def _run_backward(
+    x: Tensor | None,
+    z: Tensor | None,
+    grad_z: Tensor | None,
+    grad_log_det: Tensor | None,
+    tensors: Sequence[Tensor | None],
+    needs: list[bool],
+    shape: list[int],
+    *settings: Any,
+) -> list[Tensor]:
+    place, mode = _split(settings)
+    with _eager():
+        result = _backward(place, mode, x, z, (grad_z, grad_log_det), tensors, needs, None)
+    inputs = (x, z, grad_z)
+    grads = [
+        tensor.new_zeros(tensor.shape) if grad is None else grad.clone(memory_format=torch.contiguous_format)
+        for grad, tensor in zip(result.grads, tensors, strict=True)
+        if tensor is not None
+    ]
+    return [_own(result.x, *inputs), _own(result.grad_x, *inputs), *grads]
+
+
+def _fake_backward(
+    x: Tensor | None,
+    z: Tensor | None,
+    grad_z: Tensor | None,
+    grad_log_det: Tensor | None,
+    tensors: Sequence[Tensor | None],
+    needs: list[bool],
+    shape: list[int],
+    *settings: Any,
+) -> list[Tensor]:
+    given = z if x is None else x
+    assert given is not None
+    state = torch.empty(shape, dtype=given.dtype, device=given.device, memory_format=output_format(given))
+    grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors if t is not None]
+    return [state, torch.empty_like(state), *grads]
+
+
+for _name, _run, _fake in (
+    ("reversible_forward", _run_forward, _fake_forward),
+    ("reversible_backward", _run_backward, _fake_backward),
+):
+    _LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"glow_kernels::{_name}", _fake, lib=_LIBRARY)

@@ -1,0 +1,40 @@
+"""Random numbers that a step draws in forward are drawn again when it is recomputed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+class RandomState:
+    """State of the generators that a step on ``device`` may draw from: the CPU's and the device's own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._cpu = torch.get_rng_state()
+        self._other = None if device.type == "cpu" else _module(device).get_rng_state(device)
+
+    def has_moved(self) -> bool:
+        """Whether anything has been drawn since."""
+        if not torch.equal(self._cpu, torch.get_rng_state()):
+            return True
+        return self._other is not None and not torch.equal(
+            self._other, _module(self._device).get_rng_state(self._device)
+        )
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Draw the same numbers again inside the ``with`` block; the generators go on afterwards as if it were not."""
+        devices = [] if self._other is None else [self._device]
+        with torch.random.fork_rng(devices, device_type=self._device.type if devices else "cuda"):
+            torch.set_rng_state(self._cpu)
+            if self._other is not None:
+                _module(self._device).set_rng_state(self._other, self._device)
+            yield
+
+
+def _module(device: torch.device) -> Any:
+    return torch.get_device_module(device)

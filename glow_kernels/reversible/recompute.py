@@ -1,0 +1,172 @@
+"""Running one step of a chain: forward without a graph, and backward from its input or from its output.
+
+Backward from the input evaluates the step once more, with a graph. Backward from the output inverts it first; of a
+flow step that is one pass per operator, with one evaluation of its network, and any other layer is evaluated again.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from glow_kernels.nn import FlowStep
+from glow_kernels.reversible import flow_step
+from glow_kernels.reversible.randomness import RandomState
+from glow_kernels.reversible.tensors import Joined, differentiate, inverse_of, leaf, modules_of, substituted
+
+
+class Mode(NamedTuple):
+    """What a step runs under, the same in forward and backward.
+
+    Attributes:
+        micro_batches: how many parts of the batch the step is evaluated in, one after the other.
+        autocast: type of the networks under autocast, None without.
+    """
+
+    micro_batches: int
+    autocast: torch.dtype | None
+
+    @classmethod
+    def current(cls, device: torch.device, micro_batches: int) -> Mode:
+        """That of the code that runs now."""
+        enabled = torch.is_autocast_enabled(device.type)
+        return cls(micro_batches, torch.get_autocast_dtype(device.type) if enabled else None)
+
+    def applied(self, device: torch.device) -> AbstractContextManager[Any]:
+        """Autocast as recorded. Without its cache, which would hand out weights that were cast without a graph."""
+        if self.autocast is not None:
+            return torch.autocast(device.type, self.autocast, cache_enabled=False)
+        enabled = torch.is_autocast_enabled(device.type)
+        return torch.autocast(device.type, enabled=False) if enabled else nullcontext()
+
+    def parts(self, batch: int) -> list[slice]:
+        """Slices of the batch, of sizes that differ by at most one."""
+        count = max(1, min(self.micro_batches, batch))
+        bounds = [batch * number // count for number in range(count + 1)]
+        return [slice(start, end) for start, end in itertools.pairwise(bounds)]
+
+
+class Recomputed(NamedTuple):
+    """The input of a step, its output where it was evaluated, and the gradients in input, context and parameters."""
+
+    x: Tensor
+    z: Tensor | None
+    grad_x: Tensor
+    grads: list[Tensor | None]
+
+
+def forward(
+    step: nn.Module,
+    x: Tensor,
+    context: Sequence[Tensor | None],
+    mode: Mode,
+    states: Sequence[RandomState] | None = None,
+) -> tuple[Tensor, Tensor, list[RandomState] | None]:
+    """``z``, ``log_det`` (B,) and, if the step drew random numbers, the state of their source before every part.
+
+    With such ``states`` of an earlier call, the numbers of that call are drawn again.
+    """
+    z, log_det = Joined(len(x)), Joined(len(x))
+    drawn = []
+    drew = False
+    with torch.no_grad(), mode.applied(x.device):
+        for number, part in enumerate(mode.parts(len(x))):
+            state = None if isinstance(x, FakeTensor) else RandomState(x.device)
+            with _replayed(None if states is None else states[number]):
+                part_z, part_log_det = step.forward(x[part], *_parts(context, part))
+            if state is not None:
+                drew = drew or state.has_moved()
+                drawn.append(state)
+            z.add(part, part_z)
+            log_det.add(part, part_log_det)
+    return z.tensor, log_det.tensor, drawn if drew else None
+
+
+def backward(
+    step: nn.Module,
+    x: Tensor | None,
+    z: Tensor | None,
+    grads: tuple[Tensor | None, Tensor | None],
+    context: Sequence[Tensor | None],
+    parameters: Sequence[Tensor],
+    needs: Sequence[bool],
+    mode: Mode,
+    states: Sequence[RandomState] | None,
+    closed: bool,
+) -> Recomputed:
+    """Differentiate a step, given its input ``x`` or else its output ``z``; both to evaluate its output again.
+
+    Args:
+        grads: gradients of the output and of the log-determinant.
+        needs: which of ``context`` and ``parameters`` need a gradient.
+        states: as :func:`forward` returned them.
+        closed: as for :func:`~glow_kernels.reversible.tensors.differentiate`.
+    """
+    given = cast(Tensor, z if x is None else x)
+    fused = x is None and flow_step.is_flow_step(step)
+    tensors = [tensor for tensor in context if tensor is not None]
+    joined_x, joined_z, joined_grad = Joined(len(given)), Joined(len(given)), Joined(len(given))
+    joined_context = [Joined(len(given)) for _ in tensors]
+    totals: list[Tensor | None] = [None] * len(parameters)
+    leaves = [leaf(tensor, need) for tensor, need in zip(parameters, needs[len(context) :], strict=True)]
+    wanted_context = [need for need, tensor in zip(needs, context, strict=False) if tensor is not None]
+    modules = modules_of(step)
+    with substituted(modules, leaves), flow_step.frugal(modules), mode.applied(given.device):
+        for number, part in enumerate(mode.parts(len(given))):
+            parts = iter([leaf(t[part], need) for t, need in zip(tensors, wanted_context, strict=True)])
+            part_context = [None if tensor is None else next(parts) for tensor in context]
+            state = None if states is None else states[number]
+            grad_z, grad_log_det = (None if grad is None else grad[part] for grad in grads)
+            if fused:
+                with _replayed(state):
+                    part_x, grad_x, part_grads = flow_step.backward_from_output(
+                        cast(FlowStep, step), given[part], grad_z, grad_log_det, part_context, leaves, closed
+                    )
+            else:
+                part_x = given[part]
+                if x is None:
+                    with torch.no_grad(), _replayed(state):
+                        part_x, _ = inverse_of(step)(part_x, *part_context)
+                with torch.enable_grad(), _replayed(state):
+                    start = leaf(part_x, True)
+                    part_z, part_log_det = step.forward(start, *part_context)
+                if x is not None and z is not None:
+                    joined_z.add(part, part_z.detach())
+                every_leaf = [start, *(t for t in part_context if t is not None), *leaves]
+                grad, *part_grads = differentiate([part_z, part_log_det], [grad_z, grad_log_det], every_leaf, closed)
+                del part_z, part_log_det
+                grad_x = torch.zeros_like(part_x) if grad is None else grad
+            if x is None:
+                joined_x.add(part, part_x)
+            joined_grad.add(part, grad_x)
+            for joined, grad in zip(joined_context, part_grads, strict=False):
+                if grad is not None:
+                    joined.add(part, grad)
+            totals = [sum_of(total, grad) for total, grad in zip(totals, part_grads[len(tensors) :], strict=True)]
+    context_grads = iter([joined.tensor_or_none for joined in joined_context])
+    every_grad = [None if tensor is None else next(context_grads) for tensor in context]
+    return Recomputed(
+        joined_x.tensor if x is None else x, joined_z.tensor_or_none, joined_grad.tensor, [*every_grad, *totals]
+    )
+
+
+def _parts(context: Sequence[Tensor | None], part: slice) -> list[Tensor | None]:
+    return [None if tensor is None else tensor[part] for tensor in context]
+
+
+def _replayed(state: RandomState | None) -> AbstractContextManager[None]:
+    return nullcontext() if state is None else state.replayed()
+
+
+def sum_of(total: Tensor | None, grad: Tensor | None) -> Tensor | None:
+    """Two gradients together, of which either may be missing."""
+    # Not in place: gradients of two parameters may be one tensor.
+    if total is None or grad is None:
+        return grad if total is None else total
+    return total + grad

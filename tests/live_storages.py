@@ -1,0 +1,72 @@
+"""Counts the bytes of tensors that live at the same time; of fake tensors too, so at sizes that no machine here has."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+def training_step_bytes(build: Callable[[], nn.Module], shape: Sequence[int], fake: bool = True) -> tuple[int, int]:
+    """Bytes kept after the forward, and the most at any time, of a training step; gradients of parameters do not count.
+
+    Args:
+        build: makes a model whose call gives a log-density (B,).
+        shape: of its input.
+        fake: with tensors that have no values, of any size; otherwise with real ones.
+    """
+    with FakeTensorMode() if fake else nullcontext():
+        model = build()
+        for module in model.modules():
+            if hasattr(module, "_is_initialized"):
+                module._is_initialized = True
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        with LiveStorages([model]) as storages:
+            log_prob = model(torch.rand(shape))
+            kept = storages.now
+            log_prob.mean().backward()
+    return kept, storages.peak
+
+
+class LiveStorages(TorchDispatchMode):
+    """Bytes of the storages that operators made since the mode was entered: now, and at most.
+
+    Args:
+        ignored: modules whose parameters and buffers do not count, though operators make views of them.
+    """
+
+    def __init__(self, ignored: Iterable[nn.Module] = ()) -> None:
+        super().__init__()
+        self.now = 0
+        self.peak = 0
+        self._bytes: dict[int, int] = {}
+        for module in ignored:
+            for tensor in (*module.parameters(), *module.buffers()):
+                self._bytes[tensor.untyped_storage()._cdata] = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(results):
+            if isinstance(tensor, Tensor):
+                self._count(tensor)
+        self.peak = max(self.peak, self.now)
+        return results
+
+    def _count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._bytes:
+            self._bytes[key] = storage.nbytes()
+            self.now += storage.nbytes()
+            weakref.finalize(storage, self._forget, key)
+
+    def _forget(self, key: int) -> None:
+        self.now -= self._bytes.pop(key, 0)

@@ -1,0 +1,450 @@
+"""Chains that forget give the gradients of chains that keep everything.
+
+The truth is plain autograd through the same steps, ``memory="store"``, in float64. Then everything that earlier
+reversible libraries got wrong: ``torch.autograd.grad``, inputs without gradients, second backwards, hooks, dropout,
+autocast, shared and frozen parameters, context.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+import torch.utils.checkpoint
+from test_nn import ready
+from torch import Tensor, nn
+
+import glow_kernels as gk
+from glow_kernels import ReversibleSequential
+from glow_kernels.nn import CouplingNetwork, FlowStep, Squeeze
+
+FORGETFUL = ["checkpoint", "anchor", "invert"]
+
+
+class Scaling(nn.Module):
+    """A user's own layer, whose log-determinant and inverse are plain PyTorch."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.linspace(-0.2, 0.3, channels))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x * self.log_scale.exp()[:, None, None], self._log_det(x)
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return z * (-self.log_scale).exp()[:, None, None], -self._log_det(z)
+
+    def _log_det(self, x: Tensor) -> Tensor:
+        return (self.log_scale.sum() * x[0, 0].numel()).expand(len(x))
+
+
+class Conditioned(nn.Module):
+    """A network that also reads a vector per sample, with dropout if asked."""
+
+    def __init__(self, channels: int, outputs: int, context: int = 0, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(channels, 8, 3, padding=1)
+        self.embed = nn.Linear(context, 8) if context else None
+        self.dropout = nn.Dropout(dropout)
+        self.last = nn.Conv2d(8, outputs, 3, padding=1)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        h = self.first(x)
+        if self.embed is not None and context is not None:
+            h = h + self.embed(context)[:, :, None, None]
+        return 0.3 * self.last(self.dropout(torch.tanh(h)))
+
+
+def flow_steps(count: int, channels: int = 6, **options) -> list[nn.Module]:
+    return [FlowStep(channels, 8, **options) for _ in range(count)]
+
+
+def chain(steps: list[nn.Module], x: Tensor, *context: Tensor) -> ReversibleSequential:
+    """The steps, moved away from their start, in a chain that keeps everything."""
+    return ready(ReversibleSequential(steps, "store"), x, *context)
+
+
+def forgetting(plain: ReversibleSequential, memory: str, **options) -> ReversibleSequential:
+    """The same steps in a chain that forgets."""
+    return ReversibleSequential(list(plain), memory, **options).train(plain.training)
+
+
+def weighted(results: tuple[Tensor, Tensor], use: str = "both") -> Tensor:
+    """A scalar that depends on every element of z and of the log-determinant, or of one of them."""
+    z, log_det = results
+    weights = torch.linspace(-1.0, 1.0, z.numel(), dtype=z.dtype).view(z.shape)
+    parts = {"z": (z * weights + z.square()).sum(), "log_det": (log_det * weights.flatten()[: len(z)]).sum()}
+    return parts[use] if use in parts else parts["z"] + parts["log_det"]
+
+
+def gradients(module: nn.Module, x: Tensor, *context: Tensor, use: str = "both", wrt: str = "all") -> list[Tensor]:
+    """Results, then gradients in x, context and parameters."""
+    x = x.detach().requires_grad_(wrt == "all")
+    context = tuple(c.detach().requires_grad_(c.is_floating_point()) for c in context)
+    leaves = [t for t in (x, *context, *module.parameters()) if t.requires_grad]
+    results = module(x, *context)
+    grads = torch.autograd.grad(weighted(results, use), leaves, materialize_grads=True)
+    return [*(result.detach() for result in results), *grads]
+
+
+def assert_same(actual: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+    """Relative L2 differences of all tensors."""
+    assert len(actual) == len(expected)
+    for number, (one, other) in enumerate(zip(actual, expected, strict=True)):
+        assert one.isfinite().all(), number
+        assert (one - other).norm() <= tolerance * other.norm(), number
+
+
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "permuted": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "sliced": lambda x: torch.cat((x, x), dim=1)[:, ::2],
+}
+
+
+@pytest.mark.parametrize("memory", FORGETFUL)
+@pytest.mark.parametrize("coupling", ["affine", "additive"])
+@pytest.mark.parametrize("count", [1, 4, 33])
+def test_gradients_are_those_of_autograd(backend, count, coupling, memory):
+    x = torch.randn(3, 6, 4, 5, dtype=torch.float64)
+    plain = chain(flow_steps(count, coupling=coupling), x)
+    assert_same(gradients(forgetting(plain, memory), x), gradients(plain, x), 1e-9)
+
+
+@pytest.mark.parametrize("memory", FORGETFUL)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("use", ["both", "z", "log_det"])
+def test_layouts_of_the_input_and_parts_of_the_output(use, layout, memory):
+    x = LAYOUTS[layout](torch.randn(5, 4, 3, 6, dtype=torch.float64))
+    plain = chain([*flow_steps(3, x.shape[1]), Scaling(x.shape[1]), *flow_steps(2, x.shape[1], mixing="plain")], x)
+    assert_same(gradients(forgetting(plain, memory), x, use=use), gradients(plain, x, use=use), 1e-9)
+
+
+@pytest.mark.parametrize("memory", FORGETFUL)
+@pytest.mark.parametrize("coupling", ["affine", "additive"])
+@pytest.mark.parametrize("steps", [1, 4, 33])
+def test_glow_of_three_levels(steps, coupling, memory):
+    x = torch.rand(3, 1, 8, 8, dtype=torch.float64) - 0.5
+    options = {"steps": steps, "levels": 3, "hidden_channels": 4, "coupling": coupling}
+    plain = ready(gk.models.Glow(1, 8, **options), torch.rand(64, 1, 8, 8, dtype=torch.float64) - 0.5)
+    model = gk.models.Glow(1, 8, **options, memory=memory, micro_batches=2).double()
+    model.load_state_dict(plain.state_dict())
+    results = []
+    for one in (model, plain):
+        one.zero_grad()
+        log_prob = one.log_prob(x)
+        log_prob.mean().backward()
+        results.append([log_prob.detach(), *(p.grad for p in one.parameters())])
+    assert_same(*results, 1e-9)
+
+
+@pytest.mark.parametrize("memory", FORGETFUL)
+def test_a_level_whose_latent_is_not_used(memory):
+    x = torch.rand(3, 1, 8, 8, dtype=torch.float64) - 0.5
+    plain = ready(gk.models.Glow(1, 8, steps=3, levels=2, hidden_channels=4), x)
+    first = list(plain.levels[0].steps)
+    results = []
+    for policy in ("store", memory):
+        z, log_det = ReversibleSequential(first, policy)(plain.levels[0].squeeze(x)[0])
+        loss = z[:, :2].square().sum() + log_det.sum()  # half of the channels are not used
+        results.append(torch.autograd.grad(loss, [p for step in first for p in step.parameters()]))
+    assert_same(*map(list, results), 1e-9)
+
+
+@pytest.mark.parametrize("micro_batches", [2, 3, 5, 8])
+@pytest.mark.parametrize("memory", FORGETFUL)
+@pytest.mark.parametrize("check", ["off", "replay"])
+def test_micro_batches(memory, micro_batches, check):
+    x, context = torch.randn(5, 6, 4, 4, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
+    steps = [FlowStep(6, network=Conditioned(3, 6, context=3)) for _ in range(6)]
+    plain = chain(steps, x, context)
+    model = forgetting(plain, memory, micro_batches=micro_batches, check=check)
+    assert_same(gradients(model, x, context), gradients(plain, x, context), 1e-9)
+
+
+@pytest.mark.parametrize("memory", FORGETFUL)
+def test_an_empty_batch(memory):
+    x = torch.randn(3, 6, 4, 4)
+    model = forgetting(chain(flow_steps(5), x), memory)
+    z, log_det = model(x[:0].requires_grad_())
+    assert z.shape == (0, 6, 4, 4)
+    assert log_det.shape == (0,)
+    (z.sum() + log_det.sum()).backward()
+    assert all((p.grad == 0).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("memory", FORGETFUL)
+def test_squeeze_in_a_chain(memory):
+    x = torch.randn(3, 2, 8, 4, dtype=torch.float64)
+    plain = chain([*flow_steps(2, 2), Squeeze(), *flow_steps(5, 8), Squeeze(), *flow_steps(1, 32)], x)
+    assert_same(gradients(forgetting(plain, memory), x), gradients(plain, x), 1e-9)
+
+
+def test_checkpointed_steps_give_the_same_bits():
+    x = torch.randn(3, 6, 4, 5)
+    plain = chain(flow_steps(9), x)
+    pairs = zip(gradients(forgetting(plain, "checkpoint"), x), gradients(plain, x), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+
+
+@pytest.mark.parametrize("memory", FORGETFUL)
+def test_images_need_no_gradient(memory):
+    x = torch.randn(3, 6, 4, 5, dtype=torch.float64)
+    plain = chain(flow_steps(5), x)
+    assert_same(gradients(forgetting(plain, memory), x, wrt="rest"), gradients(plain, x, wrt="rest"), 1e-9)
+
+
+@pytest.mark.parametrize("frozen", ["network", "mixing", "actnorm", "first", "last"])
+@pytest.mark.parametrize("memory", FORGETFUL)
+def test_frozen_parameters(memory, frozen):
+    x = torch.randn(3, 6, 4, 5, dtype=torch.float64)
+    plain = chain(flow_steps(5), x)
+    if frozen in ("first", "last"):
+        plain[0 if frozen == "first" else -1].requires_grad_(False)
+    for name, parameter in plain.named_parameters():
+        if f".{frozen}." in name:
+            parameter.requires_grad_(False)
+    for wrt in ("all", "rest"):
+        assert_same(gradients(forgetting(plain, memory), x, wrt=wrt), gradients(plain, x, wrt=wrt), 1e-9)
+
+
+@pytest.mark.parametrize("memory", FORGETFUL)
+def test_tied_steps_and_networks(memory):
+    x = torch.randn(3, 6, 4, 5, dtype=torch.float64)
+    step, network = FlowStep(6, 8), CouplingNetwork(3, 6, 8)
+    steps = [step, FlowStep(6, network=network), step, FlowStep(6, network=network), FlowStep(6, 8), step]
+    plain = chain(steps, x)
+    assert_same(gradients(forgetting(plain, memory), x), gradients(plain, x), 1e-9)
+
+
+@pytest.mark.parametrize("memory", FORGETFUL)
+def test_context_gets_its_gradient(memory):
+    x, context = torch.randn(3, 6, 4, 5, dtype=torch.float64), torch.randn(3, 3, dtype=torch.float64)
+    plain = chain([FlowStep(6, network=Conditioned(3, 6, context=3)) for _ in range(5)], x, context)
+    assert_same(gradients(forgetting(plain, memory), x, context), gradients(plain, x, context), 1e-9)
+    z, log_det = forgetting(plain, memory)(x, context)
+    back, inverse_log_det = plain.inverse(z, context)
+    assert_same([back, -inverse_log_det], [x, log_det], 1e-9)
+    assert_same(gradients(forgetting(plain, memory), x), gradients(plain, x), 1e-9)  # networks that can do without
+
+
+class Recurrent(nn.Module):
+    """A network with weights that it keeps in a list of its own as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru = nn.GRU(3, 6, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, _ = self.gru(x.flatten(2).transpose(1, 2))
+        return h.transpose(1, 2).reshape(len(x), 6, *x.shape[2:])
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        Recurrent,
+        lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 6, 3, padding=1)),
+        lambda: nn.Sequential(nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6).eval(), nn.LeakyReLU(inplace=True)),
+        lambda: nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.SiLU(), nn.GroupNorm(2, 6)),
+    ],
+    ids=["recurrent", "weight-norm", "batch-norm-in-evaluation", "group-norm"],
+)
+@pytest.mark.parametrize("memory", FORGETFUL)
+def test_networks_of_users(memory, network):
+    x = torch.randn(3, 6, 4, 5, dtype=torch.float64)
+    plain = chain([FlowStep(6, network=network()) for _ in range(5)], x)
+    for module in plain.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    assert_same(gradients(forgetting(plain, memory), x), gradients(plain, x), 1e-9)
+
+
+@pytest.mark.parametrize("memory", FORGETFUL)
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_dropout_is_repeated(memory, micro_batches):
+    x = torch.randn(4, 6, 4, 5, dtype=torch.float64)
+    plain = chain([FlowStep(6, network=Conditioned(3, 6, dropout=0.5)) for _ in range(5)], x)
+    model = forgetting(plain, memory, micro_batches=micro_batches)
+    model(x)  # tried out
+    results = []
+    for one in (plain, model) if micro_batches == 1 else (forgetting(plain, "checkpoint", micro_batches=2), model):
+        one(x)
+        torch.manual_seed(5)
+        results.append(gradients(one, x))
+        results[-1].append(torch.rand(3).double())  # the stream of random numbers goes on as it would have
+    assert_same(*results, 1e-9)
+
+
+def test_one_leaf_is_differentiated_without_touching_others():
+    x = torch.randn(3, 6, 4, 5)
+    model = forgetting(chain(flow_steps(5), x), "anchor")
+    leaf = model[2].coupling.network.last.weight
+    (grad,) = torch.autograd.grad(weighted(model(x)), [leaf])
+    assert grad.abs().max() > 0
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("memory", FORGETFUL)
+def test_backward_twice_and_forward_twice(memory):
+    x, other = torch.randn(2, 3, 6, 4, 5, dtype=torch.float64)
+    plain = chain(flow_steps(5), x)
+    model = forgetting(plain, memory)
+    loss = weighted(model(x))
+    parameters = list(model.parameters())
+    first = torch.autograd.grad(loss, parameters, retain_graph=True)
+    second = torch.autograd.grad(loss, parameters)
+    assert all(torch.equal(one, two) for one, two in zip(first, second, strict=True))
+    # Two forwards before their backwards, the first one's first: gradient accumulation.
+    losses = [weighted(model(x)), weighted(model(other))]
+    for loss in losses:
+        loss.backward()
+    expected = torch.autograd.grad(weighted(plain(x)) + weighted(plain(other)), parameters)
+    assert_same([p.grad for p in parameters], list(expected), 1e-9)
+
+
+@pytest.mark.parametrize("memory", FORGETFUL)
+def test_the_input_is_left_alone(memory):
+    x = torch.randn(3, 6, 4, 5)
+    model = forgetting(chain(flow_steps(5), x), memory)
+    leaf = torch.tanh(x.clone().requires_grad_())  # its own backward needs it
+    z, log_det = model(leaf)
+    kept = leaf.detach().clone()
+    (weighted((z, log_det)) + (leaf * z).sum()).backward()
+    assert torch.equal(leaf.detach(), kept)
+    with torch.no_grad():
+        model(x)
+    model.eval()(x)
+    assert x.isfinite().all()
+
+
+@pytest.mark.parametrize("memory", FORGETFUL)
+def test_without_gradients_nothing_is_linked(memory):
+    x = torch.randn(3, 6, 4, 5)
+    plain = chain(flow_steps(3), x)
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(forgetting(plain, memory)(x), plain(x), strict=True))
+    plain.requires_grad_(False)
+    z, log_det = forgetting(plain, memory)(x)
+    assert not z.requires_grad
+    assert not log_det.requires_grad
+
+
+def test_hooks_run_once_and_see_the_gradient():
+    x = torch.randn(3, 6, 4, 5, dtype=torch.float64)
+    plain = chain(flow_steps(5), x)
+    model = forgetting(plain, "anchor")
+    calls: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        parameter.register_hook(lambda grad, name=name: calls.update({name: calls.get(name, 0) + 1}) or 2.0 * grad)
+    expected = gradients(plain, x)
+    calls.clear()
+    actual = gradients(model, x)
+    assert set(calls.values()) == {1}
+    assert len(calls) == len(list(model.parameters()))
+    assert_same(actual, expected, 1e-9)
+
+
+def test_hooks_of_steps_run():
+    x = torch.randn(3, 6, 4, 5, dtype=torch.float64)
+    plain = chain(flow_steps(5), x)
+    model = forgetting(plain, "anchor")
+    expected = gradients(plain, x)
+    seen = []
+    for step in model:
+        step.register_forward_pre_hook(lambda module, args: seen.append("before"))
+        step.register_forward_hook(lambda module, args, output: seen.append("after"))
+        step.register_full_backward_hook(lambda module, grad_input, grad_output: seen.append("backward"))
+    assert_same(gradients(model, x), expected, 1e-9)
+    assert seen == ["before", "after"] * 5 + ["backward"] * 5
+
+
+def test_a_dropped_output_is_freed_at_once():
+    x = torch.randn(3, 6, 4, 5)
+    model = forgetting(chain(flow_steps(5), x), "checkpoint")
+    gc.collect()
+    gc.disable()
+    try:
+        z, log_det = model(x)
+        nodes = [weakref.ref(z), weakref.ref(log_det), weakref.ref(z.untyped_storage())]
+        del z, log_det
+        assert all(node() is None for node in nodes)
+    finally:
+        gc.enable()
+
+
+def test_copies_and_pickles_are_chains_of_their_own(tmp_path):
+    x = torch.randn(3, 6, 4, 5, dtype=torch.float64)
+    model = forgetting(chain(flow_steps(5), x), "anchor")
+    expected = gradients(model, x)
+    twin = copy.deepcopy(model)
+    torch.save(model, tmp_path / "chain.pt")
+    loaded = torch.load(tmp_path / "chain.pt", weights_only=False)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    del model
+    assert_same(gradients(twin, x), expected, 1e-12)
+    assert_same(gradients(loaded, x), expected, 1e-12)
+
+
+@pytest.mark.parametrize("memory", FORGETFUL)
+def test_the_first_training_forward_initialises(memory):
+    x = 2.0 + 3.0 * torch.randn(8, 6, 4, 5)
+    plain = ReversibleSequential(flow_steps(5), "store")
+    model = ReversibleSequential([copy.deepcopy(step) for step in plain], memory)
+    for one in (plain, model):
+        weighted(one(x)).backward()
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), plain.buffers(), strict=True))
+    assert_same([p.grad for p in model.parameters()], [p.grad for p in plain.parameters()], 1e-5)
+
+
+@pytest.mark.parametrize("backward_inside", [True, False])
+@pytest.mark.parametrize("memory", FORGETFUL)
+def test_autocast_is_repeated_in_backward(memory, backward_inside):
+    x = torch.randn(4, 6, 8, 8)
+    plain = chain(flow_steps(6), x)
+    model = forgetting(plain, memory)
+
+    def run(module: nn.Module) -> list[Tensor]:
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            results = module(leaf)
+            if backward_inside:
+                return list(torch.autograd.grad(weighted(results), [leaf, *module.parameters()]))
+        assert all(result.dtype == torch.float32 for result in results)
+        return list(torch.autograd.grad(weighted(results), [leaf, *module.parameters()]))
+
+    exact = gradients(plain, x)[2:]
+    # The same roundings both ways; inverted states differ in the last place, which flips a few roundings to bfloat16.
+    actual, expected = run(model), run(plain)
+    assert_same(actual, expected, 1e-6 if memory == "checkpoint" else 2e-2)
+    assert any((one - other).norm() > 1e-3 * other.norm() for one, other in zip(expected, exact, strict=True))
+
+
+def test_gradient_scaler():
+    x = torch.randn(4, 6, 8, 8)
+    plain = chain(flow_steps(5), x)
+    model = forgetting(plain, "anchor")
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(weighted(model(x))).backward()
+    expected = gradients(plain, x, wrt="rest")[2:]
+    assert_same([p.grad / 1024.0 for p in model.parameters()], expected, 1e-5)
+
+
+def test_checkpointing_by_pytorch_works_with_the_operators(backend):
+    x = torch.randn(3, 6, 4, 5, dtype=torch.float64)
+    plain = chain(flow_steps(3, mixing="plain"), x)
+
+    def checkpointed(x: Tensor) -> tuple[Tensor, Tensor]:
+        results: tuple[Tensor, Tensor] = torch.utils.checkpoint.checkpoint(plain, x, use_reentrant=False)
+        return results
+
+    x.requires_grad_()
+    parameters = list(plain.parameters())
+    actual, expected = (torch.autograd.grad(weighted(f(x)), parameters) for f in (checkpointed, plain))
+    assert_same(list(actual), list(expected), 1e-12)

@@ -1,0 +1,244 @@
+"""What a chain refuses names the step, and what it accepts is right even for poisoned batches.
+
+The poisoned batches are those that a purely inverted chain turns into NaN: noise, saturated pixels, one bad row in one
+image, and a chain without ActNorm's initialisation that contracts. Autograd through the same steps is the truth.
+"""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from test_nn import ready
+from test_reversible import (
+    FORGETFUL,
+    Conditioned,
+    Scaling,
+    assert_same,
+    chain,
+    flow_steps,
+    forgetting,
+    gradients,
+    weighted,
+)
+from torch import nn
+
+import glow_kernels as gk
+from glow_kernels import ReversibleSequential
+from glow_kernels.models import Glow
+from glow_kernels.nn import FlowStep
+
+
+class WrongInverse(Scaling):
+    def inverse(self, z):
+        return super().inverse(z)[0] * 1.01, -self._log_det(z)
+
+
+class InPlace(Scaling):
+    def forward(self, x):
+        x.mul_(self.log_scale.exp()[:, None, None])
+        return x, self._log_det(x)
+
+
+class InPlaceInverse(Scaling):
+    def inverse(self, z):
+        return z.mul_((-self.log_scale).exp()[:, None, None]), -self._log_det(z)
+
+
+class Counting(Scaling):
+    """Changes with every call, without a tensor that shows it."""
+
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return x * self.log_scale.exp()[:, None, None] + 0.01 * self.calls, self._log_det(x)
+
+
+class Lazy(Scaling):
+    """Sets its own parameter in the first forward."""
+
+    done = False
+
+    def forward(self, x):
+        if not self.done:
+            with torch.no_grad():
+                self.log_scale.copy_(-x.std((0, 2, 3)).log())
+        return super().forward(x)
+
+
+class WithGenerator(Scaling):
+    """Draws from a generator of its own, which nobody can rewind."""
+
+    generator = torch.Generator()
+
+    def forward(self, x):
+        noise = torch.rand(x.shape, generator=self.generator, dtype=x.dtype)
+        return x * self.log_scale.exp()[:, None, None] + 0.1 * noise, self._log_det(x)
+
+
+class OneResult(Scaling):
+    def forward(self, x):
+        return super().forward(x)[0]
+
+
+class Borrowing(Scaling):
+    """Uses a parameter that is not its own."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.borrowed = [nn.Parameter(torch.full((channels, 1, 1), 0.1))]
+
+    def forward(self, x):
+        z, log_det = super().forward(x)
+        return z + self.borrowed[0].to(x.dtype), log_det
+
+    def inverse(self, z):
+        return super().inverse(z - self.borrowed[0].to(z.dtype))
+
+
+REFUSED = {
+    WrongInverse: "its inverse does not lead back to its input: an error of 1.0e-02",
+    InPlace: "it modifies its input in place in forward",
+    InPlaceInverse: "it modifies its input in place in inverse",
+    Counting: "it gives different results for the same input",
+    Lazy: "it modifies log_scale in place in forward",
+    WithGenerator: "it gives different results for the same input",
+    OneResult: r"it must return z and log_det of shape \(B,\)",
+    Borrowing: r"it uses a tensor of shape \(6, 1, 1\) that requires a gradient and is neither a parameter of it nor",
+}
+
+
+@pytest.mark.parametrize("layer", REFUSED)
+def test_layers_that_cannot_be_recomputed_are_refused(layer):
+    x = torch.randn(4, 6, 4, 4, dtype=torch.float64)
+    kept = x.clone()
+    steps = [FlowStep(6, 8), layer(6), FlowStep(6, 8)]
+    steps[0](x.float())
+    steps[2](x.float())
+    model = ReversibleSequential(steps, "anchor").double()
+    with pytest.raises((RuntimeError, TypeError), match=rf"^step 1 \({layer.__name__}\): {REFUSED[layer]}"):
+        weighted(model(x)).backward()
+    assert torch.equal(x, kept)
+    assert all(p.grad is None for p in steps[0].parameters())
+
+
+def test_checkpointed_layers_need_no_right_inverse():
+    x = torch.randn(4, 6, 4, 4, dtype=torch.float64)
+    plain = chain([WrongInverse(6), FlowStep(6, 8)], x)
+    assert_same(gradients(forgetting(plain, "checkpoint"), x), gradients(plain, x), 1e-9)
+
+
+@pytest.mark.parametrize("memory", FORGETFUL)
+def test_batch_norm_in_training_is_refused(memory):
+    x = torch.randn(4, 6, 4, 4)
+    steps = [FlowStep(6, network=nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 6, 1))) for _ in range(2)]
+    plain = chain(steps, x).train()
+    message = r"^step 0 \(FlowStep\): it modifies coupling.network.0.num_batches_tracked in place in forward"
+    with pytest.raises(RuntimeError, match=message):
+        forgetting(plain, memory)(x)
+
+
+@pytest.mark.parametrize("memory", FORGETFUL)
+def test_parameters_changed_before_backward(memory):
+    x = torch.randn(4, 6, 4, 4)
+    model = forgetting(chain(flow_steps(5), x), memory)
+    loss = weighted(model(x))
+    with torch.no_grad():
+        model[3].coupling.network.last.bias += 1.0
+    with pytest.raises(RuntimeError, match=r"^step 3 \(FlowStep\): its parameters, .* were modified in place between"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("memory", ["anchor", "invert"])
+def test_output_modified_before_backward(memory):
+    x = torch.randn(4, 6, 4, 4)
+    model = forgetting(chain(flow_steps(3), x), memory)
+    z, log_det = model(x)
+    loss = z.sum() + log_det.sum()
+    z.detach().add_(1.0)
+    with pytest.raises(RuntimeError, match=r"^step 2 .* the state kept for it were modified in place"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("memory", FORGETFUL)
+def test_an_uninitialised_actnorm_in_evaluation(memory):
+    model = ReversibleSequential(flow_steps(2), memory).eval()
+    with pytest.raises(RuntimeError, match=r"^step 0 \(FlowStep\): ActNorm of 6 channels is not initialised"):
+        model(torch.randn(4, 6, 4, 4))
+
+
+@pytest.mark.parametrize("memory", ["anchor", "invert"])
+def test_a_singular_matrix_is_named(memory):
+    x = torch.randn(4, 6, 4, 4)
+    model = forgetting(chain(flow_steps(3, mixing="plain"), x), memory)
+    with torch.no_grad():
+        model[1].mixing.weight[0] = 0.0
+    with pytest.raises(ValueError, match=r"^step 1 \(FlowStep\): weight must be invertible, got a singular \(6, 6\)"):
+        weighted(model(x)).backward()
+
+
+@pytest.mark.parametrize("memory", FORGETFUL)
+def test_second_derivatives_are_refused(memory):
+    x = torch.randn(4, 6, 4, 4)
+    model = forgetting(chain(flow_steps(3), x), memory)
+    with pytest.raises(RuntimeError, match=r"^step 2 .* second derivatives with memory='store'"):
+        torch.autograd.grad(weighted(model(x)), list(model.parameters()), create_graph=True)
+
+
+def test_torch_func_is_refused():
+    x = torch.randn(4, 6, 4, 4)
+    model = forgetting(chain(flow_steps(3), x), "anchor")
+    with pytest.raises(RuntimeError, match=r"use memory='store'$"):
+        torch.func.grad(lambda x: weighted(model(x)))(x)
+
+
+BAD_OPTIONS = {
+    "memory must be one of 'store', 'checkpoint', 'anchor', 'invert', got 'less'": {"memory": "less"},
+    "check must be one of 'off', 'flag', 'raise', 'replay', got 'on'": {"check": "on"},
+    "anchor_every must be at least 1, got 0": {"anchor_every": 0},
+    "micro_batches must be at least 1, or 'auto', got -2": {"micro_batches": -2},
+    "micro_batches must be at least 1, or 'auto', got 'all'": {"micro_batches": "all"},
+    "memory_budget must be given with micro_batches='auto' and only then, got None": {"micro_batches": "auto"},
+    "memory_budget must be given with micro_batches='auto' and only then, got 5": {"memory_budget": 5},
+    "memory_budget must be at least 1 byte, got 0": {"micro_batches": "auto", "memory_budget": 0},
+    "steps must be at least one, got none": {"steps": []},
+    "step 1 must be a module with an inverse, got Conv2d": {"steps": [Scaling(2), nn.Conv2d(2, 2, 1)]},
+}
+
+
+@pytest.mark.parametrize("message", BAD_OPTIONS)
+def test_bad_options(message):
+    with pytest.raises((ValueError, TypeError), match=f"^{re.escape(message)}$"):
+        ReversibleSequential(**{"steps": [Scaling(2)], **BAD_OPTIONS[message]})
+
+
+def test_context_needs_the_batch():
+    x = torch.randn(4, 6, 4, 4)
+    model = forgetting(chain([FlowStep(6, network=Conditioned(3, 6, context=3))], x, torch.randn(4, 3)), "anchor")
+    with pytest.raises(ValueError, match=r"^context 0 must be a tensor with the batch of x, 4, first, got \(1, 3\)$"):
+        model(x, torch.randn(1, 3))
+    with pytest.raises(ValueError, match=r"^context 0 must be a tensor .* got int$"):
+        model(x, 3)
+
+
+def test_reconstruction_error_names_steps_and_matrices():
+    x = torch.randn(4, 3, 8, 8)
+    model = ready(Glow(3, 8, steps=3, levels=2, hidden_channels=8, mixing="plain", memory="anchor"), x)
+    report = gk.reconstruction_error(model, x)
+    assert set(report.steps) == {f"levels.{level}.steps.{step}" for level in range(2) for step in range(3)}
+    assert 0 < max(report.steps.values()) < 1e-5
+    assert max(report.steps.values()) <= report.error < 1e-5
+    assert report.ill_conditioned == {}
+    before = report.steps["levels.0.steps.1"]
+    with torch.no_grad():
+        rows = model.levels[0].steps[1].mixing.weight
+        rows[0] = rows[1] + 1e-5 * rows[0]
+    report = gk.reconstruction_error(model, x)
+    assert list(report.ill_conditioned) == ["levels.0.steps.1.mixing"]
+    assert 1e4 < report.ill_conditioned["levels.0.steps.1.mixing"] < 1e8
+    assert report.steps["levels.0.steps.1"] > 10 * before
+    assert "ill-conditioned: levels.0.steps.1.mixing (" in str(report)
+    with pytest.raises(ValueError, match=r"^model must have a ReversibleSequential, got one without$"):
+        gk.reconstruction_error(nn.Linear(2, 2), x)

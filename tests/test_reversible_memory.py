@@ -1,0 +1,136 @@
+"""What a chain keeps, and the most that it takes while it works, counted with fake tensors at sizes of a GPU.
+
+The published benchmark of memory is 256 x 256 images, batch 8, 256 hidden channels, 3 levels (InvertibleNetworks.jl,
+JOSS 9(99), 2024, figure 2: 5.07 GB; normflows runs out of 40 GB at 64 steps per level). Gradients of parameters, which
+every method needs, are not counted: each is dropped when it is done.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+
+import pytest
+import torch
+from live_storages import training_step_bytes
+from test_reversible import FORGETFUL, Scaling, forgetting, weighted
+
+import glow_kernels as gk
+from glow_kernels import ReversibleSequential
+from glow_kernels.models import Glow
+from glow_kernels.nn import FlowStep
+
+GB = 1e9
+BATCH, SIZE, HIDDEN = 8, 256, 256
+# Bytes of the state of the first level and of all three: every level has half of the one before.
+FIRST_STATE = BATCH * 3 * SIZE * SIZE * 4
+ALL_STATES = FIRST_STATE * (1 + 1 / 2 + 1 / 4)
+
+
+def measure(
+    steps: int, levels: int, size: int = SIZE, hidden: int = HIDDEN, fake: bool = True, **options
+) -> tuple[int, int]:
+    """Bytes kept after the forward, and the most at any time, of a training step of the published benchmark."""
+    with gk.use_backend("reference"):
+        return training_step_bytes(
+            lambda: Glow(3, size, steps, levels, hidden, **options), (BATCH, 3, size, size), fake
+        )
+
+
+def test_the_published_benchmark_of_eighty_steps():
+    kept, peak = measure(80, 3, memory="anchor", anchor_every=4)
+    assert peak <= 0.62 * GB
+    # 20 anchors per level, the latents and what the split priors keep: as many bytes again.
+    assert kept <= 20 * ALL_STATES + 3 * FIRST_STATE * (1 + 1 / 2)
+
+
+def test_eight_micro_batches_of_the_published_benchmark():
+    # The peak is in the first level's backward, or at the end of the forward, which keeps the same as without them.
+    kept, _ = measure(13, 3, memory="anchor", anchor_every=6)
+    _, few = measure(7, 1, memory="anchor", anchor_every=6, micro_batches=8)
+    _, more = measure(13, 1, memory="anchor", anchor_every=6, micro_batches=8)
+    assert more - few == FIRST_STATE
+    anchors = len(range(5, 80, 6))
+    assert few + (anchors - 1) * FIRST_STATE <= 0.18 * GB
+    assert kept + (anchors - 2) * ALL_STATES <= 0.18 * GB
+
+
+@pytest.mark.parametrize(
+    ("memory", "anchor_every"), [("anchor", 4), ("anchor", 2), ("checkpoint", 1), ("invert", None)]
+)
+def test_memory_grows_with_depth_by_the_anchors_only(memory, anchor_every):
+    options = {"memory": memory, "anchor_every": anchor_every or 4}
+    (kept, peak), (deeper_kept, deeper_peak) = measure(5, 3, **options), measure(13, 3, **options)
+    slope = 8 / anchor_every if anchor_every else 0
+    assert deeper_kept - kept == slope * ALL_STATES
+    # The peak is in the backward of the first level, when the others are done.
+    assert deeper_peak - peak <= 1.02 * slope * FIRST_STATE
+
+
+def test_micro_batches_divide_the_working_set():
+    peaks = {parts: measure(2, 1, memory="invert", micro_batches=parts)[1] for parts in (1, 2, 4, 8)}
+    hidden = BATCH * HIDDEN * (SIZE // 2) ** 2 * 4
+    # Three hidden buffers; the rest are a few states.
+    for parts, peak in peaks.items():
+        assert 3 * hidden / parts < peak < 3 * hidden / parts + 9 * FIRST_STATE
+    assert all(peaks[2 * parts] < 0.75 * peaks[parts] for parts in (1, 2, 4))
+
+
+@pytest.mark.parametrize(("megabytes", "parts"), [(1000, 1), (300, 3), (100, 6), (1, 8)])
+def test_a_budget_chooses_the_micro_batches(megabytes, parts):
+    options = {"memory": "invert", "micro_batches": "auto", "memory_budget": megabytes * 10**6}
+    _, peak = measure(2, 1, **options)
+    _, fixed = measure(2, 1, memory="invert", micro_batches=parts)
+    assert peak == fixed
+    # Beside the working set there are states, which the budget does not count.
+    assert peak < options["memory_budget"] + 9 * FIRST_STATE or parts == BATCH
+
+
+@pytest.mark.parametrize(
+    "options", [{"memory": "anchor"}, {"memory": "invert", "micro_batches": 4}, {"memory": "store"}]
+)
+def test_real_tensors_take_what_fake_ones_do(options):
+    real, fake = (measure(6, 2, 16, 32, fake=fake, **options) for fake in (False, True))
+    assert real == fake
+
+
+COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+
+
+# torch.compile uses what PyTorch itself deprecates.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    "backend",
+    ["aot_eager", pytest.param("inductor", marks=pytest.mark.skipif(not COMPILER, reason="needs a C++ compiler"))],
+)
+@pytest.mark.parametrize("memory", FORGETFUL)
+def test_compiled_chains_keep_no_more(memory, backend):
+    x = torch.randn(4, 6, 16, 16)
+    plain = ReversibleSequential([*[FlowStep(6, 16) for _ in range(4)], Scaling(6), FlowStep(6, 16)], "store")
+    plain(x)
+    model = forgetting(plain, memory, anchor_every=2)
+    parameters = {parameter.data_ptr() for parameter in model.parameters()}
+
+    def saved_bytes(function) -> int:
+        storages: dict[int, int] = {}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in parameters:
+                storages[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            results = function(x)
+        gradients.append(torch.autograd.grad(weighted(results), list(model.parameters())))
+        return sum(storages.values())
+
+    gradients: list[tuple[torch.Tensor, ...]] = []
+    eager = saved_bytes(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    assert saved_bytes(compiled) <= eager
+    for one, other in itertools.zip_longest(*gradients):
+        assert (one - other).norm() <= 1e-5 * other.norm()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        weighted(compiled(torch.randn_like(x))).backward()
