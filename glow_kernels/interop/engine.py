@@ -1,0 +1,123 @@
+"""``accelerate`` and ``restore``: walk over a model, recognise, probe, prove, patch."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from glow_kernels.interop.patch import Mismatch, Patch, apply, options_of, patch_of, undo, why_not_patchable
+from glow_kernels.interop.proof import Agreement, prove
+from glow_kernels.interop.report import LayerReport, Report
+from glow_kernels.interop.workshop import Workshop
+
+DIALECTS = ("rosinality", "openai")
+
+
+def accelerate(model: nn.Module, *, verify: bool = True) -> Report:
+    """Make the flow layers of ``model`` compute with the fused operators, in place, and change nothing else.
+
+    Layers are recognised by their structure; options that copies of well-known code may have changed, as the scale
+    function of a coupling, are found by probing; then each patched layer is compared with the original, in both
+    directions and with gradients, and left alone if they disagree. Parameters, buffers, ``state_dict`` keys, hooks,
+    optimizers, modes, copying and pickling stay as they were. Calling it again changes nothing.
+
+    Args:
+        model: any module; layers are looked for at every depth.
+        verify: prove every patch. Without, what was recognised and probed is trusted.
+
+    Returns:
+        a report to print, or to read by a program.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    workshop = Workshop()
+    rows: dict[nn.Module, LayerReport] = {}
+    paths = dict(reversed([(module, name) for name, module in model.named_modules()]))
+    with _undisturbed(model):
+        for module, path in paths.items():  # the deepest first
+            row = _look_at(module, path, workshop, verify)
+            if row is not None:
+                rows[module] = row
+    for module, (patch, options) in workshop.decisions.items():
+        if patch_of(module) is None:
+            apply(module, patch, options)
+    ordered = tuple(rows[module] for _, module in model.named_modules() if module in rows)
+    note = "" if ordered else "no flow layers were recognised: the model is as it was"
+    return Report(ordered, note)
+
+
+def restore(model: nn.Module) -> int:
+    """Undo :func:`accelerate`: every layer gets its own class back.
+
+    Returns:
+        how many layers were restored.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    return sum(undo(module) for module in model.modules())
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Random numbers, warnings and modes of the caller are none of the probing's business."""
+    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda" and p.device.index is not None}
+    with (
+        torch.random.fork_rng(devices=sorted(devices)),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _look_at(module: nn.Module, path: str, workshop: Workshop, verify: bool) -> LayerReport | None:
+    patch = patch_of(module)
+    name = type(module).__name__
+    if patch is not None:
+        options = options_of(module)
+        workshop.decisions[module] = (patch, options)
+        return LayerReport(path, name, patch.dialect, patch.kind, True, _describe(options), better=patch.better)
+    patch = _recognise(module)
+    if patch is None:
+        return None
+    try:
+        reason = why_not_patchable(module)
+        if reason is not None:
+            raise Mismatch(reason)
+        options = patch.examine(module, workshop)
+        agreement: Agreement | None = prove(module, patch, options, workshop) if verify else None
+    except Mismatch as mismatch:
+        return LayerReport(path, name, patch.dialect, patch.kind, False, reason=str(mismatch))
+    except Exception as error:  # whatever a layer does that nobody thought of, it is left alone
+        reason = f"it could not be examined: {type(error).__name__}: {error}"
+        return LayerReport(path, name, patch.dialect, patch.kind, False, reason=reason)
+    workshop.decisions[module] = (patch, options)
+    return LayerReport(
+        path, name, patch.dialect, patch.kind, True, _describe(options), agreement, better=patch.better
+    )
+
+
+def _recognise(module: nn.Module) -> type[Patch] | None:
+    for dialect in DIALECTS:
+        patches: tuple[type[Patch], ...] = importlib.import_module(f"glow_kernels.interop.{dialect}").PATCHES
+        for patch in patches:
+            if patch.matches(module):
+                return patch
+    return None
+
+
+def _describe(options: object) -> str:
+    describe = getattr(options, "describe", None)
+    return describe() if describe else ""

@@ -1,0 +1,263 @@
+"""Copies of layers for probing and proving: in another precision, with simple stand-ins for their networks.
+
+A live model is never run, moved or changed to find out what it does.
+"""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from glow_kernels.interop.patch import FLAG, Mismatch, Patch, apply
+from glow_kernels.interop.probe import Coupling, find_coupling
+
+# Small, and the same for every position that a 3x3 network could see.
+SPATIAL = (4, 4)
+# Attributes, and their values, by which ActNorms of the dialects know that they have been initialised.
+INITIALIZED = {
+    "initialized": True,
+    "inited": True,
+    "is_initialized": True,
+    "data_dep_init_done": True,
+    "init_on_next_batch": False,
+}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class StandIn(nn.Module):
+    """Takes the place of a network: a smooth function of the channels at each position, or a given ``answer``.
+
+    Args:
+        inputs, outputs: channels before and after.
+    """
+
+    mixing: Tensor
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.inputs, self.outputs = inputs, outputs
+        generator = torch.Generator().manual_seed(0)
+        mixing = torch.randn(outputs, inputs, generator=generator, dtype=torch.float64) / inputs**0.5
+        self.register_buffer("mixing", mixing)
+        self.answer: Tensor | None = None
+        self.seen: Tensor | None = None
+
+    def forward(self, x: Any, *_: Any, **__: Any) -> Tensor:
+        """(B, inputs, *spatial) to (B, outputs, *spatial); further arguments make no difference."""
+        if isinstance(x, (tuple, list)):
+            x = x[0]
+        self.seen = x
+        if self.answer is not None:
+            return self.answer.to(x.dtype).clone()
+        return 1.5 * torch.tanh(torch.einsum("oc,bc...->bo...", self.mixing.to(x), x[:, : self.inputs]))
+
+
+class PassThrough(nn.Module):
+    """Takes the place of a layer that must not interfere.
+
+    Args:
+        with_log_det: return what was passed as the log-determinant too, as OpenAI's layers do.
+    """
+
+    def __init__(self, with_log_det: bool) -> None:
+        super().__init__()
+        self.with_log_det = with_log_det
+
+    def forward(self, x: Tensor, *args: Any, **options: Any) -> Any:
+        """``x`` as it is."""
+        if not self.with_log_det:
+            return x
+        return x, args[0] if args else next((options[name] for name in ("logdet", "sldj") if name in options), None)
+
+
+class Workshop:
+    """What is known of a model while it is looked at, and the copies to find out more.
+
+    Attributes:
+        decisions: patch and options of each module that will be patched.
+        stand_ins: for networks of couplings.
+    """
+
+    def __init__(self) -> None:
+        self.decisions: dict[nn.Module, tuple[type[Patch], Any]] = {}
+        self.stand_ins: dict[nn.Module, StandIn] = {}
+
+    def require(self, *layers: tuple[nn.Module, type[Patch]]) -> None:
+        """These layers of a step will be patched in the given way, so that they can be computed together.
+
+        Raises:
+            Mismatch: one will not.
+        """
+        for layer, patch in layers:
+            decided, _ = self.decisions.get(layer, (None, None))
+            if decided is None or not issubclass(decided, patch):
+                raise Mismatch(f"its {type(layer).__name__} was left alone")
+
+    def find_coupling(
+        self,
+        module: nn.Module,
+        network: nn.Module,
+        run: Callable[[Any, Tensor], Tensor],
+        *,
+        channels: int | None = None,
+        spatial: tuple[int, ...] = SPATIAL,
+        skipped: Mapping[nn.Module, bool] | None = None,
+        log_scale_gain: Callable[[Any], Tensor] | None = None,
+    ) -> Coupling:
+        """What the coupling in ``module`` computes.
+
+        Args:
+            module: the layer.
+            network: its submodule that predicts scale and shift.
+            run: calls a copy of the layer and returns the transformed input.
+            channels: C, if something else than the network's own sizes tells.
+            spatial: sizes to probe with.
+            skipped: submodules that must do nothing meanwhile, and whether they return a log-determinant.
+            log_scale_gain: reads the learned number per channel from a copy, if there is one.
+
+        Raises:
+            Mismatch: it is no coupling that the operators know, or it cannot be run.
+        """
+        inputs = _input_channels(network)
+        stand_in = self._stand_in(network, inputs, spatial)
+        options = [channels] if channels else [inputs + stand_in.outputs // 2, inputs + stand_in.outputs]
+        replaced: dict[nn.Module, nn.Module] = {network: stand_in}
+        replaced |= {other: PassThrough(with_log_det) for other, with_log_det in (skipped or {}).items()}
+        reasons = []
+        for option in options:
+            copied = randomised(self.replica(module, replaced).double().cpu())
+            stand_in.cpu()
+            layer = _layer(copied, stand_in, run)
+            gain = None if log_scale_gain is None else log_scale_gain(copied).detach().flatten()
+            try:
+                return find_coupling(layer, option, stand_in.outputs, spatial, gain)
+            except Mismatch as mismatch:
+                reasons.append(str(mismatch))
+            except Exception as error:
+                reasons.append(f"it does not run with chosen network outputs: {error}")
+            finally:
+                stand_in.answer = stand_in.seen = None
+        raise Mismatch(reasons[0])
+
+    def replica(self, module: nn.Module, replaced: Mapping[nn.Module, nn.Module] | None = None) -> Any:
+        """A :func:`faithful_copy` of ``module`` with stand-ins for networks.
+
+        Raises:
+            Mismatch: it cannot be copied.
+        """
+        copies: dict[int, Any] = {id(net): copy.deepcopy(stand_in) for net, stand_in in self.stand_ins.items()}
+        copies |= {id(old): new for old, new in (replaced or {}).items()}
+        return faithful_copy(module, copies)
+
+    def patched_replica(self, module: nn.Module, patch: type[Patch], options: Any) -> Any:
+        """A copy as by :meth:`replica`, patched as decided for its submodules and as given for itself."""
+        copied = self.replica(module)
+        copies = dict(copied.named_modules())  # without what is inside of networks
+        for name, layer in module.named_modules():
+            if layer is not module and layer in self.decisions and name in copies:
+                apply(copies[name], *self.decisions[layer])
+        apply(copied, patch, options)
+        return copied
+
+    def _stand_in(self, network: nn.Module, channels: int, spatial: tuple[int, ...]) -> StandIn:
+        if network not in self.stand_ins:
+            self.stand_ins[network] = StandIn(channels, _output_channels(network, channels, spatial))
+        return self.stand_ins[network]
+
+
+def faithful_copy(module: Any, copies: dict[int, Any] | None = None) -> Any:
+    """A deep copy of ``module`` without hooks, in which closures see the copy.
+
+    Args:
+        module: anything.
+        copies: by identity, what takes the place of parts of it.
+
+    Raises:
+        Mismatch: it cannot be copied.
+    """
+    copies = {} if copies is None else copies
+    for layer in module.modules():
+        copies |= {id(getattr(layer, name)): OrderedDict() for name in _HOOKS}
+    try:
+        copied = copy.deepcopy(module, copies)
+    except Exception as error:
+        raise Mismatch(f"it cannot be copied to try things out: {error}") from error
+    for layer in copied.modules():
+        for name, value in list(layer.__dict__.items()):
+            if isinstance(value, types.FunctionType) and value.__closure__:
+                layer.__dict__[name] = _rebind(value, copies)
+    return copied
+
+
+@torch.no_grad()
+def randomised(module: Any) -> Any:
+    """``module``, a copy, with parameters moved away from values that hide what they do, and ActNorms initialised."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            width = max(parameter.shape) if parameter.dim() and parameter.numel() > max(parameter.shape) else 4
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.add_((0.2 / width**0.5 * noise).to(parameter))
+    return with_flags(module, True)
+
+
+@torch.no_grad()
+def with_flags(module: Any, initialized: bool) -> Any:
+    """``module``, a copy, whose ActNorms believe that they have been initialised, or that they have not."""
+    for layer in module.modules():
+        layer.__dict__.pop(FLAG, None)
+        for name, meaning in INITIALIZED.items():
+            flag = getattr(layer, name, None)
+            if isinstance(flag, Tensor):
+                flag.fill_(meaning == initialized)
+            elif isinstance(flag, bool):
+                setattr(layer, name, meaning == initialized)
+    return module
+
+
+def _layer(copied: Any, stand_in: StandIn, run: Callable[[Any, Tensor], Tensor]) -> Any:
+    @torch.no_grad()
+    def layer(x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        stand_in.answer, stand_in.seen = h, None
+        y = run(copied, x)
+        if stand_in.seen is None:
+            raise Mismatch("its network is not called")
+        return stand_in.seen, y
+
+    return layer
+
+
+def _input_channels(network: nn.Module) -> int:
+    for layer in network.modules():
+        for name in ("in_channels", "in_features"):
+            if isinstance(getattr(layer, name, None), int):
+                return int(getattr(layer, name))
+    raise Mismatch("how many channels its network takes is not known")
+
+
+def _output_channels(network: nn.Module, channels: int, spatial: tuple[int, ...]) -> int:
+    try:
+        copied = copy.deepcopy(network)
+        like = next((p for p in copied.parameters() if p.is_floating_point()), torch.zeros(()))
+        with torch.no_grad():
+            output = copied(torch.randn(2, channels, *spatial, dtype=like.dtype, device=like.device))
+    except Exception as error:
+        raise Mismatch(f"its network does not run on {channels} channels: {error}") from error
+    if not isinstance(output, Tensor) or output.shape[:1] + output.shape[2:] != (2, *spatial):
+        raise Mismatch("its network does not map channels to channels at every position")
+    return output.shape[1]
+
+
+def _rebind(function: types.FunctionType, copies: Mapping[int, Any]) -> types.FunctionType:
+    """``function`` whose closure holds the copies of what it held."""
+    cells = tuple(
+        types.CellType(copies.get(id(cell.cell_contents), cell.cell_contents)) for cell in function.__closure__ or ()
+    )
+    code, names = function.__code__, function.__globals__
+    return types.FunctionType(code, names, function.__name__, function.__defaults__, cells)
