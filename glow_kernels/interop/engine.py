@@ -15,7 +15,7 @@ from glow_kernels.interop.proof import Agreement, prove
 from glow_kernels.interop.report import LayerReport, Report
 from glow_kernels.interop.workshop import Workshop
 
-DIALECTS = ("rosinality", "openai")
+DIALECTS = ("rosinality", "openai", "normflows", "nflows")
 
 
 def accelerate(model: nn.Module, *, verify: bool = True) -> Report:
@@ -88,7 +88,7 @@ def _look_at(module: nn.Module, path: str, workshop: Workshop, verify: bool) -> 
     if patch is not None:
         options = options_of(module)
         workshop.decisions[module] = (patch, options)
-        return LayerReport(path, name, patch.dialect, patch.kind, True, _describe(options), better=patch.better)
+        return LayerReport(path, name, patch.dialect, patch.kind, True, _describe(options), better=patch.improvements(module, options))
     patch = _recognise(module)
     if patch is None:
         return None
@@ -105,7 +105,7 @@ def _look_at(module: nn.Module, path: str, workshop: Workshop, verify: bool) -> 
         return LayerReport(path, name, patch.dialect, patch.kind, False, reason=reason)
     workshop.decisions[module] = (patch, options)
     return LayerReport(
-        path, name, patch.dialect, patch.kind, True, _describe(options), agreement, better=patch.better
+        path, name, patch.dialect, patch.kind, True, _describe(options), agreement, better=patch.improvements(module, options)
     )
 
 

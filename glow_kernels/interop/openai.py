@@ -101,7 +101,11 @@ class FlowStep(Patch):
     """ActNorm and convolution as one operator, then the coupling, of which the network is a submodule."""
 
     dialect, kind = "openai", "FlowStep"
-    better = (STABLE, COPIES)
+
+    @classmethod
+    def improvements(cls, module: Any, options: Any) -> tuple[str, ...]:
+        closures = any(callable(value) for value in module.__dict__.values())
+        return ((STABLE,) if options.is_sigmoid else ()) + ((COPIES,) if closures else ())
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
@@ -141,11 +145,11 @@ class FlowStep(Patch):
         if not reverse:
             x, logdet = _linear(self, x, logdet, reverse)
             read, transformed = coupling.split(x)
-            y, change = coupling.forward(transformed, network(read))
+            y, change = coupling.forward(transformed, coupling.predict(network, read))
             x = coupling.join(read, y)
         else:
             read, transformed = coupling.split(x)
-            y, change = coupling.inverse(transformed, network(read))
+            y, change = coupling.inverse(transformed, coupling.predict(network, read))
             x, logdet = _linear(self, coupling.join(read, y), logdet, reverse)
         return x, logdet if coupling.scale_map is None else logdet + change
 

@@ -55,7 +55,7 @@ class Patch:
 
     Attributes:
         dialect, kind: what the layer is recognised as.
-        better: what is not imitated but improved, for the report.
+        better: what is improved in every such layer.
         methods: names of the methods that replace those of the layer.
     """
 
@@ -77,6 +77,11 @@ class Patch:
             Mismatch: it is not this layer after all.
         """
         return None
+
+    @classmethod
+    def improvements(cls, module: Any, options: Any) -> tuple[str, ...]:
+        """What is not imitated but improved, for the report."""
+        return cls.better
 
     @classmethod
     def calls(cls, module: Any, options: Any) -> list[Call]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ class Coupling:
         scale_map, layout, order: as for :func:`glow_kernels.affine_coupling`; no scale map is an additive coupling.
         inverted: the layer's forward is the operator's inverse.
         factor: the network's output is multiplied by this first.
+        channels_last: the network computes the same on images whose channels lie next to each other in memory.
     """
 
     read: tuple[int, ...]
@@ -44,11 +46,22 @@ class Coupling:
     order: str = ""
     inverted: bool = False
     factor: float = 1.0
+    channels_last: bool = False
 
     @property
     def channels(self) -> int:
         """C of the layer's input."""
         return len(self.read) + len(self.transformed)
+
+    @property
+    def has_halves(self) -> bool:
+        """Whether the network reads the first or the last channels, and none in between."""
+        return _adjacent(self.read) and _adjacent(self.transformed)
+
+    @property
+    def is_sigmoid(self) -> bool:
+        """Whether the scale is a sigmoid."""
+        return self.scale_map is not None and self.scale_map.kind == "sigmoid"
 
     @property
     def reads_first(self) -> bool:
@@ -66,14 +79,21 @@ class Coupling:
         return torch.cat((read, transformed) if self.reads_first else (transformed, read), dim=1)
 
     def require_halves(self) -> Coupling:
-        """This, unless the channels that are read lie among the others.
+        """This.
 
         Raises:
-            Mismatch: they do.
+            Mismatch: the channels that are read lie among the others.
         """
-        if not _adjacent(self.read) or not _adjacent(self.transformed):
+        if not self.has_halves:
             raise Mismatch("the network reads neither the first nor the last channels")
         return self
+
+    def predict(self, network: Callable[..., Tensor], read: Tensor, *args: Any) -> Tensor:
+        """What ``network`` returns for the channels that it reads."""
+        # Convolutions on a CPU are up to twice as fast; the operators take h as it lies.
+        if self.channels_last and read.device.type == "cpu":
+            read = read.contiguous(memory_format=torch.channels_last)
+        return network(read, *args)
 
     def forward(self, x: Tensor, h: Tensor, log_scale_gain: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The transformed channels ``x`` after the layer, and ``log_det`` (B,)."""

@@ -193,7 +193,7 @@ def _difference(name: str, expected: Tensor | None, actual: Tensor | None, toler
         return 0.0
     if not expected.numel():
         return 0.0
-    size = max(1.0, expected.abs().max().item())
+    size = max(1.0, expected.double().abs().max().item())
     difference = (actual.double() - expected.double()).abs().max().item() / size
     if not difference <= tolerance:
         raise Mismatch(f"{name} differs by {difference:.1e}")

@@ -114,7 +114,10 @@ class AffineCoupling(Patch):
 
     dialect, kind = "rosinality", "AffineCoupling"
     methods = ("forward", "reverse")
-    better = (STABLE,)
+
+    @classmethod
+    def improvements(cls, module: Any, options: Any) -> tuple[str, ...]:
+        return (STABLE,) if options.is_sigmoid else ()
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
@@ -131,13 +134,13 @@ class AffineCoupling(Patch):
     def forward(self: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """``y`` and ``log_det`` (B,), or None if the coupling is additive."""
         read, transformed = options_of(self).split(x)
-        y, log_det = options_of(self).forward(transformed, self.net(read))
+        y, log_det = options_of(self).forward(transformed, options_of(self).predict(self.net, read))
         return options_of(self).join(read, y), None if options_of(self).scale_map is None else log_det
 
     def reverse(self: Any, y: Tensor) -> Tensor:
         """``x``."""
         read, transformed = options_of(self).split(y)
-        x, _ = options_of(self).inverse(transformed, self.net(read))
+        x, _ = options_of(self).inverse(transformed, options_of(self).predict(self.net, read))
         return options_of(self).join(read, x)
 
 

@@ -6,6 +6,7 @@ A live model is never run, moved or changed to find out what it does.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -35,13 +36,14 @@ class StandIn(nn.Module):
 
     Args:
         inputs, outputs: channels before and after.
+        channels_last: whether the network may be given images whose channels lie next to each other in memory.
     """
 
     mixing: Tensor
 
-    def __init__(self, inputs: int, outputs: int) -> None:
+    def __init__(self, inputs: int, outputs: int, channels_last: bool) -> None:
         super().__init__()
-        self.inputs, self.outputs = inputs, outputs
+        self.inputs, self.outputs, self.channels_last = inputs, outputs, channels_last
         generator = torch.Generator().manual_seed(0)
         mixing = torch.randn(outputs, inputs, generator=generator, dtype=torch.float64) / inputs**0.5
         self.register_buffer("mixing", mixing)
@@ -136,7 +138,8 @@ class Workshop:
             layer = _layer(copied, stand_in, run)
             gain = None if log_scale_gain is None else log_scale_gain(copied).detach().flatten()
             try:
-                return find_coupling(layer, option, stand_in.outputs, spatial, gain)
+                found = find_coupling(layer, option, stand_in.outputs, spatial, gain)
+                return dataclasses.replace(found, channels_last=stand_in.channels_last)
             except Mismatch as mismatch:
                 reasons.append(str(mismatch))
             except Exception as error:
@@ -167,8 +170,20 @@ class Workshop:
 
     def _stand_in(self, network: nn.Module, channels: int, spatial: tuple[int, ...]) -> StandIn:
         if network not in self.stand_ins:
-            self.stand_ins[network] = StandIn(channels, _output_channels(network, channels, spatial))
+            self.stand_ins[network] = _stand_in(network, channels, spatial)
         return self.stand_ins[network]
+
+
+def spatial_of(network: nn.Module) -> tuple[int, ...]:
+    """Spatial sizes to try ``network`` with, by its first layer: of images, sequences or vectors."""
+    for layer in network.modules():
+        if isinstance(layer, nn.Linear):
+            return ()
+        if isinstance(layer, nn.Conv1d):
+            return (8,)
+        if isinstance(layer, nn.Conv2d):
+            return SPATIAL
+    return SPATIAL
 
 
 def faithful_copy(module: Any, copies: dict[int, Any] | None = None) -> Any:
@@ -241,17 +256,28 @@ def _input_channels(network: nn.Module) -> int:
     raise Mismatch("how many channels its network takes is not known")
 
 
-def _output_channels(network: nn.Module, channels: int, spatial: tuple[int, ...]) -> int:
+@torch.no_grad()
+def _stand_in(network: nn.Module, channels: int, spatial: tuple[int, ...]) -> StandIn:
+    """A stand-in with as many outputs as a copy of ``network`` has when it is run."""
+    like = next((p for p in network.parameters() if p.is_floating_point()), torch.zeros(()))
+    x = torch.randn(2, channels, *spatial, dtype=like.dtype, device=like.device)
     try:
-        copied = copy.deepcopy(network)
-        like = next((p for p in copied.parameters() if p.is_floating_point()), torch.zeros(()))
-        with torch.no_grad():
-            output = copied(torch.randn(2, channels, *spatial, dtype=like.dtype, device=like.device))
+        output = faithful_copy(network)(x)
     except Exception as error:
         raise Mismatch(f"its network does not run on {channels} channels: {error}") from error
     if not isinstance(output, Tensor) or output.shape[:1] + output.shape[2:] != (2, *spatial):
         raise Mismatch("its network does not map channels to channels at every position")
-    return output.shape[1]
+    return StandIn(channels, output.shape[1], x.dim() == 4 and _takes_channels_last(network, x))
+
+
+def _takes_channels_last(network: nn.Module, x: Tensor) -> bool:
+    """Whether ``network``, with parameters that are not zero, says the same of ``x`` in another memory format."""
+    copied = randomised(faithful_copy(network)).eval()
+    try:
+        outputs = [copied(x.contiguous(memory_format=layout)) for layout in (torch.contiguous_format, torch.channels_last)]
+    except Exception:  # as from a view() of what is not contiguous
+        return False
+    return torch.allclose(*outputs, rtol=1e-3, atol=1e-4)
 
 
 def _rebind(function: types.FunctionType, copies: Mapping[int, Any]) -> types.FunctionType:
