@@ -6,6 +6,7 @@ Importing this package loads no Triton, no shared library, and makes no CUDA con
 from glow_kernels import models, nn
 from glow_kernels.allocator import tune_allocator
 from glow_kernels.backends import available_backends, backend_status, use_backend
+from glow_kernels.interop import accelerate, restore
 from glow_kernels.ops import (
     ScaleMap,
     actnorm_conv1x1,
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ScaleMap",
+    "accelerate",
     "actnorm_conv1x1",
     "actnorm_conv1x1_inverse",
     "actnorm_statistics",
@@ -38,6 +40,7 @@ __all__ = [
     "gaussian_standardize",
     "models",
     "nn",
+    "restore",
     "tune_allocator",
     "use_backend",
 ]

@@ -88,7 +88,9 @@ def _look_at(module: nn.Module, path: str, workshop: Workshop, verify: bool) -> 
     if patch is not None:
         options = options_of(module)
         workshop.decisions[module] = (patch, options)
-        return LayerReport(path, name, patch.dialect, patch.kind, True, _describe(options), better=patch.improvements(module, options))
+        return LayerReport(
+            path, name, patch.dialect, patch.kind, True, _describe(options), better=patch.improvements(module, options)
+        )
     patch = _recognise(module)
     if patch is None:
         return None
@@ -105,7 +107,14 @@ def _look_at(module: nn.Module, path: str, workshop: Workshop, verify: bool) -> 
         return LayerReport(path, name, patch.dialect, patch.kind, False, reason=reason)
     workshop.decisions[module] = (patch, options)
     return LayerReport(
-        path, name, patch.dialect, patch.kind, True, _describe(options), agreement, better=patch.improvements(module, options)
+        path,
+        name,
+        patch.dialect,
+        patch.kind,
+        True,
+        _describe(options),
+        agreement,
+        better=patch.improvements(module, options),
     )
 
 

@@ -112,7 +112,9 @@ def _as_accurate(call: Call, before: Any, after: Any, agreement: Agreement) -> N
         return
     expected, actual = _run(call, own, dtype), _run(call, ours, dtype)
     _same_structure(call.name, expected, actual)
-    names = [f"result {index}" for index in range(len(true.tensors))] + [f"gradient of {name}" for name in true.gradients]
+    names = [f"result {index}" for index in range(len(true.tensors))] + [
+        f"gradient of {name}" for name in true.gradients
+    ]
     triples = zip(*([*run.tensors, *run.gradients.values()] for run in (true, expected, actual)), strict=True)
     for name, (exact, eager, fused) in zip(names, triples, strict=True):
         if exact is None or eager is None or fused is None or not exact.numel():

@@ -274,7 +274,9 @@ def _takes_channels_last(network: nn.Module, x: Tensor) -> bool:
     """Whether ``network``, with parameters that are not zero, says the same of ``x`` in another memory format."""
     copied = randomised(faithful_copy(network)).eval()
     try:
-        outputs = [copied(x.contiguous(memory_format=layout)) for layout in (torch.contiguous_format, torch.channels_last)]
+        outputs = [
+            copied(x.contiguous(memory_format=layout)) for layout in (torch.contiguous_format, torch.channels_last)
+        ]
     except Exception:  # as from a view() of what is not contiguous
         return False
     return torch.allclose(*outputs, rtol=1e-3, atol=1e-4)
