@@ -1,11 +1,12 @@
 """The dialect of nflows (bayesiains/nflows).
 
-Transforms are called as ``transform(inputs, context=None)`` and ``transform.inverse(inputs, context=None)``; both return
+Transforms are called as ``transform(inputs, context=None)`` or ``transform.inverse(inputs, context=None)``; both return
 the data and the log-determinant (B,) of their own direction. Data are vectors (B, C) or images.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -150,7 +151,7 @@ class CompositeTransform(Patch):
     def matches(cls, module: nn.Module) -> bool:
         transforms = getattr(module, "_transforms", None)
         chain = isinstance(transforms, nn.ModuleList) and hasattr(module, "_cascade")
-        return chain and any(_is_pair(*pair) for pair in zip(transforms, transforms[1:], strict=False))  # type: ignore[index,arg-type]
+        return chain and any(_is_pair(*pair) for pair in itertools.pairwise(transforms))  # type: ignore[arg-type]
 
     @classmethod
     def examine(cls, module: Any, workshop: Workshop) -> None:

@@ -7,7 +7,6 @@ keep the new class, as a method stored on the instance would not, and so do pick
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -24,6 +23,7 @@ FLAG = "_glow_kernels_flag"
 # And on the generated class.
 _PATCH = "_glow_kernels_patch"
 _ORIGINAL = "_glow_kernels_original"
+_CLASSES: dict[tuple[type[Patch], type[nn.Module]], type[nn.Module]] = {}
 
 
 class Mismatch(Exception):  # noqa: N818 - an answer, which ends as a row of the report
@@ -168,7 +168,7 @@ def is_set(module: nn.Module, flag: Any) -> bool:
 
 def has_hooks(*modules: nn.Module) -> bool:
     """Whether something watches calls of ``modules``, so that they must be called and not be computed together."""
-    if torch.nn.modules.module._has_any_global_hook():
+    if torch.nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
         return True
     return any(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
@@ -181,17 +181,18 @@ def once(log_det: Tensor) -> Tensor:
     return log_det[0] if log_det.shape[0] else log_det.sum()
 
 
-@functools.cache
 def _patched_class(patch: type[Patch], original: type[nn.Module]) -> type[nn.Module]:
-    names = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
-    names |= {name: getattr(patch, name) for name in patch.methods}
-    names |= {"__reduce_ex__": _reduce, _PATCH: patch, _ORIGINAL: original}
-    return type(original.__name__, (original,), names)
+    if (patch, original) not in _CLASSES:
+        names = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
+        names |= {name: getattr(patch, name) for name in patch.methods}
+        names |= {"__reduce_ex__": _reduce, _PATCH: patch, _ORIGINAL: original}
+        _CLASSES[patch, original] = type(original.__name__, (original,), names)
+    return _CLASSES[patch, original]
 
 
 def _reduce(module: nn.Module, protocol: Any) -> Any:
     # A generated class cannot be found by its name, but made again.
-    _, _, *state = object.__reduce_ex__(module, protocol)
+    _, _, *state = tuple(object.__reduce_ex__(module, protocol))
     return (_rebuild, (patch_of(module), own(module)), *state)
 
 

@@ -212,7 +212,7 @@ def _terms(name: str, result: Tensor) -> float:
     return 1.0 if name.startswith("result") and result.dim() > 1 else 1024.0
 
 
-def _precision(module: Any) -> torch.dtype:
+def _precision(module: nn.Module) -> torch.dtype:
     for parameter in module.parameters():
         if parameter.is_floating_point():
             return parameter.dtype

@@ -141,7 +141,8 @@ class AffineCoupling(Patch):
         """``x``."""
         read, transformed = options_of(self).split(y)
         x, _ = options_of(self).inverse(transformed, options_of(self).predict(self.net, read))
-        return options_of(self).join(read, x)
+        joined: Tensor = options_of(self).join(read, x)
+        return joined
 
 
 class Flow(Patch):

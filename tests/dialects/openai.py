@@ -104,7 +104,7 @@ class InnerConv2dZeros(nn.Module):
 
 
 class InvertibleConv1x1(nn.Module):
-    def __init__(self, num_channels, LU_decomposed=False, style="chaiyujin"):  # noqa: N803
+    def __init__(self, num_channels, LU_decomposed=False, style="chaiyujin"):
         super().__init__()
         rotation = torch.linalg.qr(torch.randn(num_channels, num_channels)).Q
         self.LU = LU_decomposed
@@ -169,7 +169,7 @@ def make_net(in_channels, hidden, out_channels, style):
 class FlowStep(nn.Module):
     def __init__(
         self, channels, hidden, permutation="invconv", coupling="affine", LU_decomposed=False, style="chaiyujin"
-    ):  # noqa: N803
+    ):
         super().__init__()
         self.flow_coupling = coupling
         self.style = style
@@ -267,7 +267,7 @@ class Split2d(nn.Module):
 
 
 class FlowNet(nn.Module):
-    def __init__(self, in_channels, hidden, K, L, style="chaiyujin", **options):  # noqa: N803
+    def __init__(self, in_channels, hidden, K, L, style="chaiyujin", **options):
         super().__init__()
         self.layers = nn.ModuleList()
         channels = in_channels
@@ -293,7 +293,7 @@ class FlowNet(nn.Module):
 
 
 class Glow(nn.Module):
-    def __init__(self, in_channels, hidden, K, L, **options):  # noqa: N803
+    def __init__(self, in_channels, hidden, K, L, **options):
         super().__init__()
         self.flow = FlowNet(in_channels, hidden, K, L, **options)
 

@@ -10,9 +10,9 @@ import nflows.distributions
 import nflows.flows
 import nflows.transforms
 import normflows
-import torch
-from dialects import openai, rosinality
 from torch import Tensor, nn
+
+from dialects import openai, rosinality
 
 
 @dataclass(frozen=True)
