@@ -15,7 +15,7 @@ from glow_kernels.interop.proof import Agreement, prove
 from glow_kernels.interop.report import LayerReport, Report
 from glow_kernels.interop.workshop import Workshop
 
-DIALECTS = ("rosinality", "openai", "normflows", "nflows")
+DIALECTS = ("convolutions", "rosinality", "openai", "normflows", "nflows", "freia")
 
 
 def accelerate(model: nn.Module, *, verify: bool = True) -> Report:
@@ -101,9 +101,9 @@ def _look_at(module: nn.Module, path: str, workshop: Workshop, verify: bool) -> 
         options = patch.examine(module, workshop)
         agreement: Agreement | None = prove(module, patch, options, workshop) if verify else None
     except Mismatch as mismatch:
-        return LayerReport(path, name, patch.dialect, patch.kind, False, reason=str(mismatch))
+        return LayerReport(path, name, patch.dialect, patch.kind, False, reason=first_line(mismatch))
     except Exception as error:  # whatever a layer does that nobody thought of, it is left alone
-        reason = f"it could not be examined: {type(error).__name__}: {error}"
+        reason = f"it could not be examined: {type(error).__name__}: {first_line(error)}"
         return LayerReport(path, name, patch.dialect, patch.kind, False, reason=reason)
     workshop.decisions[module] = (patch, options)
     return LayerReport(
@@ -116,6 +116,11 @@ def _look_at(module: nn.Module, path: str, workshop: Workshop, verify: bool) -> 
         agreement,
         better=patch.improvements(module, options),
     )
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without what compilers and dispatchers add."""
+    return str(error).partition("\n")[0][:300]
 
 
 def _recognise(module: nn.Module) -> type[Patch] | None:

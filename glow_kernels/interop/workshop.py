@@ -9,7 +9,7 @@ import copy
 import dataclasses
 import types
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,7 +56,7 @@ class StandIn(nn.Module):
             x = x[0]
         self.seen = x
         if self.answer is not None:
-            return self.answer.to(x.dtype).clone()
+            return self.answer.to(x.dtype).expand(x.shape[0], self.outputs, *x.shape[2:]).clone()
         return 1.5 * torch.tanh(torch.einsum("oc,bc...->bo...", self.mixing.to(x), x[:, : self.inputs]))
 
 
@@ -110,6 +110,7 @@ class Workshop:
         channels: int | None = None,
         spatial: tuple[int, ...] = SPATIAL,
         skipped: Mapping[nn.Module, bool] | None = None,
+        silenced: Sequence[nn.Module] = (),
         log_scale_gain: Callable[[Any], Tensor] | None = None,
     ) -> Coupling:
         """What the coupling in ``module`` computes.
@@ -121,6 +122,7 @@ class Workshop:
             channels: C, if something else than the network's own sizes tells.
             spatial: sizes to probe with.
             skipped: submodules that must do nothing meanwhile, and whether they return a log-determinant.
+            silenced: other networks, which must return zeros meanwhile.
             log_scale_gain: reads the learned number per channel from a copy, if there is one.
 
         Raises:
@@ -131,6 +133,10 @@ class Workshop:
         options = [channels] if channels else [inputs + stand_in.outputs // 2, inputs + stand_in.outputs]
         replaced: dict[nn.Module, nn.Module] = {network: stand_in}
         replaced |= {other: PassThrough(with_log_det) for other, with_log_det in (skipped or {}).items()}
+        for other in silenced:
+            silent = self._stand_in(other, _input_channels(other), spatial)
+            silent.answer = torch.zeros(())
+            replaced[other] = silent
         reasons = []
         for option in options:
             copied = randomised(self.replica(module, replaced).double().cpu())
@@ -146,6 +152,8 @@ class Workshop:
                 reasons.append(f"it does not run with chosen network outputs: {error}")
             finally:
                 stand_in.answer = stand_in.seen = None
+                for other in silenced:
+                    self.stand_ins[other].answer = None
         raise Mismatch(reasons[0])
 
     def replica(self, module: nn.Module, replaced: Mapping[nn.Module, nn.Module] | None = None) -> Any:
@@ -214,8 +222,11 @@ def faithful_copy(module: Any, copies: dict[int, Any] | None = None) -> Any:
 def randomised(module: Any) -> Any:
     """``module``, a copy, with parameters moved away from values that hide what they do, and ActNorms initialised."""
     generator = torch.Generator().manual_seed(1)
-    for parameter in module.parameters():
-        if parameter.is_floating_point():
+    parameters = dict(module.named_parameters())
+    for name, parameter in parameters.items():
+        # What a layer keeps together with its inverse stays that.
+        kept = name.endswith("_inv") or f"{name}_inv" in parameters
+        if parameter.is_floating_point() and not kept:
             width = max(parameter.shape) if parameter.dim() and parameter.numel() > max(parameter.shape) else 4
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.add_((0.2 / width**0.5 * noise).to(parameter))
