@@ -71,6 +71,8 @@ class ScaledConv2d(Patch):
             corner = copied(0 * x)[0, 0, 0, 0].item()
         size = convolution.kernel_size[0]
         border = 0 if copied(x).shape == inner(x).shape else size // 2
+        if border and (set(convolution.stride) | set(convolution.dilation) | {convolution.groups}) != {1}:
+            raise Mismatch("it pads its input for strides, dilation or groups")
         value = 0.0
         if border:
             outside = size**2 - (size - border) ** 2
@@ -87,10 +89,14 @@ class ScaledConv2d(Patch):
         if convolution is not self and has_hooks(convolution):
             result: Tensor = own(self).forward(self, x)
             return result
-        if scaling.border:
-            x = F.pad(x, [scaling.border] * 4, value=scaling.value)
         scale = (scaling.factor * getattr(self, scaling.name).flatten()).exp()
-        return _scaled(convolution, x, scale, convolution.bias)
+        if not scaling.border:
+            return _scaled(convolution, x, scale, convolution.bias)
+        # A border of ones adds the same to every sample, so that the input need not be copied into a larger one.
+        weight = convolution.weight * scale[:, None, None, None]
+        border = F.pad(x.new_zeros(1, 1, *x.shape[2:]), [scaling.border] * 4, value=scaling.value)
+        at_border = F.conv2d(border, weight.sum(1, keepdim=True), convolution.bias * scale)
+        return F.conv2d(x, weight, padding=scaling.border) + at_border
 
 
 class ActNormConv2d(Patch):
