@@ -6,6 +6,7 @@ ActNorm, are convolutions whose weights are scaled, which saves a pass over the 
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glow_kernels.interop.openai import ActNorm2d
-from glow_kernels.interop.patch import Call, Mismatch, Patch, has_hooks, is_set, options_of, own
+from glow_kernels.interop.patch import Call, Mismatch, Patch, has_hooks, is_set, options_of, own, patch_of
 from glow_kernels.interop.scale_map import round_number
 from glow_kernels.interop.workshop import SPATIAL, Workshop, faithful_copy
 
@@ -122,13 +123,50 @@ class ActNormConv2d(Patch):
     def forward(self: Any, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) to (B, out_channels, H, W)."""
         convolution, actnorm = _convolution(self), self.actnorm
-        if not is_set(actnorm, actnorm.inited) or has_hooks(actnorm, *([convolution] if convolution is not self else [])):
+        if not is_set(actnorm, actnorm.inited) or has_hooks(
+            actnorm, *([convolution] if convolution is not self else [])
+        ):
             result: Tensor = own(self).forward(self, x)
             return result
         shift = actnorm.bias.flatten()
         if convolution.bias is not None:
             shift = shift + convolution.bias
         return _scaled(convolution, x, actnorm.logs.flatten().exp(), shift)
+
+
+class InPlaceSequential(Patch):
+    """A sequence in which activations overwrite the convolutions before them, whose results nobody else reads."""
+
+    dialect, kind = "network", "Sequential"
+    better = ("activations of coupling networks overwrite their input: half the hidden activations are kept",)
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        plain = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+        return plain and any(_may_overwrite(*pair) for pair in itertools.pairwise(module.children()))
+
+    @classmethod
+    def calls(cls, module: Any, options: Any) -> list[Call]:
+        first = next(layer for layer in module.modules() if isinstance(layer, nn.Conv2d))
+        return _calls(first)
+
+    def forward(self: Any, x: Any) -> Any:
+        """As of the layers one after another."""
+        before: nn.Module | None = None
+        for layer in self:
+            if before is not None and _may_overwrite(before, layer) and not has_hooks(before, layer):
+                x = F.leaky_relu_(x, getattr(layer, "negative_slope", 0.0))
+            else:
+                x = layer(x)
+            before = layer
+        return x
+
+
+def _may_overwrite(before: nn.Module, layer: nn.Module) -> bool:
+    """Whether ``layer`` is an activation, not in place already, of a convolution that does not need its own result."""
+    convolution = type(before).forward is nn.Conv2d.forward or patch_of(before) is ActNormConv2d
+    activation = type(layer) is nn.ReLU or (type(layer) is nn.LeakyReLU and layer.negative_slope >= 0)
+    return convolution and activation and not layer.inplace
 
 
 def _scaled(convolution: Any, x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
@@ -161,3 +199,5 @@ def _calls(convolution: nn.Conv2d) -> list[Call]:
 
 
 PATCHES = (ScaledConv2d, ActNormConv2d)
+# Of the networks of couplings only.
+NETWORK_PATCHES = (InPlaceSequential,)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import importlib
+import dataclasses
+import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
+from glow_kernels.interop import convolutions, freia, nflows, normflows, openai, rosinality
 from glow_kernels.interop.patch import Mismatch, Patch, apply, options_of, patch_of, undo, why_not_patchable
 from glow_kernels.interop.proof import Agreement, prove
 from glow_kernels.interop.report import LayerReport, Report
 from glow_kernels.interop.workshop import Workshop
 
-DIALECTS = ("convolutions", "rosinality", "openai", "normflows", "nflows", "freia")
+DIALECTS = (convolutions, rosinality, openai, normflows, nflows, freia)
 
 
 def accelerate(model: nn.Module, *, verify: bool = True) -> Report:
@@ -43,9 +46,10 @@ def accelerate(model: nn.Module, *, verify: bool = True) -> Report:
     paths = dict(reversed([(module, name) for name, module in model.named_modules()]))
     with _undisturbed(model):
         for module, path in paths.items():  # the deepest first
-            row = _look_at(module, path, workshop, verify)
-            if row is not None:
-                rows[module] = row
+            _look_at(module, path, _patches(), workshop, rows, verify)
+        for module in list(workshop.decisions):
+            for layer in (layer for network in workshop.networks.get(module, ()) for layer in network.modules()):
+                _look_at(layer, paths[layer], convolutions.NETWORK_PATCHES, workshop, rows, verify)
     for module, (patch, options) in workshop.decisions.items():
         if patch_of(module) is None:
             apply(module, patch, options)
@@ -82,56 +86,57 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _look_at(module: nn.Module, path: str, workshop: Workshop, verify: bool) -> LayerReport | None:
-    patch = patch_of(module)
-    name = type(module).__name__
+def _look_at(
+    module: nn.Module,
+    path: str,
+    patches: Iterable[type[Patch]],
+    workshop: Workshop,
+    rows: dict[nn.Module, LayerReport],
+    verify: bool,
+) -> None:
+    """Decide on ``module``, unless that has been done, and add a row to the report if it is a flow layer."""
+    patch, reason, options, agreement = patch_of(module), "", None, None
+    if module in rows:
+        return
     if patch is not None:
         options = options_of(module)
+    else:
+        patch = next((patch for patch in patches if patch.matches(module)), None)
+        if patch is None:
+            return
+        try:
+            options, agreement = _examine(module, patch, workshop, verify)
+        except Mismatch as mismatch:
+            reason = _first_line(mismatch)
+        except Exception as error:  # whatever a layer does that nobody thought of, it is left alone
+            reason = f"it could not be examined: {type(error).__name__}: {_first_line(error)}"
+    name, patched = type(module).__name__, not reason
+    row = LayerReport(path, name, patch.dialect, patch.kind, patched, agreement=agreement, reason=reason)
+    if patched:
         workshop.decisions[module] = (patch, options)
-        return LayerReport(
-            path, name, patch.dialect, patch.kind, True, _describe(options), better=patch.improvements(module, options)
-        )
-    patch = _recognise(module)
-    if patch is None:
-        return None
-    try:
-        reason = why_not_patchable(module)
-        if reason is not None:
-            raise Mismatch(reason)
-        options = patch.examine(module, workshop)
-        agreement: Agreement | None = prove(module, patch, options, workshop) if verify else None
-    except Mismatch as mismatch:
-        return LayerReport(path, name, patch.dialect, patch.kind, False, reason=first_line(mismatch))
-    except Exception as error:  # whatever a layer does that nobody thought of, it is left alone
-        reason = f"it could not be examined: {type(error).__name__}: {first_line(error)}"
-        return LayerReport(path, name, patch.dialect, patch.kind, False, reason=reason)
-    workshop.decisions[module] = (patch, options)
-    return LayerReport(
-        path,
-        name,
-        patch.dialect,
-        patch.kind,
-        True,
-        _describe(options),
-        agreement,
-        better=patch.improvements(module, options),
-    )
+        better = patch.improvements(module, options)
+        row = dataclasses.replace(row, options=options.describe() if options else "", better=better)
+    rows[module] = row
 
 
-def first_line(error: Exception) -> str:
+def _examine(module: nn.Module, patch: type[Patch], workshop: Workshop, verify: bool) -> tuple[Any, Agreement | None]:
+    """Options and agreement.
+
+    Raises:
+        Mismatch: it must be left alone.
+    """
+    reason = why_not_patchable(module)
+    if reason is not None:
+        raise Mismatch(reason)
+    options = patch.examine(module, workshop)
+    return options, prove(module, patch, options, workshop) if verify else None
+
+
+@functools.cache
+def _patches() -> tuple[type[Patch], ...]:
+    return tuple(patch for dialect in DIALECTS for patch in dialect.PATCHES)
+
+
+def _first_line(error: Exception) -> str:
     """What an error says, without what compilers and dispatchers add."""
     return str(error).partition("\n")[0][:300]
-
-
-def _recognise(module: nn.Module) -> type[Patch] | None:
-    for dialect in DIALECTS:
-        patches: tuple[type[Patch], ...] = importlib.import_module(f"glow_kernels.interop.{dialect}").PATCHES
-        for patch in patches:
-            if patch.matches(module):
-                return patch
-    return None
-
-
-def _describe(options: object) -> str:
-    describe = getattr(options, "describe", None)
-    return describe() if describe else ""

@@ -1,8 +1,8 @@
 """The dialect of FrEIA (vislearn/FrEIA), of the release 0.2 and of its later layout.
 
-Modules are called as ``module((x,), c=[], rev=False, jac=True)`` and return a tuple or list of one tensor and the
-log-determinant J of the direction that was evaluated: (B,) from couplings, (B,) or (1,) from ActNorm, without dimensions
-from the fixed convolution.
+Modules are called as ``module((x,), c=[], rev=False, jac=True)`` and return a tuple or list of one tensor, and the
+log-determinant J of the direction that was evaluated: (B,) from couplings, (B,) or (1,) from ActNorm, () from the fixed
+convolution.
 """
 
 from __future__ import annotations
@@ -228,7 +228,7 @@ class AllInOneBlock(Patch):
     def forward(self: Any, x: Any, c: Any = (), rev: bool = False, jac: bool = True) -> Result:
         """``(y,)`` and J (B,)."""
         coupling = options_of(self)
-        data, linear_log_det = x[0], None
+        data: Tensor = x[0]
         if rev:
             data, linear_log_det = _global_linear_inverse(self, data)
         elif self.reverse_pre_permute:

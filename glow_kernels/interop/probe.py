@@ -72,7 +72,7 @@ class Coupling:
         """The channels of ``x`` that are read, and those that are transformed, where both are halves."""
         # Not two slices, each of which would come back as a gradient of full size.
         sizes = (self.read, self.transformed) if self.reads_first else (self.transformed, self.read)
-        one, other = x.split([len(channels) for channels in sizes], dim=1)
+        one, other = torch.split(x, [len(channels) for channels in sizes], dim=1)
         return (one, other) if self.reads_first else (other, one)
 
     def join(self, read: Tensor, transformed: Tensor) -> Tensor:

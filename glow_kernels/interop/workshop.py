@@ -84,11 +84,13 @@ class Workshop:
     Attributes:
         decisions: patch and options of each module that will be patched.
         stand_ins: for networks of couplings.
+        networks: of each module in which a coupling was found.
     """
 
     def __init__(self) -> None:
         self.decisions: dict[nn.Module, tuple[type[Patch], Any]] = {}
         self.stand_ins: dict[nn.Module, StandIn] = {}
+        self.networks: dict[nn.Module, list[nn.Module]] = {}
 
     def require(self, *layers: tuple[nn.Module, type[Patch]]) -> None:
         """These layers of a step will be patched in the given way, so that they can be computed together.
@@ -145,6 +147,7 @@ class Workshop:
             gain = None if log_scale_gain is None else log_scale_gain(copied).detach().flatten()
             try:
                 found = find_coupling(layer, option, stand_in.outputs, spatial, gain)
+                self.networks.setdefault(module, []).append(network)
                 return dataclasses.replace(found, channels_last=stand_in.channels_last)
             except Mismatch as mismatch:
                 reasons.append(str(mismatch))
@@ -162,7 +165,9 @@ class Workshop:
         Raises:
             Mismatch: it cannot be copied.
         """
-        copies: dict[int, Any] = {id(net): copy.deepcopy(stand_in) for net, stand_in in self.stand_ins.items()}
+        copies: dict[int, Any] = {
+            id(net): copy.deepcopy(stand_in) for net, stand_in in self.stand_ins.items() if net is not module
+        }
         copies |= {id(old): new for old, new in (replaced or {}).items()}
         return faithful_copy(module, copies)
 
