@@ -12,9 +12,9 @@ from glow_kernels.backends.reference.affine_coupling import scale_map as log_sca
 from glow_kernels.ops import ScaleMap
 
 # Raw values at which the scale is sampled: densely where it bends, far out for its limits.
-FAR = 1e12
 _TAILS = torch.logspace(1.1, 12, 24, dtype=torch.float64)
-RAW_VALUES = torch.cat((torch.linspace(-12, 12, 193, dtype=torch.float64), _TAILS, -_TAILS))
+_MIDDLE = torch.cat([torch.linspace(-width, width, 161, dtype=torch.float64) for width in (1, 12)])
+RAW_VALUES = torch.cat((_MIDDLE, _TAILS, -_TAILS))
 TOLERANCE = 1e-9
 
 
@@ -56,7 +56,7 @@ def _limits(raw: Tensor, scale: Tensor) -> tuple[float, float]:
 
 def _line(raw: Tensor, values: Tensor, usable: Tensor) -> tuple[float, float]:
     """Slope and offset of the line through the usable samples."""
-    if int(usable.sum()) < 8:
+    if int(usable.sum()) < 4:
         raise ValueError("too few samples")
     x, y = raw[usable], values[usable]
     design = torch.stack((x, torch.ones_like(x)), dim=1)
