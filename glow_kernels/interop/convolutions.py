@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glow_kernels.interop.openai import ActNorm2d
-from glow_kernels.interop.patch import Call, Mismatch, Patch, has_hooks, is_set, options_of, own, patch_of
+from glow_kernels.interop.openai import ActNorm2d, is_initialized
+from glow_kernels.interop.patch import Call, Mismatch, Patch, has_hooks, options_of, own, patch_of
 from glow_kernels.interop.scale_map import round_number
 from glow_kernels.interop.workshop import SPATIAL, Workshop, faithful_copy
 
@@ -123,9 +123,7 @@ class ActNormConv2d(Patch):
     def forward(self: Any, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) to (B, out_channels, H, W)."""
         convolution, actnorm = _convolution(self), self.actnorm
-        if not is_set(actnorm, actnorm.inited) or has_hooks(
-            actnorm, *([convolution] if convolution is not self else [])
-        ):
+        if not is_initialized(actnorm) or has_hooks(actnorm, *([convolution] if convolution is not self else [])):
             result: Tensor = own(self).forward(self, x)
             return result
         shift = actnorm.bias.flatten()

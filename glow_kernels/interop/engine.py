@@ -12,13 +12,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from glow_kernels.interop import convolutions, freia, nflows, normflows, openai, rosinality
+from glow_kernels.interop import (
+    chrischute,
+    convolutions,
+    freia,
+    glowtts,
+    nflows,
+    normflows,
+    openai,
+    rosinality,
+    survae,
+    waveglow,
+)
 from glow_kernels.interop.patch import Mismatch, Patch, apply, options_of, patch_of, undo, why_not_patchable
 from glow_kernels.interop.proof import Agreement, prove
 from glow_kernels.interop.report import LayerReport, Report
 from glow_kernels.interop.workshop import Workshop
 
-DIALECTS = (convolutions, rosinality, openai, normflows, nflows, freia)
+# Layers with more of a structure first: survae's convolution has an inverse, that of OpenAI's ports has none.
+DIALECTS = (convolutions, rosinality, survae, waveglow, glowtts, openai, chrischute, normflows, nflows, freia)
 
 
 def accelerate(model: nn.Module, *, verify: bool = True) -> Report:

@@ -1,11 +1,13 @@
 """The dialect of OpenAI's Glow in PyTorch: chaiyujin/glow-pytorch, y0ast/Glow-PyTorch, SRFlow and many copies.
 
-Layers are called as ``layer(x, logdet=None, reverse=False)`` and return the data and the log-determinant that was
-passed in, changed by their own: None stays None.
+Layers are called as ``layer(x, logdet=None, reverse=False)``, whatever the second argument is called, and return the
+data and the log-determinant that was passed in, changed by their own: None stays None.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 from typing import Any
 
 from torch import Tensor, nn
@@ -42,6 +44,24 @@ def added(log_det: Any, change: Tensor) -> Any:
     return None if log_det is None else log_det + change
 
 
+def arguments(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, bool, bool]:
+    """The log-determinant and the direction that a layer was called with, and whether that is all."""
+    names, defaults = _signature(own(module))
+    given = dict(zip(names, args, strict=False)) | options
+    log_det, reverse = (given.pop(name, default) for name, default in zip(names[:2], defaults, strict=False))
+    known = len(args) <= len(names) and all(value is None for value in given.values())
+    return log_det, bool(reverse), known
+
+
+@functools.cache
+def _signature(original: type[nn.Module]) -> tuple[tuple[str, ...], tuple[Any, Any]]:
+    """Names of the arguments after the data, and the defaults of the first two."""
+    parameters = list(inspect.signature(original.forward).parameters.values())[2:]
+    empty = inspect.Parameter.empty
+    defaults = [None if parameter.default is empty else parameter.default for parameter in parameters[:2]]
+    return tuple(parameter.name for parameter in parameters), (*defaults, None, False)[:2]  # type: ignore[return-value]
+
+
 class ActNorm2d(Patch):
     """``(x + bias) * exp(logs)``."""
 
@@ -52,16 +72,17 @@ class ActNorm2d(Patch):
         shapes = {name: tuple(tensor.shape) for name, tensor in module.named_parameters(recurse=False)}
         shape = shapes.get("bias", ())
         per_channel = len(shape) == 4 and shape[0] == 1 and shape[2:] == (1, 1)
-        return set(shapes) == {"bias", "logs"} and per_channel and shapes["logs"] == shape and hasattr(module, "inited")
+        return set(shapes) == {"bias", "logs"} and per_channel and shapes["logs"] == shape and bool(_flag(module))
 
     @classmethod
     def calls(cls, module: Any, options: Any) -> list[Call]:
         return signature_calls(module.bias.shape[1])
 
-    def forward(self: Any, x: Tensor, logdet: Any = None, reverse: bool = False, *args: Any, **options: Any) -> Any:
+    def forward(self: Any, x: Tensor, *args: Any, **options: Any) -> Any:
         """``y`` and the new log-determinant."""
-        if not _is_initialized(self) or args or options:
-            return own(self).forward(self, x, logdet, reverse, *args, **options)
+        logdet, reverse, known = arguments(self, args, options)
+        if not known or not is_initialized(self):
+            return own(self).forward(self, x, *args, **options)
         change = x.shape[2] * x.shape[3] * self.logs.sum()
         if reverse:
             return x * (-self.logs).exp() - self.bias, added(logdet, -change)
@@ -88,9 +109,12 @@ class InvertibleConv1x1(Patch):
         weight = next(tensor for tensor in module.parameters() if tensor.dim() == 2)
         return signature_calls(weight.shape[0])
 
-    def forward(self: Any, x: Tensor, logdet: Any = None, reverse: bool = False) -> tuple[Tensor, Any]:
+    def forward(self: Any, x: Tensor, *args: Any, **options: Any) -> Any:
         """``y`` and the new log-determinant."""
-        weight, weight_log_det = _matrix(self)
+        logdet, reverse, known = arguments(self, args, options)
+        if not known:
+            return own(self).forward(self, x, *args, **options)
+        weight, weight_log_det = matrix(self)
         zeros = weight.new_zeros(weight.shape[0])
         operator = actnorm_conv1x1_inverse if reverse else actnorm_conv1x1
         y, change = operator(x, zeros, zeros, weight, weight_log_det)
@@ -135,11 +159,12 @@ class FlowStep(Patch):
     def calls(cls, module: Any, options: Any) -> list[Call]:
         return signature_calls(options.channels)
 
-    def forward(self: Any, x: Tensor, logdet: Any = None, reverse: bool = False) -> tuple[Tensor, Any]:
+    def forward(self: Any, x: Tensor, *args: Any, **options: Any) -> Any:
         """``y`` and the new log-determinant."""
-        if logdet is None or not _is_initialized(self.actnorm) or has_hooks(self.actnorm, _child(self, PERMUTATIONS)):
-            result: tuple[Tensor, Any] = own(self).forward(self, x, logdet, reverse)
-            return result
+        logdet, reverse, known = arguments(self, args, options)
+        watched = has_hooks(self.actnorm, _child(self, PERMUTATIONS))
+        if not known or logdet is None or watched or not is_initialized(self.actnorm):
+            return own(self).forward(self, x, *args, **options)
         network, coupling = _child(self, NETWORKS), options_of(self)
         change: Any = 0.0
         if not reverse:
@@ -170,19 +195,25 @@ class Split2d(Patch):
         run = lambda module, x, log_det: module(x, log_det)  # noqa: E731
         return [Call("forward", run, (shape, (2,)))]
 
-    def forward(self: Any, x: Tensor, logdet: Any = 0.0, reverse: bool = False, *args: Any, **options: Any) -> Any:
+    def forward(self: Any, x: Tensor, *args: Any, **options: Any) -> Any:
         """The kept half, and ``logdet`` plus the log-density of the other."""
-        if reverse:
-            return own(self).forward(self, x, logdet, reverse, *args, **options)
+        logdet, reverse, known = arguments(self, args, options)
+        if reverse or not known:
+            return own(self).forward(self, x, *args, **options)
         kept, dropped = x.chunk(2, 1)
         return kept, gaussian_log_prob(dropped, self.conv(kept), "interleaved_mean_log_sd") + logdet
 
 
-def _is_initialized(actnorm: Any) -> bool:
-    return is_set(actnorm, actnorm.inited)
+def is_initialized(actnorm: Any) -> bool:
+    """Whether the parameters of ActNorm have been set from data."""
+    return is_set(actnorm, getattr(actnorm, str(_flag(actnorm))))
 
 
-def _matrix(convolution: Any) -> tuple[Tensor, Tensor | None]:
+def _flag(actnorm: Any) -> str | None:
+    return next((name for name in ("inited", "is_initialized") if hasattr(actnorm, name)), None)
+
+
+def matrix(convolution: Any) -> tuple[Tensor, Tensor | None]:
     """W (C, C), and ``log|det W|`` where it is known."""
     parameters = convolution._parameters
     if "weight" in parameters:
@@ -197,7 +228,7 @@ def _linear(step: Any, x: Tensor, logdet: Any, reverse: bool) -> tuple[Tensor, A
     mixing = _child(step, PERMUTATIONS)
     if patch_of(mixing) is InvertibleConv1x1:
         operator = actnorm_conv1x1_inverse if reverse else actnorm_conv1x1
-        x, change = operator(x, step.actnorm.logs.flatten(), step.actnorm.bias.flatten(), *_matrix(mixing))
+        x, change = operator(x, step.actnorm.logs.flatten(), step.actnorm.bias.flatten(), *matrix(mixing))
         return x, logdet + once(change)
     if reverse:
         y: tuple[Tensor, Any] = step.actnorm(mixing(x, True), logdet, True)

@@ -37,13 +37,14 @@ class StandIn(nn.Module):
     Args:
         inputs, outputs: channels before and after.
         channels_last: whether the network may be given images whose channels lie next to each other in memory.
+        pairs: the network returns halves of its channels as pairs in a last dimension.
     """
 
     mixing: Tensor
 
-    def __init__(self, inputs: int, outputs: int, channels_last: bool) -> None:
+    def __init__(self, inputs: int, outputs: int, channels_last: bool, pairs: bool) -> None:
         super().__init__()
-        self.inputs, self.outputs, self.channels_last = inputs, outputs, channels_last
+        self.inputs, self.outputs, self.channels_last, self.pairs = inputs, outputs, channels_last, pairs
         generator = torch.Generator().manual_seed(0)
         mixing = torch.randn(outputs, inputs, generator=generator, dtype=torch.float64) / inputs**0.5
         self.register_buffer("mixing", mixing)
@@ -56,8 +57,10 @@ class StandIn(nn.Module):
             x = x[0]
         self.seen = x
         if self.answer is not None:
-            return self.answer.to(x.dtype).expand(x.shape[0], self.outputs, *x.shape[2:]).clone()
-        return 1.5 * torch.tanh(torch.einsum("oc,bc...->bo...", self.mixing.to(x), x[:, : self.inputs]))
+            h = self.answer.to(x.dtype).expand(x.shape[0], self.outputs, *x.shape[2:]).clone()
+        else:
+            h = 1.5 * torch.tanh(torch.einsum("oc,bc...->bo...", self.mixing.to(x), x[:, : self.inputs]))
+        return torch.stack(h.chunk(2, 1), -1) if self.pairs else h
 
 
 class PassThrough(nn.Module):
@@ -212,6 +215,8 @@ def faithful_copy(module: Any, copies: dict[int, Any] | None = None) -> Any:
     copies = {} if copies is None else copies
     for layer in module.modules():
         copies |= {id(getattr(layer, name)): OrderedDict() for name in _HOOKS}
+        results = [value for value in vars(layer).values() if isinstance(value, Tensor) and not value.is_leaf]
+        copies |= {id(value): value.detach().clone() for value in results}  # which deepcopy refuses
     try:
         copied = copy.deepcopy(module, copies)
     except Exception as error:
@@ -285,19 +290,28 @@ def _stand_in(network: nn.Module, channels: int, spatial: tuple[int, ...]) -> St
         output = faithful_copy(network)(x)
     except Exception as error:
         raise Mismatch(f"its network does not run on {channels} channels: {error}") from error
+    pairs = isinstance(output, Tensor) and output.dim() == x.dim() + 1 and output.shape[-1] == 2
+    if pairs:
+        output = output.movedim(-1, 1).flatten(1, 2)
     if not isinstance(output, Tensor) or output.shape[:1] + output.shape[2:] != (2, *spatial):
         raise Mismatch("its network does not map channels to channels at every position")
-    return StandIn(channels, output.shape[1], x.dim() == 4 and _takes_channels_last(network, x))
+    return StandIn(channels, output.shape[1], x.dim() == 4 and _takes_channels_last(network, x), pairs)
 
 
 def _takes_channels_last(network: nn.Module, x: Tensor) -> bool:
     """Whether ``network``, with parameters that are not zero, says the same of ``x`` in another memory format."""
-    copied = randomised(faithful_copy(network)).eval()
-    try:
-        expected, actual = copied(x), copied(x.contiguous(memory_format=torch.channels_last))
-    except Exception:  # as from a view() of what is not contiguous
-        return False
-    return torch.allclose(actual, expected, rtol=1e-3, atol=1e-4)
+    for training in (False, True):
+        copied = randomised(faithful_copy(network)).train(training)
+        outputs = []
+        for layout in (torch.contiguous_format, torch.channels_last):
+            torch.manual_seed(0)  # dropout must drop the same
+            try:
+                outputs.append(copied(x.contiguous(memory_format=layout)))
+            except Exception:  # as from a view() of what is not contiguous
+                return False
+        if not torch.allclose(outputs[0], outputs[1], rtol=1e-3, atol=1e-4):
+            return False
+    return True
 
 
 def _rebind(function: types.FunctionType, copies: Mapping[int, Any]) -> types.FunctionType:

@@ -6,13 +6,16 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import FrEIA.framework
+import FrEIA.modules
 import nflows.distributions
 import nflows.flows
 import nflows.transforms
 import normflows
+import torch
 from torch import Tensor, nn
 
-from dialects import openai, rosinality
+from dialects import chrischute, openai, rosinality, survae
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,22 @@ def nflows_glow(channels=12) -> nn.Module:
     return transforms.CompositeTransform([transforms.SqueezeTransform(), transforms.CompositeTransform(steps)])
 
 
+def freia_glow(channels=12) -> nn.Module:
+    """Every layer of FrEIA that is accelerated, after a squeeze."""
+    modules = FrEIA.modules
+    model = FrEIA.framework.SequenceINN(3, 8, 8)
+    model.append(modules.IRevNetDownsampling)
+    rotation = torch.linalg.qr(torch.randn(channels, channels)).Q
+    model.append(modules.ActNorm)
+    model.append(modules.Fixed1x1Conv, M=1.1 * rotation)
+    model.append(modules.AffineCouplingOneSided, subnet_constructor=small_net)
+    model.append(modules.GLOWCouplingBlock, subnet_constructor=small_net, clamp=1.5, clamp_activation=torch.tanh)
+    model.append(modules.AllInOneBlock, subnet_constructor=small_net, permute_soft=True)
+    options = {"affine_clamping": 1.0, "global_affine_type": "EXP", "reverse_permutation": True}
+    model.append(modules.AllInOneBlock, subnet_constructor=small_net, **options)
+    return model
+
+
 def standard_normal_loss(model: nn.Module, x: Tensor) -> Tensor:
     """Of a transform that returns latents and log-determinant."""
     z, log_det = model(x)
@@ -92,21 +111,24 @@ def normflows_loss(model: nn.Module, x: Tensor) -> Tensor:
 
 
 EXAMPLES = {
-    "rosinality": Example(lambda: rosinality.Glow(3, 2, 2, filter_size=8), rosinality.loss, 18, 100),
-    "rosinality_plain": Example(lambda: rosinality.Glow(3, 2, 2, filter_size=8, conv_lu=False), rosinality.loss, 18),
-    "rosinality_additive": Example(lambda: rosinality.Glow(3, 2, 2, filter_size=8, affine=False), rosinality.loss, 18),
-    "chaiyujin": Example(lambda: openai.Glow(3, 8, 2, 2), openai.loss, 21, 100),
-    "chaiyujin_lu": Example(lambda: openai.Glow(3, 8, 2, 2, LU_decomposed=True), openai.loss, 21),
+    "rosinality": Example(lambda: rosinality.Glow(3, 2, 2, filter_size=8), rosinality.loss, 24, 100),
+    "rosinality_plain": Example(lambda: rosinality.Glow(3, 2, 2, filter_size=8, conv_lu=False), rosinality.loss, 24),
+    "rosinality_additive": Example(lambda: rosinality.Glow(3, 2, 2, filter_size=8, affine=False), rosinality.loss, 24),
+    "chaiyujin": Example(lambda: openai.Glow(3, 8, 2, 2), openai.loss, 34, 100),
+    "chaiyujin_lu": Example(lambda: openai.Glow(3, 8, 2, 2, LU_decomposed=True), openai.loss, 34),
     "chaiyujin_additive": Example(
-        lambda: openai.Glow(3, 8, 2, 2, coupling="additive", permutation="shuffle"), openai.loss, 17
+        lambda: openai.Glow(3, 8, 2, 2, coupling="additive", permutation="shuffle"), openai.loss, 30
     ),
-    "y0ast": Example(lambda: openai.Glow(3, 8, 2, 2, style="y0ast"), openai.loss, 21),
-    "y0ast_reverse": Example(lambda: openai.Glow(3, 8, 2, 2, style="y0ast", permutation="reverse"), openai.loss, 17),
-    "normflows": Example(normflows_glow, normflows_loss, 16, 100),
-    "normflows_plain_exp": Example(lambda: normflows_glow(use_lu=False, scale_map="exp"), normflows_loss, 16),
+    "y0ast": Example(lambda: openai.Glow(3, 8, 2, 2, style="y0ast"), openai.loss, 34),
+    "y0ast_reverse": Example(lambda: openai.Glow(3, 8, 2, 2, style="y0ast", permutation="reverse"), openai.loss, 30),
+    "normflows": Example(normflows_glow, normflows_loss, 20, 100),
+    "normflows_plain_exp": Example(lambda: normflows_glow(use_lu=False, scale_map="exp"), normflows_loss, 20),
     "normflows_sigmoid_inv": Example(
         lambda: normflows_glow(scale_map="sigmoid_inv", net_actnorm=True), normflows_loss, 24
     ),
-    "normflows_additive": Example(lambda: normflows_glow(scale=False, split_mode="channel_inv"), normflows_loss, 16),
+    "normflows_additive": Example(lambda: normflows_glow(scale=False, split_mode="channel_inv"), normflows_loss, 20),
     "nflows": Example(nflows_glow, standard_normal_loss, 10, 100),
+    "FrEIA": Example(freia_glow, standard_normal_loss, 11, 100),
+    "chrischute": Example(chrischute.Glow, chrischute.loss, 12, 100),
+    "survae": Example(survae.Flow, standard_normal_loss, 8, 100),
 }
