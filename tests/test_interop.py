@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from dialects.zoo import EXAMPLES, Example
@@ -53,6 +54,7 @@ def images(example: Example, generator: torch.Generator | None = None) -> Tensor
 
 def make(example: Example) -> nn.Module:
     torch.manual_seed(0)
+    np.random.seed(0)  # FrEIA draws its permutations from it
     return example.make()
 
 
@@ -133,9 +135,10 @@ def mark_initialized(*models: nn.Module) -> None:
 def test_copies_and_pickles_stay_accelerated(example):
     model = make(example)
     trained(example, model, 2)
+    picklable = can_be_pickled(model)
     gk.accelerate(model)
     copies = [copy.deepcopy(model)]
-    if not has_closures(model):
+    if picklable:
         copies.append(pickle.loads(pickle.dumps(model)))
     x = images(example)
     for copied in copies:
@@ -150,8 +153,17 @@ def test_copies_and_pickles_stay_accelerated(example):
             assert example.loss(copied, x).item() == pytest.approx(example.loss(reference, x).item(), rel=1e-5)
 
 
+def can_be_pickled(model: nn.Module) -> bool:
+    """Whether the original can be."""
+    try:
+        pickle.dumps(model)
+    except (AttributeError, pickle.PicklingError):
+        return False
+    return True
+
+
 def has_closures(model: nn.Module) -> bool:
-    """Attributes that cannot be pickled, and that keep the original's layers in a copy."""
+    """Attributes that keep the original's layers in a copy of the original."""
     return any(callable(getattr(layer, "flow_permutation", None)) for layer in model.modules())
 
 

@@ -113,7 +113,9 @@ def normflows_loss(model: nn.Module, x: Tensor) -> Tensor:
 EXAMPLES = {
     "rosinality": Example(lambda: rosinality.Glow(3, 2, 2, filter_size=8), rosinality.loss, 24, 100),
     "rosinality_plain": Example(lambda: rosinality.Glow(3, 2, 2, filter_size=8, conv_lu=False), rosinality.loss, 24),
-    "rosinality_additive": Example(lambda: rosinality.Glow(3, 2, 2, filter_size=8, affine=False), rosinality.loss, 24),
+    "rosinality_additive": Example(
+        lambda: rosinality.Glow(3, 2, 2, filter_size=8, affine=False), rosinality.loss, 24, 40
+    ),
     "chaiyujin": Example(lambda: openai.Glow(3, 8, 2, 2), openai.loss, 34, 100),
     "chaiyujin_lu": Example(lambda: openai.Glow(3, 8, 2, 2, LU_decomposed=True), openai.loss, 34),
     "chaiyujin_additive": Example(
