@@ -6,6 +6,7 @@ Importing this package loads no Triton, no shared library, and makes no CUDA con
 from glow_kernels import models, nn
 from glow_kernels.allocator import tune_allocator
 from glow_kernels.backends import available_backends, backend_status, use_backend
+from glow_kernels.interop import accelerate, restore
 from glow_kernels.ops import (
     ScaleMap,
     actnorm_conv1x1,
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ReversibleSequential",
     "ScaleMap",
+    "accelerate",
     "actnorm_conv1x1",
     "actnorm_conv1x1_inverse",
     "actnorm_statistics",
@@ -41,6 +43,7 @@ __all__ = [
     "models",
     "nn",
     "reconstruction_error",
+    "restore",
     "tune_allocator",
     "use_backend",
 ]

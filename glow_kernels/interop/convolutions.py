@@ -1,0 +1,201 @@
+"""Convolutions of coupling networks that scale their output per channel, whatever the dialect.
+
+``exp(k p) * conv(x)``, the convolution that starts at zero, and ``exp(logs) * (conv(x) + bias)``, a convolution with
+ActNorm, are convolutions whose weights are scaled, which saves a pass over the largest tensors there are.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from glow_kernels.interop.openai import ActNorm2d, is_initialized
+from glow_kernels.interop.patch import Call, Mismatch, Patch, has_hooks, options_of, own, patch_of
+from glow_kernels.interop.scale_map import round_number
+from glow_kernels.interop.workshop import SPATIAL, Workshop, faithful_copy
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """``exp(factor * p)``, and the border that the layer puts around its input.
+
+    Attributes:
+        name: of the parameter p.
+        factor: of p in the exponent.
+        border: width of what is padded before the convolution, and its value.
+    """
+
+    name: str
+    factor: float
+    border: int = 0
+    value: float = 0.0
+
+    def describe(self) -> str:
+        """For the report."""
+        border = f", input padded with {self.value:g}" if self.border else ""
+        return f"scaled by exp({self.factor:g} {self.name}){border}"
+
+
+class ScaledConv2d(Patch):
+    """A convolution times ``exp(k p)`` with p a number per output channel."""
+
+    dialect, kind = "network", "ScaledConv2d"
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        convolution = _convolution(module)
+        return convolution is not None and _scale_name(module, convolution) is not None
+
+    @classmethod
+    def examine(cls, module: Any, workshop: Workshop) -> Scaling:
+        convolution = _convolution(module)
+        if convolution.padding_mode != "zeros" or isinstance(convolution.padding, str):
+            raise Mismatch("its padding is none of zeros")
+        name = str(_scale_name(module, convolution))
+        copied = faithful_copy(module).double().cpu()
+        x = torch.randn(2, convolution.in_channels, *SPATIAL, dtype=torch.float64)
+        with torch.no_grad():
+            for parameter in copied.parameters():
+                parameter.zero_()
+            inner = _convolution(copied)
+            inner.bias.fill_(1.0)
+            getattr(copied, name).fill_(1.0)
+            factor = copied(x)[0, 0, 1, 1].log().item()
+            inner.bias.zero_()
+            getattr(copied, name).zero_()
+            inner.weight.fill_(1.0)
+            corner = copied(0 * x)[0, 0, 0, 0].item()
+        size = convolution.kernel_size[0]
+        border = 0 if copied(x).shape == inner(x).shape else size // 2
+        if border and (set(convolution.stride) | set(convolution.dilation) | {convolution.groups}) != {1}:
+            raise Mismatch("it pads its input for strides, dilation or groups")
+        value = 0.0
+        if border:
+            outside = size**2 - (size - border) ** 2
+            value = round_number(corner / (outside * convolution.in_channels), 1e-9)
+        return Scaling(name, round_number(factor, 1e-9), border, value)
+
+    @classmethod
+    def calls(cls, module: Any, options: Any) -> list[Call]:
+        return _calls(_convolution(module))
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        """(B, in_channels, H, W) to (B, out_channels, H, W)."""
+        convolution, scaling = _convolution(self), options_of(self)
+        if convolution is not self and has_hooks(convolution):
+            result: Tensor = own(self).forward(self, x)
+            return result
+        scale = (scaling.factor * getattr(self, scaling.name).flatten()).exp()
+        if not scaling.border:
+            return _scaled(convolution, x, scale, convolution.bias)
+        # A border of ones adds the same to every sample, so that the input need not be copied into a larger one.
+        weight = convolution.weight * scale[:, None, None, None]
+        border = F.pad(x.new_zeros(1, 1, *x.shape[2:]), [scaling.border] * 4, value=scaling.value)
+        at_border = F.conv2d(border, weight.sum(1, keepdim=True), convolution.bias * scale)
+        return F.conv2d(x, weight, padding=scaling.border) + at_border
+
+
+class ActNormConv2d(Patch):
+    """A convolution and then ActNorm of OpenAI's dialect."""
+
+    dialect, kind = "network", "ActNormConv2d"
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        convolution, actnorm = _convolution(module), getattr(module, "actnorm", None)
+        return convolution is not None and isinstance(actnorm, nn.Module) and ActNorm2d.matches(actnorm)
+
+    @classmethod
+    def examine(cls, module: Any, workshop: Workshop) -> None:
+        workshop.require((module.actnorm, ActNorm2d))
+        if _convolution(module).padding_mode != "zeros":
+            raise Mismatch("its padding is none of zeros")
+
+    @classmethod
+    def calls(cls, module: Any, options: Any) -> list[Call]:
+        return _calls(_convolution(module))
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        """(B, in_channels, H, W) to (B, out_channels, H, W)."""
+        convolution, actnorm = _convolution(self), self.actnorm
+        if not is_initialized(actnorm) or has_hooks(actnorm, *([convolution] if convolution is not self else [])):
+            result: Tensor = own(self).forward(self, x)
+            return result
+        shift = actnorm.bias.flatten()
+        if convolution.bias is not None:
+            shift = shift + convolution.bias
+        return _scaled(convolution, x, actnorm.logs.flatten().exp(), shift)
+
+
+class InPlaceSequential(Patch):
+    """A sequence in which activations overwrite the convolutions before them, whose results nobody else reads."""
+
+    dialect, kind = "network", "Sequential"
+    better = ("activations of coupling networks overwrite their input: half the hidden activations are kept",)
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        plain = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+        return plain and any(_may_overwrite(*pair) for pair in itertools.pairwise(module.children()))
+
+    @classmethod
+    def calls(cls, module: Any, options: Any) -> list[Call]:
+        first = next(layer for layer in module.modules() if isinstance(layer, nn.Conv2d))
+        return _calls(first)
+
+    def forward(self: Any, x: Any) -> Any:
+        """As of the layers one after another."""
+        before: nn.Module | None = None
+        for layer in self:
+            if before is not None and _may_overwrite(before, layer) and not has_hooks(before, layer):
+                x = F.leaky_relu_(x, getattr(layer, "negative_slope", 0.0))
+            else:
+                x = layer(x)
+            before = layer
+        return x
+
+
+def _may_overwrite(before: nn.Module, layer: nn.Module) -> bool:
+    """Whether ``layer`` is an activation, not in place already, of a convolution that does not need its own result."""
+    convolution = type(before).forward is nn.Conv2d.forward or patch_of(before) is ActNormConv2d
+    activation = type(layer) is nn.ReLU or (type(layer) is nn.LeakyReLU and layer.negative_slope >= 0)
+    return convolution and activation and not layer.inplace
+
+
+def _scaled(convolution: Any, x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """``scale * (W x + bias)``."""
+    weight = convolution.weight * scale[:, None, None, None]
+    options = (convolution.stride, convolution.padding, convolution.dilation, convolution.groups)
+    return F.conv2d(x, weight, bias * scale, *options)
+
+
+def _convolution(module: nn.Module) -> Any:
+    """The convolution that ``module`` is, or has as ``conv``; or None."""
+    if isinstance(module, nn.Conv2d):
+        return module
+    inner = getattr(module, "conv", None)
+    return inner if isinstance(inner, nn.Conv2d) else None
+
+
+def _scale_name(module: nn.Module, convolution: nn.Conv2d) -> str | None:
+    """Name of the one parameter beside the convolution's, if it has an element per output channel."""
+    parameters = {name: p for name, p in module.named_parameters(recurse=False) if name not in ("weight", "bias")}
+    others = {name for name, _ in module.named_children()} - {"conv"}
+    if len(parameters) != 1 or others or convolution.bias is None:
+        return None
+    name, parameter = parameters.popitem()
+    return name if parameter.numel() == convolution.out_channels else None
+
+
+def _calls(convolution: nn.Conv2d) -> list[Call]:
+    return [Call("forward", lambda module, x: module(x), ((2, convolution.in_channels, *SPATIAL),))]
+
+
+PATCHES = (ScaledConv2d, ActNormConv2d)
+# Of the networks of couplings only.
+NETWORK_PATCHES = (InPlaceSequential,)

@@ -1,0 +1,118 @@
+"""The dialect of jaywalnut310/glow-tts and its copies: sequences with masks, a convolution shared by channel groups.
+
+Layers are called as ``layer(x, x_mask=None, reverse=False, ...)`` and return the data and the log-determinant (B,),
+which is None in reverse.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from glow_kernels.interop.patch import Call, Mismatch, Patch, options_of, own
+from glow_kernels.interop.probe import Coupling
+from glow_kernels.interop.workshop import Workshop
+from glow_kernels.ops import actnorm_conv1x1, actnorm_conv1x1_inverse
+
+LENGTH = 8
+Result = tuple[Tensor, "Tensor | None"]
+
+
+def _calls(channels: int) -> list[Call]:
+    shape = (2, channels, LENGTH)
+
+    def mask(x: Tensor) -> Tensor:
+        lengths = torch.tensor([[LENGTH], [LENGTH - 3]], device=x.device)
+        return (torch.arange(LENGTH, device=x.device) < lengths).unsqueeze(1).to(x.dtype)
+
+    def masked(module: Any, x: Tensor, reverse: bool) -> Any:
+        return module(x * mask(x), mask(x), reverse=reverse)
+
+    return [
+        Call("forward", lambda module, x: masked(module, x, False), (shape,)),
+        Call("reverse", lambda module, x: masked(module, x, True), (shape,)),
+        Call("without mask", lambda module, x: module(x), (shape,), optional=True),
+    ]
+
+
+class InvConvNear(Patch):
+    """``W x`` with one W (n, n) for all groups of n channels, half of each from either half of the channels."""
+
+    dialect, kind = "glow-tts", "InvConvNear"
+    better = ("log|det W| is finite for a negative determinant too",)
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        shapes = {name: tuple(tensor.shape) for name, tensor in module.named_parameters(recurse=False)}
+        split = getattr(module, "n_split", None)
+        return shapes == {"weight": (split, split)} and hasattr(module, "channels")
+
+    @classmethod
+    def examine(cls, module: Any, workshop: Workshop) -> None:
+        if getattr(module, "no_jacobian", False):
+            raise Mismatch("it leaves its log-determinant out")
+
+    @classmethod
+    def calls(cls, module: Any, options: Any) -> list[Call]:
+        return _calls(module.channels)
+
+    def forward(self: Any, x: Tensor, x_mask: Any = None, reverse: bool = False, **options: Any) -> Any:
+        """``z`` and ``logdet`` (B,); None in reverse."""
+        if hasattr(self, "weight_inv"):
+            return own(self).forward(self, x, x_mask, reverse=reverse, **options)
+        batch, channels, length = x.shape
+        groups, half = channels // self.n_split, self.n_split // 2
+        grouped = x.view(batch, 2, groups, half, length).transpose(2, 3).reshape(batch, self.n_split, groups, length)
+        zeros = self.weight.new_zeros(self.n_split)
+        operator = actnorm_conv1x1_inverse if reverse else actnorm_conv1x1
+        z, log_det = operator(grouped, zeros, zeros, self.weight)
+        z = z.view(batch, 2, half, groups, length).transpose(2, 3).reshape(batch, channels, length)
+        if x_mask is not None:
+            # Of every position that the mask keeps.
+            z, log_det = z * x_mask, log_det * (x_mask.sum([1, 2]) / length)
+        return z, None if reverse else log_det
+
+
+class CouplingBlock(Patch):
+    """``(m + exp(logs) x) * mask``, with m and logs from a gated network of dilated convolutions."""
+
+    dialect, kind = "glow-tts", "CouplingBlock"
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        return set(dict(module.named_children())) == {"start", "wn", "end"} and hasattr(module, "sigmoid_scale")
+
+    @classmethod
+    def examine(cls, module: Any, workshop: Workshop) -> Coupling:
+        def run(copied: Any, x: Tensor) -> Tensor:
+            y: Tensor = copied(x, torch.ones_like(x[:, :1]))[0]
+            return y
+
+        network, skipped = module.end, {module.start: False, module.wn: False}
+        channels = 2 * module.start.in_channels
+        found = workshop.find_coupling(
+            module, network, run, channels=channels, spatial=(LENGTH,), skipped=skipped
+        ).require_halves()
+        if found.scale_map is None or found.scale_map.kind != "exp" or found.scale_map.offset or found.scale_map.floor:
+            raise Mismatch("its scale is not one where the mask is zero")
+        return found
+
+    @classmethod
+    def calls(cls, module: Any, options: Any) -> list[Call]:
+        return _calls(options.channels)[:2]
+
+    def forward(self: Any, x: Tensor, x_mask: Any = None, reverse: bool = False, g: Any = None, **options: Any) -> Any:
+        """``z`` and ``logdet`` (B,); None in reverse."""
+        coupling = options_of(self)
+        x_mask = 1 if x_mask is None else x_mask
+        read, transformed = coupling.split(x)
+        # A masked output of the network scales by one and shifts by nothing.
+        h = self.end(self.wn(self.start(read) * x_mask, x_mask, g)) * x_mask
+        operator = coupling.inverse if reverse else coupling.forward
+        y, log_det = operator(transformed * x_mask, h)
+        return coupling.join(read, y), None if reverse else log_det
+
+
+PATCHES = (InvConvNear, CouplingBlock)

@@ -1,0 +1,243 @@
+"""The dialect of nflows (bayesiains/nflows).
+
+Transforms are called as ``transform(inputs, context=None)`` or ``transform.inverse(inputs, context=None)``; both return
+the data and the log-determinant (B,) of their own direction. Data are vectors (B, C) or images.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from glow_kernels.backends.numerics import wide_dtype
+from glow_kernels.interop.patch import Call, Mismatch, Patch, has_hooks, is_set, options_of, own, patch_of
+from glow_kernels.interop.workshop import SPATIAL, Workshop, spatial_of
+from glow_kernels.ops import actnorm_conv1x1, actnorm_conv1x1_inverse
+
+DOUBLE = "the product of the triangular factors and its inverse are computed in float64"
+NO_SYNC = "ActNorm does not wait for the device to ask whether it is initialised"
+Result = tuple[Tensor, Tensor]
+
+
+def _calls(channels: int, *spatials: tuple[int, ...]) -> list[Call]:
+    calls = []
+    for spatial in spatials:
+        suffix = "" if spatial else " of vectors"
+        shape = (2, channels, *spatial)
+        calls.append(Call("forward" + suffix, lambda module, x: module(x), (shape,)))
+        calls.append(Call("inverse" + suffix, lambda module, z: module.inverse(z), (shape,)))
+    return calls
+
+
+class ActNorm(Patch):
+    """``exp(log_scale) * x + shift``."""
+
+    dialect, kind = "nflows", "ActNorm"
+    better = (NO_SYNC,)
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        shapes = {name: tensor.dim() for name, tensor in module.named_parameters(recurse=False)}
+        return shapes == {"log_scale": 1, "shift": 1} and hasattr(module, "initialized") and hasattr(module, "inverse")
+
+    @classmethod
+    def calls(cls, module: Any, options: Any) -> list[Call]:
+        return _calls(len(module.shift), SPATIAL, ())
+
+    def forward(self: Any, inputs: Tensor, context: Any = None) -> Result:
+        """``outputs`` and ``logabsdet`` (B,)."""
+        if (self.training and not is_set(self, self.initialized)) or inputs.dim() not in (2, 4):
+            result: Result = own(self).forward(self, inputs, context)
+            return result
+        shape = (1, -1, *(1,) * (inputs.dim() - 2))
+        outputs = self.log_scale.exp().view(shape) * inputs + self.shift.view(shape)
+        positions = inputs.shape[2:].numel()
+        return outputs, (positions * self.log_scale.sum()).repeat(inputs.shape[0])
+
+
+class OneByOneConvolution(Patch):
+    """``L U x[permutation] + bias``."""
+
+    dialect, kind = "nflows", "OneByOneConvolution"
+    better = (DOUBLE,)
+    methods = ("forward", "inverse")
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        names = {name for name, _ in module.named_parameters(recurse=False)}
+        factors = {"bias", "lower_entries", "upper_entries", "unconstrained_upper_diag"}
+        return names == factors and isinstance(getattr(module, "permutation", None), nn.Module)
+
+    @classmethod
+    def calls(cls, module: Any, options: Any) -> list[Call]:
+        return _calls(len(module.bias), SPATIAL)
+
+    def forward(self: Any, inputs: Tensor, context: Any = None) -> Result:
+        """``outputs`` and ``logabsdet`` (B,)."""
+        if not _can_fuse_convolution(self, inputs):
+            result: Result = own(self).forward(self, inputs, context)
+            return result
+        weight, weight_log_det = _matrix(self)
+        zeros = weight.new_zeros(weight.shape[0])
+        outputs, log_det = actnorm_conv1x1(inputs, zeros, zeros, weight, weight_log_det)
+        return outputs.add_(self.bias[:, None, None]), log_det
+
+    def inverse(self: Any, inputs: Tensor, context: Any = None) -> Result:
+        """``inputs`` and ``logabsdet`` (B,)."""
+        if not _can_fuse_convolution(self, inputs):
+            result: Result = own(self).inverse(self, inputs, context)
+            return result
+        weight, weight_log_det = _matrix(self)
+        zeros = weight.new_zeros(weight.shape[0])
+        return actnorm_conv1x1_inverse(inputs - self.bias[:, None, None], zeros, zeros, weight, weight_log_det)
+
+
+class AffineCouplingTransform(Patch):
+    """An affine or additive coupling of chosen channels."""
+
+    dialect, kind = "nflows", "AffineCouplingTransform"
+    methods = ("forward", "inverse")
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        buffers = {name for name, _ in module.named_buffers(recurse=False)}
+        network = isinstance(getattr(module, "transform_net", None), nn.Module)
+        return network and buffers == {"identity_features", "transform_features"} and hasattr(module, "inverse")
+
+    @classmethod
+    def examine(cls, module: Any, workshop: Workshop) -> Any:
+        if getattr(module, "unconditional_transform", None) is not None:
+            raise Mismatch("the channels that the network reads are transformed too")
+        found = workshop.find_coupling(
+            module,
+            module.transform_net,
+            lambda copied, x: copied(x)[0],
+            channels=len(module.identity_features) + len(module.transform_features),
+            spatial=spatial_of(module.transform_net),
+        )
+        if list(found.read) != module.identity_features.tolist():
+            raise Mismatch("its network does not read identity_features in their order")
+        return found
+
+    @classmethod
+    def calls(cls, module: Any, options: Any) -> list[Call]:
+        return _calls(options.channels, spatial_of(module.transform_net))
+
+    def forward(self: Any, inputs: Tensor, context: Any = None) -> Result:
+        """``outputs`` and ``logabsdet`` (B,)."""
+        if inputs.dim() not in (2, 4) or inputs.shape[1] != options_of(self).channels:
+            result: Result = own(self).forward(self, inputs, context)
+            return result
+        return _transform(self, inputs, context, options_of(self).forward)
+
+    def inverse(self: Any, inputs: Tensor, context: Any = None) -> Result:
+        """``inputs`` and ``logabsdet`` (B,)."""
+        if inputs.dim() not in (2, 4) or inputs.shape[1] != options_of(self).channels:
+            result: Result = own(self).inverse(self, inputs, context)
+            return result
+        return _transform(self, inputs, context, options_of(self).inverse)
+
+
+class CompositeTransform(Patch):
+    """A chain of transforms, in which ActNorm and 1x1 convolution after one another are one operator."""
+
+    dialect, kind = "nflows", "CompositeTransform"
+    methods = ("forward", "inverse")
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        transforms = getattr(module, "_transforms", None)
+        chain = isinstance(transforms, nn.ModuleList) and hasattr(module, "_cascade")
+        return chain and any(_is_pair(*pair) for pair in itertools.pairwise(transforms))  # type: ignore[arg-type]
+
+    @classmethod
+    def examine(cls, module: Any, workshop: Workshop) -> None:
+        for actnorm, convolution in zip(module._transforms, module._transforms[1:], strict=False):
+            if _is_pair(actnorm, convolution):
+                workshop.require((actnorm, ActNorm), (convolution, OneByOneConvolution))
+
+    @classmethod
+    def calls(cls, module: Any, options: Any) -> list[Call]:
+        first = next(layer for layer in module._transforms if ActNorm.matches(layer))
+        return _calls(len(first.shift), SPATIAL)
+
+    def forward(self: Any, inputs: Tensor, context: Any = None) -> Result:
+        """``outputs`` and ``logabsdet`` (B,)."""
+        return own(self)._cascade(inputs, _fused(list(self._transforms), inputs), context)  # type: ignore[no-any-return]
+
+    def inverse(self: Any, inputs: Tensor, context: Any = None) -> Result:
+        """``inputs`` and ``logabsdet`` (B,)."""
+        steps = _fused(list(self._transforms), inputs)
+        return own(self)._cascade(inputs, [step.inverse for step in reversed(steps)], context)  # type: ignore[no-any-return]
+
+
+class _Pair:
+    """ActNorm and 1x1 convolution after one another."""
+
+    def __init__(self, actnorm: Any, convolution: Any) -> None:
+        self.actnorm, self.convolution = actnorm, convolution
+
+    def __call__(self, inputs: Tensor, context: Any = None) -> Result:
+        outputs, log_det = actnorm_conv1x1(inputs, *self._linear())
+        return outputs.add_(self.convolution.bias[:, None, None]), log_det
+
+    def inverse(self, inputs: Tensor, context: Any = None) -> Result:
+        return actnorm_conv1x1_inverse(inputs - self.convolution.bias[:, None, None], *self._linear())
+
+    def _linear(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        # exp(a) x + c = exp(a) (x + c exp(-a))
+        log_scale, shift = self.actnorm.log_scale, self.actnorm.shift
+        return log_scale, shift * (-log_scale).exp(), *_matrix(self.convolution)
+
+
+def _fused(transforms: list[Any], inputs: Tensor) -> list[Any]:
+    """``transforms`` with pairs in the place of what can be computed together."""
+    steps: list[Any] = []
+    for transform in transforms:
+        before = steps[-1] if steps else None
+        fusable = isinstance(before, nn.Module) and _is_pair(before, transform) and _can_fuse(before, transform, inputs)
+        steps[-1 if fusable else len(steps) :] = [_Pair(before, transform) if fusable else transform]
+    return steps
+
+
+def _is_pair(first: Any, second: Any) -> bool:
+    return ActNorm.matches(first) and OneByOneConvolution.matches(second)
+
+
+def _can_fuse(actnorm: Any, convolution: Any, inputs: Tensor) -> bool:
+    ready = not actnorm.training or is_set(actnorm, actnorm.initialized)
+    return ready and _can_fuse_convolution(convolution, inputs) and not has_hooks(actnorm, convolution)
+
+
+def _can_fuse_convolution(convolution: Any, inputs: Tensor) -> bool:
+    cached = convolution.using_cache and not convolution.training
+    return inputs.dim() == 4 and not cached and patch_of(convolution) is not None
+
+
+def _matrix(convolution: Any) -> tuple[Tensor, Tensor]:
+    """W (C, C) and ``log|det W|``."""
+    lower, upper = convolution._create_lower_upper()
+    wide = wide_dtype(lower.device)
+    product = (lower.to(wide) @ upper.to(wide)).to(lower.dtype)
+    weight = product.index_select(1, convolution.permutation._inverse_permutation)
+    return weight, convolution.upper_diag.log().sum()
+
+
+def _transform(coupling: Any, inputs: Tensor, context: Any, operator: Any) -> Result:
+    options = options_of(coupling)
+    if not options.has_halves:
+        read, transformed = inputs[:, coupling.identity_features], inputs[:, coupling.transform_features]
+        changed, log_det = operator(transformed, options.predict(coupling.transform_net, read, context))
+        outputs = torch.empty_like(inputs)
+        outputs[:, coupling.identity_features] = read
+        outputs[:, coupling.transform_features] = changed
+        return outputs, log_det
+    read, transformed = options.split(inputs)
+    changed, log_det = operator(transformed, options.predict(coupling.transform_net, read, context))
+    return options.join(read, changed), log_det
+
+
+PATCHES = (ActNorm, OneByOneConvolution, AffineCouplingTransform, CompositeTransform)

@@ -1,0 +1,200 @@
+"""The dialect of normflows (VincentStimper/normalizing-flows).
+
+``forward`` samples; the density direction is ``inverse``. Both return the data and the log-determinant of their own
+direction: without dimensions from ActNorm and the 1x1 convolution, (B,) from couplings and blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor, nn
+
+from glow_kernels.interop.patch import Call, Patch, has_hooks, is_set, once, options_of, own
+from glow_kernels.interop.workshop import SPATIAL, Workshop
+from glow_kernels.ops import actnorm_conv1x1, actnorm_conv1x1_inverse, lu_weight
+
+DOUBLE = "log|det W| is computed in float64"
+NO_SYNC = "ActNorm does not wait for the device to ask whether it is initialised"
+STABLE = "log s is computed as log(sigmoid), not as the log of a sigmoid that may have underflowed"
+
+
+def _calls(*shape: int) -> list[Call]:
+    return [
+        Call("inverse", lambda module, x: module.inverse(x), ((2, *shape),)),
+        Call("forward", lambda module, z: module(z), ((2, *shape),)),
+    ]
+
+
+class ActNorm(Patch):
+    """``(x - t) * exp(-s)`` in the density direction."""
+
+    dialect, kind = "normflows", "ActNorm"
+    better = (NO_SYNC,)
+    methods = ("forward", "inverse")
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        names = {name for name, _ in module.named_parameters(recurse=False)}
+        attributes = ("data_dep_init_done", "batch_dims", "inverse")
+        return names == {"s", "t"} and all(hasattr(module, name) for name in attributes)
+
+    @classmethod
+    def calls(cls, module: Any, options: Any) -> list[Call]:
+        sizes = (size if size > 1 or index == 1 else SPATIAL[0] for index, size in enumerate(module.s.shape))
+        return _calls(*list(sizes)[1:])
+
+    def forward(self: Any, z: Tensor) -> tuple[Tensor, Tensor]:
+        """``x`` and ``log_det`` ()."""
+        if not is_set(self, self.data_dep_init_done):
+            result: tuple[Tensor, Tensor] = own(self).forward(self, z)
+            return result
+        return z * self.s.exp() + self.t, _repetitions(self, z) * self.s.sum()
+
+    def inverse(self: Any, z: Tensor) -> tuple[Tensor, Tensor]:
+        """``z`` and ``log_det`` ()."""
+        if not is_set(self, self.data_dep_init_done):
+            result: tuple[Tensor, Tensor] = own(self).inverse(self, z)
+            return result
+        return (z - self.t) * (-self.s).exp(), -_repetitions(self, z) * self.s.sum()
+
+
+class Invertible1x1Conv(Patch):
+    """``W x`` in the density direction, with W a parameter or ``P L (U + diag(S))``."""
+
+    dialect, kind = "normflows", "Invertible1x1Conv"
+    better = (DOUBLE,)
+    methods = ("forward", "inverse")
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        names = {name for name, _ in module.named_parameters(recurse=False)}
+        return names in ({"W"}, {"L", "U", "log_S"}) and hasattr(module, "use_lu") and hasattr(module, "inverse")
+
+    @classmethod
+    def calls(cls, module: Any, options: Any) -> list[Call]:
+        return _calls(module.num_channels, *SPATIAL)
+
+    def forward(self: Any, z: Tensor) -> tuple[Tensor, Tensor]:
+        """``x`` and ``log_det`` ()."""
+        weight, weight_log_det = _matrix(self)
+        zeros = weight.new_zeros(weight.shape[0])
+        x, log_det = actnorm_conv1x1_inverse(z, zeros, zeros, weight, weight_log_det)
+        return x, once(log_det)
+
+    def inverse(self: Any, z: Tensor) -> tuple[Tensor, Tensor]:
+        """``z`` and ``log_det`` ()."""
+        weight, weight_log_det = _matrix(self)
+        zeros = weight.new_zeros(weight.shape[0])
+        z, log_det = actnorm_conv1x1(z, zeros, zeros, weight, weight_log_det)
+        return z, once(log_det)
+
+
+class AffineCouplingBlock(Patch):
+    """Split, coupling and merge."""
+
+    dialect, kind = "normflows", "AffineCouplingBlock"
+    methods = ("forward", "inverse")
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        flows = _flows(module)
+        return len(flows) == 3 and hasattr(flows[1], "param_map") and not list(flows[0].parameters())
+
+    @classmethod
+    def examine(cls, module: Any, workshop: Workshop) -> Any:
+        network = module.flows[1].param_map
+        return workshop.find_coupling(module, network, lambda copied, x: copied.inverse(x)[0]).require_halves()
+
+    @classmethod
+    def improvements(cls, module: Any, options: Any) -> tuple[str, ...]:
+        return (STABLE,) if options.is_sigmoid else ()
+
+    @classmethod
+    def calls(cls, module: Any, options: Any) -> list[Call]:
+        return _calls(options.channels, *SPATIAL)
+
+    def forward(self: Any, z: Tensor) -> tuple[Tensor, Tensor]:
+        """``x`` and ``log_det`` (B,)."""
+        if has_hooks(*self.flows):
+            result: tuple[Tensor, Tensor] = own(self).forward(self, z)
+            return result
+        read, transformed = options_of(self).split(z)
+        x, log_det = options_of(self).inverse(transformed, options_of(self).predict(self.flows[1].param_map, read))
+        return options_of(self).join(read, x), log_det
+
+    def inverse(self: Any, z: Tensor) -> tuple[Tensor, Tensor]:
+        """``z`` and ``log_det`` (B,)."""
+        read, transformed = options_of(self).split(z)
+        y, log_det = options_of(self).forward(transformed, options_of(self).predict(self.flows[1].param_map, read))
+        return options_of(self).join(read, y), log_det
+
+
+class GlowBlock(Patch):
+    """Coupling, 1x1 convolution and ActNorm in sampling order; the last two as one operator."""
+
+    dialect, kind = "normflows", "GlowBlock"
+    methods = ("forward", "inverse")
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        flows = _flows(module)
+        return len(flows) == 3 and Invertible1x1Conv.matches(flows[1]) and ActNorm.matches(flows[2])
+
+    @classmethod
+    def examine(cls, module: Any, workshop: Workshop) -> None:
+        workshop.require((module.flows[1], Invertible1x1Conv), (module.flows[2], ActNorm))
+
+    @classmethod
+    def calls(cls, module: Any, options: Any) -> list[Call]:
+        return _calls(module.flows[1].num_channels, *SPATIAL)
+
+    def forward(self: Any, z: Tensor) -> tuple[Tensor, Tensor]:
+        """``x`` and ``log_det`` (B,)."""
+        coupling, convolution, actnorm = self.flows
+        if not _can_fuse(actnorm) or has_hooks(convolution, actnorm):
+            result: tuple[Tensor, Tensor] = own(self).forward(self, z)
+            return result
+        z, coupling_log_det = coupling(z)
+        x, log_det = actnorm_conv1x1_inverse(z, *_linear(actnorm, convolution))
+        return x, coupling_log_det + log_det
+
+    def inverse(self: Any, z: Tensor) -> tuple[Tensor, Tensor]:
+        """``z`` and ``log_det`` (B,)."""
+        coupling, convolution, actnorm = self.flows
+        if not _can_fuse(actnorm):
+            result: tuple[Tensor, Tensor] = own(self).inverse(self, z)
+            return result
+        z, log_det = actnorm_conv1x1(z, *_linear(actnorm, convolution))
+        z, coupling_log_det = coupling.inverse(z)
+        return z, coupling_log_det + log_det
+
+
+def _flows(module: nn.Module) -> list[Any]:
+    flows = getattr(module, "flows", None)
+    only = set(dict(module.named_children())) == {"flows"}
+    return list(flows) if only and isinstance(flows, nn.ModuleList) and hasattr(module, "inverse") else []
+
+
+def _repetitions(actnorm: Any, z: Tensor) -> int:
+    """How often each parameter is applied to one sample."""
+    return math.prod(z.shape[dimension] for dimension in actnorm.batch_dims[1:])
+
+
+def _matrix(convolution: Any) -> tuple[Tensor, Tensor | None]:
+    """W (C, C), and ``log|det W|`` where it is known."""
+    if not convolution.use_lu:
+        return convolution.W, None
+    return lu_weight(convolution.P, convolution.L, convolution.U, convolution.log_S, convolution.sign_S)
+
+
+def _can_fuse(actnorm: Any) -> bool:
+    return actnorm.s.dim() == 4 and is_set(actnorm, actnorm.data_dep_init_done)
+
+
+def _linear(actnorm: Any, convolution: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    return (-actnorm.s.flatten(), -actnorm.t.flatten(), *_matrix(convolution))
+
+
+PATCHES = (ActNorm, Invertible1x1Conv, GlowBlock, AffineCouplingBlock)

@@ -1,0 +1,244 @@
+"""The dialect of OpenAI's Glow in PyTorch: chaiyujin/glow-pytorch, y0ast/Glow-PyTorch, SRFlow and many copies.
+
+Layers are called as ``layer(x, logdet=None, reverse=False)``, whatever the second argument is called, and return the
+data and the log-determinant that was passed in, changed by their own: None stays None.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+from torch import Tensor, nn
+
+from glow_kernels.interop.patch import Call, Patch, has_hooks, is_set, once, options_of, own, patch_of
+from glow_kernels.interop.workshop import SPATIAL, Workshop
+from glow_kernels.ops import actnorm_conv1x1, actnorm_conv1x1_inverse, gaussian_log_prob, lu_weight
+
+STABLE = "log s is computed as log(sigmoid), not as the log of a sigmoid that may have underflowed"
+DOUBLE = "log|det W| and the inverse of W are computed in float64"
+COPIES = "deep copies of a step use their own 1x1 convolution, also where a closure kept the original's"
+
+NETWORKS = ("f", "block")
+PERMUTATIONS = ("invconv", "reverse", "shuffle")
+# Names of L and U in the copies.
+TRIANGLES = (("l", "u"), ("lower", "upper"))
+
+
+def signature_calls(channels: int, *, without_log_det: bool = True) -> list[Call]:
+    """The calls of a layer with this dialect's signature."""
+    shape, batch = (2, channels, *SPATIAL), (2,)
+    calls = [
+        Call("forward", lambda module, x, log_det: module(x, log_det), (shape, batch)),
+        Call("reverse", lambda module, x, log_det: module(x, log_det, reverse=True), (shape, batch)),
+    ]
+    if without_log_det:
+        calls.append(Call("forward without logdet", lambda module, x: module(x), (shape,), optional=True))
+        calls.append(Call("reverse without logdet", lambda module, x: module(x, reverse=True), (shape,), optional=True))
+    return calls
+
+
+def added(log_det: Any, change: Tensor) -> Any:
+    """The log-determinant that goes on, or None if nobody asks for one."""
+    return None if log_det is None else log_det + change
+
+
+def arguments(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, bool, bool]:
+    """The log-determinant and the direction that a layer was called with, and whether that is all."""
+    names, defaults = _signature(own(module))
+    given = dict(zip(names, args, strict=False)) | options
+    log_det, reverse = (given.pop(name, default) for name, default in zip(names[:2], defaults, strict=False))
+    known = len(args) <= len(names) and all(value is None for value in given.values())
+    return log_det, bool(reverse), known
+
+
+@functools.cache
+def _signature(original: type[nn.Module]) -> tuple[tuple[str, ...], tuple[Any, Any]]:
+    """Names of the arguments after the data, and the defaults of the first two."""
+    parameters = list(inspect.signature(original.forward).parameters.values())[2:]
+    empty = inspect.Parameter.empty
+    defaults = [None if parameter.default is empty else parameter.default for parameter in parameters[:2]]
+    return tuple(parameter.name for parameter in parameters), (*defaults, None, False)[:2]  # type: ignore[return-value]
+
+
+class ActNorm2d(Patch):
+    """``(x + bias) * exp(logs)``."""
+
+    dialect, kind = "openai", "ActNorm2d"
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        shapes = {name: tuple(tensor.shape) for name, tensor in module.named_parameters(recurse=False)}
+        shape = shapes.get("bias", ())
+        per_channel = len(shape) == 4 and shape[0] == 1 and shape[2:] == (1, 1)
+        return set(shapes) == {"bias", "logs"} and per_channel and shapes["logs"] == shape and bool(_flag(module))
+
+    @classmethod
+    def calls(cls, module: Any, options: Any) -> list[Call]:
+        return signature_calls(module.bias.shape[1])
+
+    def forward(self: Any, x: Tensor, *args: Any, **options: Any) -> Any:
+        """``y`` and the new log-determinant."""
+        logdet, reverse, known = arguments(self, args, options)
+        if not known or not is_initialized(self):
+            return own(self).forward(self, x, *args, **options)
+        change = x.shape[2] * x.shape[3] * self.logs.sum()
+        if reverse:
+            return x * (-self.logs).exp() - self.bias, added(logdet, -change)
+        return (x + self.bias) * self.logs.exp(), added(logdet, change)
+
+
+class InvertibleConv1x1(Patch):
+    """``W x``, with W a parameter (C, C) or ``P L (U + diag(s))``."""
+
+    dialect, kind = "openai", "InvertibleConv1x1"
+    better = (DOUBLE,)
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        shapes = {name: tuple(tensor.shape) for name, tensor in module.named_parameters(recurse=False)}
+        if set(shapes) == {"weight"}:
+            shape = shapes["weight"]
+            return len(shape) == 2 and shape[0] == shape[1] and not isinstance(module, nn.Linear)
+        factors = any(set(shapes) == {lower, upper, "log_s"} for lower, upper in TRIANGLES)
+        return factors and {"p", "sign_s"} <= {name for name, _ in module.named_buffers(recurse=False)}
+
+    @classmethod
+    def calls(cls, module: Any, options: Any) -> list[Call]:
+        weight = next(tensor for tensor in module.parameters() if tensor.dim() == 2)
+        return signature_calls(weight.shape[0])
+
+    def forward(self: Any, x: Tensor, *args: Any, **options: Any) -> Any:
+        """``y`` and the new log-determinant."""
+        logdet, reverse, known = arguments(self, args, options)
+        if not known:
+            return own(self).forward(self, x, *args, **options)
+        weight, weight_log_det = matrix(self)
+        zeros = weight.new_zeros(weight.shape[0])
+        operator = actnorm_conv1x1_inverse if reverse else actnorm_conv1x1
+        y, change = operator(x, zeros, zeros, weight, weight_log_det)
+        return y, added(logdet, once(change))
+
+
+class FlowStep(Patch):
+    """ActNorm and convolution as one operator, then the coupling, of which the network is a submodule."""
+
+    dialect, kind = "openai", "FlowStep"
+
+    @classmethod
+    def improvements(cls, module: Any, options: Any) -> tuple[str, ...]:
+        closures = any(callable(value) for value in module.__dict__.values())
+        return ((STABLE,) if options.is_sigmoid else ()) + ((COPIES,) if closures else ())
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        children = set(dict(module.named_children()))
+        networks, permutations = children & set(NETWORKS), children & set(PERMUTATIONS)
+        return "actnorm" in children and len(networks) == len(permutations) == 1 and len(children) == 3
+
+    @classmethod
+    def examine(cls, module: Any, workshop: Workshop) -> Any:
+        permutation = _child(module, PERMUTATIONS)
+        learned = isinstance(getattr(module, "invconv", None), nn.Module)
+        workshop.require((module.actnorm, ActNorm2d), *([(permutation, InvertibleConv1x1)] if learned else []))
+
+        def run(copied: Any, x: Tensor) -> Tensor:
+            y: Tensor = copied(x, x.new_zeros(x.shape[0]))[0]
+            return y
+
+        return workshop.find_coupling(
+            module,
+            _child(module, NETWORKS),
+            run,
+            channels=module.actnorm.bias.shape[1],
+            skipped={module.actnorm: True, permutation: learned},
+        ).require_halves()
+
+    @classmethod
+    def calls(cls, module: Any, options: Any) -> list[Call]:
+        return signature_calls(options.channels)
+
+    def forward(self: Any, x: Tensor, *args: Any, **options: Any) -> Any:
+        """``y`` and the new log-determinant."""
+        logdet, reverse, known = arguments(self, args, options)
+        watched = has_hooks(self.actnorm, _child(self, PERMUTATIONS))
+        if not known or logdet is None or watched or not is_initialized(self.actnorm):
+            return own(self).forward(self, x, *args, **options)
+        network, coupling = _child(self, NETWORKS), options_of(self)
+        change: Any = 0.0
+        if not reverse:
+            x, logdet = _linear(self, x, logdet, reverse)
+            read, transformed = coupling.split(x)
+            y, change = coupling.forward(transformed, coupling.predict(network, read))
+            x = coupling.join(read, y)
+        else:
+            read, transformed = coupling.split(x)
+            y, change = coupling.inverse(transformed, coupling.predict(network, read))
+            x, logdet = _linear(self, coupling.join(read, y), logdet, reverse)
+        return x, logdet if coupling.scale_map is None else logdet + change
+
+
+class Split2d(Patch):
+    """Factors out the second half of the channels, whose Gaussian a convolution predicts from the first."""
+
+    dialect, kind = "openai", "Split2d"
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        return set(dict(module.named_children())) == {"conv"} and hasattr(module, "split2d_prior")
+
+    @classmethod
+    def calls(cls, module: Any, options: Any) -> list[Call]:
+        convolution = getattr(module.conv, "conv", module.conv)
+        shape = (2, 2 * convolution.in_channels, *SPATIAL)
+        run = lambda module, x, log_det: module(x, log_det)  # noqa: E731
+        return [Call("forward", run, (shape, (2,)))]
+
+    def forward(self: Any, x: Tensor, *args: Any, **options: Any) -> Any:
+        """The kept half, and ``logdet`` plus the log-density of the other."""
+        logdet, reverse, known = arguments(self, args, options)
+        if reverse or not known:
+            return own(self).forward(self, x, *args, **options)
+        kept, dropped = x.chunk(2, 1)
+        return kept, gaussian_log_prob(dropped, self.conv(kept), "interleaved_mean_log_sd") + logdet
+
+
+def is_initialized(actnorm: Any) -> bool:
+    """Whether the parameters of ActNorm have been set from data."""
+    return is_set(actnorm, getattr(actnorm, str(_flag(actnorm))))
+
+
+def _flag(actnorm: Any) -> str | None:
+    return next((name for name in ("inited", "is_initialized") if hasattr(actnorm, name)), None)
+
+
+def matrix(convolution: Any) -> tuple[Tensor, Tensor | None]:
+    """W (C, C), and ``log|det W|`` where it is known."""
+    parameters = convolution._parameters
+    if "weight" in parameters:
+        return convolution.weight, None
+    lower, upper = next(names for names in TRIANGLES if names[0] in parameters)
+    factors = getattr(convolution, lower), getattr(convolution, upper)
+    return lu_weight(convolution.p, *factors, convolution.log_s, convolution.sign_s)
+
+
+def _linear(step: Any, x: Tensor, logdet: Any, reverse: bool) -> tuple[Tensor, Any]:
+    """ActNorm and what mixes the channels."""
+    mixing = _child(step, PERMUTATIONS)
+    if patch_of(mixing) is InvertibleConv1x1:
+        operator = actnorm_conv1x1_inverse if reverse else actnorm_conv1x1
+        x, change = operator(x, step.actnorm.logs.flatten(), step.actnorm.bias.flatten(), *matrix(mixing))
+        return x, logdet + once(change)
+    if reverse:
+        y: tuple[Tensor, Any] = step.actnorm(mixing(x, True), logdet, True)
+        return y
+    x, logdet = step.actnorm(x, logdet, False)
+    return mixing(x, False), logdet
+
+
+def _child(module: nn.Module, names: tuple[str, ...]) -> Any:
+    return next(child for name, child in module.named_children() if name in names)
+
+
+PATCHES = (ActNorm2d, InvertibleConv1x1, FlowStep, Split2d)

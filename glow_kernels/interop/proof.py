@@ -1,0 +1,219 @@
+"""The proof of a patch: the layer before and after must agree, or the patch is not made.
+
+Copies of both run on the same random inputs, with the same simple stand-ins for their networks:
+
+* in float64, with parameters moved away from special values, in training and evaluation mode, both directions:
+  structure, shapes, types, values and the gradients of inputs and parameters;
+* in their own precision, with their own parameters: the accuracy rule, an error against the float64 truth of at most
+  twice that of the layer as it was, plus a few units in the last place;
+* from before ActNorm was initialised: the same parameters after the first batch, and the same results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from glow_kernels.interop.patch import Call, Mismatch, Patch
+from glow_kernels.interop.workshop import Workshop, faithful_copy, randomised, with_flags
+
+# Agreement of two ways to compute the same, relative to the largest value: of transformed data in float64; of
+# log-determinants and gradients, which some layers round to float32 whatever their type; of layers that only run in
+# float32.
+_EXACT, _NEARLY_EXACT, _ROUNDED = 1e-9, 1e-7, 2e-5
+_ULPS = 32
+
+
+@dataclass
+class Agreement:
+    """Largest differences that were measured, relative to the size of the values.
+
+    Attributes:
+        values, gradients: in float64, by call: ``{"forward": ...}``.
+        rounding: largest error in the layer's own precision, in units in the last place; and that of the original.
+    """
+
+    values: dict[str, float] = field(default_factory=dict)
+    gradients: dict[str, float] = field(default_factory=dict)
+    rounding: tuple[float, float] = (0.0, 0.0)
+
+
+@dataclass
+class _Run:
+    """Results of one call: the tensors among them, the gradients, and where they stood."""
+
+    tensors: list[Tensor]
+    others: list[Any]
+    structure: Any
+    gradients: dict[str, Tensor | None]
+
+
+def prove(module: nn.Module, patch: type[Patch], options: Any, workshop: Workshop) -> Agreement:
+    """Compare ``module`` with what ``patch`` would make of it.
+
+    Raises:
+        Mismatch: they differ; the message says in what.
+    """
+    before, after = workshop.replica(module), workshop.patched_replica(module, patch, options)
+    agreement = Agreement()
+    calls = patch.calls(module, options)
+    for call in calls:
+        for training in (True, False):
+            _same_formula(call, before, after, training, agreement)
+        _as_accurate(call, before, after, agreement)
+    _same_start(calls[0], before, after)
+    if not agreement.values:
+        raise Mismatch("none of its calls could be compared")
+    return agreement
+
+
+def _same_formula(call: Call, before: Any, after: Any, training: bool, agreement: Agreement) -> None:
+    dtype = torch.float64
+    pair = [_prepared(module, dtype, training) for module in (before, after)]
+    try:
+        expected = _run(call, pair[0], dtype)
+    except Exception:  # many layers cannot run in float64
+        dtype = _precision(before)
+        pair = [_prepared(module, dtype, training) for module in (before, after)]
+        try:
+            expected = _run(call, pair[0], dtype)
+        except Exception as error:
+            if call.optional:
+                return
+            raise Mismatch(f"{call.name} does not run: {error}") from error
+    actual = _run(call, pair[1], dtype)
+    _same_structure(call.name, expected, actual)
+    values = [
+        _difference(f"{call.name}: result {index}", *results, _tolerance(dtype, results[0]))
+        for index, results in enumerate(zip(expected.tensors, actual.tensors, strict=True))
+    ]
+    gradients = [
+        _difference(f"{call.name}: gradient of {name}", gradient, actual.gradients[name], _tolerance(dtype))
+        for name, gradient in expected.gradients.items()
+    ]
+    agreement.values[call.name] = max([*values, agreement.values.get(call.name, 0.0)])
+    agreement.gradients[call.name] = max([*gradients, agreement.gradients.get(call.name, 0.0)])
+
+
+def _as_accurate(call: Call, before: Any, after: Any, agreement: Agreement) -> None:
+    dtype = _precision(before)
+    if dtype == torch.float64 or call.name not in agreement.values:
+        return
+    own, ours = (with_flags(faithful_copy(module).train(), True) for module in (before, after))
+    truth = with_flags(faithful_copy(before).train().double(), True)
+    try:
+        true = _run(call, truth, torch.float64)
+    except Exception:  # compared in this precision already
+        return
+    expected, actual = _run(call, own, dtype), _run(call, ours, dtype)
+    _same_structure(call.name, expected, actual)
+    names = [f"result {index}" for index in range(len(true.tensors))] + [
+        f"gradient of {name}" for name in true.gradients
+    ]
+    triples = zip(*([*run.tensors, *run.gradients.values()] for run in (true, expected, actual)), strict=True)
+    for name, (exact, eager, fused) in zip(names, triples, strict=True):
+        if exact is None or eager is None or fused is None or not exact.numel():
+            continue
+        if eager.dtype != fused.dtype:
+            raise Mismatch(f"{call.name}: {name} is {fused.dtype}, not {eager.dtype}")
+        # Sums over a sample round partial sums, which are larger than what remains.
+        unit = torch.finfo(dtype).eps * max(1.0, exact.abs().max().item(), _terms(name, exact) ** 0.5)
+        error, allowed = ((tensor.double() - exact.double()).abs().max().item() / unit for tensor in (fused, eager))
+        if not error <= 2 * allowed + _ULPS:
+            raise Mismatch(f"{call.name}: {name} is {error:.0f} units in the last place off, {allowed:.0f} before")
+        agreement.rounding = max(agreement.rounding, (error, allowed))
+
+
+def _same_start(call: Call, before: Any, after: Any) -> None:
+    """The first two batches of layers that initialise themselves."""
+    pair = [with_flags(faithful_copy(module).train(), False) for module in (before, after)]
+    dtype = _precision(before)
+    for batch in range(2):
+        runs = []
+        for module in pair:
+            try:
+                runs.append(_run(call, module, dtype, seed=batch + 1))
+            except Exception as error:
+                if module is pair[0]:
+                    return
+                raise Mismatch(f"batch {batch + 1} of a layer that was not initialised: {error}") from error
+        _same_structure(f"batch {batch + 1}", *runs)
+        for index, results in enumerate(zip(runs[0].tensors, runs[1].tensors, strict=True)):
+            _difference(f"batch {batch + 1}: result {index}", *results, _ROUNDED)
+    states = [module.state_dict() for module in pair]
+    for name, state in states[0].items():
+        if isinstance(state, Tensor):
+            _difference(f"after the first batch: {name}", state, states[1][name], _ROUNDED)
+
+
+def _prepared(module: Any, dtype: torch.dtype, training: bool) -> Any:
+    return randomised(faithful_copy(module)).to(dtype).train(training)
+
+
+def _run(call: Call, module: Any, dtype: torch.dtype, seed: int = 0) -> _Run:
+    generator = torch.Generator().manual_seed(seed)
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    inputs = []
+    for shape in call.shapes:
+        numbers = torch.randn(shape, generator=generator, dtype=torch.float64)
+        inputs.append(numbers.to(device, dtype).requires_grad_())
+    leaves, structure = pytree.tree_flatten(call.run(module, *inputs))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    names = [f"input {index}" for index in range(len(inputs))]
+    wanted = dict(zip(names, inputs, strict=True))
+    wanted |= {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    loss: Tensor | None = None
+    for tensor in tensors:
+        if tensor.requires_grad:
+            weights = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
+            loss = (tensor * weights).sum() if loss is None else loss + (tensor * weights).sum()
+    gradients: Sequence[Tensor | None] = [None] * len(wanted)
+    if loss is not None:
+        gradients = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
+    others = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
+    return _Run([t.detach() for t in tensors], others, structure, dict(zip(wanted, gradients, strict=True)))
+
+
+def _same_structure(name: str, expected: _Run, actual: _Run) -> None:
+    if expected.structure != actual.structure or expected.others != actual.others:
+        raise Mismatch(f"{name} returns {actual.structure}, not {expected.structure}")
+    for index, (one, other) in enumerate(zip(expected.tensors, actual.tensors, strict=True)):
+        if one.shape != other.shape:
+            raise Mismatch(f"{name}: result {index} is {tuple(other.shape)}, not {tuple(one.shape)}")
+
+
+def _difference(name: str, expected: Tensor | None, actual: Tensor | None, tolerance: float) -> float:
+    """Largest difference, relative to the largest value."""
+    if expected is None or actual is None:
+        if (expected is None) != (actual is None):
+            raise Mismatch(f"{name} is {'there' if expected is None else 'missing'}")
+        return 0.0
+    if not expected.numel():
+        return 0.0
+    size = max(1.0, expected.double().abs().max().item())
+    difference = (actual.double() - expected.double()).abs().max().item() / size
+    if not difference <= tolerance:
+        raise Mismatch(f"{name} differs by {difference:.1e}")
+    return difference
+
+
+def _tolerance(dtype: torch.dtype, result: Tensor | None = None) -> float:
+    if dtype != torch.float64:
+        return _ROUNDED
+    return _EXACT if result is not None and result.dim() > 1 and result.dtype == dtype else _NEARLY_EXACT
+
+
+def _terms(name: str, result: Tensor) -> float:
+    return 1.0 if name.startswith("result") and result.dim() > 1 else 1024.0
+
+
+def _precision(module: nn.Module) -> torch.dtype:
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            return parameter.dtype
+    return torch.get_default_dtype()

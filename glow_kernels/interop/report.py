@@ -1,0 +1,82 @@
+"""What :func:`glow_kernels.accelerate` did and did not do, layer by layer."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from glow_kernels.interop.proof import Agreement
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One flow layer.
+
+    Attributes:
+        path: in the model, ``""`` for the model itself.
+        layer: name of its class.
+        dialect, kind: what it was recognised as.
+        patched: whether it computes with the fused operators now.
+        options: what was found by probing.
+        agreement: what was measured between before and after; None without ``verify`` or if it was left alone.
+        reason: why it was left alone.
+        better: what is improved beside speed.
+    """
+
+    path: str
+    layer: str
+    dialect: str
+    kind: str
+    patched: bool
+    options: str = ""
+    agreement: Agreement | None = None
+    reason: str = ""
+    better: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Report:
+    """All flow layers of a model, in its own order; ``print`` shows a table."""
+
+    layers: tuple[LayerReport, ...] = field(default_factory=tuple)
+    note: str = ""
+
+    @property
+    def patched(self) -> tuple[LayerReport, ...]:
+        """The layers that compute with the fused operators now."""
+        return tuple(layer for layer in self.layers if layer.patched)
+
+    @property
+    def left_alone(self) -> tuple[LayerReport, ...]:
+        """The layers that stayed as they were, with a ``reason`` each."""
+        return tuple(layer for layer in self.layers if not layer.patched)
+
+    def as_dict(self) -> dict[str, Any]:
+        """``{"patched": [...], "left_alone": [...], "note": ...}``, of plain Python values."""
+        return {
+            "patched": [asdict(layer) for layer in self.patched],
+            "left_alone": [asdict(layer) for layer in self.left_alone],
+            "note": self.note,
+        }
+
+    def __str__(self) -> str:
+        lines = [self.note] if self.note else []
+        rows = [("layer", "recognised as", "agreement", "options, or why it was left alone")]
+        rows += [_row(layer) for layer in self.layers]
+        if self.layers:
+            widths = [max(len(row[column]) for row in rows) for column in range(3)]
+            for row in rows:
+                cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
+                lines.append("  ".join([*cells, row[3]]).rstrip())
+        lines.append(f"{len(self.patched)} of {len(self.layers)} flow layers accelerated")
+        better = dict.fromkeys(line for layer in self.patched for line in layer.better)
+        lines += [f"better: {line}" for line in better]
+        return "\n".join(lines)
+
+
+def _row(layer: LayerReport) -> tuple[str, str, str, str]:
+    agreement = "left alone" if not layer.patched else "not measured"
+    if layer.patched and layer.agreement is not None:
+        values = [*layer.agreement.values.values(), *layer.agreement.gradients.values()]
+        agreement = f"{max(values):.0e}"
+    return layer.path or "(model)", f"{layer.dialect} {layer.kind}", agreement, layer.reason or layer.options

@@ -1,0 +1,237 @@
+"""The dialect of rosinality/glow-pytorch and its many copies.
+
+Layers return their own log-determinant: ActNorm and the convolutions one without dimensions, an affine coupling (B,),
+an additive one None. ``reverse`` returns the data alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from glow_kernels.interop.patch import Call, Patch, has_hooks, is_set, once, options_of, own
+from glow_kernels.interop.workshop import SPATIAL, Workshop
+from glow_kernels.ops import actnorm_conv1x1, actnorm_conv1x1_inverse, gaussian_log_prob, lu_weight
+
+NO_SYNC = "ActNorm does not wait for the device to ask whether it is initialised"
+STABLE = "log s is computed as log(sigmoid), not as the log of a sigmoid that may have underflowed"
+DOUBLE_INVERSE = "the inverse of the 1x1 convolution is computed in float64"
+
+
+def _calls(channels: int) -> list[Call]:
+    shape = (2, channels, *SPATIAL)
+    return [
+        Call("forward", lambda module, x: module(x), (shape,)),
+        Call("reverse", lambda module, y: module.reverse(y), (shape,)),
+    ]
+
+
+class ActNorm(Patch):
+    """``scale * (x + loc)``; the scale is linear and may be negative."""
+
+    dialect, kind = "rosinality", "ActNorm"
+    better = (NO_SYNC,)
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        names = {name: tuple(tensor.shape) for name, tensor in module.named_parameters(recurse=False)}
+        shape = names.get("loc", ())
+        return (
+            set(names) == {"loc", "scale"}
+            and len(shape) == 4
+            and names["scale"] == shape
+            and isinstance(getattr(module, "initialized", None), Tensor)
+            and hasattr(module, "reverse")
+        )
+
+    @classmethod
+    def calls(cls, module: Any, options: Any) -> list[Call]:
+        return _calls(module.loc.shape[1])
+
+    def forward(self: Any, x: Tensor) -> Any:
+        """``y`` and, unless it is switched off, ``log_det`` ()."""
+        if not is_set(self, self.initialized):
+            return own(self).forward(self, x)
+        y = self.scale * (x + self.loc)
+        if not self.logdet:
+            return y
+        return y, x.shape[2] * x.shape[3] * self.scale.abs().log().sum()
+
+
+class InvConv2d(Patch):
+    """``W x`` with W a parameter (C, C, 1, 1)."""
+
+    dialect, kind = "rosinality", "InvConv2d"
+    methods = ("forward", "reverse")
+    better = (DOUBLE_INVERSE,)
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        names = {name: tuple(tensor.shape) for name, tensor in module.named_parameters(recurse=False)}
+        shape = names.get("weight", ())
+        square = len(shape) == 4 and shape[0] == shape[1] and shape[2:] == (1, 1)
+        return set(names) == {"weight"} and square and hasattr(module, "reverse")
+
+    @classmethod
+    def calls(cls, module: Any, options: Any) -> list[Call]:
+        return _calls(module.weight.shape[0])
+
+    def forward(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``y`` and ``log_det`` ()."""
+        weight, weight_log_det = _matrix(self)
+        zeros = weight.new_zeros(weight.shape[0])
+        y, log_det = actnorm_conv1x1(x, zeros, zeros, weight, weight_log_det)
+        return y, once(log_det)
+
+    def reverse(self: Any, y: Tensor) -> Tensor:
+        """``x``."""
+        weight, weight_log_det = _matrix(self)
+        zeros = weight.new_zeros(weight.shape[0])
+        return actnorm_conv1x1_inverse(y, zeros, zeros, weight, weight_log_det)[0]
+
+
+class InvConv2dLU(InvConv2d):
+    """``W x`` with ``W = P L (U + diag(s))``."""
+
+    kind = "InvConv2dLU"
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        parameters = {name for name, _ in module.named_parameters(recurse=False)}
+        buffers = {name for name, _ in module.named_buffers(recurse=False)}
+        return parameters == {"w_l", "w_s", "w_u"} and {"w_p", "s_sign"} <= buffers and hasattr(module, "reverse")
+
+    @classmethod
+    def calls(cls, module: Any, options: Any) -> list[Call]:
+        return _calls(module.w_l.shape[0])
+
+
+class AffineCoupling(Patch):
+    """A coupling, affine or additive."""
+
+    dialect, kind = "rosinality", "AffineCoupling"
+    methods = ("forward", "reverse")
+
+    @classmethod
+    def improvements(cls, module: Any, options: Any) -> tuple[str, ...]:
+        return (STABLE,) if options.is_sigmoid else ()
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        return set(dict(module.named_children())) == {"net"} and hasattr(module, "reverse")
+
+    @classmethod
+    def examine(cls, module: Any, workshop: Workshop) -> Any:
+        return workshop.find_coupling(module, module.net, lambda copied, x: copied(x)[0]).require_halves()
+
+    @classmethod
+    def calls(cls, module: Any, options: Any) -> list[Call]:
+        return _calls(options.channels)
+
+    def forward(self: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """``y`` and ``log_det`` (B,), or None if the coupling is additive."""
+        read, transformed = options_of(self).split(x)
+        y, log_det = options_of(self).forward(transformed, options_of(self).predict(self.net, read))
+        return options_of(self).join(read, y), None if options_of(self).scale_map is None else log_det
+
+    def reverse(self: Any, y: Tensor) -> Tensor:
+        """``x``."""
+        read, transformed = options_of(self).split(y)
+        x, _ = options_of(self).inverse(transformed, options_of(self).predict(self.net, read))
+        joined: Tensor = options_of(self).join(read, x)
+        return joined
+
+
+class Flow(Patch):
+    """ActNorm and convolution as one operator, then the coupling."""
+
+    dialect, kind = "rosinality", "Flow"
+    methods = ("forward", "reverse")
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        children = set(dict(module.named_children()))
+        return children == {"actnorm", "invconv", "coupling"} and hasattr(module, "reverse")
+
+    @classmethod
+    def examine(cls, module: Any, workshop: Workshop) -> None:
+        workshop.require((module.actnorm, ActNorm), (module.invconv, InvConv2d))
+
+    @classmethod
+    def calls(cls, module: Any, options: Any) -> list[Call]:
+        return _calls(module.actnorm.loc.shape[1])
+
+    def forward(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``y`` and ``log_det`` (B,); () with an additive coupling."""
+        if not _can_fuse(self):
+            result: tuple[Tensor, Tensor] = own(self).forward(self, x)
+            return result
+        y, log_det = actnorm_conv1x1(x, *_linear(self))
+        y, coupling_log_det = self.coupling(y)
+        return y, once(log_det) if coupling_log_det is None else log_det + coupling_log_det
+
+    def reverse(self: Any, y: Tensor) -> Tensor:
+        """``x``."""
+        if not _can_fuse(self):
+            result: Tensor = own(self).reverse(self, y)
+            return result
+        return actnorm_conv1x1_inverse(self.coupling.reverse(y), *_linear(self))[0]
+
+
+class Block(Patch):
+    """Squeeze, steps and the density of what is factored out."""
+
+    dialect, kind = "rosinality", "Block"
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        children = set(dict(module.named_children()))
+        return children == {"flows", "prior"} and hasattr(module, "split") and hasattr(module, "reverse")
+
+    @classmethod
+    def examine(cls, module: Any, workshop: Workshop) -> None:
+        workshop.require(*((flow, Flow) for flow in module.flows))
+
+    @classmethod
+    def calls(cls, module: Any, options: Any) -> list[Call]:
+        channels = module.flows[0].actnorm.loc.shape[1] // 4
+        return [Call("forward", lambda module, x: module(x), ((2, channels, 2 * SPATIAL[0], 2 * SPATIAL[1]),))]
+
+    def forward(self: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What goes deeper, ``log_det``, ``log_p`` (B,) and what is factored out."""
+        z = F.pixel_unshuffle(x, 2)
+        log_det: Any = 0
+        for flow in self.flows:
+            z, step_log_det = flow(z)
+            log_det = log_det + step_log_det
+        if not self.split:
+            h = self.prior(torch.zeros_like(z))
+            return z, log_det, gaussian_log_prob(z, h, "chunk_mean_log_sd"), z
+        kept, dropped = z.chunk(2, 1)
+        return kept, log_det, gaussian_log_prob(dropped, self.prior(kept), "chunk_mean_log_sd"), dropped
+
+
+def _matrix(convolution: Any) -> tuple[Tensor, Tensor | None]:
+    """W (C, C), and ``log|det W|`` where it is known."""
+    if hasattr(convolution, "weight"):
+        return convolution.weight[:, :, 0, 0], None
+    return lu_weight(convolution.w_p, convolution.w_l, convolution.w_u, convolution.w_s, convolution.s_sign)
+
+
+def _can_fuse(step: Any) -> bool:
+    return is_set(step.actnorm, step.actnorm.initialized) and not has_hooks(step.actnorm, step.invconv)
+
+
+def _linear(step: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    # A linear scale may be negative, so that it has no logarithm: it goes into the columns of W.
+    weight, weight_log_det = _matrix(step.invconv)
+    scale = step.actnorm.scale.flatten()
+    if weight_log_det is not None:
+        weight_log_det = weight_log_det + scale.abs().log().sum()
+    return torch.zeros_like(scale), step.actnorm.loc.flatten(), weight * scale, weight_log_det
+
+
+PATCHES = (ActNorm, InvConv2dLU, InvConv2d, AffineCoupling, Flow, Block)

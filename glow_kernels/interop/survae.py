@@ -1,0 +1,127 @@
+"""The dialect of survae_flows (didriknielsen/survae_flows).
+
+``forward`` returns the data and the log-determinant (B,); ``inverse`` returns the data alone. Networks of couplings
+return a pair of numbers per element in a last dimension.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from glow_kernels.interop.patch import Call, Patch, is_set, options_of, own
+from glow_kernels.interop.probe import Coupling
+from glow_kernels.interop.workshop import SPATIAL, Workshop
+from glow_kernels.ops import actnorm_conv1x1, actnorm_conv1x1_inverse
+
+NO_SYNC = "ActNorm does not wait for the device to ask whether it is initialised"
+DEVICE = "log|det W| is computed in float64 on the device of the data, not on the CPU"
+
+
+def _calls(channels: int, spatial: tuple[int, ...]) -> list[Call]:
+    shape = (2, channels, *spatial)
+    return [
+        Call("forward", lambda module, x: module(x), (shape,)),
+        Call("inverse", lambda module, z: module.inverse(z), (shape,)),
+    ]
+
+
+def _spatial(rank: int) -> tuple[int, ...]:
+    return {0: (), 1: (8,), 2: SPATIAL, 3: (2, 2, 2)}[rank]
+
+
+class ActNorm(Patch):
+    """``(x - shift) * exp(-log_scale)``."""
+
+    dialect, kind = "survae", "ActNorm"
+    better = (NO_SYNC,)
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        shapes = {name: tuple(tensor.shape) for name, tensor in module.named_parameters(recurse=False)}
+        shape = shapes.get("shift", ())
+        buffer = isinstance(getattr(module, "initialized", None), Tensor) and hasattr(module, "inverse")
+        return set(shapes) == {"shift", "log_scale"} and len(shape) >= 2 and shape[0] == 1 and buffer
+
+    @classmethod
+    def calls(cls, module: Any, options: Any) -> list[Call]:
+        return _calls(module.shift.shape[1], _spatial(module.shift.dim() - 2))
+
+    def forward(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``z`` and ``ldj`` (B,)."""
+        if self.training and not is_set(self, self.initialized):
+            result: tuple[Tensor, Tensor] = own(self).forward(self, x)
+            return result
+        log_det = -x.shape[2:].numel() * self.log_scale.sum()
+        return (x - self.shift) * (-self.log_scale).exp(), log_det.repeat(x.shape[0])
+
+
+class Conv1x1(Patch):
+    """``W x``."""
+
+    dialect, kind = "survae", "Conv1x1"
+    better = (DEVICE,)
+    methods = ("forward", "inverse")
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        shapes = {name: tuple(tensor.shape) for name, tensor in module.named_parameters(recurse=False)}
+        shape = shapes.get("weight", ())
+        return set(shapes) == {"weight"} and len(shape) == 2 and shape[0] == shape[1] and hasattr(module, "inverse")
+
+    @classmethod
+    def calls(cls, module: Any, options: Any) -> list[Call]:
+        rank = next((rank for rank in (1, 3) if f"{rank}d" in type(module).__name__), 2)
+        return _calls(module.weight.shape[0], _spatial(rank))
+
+    def forward(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``z`` and ``ldj`` (B,)."""
+        zeros = self.weight.new_zeros(self.weight.shape[0])
+        return actnorm_conv1x1(x, zeros, zeros, self.weight)
+
+    def inverse(self: Any, z: Tensor) -> Tensor:
+        """``x``."""
+        zeros = self.weight.new_zeros(self.weight.shape[0])
+        return actnorm_conv1x1_inverse(z, zeros, zeros, self.weight)[0]
+
+
+class CouplingBijection(Patch):
+    """An affine or additive coupling."""
+
+    dialect, kind = "survae", "CouplingBijection"
+    methods = ("forward", "inverse")
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        return set(dict(module.named_children())) >= {"coupling_net"} and hasattr(module, "inverse")
+
+    @classmethod
+    def examine(cls, module: Any, workshop: Workshop) -> Coupling:
+        return workshop.find_coupling(module, module.coupling_net, lambda copied, x: copied(x)[0]).require_halves()
+
+    @classmethod
+    def calls(cls, module: Any, options: Any) -> list[Call]:
+        return _calls(options.channels, SPATIAL)
+
+    def forward(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``z`` and ``ldj`` (B,)."""
+        coupling = options_of(self)
+        read, transformed = coupling.split(x)
+        y, log_det = coupling.forward(transformed, _channels(coupling.predict(self.coupling_net, read), x))
+        return coupling.join(read, y), log_det
+
+    def inverse(self: Any, z: Tensor) -> Tensor:
+        """``x``."""
+        coupling = options_of(self)
+        read, transformed = coupling.split(z)
+        y, _ = coupling.inverse(transformed, _channels(coupling.predict(self.coupling_net, read), z))
+        return coupling.join(read, y)  # type: ignore[no-any-return]
+
+
+def _channels(h: Tensor, x: Tensor) -> Tensor:
+    """The network's output with its pairs, if it has them, as halves of the channels."""
+    return h.movedim(-1, 1).flatten(1, 2) if h.dim() > x.dim() else h
+
+
+PATCHES = (ActNorm, Conv1x1, CouplingBijection)

@@ -1,0 +1,332 @@
+"""``accelerate`` on models that make it difficult: hooks, modes, devices, precision, sharing, compilation."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from dialects import openai, rosinality
+from dialects.zoo import nflows_glow, normflows_glow, normflows_loss
+from torch import Tensor, nn
+
+import glow_kernels as gk
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.lu is deprecated", "ignore:torch.triangular_solve is deprecated")
+
+
+def step(**options) -> rosinality.Flow:
+    """A step whose network does not start at zero, and whose ActNorm has been initialised."""
+    flow = rosinality.Flow(4, filter_size=4, **options)
+    nn.init.normal_(flow.coupling.net[-1].conv.weight, 0, 0.1)
+    flow(torch.randn(8, 4, 6, 6))
+    return flow
+
+
+def kinds(report: gk.interop.Report) -> dict[str, bool]:
+    """Whether each kind of layer was patched."""
+    return {row.kind: row.patched for row in report.layers}
+
+
+def test_model_without_flow_layers_is_left_as_it_was():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4), nn.Linear(4, 4))
+    types = [type(layer) for layer in model.modules()]
+    report = gk.accelerate(model)
+    assert [type(layer) for layer in model.modules()] == types
+    assert report.as_dict() == {
+        "patched": [],
+        "left_alone": [],
+        "note": "no flow layers were recognised: the model is as it was",
+    }
+    assert str(report).splitlines()[0] == report.note
+
+
+def test_something_else_than_a_module_is_refused():
+    for function in (gk.accelerate, gk.restore):
+        with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got dict"):
+            function({})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_weights_are_left_alone(dtype):
+    report = gk.accelerate(step().to(dtype))
+    assert not report.patched
+    assert {row.reason.partition(":")[0] for row in report.left_alone} >= {"it has half-precision weights"}
+
+
+def test_parameters_on_several_devices_are_left_alone():
+    flow = step()
+    flow.coupling.to("meta")
+    report = gk.accelerate(flow)
+    assert kinds(report) == {
+        "Flow": False,
+        "ActNorm": True,
+        "InvConv2dLU": True,
+        "AffineCoupling": False,
+        "ScaledConv2d": False,
+    }
+    reasons = {row.kind: row.reason for row in report.left_alone}
+    assert reasons["AffineCoupling"] == "its parameters have no data yet"
+    assert reasons["Flow"] == "its parameters are on several devices"
+
+
+def test_compiled_layers_are_left_alone():
+    flow = step()
+    flow.coupling.compile(backend="eager")
+    report = gk.accelerate(flow)
+    assert [row.reason for row in report.left_alone if row.kind == "AffineCoupling"] == [
+        "it is compiled: accelerate before compile()"
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+def test_scripted_layers_are_not_touched():
+    scripted = torch.jit.script(nn.ReLU())
+    model = nn.ModuleDict({"scripted": scripted, "flow": step()})
+    report = gk.accelerate(model)
+    assert len(report.patched) == len(report.layers)
+    assert type(model["scripted"]) is type(scripted)
+
+
+def test_accelerated_model_compiles():
+    flow = step()
+    gk.accelerate(flow)
+    x = torch.randn(2, 4, 6, 6)
+    expected, expected_log_det = flow(x)
+    torch._dynamo.reset()
+    y, log_det = torch.compile(flow, backend="aot_eager", fullgraph=True)(x)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(log_det, expected_log_det)
+
+
+def test_shared_layers_are_patched_once():
+    shared = step()
+    model = nn.ModuleList([shared, shared])
+    report = gk.accelerate(model)
+    assert [row.path for row in report.layers if row.kind == "Flow"] == ["0"]
+    x = torch.randn(2, 4, 6, 6)
+    assert torch.equal(model[0](x)[0], model[1](x)[0])
+
+
+def test_hooks_of_every_layer_still_run():
+    flow = step()
+    seen: list[str] = []
+    for name, layer in flow.named_modules():
+        layer.register_forward_hook(lambda *_, name=name: seen.append(name))
+    gk.accelerate(flow)
+    assert seen == []  # nor did probing run them
+    flow(torch.randn(2, 4, 6, 6))
+    assert set(seen) == {name for name, _ in flow.named_modules()}
+
+
+def test_hook_that_changes_the_output_of_actnorm_has_its_effect():
+    flow = step()
+    x = torch.randn(2, 4, 6, 6)
+    gk.accelerate(flow)
+    handle = flow.actnorm.register_forward_hook(lambda module, inputs, output: (2 * output[0], output[1]))
+    doubled = flow(x)[0]
+    handle.remove()
+    plain = flow(x)[0]
+    assert not torch.allclose(doubled, plain)
+    gk.restore(flow)
+    flow.actnorm.register_forward_hook(lambda module, inputs, output: (2 * output[0], output[1]))
+    torch.testing.assert_close(doubled, flow(x)[0])
+
+
+def test_global_hooks_still_see_every_layer():
+    flow = step()
+    gk.accelerate(flow)
+    seen = []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        flow(torch.randn(2, 4, 6, 6))
+    finally:
+        handle.remove()
+    assert flow.actnorm in seen
+    assert flow.invconv in seen
+
+
+def test_random_numbers_parameters_and_modes_are_not_disturbed():
+    model = normflows_glow().eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = torch.get_rng_state()
+    gk.accelerate(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not any(layer.training for layer in model.modules())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_it_may_be_called_without_gradients(context):
+    flow = step()
+    with context():
+        assert len(gk.accelerate(flow).left_alone) == 0
+
+
+def test_optimizer_goes_on_with_the_same_parameters():
+    model = normflows_glow()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    x = torch.randn(4, 3, 8, 8)
+    normflows_loss(model, x)
+    gk.accelerate(model)
+    before = normflows_loss(model, x)
+    before.backward()
+    optimizer.step()
+    assert normflows_loss(model, x) < before
+
+
+def test_frozen_parameters_get_no_gradient():
+    flow = step()
+    flow.actnorm.requires_grad_(False)
+    flow.invconv.w_u.requires_grad_(False)
+    gk.accelerate(flow)
+    x = torch.randn(2, 4, 6, 6)
+    (flow(x)[0].square().sum() + flow(x)[1].sum()).backward()
+    assert flow.actnorm.loc.grad is flow.invconv.w_u.grad is None
+    assert flow.invconv.w_l.grad is not None
+
+
+def test_uninitialised_actnorm_stays_so_and_initialises_as_the_dialect_would():
+    original = rosinality.Glow(3, 2, 2, filter_size=4)
+    accelerated = copy.deepcopy(original)
+    gk.accelerate(accelerated)
+    assert not accelerated.blocks[0].flows[0].actnorm.initialized
+    x = 3 + 2 * torch.randn(4, 3, 8, 8)
+    for model in (original, accelerated):
+        model.eval()(x)  # this dialect initialises in evaluation too
+    for (name, expected), actual in zip(original.state_dict().items(), accelerated.state_dict().values(), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5, msg=name)
+    assert accelerated.blocks[0].flows[0].actnorm.initialized
+
+
+def test_actnorm_of_nflows_passes_through_in_evaluation_until_it_is_initialised():
+    model = nflows_glow().eval()
+    x = torch.randn(4, 3, 8, 8)
+    expected = model(x)[0]
+    gk.accelerate(model)
+    torch.testing.assert_close(model(x)[0], expected)
+    model.train()(x)
+    assert all(layer.initialized for layer in model.modules() if hasattr(layer, "initialized"))
+
+
+def test_loading_an_uninitialised_checkpoint_initialises_again():
+    fresh = rosinality.ActNorm(4)
+    blank = copy.deepcopy(fresh.state_dict())
+    gk.accelerate(fresh)
+    x = 3 + 2 * torch.randn(8, 4, 6, 6)
+    fresh(x)
+    fresh(x)  # by now the flag is remembered
+    fresh.load_state_dict(blank)
+    y, _ = fresh(10 * x)
+    torch.testing.assert_close(y.std(), torch.tensor(1.0), atol=1e-2, rtol=0.0)
+
+
+def test_initialised_flag_is_read_once(monkeypatch):
+    flow = step()
+    gk.accelerate(flow)
+    x = torch.randn(2, 4, 6, 6)
+    flow(x)
+
+    def refuse(*_):
+        raise AssertionError("the flag was read again")
+
+    monkeypatch.setattr(Tensor, "__bool__", refuse)
+    monkeypatch.setattr(Tensor, "item", refuse)
+    flow(x)
+
+
+def test_float64_and_autocast_work():
+    flow = step()
+    x = torch.randn(2, 4, 6, 6)
+    truth = copy.deepcopy(flow).double()(x.double())[0]
+    gk.accelerate(flow)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, log_det = flow(x)
+    assert y.dtype == log_det.dtype == torch.float32
+    assert (y - truth).abs().max() < 0.05
+    assert (flow.double()(x.double())[0] - truth).abs().max() < 1e-12
+
+
+def test_network_that_needs_contiguous_images_gets_them():
+    class Views(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(2, 4, 3, padding=1)
+
+        def forward(self, x):
+            return self.conv(x.view(x.shape[0], -1).view(x.shape))
+
+    flow = step()
+    flow.coupling.net = Views()
+    x = torch.randn(2, 4, 6, 6)
+    expected = flow(x)[0]
+    report = gk.accelerate(flow)
+    assert kinds(report)["AffineCoupling"]
+    torch.testing.assert_close(flow(x)[0], expected)
+
+
+def test_network_with_dropout_keeps_its_random_numbers():
+    class Dropping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(2, 4, 3, padding=1)
+
+        def forward(self, x):
+            return F.dropout(self.conv(x), 0.5, self.training)
+
+    flow = step()
+    flow.coupling.net = Dropping()
+    x = torch.randn(2, 4, 6, 6)
+    torch.manual_seed(5)
+    expected = flow(x)[0]
+    gk.accelerate(flow)
+    torch.manual_seed(5)
+    torch.testing.assert_close(flow(x)[0], expected)
+
+
+def test_class_with_its_own_way_to_be_copied_is_left_alone():
+    class Special(rosinality.AffineCoupling):
+        def __reduce__(self):
+            return (Special, (4, 4))
+
+    report = gk.accelerate(Special(4, 4))
+    assert [row.reason for row in report.layers if row.kind == "AffineCoupling"] == [
+        "its class defines __reduce__, which copies and pickles must keep"
+    ]
+
+
+def test_deep_copies_of_a_step_with_closures_use_their_own_convolution():
+    original = openai.FlowStep(4, 4, style="y0ast")
+    gk.accelerate(original)
+    x, log_det = torch.randn(2, 4, 6, 6), torch.zeros(2)
+    original(x, log_det)
+    copied = copy.deepcopy(original)
+    with torch.no_grad():
+        copied.invconv.weight *= 2
+    assert not torch.allclose(copied(x, log_det)[0], original(x, log_det)[0])
+
+
+def test_report_is_a_table_and_plain_values():
+    flow = step()
+    report = gk.accelerate(flow)
+    text = str(report)
+    assert text.splitlines()[0].split()[:3] == ["layer", "recognised", "as"]
+    assert "s = sigmoid(u + 2), chunk_scale_shift, shift_scale, net reads the first half" in text
+    assert f"{len(report.layers)} of {len(report.layers)} flow layers accelerated" in text
+    assert "better: log s is computed as log(sigmoid)" in text
+    row = next(row for row in report.as_dict()["patched"] if row["kind"] == "AffineCoupling")
+    assert row["path"] == "coupling"
+    assert set(row["agreement"]["values"]) == {"forward", "reverse"}
+    assert row["agreement"]["values"]["forward"] < 1e-12
+
+
+def test_underflowing_scales_stay_finite():
+    coupling = rosinality.AffineCoupling(2, 4)
+    with torch.no_grad():
+        coupling.net[-1].conv.bias[0] = -200.0
+        x = torch.randn(1, 2, 4, 4)
+        assert coupling(x)[1].isinf().all()
+        gk.accelerate(coupling)
+        torch.testing.assert_close(coupling(x)[1], torch.tensor([-198.0 * 16]))
