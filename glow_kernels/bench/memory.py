@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+# The profiler's own library announces every start and stop on standard error otherwise.
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 
 def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int:

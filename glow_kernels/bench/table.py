@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 
 from glow_kernels.bench.results import Row
+from glow_kernels.bench.timing import Spread
 
 HEADER = (
     f"{'operator':18} {'direction':20} {'shape':16} {'copy':>9} {'eager':>9} {'compile':>9} {'ours':>9}  "
@@ -86,3 +88,8 @@ def _ratio(candidate: Row | None) -> str:
         return "-"
     spread = candidate["ratio_to_ours"]
     return f"{spread['median']:.2f} ({spread['low']:.2f}-{spread['high']:.2f})"
+
+
+def as_row(spread: Spread) -> Row:
+    """As JSON."""
+    return asdict(spread)
