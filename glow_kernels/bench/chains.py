@@ -1,7 +1,7 @@
 """The same chain of K steps of flow in this package and in others, at equal architecture.
 
 A step is ActNorm, an LU-decomposed 1x1 convolution and an affine coupling whose network is 3x3, 1x1, 3x3 convolutions
-with ReLU, for data (B, C, H, W). Where a package cannot do that, ``NOTES`` says what differs.
+with ReLU, for data (B, C, size, size). Where a package cannot do that, ``NOTES`` says what differs.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ def available() -> list[str]:
     return [name for name in CHAINS if name in ours or importlib.util.find_spec(name) is not None]
 
 
-def glow_kernels_chain(channels: int, hidden: int, steps: int) -> Chain:
+def glow_kernels_chain(channels: int, hidden: int, steps: int, size: int) -> Chain:
     """Ours, with plain autograd."""
     module = _steps(channels, hidden, steps)
     return lambda x: _in_turn(module, x), module
 
 
-def checkpoint_chain(channels: int, hidden: int, steps: int) -> Chain:
+def checkpoint_chain(channels: int, hidden: int, steps: int, size: int) -> Chain:
     """Ours, every step in ``torch.utils.checkpoint``."""
     module = _steps(channels, hidden, steps)
 
@@ -62,7 +62,7 @@ def checkpoint_chain(channels: int, hidden: int, steps: int) -> Chain:
     return forward, module
 
 
-def normflows_chain(channels: int, hidden: int, steps: int) -> Chain:
+def normflows_chain(channels: int, hidden: int, steps: int, size: int) -> Chain:
     """normflows: the density direction of a block is ``inverse``."""
     package = importlib.import_module("normflows")
     blocks = [package.flows.GlowBlock(channels, hidden, init_zeros=False) for _ in range(steps)]
@@ -78,7 +78,7 @@ def normflows_chain(channels: int, hidden: int, steps: int) -> Chain:
     return forward, module
 
 
-def nflows_chain(channels: int, hidden: int, steps: int) -> Chain:
+def nflows_chain(channels: int, hidden: int, steps: int, size: int) -> Chain:
     """nflows."""
     transforms = importlib.import_module("nflows.transforms")
 
@@ -100,19 +100,19 @@ def nflows_chain(channels: int, hidden: int, steps: int) -> Chain:
     return module, module
 
 
-def freia_chain(channels: int, hidden: int, steps: int) -> Chain:
+def freia_chain(channels: int, hidden: int, steps: int, size: int) -> Chain:
     """FrEIA, with fixed 1x1 convolutions."""
     package = importlib.import_module("FrEIA.modules")
 
     def build(inputs: int, outputs: int) -> nn.Module:
         return network(inputs, outputs, hidden)
 
-    size = [(channels, 8, 8)]
+    shape = [(channels, size, size)]
     layers = []
     for _ in range(steps):
         rotation = torch.linalg.qr(torch.randn(channels, channels)).Q
-        layers += [package.ActNorm(size), package.Fixed1x1Conv(size, M=rotation)]
-        layers.append(package.AffineCouplingOneSided(size, subnet_constructor=build))
+        layers += [package.ActNorm(shape), package.Fixed1x1Conv(shape, M=rotation)]
+        layers.append(package.AffineCouplingOneSided(shape, subnet_constructor=build))
     module = nn.ModuleList(layers)
 
     def forward(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,7 +125,7 @@ def freia_chain(channels: int, hidden: int, steps: int) -> Chain:
     return forward, module
 
 
-def memcnn_chain(channels: int, hidden: int, steps: int) -> Chain:
+def memcnn_chain(channels: int, hidden: int, steps: int, size: int) -> Chain:
     """memcnn: reversible, nothing kept."""
     package = importlib.import_module("memcnn")
     half = channels // 2
@@ -140,7 +140,7 @@ def memcnn_chain(channels: int, hidden: int, steps: int) -> Chain:
     return lambda x: (module(x.clone().requires_grad_()), x.new_zeros(x.shape[0])), module
 
 
-CHAINS: dict[str, Callable[[int, int, int], Chain]] = {
+CHAINS: dict[str, Callable[[int, int, int, int], Chain]] = {
     "glow_kernels": glow_kernels_chain,
     "checkpoint": checkpoint_chain,
     "normflows": normflows_chain,

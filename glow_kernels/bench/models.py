@@ -99,7 +99,7 @@ class Models:
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # of other packages, about functions that PyTorch will remove
-                    chain = chains.CHAINS[name](case["channels"], case["hidden"], case["steps"])
+                    chain = chains.CHAINS[name](case["channels"], case["hidden"], case["steps"], case["image_size"])
                     chain[1].to(self._device)
                     calls[name] = chains.training_step(chain, x)
             except Exception as error:
@@ -146,7 +146,7 @@ def _glow_step(model: Glow, x: Tensor, function: Callable[[Tensor], Tensor] | No
         for parameter in model.parameters():
             parameter.grad = None
         loss = -log_prob(x).mean()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss.detach()
 
     return step
