@@ -18,13 +18,15 @@ SANITIZED := build/sanitized
 SANITIZE := -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 SANITIZED_TESTS := $(addprefix tests/test_,actnorm_conv1x1.py actnorm_statistics.py affine_coupling.py gaussian_log_prob.py)
 
-.PHONY: help build demo test test-sanitized lint format clean no-compiler
+.PHONY: help build demo test test-sanitized bench gpu lint format clean no-compiler
 
 help:
 	@echo "make build   compile the native CPU library, which needs a C++ compiler; CXX=clang++ chooses another"
 	@echo "make demo    train a Glow on scikit-learn's digits, two to three minutes on two cores; pictures in runs/demo"
 	@echo "make test    run the tests"
 	@echo "make test-sanitized  run the operator tests on a native library with AddressSanitizer and UBSan"
+	@echo "make bench   measure the operators and models here, print the goals, draw a report in runs/report"
+	@echo "make gpu     build, test and measure on an NVIDIA GPU with the torch and triton of PYTHON; installs nothing"
 	@echo "make lint    ruff, mypy and clang-format"
 	@echo "make format  let ruff and clang-format rewrite the sources"
 	@echo "make clean   remove .venv and what builds and tests leave behind"
@@ -42,6 +44,14 @@ test-sanitized: $(INSTALLED)
 	CXXFLAGS="$(SANITIZE)" GLOW_KERNELS_BUILD=cpu $(BIN)/python setup.py --quiet build --build-lib $(SANITIZED)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) \
 		$(BIN)/pytest -k "native and not opcheck and not compiles" $(SANITIZED_TESTS)
+
+bench: $(INSTALLED) $(NATIVE)
+	$(BIN)/glow-kernels bench --check --output runs/bench.jsonl
+	$(BIN)/glow-kernels bench report runs/bench.jsonl
+
+# Not the .venv, whose torch may have no CUDA.
+gpu:
+	$(PYTHON) benchmarks/gpu.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -1,1 +1,1 @@
-"""How fast the operators are: against eager PyTorch, torch.compile and a copy of the same bytes, side by side."""
+"""Results, and entry points of the benchmarks for developers; the code is ``glow_kernels.bench``."""

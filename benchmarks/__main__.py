@@ -1,5 +1,7 @@
-"""``python -m benchmarks``: the table of the operators."""
+"""``python -m benchmarks``: the same as ``glow-kernels bench``."""
 
-from benchmarks.operators import main
+import sys
 
-main()
+from glow_kernels.cli import main
+
+sys.exit(main(["bench", *sys.argv[1:]]))

@@ -34,3 +34,7 @@ class BackendUnavailableError(GlowKernelsError, RuntimeError):
 
 class MissingDependencyError(GlowKernelsError, ImportError):
     """An optional package is needed and not installed."""
+
+
+class RegressionError(GlowKernelsError):
+    """A benchmark became slower, or its results wrong."""

@@ -9,16 +9,17 @@ from typing import NoReturn
 
 from glow_kernels import __version__
 from glow_kernels.allocator import tune_allocator
-from glow_kernels.cli import evaluate, info, interpolate, sample, train
+from glow_kernels.cli import bench, evaluate, info, interpolate, sample, train
 from glow_kernels.errors import GlowKernelsError
 
-COMMANDS = (train, evaluate, sample, interpolate, info)
+COMMANDS = (train, evaluate, sample, interpolate, bench, info)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 1 for an error, 2 for a wrong use."""
     arguments = _parser().parse_args(argv)
-    tune_allocator()
+    if getattr(arguments, "tune_allocator", True):
+        tune_allocator()
     try:
         arguments.run(arguments)
     except (GlowKernelsError, OSError) as error:

@@ -1,0 +1,78 @@
+"""Two sets of results: what became slower beyond the noise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from glow_kernels.bench import results
+from glow_kernels.bench.results import Row
+
+# A smaller change of a median is noise, whatever the spreads say.
+LEAST_CHANGE = 0.1
+
+
+@dataclass(frozen=True)
+class Change:
+    """Ours against eager or a copy in two sets of results; ``factor`` above 1 is slower in the second.
+
+    ``certain`` where the ranges from the 20th to the 80th percentile do not meet.
+    """
+
+    name: str
+    before: float
+    after: float
+    certain: bool
+
+    @property
+    def factor(self) -> float:
+        """How many times slower."""
+        return self.before / self.after
+
+    @property
+    def regression(self) -> bool:
+        """Slower beyond the noise."""
+        return self.certain and self.factor > 1.0 + LEAST_CHANGE
+
+
+def changes(before: list[Row], after: list[Row]) -> list[Change]:
+    """For every case in both, ours relative to eager in the same run, so that another load hits both alike."""
+    old = {results.key(row): row for kind in ("operator", "model") for row in results.of_kind(before, kind)}
+    found = []
+    for kind in ("operator", "model"):
+        for row in results.of_kind(after, kind):
+            if other := old.get(results.key(row)):
+                found += list(_compare(other, row))
+    return sorted(found, key=lambda change: -change.factor)
+
+
+def newly_wrong(before: list[Row], after: list[Row]) -> list[str]:
+    """Cases that were right and are wrong now."""
+    right = {results.key(row) for row in results.of_kind(before, "operator") if not row.get("wrong")}
+    return [
+        f"{name(row)}: {row['wrong']}"
+        for row in results.of_kind(after, "operator")
+        if row.get("wrong") and results.key(row) in right
+    ]
+
+
+def name(row: Row) -> str:
+    """A case in words."""
+    return " ".join(
+        "x".join(map(str, value)) if isinstance(value, list) else str(value) for value in row["case"].values()
+    )
+
+
+def _compare(old: Row, new: Row) -> Iterator[Change]:
+    if "candidates" not in old or "candidates" not in new:
+        if "seconds" in old and old["case"].get("implementation") == "reference":
+            yield _change(name(new), old["ratio_to_ours"], new["ratio_to_ours"])
+        return
+    if "eager" in old["candidates"] and "eager" in new["candidates"]:
+        pair = (row["candidates"]["eager"]["ratio_to_ours"] for row in (old, new))
+        yield _change(name(new), *pair)
+
+
+def _change(what: str, old: Row, new: Row) -> Change:
+    apart = old["low"] > new["high"] or new["low"] > old["high"]
+    return Change(what, old["median"], new["median"], apart)

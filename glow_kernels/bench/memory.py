@@ -1,0 +1,33 @@
+"""Peak memory of a call, beyond what was allocated before it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+# The profiler's own library announces every start and stop on standard error otherwise.
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+
+
+def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int:
+    """Most bytes that PyTorch's allocator held at once during ``call`` beyond those before it, results included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+        result = call()
+    del result
+    results = profiler.profiler.kineto_results
+    changes = [(event.start_ns(), event.nbytes()) for event in results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for _, nbytes in sorted(changes, key=lambda change: change[0]):
+        held += nbytes
+        peak = max(peak, held)
+    return peak

@@ -1,0 +1,254 @@
+"""The operators under measurement: what is compared, on which shapes, and what it must move."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glow_kernels import ops
+from glow_kernels.bench import textbook
+from glow_kernels.errors import UsageError
+
+Function = Callable[..., Any]
+Shape = tuple[int, int, int, int]
+
+# (B, C, H, W) at the levels of a Glow for images of 32, 64 and 256 pixels, and two that no cache holds.
+STANDARD_SHAPES: tuple[Shape, ...] = (
+    *((64, 12, 16, 16), (64, 24, 8, 8), (64, 48, 4, 4)),
+    *((32, 12, 32, 32), (32, 24, 16, 16), (32, 48, 8, 8)),
+    *((4, 12, 128, 128), (4, 24, 64, 64), (4, 48, 32, 32), (4, 96, 16, 16), (4, 192, 8, 8)),
+    *((64, 12, 128, 128), (32, 48, 64, 64)),
+)
+QUICK_SHAPES: tuple[Shape, ...] = ((64, 12, 16, 16), (4, 12, 128, 128), (4, 96, 16, 16))
+# forward and backward record a graph, no_grad and inverse do not.
+DIRECTIONS = ("forward", "no_grad", "inverse", "backward", "forward_backward", "reversible_backward")
+DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
+MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+# Above this many channels the matrix product, not memory, limits the linear map.
+LARGEST_MEMORY_BOUND_CHANNELS = 48
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to measure."""
+
+    operator: str
+    direction: str
+    shape: Shape
+    dtype: str = "float32"
+    memory_format: str = "contiguous"
+    threads: int = 1
+    allocator: str = "tuned"
+    device: str = "cpu"
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        return {**asdict(self), "shape": list(self.shape)}
+
+    @property
+    def data_bytes(self) -> int:
+        """Of the tensor (B, C, H, W)."""
+        return math.prod(self.shape) * int(DTYPES[self.dtype].itemsize)
+
+
+@dataclass(frozen=True)
+class Functions:
+    """One implementation: forward, inverse, and the reversible backward of (grad, grad_log_det, output, *others).
+
+    Without a reversible backward of its own it is the inverse, then the forward, then its backward.
+    """
+
+    forward: Function
+    inverse: Function | None = None
+    reversible_backward: Function | None = None
+
+
+@dataclass(frozen=True)
+class Operator:
+    """An operator: ours, the textbook's, and random arguments, of which the first is the data.
+
+    Attributes:
+        moved: for every direction, read and written tensors in units of the data's bytes: what the limit copies.
+            Parameters of C and C x C elements do not count.
+        products: matrix products of the data's size for every direction.
+    """
+
+    name: str
+    ours: Functions
+    plain: Functions
+    arguments: Callable[[Case], list[Tensor]]
+    moved: dict[str, float]
+    products: dict[str, int]
+
+
+def _random(shape: Sequence[int], case: Case) -> Tensor:
+    tensor = torch.randn(shape, device=case.device).to(DTYPES[case.dtype])
+    return tensor.contiguous(memory_format=MEMORY_FORMATS[case.memory_format])
+
+
+def _linear_arguments(case: Case) -> list[Tensor]:
+    channels = case.shape[1]
+    weight = torch.linalg.qr(torch.randn(channels, channels)).Q.contiguous().to(case.device)
+    scale_and_bias = 0.1 * torch.randn(2, channels, device=case.device)
+    dtype = torch.float64 if case.dtype == "float64" else torch.float32
+    return [_random(case.shape, case), *(tensor.to(dtype) for tensor in (*scale_and_bias.unbind(), weight))]
+
+
+def _half_arguments(case: Case) -> list[Tensor]:
+    """The second half of the channels of a tensor of this shape, as a view, and the network's output."""
+    return [_random(case.shape, case)[:, case.shape[1] // 2 :], _random(case.shape, case)]
+
+
+OPERATORS = {
+    operator.name: operator
+    for operator in (
+        Operator(
+            "actnorm_conv1x1",
+            Functions(ops.actnorm_conv1x1, ops.actnorm_conv1x1_inverse, ops.actnorm_conv1x1_reversible_backward),
+            Functions(textbook.actnorm_conv1x1, textbook.actnorm_conv1x1_inverse),
+            _linear_arguments,
+            moved={
+                "forward": 2,
+                "no_grad": 2,
+                "inverse": 2,
+                "backward": 3,
+                "forward_backward": 5,
+                "reversible_backward": 4,
+            },
+            products={
+                "forward": 1,
+                "no_grad": 1,
+                "inverse": 1,
+                "backward": 2,
+                "forward_backward": 3,
+                "reversible_backward": 3,
+            },
+        ),
+        # The data of the next two is half a tensor: 1/2; h is 1.
+        Operator(
+            "affine_coupling",
+            Functions(ops.affine_coupling, ops.affine_coupling_inverse, ops.affine_coupling_reversible_backward),
+            Functions(textbook.affine_coupling, textbook.affine_coupling_inverse),
+            _half_arguments,
+            moved={
+                "forward": 2,  # x, h; y
+                "no_grad": 2,
+                "inverse": 2,
+                "backward": 3.5,  # y, h, dy; dx, dh
+                "forward_backward": 5.5,
+                "reversible_backward": 4,  # y, h, dy; x, dx, dh
+            },
+            products={},
+        ),
+        Operator(
+            "gaussian_log_prob",
+            Functions(ops.gaussian_log_prob, ops.gaussian_sample),
+            Functions(textbook.gaussian_log_prob, textbook.gaussian_sample),
+            _half_arguments,
+            moved={"forward": 1.5, "no_grad": 1.5, "inverse": 2, "backward": 3, "forward_backward": 4.5},
+            products={},
+        ),
+        Operator(
+            "actnorm_statistics",
+            Functions(ops.actnorm_statistics),
+            Functions(textbook.actnorm_statistics),
+            lambda case: [_random(case.shape, case)],
+            moved={"no_grad": 1},
+            products={},
+        ),
+    )
+}
+
+
+def operator(name: str) -> Operator:
+    """The operator of this name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name not in OPERATORS:
+        raise UsageError(f"operator must be one of {', '.join(OPERATORS)}, got {name!r}")
+    return OPERATORS[name]
+
+
+def parse_shape(text: str) -> Shape:
+    """``64x12x16x16``.
+
+    Raises:
+        UsageError: not four whole numbers of at least 1, or an odd number of channels.
+    """
+    parts = text.lower().split("x")
+    if len(parts) != 4 or not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise UsageError(f"a shape must be four whole numbers BxCxHxW of at least 1, got {text!r}")
+    batch, channels, height, width = map(int, parts)
+    if channels % 2:
+        raise UsageError(f"a shape must have an even number of channels, which a coupling halves, got {text!r}")
+    return batch, channels, height, width
+
+
+def upstream(operator: Operator, case: Case, arguments: Sequence[Tensor]) -> list[Tensor]:
+    """A random gradient for every result of the forward."""
+    with torch.no_grad():
+        results = _as_list(operator.plain.forward(*(argument.double() for argument in arguments)))
+    dtypes = [arguments[0].dtype if result.dim() == 4 else _log_det_dtype(case) for result in results]
+    return [
+        torch.randn(result.shape, device=result.device).to(dtype) for result, dtype in zip(results, dtypes, strict=True)
+    ]
+
+
+def call(functions: Functions, direction: str, arguments: Sequence[Tensor], grads: Sequence[Tensor]) -> Function:
+    """The computation of one direction, as a function without arguments that returns its results.
+
+    What leads to it, as the forward of a backward alone, is done here and not in the function.
+    """
+    forward, inverse = functions.forward, functions.inverse
+    leaves = [argument.detach().requires_grad_() for argument in arguments]
+    if direction == "forward":
+        return lambda: forward(*leaves)
+    if direction in ("no_grad", "inverse"):
+        function = forward if direction == "no_grad" else inverse
+        return torch.no_grad()(lambda: function(*arguments))  # type: ignore[misc]
+    if direction == "forward_backward":
+        return lambda: _differentiate(_as_list(forward(*leaves)), leaves, grads)
+    if direction == "backward":
+        results = _as_list(forward(*leaves))
+        return lambda: _differentiate(results, leaves, grads, retain_graph=True)
+    if functions.reversible_backward is not None:
+        reversible = functions.reversible_backward
+        return torch.no_grad()(lambda: reversible(*grads, *arguments))
+    return lambda: _restore_and_differentiate(functions, arguments, grads)
+
+
+def _restore_and_differentiate(
+    functions: Functions, arguments: Sequence[Tensor], grads: Sequence[Tensor]
+) -> list[Tensor]:
+    """What a backward that starts from the output takes otherwise."""
+    with torch.no_grad():
+        data = _as_list(functions.inverse(*arguments))[0]  # type: ignore[misc]
+    leaves = [argument.detach().requires_grad_() for argument in (data, *arguments[1:])]
+    return [data, *_differentiate(_as_list(functions.forward(*leaves)), leaves, grads)]
+
+
+def _differentiate(
+    results: Sequence[Tensor], leaves: Sequence[Tensor], grads: Sequence[Tensor], retain_graph: bool = False
+) -> list[Tensor]:
+    typed = [grad.to(result.dtype) for grad, result in zip(grads, results, strict=True)]
+    return list(torch.autograd.grad(results, leaves, typed, retain_graph=retain_graph))
+
+
+def tensors(results: object) -> list[Tensor]:
+    """The tensors among the results of a call."""
+    return [result for result in _as_list(results) if result is not None]
+
+
+def _as_list(results: Any) -> list[Tensor]:
+    return [results] if isinstance(results, Tensor) else list(results)
+
+
+def _log_det_dtype(case: Case) -> torch.dtype:
+    return torch.float64 if case.dtype == "float64" else torch.float32

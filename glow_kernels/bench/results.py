@@ -1,0 +1,126 @@
+"""The file of results: JSON lines, each with the format's version, the run it belongs to, and its kind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from glow_kernels.bench import environment
+from glow_kernels.errors import DataError, UsageError
+
+VERSION = 1
+FOLDER = Path("benchmarks/results")
+
+Row = dict[str, Any]
+
+
+class Writer:
+    """Appends rows of one run, each at once: what was measured before an interruption stays.
+
+    Raises:
+        DataError: the file cannot be written.
+    """
+
+    def __init__(self, path: Path, run: Row) -> None:
+        self._path = path
+        self._run = run["run"]
+        self.rows: list[Row] = []
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _finish_last_line(path)
+        except OSError as error:
+            raise DataError(f"results cannot be written to {path}: {error.strerror}") from error
+        self.write(run)
+
+    def write(self, row: Row) -> None:
+        """Append one row."""
+        row = {"version": VERSION, **row, "run": self._run}
+        try:
+            with self._path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise DataError(f"results cannot be written to {self._path}: {error.strerror}") from error
+        self.rows.append(row)
+
+
+def read(path: Path) -> list[Row]:
+    """All rows of a file. A last line cut short, by an interruption, is left out.
+
+    Raises:
+        DataError: the file cannot be read, is damaged, or was written by a newer version.
+    """
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not text"
+        raise DataError(f"results {path} cannot be read: {reason}") from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            if number == len(lines):
+                continue
+            raise DataError(f"results {path}, line {number}: not JSON ({error})") from error
+        if not isinstance(row, dict) or not isinstance(row.get("version"), int):
+            raise DataError(f"results {path}, line {number}: not a row of benchmark results")
+        if row["version"] > VERSION:
+            raise DataError(
+                f"results {path}, line {number}: format {row['version']} is newer than {VERSION}, which this version "
+                "of glow_kernels reads; install a newer one"
+            )
+        rows.append(row)
+    if not rows:
+        raise DataError(f"results {path} has no rows")
+    return rows
+
+
+def select(name: str, folder: Path = FOLDER) -> list[Row]:
+    """Rows of a file, or, if ``name`` is a git revision, all rows in ``folder`` measured at that commit.
+
+    Raises:
+        UsageError: ``name`` is neither.
+        DataError: as for :func:`read`, or nothing was measured at that commit.
+    """
+    if Path(name).is_file():
+        return read(Path(name))
+    commit = environment.git("rev-parse", "--verify", "--quiet", f"{name}^{{commit}}")
+    if not commit:
+        raise UsageError(f"{name!r} is neither a file of results nor a git revision")
+    rows = [row for path in sorted(folder.glob("*.jsonl")) for row in read(path)]
+    runs = {row["run"] for row in rows if row["kind"] == "environment" and row["commit"] == commit}
+    found = [row for row in rows if row["run"] in runs]
+    if not found:
+        raise DataError(f"nothing in {folder} was measured at {name} ({commit[:12]})")
+    return found
+
+
+def of_kind(rows: list[Row], kind: str) -> Iterator[Row]:
+    """Rows of one kind, the last measurement of every case, in order of first appearance."""
+    latest: dict[str, Row] = {}
+    for row in rows:
+        if row["kind"] == kind:
+            latest[key(row)] = row
+    yield from latest.values()
+
+
+def key(row: Row) -> str:
+    """What names a case across runs."""
+    return json.dumps(row.get("case", row["run"]), sort_keys=True)
+
+
+def _finish_last_line(path: Path) -> None:
+    """Drop a line that an interrupted run cut short, so that the next row starts a line of its own."""
+    path.touch()
+    content = path.read_bytes()
+    if not content or content.endswith(b"\n"):
+        return
+    start = content.rfind(b"\n") + 1
+    try:
+        json.loads(content[start:])
+    except ValueError:
+        path.write_bytes(content[:start])
+    else:
+        path.write_bytes(content + b"\n")

@@ -1,0 +1,59 @@
+"""The operators as people write them in PyTorch today: what eager and ``torch.compile`` are measured on.
+
+The conventions are those of the well-known Glow implementations: ActNorm, then ``F.conv2d``, then ``slogdet``; the
+coupling with ``sigmoid(raw + 2)`` and its logarithm.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def actnorm_conv1x1(x: Tensor, log_scale: Tensor, bias: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """ActNorm, a 1x1 convolution, and the log-determinant of both."""
+    activated = (x + bias[:, None, None]) * log_scale.exp()[:, None, None]
+    z = F.conv2d(activated, weight[:, :, None, None])
+    log_det = x.shape[2] * x.shape[3] * (log_scale.sum() + torch.slogdet(weight).logabsdet)
+    return z, log_det.expand(x.shape[0])
+
+
+def actnorm_conv1x1_inverse(z: Tensor, log_scale: Tensor, bias: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A 1x1 convolution with the inverse matrix, then ActNorm undone."""
+    activated = F.conv2d(z, torch.inverse(weight)[:, :, None, None])
+    x = activated * (-log_scale).exp()[:, None, None] - bias[:, None, None]
+    log_det = -z.shape[2] * z.shape[3] * (log_scale.sum() + torch.slogdet(weight).logabsdet)
+    return x, log_det.expand(z.shape[0])
+
+
+def affine_coupling(x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """Shift in the even channels of ``h``, raw scale in the odd ones."""
+    shift, scale = h[:, 0::2], torch.sigmoid(h[:, 1::2] + 2.0)
+    return (x + shift) * scale, torch.log(scale).flatten(1).sum(1)
+
+
+def affine_coupling_inverse(y: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse of :func:`affine_coupling`."""
+    shift, scale = h[:, 0::2], torch.sigmoid(h[:, 1::2] + 2.0)
+    return y / scale - shift, -torch.log(scale).flatten(1).sum(1)
+
+
+def gaussian_log_prob(z: Tensor, h: Tensor) -> Tensor:
+    """Log-density; mean in the even channels of ``h``, log standard deviation in the odd ones."""
+    mean, log_sd = h[:, 0::2], h[:, 1::2]
+    density = -0.5 * (math.log(2.0 * math.pi) + 2.0 * log_sd + (z - mean) ** 2 / torch.exp(2.0 * log_sd))
+    return density.flatten(1).sum(1)
+
+
+def gaussian_sample(eps: Tensor, h: Tensor) -> Tensor:
+    """A sample of standard normal ``eps``."""
+    return h[:, 0::2] + torch.exp(h[:, 1::2]) * eps
+
+
+def actnorm_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and population variance per channel."""
+    flat = x.transpose(0, 1).flatten(1)
+    return flat.mean(1), flat.var(1, correction=0)
