@@ -1,0 +1,119 @@
+"""How the kernels are launched: tiles, vector widths, index types and the number of warps.
+
+The rules below hold for every device. A file ``tuned/<model>.json`` beside this one, which ``glow-kernels tune`` writes
+on a GPU, replaces :data:`DEFAULTS` on that model. Nothing is measured in a user's call.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TUNED = Path(__file__).parent / "tuned"
+
+# Per family of kernels: elements of a tile and warps that share it.
+DEFAULTS: dict[str, dict[str, int]] = {
+    "elementwise": {"elements": 1024, "num_warps": 4},
+}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A tile of one sample that one program covers, and how its elements are addressed.
+
+    Attributes:
+        samples, tiles: samples, and tiles in each.
+        options: compile-time arguments that every kernel over tiles takes.
+    """
+
+    samples: int
+    tiles: int
+    options: dict[str, Any]
+
+
+def planes(x: Tensor) -> Tensor:
+    """``x`` (B, C, *spatial) as (B, C, P): a view of NCHW, of channels last and of slices of them, else a copy."""
+    return x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)
+
+
+def elementwise_tile(data: Sequence[Tensor], conditions: Sequence[Tensor]) -> Tile:
+    """Tiles for planes ``data`` (B, C, P) and ``conditions`` (B, 2 C, P); the first of data decides the order."""
+    samples, channels, positions = data[0].shape
+    parameters = tuned("elementwise", data[0].device)
+    channels_last = is_channels_last(data[0])
+    elements = parameters["elements"]
+    if channels_last:
+        block_c = min(power_of_two(channels), elements)
+        block_p = min(power_of_two(positions), elements // block_c)
+    else:
+        block_p = min(power_of_two(positions), elements)
+        block_c = min(power_of_two(channels), elements // block_p)
+    options = {
+        "BLOCK_P": block_p,
+        "BLOCK_C": block_c,
+        "CHANNELS_LAST": channels_last,
+        "VECTOR": vector_width((*data, *conditions), channels if channels_last else positions, channels_last),
+        "WIDE": is_wide(*data, *conditions),
+        "num_warps": max(1, min(parameters["num_warps"], block_p * block_c // 32)),
+    }
+    return Tile(samples, -(-channels // block_c) * -(-positions // block_p), options)
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether channels, rather than positions, lie next to each other in the planes ``x`` (B, C, P)."""
+    return x.shape[1] > 1 and x.stride(1) == 1 and (x.shape[2] == 1 or x.stride(2) != 1)
+
+
+def vector_width(tensors: Sequence[Tensor], inner_size: int, channels_last: bool) -> int:
+    """The largest power of two up to 16 that divides the inner size and all strides but the inner one."""
+    inner, outer = (1, 2) if channels_last else (2, 1)
+    if any(tensor.stride(inner) != 1 for tensor in tensors):
+        return 1
+    strides = (x.stride(dimension) for x in tensors for dimension in (0, outer) if x.shape[dimension] > 1)
+    return math.gcd(16, inner_size, *strides)
+
+
+def is_wide(*tensors: Tensor) -> bool:
+    """Whether an offset within one sample of a (B, C, P) tensor may need more than 31 bits."""
+    spans = ((x.shape[1] - 1) * x.stride(1) + (x.shape[2] - 1) * x.stride(2) for x in tensors)
+    # A masked address behind the end of a sample still has to be a number.
+    return max(spans, default=0) >= 2**30
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is not below ``n``."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def launch(kernel: Any, programs: int, like: Tensor, *args: Any, **options: Any) -> None:
+    """Start ``programs`` programs of ``kernel`` on the device of ``like`` and its current stream."""
+    with torch.cuda.device_of(like):
+        kernel[(programs,)](*args, **options)
+
+
+def tuned(family: str, device: torch.device) -> dict[str, int]:
+    """Launch parameters of a family of kernels on a device."""
+    if device.type != "cuda":
+        return DEFAULTS[family]
+    return DEFAULTS[family] | _table(torch.cuda.get_device_name(device)).get(family, {})
+
+
+@functools.cache
+def _table(model: str) -> dict[str, dict[str, int]]:
+    path = TUNED / f"{table_name(model)}.json"
+    table: dict[str, dict[str, int]] = json.loads(path.read_text()) if path.exists() else {}
+    return table
+
+
+def table_name(model: str) -> str:
+    """Name of the file for a GPU, ``NVIDIA H100 80GB HBM3`` -> ``nvidia_h100_80gb_hbm3``."""
+    return re.sub(r"[^a-z0-9]+", "_", model.lower()).strip("_")
