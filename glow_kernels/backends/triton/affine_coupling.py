@@ -29,12 +29,13 @@ from glow_kernels.backends.triton.device_functions import (
     load_pair,
     log1p_of_fraction,
     offsets,
+    store,
     store_pair,
     tanh,
     tile_of_program,
 )
 from glow_kernels.backends.triton.launch import Tile, elementwise_tile, launch, planes
-from glow_kernels.backends.triton.sums import sum_rows
+from glow_kernels.backends.triton.sums import sum_partial
 
 _ORDERS = {"shift_scale": 0, "scale_shift": 1, "unshift_scale": 2}
 _SHIFT_SCALE: tl.constexpr = tl.constexpr(0)
@@ -156,7 +157,7 @@ def _map(
         INVERSE=inverse,
         HAS_GAIN=gain is not None,
     )
-    return result, sum_rows(partial)
+    return result, sum_partial(partial, 1)
 
 
 def _gradients(
@@ -191,7 +192,7 @@ def _gradients(
         UNDO=undone is not None,
         HAS_GAIN=gain is not None,
     )
-    return grad_data, grad_h, data.new_empty(0, dtype=dtype) if gain is None else sum_rows(partial)
+    return grad_data, grad_h, data.new_empty(0, dtype=dtype) if gain is None else sum_partial(partial, 1)
 
 
 def _gain(gain: Tensor | None, data: Tensor) -> Tensor:
@@ -261,7 +262,7 @@ def _map_kernel(
     else:
         y = _do(x, exp(log_scale), t, ORDER)
     out = out_ptr + offsets(sample, positions, channels, out_strides, CHANNELS_LAST, VECTOR, WIDE)
-    tl.store(out, y.to(out_ptr.dtype.element_ty), mask)
+    store(out, y, mask)
     tl.store(partial_ptr + tl.program_id(0), tl.sum(tl.where(mask, log_scale, 0.0)))
 
 
@@ -332,9 +333,9 @@ def _gradient_kernel(
         grad_x = grad * exp(log_scale)
         grad_t, grad_log_scale = _forward_gradients(grad, grad_x, y, t, grad_log_det, ORDER)
     out_at = offsets(sample, positions, channels, out_strides, CHANNELS_LAST, VECTOR, WIDE)
-    tl.store(grad_x_ptr + out_at, grad_x.to(grad_x_ptr.dtype.element_ty), mask)
+    store(grad_x_ptr + out_at, grad_x, mask)
     if UNDO:
-        tl.store(undone_ptr + out_at, _undo(y, exp(-log_scale), t, ORDER).to(undone_ptr.dtype.element_ty), mask)
+        store(undone_ptr + out_at, _undo(y, exp(-log_scale), t, ORDER), mask)
     store_pair(
         grad_h_ptr, grad_h_strides, grad_log_scale * of_u, grad_t, sample, positions, first_channel, P, C,
         BLOCK_P, BLOCK_C, INTERLEAVED, SCALE_FIRST, CHANNELS_LAST, VECTOR, WIDE,

@@ -9,11 +9,21 @@ of ``exp2`` of small arguments, ``log`` and arithmetic, and hold for float32 and
 import triton
 import triton.language as tl
 
+from glow_kernels.backends.triton import INTERPRETED
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
 
 @triton.jit
 def multiple(n, VECTOR: tl.constexpr):
     """``n``, which VECTOR divides, in a form that shows it."""
     return n // VECTOR * VECTOR
+
+
+@triton.jit
+def wide(n):
+    """``n`` as an int64, also if it is a number that the compiler knows."""
+    return tl.zeros((), tl.int64) + n
 
 
 @triton.jit
@@ -48,6 +58,19 @@ def offsets(sample, positions, channels, strides, CHANNELS_LAST: tl.constexpr, V
         channels = channels.to(tl.int64)
     start = sample.to(tl.int64) * multiple(strides[0], VECTOR)
     return start + (positions[:, None] * stride_p + channels[None, :] * stride_c)
+
+
+@triton.jit
+def store(pointers, values, mask):
+    """Store ``values``, rounded to the nearest value of the type that the pointers point to."""
+    dtype: tl.constexpr = pointers.dtype.element_ty
+    if _INTERPRETED and dtype == tl.bfloat16 and values.dtype != tl.bfloat16:
+        # The interpreter cuts off what bfloat16 cannot hold.
+        values = values.to(tl.float32)
+        bits = values.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        values = tl.where(values == values, bits.to(tl.float32, bitcast=True), values)
+    tl.store(pointers, values.to(dtype), mask)
 
 
 @triton.jit
@@ -169,13 +192,11 @@ def store_pair(
     """The inverse of :func:`load_pair`."""
     if not IN_ORDER:
         first, second = second, first
-    first = first.to(h_ptr.dtype.element_ty)
-    second = second.to(h_ptr.dtype.element_ty)
     if INTERLEAVED and CHANNELS_LAST:
         channels = 2 * first_channel + tl.arange(0, 2 * BLOCK_C)
         at = offsets(sample, positions, channels, h_strides, CHANNELS_LAST, VECTOR, WIDE)
         both = tl.reshape(tl.join(first, second), (BLOCK_P, 2 * BLOCK_C))
-        tl.store(h_ptr + at, both, (positions < P)[:, None] & (channels < 2 * C)[None, :])
+        store(h_ptr + at, both, (positions < P)[:, None] & (channels < 2 * C)[None, :])
     else:
         channels = first_channel + tl.arange(0, BLOCK_C)
         mask = (positions < P)[:, None] & (channels < C)[None, :]
@@ -187,5 +208,27 @@ def store_pair(
             second_channels = channels + C
         first_at = offsets(sample, positions, first_channels, h_strides, CHANNELS_LAST, VECTOR, WIDE)
         second_at = offsets(sample, positions, second_channels, h_strides, CHANNELS_LAST, VECTOR, WIDE)
-        tl.store(h_ptr + first_at, first, mask)
-        tl.store(h_ptr + second_at, second, mask)
+        store(h_ptr + first_at, first, mask)
+        store(h_ptr + second_at, second, mask)
+
+
+@triton.jit
+def row_offsets(rows, P, strides, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr):
+    """Offsets of rows, which count the positions of all samples, in (B, C, P)."""
+    stride_p = strides[2]
+    if CHANNELS_LAST:
+        stride_p = multiple(stride_p, VECTOR)
+    else:
+        P = multiple(P, VECTOR)
+    samples = rows // P
+    positions = rows - samples * P
+    return samples.to(tl.int64) * multiple(strides[0], VECTOR) + positions.to(tl.int64) * stride_p
+
+
+@triton.jit
+def channel_offsets(channels, strides, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr):
+    """Offsets of channels in (B, C, P)."""
+    if CHANNELS_LAST:
+        return channels * wide(strides[1])
+    else:
+        return channels * wide(multiple(strides[1], VECTOR))

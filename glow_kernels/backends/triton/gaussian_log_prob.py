@@ -12,9 +12,16 @@ import triton.language as tl
 from torch import Tensor
 
 from glow_kernels.backends.numerics import compute_dtype, output_format
-from glow_kernels.backends.triton.device_functions import exp, load_pair, offsets, store_pair, tile_of_program
+from glow_kernels.backends.triton.device_functions import (
+    exp,
+    load_pair,
+    offsets,
+    store,
+    store_pair,
+    tile_of_program,
+)
 from glow_kernels.backends.triton.launch import elementwise_tile, launch, planes
-from glow_kernels.backends.triton.sums import sum_rows
+from glow_kernels.backends.triton.sums import sum_partial
 
 
 def forward(z: Tensor, h: Tensor, layout: str) -> Tensor:
@@ -34,7 +41,7 @@ def forward(z: Tensor, h: Tensor, layout: str) -> Tensor:
         INTERLEAVED=layout.startswith("interleaved"),
         **tile.options,
     )
-    return sum_rows(partial)
+    return sum_partial(partial, 1)
 
 
 def backward(grad: Tensor, z: Tensor, h: Tensor, layout: str) -> tuple[Tensor, Tensor]:
@@ -180,7 +187,7 @@ def _map_kernel(
     else:
         out = mean + exp(log_sd) * x
     out_at = offsets(sample, positions, channels, out_strides, CHANNELS_LAST, VECTOR, WIDE)
-    tl.store(out_ptr + out_at, out.to(out_ptr.dtype.element_ty), mask)
+    store(out_ptr + out_at, out, mask)
 
 
 @triton.jit
@@ -235,7 +242,7 @@ def _gradient_kernel(
             grad_mean = -grad_x
             grad_log_sd = -grad * x
     out_at = offsets(sample, positions, channels, grad_x_strides, CHANNELS_LAST, VECTOR, WIDE)
-    tl.store(grad_x_ptr + out_at, grad_x.to(grad_x_ptr.dtype.element_ty), mask)
+    store(grad_x_ptr + out_at, grad_x, mask)
     store_pair(
         grad_h_ptr, grad_h_strides, grad_mean, grad_log_sd, sample, positions, first_channel, P, C,
         BLOCK_P, BLOCK_C, INTERLEAVED, True, CHANNELS_LAST, VECTOR, WIDE,

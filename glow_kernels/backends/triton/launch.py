@@ -11,6 +11,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from glow_kernels.backends.triton import INTERPRETED
+
 TUNED = Path(__file__).parent / "tuned"
 
 # Per family of kernels: elements of a tile and warps that share it.
 DEFAULTS: dict[str, dict[str, int]] = {
     "elementwise": {"elements": 1024, "num_warps": 4},
+    "statistics": {"elements": 2048, "num_warps": 4},
+    "linear": {"elements": 4096, "num_warps": 4},
+    "linear_backward": {"elements": 1024, "num_warps": 4},
 }
 
 
@@ -68,6 +74,47 @@ def elementwise_tile(data: Sequence[Tensor], conditions: Sequence[Tensor]) -> Ti
     return Tile(samples, -(-channels // block_c) * -(-positions // block_p), options)
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Tiles of rows, which count the positions of all samples together, where samples do not matter.
+
+    Attributes:
+        planes: the tensors, all of the shape (B, C, P) with as few samples as their strides allow.
+        count: number of rows, B * P.
+        options: compile-time arguments that every kernel over rows takes.
+    """
+
+    planes: list[Tensor]
+    count: int
+    options: dict[str, Any]
+
+    @property
+    def tiles(self) -> int:
+        """Number of tiles of rows."""
+        return -(-self.count // int(self.options["BLOCK_P"]))
+
+
+def rows_of(family: str, tensors: Sequence[Tensor], block_c: int) -> Rows:
+    """Tiles of ``block_c`` channels for ``tensors`` (B, C, *spatial); the first decides the order."""
+    views = [planes(x) for x in tensors]
+    if all(x.shape[2] == 1 or x.shape[0] == 1 or x.stride(0) == x.shape[2] * x.stride(2) for x in views):
+        views = [x.movedim(0, 1).flatten(1).unsqueeze(0) for x in views]
+    samples, channels, positions = views[0].shape
+    count = samples * positions
+    parameters = tuned(family, tensors[0].device)
+    channels_last = is_channels_last(views[0])
+    elements = parameters["elements"] // (2 if tensors[0].dtype == torch.float64 else 1)
+    options = {
+        "BLOCK_P": min(max(16, power_of_two(count)), max(16, elements // block_c)),
+        "BLOCK_C": block_c,
+        "CHANNELS_LAST": channels_last,
+        "VECTOR": vector_width(views, channels if channels_last else positions, channels_last),
+        "WIDE": count >= 2**30,
+        "num_warps": parameters["num_warps"],
+    }
+    return Rows(views, count, options)
+
+
 def is_channels_last(x: Tensor) -> bool:
     """Whether channels, rather than positions, lie next to each other in the planes ``x`` (B, C, P)."""
     return x.shape[1] > 1 and x.stride(1) == 1 and (x.shape[2] == 1 or x.stride(2) != 1)
@@ -94,10 +141,22 @@ def power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
+def multiprocessors(device: torch.device) -> int:
+    """Number of programs that fill the device at least once."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
 def launch(kernel: Any, programs: int, like: Tensor, *args: Any, **options: Any) -> None:
     """Start ``programs`` programs of ``kernel`` on the device of ``like`` and its current stream."""
-    with torch.cuda.device_of(like):
+    with _quiet_arithmetic() if INTERPRETED else torch.cuda.device_of(like):
         kernel[(programs,)](*args, **options)
+
+
+def _quiet_arithmetic() -> AbstractContextManager[Any]:
+    # The interpreter computes with NumPy, which warns of overflow and of 0 / 0, also in what a mask leaves out.
+    import numpy
+
+    return numpy.errstate(all="ignore")
 
 
 def tuned(family: str, device: torch.device) -> dict[str, int]:

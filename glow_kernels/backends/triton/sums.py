@@ -9,25 +9,37 @@ from torch import Tensor
 
 from glow_kernels.backends.triton.launch import launch, power_of_two
 
+_ELEMENTS = 1024
 
-def sum_rows(partial: Tensor) -> Tensor:
-    """Sums (rows,) of contiguous partial results (rows, n), n at least 1."""
-    rows, n = partial.shape
-    if n == 1:
-        return partial.view(rows)
-    total = torch.empty(rows, dtype=partial.dtype, device=partial.device)
-    block = min(power_of_two(n), 1024)
-    launch(_sum_rows_kernel, rows, partial, partial, total, n, BLOCK=block, num_warps=max(1, min(4, block // 64)))
+
+def sum_partial(partial: Tensor, dimension: int) -> Tensor:
+    """Sum of partial results, a contiguous matrix, over dimension 0 or 1."""
+    total = torch.empty(partial.shape[1 - dimension], dtype=partial.dtype, device=partial.device)
+    if partial.shape[dimension] == 1:
+        return partial.view(-1)
+    block_n = min(power_of_two(partial.shape[dimension]), _ELEMENTS // (32 if dimension == 0 else 1))
+    block_r = min(power_of_two(total.numel()), _ELEMENTS // block_n)
+    launch(
+        _sum_kernel,
+        -(-total.numel() // block_r),
+        partial,
+        *(partial, partial.stride(dimension), partial.stride(1 - dimension), total, *partial.shape[:: 1 - 2 * dimension]),
+        BLOCK_N=block_n,
+        BLOCK_R=block_r,
+        num_warps=max(1, block_n * block_r // 256),
+    )
     return total
 
 
 @triton.jit
-def _sum_rows_kernel(partial_ptr, total_ptr, n, BLOCK: tl.constexpr):
-    """Reads every partial result once, writes one sum per program."""
-    row = tl.program_id(0)
-    columns = tl.arange(0, BLOCK)
-    start = partial_ptr + row.to(tl.int64) * n
-    total = tl.zeros((BLOCK,), partial_ptr.dtype.element_ty)
-    for first in range(0, n, BLOCK):
-        total += tl.load(start + first + columns, first + columns < n, other=0.0)
-    tl.store(total_ptr + row, tl.sum(total))
+def _sum_kernel(
+    partial_ptr, stride_n, stride_r, total_ptr, n, results, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr
+):
+    """Reads every partial result once, writes every sum once."""
+    columns = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    rows = tl.arange(0, BLOCK_N)
+    total = tl.zeros((BLOCK_N, BLOCK_R), partial_ptr.dtype.element_ty)
+    for first in range(0, n, BLOCK_N):
+        at = (first + rows).to(tl.int64)[:, None] * stride_n + columns.to(tl.int64)[None, :] * stride_r
+        total += tl.load(partial_ptr + at, (first + rows < n)[:, None] & (columns < results)[None, :], other=0.0)
+    tl.store(total_ptr + columns, tl.sum(total, 0), columns < results)
