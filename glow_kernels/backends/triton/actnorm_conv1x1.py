@@ -131,7 +131,7 @@ def _gradient_precision(matrix: Tensor) -> str:
 def _sums(partial: Tensor, channels: int) -> tuple[Tensor, Tensor]:
     total = sum_partial(partial, 0)
     # Results of an operator share no memory.
-    return total[channels:].view(channels, channels), total[:channels].clone()
+    return total[: channels * channels].view(channels, channels), total[channels * channels :].clone()
 
 
 @triton.jit
@@ -322,7 +322,7 @@ def _product(
 
 @triton.jit
 def _store_partial(partial_ptr, grad_matrix, grad_shift, channels, square, C):
-    """``dv``, then ``dM``, of one program."""
+    """``dM``, then ``dv``, of one program."""
     at = partial_ptr + tl.program_id(0).to(tl.int64) * (C * (C + 1))
-    tl.store(at + channels, grad_shift, channels < C)
-    tl.store(at + C + channels[:, None] * C + channels[None, :], grad_matrix, square)
+    tl.store(at + channels[:, None] * C + channels[None, :], grad_matrix, square)
+    tl.store(at + C * C + channels, grad_shift, channels < C)

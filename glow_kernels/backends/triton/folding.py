@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from glow_kernels.backends.triton.device_functions import wide
+from glow_kernels.backends.triton.device_functions import store, wide
 from glow_kernels.backends.triton.launch import launch, power_of_two
 
 
@@ -82,11 +82,9 @@ def fold_backward(
     """Gradients of ``fold`` in its arguments; empty for a missing weight_log_det."""
     grads = (_flat(grad_matrix, 2), _flat(grad_shift, 1), _flat(grad_log_det, 0))
     inputs = (_flat(log_scale, 1), _flat(bias, 1), _flat(weight, 2))
-    results = tuple(_like(tensor) for tensor in (log_scale, bias, weight))
-    _launch(
-        _fold_backward_kernel, weight, *_strided(*grads, *inputs), *results, INVERT=weight_log_det is None
-    )
-    return *results, weight.new_empty(0) if weight_log_det is None else grad_log_det.clone()
+    results = _fold_results(log_scale, bias, weight, weight_log_det)
+    _launch(_fold_backward_kernel, weight, *_strided(*grads, *inputs), *results, INVERT=weight_log_det is None)
+    return results
 
 
 def fold_inverse_backward(
@@ -99,9 +97,8 @@ def fold_inverse_backward(
     weight_log_det: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of ``fold_inverse``: ``dN = -diag(dlog_scale) N - N dW W^-1``."""
-    results = tuple(_like(tensor) for tensor in (log_scale, bias, weight))
-    # W^-1 and dL/dN W^-T diag(...), which other threads read again.
-    scratch = weight.new_empty((2, *weight.shape), dtype=torch.float64)
+    results = _fold_results(log_scale, bias, weight, weight_log_det)
+    inverse = torch.empty_like(results[2], dtype=torch.float64)
     grads = (_flat(grad_matrix, 2), _flat(grad_shift, 1), _flat(grad_log_det, 0))
     inputs = (_flat(log_scale, 1), _flat(weight, 2))
     _launch(
@@ -109,10 +106,10 @@ def fold_inverse_backward(
         weight,
         *_strided(*grads, *inputs),
         *results,
-        scratch,
+        inverse,
         INVERT=weight_log_det is None,
     )
-    return *results, weight.new_empty(0) if weight_log_det is None else -grad_log_det
+    return results
 
 
 def _fold(
@@ -124,6 +121,13 @@ def _fold(
     kernel = _fold_inverse_kernel if inverse else _fold_kernel
     _launch(kernel, weight, *_strided(*inputs), matrix, shift, log_det, KNOWN=weight_log_det is not None)
     return matrix, shift, log_det
+
+
+def _fold_results(
+    log_scale: Tensor, bias: Tensor, weight: Tensor, weight_log_det: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    known = weight.new_empty(0 if weight_log_det is None else weight_log_det.shape)
+    return _like(log_scale), _like(bias), _like(weight), known
 
 
 def _launch(kernel: triton.JITFunction, like: Tensor, *args: object, **options: object) -> None:
@@ -172,19 +176,19 @@ def _number(ptr, strides):
 @triton.jit
 def _store_vector(ptr, i, values, C):
     """To a contiguous (*K, C)."""
-    tl.store(ptr + tl.program_id(0).to(tl.int64) * C + i, values.to(ptr.dtype.element_ty), i < C)
+    store(ptr + tl.program_id(0).to(tl.int64) * C + i, values, i < C)
 
 
 @triton.jit
 def _store_matrix(ptr, rows, columns, values, C):
     """To elements of a contiguous (*K, C, C)."""
     at = ptr + tl.program_id(0).to(tl.int64) * (C * C) + (rows[:, None] * C + columns[None, :])
-    tl.store(at, values.to(ptr.dtype.element_ty), (rows < C)[:, None] & (columns < C)[None, :])
+    store(at, values, (rows < C)[:, None] & (columns < C)[None, :])
 
 
 @triton.jit
 def _store_number(ptr, value):
-    tl.store(ptr + tl.program_id(0), value.to(ptr.dtype.element_ty))
+    store(ptr + tl.program_id(0), value, True)
 
 
 @triton.jit
@@ -287,6 +291,7 @@ def _fold_backward_kernel(
     grad_log_scale_ptr,
     grad_bias_ptr,
     grad_weight_ptr,
+    grad_known_ptr,
     C,
     INVERT: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -311,9 +316,10 @@ def _fold_backward_kernel(
         grad_weight = total * scale[:, None] + grad_log_det * inverse
         at = grad_weight_ptr + tl.program_id(0).to(tl.int64) * (C * C) + (row_of_step[None, :] * C + step_of_row[:, None])
         mask = (step_of_row < C)[:, None] & (row_of_step < C)[None, :]
-        tl.store(at, grad_weight.to(grad_weight_ptr.dtype.element_ty), mask)
+        store(at, grad_weight, mask)
     else:
         _store_matrix(grad_weight_ptr, i, i, total * scale[None, :], C)
+        _store_number(grad_known_ptr, grad_log_det)
 
 
 @triton.jit
@@ -331,7 +337,8 @@ def _fold_inverse_backward_kernel(
     grad_log_scale_ptr,
     grad_bias_ptr,
     grad_weight_ptr,
-    scratch_ptr,
+    grad_known_ptr,
+    inverse_ptr,
     C,
     INVERT: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -340,11 +347,11 @@ def _fold_inverse_backward_kernel(
     i = tl.arange(0, BLOCK)
     weight = _matrix(weight_ptr, weight_strides, i, i, C)
     left, step_of_row, row_of_step, _ = _eliminate(weight, C, BLOCK)
-    _store_matrix(scratch_ptr, step_of_row, row_of_step, left, C)
+    _store_matrix(inverse_ptr, step_of_row, row_of_step, left, C)
     # What a thread wrote others read.
     tl.debug_barrier()
     square = (wide(C) * C, C, 1)
-    inverse = _matrix(scratch_ptr, square, i, i, C)
+    inverse = _matrix(inverse_ptr, square, i, i, C)
     grad_log_det = _number(grad_log_det_ptr, grad_log_det_strides)
     scale = tl.exp(-_vector(log_scale_ptr, log_scale_strides, i, C))
     scaled_grad = _matrix(grad_matrix_ptr, grad_matrix_strides, i, i, C) * scale[:, None]
@@ -359,6 +366,8 @@ def _fold_inverse_backward_kernel(
         product += column[:, None] * tl.sum(tl.where(in_row, scaled_grad, 0.0), 0)[None, :]
     if INVERT:
         product += tl.where(i[:, None] == i[None, :], grad_log_det, 0.0)
+    else:
+        _store_number(grad_known_ptr, -grad_log_det)
     grad_weight = tl.zeros((BLOCK, BLOCK), tl.float64)
     for k in range(C):
         in_column = (i == k)[None, :]
