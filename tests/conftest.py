@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,13 @@ import torch
 import glow_kernels as gk
 
 pytest.register_assert_rewrite("operators")
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    # Triton's interpreter prepares triton.language at a launch, and again for every function that a kernel calls, which
+    # takes half of the time.
+    from triton.runtime.interpreter import InterpretedFunction
+
+    InterpretedFunction.__call__ = lambda function, *args, **kwargs: function.rewrite()(*args, **kwargs)
 
 
 @pytest.fixture(autouse=True)
