@@ -11,10 +11,9 @@ backward                     g, x           dx
 reversible backward          g, z           x, dx
 ===========================  =============  ==============
 
-and the matrices, and one partial sum of ``dM`` and ``dv`` per program. Products on the path of the flow are in IEEE
-float32: of positions that lie next to each other by outer products of channels in registers, of channels that lie
-next to each other by dot products. Gradients are products on the matrix units, in three passes of TF32 on NVIDIA, which
-have the accuracy of float32, and in float32 on AMD.
+and the matrices, and one partial sum of ``dM`` and ``dv`` per program; the backwards find ``g`` once more in the cache.
+``z``, ``x`` and ``dx`` are in IEEE float32. The sum ``dM`` is on the matrix units, on NVIDIA in three passes of TF32,
+which together have the accuracy of float32.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from glow_kernels.backends.triton.folding import (
     lu_weight,
     lu_weight_backward,
 )
-from glow_kernels.backends.triton.launch import launch, multiprocessors, power_of_two, rows_of
+from glow_kernels.backends.triton.launch import Rows, launch, multiprocessors, power_of_two, rows_of
 from glow_kernels.backends.triton.sums import sum_partial
 
 __all__ = [
@@ -55,7 +54,7 @@ def apply(x: Tensor, matrix: Tensor, shift: Tensor) -> Tensor:
     result = torch.empty_like(x, memory_format=output_format(x))
     if x.numel() == 0:
         return result
-    rows = rows_of("linear", (x, result), _block_c(x))
+    rows = _rows_of("linear", x, result)
     data, out = rows.planes
     launch(
         _apply_kernel,
@@ -75,9 +74,9 @@ def apply_backward(grad: Tensor, x: Tensor, matrix: Tensor, needs_grad_x: bool) 
     channels = x.shape[1]
     if x.numel() == 0:
         return grad_x, matrix.new_zeros(channels, channels), matrix.new_zeros(channels)
-    rows = rows_of("linear_backward", (x, grad, grad_x if needs_grad_x else x), _block_c(x))
+    rows = _rows_of("linear_backward", x, grad, grad_x if needs_grad_x else x)
     data, g, dx = rows.planes
-    programs = min(rows.tiles, 2 * multiprocessors(x.device))
+    programs = min(rows.tiles, 4 * multiprocessors(x.device))
     partial = matrix.new_empty(programs, channels * (channels + 1))
     launch(
         _backward_kernel,
@@ -88,7 +87,7 @@ def apply_backward(grad: Tensor, x: Tensor, matrix: Tensor, needs_grad_x: bool) 
         rows.count,
         **rows.options,
         NEEDS_GRAD_X=needs_grad_x,
-        PRECISION=_gradient_precision(matrix),
+        PRECISION=_sum_precision(matrix),
     )
     return grad_x, *_sums(partial, channels)
 
@@ -101,9 +100,9 @@ def apply_reversible_backward(
     channels = z.shape[1]
     if z.numel() == 0:
         return x, grad_x, matrix.new_zeros(channels, channels), matrix.new_zeros(channels)
-    rows = rows_of("linear_backward", (z, grad, x, grad_x), _block_c(z))
+    rows = _rows_of("linear_backward", z, grad, x, grad_x)
     data, g, undone, dx = rows.planes
-    programs = min(rows.tiles, 2 * multiprocessors(z.device))
+    programs = min(rows.tiles, 4 * multiprocessors(z.device))
     partial = matrix.new_empty(programs, channels * (channels + 1))
     launch(
         _reversible_backward_kernel,
@@ -114,17 +113,18 @@ def apply_reversible_backward(
         *data.shape[1:],
         rows.count,
         **rows.options,
-        PRECISION=_gradient_precision(matrix),
+        PRECISION=_sum_precision(matrix),
     )
     return x, grad_x, *_sums(partial, channels)
 
 
-def _block_c(x: Tensor) -> int:
+def _rows_of(family: str, x: Tensor, *others: Tensor) -> Rows:
     # A dot product has at least 16 rows and columns.
-    return max(16, power_of_two(x.shape[1]))
+    block_c = max(16, power_of_two(x.shape[1]))
+    return rows_of(f"{family}_{block_c}", (x, *others), block_c)
 
 
-def _gradient_precision(matrix: Tensor) -> str:
+def _sum_precision(matrix: Tensor) -> str:
     return "ieee" if torch.version.hip or matrix.dtype == torch.float64 else "tf32x3"
 
 
@@ -195,24 +195,28 @@ def _backward_kernel(
     if CHANNELS_LAST:
         C = multiple(C, VECTOR)
     channels = tl.arange(0, BLOCK_C)
-    square = (channels < C)[:, None] & (channels < C)[None, :]
-    matrix_at = channels[:, None] * matrix_strides[0] + channels[None, :] * matrix_strides[1]
-    matrix = tl.load(matrix_ptr + matrix_at, square, other=0.0)
-    grad_matrix = tl.zeros((BLOCK_C, BLOCK_C), matrix.dtype)
-    grad_shift = tl.zeros((BLOCK_C,), matrix.dtype)
+    transposed = (matrix_strides[1], matrix_strides[0])
+    zero = tl.zeros((BLOCK_C,), matrix_ptr.dtype.element_ty)
+    grad_matrix = tl.zeros((BLOCK_C, BLOCK_C), zero.dtype)
+    grad_shift = zero
     for tile in range(tl.program_id(0), tl.cdiv(count, BLOCK_P), tl.num_programs(0)):
         rows = _rows(tile, BLOCK_P, WIDE)
         mask = (rows < count)[:, None] & (channels < C)[None, :]
-        grad = _tile(grad_ptr, grad_strides, rows, channels, mask, P, matrix.dtype, CHANNELS_LAST, VECTOR)
-        x = _tile(x_ptr, x_strides, rows, channels, mask, P, matrix.dtype, CHANNELS_LAST, VECTOR)
+        grad_at = row_offsets(rows, P, grad_strides, CHANNELS_LAST, VECTOR)
         if NEEDS_GRAD_X:
-            grad_x = tl.dot(grad, matrix, input_precision=PRECISION, out_dtype=matrix.dtype)
+            grad_x = _product(
+                grad_ptr, grad_at, grad_strides, matrix_ptr, transposed, zero, rows < count, C,
+                BLOCK_C, CHANNELS_LAST, VECTOR,
+            )  # fmt: skip
             at = row_offsets(rows, P, grad_x_strides, CHANNELS_LAST, VECTOR)[:, None]
             at += channel_offsets(channels, grad_x_strides, CHANNELS_LAST, VECTOR)[None, :]
             store(grad_x_ptr + at, grad_x, mask)
-        grad_matrix += tl.dot(tl.trans(grad), x, input_precision=PRECISION, out_dtype=matrix.dtype)
+        grad = _tile(grad_ptr, grad_at, grad_strides, channels, mask, zero.dtype, CHANNELS_LAST, VECTOR)
+        x_at = row_offsets(rows, P, x_strides, CHANNELS_LAST, VECTOR)
+        x = _tile(x_ptr, x_at, x_strides, channels, mask, zero.dtype, CHANNELS_LAST, VECTOR)
+        grad_matrix = tl.dot(tl.trans(grad), x, grad_matrix, input_precision=PRECISION, out_dtype=zero.dtype)
         grad_shift += tl.sum(grad, 0)
-    _store_partial(partial_ptr, grad_matrix, grad_shift, channels, square, C)
+    _store_partial(partial_ptr, grad_matrix, grad_shift, channels, C)
 
 
 @triton.jit
@@ -245,12 +249,11 @@ def _reversible_backward_kernel(
     if CHANNELS_LAST:
         C = multiple(C, VECTOR)
     channels = tl.arange(0, BLOCK_C)
-    square = (channels < C)[:, None] & (channels < C)[None, :]
-    matrix_at = channels[:, None] * matrix_strides[0] + channels[None, :] * matrix_strides[1]
-    matrix = tl.load(matrix_ptr + matrix_at, square, other=0.0)
+    transposed = (matrix_strides[1], matrix_strides[0])
+    zero = tl.zeros((BLOCK_C,), matrix_ptr.dtype.element_ty)
     shift = tl.load(inverse_shift_ptr + channels * inverse_shift_stride, channels < C, other=0.0)
-    grad_matrix = tl.zeros((BLOCK_C, BLOCK_C), matrix.dtype)
-    grad_shift = tl.zeros((BLOCK_C,), matrix.dtype)
+    grad_matrix = tl.zeros((BLOCK_C, BLOCK_C), zero.dtype)
+    grad_shift = zero
     for tile in range(tl.program_id(0), tl.cdiv(count, BLOCK_P), tl.num_programs(0)):
         rows = _rows(tile, BLOCK_P, WIDE)
         mask = (rows < count)[:, None] & (channels < C)[None, :]
@@ -259,15 +262,19 @@ def _reversible_backward_kernel(
             z_ptr, z_at, z_strides, inverse_ptr, inverse_strides, shift, rows < count, C, BLOCK_C, CHANNELS_LAST, VECTOR
         )
         x = tl.where(mask, x, 0.0)
-        grad = _tile(grad_ptr, grad_strides, rows, channels, mask, P, matrix.dtype, CHANNELS_LAST, VECTOR)
-        grad_x = tl.dot(grad, matrix, input_precision=PRECISION, out_dtype=matrix.dtype)
+        grad_at = row_offsets(rows, P, grad_strides, CHANNELS_LAST, VECTOR)
+        grad_x = _product(
+            grad_ptr, grad_at, grad_strides, matrix_ptr, transposed, zero, rows < count, C,
+            BLOCK_C, CHANNELS_LAST, VECTOR,
+        )  # fmt: skip
         at = row_offsets(rows, P, out_strides, CHANNELS_LAST, VECTOR)[:, None]
         at += channel_offsets(channels, out_strides, CHANNELS_LAST, VECTOR)[None, :]
         store(x_ptr + at, x, mask)
         store(grad_x_ptr + at, grad_x, mask)
-        grad_matrix += tl.dot(tl.trans(grad), x, input_precision=PRECISION, out_dtype=matrix.dtype)
+        grad = _tile(grad_ptr, grad_at, grad_strides, channels, mask, zero.dtype, CHANNELS_LAST, VECTOR)
+        grad_matrix = tl.dot(tl.trans(grad), x, grad_matrix, input_precision=PRECISION, out_dtype=zero.dtype)
         grad_shift += tl.sum(grad, 0)
-    _store_partial(partial_ptr, grad_matrix, grad_shift, channels, square, C)
+    _store_partial(partial_ptr, grad_matrix, grad_shift, channels, C)
 
 
 @triton.jit
@@ -278,12 +285,9 @@ def _rows(tile, BLOCK_P: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _tile(
-    ptr, strides, rows, channels, mask, P, dtype: tl.constexpr, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr
-):
-    at = row_offsets(rows, P, strides, CHANNELS_LAST, VECTOR)[:, None]
-    at += channel_offsets(channels, strides, CHANNELS_LAST, VECTOR)[None, :]
-    return tl.load(ptr + at, mask, other=0.0).to(dtype)
+def _tile(ptr, at, strides, channels, mask, dtype: tl.constexpr, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr):
+    channels_at = channel_offsets(channels, strides, CHANNELS_LAST, VECTOR)
+    return tl.load(ptr + (at[:, None] + channels_at[None, :]), mask, other=0.0).to(dtype)
 
 
 @triton.jit
@@ -300,29 +304,24 @@ def _product(
     CHANNELS_LAST: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """``sum_j M[:, j] x[j] + shift`` in IEEE arithmetic, of rows at ``x_at`` that are ``inside``."""
+    """``sum_j M[:, j] x[j] + shift`` in IEEE arithmetic, of the rows at ``x_at`` that are ``inside``."""
     channels = tl.arange(0, BLOCK_C)
     out = tl.zeros((x_at.shape[0], BLOCK_C), shift.dtype) + shift[None, :]
-    if CHANNELS_LAST:
-        for first in range(0, C, 16):
-            some = first + tl.arange(0, 16)
-            at = x_at[:, None] + channel_offsets(some, x_strides, CHANNELS_LAST, VECTOR)[None, :]
-            x = tl.load(x_ptr + at, inside[:, None] & (some < C)[None, :], other=0.0).to(shift.dtype)
-            at = channels[None, :] * matrix_strides[0] + some[:, None] * matrix_strides[1]
-            columns = tl.load(matrix_ptr + at, (channels < C)[None, :] & (some < C)[:, None], other=0.0)
-            out += tl.dot(x, columns, input_precision="ieee", out_dtype=shift.dtype)
-    else:
-        for j in range(C):
-            x = tl.load(x_ptr + x_at + channel_offsets(j, x_strides, CHANNELS_LAST, VECTOR), inside, other=0.0)
-            at = channels * matrix_strides[0] + j * matrix_strides[1]
-            column = tl.load(matrix_ptr + at, channels < C, other=0.0)
-            out += x.to(shift.dtype)[:, None] * column[None, :]
+    # 16 channels at a time: a dot product on the arithmetic units keeps its operands in registers.
+    for first in range(0, C, 16):
+        some = first + tl.arange(0, 16)
+        at = x_at[:, None] + channel_offsets(some, x_strides, CHANNELS_LAST, VECTOR)[None, :]
+        x = tl.load(x_ptr + at, inside[:, None] & (some < C)[None, :], other=0.0).to(shift.dtype)
+        at = channels[None, :] * matrix_strides[0] + some[:, None] * matrix_strides[1]
+        columns = tl.load(matrix_ptr + at, (channels < C)[None, :] & (some < C)[:, None], other=0.0)
+        out = tl.dot(x, columns, out, input_precision="ieee", out_dtype=shift.dtype)
     return out
 
 
 @triton.jit
-def _store_partial(partial_ptr, grad_matrix, grad_shift, channels, square, C):
+def _store_partial(partial_ptr, grad_matrix, grad_shift, channels, C):
     """``dM``, then ``dv``, of one program."""
     at = partial_ptr + tl.program_id(0).to(tl.int64) * (C * (C + 1))
+    square = (channels < C)[:, None] & (channels < C)[None, :]
     tl.store(at + channels[:, None] * C + channels[None, :], grad_matrix, square)
     tl.store(at + C * C + channels, grad_shift, channels < C)

@@ -136,7 +136,7 @@ def _launch(kernel: triton.JITFunction, like: Tensor, *args: object, **options: 
     if matrices == 0 or channels == 0:
         return
     block = power_of_two(channels)
-    num_warps = max(1, min(8, block * block // 256))
+    num_warps = max(1, min(16, block * block // 256))
     launch(kernel, matrices, like, *args, channels, **options, BLOCK=block, num_warps=num_warps)
 
 

@@ -23,12 +23,17 @@ from glow_kernels.backends.triton import INTERPRETED
 
 TUNED = Path(__file__).parent / "tuned"
 
-# Per family of kernels: elements of a tile and warps that share it.
+# Per family of kernels: elements of a tile, and warps that share it. The number in a name is that of channels of a tile.
 DEFAULTS: dict[str, dict[str, int]] = {
     "elementwise": {"elements": 1024, "num_warps": 4},
     "statistics": {"elements": 2048, "num_warps": 4},
-    "linear": {"elements": 4096, "num_warps": 4},
-    "linear_backward": {"elements": 1024, "num_warps": 4},
+    "linear_16": {"elements": 2048, "num_warps": 4},
+    "linear_32": {"elements": 2048, "num_warps": 4},
+    "linear_64": {"elements": 2048, "num_warps": 4},
+    # Operands of a dot product live in registers, so larger tiles spill.
+    "linear_backward_16": {"elements": 512, "num_warps": 4},
+    "linear_backward_32": {"elements": 512, "num_warps": 4},
+    "linear_backward_64": {"elements": 1024, "num_warps": 8},
 }
 
 
@@ -56,7 +61,7 @@ def elementwise_tile(data: Sequence[Tensor], conditions: Sequence[Tensor]) -> Ti
     samples, channels, positions = data[0].shape
     parameters = tuned("elementwise", data[0].device)
     channels_last = is_channels_last(data[0])
-    elements = parameters["elements"]
+    elements = parameters["elements"] // (2 if data[0].dtype == torch.float64 else 1)
     if channels_last:
         block_c = min(power_of_two(channels), elements)
         block_p = min(power_of_two(positions), elements // block_c)
@@ -147,9 +152,15 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def launch(kernel: Any, programs: int, like: Tensor, *args: Any, **options: Any) -> None:
-    """Start ``programs`` programs of ``kernel`` on the device of ``like`` and its current stream."""
+    """Start ``programs`` programs of ``kernel`` on the device of ``like`` and its current stream.
+
+    ``num_warps`` counts warps of 32 threads.
+    """
+    if torch.version.hip:  # whose warps have 64
+        options["num_warps"] = max(1, options["num_warps"] // 2)
     with _quiet_arithmetic() if INTERPRETED else torch.cuda.device_of(like):
-        kernel[(programs,)](*args, **options)
+        # Fused multiply-adds are no longer Triton's default from 3.10 on.
+        kernel[(programs,)](*args, **options, enable_fp_fusion=True)
 
 
 def _quiet_arithmetic() -> AbstractContextManager[Any]:
