@@ -13,12 +13,15 @@ export CXX
 # Demo and tests run without a compiler too, on the reference backend.
 NATIVE := $(if $(shell command -v $(firstword $(CXX)) 2>/dev/null),$(LIBRARY),no-compiler)
 
-.PHONY: help build demo test lint format clean no-compiler
+INTERPRETED_TESTS := $(addprefix tests/test_,actnorm_conv1x1.py actnorm_statistics.py affine_coupling.py gaussian_log_prob.py triton.py)
+
+.PHONY: help build demo test kernels-report lint format clean no-compiler
 
 help:
 	@echo "make build   compile the native CPU library, which needs a C++ compiler; CXX=clang++ chooses another"
 	@echo "make demo    train a Glow on scikit-learn's digits, two to three minutes on two cores; pictures in runs/demo"
 	@echo "make test    run the tests"
+	@echo "make kernels-report  compile every Triton kernel for five GPUs, none needed; reports/kernels.csv"
 	@echo "make lint    ruff, mypy and clang-format"
 	@echo "make format  let ruff and clang-format rewrite the sources"
 	@echo "make clean   remove .venv and what builds and tests leave behind"
@@ -31,6 +34,11 @@ demo: $(INSTALLED) $(NATIVE)
 
 test: $(INSTALLED) $(NATIVE)
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(INTERPRETED_TESTS) -k triton
+
+# Every Triton kernel with its registers, spills, shared memory and widest accesses on GPUs that need not be here.
+kernels-report: $(INSTALLED)
+	$(BIN)/python tests/ahead_of_time.py all reports/kernels.csv
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

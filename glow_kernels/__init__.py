@@ -19,6 +19,7 @@ from glow_kernels.ops import (
     gaussian_sample,
     gaussian_standardize,
 )
+from glow_kernels.tuning import warmup
 
 __version__ = "0.1.0"
 
@@ -40,4 +41,5 @@ __all__ = [
     "nn",
     "tune_allocator",
     "use_backend",
+    "warmup",
 ]

@@ -13,11 +13,18 @@ import glow_kernels as gk
 pytest.register_assert_rewrite("operators")
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    # Triton's interpreter prepares triton.language at a launch, and again for every function that a kernel calls, which
-    # takes half of the time.
+    # The interpreter prepares triton.language at a launch, and again for every function that a kernel calls, which takes
+    # half of the time. Once is enough for functions that see the same module as the kernels.
     from triton.runtime.interpreter import InterpretedFunction
 
-    InterpretedFunction.__call__ = lambda function, *args, **kwargs: function.rewrite()(*args, **kwargs)
+    _prepare_and_call = InterpretedFunction.__call__
+
+    def _call(function, *args, **kwargs):
+        if function.fn.__module__.startswith("triton."):
+            return _prepare_and_call(function, *args, **kwargs)
+        return function.rewrite()(*args, **kwargs)
+
+    InterpretedFunction.__call__ = _call
 
 
 @pytest.fixture(autouse=True)

@@ -37,6 +37,10 @@ DEFAULTS: dict[str, dict[str, int]] = {
 }
 
 
+# What is being measured at the moment.
+MEASURED: dict[str, dict[str, int]] = {}
+
+
 @dataclass(frozen=True)
 class Tile:
     """A tile of one sample that one program covers, and how its elements are addressed.
@@ -172,9 +176,8 @@ def _quiet_arithmetic() -> AbstractContextManager[Any]:
 
 def tuned(family: str, device: torch.device) -> dict[str, int]:
     """Launch parameters of a family of kernels on a device."""
-    if device.type != "cuda":
-        return DEFAULTS[family]
-    return DEFAULTS[family] | _table(torch.cuda.get_device_name(device)).get(family, {})
+    table = _table(torch.cuda.get_device_name(device)) if device.type == "cuda" else {}
+    return DEFAULTS[family] | table.get(family, {}) | MEASURED.get(family, {})
 
 
 @functools.cache
