@@ -7,6 +7,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,10 +38,10 @@ def warmup(model: nn.Module, shape: Sequence[int]) -> None:
     if len(shape) < 2 or min(shape) < 1:
         raise UsageError(f"shape must be (B, C, *spatial) with sizes of at least 1, got {tuple(shape)}")
     # In training mode, so that a flow that is not initialised does so.
-    flow = copy.deepcopy(model).train()
+    flow: Any = copy.deepcopy(model).train()
     with torch.random.fork_rng([parameter.device] if parameter.is_cuda else []):
         x = torch.rand(tuple(shape), device=parameter.device, dtype=parameter.dtype).requires_grad_()
-        labels = ()
+        labels: tuple[Tensor, ...] = ()
         if getattr(model, "num_classes", None) is not None:
             labels = (torch.zeros(shape[0], dtype=torch.int64, device=parameter.device),)
         with torch.enable_grad():

@@ -324,7 +324,9 @@ def _read_amd(asm: dict[str, Any]) -> tuple[int, int, list[int], list[int]]:
         return int(re.search(rf"\.{name}:\s*(\d+)", code)[1])
 
     spills = value("vgpr_spill_count") + value("sgpr_spill_count") + value("private_segment_fixed_size")
-    accesses = ([_amd_bits(found) for found in re.findall(rf"(?:global|buffer)_{n}_(\w+)", code)] for n in _AMD_ACCESSES)
+    accesses = (
+        [_amd_bits(found) for found in re.findall(rf"(?:global|buffer)_{n}_(\w+)", code)] for n in _AMD_ACCESSES
+    )
     return value("vgpr_count"), spills, *accesses
 
 

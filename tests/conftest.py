@@ -13,8 +13,8 @@ import glow_kernels as gk
 pytest.register_assert_rewrite("operators")
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    # The interpreter prepares triton.language at a launch, and again for every function that a kernel calls, which takes
-    # half of the time. Once is enough for functions that see the same module as the kernels.
+    # The interpreter prepares triton.language at a launch, and again for every function that a kernel calls, which
+    # takes half of the time. Once is enough for functions that see the same module as the kernels.
     from triton.runtime.interpreter import InterpretedFunction
 
     _prepare_and_call = InterpretedFunction.__call__

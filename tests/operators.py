@@ -36,6 +36,7 @@ def combinations(*values: Sequence[Any]) -> list[tuple[Any, ...]]:
         return list(itertools.product(*values))
     return [tuple(each[index % len(each)] for each in values) for index in range(max(map(len, values), default=0))]
 
+
 # Type of the data and of the other arguments.
 DTYPES = {
     "float16": (torch.float16, torch.float16),

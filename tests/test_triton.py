@@ -1,4 +1,4 @@
-"""What only the Triton kernels have: their arithmetic, addresses, tiles and tables, and what is said where there is none.
+"""What only the Triton kernels have: their arithmetic, addresses, tiles and tables, and what is said without a GPU.
 
 Proven in the interpreter: elementary functions are accurate to a few ulps, addresses beyond 2^31 elements are right,
 and every kernel reads and writes each element as often as its docstring says.

@@ -1,7 +1,7 @@
 """Triton kernels of ``actnorm_statistics``; the mathematics stands in ``glow_kernels.ops.actnorm_statistics``.
 
-The first kernel reads every element once. It counts from the mean of its first tile, so that nothing cancels however far
-from zero the data are; tiles, and then programs, are combined as in Chan, Golub and LeVeque, 1979.
+The first kernel reads every element once. It counts from the mean of its first tile, so that nothing cancels however
+far from zero the data are; tiles, and then programs, are combined as in Chan, Golub and LeVeque, 1979.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from glow_kernels.backends.numerics import compute_dtype
 from glow_kernels.backends.triton.device_functions import channel_offsets, multiple, row_offsets, wide
-from glow_kernels.backends.triton.launch import launch, multiprocessors, planes, is_channels_last, power_of_two, rows_of
+from glow_kernels.backends.triton.launch import is_channels_last, launch, multiprocessors, planes, power_of_two, rows_of
 
 _MAX_CHUNKS = 64
 
@@ -108,9 +108,7 @@ def _chunk_kernel(
 
 
 @triton.jit
-def _combine_kernel(
-    partial_ptr, mean_ptr, variance_ptr, C, chunks, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr
-):
+def _combine_kernel(partial_ptr, mean_ptr, variance_ptr, C, chunks, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
     """All chunks of some channels, in float64."""
     channels = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     chunk = tl.arange(0, BLOCK_N)

@@ -1,7 +1,7 @@
 """Triton kernels of ``affine_coupling``; the mathematics stands in ``glow_kernels.ops.affine_coupling``.
 
-A program covers one tile of one sample, and leaves what it adds to the log-determinant, and per channel to the gradient
-of the learned gain, in buffers that a second, tiny kernel sums in a fixed order. Every element is read and written once:
+A program covers one tile of one sample. It leaves what it adds to the log-determinant, and per channel to the gradient
+of the learned gain, in buffers that a second, tiny kernel sums in a fixed order. Each element is read and written once:
 
 ========================  ===============================  =====================================
 kernel                    reads per element of x           writes per element of x

@@ -45,7 +45,9 @@ def tile_of_program(
 
 
 @triton.jit
-def offsets(sample, positions, channels, strides, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.constexpr):
+def offsets(
+    sample, positions, channels, strides, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.constexpr
+):
     """Offsets of a tile; WIDE where one sample spans 2^31 elements or more."""
     if CHANNELS_LAST:
         stride_c = strides[1]

@@ -42,7 +42,7 @@ def lu_weight_backward(
     diagonal_sign: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``lu_weight`` in lower, upper and log_diagonal."""
-    results = tuple(_like(tensor) for tensor in (lower, upper, log_diagonal))
+    results = (_like(lower), _like(upper), _like(log_diagonal))
     matrices = (_flat(grad_weight, 2), _flat(permutation, 2), _flat(lower, 2), _flat(upper, 2))
     vectors = (_flat(grad_log_det, 0), _flat(log_diagonal, 1), _flat(diagonal_sign, 1))
     _launch(_lu_weight_backward_kernel, lower, *_strided(*matrices, *vectors), *results)
@@ -314,7 +314,11 @@ def _fold_backward_kernel(
         swapped = (grad_matrix_strides[0], grad_matrix_strides[2], grad_matrix_strides[1])
         total = _matrix(grad_matrix_ptr, swapped, step_of_row, row_of_step, C) + bias[:, None] * grad_shift[None, :]
         grad_weight = total * scale[:, None] + grad_log_det * inverse
-        at = grad_weight_ptr + tl.program_id(0).to(tl.int64) * (C * C) + (row_of_step[None, :] * C + step_of_row[:, None])
+        at = (
+            grad_weight_ptr
+            + tl.program_id(0).to(tl.int64) * (C * C)
+            + (row_of_step[None, :] * C + step_of_row[:, None])
+        )
         mask = (step_of_row < C)[:, None] & (row_of_step < C)[None, :]
         store(at, grad_weight, mask)
     else:
@@ -460,9 +464,7 @@ def _lu_weight_backward_kernel(
         grad_upper += column[:, None] * tl.sum(tl.where(in_row, permuted, 0.0), 0)[None, :]
     _store_matrix(grad_upper_ptr, i, i, tl.where(i[:, None] < i[None, :], grad_upper, 0.0), C)
     of_diagonal = tl.sum(tl.where(i[:, None] == i[None, :], grad_upper * upper, 0.0), 0)
-    _store_vector(
-        grad_log_diagonal_ptr, i, of_diagonal + _number(grad_log_det_ptr, grad_log_det_strides), C
-    )
+    _store_vector(grad_log_diagonal_ptr, i, of_diagonal + _number(grad_log_det_ptr, grad_log_det_strides), C)
 
 
 @triton.jit
@@ -472,7 +474,5 @@ def _triangles(lower_ptr, lower_strides, upper_ptr, upper_strides, log_diagonal,
     lower = tl.where(i[:, None] > i[None, :], lower, tl.where(i[:, None] == i[None, :], 1.0, 0.0))
     diagonal = _vector(sign_ptr, sign_strides, i, C) * tl.exp(log_diagonal)
     upper = _matrix(upper_ptr, upper_strides, i, i, C)
-    upper = tl.where(
-        i[:, None] < i[None, :], upper, tl.where(i[:, None] == i[None, :], diagonal[None, :], 0.0)
-    )
+    upper = tl.where(i[:, None] < i[None, :], upper, tl.where(i[:, None] == i[None, :], diagonal[None, :], 0.0))
     return lower, upper

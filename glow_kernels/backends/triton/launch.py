@@ -23,7 +23,7 @@ from glow_kernels.backends.triton import INTERPRETED
 
 TUNED = Path(__file__).parent / "tuned"
 
-# Per family of kernels: elements of a tile, and warps that share it. The number in a name is that of channels of a tile.
+# Per family of kernels: elements of a tile, and warps that share it. A number in a name is the tile's channels.
 DEFAULTS: dict[str, dict[str, int]] = {
     "elementwise": {"elements": 1024, "num_warps": 4},
     "statistics": {"elements": 2048, "num_warps": 4},

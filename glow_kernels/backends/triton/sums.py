@@ -23,7 +23,8 @@ def sum_partial(partial: Tensor, dimension: int) -> Tensor:
         _sum_kernel,
         -(-total.numel() // block_r),
         partial,
-        *(partial, partial.stride(dimension), partial.stride(1 - dimension), total, *partial.shape[:: 1 - 2 * dimension]),
+        *(partial, partial.stride(dimension), partial.stride(1 - dimension), total),
+        *(partial.shape[dimension], total.numel()),
         BLOCK_N=block_n,
         BLOCK_R=block_r,
         num_warps=max(1, block_n * block_r // 256),
@@ -32,9 +33,7 @@ def sum_partial(partial: Tensor, dimension: int) -> Tensor:
 
 
 @triton.jit
-def _sum_kernel(
-    partial_ptr, stride_n, stride_r, total_ptr, n, results, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr
-):
+def _sum_kernel(partial_ptr, stride_n, stride_r, total_ptr, n, results, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr):
     """Reads every partial result once, writes every sum once."""
     columns = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     rows = tl.arange(0, BLOCK_N)

@@ -22,7 +22,7 @@ def actnorm_conv1x1(function: str, *args: Any) -> bool:
         return False
     if function.startswith("apply"):
         x, matrix = args[1:3] if function.endswith("backward") else args[:2]
-        return x.shape[1] <= _MAX_CHANNELS and matrix.dtype == compute_dtype(x)
+        return bool(x.shape[1] <= _MAX_CHANNELS and matrix.dtype == compute_dtype(x))
     return tensors[0].shape[-1] <= _MAX_CHANNELS
 
 
