@@ -13,12 +13,12 @@ export CXX
 # Demo and tests run without a compiler too, on the reference backend.
 NATIVE := $(if $(shell command -v $(firstword $(CXX)) 2>/dev/null),$(LIBRARY),no-compiler)
 
-# The library once more, with every access and every arithmetic operation checked, and the tests that are for it.
+OPERATOR_TESTS := $(addprefix tests/test_,actnorm_conv1x1.py actnorm_statistics.py affine_coupling.py gaussian_log_prob.py)
+# The native library with every access and every arithmetic operation checked.
 SANITIZED := build/sanitized
 SANITIZE := -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
-SANITIZED_TESTS := $(addprefix tests/test_,actnorm_conv1x1.py actnorm_statistics.py affine_coupling.py gaussian_log_prob.py)
 
-.PHONY: help build demo test test-sanitized bench gpu lint format clean no-compiler
+.PHONY: help build demo test test-sanitized bench gpu kernels-report lint format clean no-compiler
 
 help:
 	@echo "make build   compile the native CPU library, which needs a C++ compiler; CXX=clang++ chooses another"
@@ -27,6 +27,7 @@ help:
 	@echo "make test-sanitized  run the operator tests on a native library with AddressSanitizer and UBSan"
 	@echo "make bench   measure the operators and models here, print the goals, draw a report in runs/report"
 	@echo "make gpu     build, test and measure on an NVIDIA GPU with the torch and triton of PYTHON; installs nothing"
+	@echo "make kernels-report  compile every Triton kernel for five GPUs, none needed; reports/kernels.csv"
 	@echo "make lint    ruff, mypy and clang-format"
 	@echo "make format  let ruff and clang-format rewrite the sources"
 	@echo "make clean   remove .venv and what builds and tests leave behind"
@@ -39,11 +40,16 @@ demo: $(INSTALLED) $(NATIVE)
 
 test: $(INSTALLED) $(NATIVE)
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(OPERATOR_TESTS) tests/test_triton.py -k triton
+
+# Every Triton kernel with its registers, spills, shared memory and widest accesses on GPUs that need not be here.
+kernels-report: $(INSTALLED)
+	$(BIN)/python tests/ahead_of_time.py all reports/kernels.csv
 
 test-sanitized: $(INSTALLED)
 	CXXFLAGS="$(SANITIZE)" GLOW_KERNELS_BUILD=cpu $(BIN)/python setup.py --quiet build --build-lib $(SANITIZED)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) \
-		$(BIN)/pytest -k "native and not opcheck and not compiles" $(SANITIZED_TESTS)
+		$(BIN)/pytest -k "native and not opcheck and not compiles" $(OPERATOR_TESTS)
 
 bench: $(INSTALLED) $(NATIVE)
 	$(BIN)/glow-kernels bench --check --output runs/bench.jsonl

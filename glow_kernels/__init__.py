@@ -21,6 +21,7 @@ from glow_kernels.ops import (
     gaussian_standardize,
 )
 from glow_kernels.reversible import ReversibleSequential, reconstruction_error
+from glow_kernels.tuning import warmup
 
 __version__ = "0.1.0"
 
@@ -46,4 +47,5 @@ __all__ = [
     "restore",
     "tune_allocator",
     "use_backend",
+    "warmup",
 ]

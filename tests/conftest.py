@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,20 @@ import torch
 import glow_kernels as gk
 
 pytest.register_assert_rewrite("operators")
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    # The interpreter prepares triton.language at a launch, and again for every function that a kernel calls, which
+    # takes half of the time. Once is enough for functions that see the same module as the kernels.
+    from triton.runtime.interpreter import InterpretedFunction
+
+    _prepare_and_call = InterpretedFunction.__call__
+
+    def _call(function, *args, **kwargs):
+        if function.fn.__module__.startswith("triton."):
+            return _prepare_and_call(function, *args, **kwargs)
+        return function.rewrite()(*args, **kwargs)
+
+    InterpretedFunction.__call__ = _call
 
 
 @pytest.fixture(autouse=True)

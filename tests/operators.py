@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -23,6 +24,18 @@ from torch import Tensor
 import glow_kernels as gk
 
 Function = Callable[..., Any]
+
+# Triton's interpreter takes a thousand times as long as a kernel: its run makes the same checks on fewer samples, of
+# types, layouts and options one after the other instead of in all combinations.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def combinations(*values: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """All combinations of one of each of ``values``; in the interpreter only so many that each is among them."""
+    if not INTERPRETED:
+        return list(itertools.product(*values))
+    return [tuple(each[index % len(each)] for each in values) for index in range(max(map(len, values), default=0))]
+
 
 # Type of the data and of the other arguments.
 DTYPES = {
@@ -101,6 +114,13 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "expanded_batch": lambda x: x[:1].expand_as(x),
     "one_element": lambda x: x.new_full((), 0.75).expand(x.shape),
 }
+
+
+def other_layouts(layout: str, count: int) -> list[tuple[str, ...]]:
+    """Layouts of the ``count`` arguments after the first, which has this one; in the interpreter the same, or plain."""
+    if INTERPRETED:
+        return [(layout,) * count, ("contiguous",) * count][: 1 + (count > 0)]
+    return list(itertools.product(LAYOUTS, repeat=count))
 
 
 def in_layout(tensors: Sequence[Tensor], *layouts: str) -> list[Tensor]:
@@ -237,7 +257,7 @@ CHANNELS_LAST = [((2, 4, 3, 5), torch.channels_last), ((2, 4, 2, 3, 2), torch.ch
 
 # Reproducible; the fixture that hypothesis warns of only names the backend, which all examples share.
 PROPERTY = settings(
-    max_examples=40,
+    max_examples=8 if INTERPRETED else 40,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
@@ -296,7 +316,7 @@ class OperatorProperties:
 
     @pytest.mark.parametrize("layout", LAYOUTS)
     def test_results_of_every_memory_layout(self, backend, case, layout):
-        for others in itertools.product(LAYOUTS, repeat=case.batched - 1):
+        for others in other_layouts(layout, case.batched - 1):
             check_results(case, in_layout(case.draw((3, 4, 2, 5)), layout, *others))
 
     @pytest.mark.parametrize(("size", "memory_format"), CHANNELS_LAST)
@@ -373,7 +393,7 @@ class DifferentiableProperties(OperatorProperties):
 
     @pytest.mark.parametrize("layout", LAYOUTS)
     def test_gradients_of_every_memory_layout(self, backend, case, layout):
-        for others in itertools.product(LAYOUTS, repeat=case.batched - 1):
+        for others in other_layouts(layout, case.batched - 1):
             check_gradients(case, in_layout(case.draw((3, 4, 2, 5)), layout, *others))
 
     @pytest.mark.parametrize("layout", LAYOUTS)

@@ -113,7 +113,7 @@ def test_results_are_selected_by_file_or_revision(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="'nothing' is neither a file of results nor a git revision"):
         results.select("nothing", tmp_path)
     monkeypatch.setattr(environment, "git", lambda *arguments: "d" * 40)
-    with pytest.raises(DataError, match="nothing in .* was measured at main"):
+    with pytest.raises(DataError, match=r"nothing in .* was measured at main"):
         results.select("main", tmp_path)
 
 

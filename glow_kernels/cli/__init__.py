@@ -9,10 +9,10 @@ from typing import NoReturn
 
 from glow_kernels import __version__
 from glow_kernels.allocator import tune_allocator
-from glow_kernels.cli import bench, evaluate, info, interpolate, sample, train
+from glow_kernels.cli import bench, evaluate, info, interpolate, sample, train, tune
 from glow_kernels.errors import GlowKernelsError
 
-COMMANDS = (train, evaluate, sample, interpolate, bench, info)
+COMMANDS = (train, evaluate, sample, interpolate, bench, info, tune)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

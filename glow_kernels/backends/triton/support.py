@@ -4,9 +4,47 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor
 
-def _nothing(function: str, *args: Any) -> bool:
-    return False
+from glow_kernels.backends.numerics import compute_dtype
+from glow_kernels.backends.triton import INTERPRETED
+
+_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# More channels are a matrix product that is limited by arithmetic: cuBLAS and cuSOLVER, through the reference.
+_MAX_CHANNELS = 64
 
 
-actnorm_conv1x1 = actnorm_statistics = affine_coupling = gaussian_log_prob = _nothing
+def actnorm_conv1x1(function: str, *args: Any) -> bool:
+    """Large matrices are left to the reference."""
+    tensors = [tensor for tensor in args if isinstance(tensor, Tensor)]
+    if not _on_device(*tensors):
+        return False
+    if function.startswith("apply"):
+        x, matrix = args[1:3] if function.endswith("backward") else args[:2]
+        return bool(x.shape[1] <= _MAX_CHANNELS and matrix.dtype == compute_dtype(x))
+    return tensors[0].shape[-1] <= _MAX_CHANNELS
+
+
+def affine_coupling(function: str, *args: Any) -> bool:
+    """Every option."""
+    return _on_device(*(tensor for tensor in args if isinstance(tensor, Tensor)))
+
+
+def gaussian_log_prob(function: str, *args: Any) -> bool:
+    """Both layouts."""
+    return _on_device(*(tensor for tensor in args if isinstance(tensor, Tensor)))
+
+
+def actnorm_statistics(function: str, x: Tensor) -> bool:
+    """Every shape."""
+    return _on_device(x)
+
+
+def _on_device(*tensors: Tensor) -> bool:
+    return all(
+        tensor.dtype in _TYPES
+        and tensor.layout == torch.strided
+        and (tensor.device.type == "cuda" or (INTERPRETED and tensor.device.type == "cpu"))
+        for tensor in tensors
+    )

@@ -1,0 +1,249 @@
+"""Triton kernels of ``gaussian_log_prob``; the mathematics stands in ``glow_kernels.ops.gaussian_log_prob``.
+
+A program covers one tile of one sample. Per element of z every kernel reads z (or eps, and the gradient) and 2 of h,
+and writes at most one of z and 2 of h; the log-density is summed in two stages, in a fixed order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from glow_kernels.backends.numerics import compute_dtype, output_format
+from glow_kernels.backends.triton.device_functions import (
+    exp,
+    load_pair,
+    offsets,
+    store,
+    store_pair,
+    tile_of_program,
+)
+from glow_kernels.backends.triton.launch import elementwise_tile, launch, planes
+from glow_kernels.backends.triton.sums import sum_partial
+
+
+def forward(z: Tensor, h: Tensor, layout: str) -> Tensor:
+    """Log-density (B,) of z (B, C, *spatial)."""
+    dtype = compute_dtype(z)
+    if z.numel() == 0:
+        return z.new_zeros(z.shape[0], dtype=dtype)
+    data, conditions = planes(z), planes(h)
+    tile = elementwise_tile((data,), (conditions,))
+    partial = z.new_empty((tile.samples, tile.tiles), dtype=dtype)
+    launch(
+        _log_prob_kernel,
+        tile.samples * tile.tiles,
+        z,
+        *(data, data.stride(), conditions, conditions.stride(), partial),
+        *data.shape[1:],
+        INTERLEAVED=layout.startswith("interleaved"),
+        **tile.options,
+    )
+    return sum_partial(partial, 1)
+
+
+def backward(grad: Tensor, z: Tensor, h: Tensor, layout: str) -> tuple[Tensor, Tensor]:
+    """Gradients of ``forward`` in z and h."""
+    return _gradients(grad, z, h, layout, _LOG_PROB)
+
+
+def sample(eps: Tensor, h: Tensor, layout: str) -> Tensor:
+    """``mean + exp(log_sd) * eps``."""
+    return _map(eps, h, layout, inverse=False)
+
+
+def sample_backward(grad: Tensor, eps: Tensor, h: Tensor, layout: str) -> tuple[Tensor, Tensor]:
+    """Gradients of ``sample`` in eps and h."""
+    return _gradients(grad, eps, h, layout, _SAMPLE)
+
+
+def standardize(z: Tensor, h: Tensor, layout: str) -> Tensor:
+    """``(z - mean) * exp(-log_sd)``."""
+    return _map(z, h, layout, inverse=True)
+
+
+def standardize_backward(grad: Tensor, eps: Tensor, h: Tensor, layout: str) -> tuple[Tensor, Tensor]:
+    """Gradients of ``standardize`` in z and h."""
+    return _gradients(grad, eps, h, layout, _STANDARDIZE)
+
+
+_LOG_PROB = tl.constexpr(0)
+_SAMPLE = tl.constexpr(1)
+_STANDARDIZE = tl.constexpr(2)
+
+
+def _map(data: Tensor, h: Tensor, layout: str, inverse: bool) -> Tensor:
+    result = torch.empty_like(data, memory_format=output_format(data))
+    if data.numel() == 0:
+        return result
+    x, conditions, out = planes(data), planes(h), planes(result)
+    tile = elementwise_tile((x, out), (conditions,))
+    launch(
+        _map_kernel,
+        tile.samples * tile.tiles,
+        data,
+        *(x, x.stride(), conditions, conditions.stride(), out, out.stride()),
+        *x.shape[1:],
+        INTERLEAVED=layout.startswith("interleaved"),
+        INVERSE=inverse,
+        DTYPE=_DTYPES[compute_dtype(data)],
+        **tile.options,
+    )
+    return result
+
+
+def _gradients(grad: Tensor, data: Tensor, h: Tensor, layout: str, function: tl.constexpr) -> tuple[Tensor, Tensor]:
+    grad_data = torch.empty_like(data, memory_format=output_format(data))
+    grad_h = torch.empty_like(h, memory_format=output_format(h))
+    if data.numel() == 0:
+        return grad_data, grad_h
+    x, conditions, dx, dh = map(planes, (data, h, grad_data, grad_h))
+    # The gradient of a log-density is one number per sample.
+    g = grad[:, None, None].expand_as(x) if function is _LOG_PROB else planes(grad)
+    tile = elementwise_tile((x, dx) if function is _LOG_PROB else (x, g, dx), (conditions, dh))
+    launch(
+        _gradient_kernel,
+        tile.samples * tile.tiles,
+        data,
+        *(g, g.stride(), x, x.stride(), conditions, conditions.stride(), dx, dx.stride(), dh, dh.stride()),
+        *x.shape[1:],
+        INTERLEAVED=layout.startswith("interleaved"),
+        FUNCTION=function.value,
+        DTYPE=_DTYPES[compute_dtype(data)],
+        **tile.options,
+    )
+    return grad_data, grad_h
+
+
+_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+@triton.jit
+def _log_prob_kernel(
+    z_ptr,
+    z_strides,
+    h_ptr,
+    h_strides,
+    partial_ptr,
+    C,
+    P,
+    INTERLEAVED: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    VECTOR: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Reads z, mean and log_sd once, writes one partial sum per program."""
+    accumulate = partial_ptr.dtype.element_ty
+    sample, positions, first_channel, P, C = tile_of_program(C, P, BLOCK_P, BLOCK_C, CHANNELS_LAST, VECTOR)
+    channels = first_channel + tl.arange(0, BLOCK_C)
+    mask = (positions < P)[:, None] & (channels < C)[None, :]
+    z_at = offsets(sample, positions, channels, z_strides, CHANNELS_LAST, VECTOR, WIDE)
+    z = tl.load(z_ptr + z_at, mask, other=0.0).to(accumulate)
+    mean, log_sd = load_pair(
+        h_ptr, h_strides, sample, positions, first_channel, P, C, accumulate,
+        BLOCK_P, BLOCK_C, INTERLEAVED, True, CHANNELS_LAST, VECTOR, WIDE,
+    )  # fmt: skip
+    standardized = (z - mean) * exp(-log_sd)
+    # log(2 pi) / 2
+    log_prob = -0.91893853320467274178 - log_sd - 0.5 * standardized * standardized
+    tl.store(partial_ptr + tl.program_id(0), tl.sum(tl.where(mask, log_prob, 0.0)))
+
+
+@triton.jit
+def _map_kernel(
+    x_ptr,
+    x_strides,
+    h_ptr,
+    h_strides,
+    out_ptr,
+    out_strides,
+    C,
+    P,
+    INTERLEAVED: tl.constexpr,
+    INVERSE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    VECTOR: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Sample or standardize: reads eps or z, mean and log_sd once, writes z or eps once."""
+    sample, positions, first_channel, P, C = tile_of_program(C, P, BLOCK_P, BLOCK_C, CHANNELS_LAST, VECTOR)
+    channels = first_channel + tl.arange(0, BLOCK_C)
+    mask = (positions < P)[:, None] & (channels < C)[None, :]
+    x_at = offsets(sample, positions, channels, x_strides, CHANNELS_LAST, VECTOR, WIDE)
+    x = tl.load(x_ptr + x_at, mask, other=0.0).to(DTYPE)
+    mean, log_sd = load_pair(
+        h_ptr, h_strides, sample, positions, first_channel, P, C, DTYPE,
+        BLOCK_P, BLOCK_C, INTERLEAVED, True, CHANNELS_LAST, VECTOR, WIDE,
+    )  # fmt: skip
+    if INVERSE:
+        out = (x - mean) * exp(-log_sd)
+    else:
+        out = mean + exp(log_sd) * x
+    out_at = offsets(sample, positions, channels, out_strides, CHANNELS_LAST, VECTOR, WIDE)
+    store(out_ptr + out_at, out, mask)
+
+
+@triton.jit
+def _gradient_kernel(
+    grad_ptr,
+    grad_strides,
+    x_ptr,
+    x_strides,
+    h_ptr,
+    h_strides,
+    grad_x_ptr,
+    grad_x_strides,
+    grad_h_ptr,
+    grad_h_strides,
+    C,
+    P,
+    INTERLEAVED: tl.constexpr,
+    FUNCTION: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    VECTOR: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Backward of one of the three functions: reads x, the gradient, mean and log_sd once, writes dx and dh once."""
+    sample, positions, first_channel, P, C = tile_of_program(C, P, BLOCK_P, BLOCK_C, CHANNELS_LAST, VECTOR)
+    channels = first_channel + tl.arange(0, BLOCK_C)
+    mask = (positions < P)[:, None] & (channels < C)[None, :]
+    x_at = offsets(sample, positions, channels, x_strides, CHANNELS_LAST, VECTOR, WIDE)
+    x = tl.load(x_ptr + x_at, mask, other=0.0).to(DTYPE)
+    mean, log_sd = load_pair(
+        h_ptr, h_strides, sample, positions, first_channel, P, C, DTYPE,
+        BLOCK_P, BLOCK_C, INTERLEAVED, True, CHANNELS_LAST, VECTOR, WIDE,
+    )  # fmt: skip
+    if FUNCTION == _LOG_PROB:
+        weight = tl.load(grad_ptr + sample.to(tl.int64) * grad_strides[0]).to(DTYPE)
+        inverse_sd = exp(-log_sd)
+        standardized = (x - mean) * inverse_sd
+        grad_mean = weight * standardized * inverse_sd
+        grad_x = -grad_mean
+        grad_log_sd = weight * (standardized * standardized - 1.0)
+    else:
+        grad_at = offsets(sample, positions, channels, grad_strides, CHANNELS_LAST, VECTOR, WIDE)
+        grad = tl.load(grad_ptr + grad_at, mask, other=0.0).to(DTYPE)
+        if FUNCTION == _SAMPLE:
+            grad_x = grad * exp(log_sd)
+            grad_mean = grad
+            grad_log_sd = grad_x * x
+        else:
+            grad_x = grad * exp(-log_sd)
+            grad_mean = -grad_x
+            grad_log_sd = -grad * x
+    out_at = offsets(sample, positions, channels, grad_x_strides, CHANNELS_LAST, VECTOR, WIDE)
+    store(grad_x_ptr + out_at, grad_x, mask)
+    store_pair(
+        grad_h_ptr, grad_h_strides, grad_mean, grad_log_sd, sample, positions, first_channel, P, C,
+        BLOCK_P, BLOCK_C, INTERLEAVED, True, CHANNELS_LAST, VECTOR, WIDE,
+    )  # fmt: skip

@@ -1,0 +1,44 @@
+"""The second stage of every reduction: sums of partial results in a fixed order, without atomics."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from glow_kernels.backends.triton.launch import launch, power_of_two
+
+_ELEMENTS = 1024
+
+
+def sum_partial(partial: Tensor, dimension: int) -> Tensor:
+    """Sum of partial results, a contiguous matrix, over dimension 0 or 1."""
+    total = torch.empty(partial.shape[1 - dimension], dtype=partial.dtype, device=partial.device)
+    if partial.shape[dimension] == 1:
+        return partial.view(-1)
+    block_n = min(power_of_two(partial.shape[dimension]), _ELEMENTS // (32 if dimension == 0 else 1))
+    block_r = min(power_of_two(total.numel()), _ELEMENTS // block_n)
+    launch(
+        _sum_kernel,
+        -(-total.numel() // block_r),
+        partial,
+        *(partial, partial.stride(dimension), partial.stride(1 - dimension), total),
+        *(partial.shape[dimension], total.numel()),
+        BLOCK_N=block_n,
+        BLOCK_R=block_r,
+        num_warps=max(1, block_n * block_r // 256),
+    )
+    return total
+
+
+@triton.jit
+def _sum_kernel(partial_ptr, stride_n, stride_r, total_ptr, n, results, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Reads every partial result once, writes every sum once."""
+    columns = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    rows = tl.arange(0, BLOCK_N)
+    total = tl.zeros((BLOCK_N, BLOCK_R), partial_ptr.dtype.element_ty)
+    for first in range(0, n, BLOCK_N):
+        at = (first + rows).to(tl.int64)[:, None] * stride_n + columns.to(tl.int64)[None, :] * stride_r
+        total += tl.load(partial_ptr + at, (first + rows < n)[:, None] & (columns < results)[None, :], other=0.0)
+    tl.store(total_ptr + columns, tl.sum(total, 0), columns < results)

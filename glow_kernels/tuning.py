@@ -1,0 +1,128 @@
+"""Compile what a model needs before it is needed, and measure launch parameters on a GPU."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from glow_kernels.backends import backend_status, implementation
+from glow_kernels.errors import BackendUnavailableError, UsageError
+
+Call = Callable[[], object]
+
+
+def warmup(model: nn.Module, shape: Sequence[int]) -> None:
+    """Run a flow once forward, backward and inverse, so that every kernel that it needs is compiled.
+
+    Triton compiles a kernel at its first launch, which takes a second or so. This works on a copy: the model, its
+    gradients and the random numbers stay as they are. On a CPU there is nothing to compile, and it is one step.
+
+    Args:
+        model: a flow with ``encode`` and ``decode``, like :class:`glow_kernels.models.Glow`, or a layer whose forward
+            returns ``(z, log_det)`` and that has an ``inverse``; on the device and of the type that it will have.
+        shape: of its input, (B, C, *spatial).
+
+    Raises:
+        UsageError: the model has no parameters, which tell the device, or the shape is empty.
+    """
+    parameter = next(model.parameters(), None)
+    if parameter is None:
+        raise UsageError(f"model must have parameters, got a {type(model).__name__} without any")
+    if len(shape) < 2 or min(shape) < 1:
+        raise UsageError(f"shape must be (B, C, *spatial) with sizes of at least 1, got {tuple(shape)}")
+    # In training mode, so that a flow that is not initialised does so.
+    flow: Any = copy.deepcopy(model).train()
+    with torch.random.fork_rng([parameter.device] if parameter.is_cuda else []):
+        x = torch.rand(tuple(shape), device=parameter.device, dtype=parameter.dtype).requires_grad_()
+        labels: tuple[Tensor, ...] = ()
+        if getattr(model, "num_classes", None) is not None:
+            labels = (torch.zeros(shape[0], dtype=torch.int64, device=parameter.device),)
+        with torch.enable_grad():
+            output = flow(x, *labels)
+            results: tuple[Tensor, ...] = output if isinstance(output, tuple) else (output,)
+            torch.autograd.backward([result.sum() for result in results])
+        with torch.no_grad():
+            if hasattr(flow, "decode"):
+                flow.decode(flow.encode(x, *labels), *labels)
+            else:
+                flow.inverse(results[0])
+
+
+def tune(folder: Path | None = None) -> tuple[Path, dict[str, dict[str, int]]]:
+    """Measure the launch parameters of every family of Triton kernels on the current GPU, and write its table.
+
+    Args:
+        folder: where to write, by default where the package looks.
+
+    Returns:
+        The file, and the fastest parameters per family.
+
+    Raises:
+        BackendUnavailableError: there is no GPU, or Triton cannot use it.
+    """
+    status = backend_status("triton")
+    if not status.available or not torch.cuda.is_available():
+        reason = status.reason if not status.available else "the interpreter is on and there is no GPU"
+        raise BackendUnavailableError(f"tuning needs a GPU that Triton supports: {reason}; run it on such a machine")
+    launch = implementation("triton", "launch")
+    table = {family: _fastest(family, calls) for family, calls in _families(torch.device("cuda")).items()}
+    path: Path = (folder or launch.TUNED) / f"{launch.table_name(torch.cuda.get_device_name())}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(table, indent=2) + "\n")
+    return path, table
+
+
+def _families(device: torch.device) -> dict[str, list[Call]]:
+    """What is measured: the bandwidth shapes of every family, in float32."""
+    coupling, linear, statistics = (
+        implementation("triton", name) for name in ("affine_coupling", "actnorm_conv1x1", "actnorm_statistics")
+    )
+    x, h = torch.randn(64, 12, 128, 128, device=device), torch.randn(64, 24, 128, 128, device=device)
+    options = (None, "sigmoid", [1.0, 2.0, 1.0, 0.0, 0.0, 0.0], "interleaved_shift_scale", "shift_scale")
+    lam = torch.randn(64, device=device)
+    families: dict[str, list[Call]] = {
+        "elementwise": [
+            lambda: coupling.forward(x, h, *options),
+            lambda: coupling.reversible_backward(x, lam, x, h, *options),
+        ],
+        "statistics": [lambda: statistics.forward(x)],
+    }
+    for channels, block_c in ((12, 16), (24, 32), (48, 64)):
+        data = torch.randn(32, channels, 64, 64, device=device)
+        matrix, shift = torch.eye(channels, device=device), torch.zeros(channels, device=device)
+        arguments = (data, matrix, shift)
+        families[f"linear_{block_c}"] = [lambda arguments=arguments: linear.apply(*arguments)]  # type: ignore[misc]
+        backward = (data, data, matrix, matrix, shift)
+        families[f"linear_backward_{block_c}"] = [
+            lambda arguments=backward: linear.apply_reversible_backward(*arguments)  # type: ignore[misc]
+        ]
+    return families
+
+
+def _fastest(family: str, calls: Sequence[Call]) -> dict[str, int]:
+    from triton.runtime.errors import OutOfResources
+    from triton.testing import do_bench
+
+    measured = implementation("triton", "launch").MEASURED
+    times: list[tuple[float, dict[str, int]]] = []
+    for parameters in _candidates():
+        measured[family] = parameters
+        try:
+            times.append((sum(do_bench(call, return_mode="median") for call in calls), parameters))
+        except OutOfResources:  # a tile that does not fit this GPU
+            continue
+        finally:
+            del measured[family]
+    return min(times, key=lambda pair: pair[0])[1]
+
+
+def _candidates() -> Iterator[dict[str, int]]:
+    for elements, num_warps in itertools.product((512, 1024, 2048, 4096), (2, 4, 8)):
+        yield {"elements": elements, "num_warps": num_warps}

@@ -1,0 +1,282 @@
+"""What only the Triton kernels have: their arithmetic, addresses, tiles and tables, and what is said without a GPU.
+
+Proven in the interpreter: elementary functions are accurate to a few ulps, addresses beyond 2^31 elements are right,
+and every kernel reads and writes each element as often as its docstring says.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import glow_kernels as gk
+from glow_kernels import cli
+from glow_kernels.backends import triton as backend
+from glow_kernels.errors import BackendUnavailableError, UsageError
+
+pytest.importorskip("triton")
+INTERPRETED = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="needs the interpreter, TRITON_INTERPRET=1"
+)
+
+STATUS = "import glow_kernels as gk; print(gk.backend_status('triton')); print(gk.available_backends())"
+
+
+def status_in_a_new_process(**environment: str) -> list[str]:
+    """What the backend says of itself there."""
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", STATUS]
+    result = subprocess.run(command, env=inherited | environment, capture_output=True, text=True, check=True)
+    return result.stdout.splitlines()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_only_the_interpreter_makes_it_available():
+    status, names = status_in_a_new_process()
+    assert "available=False" in status
+    assert "no GPU" in status
+    assert "TRITON_INTERPRET=1" in status
+    assert "triton" not in names
+    status, names = status_in_a_new_process(TRITON_INTERPRET="1")
+    assert "available=True" in status
+    assert "interpreted on the CPU" in status
+    assert "'triton'" in names
+
+
+def test_missing_triton_is_named_with_its_remedy(monkeypatch):
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
+    status = backend.status()
+    assert not status.available
+    assert (status.reason, status.remedy) == ("Triton is not installed", "run: pip install 'triton>=3.4'")
+
+
+@pytest.mark.parametrize(
+    ("visible", "capability", "hip", "missing"),
+    [
+        (False, (9, 0), None, "no GPU: this torch is built without CUDA and ROCm"),
+        (True, (9, 0), None, ""),
+        (True, (7, 5), None, "the kernels need GPUs of compute capability 8.0 or newer, got 7.5"),
+        (True, (9, 4), "6.4", ""),
+    ],
+)
+def test_gpus_that_triton_cannot_use_are_named(monkeypatch, visible, capability, hip, missing):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: visible)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    assert backend._missing_gpu() == missing
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_tuning_without_a_gpu_is_an_error_of_one_line(capsys):
+    assert cli.main(["tune"]) == 1
+    assert capsys.readouterr().err.startswith("error: tuning needs a GPU that Triton supports: ")
+
+
+def test_a_table_replaces_the_defaults_on_its_model(monkeypatch, tmp_path):
+    from glow_kernels.backends.triton import launch
+
+    name = launch.table_name("NVIDIA H100 80GB HBM3")
+    assert name == "nvidia_h100_80gb_hbm3"
+    (tmp_path / f"{name}.json").write_text(json.dumps({"elementwise": {"elements": 64, "num_warps": 1}}))
+    monkeypatch.setattr(launch, "TUNED", tmp_path)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    gpu = torch.device("cuda")
+    assert launch.tuned("elementwise", gpu) == {"elements": 64, "num_warps": 1}
+    assert launch.tuned("statistics", gpu) == launch.DEFAULTS["statistics"]
+    assert launch.tuned("elementwise", torch.device("cpu")) == launch.DEFAULTS["elementwise"]
+    launch._table.cache_clear()
+
+
+def test_every_shipped_table_has_known_families_and_powers_of_two():
+    from glow_kernels.backends.triton import launch
+
+    for path in launch.TUNED.glob("*.json"):
+        table = json.loads(path.read_text())
+        assert table.keys() <= launch.DEFAULTS.keys(), path
+        for parameters in table.values():
+            assert parameters.keys() == {"elements", "num_warps"}, path
+            assert all(value & (value - 1) == 0 for value in parameters.values()), path
+
+
+def test_warmup_leaves_the_model_and_random_numbers_alone():
+    model = gk.models.Glow(image_size=8, steps=2, levels=2, hidden_channels=8, num_classes=3)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = torch.get_rng_state()
+    gk.warmup(model, (4, 3, 8, 8))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    with pytest.raises(RuntimeError, match="initiali"):
+        model.eval().encode(torch.rand(4, 3, 8, 8), torch.zeros(4, dtype=torch.int64))
+
+
+def test_warmup_of_a_layer():
+    gk.warmup(gk.nn.InvertibleConv1x1(4), (2, 4, 3))
+
+
+def test_warmup_says_what_it_needs():
+    with pytest.raises(UsageError, match="model must have parameters, got a Squeeze without any"):
+        gk.warmup(gk.nn.Squeeze(), (1, 4, 2, 2))
+    with pytest.raises(UsageError, match=r"shape must be .*, got \(0, 4\)"):
+        gk.warmup(gk.nn.InvertibleConv1x1(4), (0, 4))
+
+
+def test_tuning_without_a_gpu_names_the_reason():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(BackendUnavailableError, match="no GPU"):
+        gk.tuning.tune()
+
+
+ELEMENTARY = {
+    "exp": (torch.exp, torch.linspace(-110, 95, 4096, dtype=torch.float64)),
+    "exp_small": (torch.exp, torch.linspace(-1e-3, 1e-3, 1024, dtype=torch.float64)),
+    "log1p_of_fraction": (torch.log1p, torch.logspace(-30, 0, 4096, dtype=torch.float64)),
+    "tanh": (torch.tanh, torch.logspace(-30, 3, 4096, dtype=torch.float64)),
+    "atan": (torch.atan, torch.logspace(-30, 30, 4096, dtype=torch.float64)),
+}
+
+
+@INTERPRETED
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ELEMENTARY)
+def test_elementary_functions_are_accurate_to_a_few_ulps(name, dtype):
+    import triton_probes as probes
+
+    function, x = ELEMENTARY[name]
+    x = x.to(dtype)
+    if name in ("tanh", "atan"):
+        x = torch.cat((-x, x, x.new_tensor([0.0])))
+    truth = function(x.double())
+    actual = probes.elementary(x, name.removesuffix("_small")).double()
+    # Denormals of float32 and infinity are as in the truth, rounded.
+    finfo = torch.finfo(dtype)
+    truth = truth.where(truth < finfo.max, truth.new_tensor(torch.inf))
+    allowed = 4 * finfo.eps * truth.abs() + finfo.tiny * finfo.eps
+    assert ((actual == truth) | ((actual - truth).abs() <= allowed)).all()
+
+
+@INTERPRETED
+@pytest.mark.parametrize("name", ["exp", "tanh", "atan"])
+def test_elementary_functions_let_nan_and_infinity_through(name):
+    import triton_probes as probes
+
+    x = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    torch.testing.assert_close(probes.elementary(x, name), getattr(torch, name)(x), equal_nan=True)
+
+
+# Positions, channels and strides (B, C, P) whose products leave 32 bits.
+WIDE = [
+    ((8, 1, 70_000), (7, 0, 65_536), (70_000 * 65_536, 1, 65_536)),
+    ((2, 5, 3), (0, 1, 2), (3 * 2**31, 2**31 + 16, 16)),
+    ((2**20, 1, 2), (2**20 - 1, 0, 1), (2**13, 2, 1)),
+]
+
+
+@INTERPRETED
+@pytest.mark.parametrize(("sizes", "at", "strides"), WIDE)
+def test_offsets_beyond_31_bits(sizes, at, strides):
+    import triton_probes as probes
+
+    sample, channel, position = at
+    expected = sample * strides[0] + channel * strides[1] + position * strides[2]
+    assert probes.offset(sample, position, channel, strides) == expected
+    row = sample * sizes[2] + position
+    assert probes.row_offset(row, sizes[2], channel, strides) == expected
+
+
+@INTERPRETED
+def test_tensors_that_span_more_than_2_to_the_31_elements():
+    # Memory that is not touched is not there: two channels 4 GiB apart.
+    stride = 2**31 + 64
+    base = torch.empty(stride + 16, dtype=torch.float16)
+    x = base.as_strided((1, 2, 4), (stride, stride, 1))
+    small = torch.randn(1, 2, 4).half()
+    x.copy_(small)
+    h = torch.randn(1, 4, 4).half()
+    matrix, shift = torch.randn(2, 2), torch.randn(2)
+    with gk.use_backend("triton"):
+        calls = [
+            lambda x: gk.affine_coupling(x, h),
+            lambda x: (gk.gaussian_log_prob(x, h), gk.gaussian_standardize(x, h)),
+            lambda x: gk.actnorm_statistics(x),
+            lambda x: (torch.ops.glow_kernels.actnorm_conv1x1_apply_triton(x, matrix, shift),),
+        ]
+        for call in calls:
+            for actual, expected in zip(call(x), call(small), strict=True):
+                assert torch.equal(actual, expected)
+
+
+SHAPES = [(3, 6, 5, 7), (2, 12, 8, 8), (5, 4)]
+
+
+def coupling_arguments(shape, dtype):
+    """Data, gradients, and the options."""
+    x, grad = torch.randn(2, *shape, dtype=dtype)
+    h = torch.randn(shape[0], 2 * shape[1], *shape[2:], dtype=dtype)
+    options = (None, "sigmoid", [1.0, 2.0, 1.0, 0.0, 0.0, 0.0], "interleaved_shift_scale", "shift_scale")
+    return x, h, grad, torch.randn(shape[0]), options
+
+
+@INTERPRETED
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_element_of_the_data_is_read_once_and_written_once(shape, channels_last):
+    import triton_probes as probes
+
+    from glow_kernels.backends.triton import affine_coupling, gaussian_log_prob
+
+    x, h, grad, grad_log_det, options = coupling_arguments(shape, torch.float32)
+    if channels_last and len(shape) == 4:
+        x, h, grad = (tensor.to(memory_format=torch.channels_last) for tensor in (x, h, grad))
+    calls = [
+        (lambda: affine_coupling.forward(x, h, *options), (x, h)),
+        (lambda: affine_coupling.inverse(x, h, *options), (x, h)),
+        (lambda: affine_coupling.backward(grad, grad_log_det, x, h, *options), (grad, x, h)),
+        (lambda: affine_coupling.reversible_backward(grad, grad_log_det, x, h, *options), (grad, x, h)),
+        (lambda: (gaussian_log_prob.forward(x, h, "chunk_mean_log_sd"),), (x, h)),
+        (lambda: (gaussian_log_prob.sample(x, h, "interleaved_mean_log_sd"),), (x, h)),
+        (lambda: gaussian_log_prob.sample_backward(grad, x, h, "interleaved_mean_log_sd"), (grad, x, h)),
+    ]
+    for call, inputs in calls:
+        results, traffic = probes.count(call)
+        for tensor in inputs:
+            assert traffic.reads(tensor) == [1] * tensor.numel()
+        for result in results:
+            if result.dim() > 1:
+                assert traffic.writes(result) == [1] * result.numel()
+
+
+@INTERPRETED
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 33, 3)], ids=str)
+def test_the_linear_map_reads_from_memory_once(shape, channels_last):
+    # The second time that a backward reads the gradient, the tile is in the cache.
+    import triton_probes as probes
+
+    from glow_kernels.backends.triton import actnorm_conv1x1, actnorm_statistics
+
+    x, grad = torch.randn(2, *shape)
+    if channels_last and len(shape) == 4:
+        x, grad = (tensor.to(memory_format=torch.channels_last) for tensor in (x, grad))
+    matrix, shift = torch.randn(shape[1], shape[1]), torch.randn(shape[1])
+    calls = [
+        (lambda: (actnorm_conv1x1.apply(x, matrix, shift),), {x: 1}),
+        (lambda: actnorm_conv1x1.apply_backward(grad, x, matrix, True), {x: 1, grad: 2}),
+        (lambda: actnorm_conv1x1.apply_reversible_backward(grad, x, matrix, matrix, shift), {x: 1, grad: 2}),
+        (lambda: actnorm_statistics.forward(x), {x: 1}),
+    ]
+    for call, inputs in calls:
+        results, traffic = probes.count(call)
+        for tensor, times in inputs.items():
+            assert traffic.reads(tensor) == [times] * tensor.numel()
+        for result in results:
+            if result.shape == x.shape:
+                assert traffic.writes(result) == [1] * result.numel()

@@ -1,0 +1,116 @@
+"""Small kernels and a counter of memory traffic that look inside the Triton kernels, in the interpreter."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.runtime import interpreter
+
+from glow_kernels.backends.triton.device_functions import (
+    atan,
+    channel_offsets,
+    exp,
+    log1p_of_fraction,
+    offsets,
+    row_offsets,
+    tanh,
+)
+
+
+def elementary(x: Tensor, name: str) -> Tensor:
+    """An elementary function of ``x`` (n,), as the kernels compute it."""
+    result = torch.empty_like(x)
+    with numpy.errstate(all="ignore"):
+        _elementary_kernel[(1,)](x, result, x.numel(), NAME=name, BLOCK=triton.next_power_of_2(x.numel()))
+    return result
+
+
+def offset(sample: int, position: int, channel: int, strides: Sequence[int]) -> int:
+    """Offset of an element in a tensor whose samples span more than 2^31 elements."""
+    result = torch.empty(1, dtype=torch.int64)
+    _offset_kernel[(1,)](result, sample, position, channel, tuple(strides))
+    return int(result)
+
+
+def row_offset(row: int, positions: int, channel: int, strides: Sequence[int]) -> int:
+    """The same, where samples and positions are counted together."""
+    result = torch.empty(1, dtype=torch.int64)
+    _row_offset_kernel[(1,)](result, row, positions, channel, tuple(strides))
+    return int(result)
+
+
+@triton.jit
+def _elementary_kernel(x_ptr, result_ptr, n, NAME: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i, i < n, other=0.5)
+    if NAME == "exp":
+        result = exp(x)
+    elif NAME == "tanh":
+        result, _ = tanh(x)
+    elif NAME == "atan":
+        result = atan(x)
+    else:
+        result = log1p_of_fraction(x)
+    tl.store(result_ptr + i, result, i < n)
+
+
+@triton.jit
+def _offset_kernel(result_ptr, sample, position, channel, strides):
+    at = offsets(sample, position + tl.arange(0, 1), channel + tl.arange(0, 1), strides, False, 1, True)
+    tl.store(result_ptr + tl.arange(0, 1)[:, None], at)
+
+
+@triton.jit
+def _row_offset_kernel(result_ptr, row, positions, channel, strides):
+    at = row_offsets(row + tl.arange(0, 1), positions, strides, False, 1)
+    tl.store(result_ptr + tl.arange(0, 1), at + channel_offsets(channel, strides, False, 1))
+
+
+class Traffic:
+    """How often every address was read and written."""
+
+    def __init__(self) -> None:
+        self._reads: Counter[int] = Counter()
+        self._writes: Counter[int] = Counter()
+
+    def reads(self, tensor: Tensor) -> list[int]:
+        """How often every element of ``tensor`` was read."""
+        return [self._reads[address] for address in _addresses(tensor)]
+
+    def writes(self, tensor: Tensor) -> list[int]:
+        """How often every element of ``tensor`` was written."""
+        return [self._writes[address] for address in _addresses(tensor)]
+
+
+def count(call: Callable[[], Sequence[Tensor]]) -> tuple[Sequence[Tensor], Traffic]:
+    """What ``call`` returns, and its traffic, as the interpreter sees it."""
+    traffic, builder = Traffic(), interpreter.interpreter_builder
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def counted_load(pointers: Any, mask: Any, *args: Any) -> Any:
+        traffic._reads.update(pointers.data[mask.data].tolist())
+        return load(pointers, mask, *args)
+
+    def counted_store(pointers: Any, values: Any, mask: Any, *args: Any) -> Any:
+        traffic._writes.update(pointers.data[mask.data].tolist())
+        return store(pointers, values, mask, *args)
+
+    builder.create_masked_load, builder.create_masked_store = counted_load, counted_store
+    try:
+        return call(), traffic
+    finally:
+        del builder.create_masked_load, builder.create_masked_store
+
+
+def _addresses(tensor: Tensor) -> list[int]:
+    elements = torch.zeros(tensor.shape, dtype=torch.int64)
+    for dimension, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+        elements += (torch.arange(size) * stride).view(-1, *[1] * (tensor.dim() - dimension - 1))
+    return (tensor.data_ptr() + elements * tensor.element_size()).flatten().tolist()
