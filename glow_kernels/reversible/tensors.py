@@ -30,10 +30,11 @@ def modules_of(step: nn.Module) -> list[nn.Module]:
 
 def inverse_of(step: nn.Module) -> Callable[..., tuple[Tensor, Tensor]]:
     """The inverse of ``step``; under FSDP without gathering its weights, which its node of autograd does."""
-    own = step.__dict__.get("inverse")
-    gathers = own is not None and hasattr(step, "_get_fsdp_state")
-    inverse: Callable[..., tuple[Tensor, Tensor]] = own.__wrapped__ if gathers else step.inverse
-    return inverse
+    inverse: Any = step.inverse
+    if "inverse" in step.__dict__ and hasattr(step, "_get_fsdp_state"):
+        inverse = inverse.__wrapped__
+    result: Callable[..., tuple[Tensor, Tensor]] = inverse
+    return result
 
 
 Slots = list[list[tuple[dict[str, Any], str]]]
