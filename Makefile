@@ -13,6 +13,8 @@ export CXX
 # Demo and tests run without a compiler too, on the reference backend.
 NATIVE := $(if $(shell command -v $(firstword $(CXX)) 2>/dev/null),$(LIBRARY),no-compiler)
 
+# A process per core with one thread each: two processes of several threads wait for each other most of the time.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 OPERATOR_TESTS := $(addprefix tests/test_,actnorm_conv1x1.py actnorm_statistics.py affine_coupling.py gaussian_log_prob.py)
 # The native library with every access and every arithmetic operation checked.
 SANITIZED := build/sanitized
@@ -39,8 +41,8 @@ demo: $(INSTALLED) $(NATIVE)
 	$(BIN)/glow-kernels train --run runs/demo --overwrite
 
 test: $(INSTALLED) $(NATIVE)
-	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(OPERATOR_TESTS) tests/test_triton.py -k triton
+	$(PYTEST)
+	TRITON_INTERPRET=1 $(PYTEST) $(OPERATOR_TESTS) tests/test_triton.py -k triton
 
 # Every Triton kernel with its registers, spills, shared memory and widest accesses on GPUs that need not be here.
 kernels-report: $(INSTALLED)
@@ -49,7 +51,7 @@ kernels-report: $(INSTALLED)
 test-sanitized: $(INSTALLED)
 	CXXFLAGS="$(SANITIZE)" GLOW_KERNELS_BUILD=cpu $(BIN)/python setup.py --quiet build --build-lib $(SANITIZED)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) \
-		$(BIN)/pytest -k "native and not opcheck and not compiles" $(OPERATOR_TESTS)
+		OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto -k "native and not opcheck and not compiles" $(OPERATOR_TESTS)
 
 bench: $(INSTALLED) $(NATIVE)
 	$(BIN)/glow-kernels bench --check --output runs/bench.jsonl
