@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 
 
 class RandomState:
@@ -15,7 +17,7 @@ class RandomState:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._cpu = torch.get_rng_state()
-        self._other = None if device.type == "cpu" else _module(device).get_rng_state(device)
+        self._other = None if device.type == "cpu" or _is_capturing(device) else _module(device).get_rng_state(device)
 
     def has_moved(self) -> bool:
         """Whether anything has been drawn since."""
@@ -38,3 +40,13 @@ class RandomState:
 
 def _module(device: torch.device) -> Any:
     return torch.get_device_module(device)
+
+
+def refuse_while_capturing(modules: Sequence[nn.Module], device: torch.device) -> None:
+    """Raise if ``modules`` have dropout while a CUDA graph is captured, which cannot rewind its random numbers."""
+    if _is_capturing(device) and any(isinstance(m, _DropoutNd) and m.training and m.p > 0 for m in modules):
+        raise RuntimeError("it has dropout, which needs memory='store' in a CUDA graph")
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from glow_kernels.nn import FlowStep
 from glow_kernels.reversible import flow_step
-from glow_kernels.reversible.randomness import RandomState
+from glow_kernels.reversible.randomness import RandomState, refuse_while_capturing
 from glow_kernels.reversible.tensors import Joined, differentiate, inverse_of, leaf, modules_of, substituted
 
 
@@ -73,6 +73,8 @@ def forward(
     With such ``states`` of an earlier call, the numbers of that call are drawn again.
     """
     z, log_det = Joined(len(x)), Joined(len(x))
+    if x.is_cuda:
+        refuse_while_capturing(modules_of(step), x.device)
     drawn = []
     drew = False
     with torch.no_grad(), mode.applied(x.device):
