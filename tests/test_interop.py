@@ -82,19 +82,21 @@ def test_a_training_run_has_the_same_losses(example, dtype):
 
 def gradients(example: Example, model: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
     loss = example.loss(model, x)
-    return loss.detach(), list(torch.autograd.grad(loss, list(model.parameters()), allow_unused=True))
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return loss.detach(), list(torch.autograd.grad(loss, wanted, allow_unused=True))
 
 
 def test_losses_and_gradients_are_as_accurate_as_the_originals(example):
     model = make(example)
     trained(example, model, 3)
-    accelerated, truth = copy.deepcopy(model), copy.deepcopy(model).double()
+    accelerated, truth = make(example), make(example)
+    for other in (accelerated, truth):
+        other.load_state_dict(model.state_dict())
+    mark_initialized(accelerated, truth)
+    truth.double()
     gk.accelerate(accelerated)
     x = images(example)
-    try:
-        true_loss, true_gradients = gradients(example, truth, x.double())
-    except RuntimeError:
-        pytest.skip("the original mixes float32 into float64 and cannot run in it")
+    true_loss, true_gradients = gradients(example, truth, x.double())
     loss, grads = gradients(example, accelerated, x)
     original_loss, original_grads = gradients(example, model, x)
     for actual, eager, true in zip(
@@ -130,6 +132,8 @@ def mark_initialized(*models: nn.Module) -> None:
         for layer in model.modules():
             if isinstance(getattr(layer, "inited", None), bool):
                 layer.inited = True
+            if isinstance(getattr(layer, "init_on_next_batch", None), bool):
+                layer.init_on_next_batch = False
 
 
 def test_copies_and_pickles_stay_accelerated(example):
