@@ -10,7 +10,7 @@ import matplotlib as mpl
 
 mpl.use("Agg")
 
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 FOLDER = Path(__file__).parents[1] / "docs/memory"
 # Published: InvertibleNetworks.jl, JOSS 9(99), 2024, figure 2, measured on a GPU by NVML.
