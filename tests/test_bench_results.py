@@ -1,15 +1,22 @@
 """Files of results and what is made from them: comparison, goals, report, page."""
 
+import importlib.util
 import json
 import math
+import sys
+from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu
 from glow_kernels.bench import check, compare, document, environment, report, results
 from glow_kernels.bench.results import Writer
 from glow_kernels.cli import main
 from glow_kernels.errors import DataError, UsageError
+
+# A script, which must start where torch is missing: it is in no package.
+_spec = importlib.util.spec_from_file_location("gpu", Path(__file__).parents[1] / "benchmarks" / "gpu.py")
+gpu = sys.modules["gpu"] = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(gpu)
 
 ENVIRONMENT = {
     "kind": "environment",
@@ -27,8 +34,8 @@ def operator_row(
     ratio=5.0, spread=0.1, direction="forward", shape=(64, 12, 16, 16), operator="affine_coupling", **case
 ):
     """As ``measurement.measure`` makes it; eager takes ``ratio`` times as long as ours."""
-    case = {"operator": operator, "direction": direction, "shape": list(shape), "dtype": "float32", **case}
-    case = {"memory_format": "contiguous", "threads": 1, "allocator": "tuned", "device": "cpu", **case}
+    case = {"operator": operator, "direction": direction, "shape": list(shape), "dtype": "float32"}
+    case |= {"memory_format": "contiguous", "threads": 1, "allocator": "tuned", "device": "cpu"}
 
     def candidate(seconds):
         times = seconds / 1e-5
@@ -152,9 +159,8 @@ def test_goals_are_reached_or_missed():
     goal = found["affine_coupling forward, times faster than eager (geometric mean of 2)"]
     assert goal.figure == pytest.approx(math.sqrt(15.0))
     assert goal.verdict == "missed"
-    assert goals(operator_row(4.5))[
-        "affine_coupling forward, times faster than eager (geometric mean of 1)"
-    ].verdict == ("reached")
+    name = "affine_coupling forward, times faster than eager (geometric mean of 1)"
+    assert goals(operator_row(4.5))[name].verdict == "reached"
     slowest = found["affine_coupling forward, slowest shape against the better of eager and compile"]
     assert (slowest.figure, slowest.verdict) == (pytest.approx(2.0), "reached")
 
@@ -177,7 +183,7 @@ def test_goals_of_models():
 def test_check_reads_a_file(tmp_path, capsys):
     path = written(tmp_path / "r.jsonl", operator_row())
     assert main(["bench", "--check", "--results", str(path)]) == 0
-    assert "reached         5.00 >= 4     affine_coupling forward" in capsys.readouterr().out
+    assert "reached            5 >= 4     affine_coupling forward" in capsys.readouterr().out
 
 
 def test_report_is_one_page_and_its_plots(tmp_path):
@@ -208,7 +214,7 @@ def test_gpu_script_knows_versions(version, old):
 
 
 def test_gpu_stages_survive_each_other():
-    python = [gpu.sys.executable, "-c"]
+    python = [sys.executable, "-c"]
     assert gpu.run(gpu.Stage("good", [*python, "pass"], 30)).startswith("ok")
     assert "exit code 3" in gpu.run(gpu.Stage("bad", [*python, "raise SystemExit(3)"], 30))
     assert gpu.run(gpu.Stage("slow", [*python, "import time; time.sleep(60)"], 1)) == "stopped after 1 s"

@@ -6,6 +6,7 @@ with ReLU, for data (B, C, size, size). Where a package cannot do that, ``NOTES`
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
@@ -15,10 +16,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from glow_kernels.nn import FlowStep
+from glow_kernels.reversible import ReversibleSequential
 
 # A chain: data to (z, log_det), and the module that owns its parameters.
 Chain = tuple[Callable[[Tensor], tuple[Tensor, Tensor]], nn.Module]
 
+PEERS = ("normflows", "nflows", "FrEIA", "memcnn")
 NOTES = {
     "FrEIA": "its 1x1 convolution is fixed, not learned",
     "memcnn": "additive couplings alone, with two networks a step; it has no log-determinant",
@@ -38,14 +41,19 @@ def network(inputs: int, outputs: int, hidden: int) -> nn.Module:
 
 def available() -> list[str]:
     """Names of :data:`CHAINS` whose package is installed."""
-    ours = ("glow_kernels", "checkpoint")
-    return [name for name in CHAINS if name in ours or importlib.util.find_spec(name) is not None]
+    return [name for name in CHAINS if name not in PEERS or importlib.util.find_spec(name) is not None]
 
 
 def glow_kernels_chain(channels: int, hidden: int, steps: int, size: int) -> Chain:
     """Ours, with plain autograd."""
     module = _steps(channels, hidden, steps)
     return lambda x: _in_turn(module, x), module
+
+
+def reversible_chain(memory: str, channels: int, hidden: int, steps: int, size: int) -> Chain:
+    """Ours, reversible, with the policy ``memory``."""
+    module = ReversibleSequential(_steps(channels, hidden, steps), memory=memory)
+    return module, module
 
 
 def checkpoint_chain(channels: int, hidden: int, steps: int, size: int) -> Chain:
@@ -142,6 +150,8 @@ def memcnn_chain(channels: int, hidden: int, steps: int, size: int) -> Chain:
 
 CHAINS: dict[str, Callable[[int, int, int, int], Chain]] = {
     "glow_kernels": glow_kernels_chain,
+    "glow_kernels anchor": functools.partial(reversible_chain, "anchor"),
+    "glow_kernels invert": functools.partial(reversible_chain, "invert"),
     "checkpoint": checkpoint_chain,
     "normflows": normflows_chain,
     "nflows": nflows_chain,

@@ -33,7 +33,7 @@ class Check:
 
     def __str__(self) -> str:
         sign = ">=" if self.at_least else "<="
-        figure = "" if math.isnan(self.figure) else f"{self.figure:6.2f}"
+        figure = "" if math.isnan(self.figure) else f"{self.figure:6.3g}"
         where = f"  {self.where}" if self.where and self.verdict != "not measured" else ""
         return f"{self.verdict:13} {figure:>6} {sign} {self.goal:<5} {self.name}{where}"
 
@@ -140,6 +140,13 @@ def _models(rows: Sequence[Row]) -> list[Check]:
     found = [Check("training step of Glow, K=8, L=2, width 64, batch 16, times faster than reference", 1.15, ratio)]
     reversible = figure("training_step", "native anchor", is_goal)
     found.append(Check("reversible training step, times plain autograd", 1.33, reversible, at_least=False))
+    differences = [
+        row["relative_difference"]
+        for row in results.of_kind(list(rows), "accuracy")
+        if (row["case"]["steps"], row["case"]["device"]) == (64, "cpu")
+    ]
+    title = "gradients, reversible against plain autograd, K=64, relative L2 difference"
+    found.append(Check(title, 1e-4, max(differences, default=math.nan), at_least=False))
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -45,6 +44,7 @@ class Models:
             self.training(*sizes)
             self.sampling(*sizes)
         self.peers(steps=2 if self._quick else 4)
+        self.gradients(steps=4 if self._quick else 64)
         for depth in QUICK_DEPTHS if self._quick else DEPTHS:
             self.depth(depth)
 
@@ -55,9 +55,8 @@ class Models:
         candidates: dict[str, Call] = {}
         for backend in available_backends():
             candidates[backend] = _on(backend, _glow_step(self._glow(case), x))
-        if "memory" in inspect.signature(Glow).parameters:
-            backend = available_backends()[0]
-            candidates[f"{backend} anchor"] = _on(backend, _glow_step(self._glow(case, memory="anchor"), x))
+        backend = available_backends()[0]
+        candidates[f"{backend} anchor"] = _on(backend, _glow_step(self._glow(case, memory="anchor"), x))
         if self._with_compile:
             model = self._glow(case)
             with use_backend("reference"):
@@ -87,8 +86,23 @@ class Models:
     def depth(self, steps: int) -> None:
         """Time and memory of a chain as functions of its depth."""
         case = {"steps": steps, "channels": 12, "hidden": 64, "image_size": 16, "batch": 4}
-        names = [name for name in chains.available() if name in ("glow_kernels", "checkpoint", "normflows", "memcnn")]
+        names = [name for name in chains.available() if name not in ("nflows", "FrEIA")]
         self._time("depth", case, self._chains(case, names), case["batch"])
+
+    def gradients(self, steps: int) -> None:
+        """How far the gradients of a reversible chain are from those of plain autograd: relative L2 difference."""
+        found = []
+        for name in ("glow_kernels", "glow_kernels anchor"):
+            torch.manual_seed(0)
+            chain = chains.CHAINS[name](12, 16, steps, 8)
+            chain[1].to(self._device)
+            chains.training_step(chain, torch.randn(4, 12, 8, 8, device=self._device))()
+            grads = [parameter.grad for parameter in chain[1].parameters() if parameter.grad is not None]
+            found.append(torch.cat([grad.flatten().double() for grad in grads]))
+        difference = ((found[1] - found[0]).norm() / found[0].norm()).item()
+        case = {"part": "gradients", "steps": steps, "device": self._device.type}
+        self._writer.write({"kind": "accuracy", "case": case, "relative_difference": difference})
+        self._show(f"\ngradients: steps={steps}: reversible differs from plain autograd by {difference:.1e}")
 
     def _chains(self, case: Mapping[str, int], names: list[str]) -> dict[str, Call]:
         calls: dict[str, Call] = {}

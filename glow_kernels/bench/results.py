@@ -108,7 +108,7 @@ def of_kind(rows: list[Row], kind: str) -> Iterator[Row]:
 
 def key(row: Row) -> str:
     """What names a case across runs."""
-    return json.dumps(row.get("case", row["run"]), sort_keys=True)
+    return json.dumps(row["case"], sort_keys=True)
 
 
 def _finish_last_line(path: Path) -> None:

@@ -54,6 +54,6 @@ def gaussian_sample(eps: Tensor, h: Tensor) -> Tensor:
 
 
 def actnorm_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and population variance per channel."""
+    """Mean and population standard deviation per channel."""
     flat = x.transpose(0, 1).flatten(1)
-    return flat.mean(1), flat.var(1, correction=0)
+    return flat.mean(1), flat.std(1, correction=0)
