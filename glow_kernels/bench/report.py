@@ -152,6 +152,7 @@ PLOTS: dict[str, Callable[[Sequence[Row]], Any]] = {
 def _heat_map(axis: Any, values: list[list[float]]) -> None:
     import matplotlib.colors
 
+    axis.set_facecolor("#d8d8d8")  # what was not measured, unlike the white of equal times
     axis.imshow(values, cmap="RdBu", norm=matplotlib.colors.LogNorm(1 / 16, 16), aspect="auto")
     for line, entries in enumerate(values):
         for column, value in enumerate(entries):
