@@ -131,7 +131,8 @@ def test_every_operator_has_a_reference():
     implementations = [operator.rpartition("_") for operator in registered_operators()]
     reference = {operator for operator, _, backend in implementations if backend == "reference"}
     # Backwards of other backends are operators too; those of the reference are plain PyTorch.
-    assert {operator for operator, _, _ in implementations if not operator.endswith("backward")} == reference
+    every = {operator for operator, _, _ in implementations}
+    assert {operator for operator in every - reference if not operator.endswith("backward")} == set()
 
 
 def test_every_registered_operator_has_a_test_file():
