@@ -16,16 +16,18 @@ NATIVE := $(if $(shell command -v $(firstword $(CXX)) 2>/dev/null),$(LIBRARY),no
 # A process per core with one thread each: two processes of several threads wait for each other most of the time.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 OPERATOR_TESTS := $(addprefix tests/test_,actnorm_conv1x1.py actnorm_statistics.py affine_coupling.py gaussian_log_prob.py)
+COMPILE_TESTS := tests/test_triton_compile.py
 # The native library with every access and every arithmetic operation checked.
 SANITIZED := build/sanitized
 SANITIZE := -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 
-.PHONY: help build demo test test-sanitized bench gpu kernels-report lint format clean no-compiler
+.PHONY: help build demo test test-triton test-sanitized bench gpu kernels-report lint format clean no-compiler
 
 help:
 	@echo "make build   compile the native CPU library, which needs a C++ compiler; CXX=clang++ chooses another"
 	@echo "make demo    train a Glow on scikit-learn's digits, two to three minutes on two cores; pictures in runs/demo"
 	@echo "make test    run the tests"
+	@echo "make test-triton     run the operator tests on Triton's interpreter and compile its kernels for five GPUs"
 	@echo "make test-sanitized  run the operator tests on a native library with AddressSanitizer and UBSan"
 	@echo "make bench   measure the operators and models here, print the goals, draw a report in runs/report"
 	@echo "make gpu     build, test and measure on an NVIDIA GPU with the torch and triton of PYTHON; installs nothing"
@@ -41,7 +43,10 @@ demo: $(INSTALLED) $(NATIVE)
 	$(BIN)/glow-kernels train --run runs/demo --overwrite
 
 test: $(INSTALLED) $(NATIVE)
-	$(PYTEST)
+	$(PYTEST) --ignore $(COMPILE_TESTS)
+
+test-triton: $(INSTALLED)
+	$(BIN)/python -m pytest $(COMPILE_TESTS)
 	TRITON_INTERPRET=1 $(PYTEST) $(OPERATOR_TESTS) tests/test_triton.py -k triton
 
 # Every Triton kernel with its registers, spills, shared memory and widest accesses on GPUs that need not be here.
