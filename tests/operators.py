@@ -295,7 +295,7 @@ class OperatorProperties:
             "registered": {name: name for name in registered_operators(self.module)},
             "shape": {str(shape): shape for shape in self.shapes},
         }
-        for name in values.keys() & set(metafunc.fixturenames):
+        for name in [name for name in values if name in metafunc.fixturenames]:
             metafunc.parametrize(name, values[name].values(), ids=values[name].keys())
 
     @pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES.keys())
