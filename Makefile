@@ -25,7 +25,7 @@ SANITIZE := -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-
 
 help:
 	@echo "make build   compile the native CPU library, which needs a C++ compiler; CXX=clang++ chooses another"
-	@echo "make demo    train a Glow on scikit-learn's digits, two to three minutes on two cores; pictures in runs/demo"
+	@echo "make demo    train a Glow on scikit-learn's digits, one to three minutes on two cores; pictures in runs/demo"
 	@echo "make test    run the tests"
 	@echo "make test-triton     run the operator tests on Triton's interpreter and compile its kernels for five GPUs"
 	@echo "make test-sanitized  run the operator tests on a native library with AddressSanitizer and UBSan"

@@ -154,7 +154,7 @@ class Models:
 
 
 def _glow_step(model: Glow, x: Tensor, function: Callable[[Tensor], Tensor] | None = None) -> Call:
-    log_prob = function or model
+    log_prob = model if function is None else function  # a compiled module has no truth value
 
     def step() -> Tensor:
         for parameter in model.parameters():
