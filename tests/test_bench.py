@@ -8,12 +8,13 @@ import pytest
 import torch
 
 import glow_kernels as gk
-from glow_kernels.bench import chains, measurement, memory, operators, overhead, results, suite, table, timing
+from glow_kernels.bench import chains, measurement, memory, models, operators, overhead, results, suite, table, timing
 from glow_kernels.bench.operators import DIRECTIONS, OPERATORS, Case, Functions
 from glow_kernels.bench.suite import Selection
 from glow_kernels.bench.timing import Spread, Times
 from glow_kernels.cli import main
 from glow_kernels.errors import BackendUnavailableError, UsageError
+from glow_kernels.models import Glow
 
 SHAPE = (2, 4, 3, 5)
 CASES = [
@@ -208,3 +209,10 @@ def test_shapes():
     assert operators.parse_shape("64x12x16x16") == (64, 12, 16, 16)
     with pytest.raises(UsageError, match="'0x2x1x1'"):
         operators.parse_shape("0x2x1x1")
+
+
+def test_a_step_takes_a_compiled_model():
+    model, x = Glow(1, 4, steps=1, levels=1, hidden_channels=4), torch.rand(2, 1, 4, 4)
+    model.train().initialize(x)
+    step = models._glow_step(model, x, torch.compile(model, backend="eager"))
+    assert step() == -model(x).mean()
