@@ -7,7 +7,7 @@ choose between two of them, a compiled graph keeps the one that it was traced wi
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -35,7 +35,6 @@ class Operator:
             be differentiated.
         plain_reference: do not register the reference but call its plain PyTorch as it is, which can be
             differentiated. So the gradients of the reference have gradients.
-        supported_by: backends beside the reference.
     """
 
     def __init__(
@@ -48,12 +47,12 @@ class Operator:
         setup_context: Callable[..., None] | None = None,
         backward: Callable[..., Any] | None = None,
         plain_reference: bool = False,
-        supported_by: Sequence[str] = ("native", "triton"),
     ) -> None:
         self._function = function
-        self._support = {name: getattr(backends.implementation(name, "support"), module) for name in supported_by}
+        fast = [backend for backend in backends.PREFERENCE if backend != "reference"]
+        self._support = {name: getattr(backends.implementation(name, "support"), module) for name in fast}
         self._implementations: dict[str, _Implementation] = {}
-        for backend in (*supported_by, "reference"):
+        for backend in backends.PREFERENCE:
             if backend == "reference" and plain_reference:
                 self._plain = getattr(backends.implementation(backend, module), function)
                 continue
@@ -65,15 +64,16 @@ class Operator:
     def __call__(self, *args: Any) -> Any:
         """Compute with the first backend in order of preference that supports ``args``."""
         for backend in backends.candidates():
-            if backend == "reference" or (backend in self._support and self._support[backend](self._function, *args)):
-                return self._run(backend, args)
-        return self._run("reference", args)
+            if self._supports(backend, args):
+                break
+        return self._run(backend, args)
 
     def on(self, backend: str, *args: Any) -> Any:
         """Compute with ``backend``, or the reference if that does not support ``args``."""
-        if backend != "reference" and not self._support[backend](self._function, *args):
-            backend = "reference"
-        return self._run(backend, args)
+        return self._run(backend if self._supports(backend, args) else "reference", args)
+
+    def _supports(self, backend: str, args: tuple[Any, ...]) -> bool:
+        return backend == "reference" or bool(self._support[backend](self._function, *args))
 
     def _run(self, backend: str, args: tuple[Any, ...]) -> Any:
         implementation = self._implementations.get(backend)
