@@ -12,7 +12,7 @@ import shutil
 
 import pytest
 import torch
-from live_storages import training_step_bytes
+from glow_kernels.bench.live_storages import training_step_bytes
 from test_reversible import FORGETFUL, Scaling, forgetting, weighted
 
 import glow_kernels as gk

@@ -191,6 +191,11 @@ def parse_shape(text: str) -> Shape:
     return batch, channels, height, width
 
 
+def moved_bytes(case: Case) -> int:
+    """What the operator must read and write, as declared."""
+    return round(operator(case.operator).moved[case.direction] * case.data_bytes)
+
+
 def upstream(operator: Operator, case: Case, arguments: Sequence[Tensor]) -> list[Tensor]:
     """A random gradient for every result of the forward."""
     with torch.no_grad():

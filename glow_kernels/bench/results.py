@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from glow_kernels.bench import environment
 from glow_kernels.errors import DataError, UsageError
 
-VERSION = 1
+VERSION = 2
+# The rest of a measured number is noise, and the file is committed.
+_DIGITS = 4
 FOLDER = Path("benchmarks/results")
 
 Row = dict[str, Any]
@@ -36,10 +38,10 @@ class Writer:
 
     def write(self, row: Row) -> None:
         """Append one row."""
-        row = {"version": VERSION, **row, "run": self._run}
+        row = _rounded({"version": VERSION, **row, "run": self._run})
         try:
             with self._path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps(row, separators=(",", ":")) + "\n")
         except OSError as error:
             raise DataError(f"results cannot be written to {self._path}: {error.strerror}") from error
         self.rows.append(row)
@@ -71,6 +73,11 @@ def read(path: Path) -> list[Row]:
                 f"results {path}, line {number}: format {row['version']} is newer than {VERSION}, which this version "
                 "of glow_kernels reads; install a newer one"
             )
+        if row["version"] < VERSION:
+            raise DataError(
+                f"results {path}, line {number}: format {row['version']} is older than {VERSION}; move the file away "
+                "and measure again"
+            )
         rows.append(row)
     if not rows:
         raise DataError(f"results {path} has no rows")
@@ -82,7 +89,7 @@ def select(name: str, folder: Path = FOLDER) -> list[Row]:
 
     Raises:
         UsageError: ``name`` is neither.
-        DataError: as for :func:`read`, or nothing was measured at that commit.
+        DataError: as for :func:`read`, or nothing in ``folder`` was measured at that commit.
     """
     if Path(name).is_file():
         return read(Path(name))
@@ -97,7 +104,7 @@ def select(name: str, folder: Path = FOLDER) -> list[Row]:
     return found
 
 
-def of_kind(rows: list[Row], kind: str) -> Iterator[Row]:
+def of_kind(rows: Sequence[Row], kind: str) -> Iterator[Row]:
     """Rows of one kind, the last measurement of every case, in order of first appearance."""
     latest: dict[str, Row] = {}
     for row in rows:
@@ -109,6 +116,14 @@ def of_kind(rows: list[Row], kind: str) -> Iterator[Row]:
 def key(row: Row) -> str:
     """What names a case across runs."""
     return json.dumps(row["case"], sort_keys=True)
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _rounded(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [_rounded(entry) for entry in value]
+    return float(f"{value:.{_DIGITS}g}") if isinstance(value, float) else value
 
 
 def _finish_last_line(path: Path) -> None:
