@@ -1,51 +1,69 @@
 """``make gpu``: build, test and measure on a machine with an NVIDIA GPU, in stages that survive each other's failure.
 
-Uses whatever torch and triton are installed, and downloads nothing.
+Uses whatever torch and triton are installed, and downloads nothing. Everything goes to one file of results, a line at a
+time, also what became of every stage. ``--dry-run`` runs the stages that a CPU can run, at toy sizes.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 OLDEST = {"torch": (2, 10), "triton": (3, 4)}
+OPERATOR_TESTS = [f"tests/test_{name}.py" for name in ("actnorm_conv1x1", "affine_coupling", "gaussian_log_prob")]
+OPERATOR_TESTS += ["tests/test_actnorm_statistics.py", "tests/test_triton.py"]
+BANDWIDTH_SHAPES = "64x12x128x128,32x48x64x64"
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A command with its own limit in seconds."""
+    """A command with its own limit in seconds; ``skip`` says why it is left out."""
 
     name: str
     command: list[str]
     limit: int
+    skip: str = ""
+    environment: dict[str, str] = field(default_factory=dict)
 
 
-def stages(results: Path) -> list[Stage]:
+def stages(results: Path, dry_run: bool = False) -> list[Stage]:
     """All of them, under 8 minutes together."""
-    python = sys.executable
-    bench = [python, "-m", "benchmarks"]
-    gpu_tests = [python, "-m", "pytest", "-q", "-k", "cuda or triton"]
-    found = [
-        Stage("build", [python, "setup.py", "--quiet", "build_ext", "--inplace"], 150),
-        Stage("tests", [*gpu_tests, "tests"], 120),
-        Stage("operators", [*bench, "operators", "--quick", "--device", "cuda", "--output", str(results)], 100),
-        Stage("models", [*bench, "models", "--quick", "--device", "cuda", "--output", str(results)], 60),
+    python = [sys.executable, "-m"]
+    output = ["--output", str(results)]
+    device = ["--device", "cpu" if dry_run else "cuda"]
+    bench = [*python, "benchmarks", "operators", *device, *output]
+    small = ["--shape", "2x4x2x2", "--direction", "no_grad", "--dtype", "float32", "--seconds", "0.01", "--no-compile"]
+    small += ["--threads", "1", "--allocator", "tuned"]
+    measure = [*python, "benchmarks.gpu_stages"]
+    options = [*device, *output, *(["--toy"] if dry_run else [])]
+    tests = [*python, "pytest", "-q", "-p", "no:cacheprovider", "--maxfail", "10", "-k", "cuda or triton"]
+    no_pytest = _missing("pytest", "hypothesis")
+    needs_gpu = "it needs a GPU" if dry_run else ""
+    build = {"GLOW_KERNELS_BUILD": "none" if dry_run else "auto"}
+    if not dry_run:
+        build |= _architecture()
+    return [
+        Stage("build", [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], 100, environment=build),
+        Stage("tests", [*tests, *OPERATOR_TESTS], 75, needs_gpu or no_pytest),
+        Stage("sanitizer", _sanitizer(tests), 35, needs_gpu or no_pytest or _no_sanitizer()),
+        Stage("bandwidth", [*bench, *(small if dry_run else ["--shape", BANDWIDTH_SHAPES, "--minutes", "0.9"])], 60),
+        Stage("kernels", [*bench, *(small if dry_run else ["--no-compile", "--minutes", "0.5"])], 40),
+        Stage("defaults", [*measure, "defaults", *options], 10, "" if dry_run else _no_cuda_library()),
+        Stage("tune", [*python, "glow_kernels", "tune"], 30, needs_gpu),
+        Stage("training", [*measure, "training", *options], 75),
+        Stage("memory", [*measure, "memory", *options], 35),
+        Stage("sampling", [*measure, "sampling", *options], 15),
     ]
-    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    if Path(sanitizer).exists():
-        small = [sanitizer, "--error-exitcode", "1", *gpu_tests, "-x", "tests/test_gaussian_log_prob.py"]
-        found.insert(2, Stage("sanitizer", small, 45))
-    else:
-        print("compute-sanitizer is not installed: that stage is left out", flush=True)
-    return found
 
 
 def why_not() -> str | None:
@@ -75,40 +93,105 @@ def too_old(package: str, version: str) -> str | None:
 
 
 def run(stage: Stage) -> str:
-    """``ok``, or what went wrong."""
+    """``ok``, ``skipped``, or what went wrong."""
+    if stage.skip:
+        return f"skipped: {stage.skip}"
     print(f"\n=== {stage.name} (at most {stage.limit} s)", flush=True)
     start = time.monotonic()
-    environment = {**_environment(), "GLOW_KERNELS_BUILD": "auto"}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": path, **stage.environment}
     try:
-        code = subprocess.run(stage.command, cwd=ROOT, timeout=stage.limit, env=environment).returncode
-    except subprocess.TimeoutExpired:
-        return f"stopped after {stage.limit} s"
+        # A group of its own, so that compilers and workers that it started end with it.
+        process = subprocess.Popen(stage.command, cwd=ROOT, env=environment, start_new_session=True)
     except OSError as error:
         return f"could not start: {error}"
+    try:
+        code = process.wait(stage.limit)
+    except subprocess.TimeoutExpired:
+        return f"stopped after {stage.limit} s"
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     seconds = time.monotonic() - start
     return f"ok, {seconds:.0f} s" if code == 0 else f"failed with exit code {code}, {seconds:.0f} s"
 
 
-def main() -> int:
-    """Run every stage and say what became of each."""
+def main(argv: list[str] | None = None) -> int:
+    """Run every stage and say what became of each; 0 if none failed."""
     parser = argparse.ArgumentParser(prog="make gpu", description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.jsonl")
-    arguments = parser.parse_args()
-    if problem := why_not():
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.jsonl", help="file")
+    parser.add_argument("--only", default="", help="names of stages, with commas between")
+    parser.add_argument("--dry-run", action="store_true", help="on a CPU, at toy sizes: does every stage run?")
+    arguments = parser.parse_args(argv)
+    if not arguments.dry_run and (problem := why_not()):
         print(f"error: {problem}", file=sys.stderr)
         return 1
-    outcomes = [(stage.name, run(stage)) for stage in stages(arguments.output.resolve())]
+    output = arguments.output.resolve()
+    found = stages(output, arguments.dry_run)
+    wanted = set(filter(None, arguments.only.split(","))) or {stage.name for stage in found}
+    if unknown := wanted - {stage.name for stage in found}:
+        names = ", ".join(stage.name for stage in found)
+        print(f"error: stages are {names}, got {', '.join(sorted(unknown))}", file=sys.stderr)
+        return 2
+    from glow_kernels.bench import results  # only here, since it needs torch
+    from glow_kernels.errors import DataError
+
+    outcomes: dict[str, str] = {}
+    try:
+        results.prepare(output)
+        for stage in found:
+            if stage.name in wanted:
+                outcome = outcomes[stage.name] = run(stage)
+                case = {"stage": stage.name}
+                results.prepare(output)  # a stage that was stopped may have left half a line
+                results.append(output, {"kind": "stage", "case": case, "outcome": outcome, "run": "gpu"})
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     print()
-    for name, outcome in outcomes:
+    for name, outcome in outcomes.items():
         print(f"{name:12}{outcome}")
-    print(f"results in {arguments.output}")
-    return 0 if all(outcome.startswith("ok") for _, outcome in outcomes) else 1
+    print(f"results in {output}")
+    return 0 if all(outcome.startswith(("ok", "skipped")) for outcome in outcomes.values()) else 1
 
 
-def _environment() -> dict[str, str]:
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    return {**os.environ, "PYTHONPATH": path}
+def _missing(*packages: str) -> str:
+    absent = [name for name in packages if importlib.util.find_spec(name) is None]
+    return f"{' and '.join(absent)} not installed" if absent else ""
+
+
+def _no_cuda_library() -> str:
+    """Without the CUDA library there is nothing to choose between."""
+    has = (ROOT / "glow_kernels" / "_C_cuda.so").exists() or _nvcc()
+    return "" if has else "there is no CUDA library and no nvcc to build it with"
+
+
+def _nvcc() -> bool:
+    return bool(shutil.which("nvcc")) or Path("/usr/local/cuda/bin/nvcc").exists()
+
+
+def _architecture() -> dict[str, str]:
+    """Build the CUDA library for the GPU that is here alone: all of them take minutes."""
+    import torch
+
+    major, minor = torch.cuda.get_device_capability()
+    return {"GLOW_KERNELS_CUDA_ARCHS": f"{major}{minor}"}
+
+
+def _no_sanitizer() -> str:
+    return "" if _sanitizer_path() else "compute-sanitizer is not installed"
+
+
+def _sanitizer(tests: list[str]) -> list[str]:
+    return [_sanitizer_path(), "--error-exitcode", "1", *tests, "-x", "tests/test_gaussian_log_prob.py"]
+
+
+def _sanitizer_path() -> str:
+    candidates = (shutil.which("compute-sanitizer"), "/usr/local/cuda/bin/compute-sanitizer")
+    return next((path for path in candidates if path and Path(path).exists()), "")
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
     sys.exit(main())

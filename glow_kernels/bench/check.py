@@ -72,10 +72,11 @@ def checks(rows: Sequence[Row]) -> list[Check]:
 
 
 def lines(found: Sequence[Check]) -> Iterator[str]:
-    """As text, with a heading for every group, and the sum of all."""
-    for group in dict.fromkeys(check.group for check in found):
+    """As text: what was measured with a heading for every group, and the sum of all."""
+    measured = [goal for goal in found if goal.is_measured]
+    for group in dict.fromkeys(goal.group for goal in measured):
         yield f"\n{group}"
-        yield from (f"  {check}" for check in found if check.group == group)
+        yield from (f"  {goal}" for goal in measured if goal.group == group)
     yield f"\n{tally(found)}"
 
 

@@ -10,6 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 
 import torch
+import torch._functorch.config
 
 from glow_kernels.bench import operators
 from glow_kernels.bench.operators import Case, Function, Functions
@@ -23,6 +24,8 @@ class Compiler:
 
     def __init__(self) -> None:
         self._compiled: dict[Case, Functions] = {}
+        # A backward alone is measured again and again on one graph, whose tensors may therefore not be overwritten.
+        torch._functorch.config.donated_buffer = False
 
     def functions(self, case: Case) -> Functions:
         """The textbook's functions for this case, compiled when they are first called."""

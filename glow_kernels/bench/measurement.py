@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -11,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glow_kernels import available_backends, use_backend
+from glow_kernels import use_backend
 from glow_kernels.bench import operators, timing
 from glow_kernels.bench.compilation import Compiler
 from glow_kernels.bench.memory import peak_extra_bytes
-from glow_kernels.bench.operators import LARGEST_MEMORY_BOUND_CHANNELS, Case, Operator
+from glow_kernels.bench.operators import LARGEST_MEMORY_BOUND_CHANNELS, Case, Function, Operator
 from glow_kernels.bench.results import Row
 from glow_kernels.bench.timing import Call, Times
 
@@ -29,12 +30,13 @@ class Session:
 
     Args:
         with_compile: compare with ``torch.compile``, which takes seconds to compile.
-        backends: those to measure, every available one unless told; the first is "ours" in the ratios.
+        backends: those to measure, unless told every one that computes on the device; the first is "ours" in the
+            ratios.
     """
 
     def __init__(self, *, with_compile: bool = True, backends: Sequence[str] = ()) -> None:
         self._compiler = Compiler() if with_compile else None
-        self._backends = tuple(backends) or available_backends()
+        self._wanted = tuple(backends)
         self._checked: dict[Case, tuple[dict[str, str], dict[str, int]]] = {}
 
     def measure(self, case: Case, seconds: float) -> Row:
@@ -45,15 +47,16 @@ class Session:
         """
         operator = operators.operator(case.operator)
         device = torch.device(case.device)
-        ours = self._backends[0]
+        backends = self._wanted or operators.backends_on(device)
+        ours = backends[0]
         with threads(case.threads):
             torch.manual_seed(0)
             copies = [operator.arguments(case) for _ in range(_ROTATION if device.type == "cuda" else 1)]
             grads = operators.upstream(operator, case, copies[0])
             limits = _limit(operator, case)
             candidates = {name: [call] for name, call in limits.items()}
-            candidates |= self._contenders(case, operator, copies, grads)
-            wrong, peaks = self._check(case, copies[0], grads, candidates)
+            candidates |= self._contenders(case, operator, copies, grads, backends)
+            wrong, peaks = self._check(case, copies[0], grads, candidates, backends)
             row: Row = {"kind": "operator", "case": case.as_dict(), "ours": ours}
             if wrong:
                 row["wrong"] = wrong
@@ -61,23 +64,19 @@ class Session:
             if ours in wrong:
                 return row
             times = timing.measure(candidates, seconds, device, ours)
-            row |= {"bytes": operators.moved_bytes(case), "calm": times.calm_share}
+            row |= {"bytes": operators.moved_bytes(case), "calm": times.calm_share, "disturbed": not times.is_calm}
             row |= _figures(times, list(limits), peaks, ours)
             if device.type == "cuda" and times.spread(ours).median < _LAUNCH_BOUND_SECONDS:
                 row |= _graph_replays(candidates, seconds, device, ours)
         return row
 
-    def ratios(self, case: Case, seconds: float) -> dict[str, float]:
-        """Measure the ratios of a case again, on other tensors; empty where something is wrong with it."""
-        row = self.measure(case, seconds)
-        return {
-            name: row["candidates"][name]["ratio_to_ours"][0]
-            for name in ("eager", "compile")
-            if name in row.get("candidates", {})
-        }
-
     def _contenders(
-        self, case: Case, operator: Operator, copies: Sequence[list[Tensor]], grads: Sequence[Tensor]
+        self,
+        case: Case,
+        operator: Operator,
+        copies: Sequence[list[Tensor]],
+        grads: Sequence[Tensor],
+        backends: Sequence[str],
     ) -> dict[str, list[Call]]:
         """Eager, compiled and our backends, on the same inputs."""
         functions = {"eager": operator.plain}
@@ -87,21 +86,31 @@ class Session:
             name: [operators.call(function, case.direction, copy, grads) for copy in copies]
             for name, function in functions.items()
         }
-        for backend in self._backends:
-            bound = _bound(backend, operator)
-            calls[backend] = [_on(backend, operators.call(bound, case.direction, copy, grads)) for copy in copies]
+        default = operators.backends_on(torch.device(case.device))[0]
+        for backend in backends:
+            # The default one is measured without the cost of choosing.
+            choose = _default if backend == default else functools.partial(_on, backend)
+            bound = _bound(choose, operator)
+            calls[backend] = [choose(operators.call(bound, case.direction, copy, grads)) for copy in copies]
         return calls
 
     def _check(
-        self, case: Case, arguments: Sequence[Tensor], grads: Sequence[Tensor], candidates: Mapping[str, Sequence[Call]]
+        self,
+        case: Case,
+        arguments: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        candidates: Mapping[str, Sequence[Call]],
+        backends: Sequence[str],
     ) -> tuple[dict[str, str], dict[str, int]]:
         """What is wrong with which candidates, and the peak memory of the others."""
         key = replace(case, allocator="tuned")
         if key not in self._checked:
             failed = _failed(candidates)
             working = {name: calls for name, calls in candidates.items() if name not in failed}
-            backends = [name for name in self._backends if name in working]
-            wrong = failed | _wrong(operators.operator(case.operator), case, arguments, grads, working, backends)
+            working_backends = [name for name in backends if name in working]
+            wrong = failed | _wrong(
+                operators.operator(case.operator), case, arguments, grads, working, working_backends
+            )
             device = torch.device(case.device)
             peaks = {name: peak_extra_bytes(calls[0], device) for name, calls in working.items() if name not in wrong}
             self._checked[key] = wrong, peaks
@@ -151,20 +160,22 @@ def _limit(operator: Operator, case: Case) -> dict[str, Call]:
     return limits
 
 
-def _bound(backend: str, operator: Operator) -> operators.Functions:
+def _bound(choose: Callable[[Function], Function], operator: Operator) -> operators.Functions:
     """The operator's functions with the backend chosen, for what ``operators.call`` evaluates beforehand."""
-
-    def bind(function: Callable[..., Any] | None) -> Callable[..., Any] | None:
-        return function and _on(backend, function)
-
     ours = operator.ours
-    return operators.Functions(_on(backend, ours.forward), bind(ours.inverse), bind(ours.reversible_backward))
+    return operators.Functions(
+        choose(ours.forward),
+        ours.inverse and choose(ours.inverse),
+        ours.reversible_backward and choose(ours.reversible_backward),
+    )
 
 
-def _on(backend: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` computed by ``backend``; the default one without the cost of choosing."""
-    if backend == available_backends()[0]:
-        return function
+def _default(function: Function) -> Function:
+    return function
+
+
+def _on(backend: str, function: Function) -> Function:
+    """``function`` computed by ``backend``."""
 
     def chosen(*arguments: Any) -> Any:
         with use_backend(backend):

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glow_kernels import available_backends, use_backend
-from glow_kernels.bench import chains, timing
+from glow_kernels import use_backend
+from glow_kernels.bench import chains, operators, timing
 from glow_kernels.bench.memory import peak_extra_bytes
 from glow_kernels.bench.plan import Show, Task
 from glow_kernels.bench.results import Writer
@@ -45,6 +45,7 @@ class Models:
     def __init__(self, device: torch.device, writer: Writer, show: Show, *, with_compile: bool) -> None:
         self._device, self._writer, self._show = device, writer, show
         self._with_compile = with_compile
+        self._backends = operators.backends_on(device)
 
     def tasks(self, *, quick: bool) -> list[Task]:
         """All parts."""
@@ -65,12 +66,14 @@ class Models:
         """A training step of a Glow by every backend, plain, reversible and compiled."""
         x = torch.rand(_images(sizes, 3), device=self._device) - 0.5
         calls: dict[str, Call] = {}
-        for backend in available_backends():
+        for backend in self._backends:
             calls[backend] = _on(backend, glow_step(self._glow(sizes), x))
-        ours = available_backends()[0]
+        ours = self._backends[0]
         calls[f"{ours} anchor"] = _on(ours, glow_step(self._glow(sizes, memory="anchor"), x))
         if self._with_compile:
-            calls["reference compiled"] = _on("reference", glow_step(compiled(self._glow(sizes), x), x))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of the compiler, about itself
+                calls["reference compiled"] = _on("reference", glow_step(compiled(self._glow(sizes), x), x))
         self._time(part, sizes, calls, seconds)
 
     def sampling(self, seconds: float, part: str, sizes: Sizes) -> None:
@@ -80,7 +83,7 @@ class Models:
         model.eval()
         for number in (sizes["batch"], 1):
             draw = functools.partial(model.sample, number)
-            calls = {backend: _on(backend, draw) for backend in available_backends()}
+            calls = {backend: _on(backend, draw) for backend in self._backends}
             self._time(part, {**sizes, "batch": number}, calls, seconds / 2)
 
     def chain(self, seconds: float, part: str, sizes: Sizes, names: Sequence[str]) -> None:

@@ -6,7 +6,6 @@ import functools
 
 import torch
 
-from glow_kernels import available_backends
 from glow_kernels.bench import operators, table, timing
 from glow_kernels.bench.operators import OPERATORS, Case
 from glow_kernels.bench.plan import Show, Task
@@ -48,7 +47,7 @@ def _measure(case: Case, seconds: float, device: torch.device) -> Row:
     return {
         "kind": "overhead",
         "case": case.as_dict(),
-        "ours": available_backends()[0],
+        "ours": operators.backends_on(device)[0],
         "ratio": times.ratio("ours", "elementwise").as_row(),
         "seconds": {name: times.spread(name).as_row() for name in candidates},
     }

@@ -22,7 +22,7 @@ _CAPTIONS = {
     "activations": "Activations of a deep Glow",
 }
 _EXPLAINED = {
-    "speedups": "Median over rounds in which all candidates take turns.",
+    "speedups": "Blue is faster than the other, red slower; medians over rounds in which all candidates take turns.",
     "percent_of_limit": "The limit is a copy that reads and writes as many bytes as the operator must, or the matrix "
     "product where that takes longer.",
     "roofline": "Left: the linear map, which a copy limits for few channels and the matrix product for many.",
@@ -34,7 +34,7 @@ _STYLE = """
 :root { --ink: #1d2733; --soft: #5d6b7a; --line: #e3e8ee; --blue: #1f5a99; }
 body { font: 16px/1.55 system-ui, "DejaVu Sans", sans-serif; color: var(--ink); margin: 0; background: #f6f8fa; }
 header { background: var(--blue); color: white; padding: 2rem max(1.5rem, calc(50vw - 620px)); }
-header h1 { margin: 0; font-size: 2rem; } header p { margin: .3rem 0 0; opacity: .9; }
+header h1 { margin: 0; font-size: 2rem; } header p { margin: .3rem 0 .5rem; color: white; }
 nav a { color: white; margin-right: 1.2rem; font-size: .95rem; }
 main { max-width: 1240px; margin: 0 auto; padding: 1rem 1.5rem 4rem; }
 section { background: white; border: 1px solid var(--line); border-radius: 8px; }

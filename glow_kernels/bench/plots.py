@@ -47,8 +47,9 @@ def speedups(rows: Sequence[Row]) -> Figure | None:
         _heat_map(axis, values)
         axis.set_xticks(range(len(columns)), columns, rotation=35, ha="right")
         axis.set_yticks(range(len(lines)), lines)
-        axis.set_title(f"times faster than {name}, {_condition(measured)} (blue: faster, red: slower)", fontsize=11)
+        axis.set_title(f"times faster than {name}", fontsize=11)
         axis.set_xlabel("shape B x C x H x W")
+    figure.suptitle(table.condition(measured[0]["case"]), fontsize=11)
     return figure
 
 
@@ -81,9 +82,10 @@ def roofline(rows: Sequence[Row]) -> Figure | None:
     measured = main_rows(rows)
     if not measured:
         return None
-    figure, axes = _subplots(2, 2, 5.0, 14.0)
-    _roofs(axes[0], [row for row in measured if OPERATORS[row["case"]["operator"]].products])
-    axis = axes[1]
+    linear = [row for row in measured if OPERATORS[row["case"]["operator"]].products]
+    figure, (*left, axis) = _subplots(1 + bool(linear), 1 + bool(linear), 5.0, 14.0)
+    for place in left:
+        _roofs(place, linear)
     for index, operator in enumerate(dict.fromkeys(row["case"]["operator"] for row in measured)):
         group = [row for row in measured if row["case"]["operator"] == operator]
         sizes = [row["bytes"] / 1e6 for row in group]
@@ -101,10 +103,10 @@ def roofline(rows: Sequence[Row]) -> Figure | None:
 
 
 def _roofs(axis: Any, rows: Sequence[Row]) -> None:
-    bandwidth = max((row["bytes"] / row["candidates"]["copy"]["seconds"][0] for row in rows), default=0.0)
+    bandwidth = max(row["bytes"] / row["candidates"]["copy"]["seconds"][0] for row in rows)
     peak = max(
         (_operations(row) / row["candidates"]["matmul"]["seconds"][0] for row in rows if "matmul" in row["candidates"]),
-        default=math.nan,
+        default=math.inf,
     )
     for name in (*_OTHERS, None):
         chosen = [row for row in rows if (name or row["ours"]) in row["candidates"]]
@@ -112,13 +114,12 @@ def _roofs(axis: Any, rows: Sequence[Row]) -> None:
         rates = [_operations(row) / row["candidates"][name or row["ours"]]["seconds"][0] / 1e9 for row in chosen]
         color = _OTHERS[name] if name else _OURS
         axis.scatter(intensities, rates, s=20, marker="x" if name else "o", color=color, label=name or "ours")
-    if rows:
-        most = max(_operations(row) / row["bytes"] for row in rows)
-        xs = [most * 2.0 ** (-step / 4) for step in range(28, -1, -1)]
-        roof = [min(bandwidth * x, peak if peak == peak else math.inf) / 1e9 for x in xs]
-        label = f"roofs: fastest copy {bandwidth / 1e9:.0f} GB/s"
-        label += f", matrix product {peak / 1e9:.0f} Gflop/s" if peak == peak else ""
-        axis.plot(xs, roof, color="#444", linewidth=1, linestyle="--", label=label)
+    most = max(_operations(row) / row["bytes"] for row in rows)
+    xs = [most * 2.0 ** (-step / 4) for step in range(28, -1, -1)]
+    roof = [min(bandwidth * x, peak) / 1e9 for x in xs]
+    label = f"roofs: fastest copy {bandwidth / 1e9:.0f} GB/s"
+    label += f", matrix product {peak / 1e9:.0f} Gflop/s" if peak < math.inf else ""
+    axis.plot(xs, roof, color="#444", linewidth=1, linestyle="--", label=label)
     axis.set(xscale="log", yscale="log", xlabel="flop per byte that must be moved", ylabel="Gflop/s")
     axis.set_title("roofline of actnorm_conv1x1, every direction and shape", fontsize=11)
     axis.legend(fontsize=9)
@@ -227,7 +228,7 @@ def _operations(row: Row) -> float:
     """Floating-point operations of the matrix products."""
     case = row["case"]
     products = OPERATORS[case["operator"]].products[case["direction"]]
-    return 2.0 * products * int(case["shape"][1]) * math.prod(case["shape"])
+    return 2.0 * products * float(case["shape"][1] * math.prod(case["shape"]))
 
 
 def _ours(group: Sequence[Row]) -> list[str]:
@@ -261,10 +262,6 @@ def _subplots(count: int, columns: int, height: float, width: float) -> tuple[Fi
         axis.tick_params(labelsize=9)
         axis.spines[["top", "right"]].set_visible(False)
     return figure, axes[:count]
-
-
-def _condition(rows: Sequence[Row]) -> str:
-    return table.condition(rows[0]["case"])
 
 
 def _line(row: Row) -> str:

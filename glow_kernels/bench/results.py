@@ -19,32 +19,50 @@ Row = dict[str, Any]
 
 
 class Writer:
-    """Appends rows of one run, each at once: what was measured before an interruption stays.
+    """Appends rows of one run to ``path``, each at once: what was measured before an interruption stays.
 
     Raises:
         DataError: the file cannot be written.
     """
 
     def __init__(self, path: Path, run: Row) -> None:
-        self._path = path
+        self.path = path
         self._run = run["run"]
         self.rows: list[Row] = []
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _finish_last_line(path)
-        except OSError as error:
-            raise DataError(f"results cannot be written to {path}: {error.strerror}") from error
+        prepare(path)
         self.write(run)
 
     def write(self, row: Row) -> None:
         """Append one row."""
-        row = _rounded({"version": VERSION, **row, "run": self._run})
-        try:
-            with self._path.open("a") as file:
-                file.write(json.dumps(row, separators=(",", ":")) + "\n")
-        except OSError as error:
-            raise DataError(f"results cannot be written to {self._path}: {error.strerror}") from error
+        row = _rounded({**row, "run": self._run})
+        append(self.path, row)
         self.rows.append(row)
+
+
+def prepare(path: Path) -> None:
+    """Make the folder and the file, and drop a line that an interrupted run cut short.
+
+    Raises:
+        DataError: the file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _finish_last_line(path)
+    except OSError as error:
+        raise DataError(f"results cannot be written to {path}: {error.strerror}") from error
+
+
+def append(path: Path, row: Row) -> None:
+    """Append a row, with the format's version.
+
+    Raises:
+        DataError: the file cannot be written.
+    """
+    try:
+        with path.open("a") as file:
+            file.write(json.dumps({"version": VERSION, **row}, separators=(",", ":")) + "\n")
+    except OSError as error:
+        raise DataError(f"results cannot be written to {path}: {error.strerror}") from error
 
 
 def read(path: Path) -> list[Row]:

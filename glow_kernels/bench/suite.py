@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -13,12 +15,14 @@ from glow_kernels.bench import compilation, operators, table
 from glow_kernels.bench.measurement import Session
 from glow_kernels.bench.operators import DIRECTIONS, DTYPES, MEMORY_FORMATS, OPERATORS, STANDARD_SHAPES, Case, Shape
 from glow_kernels.bench.plan import Show, Task
-from glow_kernels.bench.results import Writer
+from glow_kernels.bench.results import Row, Writer
 from glow_kernels.errors import BackendUnavailableError, UsageError
 
 ALLOCATORS = ("default", "tuned")
-# One case in so many is measured a second time, after all others of its kind.
-_AGAIN = 6
+# So many cases of a condition are measured a second time, after all others.
+_AGAIN = 20
+# Part of the time of a condition that is kept for cases that were disturbed.
+_SPARE = 0.1
 _COMPILE_SECONDS = 2.0
 _CHECK_SECONDS = 0.1
 # What the slowest candidates reach, for planning only.
@@ -37,7 +41,7 @@ class Selection:
     threads: Sequence[int] = (1,)
     allocators: Sequence[str] = ("tuned",)
     device: str = "cpu"
-    seconds: float = 0.4
+    seconds: float = 0.8
 
     def __post_init__(self) -> None:
         for name in self.operators:
@@ -92,14 +96,17 @@ class Suite:
         cases = sorted(seconds, key=lambda case: ALLOCATORS.index(case.allocator))
         tasks = []
         units = {compilation.unit(case) for case in cases}
-        if self._with_compile and all(case.device == "cpu" for case in cases) and len(units) > 8:
+        if self._with_compile and len(units) > 8:
             duration = 20.0 + _COMPILE_SECONDS * len(units) / (os.cpu_count() or 1)
             tasks.append(Task("torch.compile of all cases", duration, lambda _: self._compile(cases)))
         for heading, grouped in itertools.groupby(cases, key=_heading):
             group = list(grouped)
             tasks.append(Task(heading, 0.0, lambda _, heading=heading: self._begin(heading)))  # type: ignore[misc]
-            tasks += [self._task(case, seconds[case]) for case in group]
-            tasks += [self._task(case, seconds[case], again=True) for case in group[_AGAIN // 2 :: _AGAIN]]
+            found = [self._task(case, seconds[case]) for case in group]
+            spare = _SPARE * sum(task.seconds for task in found)
+            tasks += [*found, Task("disturbed cases", spare, functools.partial(self._retry, group))]
+            every = max(1, len(group) // _AGAIN)
+            tasks += [self._task(case, seconds[case], again=True) for case in group[every // 2 :: every]]
         return tasks
 
     def _compile(self, cases: Sequence[Case]) -> None:
@@ -130,11 +137,27 @@ class Suite:
         self._writer.write(row)
         self._show(table.operator_line(row))
 
+    def _retry(self, cases: Sequence[Case], seconds: float) -> None:
+        """Measure cases again that had no calm rounds, as long as there is time; the last measurement counts."""
+        end = time.monotonic() + seconds
+        for case in cases:
+            if self._row(case).get("disturbed") and time.monotonic() < end:
+                self._measure(case, end - time.monotonic())
+
     def _measure_again(self, case: Case, seconds: float) -> None:
-        first = next(row for row in self._writer.rows if row["kind"] == "operator" and row["case"] == case.as_dict())
-        again = self._session.ratios(case, seconds)
-        before = {name: first["candidates"][name]["ratio_to_ours"][0] for name in again}
-        self._writer.write({"kind": "repeat", "case": case.as_dict(), "first": before, "again": again})
+        first, again = self._row(case), self._session.measure(case, seconds)
+        if "candidates" in first and "candidates" in again:
+            names = [name for name in ("eager", "compile") if name in again["candidates"]]
+            ratios = {
+                key: {name: table.ratio(row, name) for name in names}
+                for key, row in (("first", first), ("again", again))
+            }
+            self._writer.write({"kind": "repeat", "case": case.as_dict(), **ratios})
+
+    def _row(self, case: Case) -> Row:
+        """The last measurement."""
+        named = case.as_dict()
+        return next(row for row in reversed(self._writer.rows) if row["kind"] == "operator" and row["case"] == named)
 
 
 def _heading(case: Case) -> str:

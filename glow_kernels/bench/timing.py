@@ -3,7 +3,7 @@
 On a CPU a *probe*, a small fixed computation with the same number of threads, is timed before and after every round.
 A round counts as calm if both took at most a fifth longer than the fastest probe of this process: clocks that move,
 other programs, and other virtual machines on the same cores show in it. Only calm rounds are kept, unless there are
-too few of them in twice the time. Python's garbage collector is off meanwhile, and a single thread stays on one core.
+too few of them. Python's garbage collector is off meanwhile, and a single thread stays on one core.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ class Times:
         count = len(next(iter(rounds.values())))
         calm = calm if calm is not None else [True] * count
         self.calm_share = sum(calm) / count
-        kept = calm if sum(calm) >= min(count, _FEWEST_ROUNDS) else [True] * count
+        self.is_calm = sum(calm) >= min(count, _FEWEST_ROUNDS)
+        kept = calm if self.is_calm else [True] * count
         self.rounds = {
             name: [value for value, keep in zip(values, kept, strict=True) if keep] for name, values in rounds.items()
         }
@@ -86,12 +87,12 @@ class Times:
 def measure(
     candidates: Mapping[str, Sequence[Call]], seconds: float, device: torch.device, ours: str | None = None
 ) -> Times:
-    """Run the candidates in turn, A B C A B C, for about so many seconds.
+    """Run the candidates in turn, A B C A B C.
 
     Args:
         candidates: for every name the same computation on one or more copies of its inputs, used in rotation, so that
             a cache does not hold what the next call reads.
-        seconds: for all candidates together; at least five rounds are measured. A CPU that is disturbed gets twice.
+        seconds: for all candidates together, but at least five rounds are measured. A CPU that is calm needs half.
         device: where they compute.
         ours: on a CPU, measure no longer than it takes to know all ratios to this one.
     """
@@ -119,7 +120,7 @@ def _measure_cpu(candidates: Mapping[str, Sequence[Call]], seconds: float, ours:
         calm = [max(pair) <= limit for pair in itertools.pairwise(probes)]
         elapsed = time.perf_counter() - start
         if index + 1 >= _FEWEST_ROUNDS and (
-            elapsed > (seconds if sum(calm) >= _FEWEST_ROUNDS else 2 * seconds) or index + 1 == _MOST_ROUNDS
+            elapsed > (seconds / 2 if sum(calm) >= _FEWEST_ROUNDS else seconds) or index + 1 == _MOST_ROUNDS
         ):
             return Times(rounds, calm)
         # A power of two, so that looking takes no time beside measuring.

@@ -77,7 +77,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--threads", None, "numbers of threads, with commas between", type=_numbers)
     add("--allocator", None, "default, tuned: the C library's as it is or as tune_allocator() sets it", type=_names)
     add("--backend", [], "ours to measure, with commas between; the first is compared", type=_names)
-    add("--seconds", None, "time for every case of an operator", type=_positive)
+    add("--seconds", None, "time for every case of an operator, of which a calm machine takes half", type=_positive)
     add("--no-compile", False, "leave torch.compile out, which takes most of the time", action="store_true")
     add("--check", False, "then print the goals: reached or missed", action="store_true")
     add("--results", None, "with --check: measure nothing, look at this file", type=Path)
@@ -163,7 +163,7 @@ def _selections(arguments: argparse.Namespace, device: torch.device) -> list[Sel
         or (sorted({1, min(2, os.cpu_count() or 1)}) if full_on_cpu else [torch.get_num_threads()]),
         allocators=arguments.allocator or (suite.ALLOCATORS if full_on_cpu else ["tuned"]),
         device=str(device),
-        seconds=arguments.seconds or (0.3 if arguments.quick else 0.4),
+        seconds=arguments.seconds or (0.6 if arguments.quick else 0.8),
     )
     if arguments.quick or arguments.dtype or arguments.memory_format:
         return [usual]
