@@ -270,7 +270,18 @@ def test_a_plan_shares_its_time():
     assert plan.duration(150.0) == "2.5 min"
 
 
+@pytest.fixture
+def _small_convolutions():
+    """For convolutions this small oneDNN's set-up takes longer than the work."""
+    with torch.backends.mkldnn.flags(enabled=False, allow_tf32=None):
+        yield
+
+
+@pytest.mark.usefixtures("_small_convolutions")
 def test_models_become_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(timing, "_FEWEST_ROUNDS", 1)
+    monkeypatch.setattr(models, "QUICK_CURVES", {"steps": (2,)})
+    monkeypatch.setattr(chains, "available", lambda: ["glow_kernels", "checkpoint"])
     sizes = {"steps": 1, "levels": 1, "hidden": 4, "image_size": 4, "batch": 2}
     monkeypatch.setattr(models, "QUICK_GLOWS", (sizes,))
     monkeypatch.setattr(models, "CHAIN", {"steps": 1, "channels": 4, "hidden": 4, "image_size": 4, "batch": 2})
@@ -285,6 +296,7 @@ def test_models_become_rows(tmp_path, monkeypatch):
     assert all(row["seconds"][0] > 0 and row["peak_extra_bytes"] > 0 for row in rows)
 
 
+@pytest.mark.usefixtures("_small_convolutions")
 def test_promises_of_reversible_training_become_rows(tmp_path, monkeypatch):
     for name, value in {"SIZE": 8, "HIDDEN": 4, "LEVELS": 1, "BATCH": 2}.items():
         monkeypatch.setattr(reversible, name, value)
