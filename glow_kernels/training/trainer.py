@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 from glow_kernels.errors import CheckpointError, MissingDependencyError, TrainingError
-from glow_kernels.reversible import reconstruction_error
 from glow_kernels.training import checkpoint, gallery, metrics, run_folder
 from glow_kernels.training.config import TrainingConfig
 from glow_kernels.training.data import BatchSampler, ImageData
 from glow_kernels.training.distributed import ALONE, Ranks, one_unit_at_a_time, sharded_like, whole
 from glow_kernels.training.ema import MovingAverage
-from glow_kernels.training.evaluation import BitsPerDim, evaluate
+from glow_kernels.training.evaluation import BitsPerDim, drift, evaluate
 from glow_kernels.training.interruption import Interruption
 from glow_kernels.training.objective import Objective
 from glow_kernels.training.update import Outcome, Update
@@ -29,8 +28,6 @@ MAX_NON_FINITE = 5
 REMEDY = "Try a lower --learning-rate, a longer --warmup or a smaller --clip"
 INITIALIZATION_BATCH = 256
 VALIDATION_SEED = 1
-DRIFT_BATCH = 16
-CONDITION_LIMIT = 1e4
 
 
 @dataclass
@@ -150,7 +147,7 @@ class Trainer:
         started = time.perf_counter()
         indices = self.sampler.next()
         x, labels = self._batch(indices)
-        learning_rate = _learning_rate(self.config, progress.iteration)
+        learning_rate = self.config.learning_rate_at(progress.iteration)
         self.update(x, labels, learning_rate, len(x) / len(indices))
         progress.iteration += 1
         is_logged = self._is_due(self.config.log_every)
@@ -216,9 +213,9 @@ class Trainer:
         progress = self.progress
         result = self.evaluate_split("validation")
         progress.validation = result.mean
-        drift, warning = self._reconstruction()
+        error, warning = drift(self.average.model, self.data.validation, self._labels("validation"), self.ranks)
         if writer is not None:
-            writer.write(progress.iteration, validation_bits_per_dim=result.mean, reconstruction_error=drift)
+            writer.write(progress.iteration, validation_bits_per_dim=result.mean, reconstruction_error=error)
         if result.mean < progress.best:
             progress.best, progress.best_iteration, progress.stale_validations = result.mean, progress.iteration, 0
             self._save_best(result)
@@ -233,32 +230,18 @@ class Trainer:
     def evaluate_split(self, split: str) -> BitsPerDim:
         """Bits per dimension of ``"validation"`` or ``"test"`` under the averaged weights."""
         levels = getattr(self.data, split)
-        labels = getattr(self.data, f"{split}_labels") if self.config.conditional else None
         # Small splits get several draws of the noise, so that it does not drown the differences between models.
         draws = max(1, 1024 // len(levels))
-        return evaluate(self.average.model, levels, labels, draws=draws, seed=VALIDATION_SEED, ranks=self.ranks)
+        return evaluate(
+            self.average.model, levels, self._labels(split), draws=draws, seed=VALIDATION_SEED, ranks=self.ranks
+        )
 
-    def _reconstruction(self) -> tuple[float, str]:
-        """How far inverted chains are off on a few images of the validation split, and a warning if W is near-singular.
-
-        The error is infinite if a matrix is singular.
-        """
-        model, data = self.average.model, self.data
-        x = model.dequantize(data.validation[:DRIFT_BATCH].to(self.device), torch.Generator(self.device).manual_seed(0))
-        labels = data.validation_labels
-        inputs = (x,) if not self.config.conditional or labels is None else (x, labels[:DRIFT_BATCH].to(self.device))
-        # Sharded matrices are only whole while their step runs.
-        limit = None if self.ranks.fsdp else CONDITION_LIMIT
-        try:
-            report = reconstruction_error(model, *inputs, condition_limit=limit)
-        except ValueError:
-            return math.inf, ""
-        names = ", ".join(f"{name} ({number:.0e})" for name, number in report.ill_conditioned.items())
-        return report.error, f"; nearly singular: {names}" if names else ""
+    def _labels(self, split: str) -> Tensor | None:
+        return getattr(self.data, f"{split}_labels") if self.config.conditional else None
 
     def _draw(self) -> None:
         model, data = self.average.model, self.data
-        labels = data.validation_labels if self.config.conditional else None
+        labels = self._labels("validation")
         # Sharded weights need every rank to compute what one of them draws.
         folder = self.folder if self.ranks.is_writer else None
         gallery.draw_samples(model, folder and folder / "samples.png")
@@ -365,13 +348,6 @@ class Trainer:
 def _likes_channels_last(config: TrainingConfig, device: torch.device) -> bool:
     # On a CPU the networks are up to 1.7 times faster; on a GPU low precision needs it for its tensor cores.
     return device.type == "cpu" or config.precision == "bfloat16"
-
-
-def _learning_rate(config: TrainingConfig, iteration: int) -> float:
-    warm = min(1.0, (iteration + 1) / max(1, config.warmup))
-    if config.schedule == "constant":
-        return config.learning_rate * warm
-    return config.learning_rate * warm * 0.5 * (1.0 + math.cos(math.pi * iteration / config.iterations))
 
 
 def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
