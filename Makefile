@@ -29,7 +29,7 @@ help:
 	@echo "make test    run the tests"
 	@echo "make test-triton     run the operator tests on Triton's interpreter and compile its kernels for five GPUs"
 	@echo "make test-sanitized  run the operator tests on a native library with AddressSanitizer and UBSan"
-	@echo "make bench   measure the operators and models here, print the goals, draw a report in runs/report"
+	@echo "make bench   measure the operators and models here in 20 minutes, print the goals, draw runs/report/report.html"
 	@echo "make gpu     build, test and measure on an NVIDIA GPU with the torch and triton of PYTHON; installs nothing"
 	@echo "make kernels-report  compile every Triton kernel for five GPUs, none needed; reports/kernels.csv"
 	@echo "make lint    ruff, mypy and clang-format"
@@ -58,7 +58,9 @@ test-sanitized: $(INSTALLED)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) \
 		OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto -k "native and not opcheck and not compiles" $(OPERATOR_TESTS)
 
+# memcnn's layers need none of what its scripts need, torchvision among it.
 bench: $(INSTALLED) $(NATIVE)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps memcnn==1.5.2 || echo "measured without memcnn"
 	$(BIN)/glow-kernels bench --check --output runs/bench.jsonl
 	$(BIN)/glow-kernels bench report runs/bench.jsonl
 
