@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from glow_kernels import use_backend
+from glow_kernels import CapturedStep, use_backend
 from glow_kernels.bench import defaults, environment, models, operators, results, timing
 from glow_kernels.bench.memory import peak_extra_bytes
 from glow_kernels.bench.timing import Call
@@ -125,6 +125,7 @@ class Stages:
             ours: plain,
             f"{ours} bfloat16": half,
             f"{ours} bfloat16, graph": lambda: self._graph(half()),
+            f"{ours} bfloat16, with optimizer, graph": lambda: on(ours, self._whole_step(self._glow(case), x)),
             "floor: bare convolutions, bfloat16, graph": lambda: self._graph(self._floor(case, x, low_precision=True)),
             "floor: bare convolutions": lambda: self._floor(case, x),
             f"{ours} anchor": lambda: plain(memory="anchor"),
@@ -187,6 +188,25 @@ class Stages:
                 return step()
 
         return autocast if low_precision else step
+
+    def _whole_step(self, model: Glow, x: Tensor) -> Call:
+        """All that a training loop does for a batch: also clipping and the optimizer."""
+        step = self._step(model, x, low_precision=True)
+        on_gpu = self.device.type == "cuda"
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True, capturable=on_gpu)
+
+        def update(_: Tensor) -> Any:
+            loss = step()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 50.0)
+            optimizer.step()
+            return loss
+
+        captured = CapturedStep(update)
+        while not captured.is_settled:
+            captured(x)
+        if on_gpu and (reason := captured.reason):
+            raise GlowKernelsError(f"the step cannot be captured in a CUDA graph: {reason}")
+        return functools.partial(captured, x)
 
     def _floor(self, case: dict[str, int], x: Tensor, low_precision: bool = False) -> Call:
         """The convolutions of the coupling networks alone, forward and backward, as often as a step runs them."""

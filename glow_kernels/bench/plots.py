@@ -97,6 +97,7 @@ def roofline(rows: Sequence[Row]) -> Figure | None:
     line = sorted((size, max(rates)) for size, rates in copies.items())
     axis.plot(*zip(*line, strict=True), color="#444", linewidth=1, linestyle="--", label="copy of the same bytes")
     axis.set(xscale="log", yscale="log", xlabel="MB that must be moved", ylabel="GB/s")
+    _plain_numbers(axis)
     axis.set_title("bandwidth by size, every direction, ours", fontsize=11)
     axis.legend(fontsize=9)
     return figure
@@ -114,13 +115,15 @@ def _roofs(axis: Any, rows: Sequence[Row]) -> None:
         rates = [_operations(row) / row["candidates"][name or row["ours"]]["seconds"][0] / 1e9 for row in chosen]
         color = _OTHERS[name] if name else _OURS
         axis.scatter(intensities, rates, s=20, marker="x" if name else "o", color=color, label=name or "ours")
-    most = max(_operations(row) / row["bytes"] for row in rows)
-    xs = [most * 2.0 ** (-step / 4) for step in range(28, -1, -1)]
+    most = 2.0 * max(_operations(row) / row["bytes"] for row in rows)
+    least = 0.5 * min(_operations(row) / row["bytes"] for row in rows)
+    xs = [least * (most / least) ** (step / 20) for step in range(21)]
     roof = [min(bandwidth * x, peak) / 1e9 for x in xs]
     label = f"roofs: fastest copy {bandwidth / 1e9:.0f} GB/s"
     label += f", matrix product {peak / 1e9:.0f} Gflop/s" if peak < math.inf else ""
     axis.plot(xs, roof, color="#444", linewidth=1, linestyle="--", label=label)
     axis.set(xscale="log", yscale="log", xlabel="flop per byte that must be moved", ylabel="Gflop/s")
+    _plain_numbers(axis)
     axis.set_title("roofline of actnorm_conv1x1, every direction and shape", fontsize=11)
     axis.legend(fontsize=9)
 
@@ -178,9 +181,9 @@ def curves(rows: Sequence[Row]) -> Figure | None:
             axes[place].plot(values, peaks, **options)
             axes[place + len(found)].plot(values, times, **options)
         for axis, label in ((axes[place], "peak memory, MB"), (axes[place + len(found)], "milliseconds")):
-            axis.set_xscale("log", base=2)
-            axis.set(yscale="log", xlabel=parts[variable], ylabel=label)
+            axis.set(xscale="log", yscale="log", xlabel=parts[variable], ylabel=label)
             axis.grid(alpha=0.3)
+            _plain_numbers(axis)
     figure.suptitle("a training step of the same chain by every package", fontsize=11)
     axes[0].legend(fontsize=8)
     return figure
@@ -246,6 +249,16 @@ def _heat_map(axis: Any, values: list[list[float]]) -> None:
             if value == value:  # not NaN, which nothing measured
                 color = "white" if value > 4 or value < 1 / 4 else "black"
                 axis.text(column, line, f"{value:.1f}", ha="center", va="center", fontsize=9, color=color)
+
+
+def _plain_numbers(axis: Any) -> None:
+    """Of logarithmic axes: 40 instead of 4 x 10^1."""
+    from matplotlib.ticker import LogLocator
+
+    for one in (axis.xaxis, axis.yaxis):
+        one.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0)))
+        one.set_major_formatter(lambda value, _: f"{value:g}")
+        one.set_minor_locator(LogLocator(base=10, subs=()))
 
 
 def _subplots(count: int, columns: int, height: float, width: float) -> tuple[Figure, list[Any]]:

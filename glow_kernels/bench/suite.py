@@ -23,7 +23,7 @@ ALLOCATORS = ("default", "tuned")
 _AGAIN = 20
 # Part of the time of a condition that is kept for cases that were disturbed.
 _SPARE = 0.1
-_COMPILE_SECONDS = 2.0
+_COMPILE_SECONDS = 1.6
 _CHECK_SECONDS = 0.1
 # What the slowest candidates reach, for planning only.
 _SLOW_BYTES_PER_SECOND = 1e9
