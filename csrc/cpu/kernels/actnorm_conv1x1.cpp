@@ -17,9 +17,9 @@ void apply_as(Positions<const T> x, const compute_t<T>* matrix, const compute_t<
               int64_t begin, int64_t end) {
   using A = compute_t<T>;
   const int64_t channels = x.planes.channels;
-  static thread_local Buffer<A> buffers[3];
+  static thread_local KeptBuffer<A> buffers[3];
   const PaddedMatrix<A> map(buffers[0], matrix, true, shift, channels);
-  TileBuffer<A> x_buffer(buffers[1], channels), z_buffer(buffers[2], channels);
+  PositionsBuffer<A> x_buffer(buffers[1], channels), z_buffer(buffers[2], channels);
   const bool streamed = is_streamed(z);
   for (int64_t start = begin, stop; start < end; start = stop) {
     stop = Layout::template tile_end<A>(x, start, end);
@@ -30,7 +30,6 @@ void apply_as(Positions<const T> x, const compute_t<T>* matrix, const compute_t<
     });
     Layout::store(outputs, z, start, stop, z_buffer);
   }
-  if (streamed) end_stream();
 }
 
 template <typename T>
@@ -45,11 +44,12 @@ void backward_as(const LinearBackward<T>& arguments, int64_t begin, int64_t end,
                  compute_t<T>* grad_shift) {
   using A = compute_t<T>;
   const int64_t channels = arguments.grad.planes.channels;
-  static thread_local Buffer<A> buffers[5];
+  static thread_local KeptBuffer<A> buffers[5];
   const PaddedMatrix<A> matrix(buffers[0], arguments.matrix, false, nullptr, channels);
   const PaddedMatrix<A> inverse(buffers[1], arguments.inverse ? arguments.inverse : arguments.matrix, true,
                                 arguments.inverse_shift, channels);
-  TileBuffer<A> g_buffer(buffers[2], channels), data_buffer(buffers[3], channels), result_buffer(buffers[4], channels);
+  PositionsBuffer<A> g_buffer(buffers[2], channels), data_buffer(buffers[3], channels),
+      result_buffer(buffers[4], channels);
   const bool streamed = is_streamed(arguments.grad_x);
   for (int64_t start = begin; start < end; start += kPositions) {
     const int64_t stop = std::min(start + kPositions, end), count = stop - start;
@@ -69,7 +69,6 @@ void backward_as(const LinearBackward<T>& arguments, int64_t begin, int64_t end,
                 [&](auto stores) { Layout::template multiply_tile<stores()>(matrix, g, grad_x, channels, count); });
     Layout::store(grad_x, arguments.grad_x, start, stop, result_buffer);
   }
-  if (streamed) end_stream();
 }
 
 template <typename T>

@@ -16,7 +16,7 @@ namespace glow_kernels::GLOW_KERNELS_ISA {
 
 // Memory that a thread keeps between calls, since fresh memory of this size costs page faults.
 template <typename A>
-class Buffer {
+class KeptBuffer {
  public:
   A* reserve(int64_t size) {
     if (size > size_) {
@@ -42,7 +42,7 @@ inline int64_t padded(int64_t channels, int64_t lanes) { return (channels + lane
 template <typename A>
 class PaddedMatrix {
  public:
-  PaddedMatrix(Buffer<A>& buffer, const A* matrix, bool transpose, const A* shift, int64_t channels)
+  PaddedMatrix(KeptBuffer<A>& buffer, const A* matrix, bool transpose, const A* shift, int64_t channels)
       : stride_(padded(channels, kLanes<A>)), values_(buffer.reserve((channels + 1) * stride_)) {
     std::memset(values_, 0, (channels + 1) * stride_ * sizeof(A));
     // By blocks of columns, so that the cache lines that a transpose reads are still there for the next row.
@@ -69,10 +69,11 @@ class PaddedMatrix {
 
 // A tile of positions that is loaded from or stored to a tensor.
 template <typename A>
-struct TileBuffer {
+struct PositionsBuffer {
   A* values;
 
-  TileBuffer(Buffer<A>& buffer, int64_t channels) : values(buffer.reserve(padded(channels, kLanes<A>) * kPositions)) {}
+  PositionsBuffer(KeptBuffer<A>& buffer, int64_t channels)
+      : values(buffer.reserve(padded(channels, kLanes<A>) * kPositions)) {}
 };
 
 // Calls visit(offset, count, data) for the part of every sample that positions [begin, end) touch: where it stands
@@ -88,9 +89,6 @@ inline void for_each_sample(const Positions<T>& x, int64_t begin, int64_t end, c
   }
 }
 
-// Tensors above this size, in bytes, leave the caches before anything reads them.
-constexpr int64_t kCached = int64_t{16} << 20;
-
 // Whether the tiles of a tensor that lies in place, and begin at whole vectors, should be streamed to memory.
 template <typename T>
 bool is_streamed(const Positions<T>& z) {
@@ -99,16 +97,6 @@ bool is_streamed(const Positions<T>& z) {
   return p.batches * p.channels * p.positions * int64_t{sizeof(T)} > kCached &&
          is_aligned(reinterpret_cast<intptr_t>(z.data)) && is_aligned(p.batch_stride * sizeof(T)) &&
          is_aligned(std::max(p.channel_stride, p.position_stride) * sizeof(T)) && is_aligned(p.positions * sizeof(T));
-}
-
-// Calls f with how to write a tile: streamed if the tensor is to be and the tile is not in a buffer.
-template <typename F>
-inline void with_stores(bool streamed, const F& f) {
-  if (streamed) {
-    f(std::integral_constant<Stores, Stores::streamed>{});
-  } else {
-    f(std::integral_constant<Stores, Stores::cached>{});
-  }
 }
 
 // Tiles with a row per channel.
@@ -128,7 +116,7 @@ struct Planar {
   }
 
   template <typename A, typename T>
-  static Rows<const A> load(const Positions<const T>& x, int64_t begin, int64_t end, TileBuffer<A>& buffer) {
+  static Rows<const A> load(const Positions<const T>& x, int64_t begin, int64_t end, PositionsBuffer<A>& buffer) {
     if constexpr (std::is_same_v<A, T>) {
       if (is_in_place<A>(x, begin, end)) return in_place<const A>(x, begin);
     }
@@ -147,7 +135,7 @@ struct Planar {
   }
 
   template <typename A, typename T>
-  static Rows<A> destination(const Positions<T>& z, int64_t begin, int64_t end, TileBuffer<A>& buffer) {
+  static Rows<A> destination(const Positions<T>& z, int64_t begin, int64_t end, PositionsBuffer<A>& buffer) {
     if constexpr (std::is_same_v<A, T>) {
       if (is_in_place<A>(z, begin, end)) return in_place<A>(z, begin);
     }
@@ -156,7 +144,7 @@ struct Planar {
 
   template <typename A, typename T>
   static void store(const Rows<A>& tile, const Positions<T>& z, int64_t begin, int64_t end,
-                    const TileBuffer<A>& buffer) {
+                    const PositionsBuffer<A>& buffer) {
     if (tile.data != buffer.values) return;
     const Planes& p = z.planes;
     for_each_sample(z, begin, end, [&](int64_t offset, int64_t count, T* data) {
@@ -212,7 +200,7 @@ struct Interleaved {
   }
 
   template <typename A, typename T>
-  static Rows<const A> load(const Positions<const T>& x, int64_t begin, int64_t end, TileBuffer<A>& buffer) {
+  static Rows<const A> load(const Positions<const T>& x, int64_t begin, int64_t end, PositionsBuffer<A>& buffer) {
     if constexpr (std::is_same_v<A, T>) {
       if (is_in_place<A>(x, begin, end)) return in_place<const A>(x, begin);
     }
@@ -229,7 +217,7 @@ struct Interleaved {
   }
 
   template <typename A, typename T>
-  static Rows<A> destination(const Positions<T>& z, int64_t begin, int64_t end, TileBuffer<A>& buffer) {
+  static Rows<A> destination(const Positions<T>& z, int64_t begin, int64_t end, PositionsBuffer<A>& buffer) {
     if constexpr (std::is_same_v<A, T>) {
       if (is_in_place<A>(z, begin, end)) return in_place<A>(z, begin);
     }
@@ -238,7 +226,7 @@ struct Interleaved {
 
   template <typename A, typename T>
   static void store(const Rows<A>& tile, const Positions<T>& z, int64_t begin, int64_t end,
-                    const TileBuffer<A>& buffer) {
+                    const PositionsBuffer<A>& buffer) {
     if (tile.data != buffer.values) return;
     const Planes& p = z.planes;
     for_each_sample(z, begin, end, [&](int64_t offset, int64_t count, T* data) {

@@ -25,10 +25,6 @@ struct Rows {
 // transpose, so that the factors of a step lie next to each other; the one at its right has its shift per column.
 enum class Small { left, right };
 
-// How a product is written: with streamed stores, which need whole aligned cache lines, memory that no cache will hold
-// is not read before it is overwritten.
-enum class Stores { cached, streamed };
-
 // z[row + r][column + c] = shift + sum over k of a[row + r][k] b[k][column + c] for `rows` rows and `vectors` vectors
 // of columns; a shift of null is zero.
 template <int rows, int vectors, Small small, Stores stores, typename A>
@@ -60,13 +56,7 @@ inline __attribute__((always_inline)) void multiply_block(Rows<const A> a, Rows<
   }
   A* to = z.data + row * z.stride + column;
   for (int r = 0; r < rows; ++r) {
-    for (int c = 0; c < vectors; ++c) {
-      if constexpr (stores == Stores::streamed) {
-        stream(to + c * kLanes<A>, total[r][c]);
-      } else {
-        vector_at(to + c * kLanes<A>) = total[r][c];
-      }
-    }
+    for (int c = 0; c < vectors; ++c) put<stores>(to + c * kLanes<A>, total[r][c]);
     to += z.stride;
   }
 }

@@ -41,23 +41,38 @@ inline Vector<A>& vector_at(A* data) {
   return *reinterpret_cast<Vector<A>*>(data);
 }
 
-// Stores a vector without reading its cache line first; `data` must be aligned to kVectorBytes.
-template <typename A>
-inline void stream(A* data, const Vector<A>& value) {
+// How results are written: streamed stores, of whole aligned vectors, do not read the cache lines that they overwrite,
+// which pays for tensors that no cache holds.
+enum class Stores { cached, streamed };
+
+template <Stores stores, typename A>
+inline __attribute__((always_inline)) void put(A* data, Vector<A> value) {
 #if defined(__AVX512F__)
-  _mm512_stream_si512(reinterpret_cast<__m512i*>(data), reinterpret_cast<const __m512i&>(value));
+  if constexpr (stores == Stores::streamed) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(data), reinterpret_cast<const __m512i&>(value));
+    return;
+  }
 #elif defined(__AVX__)
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(data), reinterpret_cast<const __m256i&>(value));
-#else
-  vector_at(data) = value;
+  if constexpr (stores == Stores::streamed) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(data), reinterpret_cast<const __m256i&>(value));
+    return;
+  }
 #endif
+  vector_at(data) = value;
 }
 
-// What follows a loop of stream(), before another thread may read.
-inline void end_stream() {
+// Calls f with the stores as a constant.
+template <typename F>
+inline void with_stores(bool streamed, const F& f) {
+  if (streamed) {
+    f(std::integral_constant<Stores, Stores::streamed>{});
+    // Before another thread may read.
 #if defined(__AVX__)
-  _mm_sfence();
+    _mm_sfence();
 #endif
+  } else {
+    f(std::integral_constant<Stores, Stores::cached>{});
+  }
 }
 
 // The bits of a vector as those of another type.
