@@ -56,6 +56,13 @@ void check(const Tensor& x, const Tensor& h, const std::optional<Tensor>& gain) 
                   "log_scale_gain must have an element of the type of arithmetic for every channel of x");
 }
 
+// The kernels take rows of whole vectors, of whichever instruction set, where they lie.
+Tiling tiling_of(const Tensor& x) {
+  constexpr int64_t kWholeVectors = 16;
+  const Planes planes = planes_of(x);
+  return Tiling(planes, planes.positions % kWholeVectors == 0 ? kTile : kLongRow);
+}
+
 template <typename T, typename H>
 CouplingKernels<T, H> kernels() {
   GLOW_KERNELS_RETURN_TABLE(coupling_kernels<T, H>());
@@ -84,6 +91,7 @@ std::vector<double> run(const Arguments& arguments, typename CouplingKernels<T, 
   Plane<const A> gain{};
   if (arguments.gain) gain = {arguments.gain->const_data_ptr<A>(), {0, channels, 1, 0, arguments.gain->stride(0), 0}};
 
+  const bool streamed = data.planes.batches * channels * data.planes.positions * int64_t{sizeof(T)} > kCached;
   std::vector<double> returned(tiling.size()), gain_sums(tiling.size() * per_tile);
   torch::stable::parallel_for(0, tiling.size(), kTilesPerThread, [&](int64_t begin, int64_t end) {
     A contributions[kTile];
@@ -92,12 +100,13 @@ std::vector<double> run(const Arguments& arguments, typename CouplingKernels<T, 
       const auto at = [&](const auto& plane, int64_t first = 0, int64_t step = 1) {
         return tiling.at(tile, plane.data, plane.planes, first, step);
       };
-      returned[index] = kernel({tile.rows, tile.columns, at(data), at(h, layout.scale_first, layout.step),
-                                at(h, layout.shift_first, layout.step), at(gain), at(grad),
-                                lambda ? static_cast<double>(lambda[tile.batch]) : 0.0, at(result), at(grad_data),
-                                at(grad_h, layout.scale_first, layout.step),
-                                at(grad_h, layout.shift_first, layout.step), grad_gain ? contributions : nullptr},
-                               options);
+      returned[index] =
+          kernel({tile.rows, tile.columns, at(data), at(h, layout.scale_first, layout.step),
+                  at(h, layout.shift_first, layout.step), at(gain), at(grad),
+                  lambda ? static_cast<double>(lambda[tile.batch]) : 0.0, at(result), at(grad_data),
+                  at(grad_h, layout.scale_first, layout.step), at(grad_h, layout.shift_first, layout.step),
+                  grad_gain ? contributions : nullptr, streamed},
+                 options);
       if (grad_gain) tiling.add_per_channel(tile, contributions, &gain_sums[index * per_tile]);
     }
   });
@@ -125,7 +134,7 @@ std::tuple<Tensor, Tensor> transform(const Tensor& x, const Tensor& h, std::opti
   arguments.result = y;
   return dispatch(x, h, [&]<typename T, typename H>() -> std::tuple<Tensor, Tensor> {
     const CouplingKernels<T, H> table = kernels<T, H>();
-    const Tiling tiling(planes_of(y));
+    const Tiling tiling = tiling_of(y);
     const std::vector<double> sums = run<T, H>(arguments, is_inverse ? table.inverse : table.forward, options,
                                                parse_layout(layout, x.size(1)), tiling, nullptr);
     return {y, sum_per_sample<compute_t<T>>(sums, tiling, x.size(0), x)};
@@ -152,7 +161,7 @@ auto gradients(const Tensor& grad, const Tensor& grad_log_det, const Tensor& y, 
                         : direction == Direction::inverse_backward ? table.inverse_backward
                                                                    : table.reversible_backward;
     compute_t<T>* gain_data = log_scale_gain ? grad_gain.mutable_data_ptr<compute_t<T>>() : nullptr;
-    run<T, H>(arguments, kernel, options, parse_layout(layout, y.size(1)), Tiling(planes_of(grad_x)), gain_data);
+    run<T, H>(arguments, kernel, options, parse_layout(layout, y.size(1)), tiling_of(grad_x), gain_data);
   });
   if constexpr (direction == Direction::reversible_backward) {
     return std::tuple<Tensor, Tensor, Tensor, Tensor>{*arguments.result, grad_x, grad_h, grad_gain};

@@ -28,7 +28,8 @@ struct CouplingTile {
   Strided<T> result;  // y, or x for the inverse and the reversible backward
   Strided<T> grad_data;
   Strided<H> grad_u, grad_t;
-  A* grad_gain;  // contributions of all elements, rows x columns; null for none
+  A* grad_gain;   // contributions of all elements, rows x columns; null for none
+  bool streamed;  // whether the results are too large for the caches
 };
 
 template <typename T, typename H>

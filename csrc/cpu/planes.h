@@ -63,18 +63,19 @@ struct Tile {
   int64_t batch, row, column, rows, columns;
 };
 
-// Elements of a row that are a tile by themselves: several rows that do not follow each other go through a buffer.
+// Elements of a row that are a tile by themselves, for kernels where several rows that do not follow each other go
+// through a buffer.
 constexpr int64_t kLongRow = 256;
 
 // All tiles of a tensor, in a fixed order that does not depend on the number of threads.
 class Tiling {
  public:
-  explicit Tiling(const Planes& planes)
+  explicit Tiling(const Planes& planes, int64_t long_row = kLongRow)
       : channels_inside_(planes.positions == 1 || planes.position_stride != 1),
         outer_(channels_inside_ ? planes.positions : planes.channels),
         inner_(channels_inside_ ? planes.channels : planes.positions),
         columns_(std::clamp<int64_t>(inner_, 1, kTile)),
-        rows_(columns_ >= kLongRow ? 1 : kTile / columns_),
+        rows_(columns_ >= long_row ? 1 : kTile / columns_),
         row_tiles_((outer_ + rows_ - 1) / rows_),
         column_tiles_((inner_ + columns_ - 1) / columns_),
         batches_(planes.batches) {}

@@ -9,8 +9,11 @@
 
 namespace glow_kernels {
 
-// Elements of a tile. Eight buffers of floats fill half of a 32 KiB cache.
-constexpr int64_t kTile = 512;
+// Elements of a tile: eight buffers of floats fill a 32 KiB cache, and most tiles need none.
+constexpr int64_t kTile = 1024;
+
+// Tensors above this size, in bytes, leave the caches before anything reads them.
+constexpr int64_t kCached = int64_t{16} << 20;
 
 // A matrix in memory; strides count elements.
 template <typename T>
