@@ -21,14 +21,22 @@ COMPILE_TESTS := tests/test_triton_compile.py
 SANITIZED := build/sanitized
 SANITIZE := -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 
-.PHONY: help build demo test test-triton test-sanitized bench gpu kernels-report lint format clean no-compiler
+PYTEST_SANITIZED = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(1) OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto \
+	-k "native and not opcheck and not compiles" $(OPERATOR_TESTS)
+# The CUDA sources as C++ on the CPU, checked likewise.
+CUDA_HOST := build/cuda_host
+
+.PHONY: help build build-cuda demo test test-triton test-sanitized test-cuda-host bench gpu kernels-report lint format clean no-compiler
 
 help:
 	@echo "make build   compile the native CPU library, which needs a C++ compiler; CXX=clang++ chooses another"
+	@echo "make build-cuda  compile the native CUDA library, which needs nvcc but no GPU; GLOW_KERNELS_CUDA_ARCHS=90 for one GPU"
 	@echo "make demo    train a Glow on scikit-learn's digits, one to three minutes on two cores; pictures in runs/demo"
 	@echo "make test    run the tests"
 	@echo "make test-triton     run the operator tests on Triton's interpreter and compile its kernels for five GPUs"
 	@echo "make test-sanitized  run the operator tests on a native library with AddressSanitizer and UBSan"
+	@echo "make test-cuda-host  run the operator tests on the CUDA kernels, compiled for the CPU with both sanitizers"
 	@echo "make bench   measure the operators and models here, print the goals, draw a report in runs/report"
 	@echo "make gpu     build, test and measure on an NVIDIA GPU with the torch and triton of PYTHON; installs nothing"
 	@echo "make kernels-report  compile every Triton kernel for five GPUs, none needed; reports/kernels.csv"
@@ -38,6 +46,9 @@ help:
 	@echo "PYTHON=python3.12 and TORCH=torch==2.10.0 choose others for a new .venv"
 
 build: $(LIBRARY)
+
+build-cuda: $(INSTALLED)
+	GLOW_KERNELS_BUILD=cuda $(BIN)/python setup.py --quiet build_ext --inplace
 
 demo: $(INSTALLED) $(NATIVE)
 	$(BIN)/glow-kernels train --run runs/demo --overwrite
@@ -55,8 +66,11 @@ kernels-report: $(INSTALLED)
 
 test-sanitized: $(INSTALLED)
 	CXXFLAGS="$(SANITIZE)" GLOW_KERNELS_BUILD=cpu $(BIN)/python setup.py --quiet build --build-lib $(SANITIZED)
-	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) \
-		OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto -k "native and not opcheck and not compiles" $(OPERATOR_TESTS)
+	$(call PYTEST_SANITIZED,$(SANITIZED))
+
+test-cuda-host: $(INSTALLED)
+	CXXFLAGS="$(SANITIZE)" GLOW_KERNELS_BUILD=cuda-host $(BIN)/python setup.py --quiet build --build-lib $(CUDA_HOST)
+	$(call PYTEST_SANITIZED,$(CUDA_HOST))
 
 bench: $(INSTALLED) $(NATIVE)
 	$(BIN)/glow-kernels bench --check --output runs/bench.jsonl
@@ -78,10 +92,10 @@ format: $(INSTALLED)
 	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' | xargs -r $(BIN)/clang-format -i
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis $(LIBRARY) $(LIBRARY:.so=.json)
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis glow_kernels/_C.* glow_kernels/_C_cuda.*
 
 # The folders are among what find lists, so that a file taken away counts as a change too.
-$(LIBRARY): setup.py $(shell find csrc) | $(INSTALLED)
+$(LIBRARY): setup.py $(shell find csrc/include csrc/cpu) | $(INSTALLED)
 	GLOW_KERNELS_BUILD=cpu $(BIN)/python setup.py --quiet build_ext --inplace
 
 no-compiler:

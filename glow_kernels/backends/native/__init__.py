@@ -47,7 +47,7 @@ def status() -> BackendStatus:
 
     reason = f"C++ on the CPU, {_isa()}, built with torch {built['torch']}"
     csrc = _PACKAGE.parent / "csrc"
-    if (csrc / "cpu").is_dir() and _hash(csrc) != built["csrc"]:
+    if (csrc / "cpu").is_dir() and _hash(csrc, "cpu") != built["csrc"]:
         _log.warning("the native library is out of date: csrc has changed since it was built; run 'make build'")
         return BackendStatus("native", True, f"{reason}, out of date: csrc has changed since", "run 'make build'")
     return BackendStatus("native", True, reason)
@@ -77,9 +77,9 @@ def _isa() -> str:
     return isa if wanted == isa else f"{isa} (GLOW_KERNELS_ISA={wanted} is not to be had here)"
 
 
-def _hash(csrc: Path) -> str:
-    """Fingerprint of the C++ sources; setup.py computes the same."""
+def _hash(csrc: Path, part: str) -> str:
+    """Fingerprint of the sources of a library; setup.py computes the same."""
     digest = hashlib.sha256()
-    for path in sorted(path for path in csrc.rglob("*") if path.suffix in (".h", ".cpp")):
+    for path in sorted(path for folder in ("include", part) for path in (csrc / folder).rglob("*") if path.is_file()):
         digest.update(f"{path.relative_to(csrc).as_posix()}\0".encode() + path.read_bytes())
     return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -23,14 +24,28 @@ _TYPES_WITH_H = {
 _MAX_CHANNELS = 512
 
 
+@functools.cache
+def _has_kernel(operator: str) -> bool:
+    """Whether the library in use has the operator; that of tests/cuda_host may not."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"glow_kernels::{operator}_native", "CPU")
+
+
+# A constant, which torch.compile need not trace.
+_has_kernel._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def affine_coupling(function: str, *args: Any) -> bool:
     """All of it."""
+    if not _has_kernel(f"affine_coupling_{function}"):
+        return False
     x, h = args[2:4] if function.endswith("backward") else args[:2]
     return (x.dtype, h.dtype) in _TYPES_WITH_H and _is_dense_cpu(x, h)
 
 
 def actnorm_conv1x1(function: str, *args: Any) -> bool:
     """Products of large matrices are left to the reference."""
+    if not _has_kernel(f"actnorm_conv1x1_{function}"):
+        return False
     if function.startswith("apply"):
         x, matrix = args[1:3] if function.endswith("backward") else args[:2]
         fits = x.dtype in _TYPES and x.shape[1] <= _MAX_CHANNELS and matrix.dtype == compute_dtype(x)
@@ -53,7 +68,7 @@ def gaussian_log_prob(function: str, *args: Any) -> bool:
 
 def actnorm_statistics(function: str, x: Tensor) -> bool:
     """All of it."""
-    return x.dtype in _TYPES and _is_dense_cpu(x)
+    return _has_kernel(f"actnorm_statistics_{function}") and x.dtype in _TYPES and _is_dense_cpu(x)
 
 
 def _is_dense_cpu(*tensors: Tensor) -> bool:

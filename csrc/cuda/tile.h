@@ -1,0 +1,248 @@
+// Tiles: the unit of work of a block. A tile is some rows and columns of one sample of (B, C, *spatial); rows and
+// columns are channels and positions, or the other way round, whichever makes the columns lie next to each other.
+// Threads take N neighbouring columns at a time.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+
+#include "glow_kernels/math.h"
+#include "glow_kernels/tensors.h"
+
+namespace glow_kernels {
+
+// Elements of a tile: many in large tensors, few in small ones, which would leave multiprocessors idle otherwise.
+constexpr int64_t kLargeTile = 4096, kSmallTile = 1024;
+constexpr int64_t kManyTiles = 1024;
+
+// Columns that a thread takes at a time: 16 bytes of the narrowest type.
+template <typename... T>
+constexpr int kVector = 16 / std::min({sizeof(T)...});
+
+struct Tile {
+  int64_t batch, row, column;
+  unsigned rows, columns;
+};
+
+// N columns of one row of a tile, of which `count` exist.
+struct Spot {
+  unsigned row, column;
+  int count;
+};
+
+// All tiles of a tensor, sample after sample, in an order that depends on its sizes alone.
+struct Tiling {
+  bool channels_inside;  // whether the columns are channels
+  int64_t outer, inner;
+  unsigned rows, columns, column_tiles, per_sample;
+  int64_t batches;
+
+  explicit Tiling(const Planes& planes)
+      : channels_inside(planes.positions == 1 || planes.position_stride != 1),
+        outer(channels_inside ? planes.positions : planes.channels),
+        inner(channels_inside ? planes.channels : planes.positions),
+        batches(planes.batches) {
+    const bool many = planes.batches * outer * inner >= kManyTiles * kLargeTile;
+    const int64_t tile = many ? kLargeTile : kSmallTile;
+    columns = static_cast<unsigned>(std::clamp<int64_t>(inner, 1, tile));
+    rows = static_cast<unsigned>(std::clamp<int64_t>(outer, 1, tile / columns));
+    const int64_t across = (inner + columns - 1) / columns, down = (outer + rows - 1) / rows;
+    STD_TORCH_CHECK(across * down * std::max<int64_t>(1, batches) < (int64_t{1} << 31), "the tensor is too large");
+    column_tiles = static_cast<unsigned>(across);
+    per_sample = static_cast<unsigned>(across * down);
+  }
+
+  int64_t size() const { return batches * per_sample; }
+
+  // In 32 bits, since all threads of a block divide here.
+  __device__ Tile operator[](unsigned index) const {
+    const unsigned batch = index / per_sample, in_sample = index - batch * per_sample;
+    const unsigned down = in_sample / column_tiles, across = in_sample - down * column_tiles;
+    const int64_t row = int64_t{down} * rows, column = int64_t{across} * columns;
+    return {batch, row, column, fewer(rows, outer - row), fewer(columns, inner - column)};
+  }
+
+ private:
+  static __device__ unsigned fewer(unsigned most, int64_t left) {
+    return left < most ? static_cast<unsigned>(left) : most;
+  }
+};
+
+// Calls f(spot) for all columns of a tile, N at a time, spread over the threads of the block.
+template <int N, typename F>
+__device__ void for_each_spot(const Tile& tile, const F& f) {
+  const unsigned per_row = (tile.columns + N - 1) / N, spots = tile.rows * per_row;
+  for (unsigned index = threadIdx.x; index < spots; index += blockDim.x) {
+    const unsigned row = index / per_row, column = (index - row * per_row) * N;
+    f(Spot{row, column, tile.columns - column < N ? static_cast<int>(tile.columns - column) : N});
+  }
+}
+
+// A tensor as a tiling walks through it; strides count elements, `data` is null for none.
+template <typename T>
+struct View {
+  T* data = nullptr;
+  int64_t batch_stride = 0, row_stride = 0, column_stride = 0;
+  bool vectors = false;  // whether N columns at a time lie together and are aligned
+
+  __device__ T* at(const Tile& tile, const Spot& spot) const {
+    return data + tile.batch * batch_stride + (tile.row + spot.row) * row_stride +
+           (tile.column + spot.column) * column_stride;
+  }
+};
+
+// Two views into the same tensor, such as the scales and the shifts in h.
+template <typename T>
+struct Pair {
+  View<T> first, second;
+  int together =
+      0;  // 1 where both alternate and 2 N columns at a time lie together and are aligned; -1 the second first
+};
+
+namespace detail {
+
+template <typename T>
+bool starts_vectors(const T* data, int64_t batch_stride, int64_t row_stride, const Tiling& tiling, int width) {
+  const bool aligned = reinterpret_cast<uintptr_t>(data) % std::min<size_t>(16, width * sizeof(T)) == 0;
+  return aligned && (tiling.batches <= 1 || batch_stride % width == 0) &&
+         (tiling.outer <= 1 || row_stride % width == 0);
+}
+
+template <typename T>
+View<T> view(T* data, const Planes& planes, const Tiling& tiling, int64_t first, int64_t step) {
+  const int64_t channel = step * planes.channel_stride, position = planes.position_stride;
+  return {data + first * planes.channel_stride, planes.batch_stride, tiling.channels_inside ? position : channel,
+          tiling.channels_inside ? channel : position, false};
+}
+
+template <int N, typename T>
+View<T> with_vectors(View<T> view, const Tiling& tiling) {
+  view.vectors = view.column_stride == 1 && starts_vectors(view.data, view.batch_stride, view.row_stride, tiling, N);
+  return view;
+}
+
+template <int N, typename T>
+Pair<T> pair(T* data, const Planes& planes, const Tiling& tiling, int64_t first, int64_t second, int64_t step) {
+  Pair<T> pair{view(data, planes, tiling, first, step), view(data, planes, tiling, second, step), 0};
+  const View<T>& lower = first < second ? pair.first : pair.second;
+  if (step == 2 && lower.column_stride == 2 && planes.channel_stride == 1 &&
+      starts_vectors(lower.data, lower.batch_stride, lower.row_stride, tiling, 2 * N)) {
+    pair.together = first < second ? 1 : -1;
+  }
+  pair.first = with_vectors<N>(pair.first, tiling);
+  pair.second = with_vectors<N>(pair.second, tiling);
+  return pair;
+}
+
+// Copies N elements, 16 bytes at a time, between memory that is aligned to that and registers.
+template <int N, typename T>
+__device__ void copy(T* to, const T* from) {
+  constexpr int bytes = N * static_cast<int>(sizeof(T));
+  using Chunk = std::conditional_t<bytes % 16 == 0, uint4, std::conditional_t<bytes % 8 == 0, uint2, unsigned>>;
+  static_assert(bytes % sizeof(Chunk) == 0);
+#pragma unroll
+  for (unsigned i = 0; i < bytes / sizeof(Chunk); ++i) {
+    reinterpret_cast<Chunk*>(to)[i] = reinterpret_cast<const Chunk*>(from)[i];
+  }
+}
+
+// N elements in registers, aligned for copy().
+template <typename T, int N>
+struct alignas(16) Registers {
+  T values[N];
+};
+
+}  // namespace detail
+
+// Views that kernels read and write. A pair is that of channels `first + step * c` and `second + step * c`.
+template <int N, typename T>
+View<const T> readable(const std::optional<Tensor>& x, const Tiling& tiling) {
+  if (!x) return {};
+  return detail::with_vectors<N>(detail::view(x->const_data_ptr<T>(), planes_of(*x), tiling, 0, 1), tiling);
+}
+
+template <int N, typename T>
+View<T> writable(const std::optional<Tensor>& x, const Tiling& tiling) {
+  if (!x) return {};
+  return detail::with_vectors<N>(detail::view(x->mutable_data_ptr<T>(), planes_of(*x), tiling, 0, 1), tiling);
+}
+
+template <int N, typename T>
+Pair<const T> readable_pair(const Tensor& h, const Tiling& tiling, int64_t first, int64_t second, int64_t step) {
+  return detail::pair<N>(h.const_data_ptr<T>(), planes_of(h), tiling, first, second, step);
+}
+
+template <int N, typename T>
+Pair<T> writable_pair(const std::optional<Tensor>& h, const Tiling& tiling, int64_t first, int64_t second,
+                      int64_t step) {
+  if (!h) return {};
+  return detail::pair<N>(h->mutable_data_ptr<T>(), planes_of(*h), tiling, first, second, step);
+}
+
+// Elements at a spot, in the type of arithmetic; 0 beyond its count.
+template <int N, typename T, typename A>
+__device__ void load(const View<const T>& view, const Tile& tile, const Spot& spot, A (&values)[N]) {
+  const T* from = view.at(tile, spot);
+  if (view.vectors && spot.count == N) {
+    detail::Registers<T, N> registers;
+    detail::copy<N>(registers.values, from);
+#pragma unroll
+    for (int i = 0; i < N; ++i) values[i] = static_cast<A>(registers.values[i]);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < N; ++i) values[i] = i < spot.count ? static_cast<A>(from[i * view.column_stride]) : A(0);
+}
+
+template <int N, typename T, typename A>
+__device__ void store(const View<T>& view, const Tile& tile, const Spot& spot, const A (&values)[N]) {
+  T* to = view.at(tile, spot);
+  if (view.vectors && spot.count == N) {
+    detail::Registers<T, N> registers;
+#pragma unroll
+    for (int i = 0; i < N; ++i) registers.values[i] = static_cast<T>(values[i]);
+    detail::copy<N>(to, registers.values);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    if (i < spot.count) to[i * view.column_stride] = static_cast<T>(values[i]);
+  }
+}
+
+template <int N, typename T, typename A>
+__device__ void load(const Pair<const T>& pair, const Tile& tile, const Spot& spot, A (&first)[N], A (&second)[N]) {
+  if (pair.together != 0 && spot.count == N) {
+    detail::Registers<T, 2 * N> registers;
+    detail::copy<2 * N>(registers.values, (pair.together > 0 ? pair.first : pair.second).at(tile, spot));
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const A lower = static_cast<A>(registers.values[2 * i]), upper = static_cast<A>(registers.values[2 * i + 1]);
+      first[i] = pair.together > 0 ? lower : upper;
+      second[i] = pair.together > 0 ? upper : lower;
+    }
+    return;
+  }
+  load(pair.first, tile, spot, first);
+  load(pair.second, tile, spot, second);
+}
+
+template <int N, typename T, typename A>
+__device__ void store(const Pair<T>& pair, const Tile& tile, const Spot& spot, const A (&first)[N],
+                      const A (&second)[N]) {
+  if (pair.together != 0 && spot.count == N) {
+    detail::Registers<T, 2 * N> registers;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      registers.values[2 * i] = static_cast<T>(pair.together > 0 ? first[i] : second[i]);
+      registers.values[2 * i + 1] = static_cast<T>(pair.together > 0 ? second[i] : first[i]);
+    }
+    detail::copy<2 * N>((pair.together > 0 ? pair.first : pair.second).at(tile, spot), registers.values);
+    return;
+  }
+  store(pair.first, tile, spot, first);
+  store(pair.second, tile, spot, second);
+}
+
+}  // namespace glow_kernels
