@@ -16,7 +16,9 @@ NATIVE := $(if $(shell command -v $(firstword $(CXX)) 2>/dev/null),$(LIBRARY),no
 # A process per core with one thread each: two processes of several threads wait for each other most of the time.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 OPERATOR_TESTS := $(addprefix tests/test_,actnorm_conv1x1.py actnorm_statistics.py affine_coupling.py gaussian_log_prob.py)
-COMPILE_TESTS := tests/test_triton_compile.py tests/test_cuda_compile.py
+NATIVE_SOURCES := 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/cuda_host/*.h' 'tests/cuda_host/*.cpp'
+# Other targets run these.
+ELSEWHERE := $(addprefix tests/test_,triton_compile.py cuda_compile.py cuda_host.py)
 # The native library with every access and every arithmetic operation checked.
 SANITIZED := build/sanitized
 SANITIZE := -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
@@ -55,7 +57,7 @@ demo: $(INSTALLED) $(NATIVE)
 	$(BIN)/glow-kernels train --run runs/demo --overwrite
 
 test: $(INSTALLED) $(NATIVE)
-	$(PYTEST) $(addprefix --ignore ,$(COMPILE_TESTS))
+	$(PYTEST) $(addprefix --ignore ,$(ELSEWHERE))
 
 test-triton: $(INSTALLED)
 	$(BIN)/python -m pytest tests/test_triton_compile.py
@@ -78,6 +80,7 @@ test-sanitized: $(INSTALLED)
 test-cuda-host: $(INSTALLED)
 	CXXFLAGS="$(SANITIZE)" GLOW_KERNELS_BUILD=cuda-host $(BIN)/python setup.py --quiet build --build-lib $(CUDA_HOST)
 	$(call PYTEST_SANITIZED,$(CUDA_HOST))
+	$(BIN)/python -m pytest tests/test_cuda_host.py
 
 bench: $(INSTALLED) $(NATIVE)
 	$(BIN)/glow-kernels bench --check --output runs/bench.jsonl
@@ -91,12 +94,12 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' | xargs -r $(BIN)/clang-format --dry-run --Werror
+	git ls-files $(NATIVE_SOURCES) | xargs -r $(BIN)/clang-format --dry-run --Werror
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' | xargs -r $(BIN)/clang-format -i
+	git ls-files $(NATIVE_SOURCES) | xargs -r $(BIN)/clang-format -i
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis glow_kernels/_C.* glow_kernels/_C_cuda.*
