@@ -70,11 +70,15 @@ def _takes(module: str, function: str, *tensors: Tensor) -> bool:
     return tensors[0].is_cuda and cuda.takes(tensors[0].get_device()) and _has_kernel(module, function, "CUDA")
 
 
-@functools.cache
 def _has_kernel(module: str, function: str, key: str) -> bool:
     """Whether the library in use has the operator, for tensors of this dispatch key."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"glow_kernels::{module}_{function}_native", key)
+    return _registered(module, function, key)
 
 
-# A constant, which torch.compile need not trace.
+# A constant, which torch.compile need not trace. A cached function it would trace for all that.
 _has_kernel._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _registered(module: str, function: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"glow_kernels::{module}_{function}_native", key)
