@@ -72,10 +72,19 @@ struct Tiling {
 // Calls f(spot) for all columns of a tile, N at a time, spread over the threads of the block.
 template <int N, typename F>
 __device__ void for_each_spot(const Tile& tile, const F& f) {
-  const unsigned per_row = (tile.columns + N - 1) / N, spots = tile.rows * per_row;
-  for (unsigned index = threadIdx.x; index < spots; index += blockDim.x) {
-    const unsigned row = index / per_row, column = (index - row * per_row) * N;
+  const unsigned per_row = (tile.columns + N - 1) / N;
+  // Divisions are for a thread and not for every spot: they take as long as a few elements do.
+  const unsigned rows = blockDim.x / per_row, rest = blockDim.x - rows * per_row;
+  unsigned row = threadIdx.x / per_row, in_row = threadIdx.x - row * per_row;
+  while (row < tile.rows) {
+    const unsigned column = in_row * N;
     f(Spot{row, column, tile.columns - column < N ? static_cast<int>(tile.columns - column) : N});
+    row += rows;
+    in_row += rest;
+    if (in_row >= per_row) {
+      in_row -= per_row;
+      ++row;
+    }
   }
 }
 
@@ -86,9 +95,10 @@ struct View {
   int64_t batch_stride = 0, row_stride = 0, column_stride = 0;
   bool vectors = false;  // whether N columns at a time lie together and are aligned
 
-  __device__ T* at(const Tile& tile, const Spot& spot) const {
-    return data + tile.batch * batch_stride + (tile.row + spot.row) * row_stride +
-           (tile.column + spot.column) * column_stride;
+  // First what all threads of the block have in common.
+  __device__ T* row(const Tile& tile, const Spot& spot) const {
+    return data + (tile.batch * batch_stride + tile.row * row_stride + tile.column * column_stride) +
+           spot.row * row_stride;
   }
 };
 
@@ -147,12 +157,6 @@ __device__ void copy(T* to, const T* from) {
   }
 }
 
-// N elements in registers, aligned for copy().
-template <typename T, int N>
-struct alignas(16) Registers {
-  T values[N];
-};
-
 }  // namespace detail
 
 // Views that kernels read and write. A pair is that of channels `first + step * c` and `second + step * c`.
@@ -180,31 +184,50 @@ Pair<T> writable_pair(const std::optional<Tensor>& h, const Tiling& tiling, int6
   return detail::pair<N>(h->mutable_data_ptr<T>(), planes_of(*h), tiling, first, second, step);
 }
 
-// Elements at a spot, in the type of arithmetic; 0 beyond its count.
+// N elements in registers, as they stand in memory.
+template <typename T, int N>
+struct alignas(16) Raw {
+  T values[N];
+};
+
+// The elements at a spot; 0 beyond its count. A thread that fetches all it needs before it widens any waits once.
+template <int N, typename T>
+__device__ Raw<T, N> fetch(const View<const T>& view, const Tile& tile, const Spot& spot) {
+  const T* from = view.row(tile, spot);
+  Raw<T, N> raw;
+  if (view.vectors && spot.count == N) {
+    detail::copy<N>(raw.values, from + spot.column);
+  } else {
+    from += spot.column * view.column_stride;
+#pragma unroll
+    for (int i = 0; i < N; ++i) raw.values[i] = i < spot.count ? from[i * view.column_stride] : T(0);
+  }
+  return raw;
+}
+
+// The same elements in the type of arithmetic.
+template <int N, typename T, typename A>
+__device__ void widen(const Raw<T, N>& raw, A (&values)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) values[i] = static_cast<A>(raw.values[i]);
+}
+
 template <int N, typename T, typename A>
 __device__ void load(const View<const T>& view, const Tile& tile, const Spot& spot, A (&values)[N]) {
-  const T* from = view.at(tile, spot);
-  if (view.vectors && spot.count == N) {
-    detail::Registers<T, N> registers;
-    detail::copy<N>(registers.values, from);
-#pragma unroll
-    for (int i = 0; i < N; ++i) values[i] = static_cast<A>(registers.values[i]);
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < N; ++i) values[i] = i < spot.count ? static_cast<A>(from[i * view.column_stride]) : A(0);
+  widen(fetch<N>(view, tile, spot), values);
 }
 
 template <int N, typename T, typename A>
 __device__ void store(const View<T>& view, const Tile& tile, const Spot& spot, const A (&values)[N]) {
-  T* to = view.at(tile, spot);
+  T* to = view.row(tile, spot);
   if (view.vectors && spot.count == N) {
-    detail::Registers<T, N> registers;
+    Raw<T, N> raw;
 #pragma unroll
-    for (int i = 0; i < N; ++i) registers.values[i] = static_cast<T>(values[i]);
-    detail::copy<N>(to, registers.values);
+    for (int i = 0; i < N; ++i) raw.values[i] = static_cast<T>(values[i]);
+    detail::copy<N>(to + spot.column, raw.values);
     return;
   }
+  to += spot.column * view.column_stride;
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     if (i < spot.count) to[i * view.column_stride] = static_cast<T>(values[i]);
@@ -214,31 +237,34 @@ __device__ void store(const View<T>& view, const Tile& tile, const Spot& spot, c
 template <int N, typename T, typename A>
 __device__ void load(const Pair<const T>& pair, const Tile& tile, const Spot& spot, A (&first)[N], A (&second)[N]) {
   if (pair.together != 0 && spot.count == N) {
-    detail::Registers<T, 2 * N> registers;
-    detail::copy<2 * N>(registers.values, (pair.together > 0 ? pair.first : pair.second).at(tile, spot));
+    const View<const T>& lower = pair.together > 0 ? pair.first : pair.second;
+    Raw<T, 2 * N> raw;
+    detail::copy<2 * N>(raw.values, lower.row(tile, spot) + 2 * spot.column);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      const A lower = static_cast<A>(registers.values[2 * i]), upper = static_cast<A>(registers.values[2 * i + 1]);
-      first[i] = pair.together > 0 ? lower : upper;
-      second[i] = pair.together > 0 ? upper : lower;
+      const A even = static_cast<A>(raw.values[2 * i]), odd = static_cast<A>(raw.values[2 * i + 1]);
+      first[i] = pair.together > 0 ? even : odd;
+      second[i] = pair.together > 0 ? odd : even;
     }
     return;
   }
-  load(pair.first, tile, spot, first);
-  load(pair.second, tile, spot, second);
+  const Raw<T, N> raw_first = fetch<N>(pair.first, tile, spot), raw_second = fetch<N>(pair.second, tile, spot);
+  widen(raw_first, first);
+  widen(raw_second, second);
 }
 
 template <int N, typename T, typename A>
 __device__ void store(const Pair<T>& pair, const Tile& tile, const Spot& spot, const A (&first)[N],
                       const A (&second)[N]) {
   if (pair.together != 0 && spot.count == N) {
-    detail::Registers<T, 2 * N> registers;
+    const View<T>& lower = pair.together > 0 ? pair.first : pair.second;
+    Raw<T, 2 * N> raw;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      registers.values[2 * i] = static_cast<T>(pair.together > 0 ? first[i] : second[i]);
-      registers.values[2 * i + 1] = static_cast<T>(pair.together > 0 ? second[i] : first[i]);
+      raw.values[2 * i] = static_cast<T>(pair.together > 0 ? first[i] : second[i]);
+      raw.values[2 * i + 1] = static_cast<T>(pair.together > 0 ? second[i] : first[i]);
     }
-    detail::copy<2 * N>((pair.together > 0 ? pair.first : pair.second).at(tile, spot), registers.values);
+    detail::copy<2 * N>(lower.row(tile, spot) + 2 * spot.column, raw.values);
     return;
   }
   store(pair.first, tile, spot, first);
