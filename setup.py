@@ -297,7 +297,8 @@ class BuildNative(build_ext):
             return
         root = Path("" if self.inplace else self.build_lib)
         if MODE == "cuda-host":
-            return build_cuda_host(find_toolchain(), root)
+            build_cuda_host(find_toolchain(), root)
+            return
         build_or_say("CPU", root / LIBRARY, lambda: build(find_toolchain(), root))
         if MODE != "cpu":
             build_or_say("CUDA", root / CUDA_LIBRARY, lambda: build_cuda(find_toolchain(), find_nvcc(), root))

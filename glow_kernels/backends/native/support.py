@@ -1,4 +1,4 @@
-"""Which arguments the shared library takes; a function for every operator."""
+"""Which arguments the shared libraries take; a function for every operator."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from glow_kernels.backends.native import cuda
 from glow_kernels.backends.numerics import compute_dtype
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -24,32 +25,18 @@ _TYPES_WITH_H = {
 _MAX_CHANNELS = 512
 
 
-@functools.cache
-def _has_kernel(operator: str) -> bool:
-    """Whether the library in use has the operator; that of tests/cuda_host may not."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"glow_kernels::{operator}_native", "CPU")
-
-
-# A constant, which torch.compile need not trace.
-_has_kernel._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 def affine_coupling(function: str, *args: Any) -> bool:
     """All of it."""
-    if not _has_kernel(f"affine_coupling_{function}"):
-        return False
     x, h = args[2:4] if function.endswith("backward") else args[:2]
-    return (x.dtype, h.dtype) in _TYPES_WITH_H and _is_dense_cpu(x, h)
+    return (x.dtype, h.dtype) in _TYPES_WITH_H and _takes("affine_coupling", function, x, h)
 
 
 def actnorm_conv1x1(function: str, *args: Any) -> bool:
     """Products of large matrices are left to the reference."""
-    if not _has_kernel(f"actnorm_conv1x1_{function}"):
-        return False
     if function.startswith("apply"):
         x, matrix = args[1:3] if function.endswith("backward") else args[:2]
         fits = x.dtype in _TYPES and x.shape[1] <= _MAX_CHANNELS and matrix.dtype == compute_dtype(x)
-        return fits and _is_dense_cpu(x, matrix)
+        return fits and _takes("actnorm_conv1x1", function, x, matrix)
     first = args[0]
     if first.dtype not in (torch.float32, torch.float64) or first.shape[-1] > _MAX_CHANNELS:
         return False
@@ -57,23 +44,37 @@ def actnorm_conv1x1(function: str, *args: Any) -> bool:
     for tensor in tensors:
         if tensor.dtype != first.dtype:
             return False
-    return _is_dense_cpu(*tensors)
+    return _takes("actnorm_conv1x1", function, *tensors)
 
 
 def gaussian_log_prob(function: str, *args: Any) -> bool:
     """All of it."""
     z, h = args[1:3] if function.endswith("backward") else args[:2]
-    return (z.dtype, h.dtype) in _TYPES_WITH_H and _is_dense_cpu(z, h)
+    return (z.dtype, h.dtype) in _TYPES_WITH_H and _takes("gaussian_log_prob", function, z, h)
 
 
 def actnorm_statistics(function: str, x: Tensor) -> bool:
     """All of it."""
-    return _has_kernel(f"actnorm_statistics_{function}") and x.dtype in _TYPES and _is_dense_cpu(x)
+    return x.dtype in _TYPES and _takes("actnorm_statistics", function, x)
 
 
-def _is_dense_cpu(*tensors: Tensor) -> bool:
+def _takes(module: str, function: str, *tensors: Tensor) -> bool:
+    """Whether all are dense, and on the CPU or on a GPU whose library has the operator."""
     # A loop: this is asked at every call, and a generator costs more than all the answers.
-    for tensor in tensors:  # noqa: SIM110
-        if not tensor.is_cpu or tensor.layout is not torch.strided:
+    on_cpu = tensors[0].is_cpu
+    for tensor in tensors:
+        if tensor.is_cpu != on_cpu or tensor.layout is not torch.strided:
             return False
-    return True
+    if on_cpu:
+        return _has_kernel(module, function, "CPU")
+    return tensors[0].is_cuda and cuda.takes(tensors[0].get_device()) and _has_kernel(module, function, "CUDA")
+
+
+@functools.cache
+def _has_kernel(module: str, function: str, key: str) -> bool:
+    """Whether the library in use has the operator, for tensors of this dispatch key."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"glow_kernels::{module}_{function}_native", key)
+
+
+# A constant, which torch.compile need not trace.
+_has_kernel._dynamo_marked_constant = True  # type: ignore[attr-defined]
