@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <optional>
 
 #include "glow_kernels/math.h"
@@ -21,8 +22,7 @@ template <typename... T>
 constexpr int kVector = 16 / std::min({sizeof(T)...});
 
 struct Tile {
-  int64_t batch, row, column;
-  unsigned rows, columns;
+  unsigned batch, row, column, rows, columns;
 };
 
 // N columns of one row of a tile, of which `count` exist.
@@ -34,39 +34,46 @@ struct Spot {
 // All tiles of a tensor, sample after sample, in an order that depends on its sizes alone.
 struct Tiling {
   bool channels_inside;  // whether the columns are channels
-  int64_t outer, inner;
-  unsigned rows, columns, column_tiles, per_sample;
-  int64_t batches;
+  unsigned outer, inner, batches;
+  unsigned rows, columns, row_tiles, column_tiles, per_sample;
 
-  explicit Tiling(const Planes& planes)
-      : channels_inside(planes.positions == 1 || planes.position_stride != 1),
-        outer(channels_inside ? planes.positions : planes.channels),
-        inner(channels_inside ? planes.channels : planes.positions),
-        batches(planes.batches) {
-    const bool many = planes.batches * outer * inner >= kManyTiles * kLargeTile;
-    const int64_t tile = many ? kLargeTile : kSmallTile;
-    columns = static_cast<unsigned>(std::clamp<int64_t>(inner, 1, tile));
-    rows = static_cast<unsigned>(std::clamp<int64_t>(outer, 1, tile / columns));
-    const int64_t across = (inner + columns - 1) / columns, down = (outer + rows - 1) / rows;
-    STD_TORCH_CHECK(across * down * std::max<int64_t>(1, batches) < (int64_t{1} << 31), "the tensor is too large");
-    column_tiles = static_cast<unsigned>(across);
-    per_sample = static_cast<unsigned>(across * down);
+  // With `whole_samples` a tile is a sample wherever that fits, so that a sum over a sample takes no second kernel.
+  explicit Tiling(const Planes& planes, bool whole_samples = false)
+      : channels_inside(planes.positions == 1 || planes.position_stride != 1) {
+    const int64_t down = channels_inside ? planes.positions : planes.channels;
+    const int64_t across = channels_inside ? planes.channels : planes.positions;
+    const bool many = planes.batches * down * across >= kManyTiles * kLargeTile;
+    const bool whole = whole_samples && down * across <= kLargeTile;
+    const int64_t tile = many || whole ? kLargeTile : kSmallTile;
+    columns = static_cast<unsigned>(std::clamp<int64_t>(across, 1, tile));
+    rows = static_cast<unsigned>(std::clamp<int64_t>(down, 1, tile / columns));
+    const int64_t row_count = (down + rows - 1) / rows, column_count = (across + columns - 1) / columns;
+    constexpr int64_t limit = int64_t{1} << 31;
+    STD_TORCH_CHECK(down < limit && across < limit && planes.batches < limit &&
+                        row_count * column_count * std::max<int64_t>(1, planes.batches) < limit,
+                    "the tensor is too large");
+    outer = static_cast<unsigned>(down);
+    inner = static_cast<unsigned>(across);
+    batches = static_cast<unsigned>(planes.batches);
+    row_tiles = static_cast<unsigned>(row_count);
+    column_tiles = static_cast<unsigned>(column_count);
+    per_sample = row_tiles * column_tiles;
   }
 
-  int64_t size() const { return batches * per_sample; }
+  int64_t size() const { return int64_t{batches} * per_sample; }
+  // Tiles that share a channel.
+  int64_t per_channel() const { return int64_t{batches} * (channels_inside ? row_tiles : column_tiles); }
 
   // In 32 bits, since all threads of a block divide here.
   __device__ Tile operator[](unsigned index) const {
     const unsigned batch = index / per_sample, in_sample = index - batch * per_sample;
     const unsigned down = in_sample / column_tiles, across = in_sample - down * column_tiles;
-    const int64_t row = int64_t{down} * rows, column = int64_t{across} * columns;
-    return {batch, row, column, fewer(rows, outer - row), fewer(columns, inner - column)};
+    const unsigned row = down * rows, column = across * columns;
+    return {batch, row, column, least(rows, outer - row), least(columns, inner - column)};
   }
 
  private:
-  static __device__ unsigned fewer(unsigned most, int64_t left) {
-    return left < most ? static_cast<unsigned>(left) : most;
-  }
+  static __device__ unsigned least(unsigned a, unsigned b) { return a < b ? a : b; }
 };
 
 // Calls f(spot) for all columns of a tile, N at a time, spread over the threads of the block.
@@ -88,17 +95,19 @@ __device__ void for_each_spot(const Tile& tile, const F& f) {
   }
 }
 
-// A tensor as a tiling walks through it; strides count elements, `data` is null for none.
+// A tensor as a tiling walks through it; strides count elements, `data` is null for none. Strides inside a sample have
+// 32 bits, so that an address takes few instructions; products of theirs have 64.
 template <typename T>
 struct View {
   T* data = nullptr;
-  int64_t batch_stride = 0, row_stride = 0, column_stride = 0;
+  int64_t batch_stride = 0;
+  unsigned row_stride = 0, column_stride = 0;
   bool vectors = false;  // whether N columns at a time lie together and are aligned
 
-  // First what all threads of the block have in common.
-  __device__ T* row(const Tile& tile, const Spot& spot) const {
-    return data + (tile.batch * batch_stride + tile.row * row_stride + tile.column * column_stride) +
-           spot.row * row_stride;
+  // The place of a spot, whose columns lie `step` elements from each other.
+  __device__ T* at(const Tile& tile, const Spot& spot, unsigned step) const {
+    return data + tile.batch * batch_stride + uint64_t{tile.row + spot.row} * row_stride +
+           uint64_t{tile.column + spot.column} * step;
   }
 };
 
@@ -112,6 +121,13 @@ struct Pair {
 
 namespace detail {
 
+// Strides mean nothing where there is nothing to step to.
+inline unsigned narrow_stride(int64_t stride, unsigned count) {
+  if (count <= 1) return 0;
+  STD_TORCH_CHECK(stride <= std::numeric_limits<unsigned>::max(), "a stride of ", stride, " elements is too large");
+  return static_cast<unsigned>(stride);
+}
+
 template <typename T>
 bool starts_vectors(const T* data, int64_t batch_stride, int64_t row_stride, const Tiling& tiling, int width) {
   const bool aligned = reinterpret_cast<uintptr_t>(data) % std::min<size_t>(16, width * sizeof(T)) == 0;
@@ -122,8 +138,9 @@ bool starts_vectors(const T* data, int64_t batch_stride, int64_t row_stride, con
 template <typename T>
 View<T> view(T* data, const Planes& planes, const Tiling& tiling, int64_t first, int64_t step) {
   const int64_t channel = step * planes.channel_stride, position = planes.position_stride;
-  return {data + first * planes.channel_stride, planes.batch_stride, tiling.channels_inside ? position : channel,
-          tiling.channels_inside ? channel : position, false};
+  return {data + first * planes.channel_stride, planes.batch_stride,
+          narrow_stride(tiling.channels_inside ? position : channel, tiling.outer),
+          narrow_stride(tiling.channels_inside ? channel : position, tiling.inner), false};
 }
 
 template <int N, typename T>
@@ -193,14 +210,13 @@ struct alignas(16) Raw {
 // The elements at a spot; 0 beyond its count. A thread that fetches all it needs before it widens any waits once.
 template <int N, typename T>
 __device__ Raw<T, N> fetch(const View<const T>& view, const Tile& tile, const Spot& spot) {
-  const T* from = view.row(tile, spot);
   Raw<T, N> raw;
   if (view.vectors && spot.count == N) {
-    detail::copy<N>(raw.values, from + spot.column);
+    detail::copy<N>(raw.values, view.at(tile, spot, 1));
   } else {
-    from += spot.column * view.column_stride;
+    const T* from = view.at(tile, spot, view.column_stride);
 #pragma unroll
-    for (int i = 0; i < N; ++i) raw.values[i] = i < spot.count ? from[i * view.column_stride] : T(0);
+    for (int i = 0; i < N; ++i) raw.values[i] = i < spot.count ? from[int64_t{i} * view.column_stride] : T(0);
   }
   return raw;
 }
@@ -219,18 +235,17 @@ __device__ void load(const View<const T>& view, const Tile& tile, const Spot& sp
 
 template <int N, typename T, typename A>
 __device__ void store(const View<T>& view, const Tile& tile, const Spot& spot, const A (&values)[N]) {
-  T* to = view.row(tile, spot);
   if (view.vectors && spot.count == N) {
     Raw<T, N> raw;
 #pragma unroll
     for (int i = 0; i < N; ++i) raw.values[i] = static_cast<T>(values[i]);
-    detail::copy<N>(to + spot.column, raw.values);
+    detail::copy<N>(view.at(tile, spot, 1), raw.values);
     return;
   }
-  to += spot.column * view.column_stride;
+  T* to = view.at(tile, spot, view.column_stride);
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    if (i < spot.count) to[i * view.column_stride] = static_cast<T>(values[i]);
+    if (i < spot.count) to[int64_t{i} * view.column_stride] = static_cast<T>(values[i]);
   }
 }
 
@@ -239,7 +254,7 @@ __device__ void load(const Pair<const T>& pair, const Tile& tile, const Spot& sp
   if (pair.together != 0 && spot.count == N) {
     const View<const T>& lower = pair.together > 0 ? pair.first : pair.second;
     Raw<T, 2 * N> raw;
-    detail::copy<2 * N>(raw.values, lower.row(tile, spot) + 2 * spot.column);
+    detail::copy<2 * N>(raw.values, lower.at(tile, spot, 2));
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       const A even = static_cast<A>(raw.values[2 * i]), odd = static_cast<A>(raw.values[2 * i + 1]);
@@ -264,7 +279,7 @@ __device__ void store(const Pair<T>& pair, const Tile& tile, const Spot& spot, c
       raw.values[2 * i] = static_cast<T>(pair.together > 0 ? first[i] : second[i]);
       raw.values[2 * i + 1] = static_cast<T>(pair.together > 0 ? second[i] : first[i]);
     }
-    detail::copy<2 * N>(lower.row(tile, spot) + 2 * spot.column, raw.values);
+    detail::copy<2 * N>(lower.at(tile, spot, 2), raw.values);
     return;
   }
   store(pair.first, tile, spot, first);
