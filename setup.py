@@ -109,8 +109,8 @@ class Nvcc(NamedTuple):
 
 def find_nvcc() -> Nvcc:
     """Look for nvcc; a CompileError says what is missing and what to do. Whether there is a GPU does not matter."""
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
-    candidates = [*(f"{home}/bin/nvcc" for home in homes if home), "nvcc", "/usr/local/cuda/bin/nvcc"]
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    candidates = [f"{home}/bin/nvcc", "nvcc"] if home else ["nvcc", "/usr/local/cuda/bin/nvcc"]
     path = next((found for name in candidates if (found := shutil.which(name))), None)
     needed = ".".join(map(str, OLDEST_NVCC))
     if path is None:
@@ -274,11 +274,11 @@ def csrc_hash(part: str) -> str:
 
 def say_without(what: str, error: CompileError) -> None:
     """Tell that ``auto`` goes on without a library; pip shows this with ``-v``."""
-    sys.stderr.write(f"\n*** glow_kernels WITHOUT its native {what} library, which could not be built: {error}\n\n")
+    sys.stderr.write(f"\n*** glow_kernels WITHOUT its native {what}, which could not be built: {error}\n\n")
 
 
-def build_or_say(what: str, library: Path, build_it: Callable[[], None]) -> None:
-    """Build ``library``, or in mode ``auto`` say why that does not work."""
+def build_or_say(what: str, library: Path, build_it: Callable[[], None]) -> bool:
+    """Whether ``library`` could be built; in mode ``auto`` this says why not, else that is an error."""
     try:
         build_it()
     except CompileError as error:
@@ -287,6 +287,8 @@ def build_or_say(what: str, library: Path, build_it: Callable[[], None]) -> None
         say_without(what, error)
         for path in (library, library.with_suffix(".json")):  # of an earlier build, which must not get into this wheel
             path.unlink(missing_ok=True)
+        return False
+    return True
 
 
 class BuildNative(build_ext):
@@ -299,9 +301,10 @@ class BuildNative(build_ext):
         if MODE == "cuda-host":
             build_cuda_host(find_toolchain(), root)
             return
-        build_or_say("CPU", root / LIBRARY, lambda: build(find_toolchain(), root))
-        if MODE != "cpu":
-            build_or_say("CUDA", root / CUDA_LIBRARY, lambda: build_cuda(find_toolchain(), find_nvcc(), root))
+        if not build_or_say("CPU library", root / LIBRARY, lambda: build(find_toolchain(), root)) or MODE == "cpu":
+            return
+        what = "CUDA library (Triton or the reference computes on GPUs)"
+        build_or_say(what, root / CUDA_LIBRARY, lambda: build_cuda(find_toolchain(), find_nvcc(), root))
 
     def outputs(self) -> list[str]:
         return [
@@ -345,7 +348,7 @@ def extensions() -> list[Extension]:
     except CompileError as error:
         if MODE != "auto":
             raise SystemExit(f"glow_kernels: GLOW_KERNELS_BUILD={MODE}: {error}") from None
-        say_without("CPU", error)
+        say_without("CPU library", error)
         return []
     return [Extension("glow_kernels._C", sources=[])]
 

@@ -36,9 +36,11 @@ struct Thread {
 // The order in which blocks and threads run: as they are numbered (0), backwards (1) or any (2 and more).
 class Schedule {
  public:
+  // The seed is GLOW_KERNELS_SCHEDULE; without it every launch has the next one.
   Schedule() {
+    static unsigned long launches = 0;
     const char* text = std::getenv("GLOW_KERNELS_SCHEDULE");
-    seed_ = text ? std::strtoul(text, nullptr, 10) : 0;
+    seed_ = text ? std::strtoul(text, nullptr, 10) : launches++;
     random_.seed(static_cast<std::mt19937::result_type>(seed_));
   }
   void arrange(std::vector<unsigned>& order) {
@@ -47,6 +49,7 @@ class Schedule {
     if (seed_ > 1) std::shuffle(order.begin(), order.end(), random_);
   }
   bool changes() const { return seed_ > 1; }
+  unsigned long seed() const { return seed_; }
 
  private:
   unsigned long seed_;
@@ -92,6 +95,7 @@ class Block {
   void finish_exchange(unsigned index);
   [[noreturn]] void complain() const;
 
+  unsigned long seed_ = 0;
   const std::function<void()>& body_;
   size_t shared_bytes_;
   std::vector<Thread> threads_;
@@ -112,6 +116,7 @@ void Block::run(Schedule& schedule) {
   resting_.clear();
   for (const auto& fibre : fibres) resting_.push_back(fibre.get());
   schedule.arrange(order_);
+  seed_ = schedule.seed();
   running = this;
   while (done_ < threads_.size()) {
     bool progress = false;
@@ -188,7 +193,7 @@ void Block::finish_exchange(unsigned index) {
 
 void Block::complain() const {
   std::ostringstream text;
-  text << "block " << blockIdx.x << " of " << gridDim.x << " waits for ever:";
+  text << "block " << blockIdx.x << " of " << gridDim.x << " waits for ever (GLOW_KERNELS_SCHEDULE=" << seed_ << "):";
   // A line for every place where threads wait, and the first thread there.
   std::map<std::string, std::pair<unsigned, unsigned>> places;
   for (unsigned index = 0; index < threads_.size(); ++index) {
