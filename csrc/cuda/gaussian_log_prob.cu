@@ -31,9 +31,10 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const Views<T, H> vie
   const Tile tile = views.tiling[blockIdx.x];
   A total = 0;
   for_each_spot<N>(tile, [&](const Spot& spot) {
+    const auto raw_z = fetch<N>(views.data, tile, spot);
     A z[N], mean[N], log_sd[N];
-    load(views.data, tile, spot, z);
     load(views.h, tile, spot, mean, log_sd);
+    widen(raw_z, z);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       const A standardized = (z[i] - mean[i]) * exponential(-log_sd[i]);
@@ -53,9 +54,10 @@ __global__ void __launch_bounds__(kThreads) transform_kernel(const Views<T, H> v
   constexpr int N = kVector<T, H>;
   const Tile tile = views.tiling[blockIdx.x];
   for_each_spot<N>(tile, [&](const Spot& spot) {
+    const auto raw_data = fetch<N>(views.data, tile, spot);
     A data[N], mean[N], log_sd[N];
-    load(views.data, tile, spot, data);
     load(views.h, tile, spot, mean, log_sd);
+    widen(raw_data, data);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       data[i] = map == Map::sample ? mean[i] + exponential(log_sd[i]) * data[i]
@@ -74,10 +76,12 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const Views<T, H> vi
   const Tile tile = views.tiling[blockIdx.x];
   const A weight = gradient == Gradient::of_log_prob ? views.grad_log_prob[tile.batch] : A(0);
   for_each_spot<N>(tile, [&](const Spot& spot) {
+    const auto raw_data = fetch<N>(views.data, tile, spot);
+    decltype(raw_data) raw_grad = gradient == Gradient::of_log_prob ? raw_data : fetch<N>(views.grad, tile, spot);
     A data[N], mean[N], log_sd[N], grad[N];
-    load(views.data, tile, spot, data);
     load(views.h, tile, spot, mean, log_sd);
-    if constexpr (gradient != Gradient::of_log_prob) load(views.grad, tile, spot, grad);
+    widen(raw_data, data);
+    widen(raw_grad, grad);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       const A factor = exponential(gradient == Gradient::of_sample ? log_sd[i] : -log_sd[i]);

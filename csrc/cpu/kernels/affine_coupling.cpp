@@ -4,6 +4,7 @@
 
 #include "cpu/kernels/tile_access.h"
 #include "cpu/kernels/vector.h"
+#include "glow_kernels/coupling_formulas.h"
 
 namespace glow_kernels::GLOW_KERNELS_ISA {
 namespace {
@@ -207,25 +208,11 @@ inline void with_order(CouplingOrder order, const F& f) {
   }
 }
 
-// x to y.
-template <CouplingOrder order, typename A>
-inline A transformed(A x, A s, A t) {
-  if (order == CouplingOrder::scale_shift) return x * s + t;
-  return (order == CouplingOrder::shift_scale ? x + t : x - t) * s;
-}
-
-// y to x; r = 1 / s.
-template <CouplingOrder order, typename A>
-inline A restored(A y, A r, A t) {
-  if (order == CouplingOrder::scale_shift) return (y - t) * r;
-  return order == CouplingOrder::shift_scale ? y * r - t : y * r + t;
-}
-
 template <CouplingOrder order, bool is_inverse, typename A>
 void combine(int64_t count, const A* data, const A* factor, const A* t, A* result) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
-    result[i] = is_inverse ? restored<order>(data[i], factor[i], t[i]) : transformed<order>(data[i], factor[i], t[i]);
+    result[i] = mapped(shift_of(order, is_inverse), data[i], factor[i], t[i]);
   }
 }
 
@@ -257,26 +244,23 @@ struct Gradients {
 
 template <CouplingOrder order, Gradient gradient, typename A>
 void combine(int64_t count, const Gradients<A>& values) {
-  constexpr bool of_inverse = gradient == Gradient::of_inverse, shift_last = order == CouplingOrder::scale_shift;
-  constexpr A sign = order == CouplingOrder::unshift_scale ? A(-1) : A(1);
-  // The gradient in log s; the inverse scales by 1 / s.
+  constexpr bool of_inverse = gradient == Gradient::of_inverse;
+  constexpr Shift shift = shift_of(order, of_inverse), back = shift_of(order, true);
   const auto in_log_s = [&](int64_t i) __attribute__((always_inline)) {
-    const A t = values.t[i], data = values.data[i];
-    const A scaled = of_inverse ? (shift_last ? data : data + sign * t) : (shift_last ? data - t : data);
-    const A sum = values.g[i] * scaled + values.lambda;
-    return of_inverse ? -sum : sum;
+    const A in_log_factor = grad_log_factor(shift, values.data[i], values.t[i], values.g[i], values.lambda);
+    return of_inverse ? -in_log_factor : in_log_factor;
   };
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
     const A g = values.g[i], in_data = g * values.factor[i], in_u = in_log_s(i) * values.in_u[i];
     values.grad_u[i] = in_u;
-    values.grad_t[i] = of_inverse ? (shift_last ? -in_data : -sign * g) : (shift_last ? g : sign * in_data);
+    values.grad_t[i] = grad_shift(shift, g, in_data);
     values.grad_data[i] = in_data;
   }
   if constexpr (gradient == Gradient::reversible) {
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) {
-      values.x[i] = restored<order>(values.data[i], A(1) / values.factor[i], values.t[i]);
+      values.x[i] = mapped(back, values.data[i], A(1) / values.factor[i], values.t[i]);
     }
   }
   if (values.grad_gain == nullptr) return;
