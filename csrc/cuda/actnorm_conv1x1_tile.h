@@ -156,7 +156,7 @@ __device__ void for_each_chunk(const Work<A>& work, unsigned channels, bool chan
 template <typename T, typename A>
 __device__ void load_tile(const Positions<const T>& x, const Work<A>& work, const Span& span, A* tile) {
   constexpr unsigned V = kWide<A>;
-  using Vector = detail::Registers<T, V>;
+  using Vector = Raw<T, V>;
   if (x.vectors && !x.channels_inside) {
     const unsigned row = work.row(), column = work.column();
     const T* const from = x.at(span, column) + row * x.channel_stride;
@@ -170,7 +170,7 @@ __device__ void load_tile(const Positions<const T>& x, const Work<A>& work, cons
     }
 #pragma unroll
     for (unsigned r = 0; r < kRows; ++r) {
-      detail::Registers<A, V> wide;
+      Raw<A, V> wide;
 #pragma unroll
       for (unsigned v = 0; v < V; ++v) wide.values[v] = static_cast<A>(values[r].values[v]);
       detail::copy<V>(to + r * kStride<A>, wide.values);
@@ -201,7 +201,7 @@ __device__ void put_tile(const Work<A>& work, const Values<A>& values, A* tile) 
   A* const to = tile + work.at(work.row(), work.column());
 #pragma unroll
   for (unsigned r = 0; r < kRows; ++r) {
-    detail::Registers<A, V> vector;
+    Raw<A, V> vector;
 #pragma unroll
     for (unsigned v = 0; v < V; ++v) vector.values[v] = values[r][v];
     detail::copy<V>(to + r * kStride<A>, vector.values);
@@ -214,7 +214,7 @@ template <typename T, typename A>
 __device__ void store_tile(const Positions<T>& z, const Work<A>& work, const Span& span, const Values<A>& values,
                            A* tile) {
   constexpr unsigned V = kWide<A>;
-  using Vector = detail::Registers<T, V>;
+  using Vector = Raw<T, V>;
   if (z.vectors && !z.channels_inside) {
     const unsigned row = work.row(), column = work.column();
     const unsigned channels = column < span.count ? work.channels - row : 0;
