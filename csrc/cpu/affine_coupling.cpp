@@ -9,52 +9,10 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "glow_kernels/affine_coupling.h"
 
 namespace glow_kernels {
 namespace {
-
-// Where the raw scale and the shift of channel c stand in h: at channel `first + step * c`.
-struct CouplingLayout {
-  int64_t scale_first, shift_first, step;
-};
-
-CouplingLayout parse_layout(const std::string& layout, int64_t channels) {
-  if (layout == "chunk_scale_shift") return {0, channels, 1};
-  if (layout == "chunk_shift_scale") return {channels, 0, 1};
-  if (layout == "interleaved_scale_shift") return {0, 1, 2};
-  STD_TORCH_CHECK(layout == "interleaved_shift_scale", "unknown layout ", layout);
-  return {1, 0, 2};
-}
-
-ScaleKind parse_kind(const std::string& kind) {
-  const char* names[] = {"sigmoid", "exp", "tanh", "atan", "softsign", "clip"};
-  for (int index = 0; index < 6; ++index) {
-    if (kind == names[index]) return static_cast<ScaleKind>(index);
-  }
-  STD_TORCH_CHECK(false, "unknown kind of scale map ", kind);
-}
-
-CouplingOrder parse_order(const std::string& order) {
-  if (order == "shift_scale") return CouplingOrder::shift_scale;
-  if (order == "scale_shift") return CouplingOrder::scale_shift;
-  STD_TORCH_CHECK(order == "unshift_scale", "unknown order ", order);
-  return CouplingOrder::unshift_scale;
-}
-
-CouplingOptions parse_options(const std::string& kind, const std::vector<double>& parameters,
-                              const std::string& order) {
-  STD_TORCH_CHECK(parameters.size() == 6, "scale_parameters must have 6 elements, got ", parameters.size());
-  return {parse_kind(kind),
-          parse_order(order),
-          {parameters[0], parameters[1], parameters[2], parameters[3], parameters[4], parameters[5]}};
-}
-
-void check(const Tensor& x, const Tensor& h, const std::optional<Tensor>& gain) {
-  check_conditioning(x, h);
-  const ScalarType wide = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  STD_TORCH_CHECK(!gain || (gain->dim() == 1 && gain->size(0) == x.size(1) && gain->scalar_type() == wide),
-                  "log_scale_gain must have an element of the type of arithmetic for every channel of x");
-}
 
 // The kernels take rows of whole vectors, of whichever instruction set, where they lie.
 Tiling tiling_of(const Tensor& x) {
@@ -127,7 +85,7 @@ template <bool is_inverse>
 std::tuple<Tensor, Tensor> transform(const Tensor& x, const Tensor& h, std::optional<Tensor> log_scale_gain,
                                      std::string kind, std::vector<double> scale_parameters, std::string layout,
                                      std::string order) {
-  check(x, h, log_scale_gain);
+  check_coupling(x, h, log_scale_gain);
   const CouplingOptions options = parse_options(kind, scale_parameters, order);
   Tensor y = empty_output(x);
   Arguments arguments{with_planes(x), with_planes(h), log_scale_gain};
@@ -136,7 +94,7 @@ std::tuple<Tensor, Tensor> transform(const Tensor& x, const Tensor& h, std::opti
     const CouplingKernels<T, H> table = kernels<T, H>();
     const Tiling tiling = tiling_of(y);
     const std::vector<double> sums = run<T, H>(arguments, is_inverse ? table.inverse : table.forward, options,
-                                               parse_layout(layout, x.size(1)), tiling, nullptr);
+                                               parse_coupling_layout(layout, x.size(1)), tiling, nullptr);
     return {y, sum_per_sample<compute_t<T>>(sums, tiling, x.size(0), x)};
   });
 }
@@ -147,7 +105,7 @@ template <Direction direction>
 auto gradients(const Tensor& grad, const Tensor& grad_log_det, const Tensor& y, const Tensor& h,
                std::optional<Tensor> log_scale_gain, std::string kind, std::vector<double> scale_parameters,
                std::string layout, std::string order) {
-  check(y, h, log_scale_gain);
+  check_coupling(y, h, log_scale_gain);
   const CouplingOptions options = parse_options(kind, scale_parameters, order);
   Tensor grad_x = empty_output(y), grad_h = empty_output(h);
   Tensor grad_gain = empty_vector(log_scale_gain ? y.size(1) : 0, grad_log_det.scalar_type(), y);
@@ -161,7 +119,7 @@ auto gradients(const Tensor& grad, const Tensor& grad_log_det, const Tensor& y, 
                         : direction == Direction::inverse_backward ? table.inverse_backward
                                                                    : table.reversible_backward;
     compute_t<T>* gain_data = log_scale_gain ? grad_gain.mutable_data_ptr<compute_t<T>>() : nullptr;
-    run<T, H>(arguments, kernel, options, parse_layout(layout, y.size(1)), tiling_of(grad_x), gain_data);
+    run<T, H>(arguments, kernel, options, parse_coupling_layout(layout, y.size(1)), tiling_of(grad_x), gain_data);
   });
   if constexpr (direction == Direction::reversible_backward) {
     return std::tuple<Tensor, Tensor, Tensor, Tensor>{*arguments.result, grad_x, grad_h, grad_gain};

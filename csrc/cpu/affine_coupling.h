@@ -2,17 +2,9 @@
 #pragma once
 
 #include "cpu/tile.h"
-#include "glow_kernels/scale_map.h"
+#include "glow_kernels/coupling_options.h"
 
 namespace glow_kernels {
-
-enum class CouplingOrder { shift_scale, scale_shift, unshift_scale };
-
-struct CouplingOptions {
-  ScaleKind kind;
-  CouplingOrder order;
-  ScaleParameters<double> map;
-};
 
 // One tile of all arguments and results, `rows` x `columns` elements, at most kTile. T is the type of x and y, H that
 // of h, of which `u` holds the raw scales and `t` the shifts. Which members a kernel uses stands with the kernel.

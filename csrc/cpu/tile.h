@@ -2,10 +2,9 @@
 // into the first-level cache in the type of arithmetic, computed on as one contiguous vector, and stored back.
 #pragma once
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include <cstdint>
+
+#include "glow_kernels/types.h"
 
 namespace glow_kernels {
 
@@ -22,23 +21,5 @@ struct Strided {
   int64_t row_stride;
   int64_t column_stride;
 };
-
-// Sizes and strides of a tensor whose positions lie at one stride; strides count elements.
-struct Planes {
-  int64_t batches, channels, positions;
-  int64_t batch_stride, channel_stride, position_stride;
-};
-
-// Type of arithmetic, as glow_kernels/backends/numerics.py defines it.
-template <typename T>
-struct Compute {
-  using type = float;
-};
-template <>
-struct Compute<double> {
-  using type = double;
-};
-template <typename T>
-using compute_t = typename Compute<T>::type;
 
 }  // namespace glow_kernels

@@ -5,6 +5,7 @@
 #include "cpu/kernels/coupling_runs.h"
 #include "cpu/kernels/sigmoid.h"
 #include "cpu/kernels/vector.h"
+#include "glow_kernels/coupling_formulas.h"
 
 namespace glow_kernels::GLOW_KERNELS_ISA {
 namespace {
@@ -41,7 +42,14 @@ double general_scales(const ScaleParameters<A>& map, int64_t count, const A* __r
       in_gain *= share;
     } else {
       total += log_s.value;
-      scales.factors[i] = exponential(factor == Factor::scale ? log_s.value : -log_s.value);
+      if constexpr (kind != ScaleKind::sigmoid) {
+        scales.factors[i] = exponential(factor == Factor::scale ? log_s.value : -log_s.value);
+      } else {
+        // Not from log s, whose rounding counts where it is large.
+        const A v = map.slope * u[i] + map.offset, e = exponential(factor == Factor::scale && v < A(0) ? v : -v);
+        const A s = map.gain * (v < A(0) ? e : A(1)) / (A(1) + e);
+        scales.factors[i] = factor == Factor::scale ? s : (A(1) + e) / map.gain;
+      }
     }
     if constexpr (with_derivative) {
       scales.in_u[i] = log_s.derivative;
@@ -99,20 +107,6 @@ inline void with_order(CouplingOrder order, const F& f) {
   }
 }
 
-// x to y.
-template <CouplingOrder order, typename V>
-inline __attribute__((always_inline)) V transformed(V x, V s, V t) {
-  if (order == CouplingOrder::scale_shift) return x * s + t;
-  return (order == CouplingOrder::shift_scale ? x + t : x - t) * s;
-}
-
-// y to x; r = 1 / s.
-template <CouplingOrder order, typename V>
-inline __attribute__((always_inline)) V restored(V y, V r, V t) {
-  if (order == CouplingOrder::scale_shift) return (y - t) * r;
-  return order == CouplingOrder::shift_scale ? y * r - t : y * r + t;
-}
-
 // Results of an element, or of a vector of elements; those that a direction does not have are left out.
 template <typename V>
 struct Results {
@@ -123,21 +117,18 @@ struct Results {
 // and the gain; factor is 1 / s for an inverse, s otherwise.
 template <Direction direction, CouplingOrder order, typename V, typename A>
 inline __attribute__((always_inline)) Results<V> results_of(V data, V t, V g, A lambda, V factor, V reciprocal) {
-  constexpr bool of_inverse = is_inverse(direction), shift_last = order == CouplingOrder::scale_shift;
-  constexpr A sign = order == CouplingOrder::unshift_scale ? A(-1) : A(1);
+  constexpr Shift shift = shift_of(order, is_inverse(direction)), back = shift_of(order, true);
   Results<V> results;
-  if constexpr (direction == Direction::forward) results.result = transformed<order>(data, factor, t);
-  if constexpr (direction == Direction::inverse) results.result = restored<order>(data, factor, t);
-  if constexpr (direction == Direction::reversible_backward) results.result = restored<order>(data, reciprocal, t);
+  if constexpr (direction == Direction::reversible_backward) {
+    results.result = mapped(back, data, reciprocal, t);
+  } else if constexpr (has_result(direction)) {
+    results.result = mapped(shift, data, factor, t);
+  }
   if constexpr (is_gradient(direction)) {
     results.grad_data = g * factor;
-    if constexpr (of_inverse) {
-      results.grad_t = shift_last ? -results.grad_data : -sign * g;
-      results.in_log_s = -(g * (shift_last ? data : data + sign * t) + lambda);
-    } else {
-      results.grad_t = shift_last ? g : sign * results.grad_data;
-      results.in_log_s = g * (shift_last ? data - t : data) + lambda;
-    }
+    results.grad_t = grad_shift(shift, g, results.grad_data);
+    const V in_log_factor = grad_log_factor(shift, data, t, g, lambda);
+    results.in_log_s = is_inverse(direction) ? -in_log_factor : in_log_factor;
   }
   return results;
 }
