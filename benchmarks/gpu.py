@@ -20,8 +20,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 OLDEST = {"torch": (2, 10), "triton": (3, 4)}
-OPERATOR_TESTS = [f"tests/test_{name}.py" for name in ("actnorm_conv1x1", "affine_coupling", "gaussian_log_prob")]
-OPERATOR_TESTS += ["tests/test_actnorm_statistics.py", "tests/test_triton.py"]
+MODULES = ("actnorm_conv1x1", "actnorm_statistics", "affine_coupling", "gaussian_log_prob")
+OPERATOR_TESTS = [f"tests/test_{name}.py" for name in MODULES]
+SANITIZERS = {"memcheck": 25, "racecheck": 20, "initcheck": 20, "synccheck": 15}
+CUDA = "/usr/local/cuda/bin"
 BANDWIDTH_SHAPES = "64x12x128x128,32x48x64x64"
 
 
@@ -46,22 +48,29 @@ def stages(results: Path, dry_run: bool = False) -> list[Stage]:
     small += ["--threads", "1", "--allocator", "tuned"]
     measure = [*python, "benchmarks.gpu_stages"]
     options = [*device, *output, *(["--toy"] if dry_run else [])]
-    tests = [*python, "pytest", "-q", "-p", "no:cacheprovider", "--maxfail", "10", "-k", "cuda or triton"]
-    no_pytest = _missing("pytest", "hypothesis")
-    needs_gpu = "it needs a GPU" if dry_run else ""
+    tests = [*python, "pytest", "-q", "-p", "no:cacheprovider", "--maxfail", "10", "-k"]
+    plain = "and not opcheck and not compiles"
+    cuda_tests = [*tests, f"native {plain}", *OPERATOR_TESTS, "tests/test_cuda_gpu.py"]
+    sanitized = [*tests, f"native and of_every_shape {plain}", "-x", *OPERATOR_TESTS]
+    untested = "it needs a GPU" if dry_run else _missing("pytest", "hypothesis")
+    no_library = _no_cuda_library()
     build = {"GLOW_KERNELS_BUILD": "none" if dry_run else "auto"}
-    if not dry_run:
-        build |= _architecture()
+    if not dry_run:  # the CUDA library for this GPU alone, which takes less than a minute
+        build["GLOW_KERNELS_CUDA_ARCHS"] = os.environ.get("GLOW_KERNELS_CUDA_ARCHS") or _architecture()
     return [
-        Stage("build", [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], 100, environment=build),
-        Stage("tests", [*tests, *OPERATOR_TESTS], 75, needs_gpu or no_pytest),
-        Stage("sanitizer", _sanitizer(tests), 35, needs_gpu or no_pytest or _no_sanitizer()),
-        Stage("bandwidth", [*bench, *(small if dry_run else ["--shape", BANDWIDTH_SHAPES, "--minutes", "0.9"])], 60),
-        Stage("kernels", [*bench, *(small if dry_run else ["--no-compile", "--minutes", "0.5"])], 40),
-        Stage("defaults", [*measure, "defaults", *options], 10, "" if dry_run else _no_cuda_library()),
-        Stage("tune", [*python, "glow_kernels", "tune"], 30, needs_gpu),
-        Stage("training", [*measure, "training", *options], 75),
-        Stage("memory", [*measure, "memory", *options], 35),
+        Stage("build", [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], 85, environment=build),
+        Stage("info", [*python, "glow_kernels", "info"], 8),
+        Stage("cuda tests", cuda_tests, 40, untested or no_library),
+        Stage("triton tests", [*tests, f"triton {plain}", *OPERATOR_TESTS], 45, untested),
+        *(
+            Stage(tool, _sanitizer(tool, sanitized), limit, untested or no_library or _no_sanitizer())
+            for tool, limit in SANITIZERS.items()
+        ),
+        Stage("bandwidth", [*bench, *(small if dry_run else ["--shape", BANDWIDTH_SHAPES, "--minutes", "0.8"])], 54),
+        Stage("kernels", [*bench, *(small if dry_run else ["--no-compile", "--minutes", "0.4"])], 30),
+        Stage("tune", [*python, "glow_kernels", "tune"], 35, "it needs a GPU" if dry_run else ""),
+        Stage("training", [*measure, "training", *options], 60),
+        Stage("memory", [*measure, "memory", *options], 30),
         Stage("sampling", [*measure, "sampling", *options], 15),
     ]
 
@@ -99,7 +108,7 @@ def run(stage: Stage) -> str:
     print(f"\n=== {stage.name} (at most {stage.limit} s)", flush=True)
     start = time.monotonic()
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "PYTHONPATH": path, **stage.environment}
+    environment = {**os.environ, "PYTHONPATH": path, "GLOW_KERNELS_TEST_DEVICE": "cuda", **stage.environment}
     try:
         # A group of its own, so that compilers and workers that it started end with it.
         process = subprocess.Popen(stage.command, cwd=ROOT, env=environment, start_new_session=True)
@@ -162,34 +171,26 @@ def _missing(*packages: str) -> str:
 
 
 def _no_cuda_library() -> str:
-    """Without the CUDA library there is nothing to choose between."""
-    has = (ROOT / "glow_kernels" / "_C_cuda.so").exists() or _nvcc()
+    has = (ROOT / "glow_kernels" / "_C_cuda.so").exists() or shutil.which("nvcc", path=f"{os.environ['PATH']}:{CUDA}")
     return "" if has else "there is no CUDA library and no nvcc to build it with"
 
 
-def _nvcc() -> bool:
-    return bool(shutil.which("nvcc")) or Path("/usr/local/cuda/bin/nvcc").exists()
-
-
-def _architecture() -> dict[str, str]:
-    """Build the CUDA library for the GPU that is here alone: all of them take minutes."""
+def _architecture() -> str:
     import torch
 
-    major, minor = torch.cuda.get_device_capability()
-    return {"GLOW_KERNELS_CUDA_ARCHS": f"{major}{minor}"}
+    return "{}{}".format(*torch.cuda.get_device_capability())
 
 
 def _no_sanitizer() -> str:
     return "" if _sanitizer_path() else "compute-sanitizer is not installed"
 
 
-def _sanitizer(tests: list[str]) -> list[str]:
-    return [_sanitizer_path(), "--error-exitcode", "1", *tests, "-x", "tests/test_gaussian_log_prob.py"]
+def _sanitizer(tool: str, tests: list[str]) -> list[str]:
+    return [_sanitizer_path(), "--tool", tool, "--error-exitcode", "1", *tests]
 
 
 def _sanitizer_path() -> str:
-    candidates = (shutil.which("compute-sanitizer"), "/usr/local/cuda/bin/compute-sanitizer")
-    return next((path for path in candidates if path and Path(path).exists()), "")
+    return shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}:{CUDA}") or ""
 
 
 if __name__ == "__main__":

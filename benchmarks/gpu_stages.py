@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from glow_kernels import CapturedStep, use_backend
-from glow_kernels.bench import defaults, environment, models, operators, results, timing
+from glow_kernels.bench import environment, models, operators, results, timing
 from glow_kernels.bench.memory import peak_extra_bytes
 from glow_kernels.bench.timing import Call
 from glow_kernels.errors import GlowKernelsError
@@ -102,14 +102,6 @@ class Stages:
         for number, backend in itertools.product(SAMPLES[:2] if self.toy else SAMPLES, self._backends()):
             draw = on(backend, functools.partial(model.sample, number))
             self._measure("sampling", {**case, "batch": number}, backend, functools.partial(_same, draw), number)
-
-    def defaults(self) -> None:
-        """Which of the two fast backends is the faster one for which size: the table that chooses between them."""
-        rows = results.read(self.writer.path)
-        table = defaults.table(rows, ("native", "triton") if not self.toy else ("native", "reference"))
-        path = defaults.write(table, environment.device_name(self.device), self.writer.path.parent)
-        self.writer.write({"kind": "defaults", "case": {"device": self.device.type}, "table": table})
-        print(f"{sum(map(len, table.values()))} operators and directions in {path}", flush=True)
 
     def _trained(self, case: dict[str, int], x: Tensor) -> dict[str, Build]:
         """By name what builds a step; the most telling first, since the stage may be stopped."""
@@ -320,7 +312,7 @@ def _network_convolutions(model: Glow, x: Tensor) -> list[tuple[Any, ...]]:
 def main(argv: list[str] | None = None) -> int:
     """Run one stage."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_stages", description=__doc__.splitlines()[0])
-    parser.add_argument("stage", choices=("training", "memory", "sampling", "defaults"))
+    parser.add_argument("stage", choices=("training", "memory", "sampling"))
     parser.add_argument("--output", type=Path, required=True, help="file of results")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--toy", action="store_true", help="sizes of a second or so")

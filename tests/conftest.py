@@ -33,6 +33,17 @@ def _fixed_seed() -> None:
     torch.manual_seed(0)
 
 
+# Where the tensors of the tests are: ``make gpu`` says cuda.
+DEVICE = os.environ.get("GLOW_KERNELS_TEST_DEVICE", "cpu")
+
+
+@pytest.fixture(autouse=DEVICE != "cpu")
+def _device() -> Iterator[None]:
+    """Tests make tensors on the device that is tested."""
+    with torch.device(DEVICE):
+        yield
+
+
 @pytest.fixture(params=gk.available_backends())
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run the test once on every backend that can run here."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from glow_kernels.bench import check, compare, defaults, document, environment, page, plots, results, table, timing
+from glow_kernels.bench import check, compare, document, environment, page, plots, results, table, timing
 from glow_kernels.bench.results import Writer
 from glow_kernels.cli import main
 from glow_kernels.errors import DataError, UsageError
@@ -347,22 +347,6 @@ def test_numbers_are_rounded_and_files_small(tmp_path):
     assert len(path.read_text().splitlines()[1]) < 900, "a thousand rows make a file of less than a megabyte"
 
 
-def test_the_faster_backend_is_chosen_by_size(tmp_path):
-    def row(elements, **seconds):
-        candidates = {name: {"seconds": [value, value, value]} for name, value in seconds.items()}
-        case = operator_row(shape=(1, elements, 1, 1))["case"]
-        return {"kind": "operator", "case": case, "candidates": candidates}
-
-    rows = [row(8, native=1, triton=2), row(64, native=2, triton=1), row(2, native=1, triton=3), row(4, native=1)]
-    chosen = defaults.table(rows, ("native", "triton"))
-    assert chosen == {"affine_coupling": {"forward": [(8, "native"), (64, "triton")]}}
-    path = defaults.write(chosen, "NVIDIA H100 80GB", tmp_path)
-    assert path.name == "fastest-nvidia-h100-80gb.json"
-    assert json.loads(path.read_text())["affine_coupling"]["forward"] == [[8, "native"], [64, "triton"]]
-    with pytest.raises(DataError, match="no case was measured with both native and triton"):
-        defaults.table(rows[3:], ("native", "triton"))
-
-
 @pytest.mark.parametrize(("version", "old"), [("2.9.1", True), ("2.10.0+cu130", False), ("3.0a1", False)])
 def test_gpu_script_knows_versions(version, old):
     assert (gpu.too_old("torch", version) is not None) == old
@@ -376,8 +360,8 @@ def test_gpu_script_says_why_it_cannot(tmp_path, capsys):
 
 
 def test_gpu_script_names_unknown_stages(capsys):
-    assert gpu.main(["--dry-run", "--only", "tests,fly"]) == 2
-    assert re.match("error: stages are build, tests, .*, got fly", capsys.readouterr().err)
+    assert gpu.main(["--dry-run", "--only", "tune,fly"]) == 2
+    assert re.match("error: stages are build, info, .*, got fly", capsys.readouterr().err)
 
 
 def test_gpu_stages_survive_each_other(tmp_path, monkeypatch, capsys):
@@ -425,14 +409,13 @@ def test_what_the_gpu_stages_measure_runs_on_a_cpu(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     commands = {stage.name: stage.command for stage in gpu.stages(path, dry_run=True)}
     assert main(["bench", *commands["kernels"][commands["kernels"].index("operators") :]]) == 0
-    for name in ("defaults", "training", "memory", "sampling"):
+    for name in ("training", "memory", "sampling"):
         assert commands[name][2] == "benchmarks.gpu_stages"
         assert gpu_stages.main(commands[name][3:]) == 0
     rows = list(results.of_kind(results.read(path), "model"))
     assert {row["case"]["part"] for row in rows} == {"training_step", "memory", "sampling"}
     assert not any("failed" in row for row in rows)
     assert all(row["peak_extra_bytes"] > 0 for row in rows)
-    assert len(list(results.of_kind(results.read(path), "defaults"))) == 1
 
 
 def test_a_model_that_does_not_fit_is_noted_and_the_others_go_on(tmp_path):
