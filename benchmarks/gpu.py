@@ -66,7 +66,7 @@ def stages(results: Path, dry_run: bool = False) -> list[Stage]:
             Stage(tool, _sanitizer(tool, sanitized), limit, untested or no_library or _no_sanitizer())
             for tool, limit in SANITIZERS.items()
         ),
-        Stage("bandwidth", [*bench, *(small if dry_run else ["--shape", BANDWIDTH_SHAPES, "--minutes", "0.8"])], 54),
+        Stage("bandwidth", [*bench, *(small if dry_run else ["--shape", BANDWIDTH_SHAPES, "--minutes", "0.8"])], 52),
         Stage("kernels", [*bench, *(small if dry_run else ["--no-compile", "--minutes", "0.4"])], 30),
         Stage("tune", [*python, "glow_kernels", "tune"], 35, "it needs a GPU" if dry_run else ""),
         Stage("training", [*measure, "training", *options], 60),
