@@ -187,7 +187,8 @@ def test_measuring_ends_when_the_ratio_is_known(monkeypatch):
     monkeypatch.setitem(timing._fastest_probe, torch.get_num_threads(), 1.0)
     calls = {"a": [lambda: None], "b": [lambda: None]}
     assert len(timing.measure(calls, 1.0, torch.device("cpu"), "b").rounds["a"]) == 16
-    assert len(timing.measure(calls, 1.0, torch.device("cpu")).rounds["a"]) > 32
+    # Half of the time on a calm machine; a round reads the clock five times.
+    assert 90 < len(timing.measure(calls, 1.0, torch.device("cpu")).rounds["a"]) < 110
 
 
 def test_ratios_are_taken_round_by_round():
