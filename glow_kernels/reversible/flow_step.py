@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,13 @@ def is_flow_step(step: nn.Module) -> bool:
     patched = any(name in module.__dict__ for module in parts for name in ("forward", "inverse", "matrix"))
     own_forward = type(step).forward is FlowStep.forward and "forward" not in step.__dict__
     return own_forward and inverse is FlowStep.inverse and not patched
+
+
+def way_back(step: nn.Module) -> Callable[..., Any] | None:
+    """The ``backward_from_output`` of a flow step, or that which ``step`` has itself; None if there is none."""
+    if is_flow_step(step):
+        return functools.partial(backward_from_output, cast(FlowStep, step))
+    return getattr(step, "backward_from_output", None)
 
 
 @contextmanager

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from glow_kernels.nn import FlowStep
 from glow_kernels.reversible import flow_step
 from glow_kernels.reversible.randomness import RandomState, refuse_while_capturing
 from glow_kernels.reversible.tensors import Joined, differentiate, inverse_of, leaf, modules_of, substituted
@@ -111,7 +110,7 @@ def backward(
         closed: as for :func:`~glow_kernels.reversible.tensors.differentiate`.
     """
     given = cast(Tensor, z if x is None else x)
-    fused = x is None and flow_step.is_flow_step(step)
+    way_back = flow_step.way_back(step) if x is None else None
     tensors = [tensor for tensor in context if tensor is not None]
     joined_x, joined_z, joined_grad = Joined(len(given)), Joined(len(given)), Joined(len(given))
     joined_context = [Joined(len(given)) for _ in tensors]
@@ -125,10 +124,10 @@ def backward(
             part_context = [None if tensor is None else next(parts) for tensor in context]
             state = None if states is None else states[number]
             grad_z, grad_log_det = (None if grad is None else grad[part] for grad in grads)
-            if fused:
+            if way_back is not None:
                 with _replayed(state):
-                    part_x, grad_x, part_grads = flow_step.backward_from_output(
-                        cast(FlowStep, step), given[part], grad_z, grad_log_det, part_context, leaves, closed
+                    part_x, grad_x, part_grads = way_back(
+                        given[part], grad_z, grad_log_det, part_context, leaves, closed
                     )
             else:
                 part_x = given[part]
