@@ -162,7 +162,9 @@ def run_alone(module: nn.Module, function: Callable[..., Any], x: Tensor, *conte
 
 def initialize(module: nn.Module, call: Callable[[], Any]) -> None:
     """Let ActNorms in a step that keeps little initialise themselves by ``call``, without a graph."""
-    if _active(module) is None or not any(_is_uninitialised(layer) for layer in modules_of(module)):
+    if torch.compiler.is_compiling() or _active(module) is None:
+        return
+    if not any(_is_uninitialised(layer) for layer in modules_of(module)):
         return
     device = next(module.parameters()).device
     with torch.no_grad(), RandomState(device).replayed():
@@ -242,10 +244,11 @@ class _Node(torch.autograd.Function):
 
 @contextmanager
 def _buffers_restored(unit: _Unit) -> Iterator[None]:
-    before = [(buffer, buffer._version, buffer.clone()) for buffer in unit.buffers()]
+    before = [(name, buffer, buffer._version, buffer.clone()) for name, buffer in unit.named_buffers()]
     yield
-    for buffer, version, values in before:
-        if buffer._version != version:
+    for name, buffer, version, values in before:
+        # Kernels of BatchNorm change running_mean and running_var unnoticed.
+        if buffer._version != version or ".running_" in name:
             buffer.copy_(values)
 
 

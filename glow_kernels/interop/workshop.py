@@ -180,7 +180,8 @@ class Workshop:
         copied = self.replica(module)
         copies = dict(copied.named_modules())  # without what is inside of networks
         for name, layer in module.named_modules():
-            if layer is not module and layer in self.decisions and name in copies:
+            replaced = isinstance(copies.get(name), StandIn)
+            if layer is not module and layer in self.decisions and name in copies and not replaced:
                 apply(copies[name], *self.decisions[layer])
         apply(copied, patch, options, memory)
         return copied
