@@ -262,7 +262,10 @@ class _OpenAI:
                 self._write_zeros(state, f"flow.layers.{layer}.conv.", interleaved(weights.splits[level]), inexact)
                 layer += 1
         if weights.top is not None:
-            self._write_zeros(state, f"{self.top}.", _without_border(self.top, weights.top, inexact), inexact)
+            top = _without_border(self.top, weights.top, inexact)
+            # Its input of zeros has as many channels as its output.
+            weight = top.weight.new_zeros(len(top.bias), len(top.bias), 3, 3)
+            self._write_zeros(state, f"{self.top}.", dataclasses.replace(top, weight=weight), inexact)
         return state
 
     def _read_step(self, keys: Keys, name: str) -> Step:
@@ -460,9 +463,7 @@ def _top_of(weights: Weights) -> Convolution:
 def _without_border(name: str, top: Convolution, inexact: Inexact) -> Convolution:
     """A top prior that is the same at every position."""
     if top.border and top.notices_border:
-        inexact.append(
-            f"{name}: the source's prior differs at the border of the image, which it pads with {top.border:g}"
-        )
+        inexact.append(f"{name}: the source's prior differs at the border, which it pads with {top.border:g}")
     return _constant(top.bias, top.log_scale)
 
 

@@ -53,7 +53,7 @@ class Convolution:
 
 @dataclass(frozen=True)
 class Mixing:
-    """``W`` (C, C), or ``W = P L (U + diag(sign * exp(log_diagonal)))``, of which ``lower`` and ``upper`` may hold junk.
+    """``W`` (C, C), or ``W = P L (U + diag(sign * exp(log_diagonal)))`` with junk outside of the triangles.
 
     Attributes:
         weight: W, or None.
@@ -82,7 +82,7 @@ class Mixing:
         permutation, lower, upper = torch.linalg.lu(self.weight.double())
         diagonal = upper.diagonal()
         factors = (permutation, lower.tril(-1), upper.triu(1), diagonal.abs().log(), diagonal.sign())
-        return tuple(factor.to(self.weight.dtype) for factor in factors)  # type: ignore[return-value]
+        return tuple(factor.to(self.weight.dtype) for factor in factors)
 
     def with_signs(self, sign: Tensor) -> Mixing:
         """``W diag(sign)``."""
