@@ -179,10 +179,8 @@ class InPlaceSequential(Patch):
                 continue
             slope = getattr(layer, "negative_slope", 0.0)
             alone = after is not None and _is_convolution(after) and not has_hooks(after)
-            if plain or not alone or not x.requires_grad:
-                x = F.leaky_relu_(x, slope)
-            else:
-                x = _Overwriting.apply(x, slope)  # type: ignore[no-untyped-call]
+            overwrite: Any = F.leaky_relu_ if plain or not alone or not x.requires_grad else _Overwriting.apply
+            x = overwrite(x, slope)
         return x
 
 
