@@ -30,6 +30,7 @@ CHOSEN = (
     "normflows_sigmoid_inv",
     "nflows",
     "FrEIA",
+    "FrEIA later",
     "chrischute",
     "survae",
 )

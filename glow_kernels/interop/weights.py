@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+State = dict[str, Tensor]
+
 
 @dataclass(frozen=True)
 class Convolution:
@@ -196,3 +198,44 @@ def halves(alternating: Convolution) -> Convolution:
 def swapped(convolution: Convolution) -> Convolution:
     """The two halves of the rows in the other order."""
     return convolution.with_rows(torch.arange(len(convolution.bias)).roll(len(convolution.bias) // 2))
+
+
+def affine_halves(step: Step) -> Step:
+    """Rows for shift and scale as halves, from alternating ones, if there are both."""
+    return step.with_last(halves(step.network[2])) if step.is_affine else step
+
+
+def affine_interleaved(step: Step) -> Step:
+    """The inverse of :func:`affine_halves`."""
+    return step.with_last(interleaved(step.network[2])) if step.is_affine else step
+
+
+def negated_shift(step: Step) -> Step:
+    """Between ``x + t`` and ``x - t``."""
+    last = step.network[2]
+    sign = torch.ones_like(last.bias)
+    sign[: len(sign) // 2 if step.is_affine else len(sign)] = -1
+    return step.with_last(last.with_sign(sign))
+
+
+def constant(values: Tensor, log_scale: Tensor) -> Convolution:
+    """A convolution that does not look at its input."""
+    return Convolution(values.new_zeros(len(values), len(values) // 2, 3, 3), values, log_scale)
+
+
+def read_mixing(keys: Keys, weight: str, factors: list[str]) -> Mixing:
+    """From the names of W, or of P, L, U, log|s| and the signs of s."""
+    if keys.has(weight):
+        matrix = keys(weight)
+        return Mixing(matrix.reshape(matrix.shape[0], matrix.shape[0]))
+    permutation, lower, upper, log_diagonal, sign = (keys(name) for name in factors)
+    return Mixing(factors=(permutation, lower, upper, log_diagonal, sign))
+
+
+def write_mixing(state: State, mixing: Mixing, lu: bool | None, weight: str, factors: list[str]) -> None:
+    """Under the names of W, or of L, U, log|s|, P and the signs of s."""
+    if not (mixing.factors is not None if lu is None else lu):
+        state[weight] = mixing.plain()
+        return
+    permutation, lower, upper, log_diagonal, sign = mixing.decomposed()
+    state.update(zip(factors, (lower, upper, log_diagonal, permutation, sign), strict=True))

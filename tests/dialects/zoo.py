@@ -15,7 +15,7 @@ import normflows
 import torch
 from torch import Tensor, nn
 
-from dialects import chrischute, openai, rosinality, survae
+from dialects import chrischute, freia_later, openai, rosinality, survae
 
 
 @dataclass(frozen=True)
@@ -155,6 +155,7 @@ EXAMPLES = {
     "normflows_additive": Example(lambda: normflows_glow(scale=False, split_mode="channel_inv"), normflows_loss, 20),
     "nflows": Example(nflows_glow, standard_normal_loss, 10, 100),
     "FrEIA": Example(freia_glow, standard_normal_loss, 11, 100),
+    "FrEIA later": Example(lambda: freia_later.Model(12, small_net), standard_normal_loss, 6, 100),
     "chrischute": Example(chrischute.Glow, chrischute.loss, 12, 100),
     "survae": Example(survae.Flow, standard_normal_loss, 8, 100),
 }
