@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from glow_kernels.nn import ActNorm
 from glow_kernels.ops._checks import check_choice
 from glow_kernels.reversible import budget, guards
+from glow_kernels.reversible.anatomy import Anatomy
 from glow_kernels.reversible.link import Link, Place, register
 from glow_kernels.reversible.recompute import Mode
-from glow_kernels.reversible.tensors import modules_of, parameters_of
 
 POLICIES = ("store", "checkpoint", "anchor", "invert")
 
@@ -111,9 +111,10 @@ class ReversibleSequential(nn.Sequential):
         mode = Mode.current(x.device, self._micro_batches(x, context))
         log_det: Tensor | None = None
         ghost: Tensor | None = None
+        steps = list(self)
         for numbers in self._nodes():
-            steps = [self[number] for number in numbers]
-            _initialize(steps, x, context)
+            anatomies = [Anatomy.of(steps[number]) for number in numbers]
+            _initialize(anatomies, x, context)
             place = Place(
                 self._handle,
                 numbers[0],
@@ -123,7 +124,7 @@ class ReversibleSequential(nn.Sequential):
                 numbers[-1] == len(self) - 1,
                 self.check != "off",
             )
-            x, log_det, ghost = _linked(steps, place, mode, x, log_det, ghost, context)
+            x, log_det, ghost = _linked(anatomies, place, mode, x, log_det, ghost, context)
         assert log_det is not None
         return x, log_det
 
@@ -166,7 +167,7 @@ class ReversibleSequential(nn.Sequential):
         if key not in self._parts:
             if torch.compiler.is_compiling():
                 raise RuntimeError("micro_batches='auto' needs one training step of these shapes before torch.compile")
-            _initialize(list(self), x, context)
+            _initialize([Anatomy.of(step) for step in self], x, context)
             self._parts[key] = budget.micro_batches(self, x, context, self.memory_budget)
         return self._parts[key]
 
@@ -187,12 +188,12 @@ class ReversibleSequential(nn.Sequential):
         return not self._is_anchor(index)
 
 
-def _initialize(steps: Sequence[nn.Module], x: Tensor, context: tuple[Tensor | None, ...]) -> None:
-    modules = [module for step in steps if step.training for module in modules_of(step)]
+def _initialize(anatomies: Sequence[Anatomy], x: Tensor, context: tuple[Tensor | None, ...]) -> None:
+    modules = [module for anatomy in anatomies if anatomy.step.training for module in anatomy.modules]
     if any(isinstance(module, ActNorm) and not module._is_initialized for module in modules):
         with torch.no_grad():
-            for step in steps:
-                x, _ = step(x, *context)
+            for anatomy in anatomies:
+                x, _ = anatomy.step(x, *context)
 
 
 def _check_batches(x: Tensor, context: tuple[Tensor | None, ...]) -> None:
@@ -203,7 +204,7 @@ def _check_batches(x: Tensor, context: tuple[Tensor | None, ...]) -> None:
 
 
 def _linked(
-    steps: Sequence[nn.Module],
+    anatomies: Sequence[Anatomy],
     place: Place,
     mode: Mode,
     x: Tensor,
@@ -213,14 +214,15 @@ def _linked(
 ) -> Any:
     def link(x: Tensor, log_det: Tensor | None, ghost: Tensor | None, *context: Tensor | None) -> Any:
         # Asked for inside of the hooks, where FSDP has gathered them.
-        parameters = [parameter for step in steps for parameter in parameters_of(step)]
-        return Link.apply(place, mode, x, log_det, ghost, *context, *parameters)  # type: ignore[no-untyped-call]
+        parameters = [parameter for anatomy in anatomies for parameter in anatomy.parameters]
+        seen = None if torch.compiler.is_compiling() else anatomies
+        return Link.apply(place, mode, seen, x, log_det, ghost, *context, *parameters)  # type: ignore[no-untyped-call]
 
-    if torch.compiler.is_compiling() or not any(_has_hooks(step) for step in steps):
+    if torch.compiler.is_compiling() or not any(_has_hooks(anatomy.step) for anatomy in anatomies):
         return link(x, log_det, ghost, *context)
-    if len(steps) > 1:
+    if len(anatomies) > 1:
         raise RuntimeError("check='replay' runs several steps as one, without their hooks (FSDP): use check='raise'")
-    return _through_hooks(steps[0], link, x, log_det, ghost, *context)
+    return _through_hooks(anatomies[0].step, link, x, log_det, ghost, *context)
 
 
 def _has_hooks(step: nn.Module) -> bool:

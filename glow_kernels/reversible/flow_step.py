@@ -6,29 +6,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from glow_kernels.nn import AdditiveCoupling, AffineCoupling, CouplingNetwork, FlowStep
 from glow_kernels.ops import actnorm_conv1x1_reversible_backward, affine_coupling_reversible_backward
-from glow_kernels.reversible.tensors import differentiate, inverse_of, leaf
-
-
-def is_flow_step(step: nn.Module) -> bool:
-    """Whether ``step`` computes what a :class:`~glow_kernels.nn.FlowStep` does, in the way that it does."""
-    if not isinstance(step, FlowStep) or type(step.coupling) not in (AffineCoupling, AdditiveCoupling):
-        return False
-    # Nobody has patched them.
-    inverse = getattr(inverse_of(step), "__func__", None)
-    parts = (step.actnorm, step.mixing, step.coupling)
-    patched = any(name in module.__dict__ for module in parts for name in ("forward", "inverse", "matrix"))
-    own_forward = type(step).forward is FlowStep.forward and "forward" not in step.__dict__
-    return own_forward and inverse is FlowStep.inverse and not patched
+from glow_kernels.reversible.anatomy import Anatomy
+from glow_kernels.reversible.tensors import differentiate, leaf
 
 
 @contextmanager
-def frugal(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Let the networks of this package take a hidden buffer less in a backward that nobody watches."""
-    networks = [module for module in modules if isinstance(module, CouplingNetwork)]
+def frugal(anatomy: Anatomy) -> Iterator[None]:
+    """Let the networks of this package free their hidden buffers early, in a backward that nobody watches."""
+    networks = [m for m in anatomy.modules if isinstance(m, CouplingNetwork)] if anatomy.is_standard else []
     for network in networks:
         network.frugal = True
     try:
@@ -101,8 +90,3 @@ def _undo_coupling(
         grad, grad_log_det, y, h, coupling.scale_map, coupling.layout, coupling.order
     )
     return x, grad_x, grad_h
-
-
-def is_standard(step: nn.Module) -> bool:
-    """Whether all of ``step`` is this package's own, its network included, so that it need not be tried out."""
-    return is_flow_step(step) and type(step.coupling.network) is CouplingNetwork  # type: ignore[union-attr]
