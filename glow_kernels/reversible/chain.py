@@ -14,6 +14,7 @@ from glow_kernels.ops._checks import check_choice
 from glow_kernels.reversible import budget, guards
 from glow_kernels.reversible.anatomy import Anatomy
 from glow_kernels.reversible.link import Link, Place, register
+from glow_kernels.reversible.offload import Shelf
 from glow_kernels.reversible.recompute import Mode
 
 POLICIES = ("store", "checkpoint", "anchor", "invert")
@@ -42,6 +43,9 @@ class ReversibleSequential(nn.Sequential):
             every anchor. The input of the chain is kept for it too.
         memory_budget: bytes that one step may take while it works, for ``micro_batches="auto"``; one sample at a time
             if that is too little.
+        offload_anchors: keep the anchors in host memory; on CUDA they are copied while the computation goes on, to
+            pinned memory and back one ahead. Parameters and everything else stay. Not under ``torch.compile``, nor in
+            a CUDA graph.
         drift_limit: relative error of a state; 1e-4 by default, 1e-9 in float64, 3e-2 with networks in low precision.
 
     Raises:
@@ -57,6 +61,7 @@ class ReversibleSequential(nn.Sequential):
         check: str = "off",
         *,
         memory_budget: int | None = None,
+        offload_anchors: bool = False,
         drift_limit: float | None = None,
     ) -> None:
         steps = list(steps)
@@ -77,11 +82,14 @@ class ReversibleSequential(nn.Sequential):
             )
         if memory_budget is not None and memory_budget < 1:
             raise ValueError(f"memory_budget must be at least 1 byte, got {memory_budget}")
+        if offload_anchors and memory not in ("anchor", "checkpoint"):
+            raise ValueError(f"memory must be 'anchor' or 'checkpoint' with offload_anchors=True, got {memory!r}")
         super().__init__(*steps)
         self.memory = memory
         self.anchor_every = anchor_every
         self.micro_batches = micro_batches
         self.memory_budget = memory_budget
+        self.offload_anchors = offload_anchors
         self.check = check
         self.drift_limit = drift_limit
         self._drift: dict[int, Tensor] = {}
@@ -108,6 +116,9 @@ class ReversibleSequential(nn.Sequential):
         if not torch.compiler.is_compiling():
             guards.refuse_transforms()
             _check_batches(x, context)
+        elif self.offload_anchors:
+            raise RuntimeError("offload_anchors=True cannot be compiled: compile the networks, or do without it")
+        shelf = Shelf(x.device) if self.offload_anchors else None
         mode = Mode.current(x.device, self._micro_batches(x, context))
         log_det: Tensor | None = None
         ghost: Tensor | None = None
@@ -124,7 +135,7 @@ class ReversibleSequential(nn.Sequential):
                 numbers[-1] == len(self) - 1,
                 self.check != "off",
             )
-            x, log_det, ghost = _linked(anatomies, place, mode, x, log_det, ghost, context)
+            x, log_det, ghost = _linked(anatomies, place, mode, shelf, x, log_det, ghost, context)
         assert log_det is not None
         return x, log_det
 
@@ -207,6 +218,7 @@ def _linked(
     anatomies: Sequence[Anatomy],
     place: Place,
     mode: Mode,
+    shelf: Shelf | None,
     x: Tensor,
     log_det: Tensor | None,
     ghost: Tensor | None,
@@ -216,7 +228,8 @@ def _linked(
         # Asked for inside of the hooks, where FSDP has gathered them.
         parameters = [parameter for anatomy in anatomies for parameter in anatomy.parameters]
         seen = None if torch.compiler.is_compiling() else anatomies
-        return Link.apply(place, mode, seen, x, log_det, ghost, *context, *parameters)  # type: ignore[no-untyped-call]
+        states = (x, log_det, ghost)
+        return Link.apply(place, mode, seen, shelf, *states, *context, *parameters)  # type: ignore[no-untyped-call]
 
     if torch.compiler.is_compiling() or not any(_has_hooks(anatomy.step) for anatomy in anatomies):
         return link(x, log_det, ghost, *context)

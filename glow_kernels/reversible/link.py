@@ -24,6 +24,7 @@ from torch._guards import detect_fake_mode
 from glow_kernels.backends.numerics import output_format
 from glow_kernels.reversible import guards, recompute
 from glow_kernels.reversible.anatomy import Anatomy
+from glow_kernels.reversible.offload import Shelf
 from glow_kernels.reversible.randomness import RandomState
 from glow_kernels.reversible.recompute import Mode, Recomputed
 
@@ -64,7 +65,7 @@ class Place(NamedTuple):
 
 
 class Link(torch.autograd.Function):
-    """``apply(place, mode, anatomies, x, log_det, ghost, *context, *parameters)``.
+    """``apply(place, mode, anatomies, shelf, x, log_det, ghost, *context, *parameters)``.
 
     Gives ``z``, the new ``log_det``, and its ghost. Compiled, it goes without ``anatomies``.
     """
@@ -75,6 +76,7 @@ class Link(torch.autograd.Function):
         place: Place,
         mode: Mode,
         anatomies: Sequence[Anatomy] | None,
+        shelf: Shelf | None,
         x: Tensor,
         log_det: Tensor | None,
         ghost: Tensor | None,
@@ -88,7 +90,11 @@ class Link(torch.autograd.Function):
             z, step_log_det, ctx.states = _forward(place, mode, anatomies, x, tensors)
         # Backward through a single step needs its input or its output, through several both.
         keeps_output = place.keeps_output and not (place.keeps_input and place.length == 1)
-        ctx.save_for_backward(x if place.keeps_input else None, z if keeps_output else None, *tensors)
+        ctx.shelf = shelf if place.keeps_input else None
+        kept = x if place.keeps_input and shelf is None else None
+        ctx.save_for_backward(kept, z if keeps_output else None, *tensors)
+        if ctx.shelf is not None:
+            ctx.on_shelf = ctx.shelf.put(x)
         if not torch.compiler.is_compiling():
             ctx.chain = _chains[place.handle]  # alive until its backward
         total = step_log_det if log_det is None else log_det + step_log_det
@@ -100,11 +106,13 @@ class Link(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             guards.refuse_second_derivatives(ctx.chain, place.number)
         grad_z, grad_log_det, reconstructed = grads
-        needs = ctx.needs_input_grad[6:]
+        needs = ctx.needs_input_grad[7:]
         if torch.compiler.is_compiling():
             x, z, *tensors = ctx.saved_tensors
         else:
             x, z, *tensors = guards.saved_tensors(ctx, ctx.chain, place.number)
+            if ctx.shelf is not None:
+                x = ctx.shelf.get(ctx.on_shelf)
         # At the input of a single step, the state that arrived only serves to be compared.
         if z is None and (x is None or place.compares):
             z = reconstructed
@@ -115,9 +123,9 @@ class Link(torch.autograd.Function):
         else:
             result = _backward(place, mode, x, z, (grad_z, grad_log_det), tensors, needs, ctx.states)
             reached, grad_x, tensor_grads = result.x, result.grad_x, result.grads
-        ghost_grad = (reached if x is None else x) if ctx.needs_input_grad[5] else None
-        total_grad = grad_log_det if ctx.needs_input_grad[4] else None
-        return None, None, None, grad_x, total_grad, ghost_grad, *tensor_grads
+        ghost_grad = (reached if x is None else x) if ctx.needs_input_grad[6] else None
+        total_grad = grad_log_det if ctx.needs_input_grad[5] else None
+        return None, None, None, None, grad_x, total_grad, ghost_grad, *tensor_grads
 
 
 States = list[list[RandomState] | None]
