@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,16 +23,14 @@ class ActNormConv2d(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, kernel_size, kernel_size) * 0.05)
         self.actnorm = ActNorm(out_channels)
+        self.padding = kernel_size // 2
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) to (B, out_channels, H, W)."""
         if not self.actnorm._is_initialized:
-            self.actnorm.prepare(F.conv2d(x, self.weight, padding=self.weight.shape[-1] // 2))
-        return _scaled_convolution(x, *self.parts())
-
-    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Weight and bias, and the scale of both: ``(C', C, k, k)``, ``(C',)``, ``(C',)`` for C' output channels."""
-        return self.weight, self.actnorm.bias, self.actnorm.log_scale.exp()
+            self.actnorm.prepare(F.conv2d(x, self.weight, padding=self.padding))
+        scale = self.actnorm.log_scale.exp()
+        return F.conv2d(x, self.weight * scale[:, None, None, None], self.actnorm.bias * scale, padding=self.padding)
 
 
 class ZeroConv2d(nn.Module):
@@ -53,81 +50,29 @@ class ZeroConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) to (B, out_channels, H, W)."""
-        return _scaled_convolution(x, *self.parts())
-
-    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Weight, bias and scale, as those of :class:`ActNormConv2d`."""
-        return self.weight, self.bias, (3.0 * self.log_scale).exp()
+        scale = (3.0 * self.log_scale).exp()
+        return F.conv2d(x, self.weight * scale[:, None, None, None], self.bias * scale, padding=1)
 
 
-def _scaled_convolution(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor) -> Tensor:
-    return F.conv2d(x, weight * scale[:, None, None, None], bias * scale, padding=weight.shape[-1] // 2)
+# Bytes of a hidden buffer that is worth the time of the interpreter in an autograd function.
+_LARGE = 4 * 2**20
 
 
-class _Frugal(torch.autograd.Function):
-    """Convolutions with ReLU between them, whose backward frees every hidden buffer as soon as it can, and runs once.
-
-    ``apply(x, weight, bias, scale, weight, bias, scale, ...)``: a convolution with ``scale * weight`` and
-    ``scale * bias`` after the other. The scales are those of the output channels.
-    """
+class _FrugalReLU(torch.autograd.Function):
+    """ReLU that overwrites its input and, in backward, the gradient that it gets, which must be nobody else's."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        ctx.dtype, x = x.dtype, x.to(dtype)
-        ctx.parameters, ctx.inputs, ctx.weights = _in_threes(parameters), [], []
-        for weight, bias, scale in ctx.parameters:
-            if ctx.inputs:
-                x.relu_()
-            ctx.inputs.append(x)
-            ctx.weights.append((weight * scale[:, None, None, None]).to(dtype))
-            x = F.conv2d(x, ctx.weights[-1], (bias * scale).to(dtype), padding=weight.shape[-1] // 2)
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.mark_dirty(x)
+        ctx.save_for_backward(x.relu_())
         return x
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (result,) = ctx.saved_tensors
         grad = grads[0]
-        needs = _in_threes(ctx.needs_input_grad[1:])
-        results: list[Tensor | None] = []
-        for (weight, bias, scale), needed in zip(reversed(ctx.parameters), reversed(needs), strict=True):
-            x, folded = ctx.inputs.pop(), ctx.weights.pop()
-            is_hidden = bool(ctx.inputs)
-            same, half = [1, 1], [weight.shape[-1] // 2] * 2
-            wanted = [is_hidden or ctx.needs_input_grad[0], needed[0] or needed[2], needed[1] or needed[2]]
-            grad, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-                grad, x, folded, [len(weight)], same, half, same, False, [0, 0], 1, wanted
-            )
-            if is_hidden:
-                # The gradient is fresh from a convolution, and nobody else's.
-                torch.ops.aten.threshold_backward.grad_input(grad, x, 0, grad_input=grad)
-            del x
-            results = [*_unfold(weight, bias, scale, grad_weight, grad_bias, needed), *results]
-        return None if grad is None else grad.to(ctx.dtype), *results
-
-
-def _in_threes(values: Sequence[Any]) -> list[Sequence[Any]]:
-    return [values[start : start + 3] for start in range(0, len(values), 3)]
-
-
-def _unfold(
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor,
-    grad_weight: Tensor | None,
-    grad_bias: Tensor | None,
-    needed: Sequence[bool],
-) -> list[Tensor | None]:
-    """Gradients of ``weight``, ``bias`` and ``scale`` from those of ``scale * weight`` and ``scale * bias``."""
-    results: list[Tensor | None] = [None, None, None]
-    if grad_weight is not None and grad_bias is not None:
-        grad_weight, grad_bias = grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
-        results[2] = (grad_weight * weight).sum((1, 2, 3)) + grad_bias * bias if needed[2] else None
-    if grad_weight is not None and needed[0]:
-        results[0] = grad_weight.to(weight.dtype) * scale[:, None, None, None]
-    if grad_bias is not None and needed[1]:
-        results[1] = grad_bias.to(bias.dtype) * scale
-    return results
+        torch.ops.aten.threshold_backward.grad_input(grad, result, 0, grad_input=grad)
+        return grad
 
 
 class CouplingNetwork(nn.Module):
@@ -148,9 +93,9 @@ class CouplingNetwork(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) to (B, out_channels, H, W)."""
-        if self.frugal:
-            parts = (*self.first.parts(), *self.second.parts(), *self.last.parts())
-            output: Tensor = _Frugal.apply(x, *parts)  # type: ignore[no-untyped-call]
-        else:
-            output = self.last(F.relu_(self.second(F.relu_(self.first(x)))))
+        x = self.first(x)
+        # Gradients of the hidden layers come from convolutions, fresh: one buffer less where they may be overwritten.
+        relu = _FrugalReLU.apply if self.frugal and x.nbytes >= _LARGE else F.relu_
+        x = relu(self.second(relu(x)))
+        output: Tensor = self.last(x)
         return output

@@ -156,6 +156,29 @@ def lu_weight(
     return weight, log_det
 
 
+def lu_weight_backward(
+    grad_weight: Tensor,
+    grad_log_det: Tensor,
+    permutation: Tensor,
+    lower: Tensor,
+    upper: Tensor,
+    log_diagonal: Tensor,
+    diagonal_sign: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`lu_weight` in ``lower``, ``upper`` and ``log_diagonal``, for a caller that keeps no graph.
+
+    Args:
+        grad_weight, grad_log_det: ``(*K, C, C)`` and ``(*K)``; the other arguments as for :func:`lu_weight`.
+
+    Returns:
+        Three tensors of the shapes and types of those arguments. They cannot be differentiated again.
+    """
+    dtype = compute_dtype(lower)
+    factors = (permutation, lower, upper, log_diagonal, diagonal_sign)
+    grads = _lu_backward(*(tensor.to(dtype) for tensor in (grad_weight, grad_log_det, *factors)))
+    return tuple(grad.to(tensor.dtype) for grad, tensor in zip(grads, factors[1:4], strict=True))  # type: ignore[return-value]
+
+
 def _check(
     name: str, x: Tensor, log_scale: Tensor, bias: Tensor, weight: Tensor, weight_log_det: Tensor | None
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -11,13 +12,13 @@ from torch import Tensor
 from glow_kernels.nn import AdditiveCoupling, AffineCoupling, CouplingNetwork, FlowStep
 from glow_kernels.ops import actnorm_conv1x1_reversible_backward, affine_coupling_reversible_backward
 from glow_kernels.reversible.anatomy import Anatomy
-from glow_kernels.reversible.tensors import differentiate, leaf
+from glow_kernels.reversible.tensors import differentiate, leaf, sum_of
 
 
 @contextmanager
 def frugal(anatomy: Anatomy) -> Iterator[None]:
-    """Let the networks of this package free their hidden buffers early, in a backward that nobody watches."""
-    networks = [m for m in anatomy.modules if isinstance(m, CouplingNetwork)] if anatomy.is_standard else []
+    """Let the networks of this package take a hidden buffer less in a backward that nobody watches."""
+    networks = [module for module in anatomy.modules if isinstance(module, CouplingNetwork)]
     for network in networks:
         network.frugal = True
     try:
@@ -28,7 +29,7 @@ def frugal(anatomy: Anatomy) -> Iterator[None]:
 
 
 def backward_from_output(
-    step: FlowStep,
+    anatomy: Anatomy,
     z: Tensor,
     grad_z: Tensor | None,
     grad_log_det: Tensor | None,
@@ -37,6 +38,7 @@ def backward_from_output(
     closed: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     """The input of the step, its gradient, and those of ``context`` and ``parameters``, with which it computes."""
+    step = cast(FlowStep, anatomy.step)
     grad_z = torch.zeros_like(z) if grad_z is None else grad_z
     if grad_log_det is None:
         grad_log_det = z.new_zeros(len(z))
@@ -50,35 +52,34 @@ def backward_from_output(
     transformed, grad_transformed, grad_h = _undo_coupling(
         coupling, grad_transformed, grad_log_det, transformed, h.detach()
     )
-    leaves = [conditioning, *tensors, *parameters]
-    grad_extra, *grads = differentiate([h], [grad_h], leaves, closed)
+    grad_extra, *grads = differentiate([h], [grad_h], [conditioning, *tensors, *parameters], closed)
     del h, grad_h
     if grad_extra is not None:
         grad_conditioning = grad_conditioning + grad_extra
     y = coupling._merge(conditioning.detach(), transformed)
     grad_y = coupling._merge(grad_conditioning, grad_transformed)
-
-    with torch.enable_grad():
-        weight, weight_log_det = step.mixing.matrix()
-    log_scale, bias = step.actnorm.log_scale, step.actnorm.bias
-    x, grad_x, grad_log_scale, grad_bias, grad_weight, grad_weight_log_det = actnorm_conv1x1_reversible_backward(
-        grad_y,
-        grad_log_det,
-        y,
-        log_scale.detach(),
-        bias.detach(),
-        weight.detach(),
-        None if weight_log_det is None else weight_log_det.detach(),
-    )
-    outputs = [log_scale, bias, weight] if weight_log_det is None else [log_scale, bias, weight, weight_log_det]
-    linear_grads = [grad_log_scale, grad_bias, grad_weight, grad_weight_log_det]
-    more = differentiate(outputs, linear_grads[: len(outputs)], parameters, closed=True)
-    offset = len(tensors)
-    for number, grad in enumerate(more, start=offset):
-        earlier = grads[number]
-        if grad is not None:
-            grads[number] = grad if earlier is None else earlier + grad
+    x, grad_x, linear_grads = _undo_linear_map(anatomy, step, grad_y, grad_log_det, y, parameters)
+    for number, grad in enumerate(linear_grads, start=len(tensors)):
+        grads[number] = sum_of(grads[number], grad)
     return x, grad_x, grads
+
+
+def _undo_linear_map(
+    anatomy: Anatomy, step: FlowStep, grad: Tensor, grad_log_det: Tensor, y: Tensor, parameters: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    # Nothing of this package's own needs a graph between the parameters and what the operator takes.
+    with torch.set_grad_enabled(not anatomy.is_standard):
+        weight, weight_log_det = step.mixing.matrix()
+    inputs = (step.actnorm.log_scale, step.actnorm.bias, weight, weight_log_det)
+    values = [None if tensor is None else tensor.detach() for tensor in inputs]
+    x, grad_x, *grads = actnorm_conv1x1_reversible_backward(grad, grad_log_det, y, *values)  # type: ignore[arg-type]
+    if not anatomy.is_standard:
+        pairs = [(tensor, grad) for tensor, grad in zip(inputs, grads, strict=True) if tensor is not None]
+        outputs, output_grads = zip(*pairs, strict=True)
+        return x, grad_x, differentiate(outputs, output_grads, parameters, closed=True)
+    found = dict(zip(map(id, inputs[:2]), grads[:2], strict=True))
+    found |= {id(parameter): grad for parameter, grad in step.mixing.matrix_gradients(*grads[2:])}
+    return x, grad_x, [found.get(id(parameter)) if parameter.requires_grad else None for parameter in parameters]
 
 
 def _undo_coupling(

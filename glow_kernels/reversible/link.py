@@ -27,6 +27,7 @@ from glow_kernels.reversible.anatomy import Anatomy
 from glow_kernels.reversible.offload import Shelf
 from glow_kernels.reversible.randomness import RandomState
 from glow_kernels.reversible.recompute import Mode, Recomputed
+from glow_kernels.reversible.tensors import sum_of
 
 if TYPE_CHECKING:
     from glow_kernels.reversible.chain import ReversibleSequential
@@ -219,7 +220,7 @@ def _sweep(
         state, grads = result.x, (result.grad_x, grads[1])
         totals[start:end] = result.grads[place.contexts :]
         for position, grad in enumerate(result.grads[: place.contexts]):
-            totals[position] = recompute.sum_of(totals[position], grad)
+            totals[position] = sum_of(totals[position], grad)
         end = start
     assert result is not None
     return result._replace(grads=totals), reached

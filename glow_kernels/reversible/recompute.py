@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from glow_kernels.nn import FlowStep
 from glow_kernels.reversible import flow_step
 from glow_kernels.reversible.anatomy import Anatomy
 from glow_kernels.reversible.randomness import RandomState, refuse_while_capturing
-from glow_kernels.reversible.tensors import Joined, differentiate, leaf, part_of
+from glow_kernels.reversible.tensors import Joined, differentiate, leaf, part_of, sum_of
 
 
 class Mode(NamedTuple):
@@ -132,7 +131,7 @@ def backward(
             if fused:
                 with _replayed(state):
                     part_x, grad_x, part_grads = flow_step.backward_from_output(
-                        cast(FlowStep, anatomy.step),
+                        anatomy,
                         part_of(given, part),
                         grad_z,
                         grad_log_det,
@@ -174,11 +173,3 @@ def _parts(context: Sequence[Tensor | None], part: slice | None) -> list[Tensor 
 
 def _replayed(state: RandomState | None) -> AbstractContextManager[None]:
     return nullcontext() if state is None else state.replayed()
-
-
-def sum_of(total: Tensor | None, grad: Tensor | None) -> Tensor | None:
-    """Two gradients together, of which either may be missing."""
-    # Not in place: gradients of two parameters may be one tensor.
-    if total is None or grad is None:
-        return grad if total is None else total
-    return total + grad

@@ -72,6 +72,14 @@ def _refuse_strangers(outputs: Sequence[Tensor], leaves: Sequence[Tensor]) -> No
                 stack.append(following)
 
 
+def sum_of(total: Tensor | None, grad: Tensor | None) -> Tensor | None:
+    """Two gradients together, of which either may be missing."""
+    # Not in place: gradients of two parameters may be one tensor.
+    if total is None or grad is None:
+        return grad if total is None else total
+    return total + grad
+
+
 class Joined:
     """A tensor whose samples arrive part by part; a single part is taken as it is."""
 
