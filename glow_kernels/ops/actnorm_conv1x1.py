@@ -176,7 +176,8 @@ def lu_weight_backward(
     dtype = compute_dtype(lower)
     factors = (permutation, lower, upper, log_diagonal, diagonal_sign)
     grads = _lu_backward(*(tensor.to(dtype) for tensor in (grad_weight, grad_log_det, *factors)))
-    return tuple(grad.to(tensor.dtype) for grad, tensor in zip(grads, factors[1:4], strict=True))  # type: ignore[return-value]
+    grad_lower, grad_upper, grad_log_diagonal = grads
+    return grad_lower.to(lower.dtype), grad_upper.to(upper.dtype), grad_log_diagonal.to(log_diagonal.dtype)
 
 
 def _check(

@@ -72,13 +72,14 @@ def _undo_linear_map(
         weight, weight_log_det = step.mixing.matrix()
     inputs = (step.actnorm.log_scale, step.actnorm.bias, weight, weight_log_det)
     values = [None if tensor is None else tensor.detach() for tensor in inputs]
-    x, grad_x, *grads = actnorm_conv1x1_reversible_backward(grad, grad_log_det, y, *values)  # type: ignore[arg-type]
+    results = actnorm_conv1x1_reversible_backward(grad, grad_log_det, y, *values)  # type: ignore[arg-type]
+    x, grad_x, grads = results[0], results[1], results[2:]
     if not anatomy.is_standard:
         pairs = [(tensor, grad) for tensor, grad in zip(inputs, grads, strict=True) if tensor is not None]
         outputs, output_grads = zip(*pairs, strict=True)
         return x, grad_x, differentiate(outputs, output_grads, parameters, closed=True)
     found = dict(zip(map(id, inputs[:2]), grads[:2], strict=True))
-    found |= {id(parameter): grad for parameter, grad in step.mixing.matrix_gradients(*grads[2:])}
+    found |= {id(parameter): grad for parameter, grad in step.mixing.matrix_gradients(grads[2], grads[3])}
     return x, grad_x, [found.get(id(parameter)) if parameter.requires_grad else None for parameter in parameters]
 
 

@@ -43,7 +43,7 @@ class Shelf:
 
     def get(self, number: int) -> Tensor:
         """The state of that number, on its device; the one before it is on its way from then on."""
-        state, arrival = self._fetched.pop(number, None) or self._fetch(number)
+        state, arrival = self._fetched.pop(number) if number in self._fetched else self._fetch(number)
         if number:
             self._fetched[number - 1] = self._fetch(number - 1)
         if arrival is not None:
