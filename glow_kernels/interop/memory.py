@@ -22,9 +22,9 @@ from torch.utils.checkpoint import checkpoint
 from glow_kernels.interop import steps
 from glow_kernels.interop.patch import INITIALIZED, any_hooks, is_set, memory_of, patch_of
 from glow_kernels.reversible import guards, recompute
+from glow_kernels.reversible.anatomy import Anatomy
 from glow_kernels.reversible.randomness import RandomState
 from glow_kernels.reversible.recompute import Mode
-from glow_kernels.reversible.tensors import modules_of, parameters_of
 
 _LINK = "_glow_kernels_link"
 
@@ -164,7 +164,7 @@ def initialize(module: nn.Module, call: Callable[[], Any]) -> None:
     """Let ActNorms in a step that keeps little initialise themselves by ``call``, without a graph."""
     if torch.compiler.is_compiling() or _active(module) is None:
         return
-    if not any(_is_uninitialised(layer) for layer in modules_of(module)):
+    if not any(_is_uninitialised(layer) for layer in Anatomy.of(module).modules):
         return
     device = next(module.parameters()).device
     with torch.no_grad(), RandomState(device).replayed():
@@ -181,14 +181,15 @@ def _apply(
     context: Sequence[Tensor | None],
 ) -> Any:
     mode = Mode.current(x.device, memory.micro_batches)
-    place = _Place(unit, memory, mode, keeps_input, output, len(context))
-    return _Node.apply(place, x, ghost, *context, *parameters_of(unit))  # type: ignore[no-untyped-call]
+    anatomy = Anatomy.of(unit)
+    place = _Place(anatomy, memory, mode, keeps_input, output, len(context))
+    return _Node.apply(place, x, ghost, *context, *anatomy.parameters)  # type: ignore[no-untyped-call]
 
 
 class _Place(NamedTuple):
     """What a node needs beside tensors."""
 
-    unit: _Unit
+    anatomy: Anatomy
     memory: Memory
     mode: Mode
     keeps_input: bool
@@ -205,9 +206,9 @@ class _Node(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.place = place
-        watched = nullcontext() if place.memory.restores_buffers else guards.unchanged(place.unit, x, "forward")
+        watched = nullcontext() if place.memory.restores_buffers else guards.unchanged(place.anatomy, x, "forward")
         with watched:
-            z, log_det, ctx.states = recompute.forward(place.unit, x, tensors[: place.contexts], place.mode)
+            z, log_det, ctx.states = recompute.forward(place.anatomy, x, tensors[: place.contexts], place.mode)
         ctx.save_for_backward(x if place.keeps_input else None, *tensors)
         if not place.keeps_input:
             place.output.keep(z.detach())
@@ -226,9 +227,9 @@ class _Node(torch.autograd.Function):
         z = None
         if x is None:
             z = place.output.kept() if reconstructed is None else reconstructed
-        with _buffers_restored(place.unit) if place.memory.restores_buffers else nullcontext():
+        with _buffers_restored(place.anatomy) if place.memory.restores_buffers else nullcontext():
             result = recompute.backward(
-                place.unit,
+                place.anatomy,
                 x,
                 z,
                 (grad_z, grad_log_det),
@@ -243,8 +244,8 @@ class _Node(torch.autograd.Function):
 
 
 @contextmanager
-def _buffers_restored(unit: _Unit) -> Iterator[None]:
-    before = [(name, buffer, buffer._version, buffer.clone()) for name, buffer in unit.named_buffers()]
+def _buffers_restored(anatomy: Anatomy) -> Iterator[None]:
+    before = [(name, buffer, buffer._version, buffer.clone()) for name, buffer in anatomy.step.named_buffers()]
     yield
     for name, buffer, version, values in before:
         # Kernels of BatchNorm change running_mean and running_var unnoticed.
@@ -258,7 +259,7 @@ def _active(module: nn.Module) -> Memory | None:
     if memory is None or not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
         return None
     # Whoever watches the calls inside of a step must not see them twice.
-    if any_hooks(_harmless, *modules_of(module)[1:]):
+    if any_hooks(_harmless, *Anatomy.of(module).modules[1:]):
         return None
     return memory
 

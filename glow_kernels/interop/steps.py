@@ -14,8 +14,7 @@ from torch import Tensor
 
 from glow_kernels.interop.probe import Coupling
 from glow_kernels.ops import actnorm_conv1x1, actnorm_conv1x1_inverse, actnorm_conv1x1_reversible_backward
-from glow_kernels.reversible.recompute import sum_of
-from glow_kernels.reversible.tensors import differentiate, leaf
+from glow_kernels.reversible.tensors import differentiate, leaf, sum_of
 
 # log_scale, bias, weight and weight_log_det, as for actnorm_conv1x1.
 Linear = tuple[Tensor, Tensor, Tensor, "Tensor | None"]
