@@ -25,6 +25,7 @@ POLICIES = {
     "checkpoint": {"memory": "checkpoint"},
     "anchor 2": {"memory": "anchor", "anchor_every": 2},
     "anchor 4": {"memory": "anchor"},
+    "anchor 4, replay": {"memory": "anchor", "check": "replay"},
     "anchor 8": {"memory": "anchor", "anchor_every": 8},
     "invert": {"memory": "invert"},
 }
@@ -56,7 +57,7 @@ def poison(count: int) -> None:
     hidden = 1024 // count
     torch.manual_seed(0)
     photographs = data.load("patches", image_size=8)
-    model = Glow(3, 8, count, 1, hidden, memory="anchor")
+    model = Glow(3, 8, count, 1, hidden)
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
     model.initialize(model.dequantize(photographs.train[:64]))
     started = time.perf_counter()
