@@ -96,7 +96,7 @@ def poison() -> None:
     axes.axhline(1e-4, color="k", linewidth=0.5, linestyle=":")
     axes.set(yscale="log", ylim=(1e-8, 1e5), ylabel="relative error of the gradient")
     axes.set_xticks(range(len(rows)), [row["batch"].replace(" ", "\n", 1) for row in rows], fontsize=8)
-    axes.legend(fontsize=8, loc="upper left", ncols=4)
+    figure.legend(fontsize=8, loc="outside upper center", ncols=len(policies))
     figure.savefig(FOLDER / "poison.png", dpi=150)
 
 
