@@ -86,8 +86,10 @@ def _undo_linear_map(
         pairs = [(tensor, grad) for tensor, grad in zip(inputs, grads, strict=True) if tensor is not None]
         outputs, output_grads = zip(*pairs, strict=True)
         return x, grad_x, differentiate(outputs, output_grads, parameters, closed=True)
-    found = dict(zip(map(id, inputs[:2]), grads[:2], strict=True))
-    found |= {id(parameter): grad for parameter, grad in step.mixing.matrix_gradients(grads[2], grads[3])}
+    found: dict[int, Tensor | None] = {}
+    linear_grads = zip(inputs[:2], grads[:2], strict=True)
+    for tensor, grad in (*linear_grads, *step.mixing.matrix_gradients(grads[2], grads[3])):
+        found[id(tensor)] = sum_of(found.get(id(tensor)), grad)
     return x, grad_x, [found.get(id(parameter)) if parameter.requires_grad else None for parameter in parameters]
 
 
