@@ -22,7 +22,9 @@ constexpr unsigned kRows = 12, kMaxThreads = 192;
 template <typename A>
 constexpr unsigned kWide = 16 / sizeof(A);
 template <typename A>
-constexpr unsigned kStrip = 32 * kWide<A>;
+constexpr unsigned kStripBits = sizeof(A) == 8 ? 6 : 7;
+template <typename A>
+constexpr unsigned kStrip = 1u << kStripBits<A>;
 // Elements from a channel of a strip to the next: V more than its positions, so that they lie in different banks.
 template <typename A>
 constexpr unsigned kStride = kStrip<A> + kWide<A>;
@@ -144,11 +146,11 @@ __device__ void load_matrix(const A* from, const A* shift, const Work<A>& work, 
 template <typename A, typename F>
 __device__ void for_each_chunk(const Work<A>& work, unsigned channels, bool channels_inside, unsigned step,
                                const F& f) {
-  const unsigned inner = channels_inside ? 8 : kStrip<A>, chunks = channels / step;
-#pragma unroll 2
+  const unsigned bits = channels_inside ? 3 : kStripBits<A>, chunks = channels / step;
+#pragma unroll 4
   for (unsigned index = threadIdx.x; index < chunks * work.positions(); index += blockDim.x) {
-    const unsigned rest = index / inner, high = rest / chunks;
-    f((rest - high * chunks) * step, index - rest * inner + high * inner);
+    const unsigned rest = index >> bits, high = rest / chunks;
+    f((rest - high * chunks) * step, index + ((high - rest) << bits));
   }
 }
 
