@@ -56,9 +56,7 @@ if platform.machine() in ("x86_64", "AMD64"):
 # What _C_cuda.so has machine code for; later GPUs compile the intermediate code of the last at the first start.
 CUDA_ARCHS = (80, 86, 89, 90, 100, 120)
 OLDEST_NVCC = (12, 8)  # the first that knows the newest of them
-CUDA_COMPILE = (
-    f"-std=c++20 -O3 -Werror all-warnings -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra -DUSE_CUDA {INCLUDE}"
-)
+CUDA_COMPILE = f"-std=c++20 -O3 -Werror all-warnings -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra,-Werror -DUSE_CUDA {INCLUDE}"
 # The only function of libtorch_cuda that _C_cuda.so calls. A library with its name stands in for it at the link.
 CUDA_STUB = 'extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }\n'
 # The CUDA sources as C++ for the CPU, with threads and barriers by tests/cuda_host: `make test-cuda-host`.
@@ -141,7 +139,7 @@ def build(tools: Toolchain, root: Path) -> None:
         for isa, flags in ISAS.items()
         for path in sorted(CSRC.glob("cpu/kernels/*.cpp"))
     ]
-    link(tools, root / LIBRARY, compile_all(tools, tools.compiler, "cpu", units))
+    link(tools, root / LIBRARY, compile_all(tools, tools.compiler, [CSRC / "cpu"], units))
     describe(tools, root / LIBRARY, "cpu", isas=list(ISAS))
 
 
@@ -153,7 +151,7 @@ def build_cuda(tools: Toolchain, nvcc: Nvcc, root: Path) -> None:
         compiler += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
     compiler += ["-gencode", f"arch=compute_{nvcc.archs[-1]},code=compute_{nvcc.archs[-1]}"]
     units = [Unit(path, CUDA_COMPILE.split()) for path in sorted(CSRC.glob("cuda/*.cu"))]
-    objects = compile_all(tools, compiler, "cuda", units)
+    objects = compile_all(tools, compiler, [CSRC / "cuda"], units)
     stub = OBJECTS / "libtorch_cuda.so"
     source = stub.with_suffix(".cpp")
     source.write_text(CUDA_STUB)
@@ -171,7 +169,7 @@ def build_cuda_host(tools: Toolchain, root: Path) -> None:
     flags = ["-I", str(CUDA_HOST), *CUDA_HOST_COMPILE.split(), "-x", "c++"]
     sources = [*sorted(CSRC.glob("cuda/*.cu")), *sorted(CUDA_HOST.glob("*.cpp"))]
     units = [Unit(path, flags, "host") for path in sources]
-    link(tools, root / LIBRARY, compile_all(tools, tools.compiler, "cuda", units))
+    link(tools, root / LIBRARY, compile_all(tools, tools.compiler, [CSRC / "cuda", CUDA_HOST], units))
     describe(tools, root / LIBRARY, "cuda", isas=[])
 
 
@@ -188,11 +186,9 @@ def has_isas() -> list[str]:
     return [f"-DGLOW_KERNELS_HAS_{name.upper()}" for name in ISAS]
 
 
-def compile_all(tools: Toolchain, compiler: list[str], part: str, units: list[Unit]) -> list[Path]:
-    """The objects of ``units``, all from one part of csrc."""
-    headers = [*sorted((CSRC / "include").rglob("*.h")), *sorted((CSRC / part).rglob("*.h"))]
-    if units[0].variant == "host":
-        headers += sorted(CUDA_HOST.glob("*.h"))
+def compile_all(tools: Toolchain, compiler: list[str], folders: list[Path], units: list[Unit]) -> list[Path]:
+    """The objects of ``units``, whose headers are in csrc/include and in ``folders``."""
+    headers = [path for folder in (CSRC / "include", *folders) for path in sorted(folder.rglob("*.h"))]
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
         return list(pool.map(lambda unit: compile_unit(tools, compiler, headers, unit), units))
 

@@ -48,8 +48,10 @@ def kernels(library: Path = LIBRARY) -> list[Kernel]:
         elif "REG:" in line:
             usage = {key: int(value) for key, value in re.findall(r"([A-Z]+):(\d+)", line)}
             block = threads[target, name]
-            occupancy = _occupancy(target, usage["REG"], usage["SHARED"], block)
-            figures = (usage["REG"], usage["STACK"], usage["LOCAL"], usage["SHARED"], block, occupancy)
+            # From sm_90 on it counts what the system keeps.
+            shared_memory = usage["SHARED"] - (1024 if int(target[3:]) >= 90 and usage["SHARED"] else 0)
+            occupancy = _occupancy(target, usage["REG"], shared_memory, block)
+            figures = (usage["REG"], usage["STACK"], usage["LOCAL"], shared_memory, block, occupancy)
             found.append(Kernel(target, name, *figures))
     return [Kernel(**{**asdict(kernel), "kernel": name}) for kernel, name in zip(found, _plain(found), strict=True)]
 

@@ -47,7 +47,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
 
 
 def forget() -> None:
-    for function in (cuda._load, cuda.status, cuda.takes, faster._measured):
+    for function in (cuda._load, cuda.status, cuda._takes, faster._table):
         function.cache_clear()
 
 
@@ -196,7 +196,7 @@ def test_cuda_tensors_are_taken_where_the_library_has_the_operator(gpu: SimpleNa
     assert not support.gaussian_log_prob("forward", x, torch.empty(2, 6, 4), "")
     assert not support.gaussian_log_prob("forward", x, h.to(torch.float64), "")
     gpu.capability = (7, 5)
-    cuda.takes.cache_clear()
+    cuda._takes.cache_clear()
     assert not support.gaussian_log_prob("forward", x, h, "")
 
 

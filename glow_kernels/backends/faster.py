@@ -36,16 +36,15 @@ def elements(args: tuple[Any, ...]) -> int:
     return max(x.numel() for x in args[:3] if isinstance(x, Tensor))
 
 
-@functools.cache
 def _measured(operator: str, index: int) -> tuple[tuple[int, str], ...]:
-    pairs = _table(torch.cuda.get_device_name(index)).get(operator, ())
-    return tuple((limit, name) for limit, name in pairs)
+    return tuple((limit, name) for limit, name in _table(torch.cuda.get_device_name(index)).get(operator, ()))
 
 
-# Constant while the process lives, and beyond what torch.compile can trace.
+# Constant while the process lives, and beyond what torch.compile can trace; a cached function it would trace.
 _measured._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+@functools.cache
 def _table(model: str) -> Table:
     path = TABLES / f"{table_name(model)}.json"
     table: Table = json.loads(path.read_text()) if path.exists() else {}

@@ -37,9 +37,17 @@ def status() -> BackendStatus:
     return BackendStatus("native on CUDA", True, reason)
 
 
-@functools.cache
 def takes(index: int) -> bool:
     """Whether the library computes on this GPU. What is against it is logged, once."""
+    return _takes(index)
+
+
+# Constant while the process lives, and beyond what torch.compile can trace; a cached function it would trace.
+takes._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _takes(index: int) -> bool:
     try:
         built, _ = _load()
     except UnusableError as error:
@@ -48,10 +56,6 @@ def takes(index: int) -> bool:
     if why_not := _unfit(torch.cuda.get_device_capability(index), built["archs"]):
         _log.warning("%s, %s; %s", torch.cuda.get_device_name(index), why_not, INSTEAD)
     return not why_not
-
-
-# Constant while the process lives, and beyond what torch.compile can trace.
-takes._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
