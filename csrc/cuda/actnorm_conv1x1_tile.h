@@ -158,7 +158,7 @@ __device__ void for_each_chunk(const Work<A>& work, unsigned channels, bool chan
 template <typename T, typename A>
 __device__ void load_tile(const Positions<const T>& x, const Work<A>& work, const Span& span, A* tile) {
   constexpr unsigned V = kWide<A>;
-  using Vector = Raw<T, V>;
+  using Vector = detail::Registers<T, V>;
   if (x.vectors && !x.channels_inside) {
     const unsigned row = work.row(), column = work.column();
     const T* const from = x.at(span, column) + row * x.channel_stride;
@@ -172,7 +172,7 @@ __device__ void load_tile(const Positions<const T>& x, const Work<A>& work, cons
     }
 #pragma unroll
     for (unsigned r = 0; r < kRows; ++r) {
-      Raw<A, V> wide;
+      detail::Registers<A, V> wide;
 #pragma unroll
       for (unsigned v = 0; v < V; ++v) wide.values[v] = static_cast<A>(values[r].values[v]);
       detail::copy<V>(to + r * kStride<A>, wide.values);
@@ -203,7 +203,7 @@ __device__ void put_tile(const Work<A>& work, const Values<A>& values, A* tile) 
   A* const to = tile + work.at(work.row(), work.column());
 #pragma unroll
   for (unsigned r = 0; r < kRows; ++r) {
-    Raw<A, V> vector;
+    detail::Registers<A, V> vector;
 #pragma unroll
     for (unsigned v = 0; v < V; ++v) vector.values[v] = values[r][v];
     detail::copy<V>(to + r * kStride<A>, vector.values);
@@ -216,7 +216,7 @@ template <typename T, typename A>
 __device__ void store_tile(const Positions<T>& z, const Work<A>& work, const Span& span, const Values<A>& values,
                            A* tile) {
   constexpr unsigned V = kWide<A>;
-  using Vector = Raw<T, V>;
+  using Vector = detail::Registers<T, V>;
   if (z.vectors && !z.channels_inside) {
     const unsigned row = work.row(), column = work.column();
     const unsigned channels = column < span.count ? work.channels - row : 0;
