@@ -18,6 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from operators import (
     DTYPES,
+    LARGE_DTYPES,
+    LARGE_SHAPES,
     LAYOUTS,
     PROPERTY,
     Case,
@@ -219,6 +221,21 @@ def test_reversible_backward_of_every_map_in_every_layout_and_order(backend, nam
     for layout, order, learned_gain, dtypes in combinations(CHANNEL_LAYOUTS, ORDERS, gains, list(DTYPES.values())):
         case = reversible_case(MAPS[name], layout, order, learned_gain)
         check_results(case, case.draw((3, 4, 5, 2), dtypes))
+
+
+@pytest.mark.parametrize("size", LARGE_SHAPES, ids=str)
+def test_large_samples(backend, size):
+    everything, glow = MAPS["tanh_with_everything"], MAPS["glow"]
+    cases = (
+        affine_case("forward", glow, "interleaved_shift_scale", "shift_scale"),
+        affine_case("inverse", everything, "chunk_scale_shift", "scale_shift", learned_gain=True),
+        reversible_case(everything, "interleaved_scale_shift", "unshift_scale", learned_gain=True),
+    )
+    for case, layout, dtypes in combinations(cases, ("contiguous", "channels_last"), LARGE_DTYPES):
+        inputs = in_layout(case.draw(size, DTYPES[dtypes]), *[layout] * case.batched)
+        check_results(case, inputs)
+        if case.undo:
+            check_gradients(case, inputs)
 
 
 def all_options():
