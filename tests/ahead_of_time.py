@@ -150,6 +150,7 @@ def linear_samples() -> Iterator[Sample]:
     from glow_kernels.backends.triton import actnorm_conv1x1
 
     shapes = [(64, 12, 128, 128), (64, 24, 64, 64), (32, 48, 64, 64), (64, 64, 32, 32), (64, 7, 5, 5), (8, 50, 1, 1)]
+    shapes += [(4, 192, 8, 8)]
     for dtype, channels_last, shape in itertools.product(
         (torch.float32, torch.bfloat16, torch.float16, torch.float64), (False, True), shapes
     ):

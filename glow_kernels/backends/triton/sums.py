@@ -14,9 +14,9 @@ _ELEMENTS = 1024
 
 def sum_partial(partial: Tensor, dimension: int) -> Tensor:
     """Sum of partial results, a contiguous matrix, over dimension 0 or 1."""
-    total = torch.empty(partial.shape[1 - dimension], dtype=partial.dtype, device=partial.device)
     if partial.shape[dimension] == 1:
         return partial.view(-1)
+    total = torch.empty(partial.shape[1 - dimension], dtype=partial.dtype, device=partial.device)
     block_n = min(power_of_two(partial.shape[dimension]), _ELEMENTS // (32 if dimension == 0 else 1))
     block_r = min(power_of_two(total.numel()), _ELEMENTS // block_n)
     launch(
