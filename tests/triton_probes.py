@@ -63,7 +63,7 @@ def _elementary_kernel(x_ptr, result_ptr, n, NAME: tl.constexpr, BLOCK: tl.const
 
 @triton.jit
 def _offset_kernel(result_ptr, sample, position, channel, strides):
-    at = offsets(sample, position + tl.arange(0, 1), channel + tl.arange(0, 1), strides, False, 1, True)
+    at = offsets(sample, position + tl.arange(0, 1), channel + tl.arange(0, 1), strides, False, 1)
     tl.store(result_ptr + tl.arange(0, 1)[:, None], at)
 
 

@@ -50,7 +50,6 @@ def map_kernel(
     BLOCK_C: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     VECTOR: tl.constexpr,
-    WIDE: tl.constexpr,
     INVERSE: tl.constexpr,
     HAS_GAIN: tl.constexpr,
 ):
@@ -60,10 +59,10 @@ def map_kernel(
     channels = first_channel + tl.arange(0, BLOCK_C)
     mask = (positions < P)[:, None] & (channels < C)[None, :]
 
-    x = tl.load(x_ptr + offsets(sample, positions, channels, x_strides, CHANNELS_LAST, VECTOR, WIDE), mask, other=0.0)
+    x = tl.load(x_ptr + offsets(sample, positions, channels, x_strides, CHANNELS_LAST, VECTOR), mask, other=0.0)
     u, t = load_pair(
         h_ptr, h_strides, sample, positions, first_channel, P, C, accumulate,
-        BLOCK_P, BLOCK_C, INTERLEAVED, SCALE_FIRST, CHANNELS_LAST, VECTOR, WIDE,
+        BLOCK_P, BLOCK_C, INTERLEAVED, SCALE_FIRST, CHANNELS_LAST, VECTOR,
     )  # fmt: skip
     learned = tl.load(gain_ptr + channels, channels < C, other=1.0)[None, :] if HAS_GAIN else 1.0
     log_scale, _, _ = _scale_map(
@@ -75,7 +74,7 @@ def map_kernel(
         y = _undo(x, exp(log_scale), t, ORDER)
     else:
         y = _do(x, exp(log_scale), t, ORDER)
-    out = out_ptr + offsets(sample, positions, channels, out_strides, CHANNELS_LAST, VECTOR, WIDE)
+    out = out_ptr + offsets(sample, positions, channels, out_strides, CHANNELS_LAST, VECTOR)
     store(out, y, mask)
     tl.store(partial_ptr + tl.program_id(0), tl.sum(tl.where(mask, log_scale, 0.0)))
 
@@ -115,7 +114,6 @@ def gradient_kernel(
     BLOCK_C: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     VECTOR: tl.constexpr,
-    WIDE: tl.constexpr,
     INVERSE: tl.constexpr,
     UNDO: tl.constexpr,
     HAS_GAIN: tl.constexpr,
@@ -126,13 +124,13 @@ def gradient_kernel(
     channels = first_channel + tl.arange(0, BLOCK_C)
     mask = (positions < P)[:, None] & (channels < C)[None, :]
 
-    grad_at = offsets(sample, positions, channels, grad_strides, CHANNELS_LAST, VECTOR, WIDE)
+    grad_at = offsets(sample, positions, channels, grad_strides, CHANNELS_LAST, VECTOR)
     grad = tl.load(grad_ptr + grad_at, mask, other=0.0).to(accumulate)
-    y_at = offsets(sample, positions, channels, y_strides, CHANNELS_LAST, VECTOR, WIDE)
+    y_at = offsets(sample, positions, channels, y_strides, CHANNELS_LAST, VECTOR)
     y = tl.load(y_ptr + y_at, mask, other=0.0).to(accumulate)
     u, t = load_pair(
         h_ptr, h_strides, sample, positions, first_channel, P, C, accumulate,
-        BLOCK_P, BLOCK_C, INTERLEAVED, SCALE_FIRST, CHANNELS_LAST, VECTOR, WIDE,
+        BLOCK_P, BLOCK_C, INTERLEAVED, SCALE_FIRST, CHANNELS_LAST, VECTOR,
     )  # fmt: skip
     learned = tl.load(gain_ptr + channels, channels < C, other=1.0)[None, :] if HAS_GAIN else 1.0
     log_scale, of_u, of_gain = _scale_map(
@@ -146,13 +144,13 @@ def gradient_kernel(
     else:
         grad_x = grad * exp(log_scale)
         grad_t, grad_log_scale = _forward_gradients(grad, grad_x, y, t, grad_log_det, ORDER)
-    out_at = offsets(sample, positions, channels, out_strides, CHANNELS_LAST, VECTOR, WIDE)
+    out_at = offsets(sample, positions, channels, out_strides, CHANNELS_LAST, VECTOR)
     store(grad_x_ptr + out_at, grad_x, mask)
     if UNDO:
         store(undone_ptr + out_at, _undo(y, exp(-log_scale), t, ORDER), mask)
     store_pair(
         grad_h_ptr, grad_h_strides, grad_log_scale * of_u, grad_t, sample, positions, first_channel, P, C,
-        BLOCK_P, BLOCK_C, INTERLEAVED, SCALE_FIRST, CHANNELS_LAST, VECTOR, WIDE,
+        BLOCK_P, BLOCK_C, INTERLEAVED, SCALE_FIRST, CHANNELS_LAST, VECTOR,
     )  # fmt: skip
     if HAS_GAIN:
         tiles_p = tl.cdiv(P, BLOCK_P)

@@ -145,7 +145,7 @@ def _launch(kernel: Any, like: Tensor, *args: object, **options: object) -> None
     channels, matrices = like.shape[-1], math.prod(like.shape[:-2])
     if matrices == 0 or channels == 0:
         return
-    block = power_of_two(channels)
+    block = max(4, power_of_two(channels))
     num_warps = max(1, min(16, block * block // 256))
     launch(kernel, matrices, like, *args, channels, **options, BLOCK=block, num_warps=num_warps)
 
