@@ -6,6 +6,7 @@ Importing this package loads no Triton, no shared library, and makes no CUDA con
 from glow_kernels import models, nn
 from glow_kernels.allocator import tune_allocator
 from glow_kernels.backends import available_backends, backend_status, use_backend
+from glow_kernels.graphs import CapturedStep
 from glow_kernels.interop import accelerate, restore
 from glow_kernels.ops import (
     ScaleMap,
@@ -26,6 +27,7 @@ from glow_kernels.tuning import warmup
 __version__ = "0.1.0"
 
 __all__ = [
+    "CapturedStep",
     "ReversibleSequential",
     "ScaleMap",
     "accelerate",

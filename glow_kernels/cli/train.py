@@ -44,6 +44,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--overwrite", action="store_true", help="replace the run in the run folder")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument("--fsdp", action="store_true", help="shard the weights over the processes of torchrun")
+    parser.add_argument("--cuda-graph", action="store_true", help="replay a whole step as one CUDA graph (adam only)")
     common.add_device(parser)
     group = parser.add_argument_group(
         "settings", "defaults depend on the data; a run keeps its settings in config.json"
@@ -80,7 +81,14 @@ def _train(arguments: argparse.Namespace, given: dict[str, Any], ranks: distribu
         if ranks.is_writer:
             run_folder.prepare(folder, config, overwrite=arguments.overwrite)
     trainer = Trainer(
-        config, data, folder, device=device, resume=arguments.resume, show_progress=not arguments.quiet, ranks=ranks
+        config,
+        data,
+        folder,
+        device=device,
+        resume=arguments.resume,
+        show_progress=not arguments.quiet,
+        ranks=ranks,
+        cuda_graph=arguments.cuda_graph,
     )
     if arguments.resume and ranks.is_writer:
         run_folder.write_config(folder, config)

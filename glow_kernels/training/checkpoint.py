@@ -203,11 +203,13 @@ def restore_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor], docum
 
 def _unflatten(optimizer: Optimizer, tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> dict[str, Any]:
     state = {int(index): dict(values) for index, values in document["state"].items()}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for key, tensor in tensors.items():
         _, index, name = key.split(".", 2)
         # Optimizers keep "step" on the host: on a GPU every step would wait for it. load_state_dict moves it
         # where a fused or capturable optimizer wants it, but not back.
-        state[int(index)][name] = tensor.cpu() if name == "step" else tensor
+        value = tensor.cpu() if name == "step" else _lying_as(parameters, int(index), tensor)
+        state[int(index)][name] = value
     groups = [dict(group) for group in document["param_groups"]]
     # load_state_dict itself refuses another number of groups.
     for group, current in zip(groups, optimizer.param_groups, strict=False):
@@ -219,6 +221,14 @@ def _unflatten(optimizer: Optimizer, tensors: Mapping[str, Tensor], document: Ma
             elif isinstance(value, tuple):
                 group[key] = tuple(group[key])
     return {"state": state, "param_groups": groups}
+
+
+def _lying_as(parameters: Sequence[Tensor], index: int, tensor: Tensor) -> Tensor:
+    """``tensor`` with the strides of its parameter, which fused optimizers take for granted."""
+    parameter = parameters[index] if index < len(parameters) else tensor
+    if tensor.shape != parameter.shape or tensor.stride() == parameter.stride():
+        return tensor
+    return torch.empty_like(parameter, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:

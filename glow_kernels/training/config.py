@@ -102,6 +102,13 @@ class TrainingConfig:
         """Plain values for JSON."""
         return asdict(self)
 
+    def learning_rate_at(self, iteration: int) -> float:
+        """The learning rate of the step after so many others."""
+        warm = min(1.0, (iteration + 1) / max(1, self.warmup))
+        if self.schedule == "constant":
+            return self.learning_rate * warm
+        return self.learning_rate * warm * 0.5 * (1.0 + math.cos(math.pi * iteration / self.iterations))
+
     def build_model(self, channels: int, image_size: tuple[int, int], n_bins: int, num_classes: int | None) -> Glow:
         """The model for images of this shape, with freshly drawn weights.
 

@@ -28,3 +28,13 @@ class MovingAverage(Generic[Module]):
         averages: list[Tensor] = list(self.model.parameters())
         values: list[Tensor] = list(model.parameters())
         torch._foreach_lerp_(averages, values, 1.0 - decay)
+
+    @torch.no_grad()
+    def update_unless(self, bad: Tensor, model: Module, updates: Tensor) -> None:
+        """:meth:`update` where ``bad`` and the number of updates are scalars on the device, which decides."""
+        decay = torch.clamp((1 + updates) / (10 + updates), max=self.decay)
+        averages: list[Tensor] = list(self.model.parameters())
+        # There is no lerp of many tensors by a weight on the device.
+        steps = torch._foreach_sub(list(model.parameters()), averages)
+        torch._foreach_mul_(steps, (1.0 - decay) * (1.0 - bad))
+        torch._foreach_add_(averages, steps)

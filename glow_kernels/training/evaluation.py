@@ -9,7 +9,11 @@ import torch
 from torch import Tensor
 
 from glow_kernels.models import Glow
+from glow_kernels.reversible import reconstruction_error
 from glow_kernels.training.distributed import ALONE, Ranks
+
+DRIFT_BATCH = 16
+CONDITION_LIMIT = 1e4
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,24 @@ def reconstruct(model: Glow, x: Tensor, labels: Tensor | None = None) -> tuple[T
     """``decode(encode(x))`` of ``x`` (B, C, H, W), and its largest absolute difference from ``x``."""
     reconstructed = model.decode(model.encode(x, labels), labels)
     return reconstructed, (reconstructed - x).abs().max().item()
+
+
+def drift(model: Glow, levels: Tensor, labels: Tensor | None, ranks: Ranks = ALONE) -> tuple[float, str]:
+    """How far inverted chains are off on the first few images, and a warning that names nearly singular matrices.
+
+    The error is infinite if a matrix is singular. ``levels`` and ``labels`` are those of :func:`evaluate`.
+    """
+    device = next(model.parameters()).device
+    x = model.dequantize(levels[:DRIFT_BATCH].to(device), torch.Generator(device).manual_seed(0))
+    inputs = (x,) if labels is None else (x, labels[:DRIFT_BATCH].to(device))
+    # Sharded matrices are only whole while their step runs.
+    limit = None if ranks.fsdp else CONDITION_LIMIT
+    try:
+        report = reconstruction_error(model, *inputs, condition_limit=limit)
+    except ValueError:
+        return math.inf, ""
+    names = ", ".join(f"{name} ({number:.0e})" for name, number in report.ill_conditioned.items())
+    return report.error, f"; nearly singular: {names}" if names else ""
 
 
 @torch.no_grad()
