@@ -35,8 +35,10 @@ def _fixed_seed() -> None:
 
 @pytest.fixture(params=gk.available_backends())
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Run the test once on every backend that can run here."""
-    with gk.use_backend(request.param):
+    """Run the test once on every backend that can run here, with new tensors on its device."""
+    from operators import device_of  # whose asserts pytest rewrites
+
+    with gk.use_backend(request.param), device_of(request.param):
         yield request.param
 
 
