@@ -16,22 +16,33 @@ NATIVE := $(if $(shell command -v $(firstword $(CXX)) 2>/dev/null),$(LIBRARY),no
 # A process per core with one thread each: two processes of several threads wait for each other most of the time.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 OPERATOR_TESTS := $(addprefix tests/test_,actnorm_conv1x1.py actnorm_statistics.py affine_coupling.py gaussian_log_prob.py)
-COMPILE_TESTS := tests/test_triton_compile.py
+NATIVE_SOURCES := 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/cuda_host/*.h' 'tests/cuda_host/*.cpp'
+# Other targets run these.
+ELSEWHERE := $(addprefix tests/test_,triton_compile.py cuda_compile.py cuda_host.py)
 # The native library with every access and every arithmetic operation checked.
 SANITIZED := build/sanitized
 SANITIZE := -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 
-.PHONY: help build demo test test-triton test-sanitized bench gpu kernels-report lint format clean no-compiler
+PYTEST_SANITIZED = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(1) OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto \
+	-k "native and not opcheck and not compiles" $(OPERATOR_TESTS)
+# The CUDA sources as C++ on the CPU, checked likewise.
+CUDA_HOST := build/cuda_host
+
+.PHONY: help build build-cuda demo test test-triton test-sanitized test-cuda test-cuda-host bench gpu kernels-report lint format clean no-compiler
 
 help:
 	@echo "make build   compile the native CPU library, which needs a C++ compiler; CXX=clang++ chooses another"
+	@echo "make build-cuda  compile the native CUDA library, which needs nvcc but no GPU; GLOW_KERNELS_CUDA_ARCHS=90 for one GPU"
 	@echo "make demo    train a Glow on scikit-learn's digits, one to three minutes on two cores; pictures in runs/demo"
 	@echo "make test    run the tests"
 	@echo "make test-triton     run the operator tests on Triton's interpreter and compile its kernels for five GPUs"
 	@echo "make test-sanitized  run the operator tests on a native library with AddressSanitizer and UBSan"
+	@echo "make test-cuda   compile the CUDA kernels for six GPUs and see that nothing spills; needs nvcc but no GPU"
+	@echo "make test-cuda-host  run the operator tests on the CUDA kernels, compiled for the CPU with both sanitizers"
 	@echo "make bench   measure the operators and models here, print the goals, draw a report in runs/report"
 	@echo "make gpu     build, test and measure on an NVIDIA GPU with the torch and triton of PYTHON; installs nothing"
-	@echo "make kernels-report  compile every Triton kernel for five GPUs, none needed; reports/kernels.csv"
+	@echo "make kernels-report  compile every Triton and CUDA kernel, no GPU needed; reports/kernels.csv, cuda_kernels.csv"
 	@echo "make lint    ruff, mypy and clang-format"
 	@echo "make format  let ruff and clang-format rewrite the sources"
 	@echo "make clean   remove .venv and what builds and tests leave behind"
@@ -39,24 +50,37 @@ help:
 
 build: $(LIBRARY)
 
+build-cuda: $(INSTALLED)
+	GLOW_KERNELS_BUILD=cuda $(BIN)/python setup.py --quiet build_ext --inplace
+
 demo: $(INSTALLED) $(NATIVE)
 	$(BIN)/glow-kernels train --run runs/demo --overwrite
 
 test: $(INSTALLED) $(NATIVE)
-	$(PYTEST) --ignore $(COMPILE_TESTS)
+	$(PYTEST) $(addprefix --ignore ,$(ELSEWHERE))
 
 test-triton: $(INSTALLED)
-	$(BIN)/python -m pytest $(COMPILE_TESTS)
+	$(BIN)/python -m pytest tests/test_triton_compile.py
 	TRITON_INTERPRET=1 $(PYTEST) $(OPERATOR_TESTS) tests/test_triton.py -k triton
 
-# Every Triton kernel with its registers, spills, shared memory and widest accesses on GPUs that need not be here.
+# nvcc compiles the CUDA library for all GPUs; where there is none, this says so.
+test-cuda: $(INSTALLED)
+	$(BIN)/python -m pytest -rs tests/test_cuda_compile.py
+
+# Every Triton and CUDA kernel with its registers, spills, shared memory and widest accesses on GPUs that need not be here.
 kernels-report: $(INSTALLED)
 	$(BIN)/python tests/ahead_of_time.py all reports/kernels.csv
+	@GLOW_KERNELS_BUILD=cuda $(BIN)/python setup.py --quiet build_ext --inplace && \
+		$(BIN)/python tests/cuda_resources.py reports/cuda_kernels.csv || echo "no report of the CUDA kernels"
 
 test-sanitized: $(INSTALLED)
 	CXXFLAGS="$(SANITIZE)" GLOW_KERNELS_BUILD=cpu $(BIN)/python setup.py --quiet build --build-lib $(SANITIZED)
-	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) \
-		OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto -k "native and not opcheck and not compiles" $(OPERATOR_TESTS)
+	$(call PYTEST_SANITIZED,$(SANITIZED))
+
+test-cuda-host: $(INSTALLED)
+	CXXFLAGS="$(SANITIZE)" GLOW_KERNELS_BUILD=cuda-host $(BIN)/python setup.py --quiet build --build-lib $(CUDA_HOST)
+	$(call PYTEST_SANITIZED,$(CUDA_HOST))
+	$(BIN)/python -m pytest tests/test_cuda_host.py
 
 bench: $(INSTALLED) $(NATIVE)
 	$(BIN)/glow-kernels bench --check --output runs/bench.jsonl
@@ -70,18 +94,18 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' | xargs -r $(BIN)/clang-format --dry-run --Werror
+	git ls-files $(NATIVE_SOURCES) | xargs -r $(BIN)/clang-format --dry-run --Werror
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' | xargs -r $(BIN)/clang-format -i
+	git ls-files $(NATIVE_SOURCES) | xargs -r $(BIN)/clang-format -i
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis $(LIBRARY) $(LIBRARY:.so=.json)
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis glow_kernels/_C.* glow_kernels/_C_cuda.*
 
 # The folders are among what find lists, so that a file taken away counts as a change too.
-$(LIBRARY): setup.py $(shell find csrc) | $(INSTALLED)
+$(LIBRARY): setup.py $(shell find csrc/include csrc/cpu) | $(INSTALLED)
 	GLOW_KERNELS_BUILD=cpu $(BIN)/python setup.py --quiet build_ext --inplace
 
 no-compiler:

@@ -1,14 +1,15 @@
-"""What pyproject.toml cannot say: the native CPU library ``glow_kernels/_C.so``, which is optional.
+"""What pyproject.toml cannot say: the native libraries, which are optional.
 
-The environment variable ``GLOW_KERNELS_BUILD`` says whether to compile it:
+The environment variable ``GLOW_KERNELS_BUILD`` says which of them to compile:
 
 - ``none``, the default: pure Python, which needs neither a compiler nor torch;
-- ``cpu``: compile it, or fail and say why;
-- ``auto``: compile it where that works; elsewhere say why not and install pure Python.
+- ``cpu``: ``glow_kernels/_C.so`` for the CPU, or fail and say why;
+- ``cuda``: also ``glow_kernels/_C_cuda.so`` for NVIDIA GPUs, which needs nvcc but no GPU, and no torch that has CUDA;
+- ``auto``: both where that works; elsewhere say why not and go on without.
 
-``CXX`` chooses the compiler, ``CXXFLAGS`` adds options, ``MAX_JOBS`` says how many compilers run at once. The library
-has no Python symbols and keeps to torch's stable ABI, so that one build serves every Python and every torch from 2.10
-on.
+``CXX`` chooses the compiler, ``CXXFLAGS`` adds options, ``MAX_JOBS`` says how many compilers run at once, ``CUDA_HOME``
+where nvcc is and ``GLOW_KERNELS_CUDA_ARCHS``, such as ``80,90``, for which GPUs it compiles. The libraries have no
+Python symbols and keep to torch's stable ABI, so that one build serves every Python and every torch from 2.10 on.
 """
 
 import hashlib
@@ -22,6 +23,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -35,13 +37,13 @@ from setuptools.errors import CompileError
 MODE = os.environ.get("GLOW_KERNELS_BUILD") or "none"
 CSRC = Path("csrc")
 OBJECTS = Path("build/native")
-LIBRARY, DESCRIPTION = "glow_kernels/_C.so", "glow_kernels/_C.json"
+LIBRARY, CUDA_LIBRARY = "glow_kernels/_C.so", "glow_kernels/_C_cuda.so"
 
+INCLUDE = "-Icsrc/include -Icsrc -DTORCH_TARGET_VERSION=0x020a000000000000"
 COMPILE = (
     "-std=c++17 -O3 -g0 -fPIC -fvisibility=hidden -Wall -Wextra"
     # What vectorizing needs of fast-math, without its licence to reorder sums or to assume that NaN never comes.
-    " -fno-math-errno -fno-trapping-math -ffp-contract=fast -fopenmp-simd"
-    " -Icsrc/include -Icsrc -DTORCH_TARGET_VERSION=0x020a000000000000"
+    f" -fno-math-errno -fno-trapping-math -ffp-contract=fast -fopenmp-simd {INCLUDE}"
 )
 # An undefined symbol shows now and not when a user loads the library; macOS's linker does that unasked.
 LINK = ["-shared"] if sys.platform == "darwin" else ["-shared", "-Wl,--no-undefined"]
@@ -50,6 +52,18 @@ ISAS = {"baseline": ""}
 if platform.machine() in ("x86_64", "AMD64"):
     ISAS["avx2"] = "-mavx2 -mfma -mf16c"
     ISAS["avx512"] = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512"
+
+# What _C_cuda.so has machine code for; later GPUs compile the intermediate code of the last at the first start.
+CUDA_ARCHS = (80, 86, 89, 90, 100, 120)
+OLDEST_NVCC = (12, 8)  # the first that knows the newest of them
+CUDA_COMPILE = f"-std=c++20 -O3 -Werror all-warnings -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra,-Werror -DUSE_CUDA {INCLUDE}"
+# The only function of libtorch_cuda that _C_cuda.so calls. A library with its name stands in for it at the link.
+CUDA_STUB = 'extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }\n'
+# The CUDA sources as C++ for the CPU, with threads and barriers by tests/cuda_host: `make test-cuda-host`.
+CUDA_HOST = Path("tests/cuda_host")
+CUDA_HOST_COMPILE = (
+    f"-std=c++20 -g1 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-unknown-pragmas -fno-strict-aliasing {INCLUDE}"
+)
 
 
 class Toolchain(NamedTuple):
@@ -83,24 +97,122 @@ def find_toolchain() -> Toolchain:
     return Toolchain(compiler, compiler_version, Path(torch.origin).parent, torch_version)
 
 
+class Nvcc(NamedTuple):
+    """What a build for NVIDIA GPUs uses besides."""
+
+    path: str
+    version: str
+    archs: tuple[int, ...]
+
+
+def find_nvcc() -> Nvcc:
+    """Look for nvcc; a CompileError says what is missing and what to do. Whether there is a GPU does not matter."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    candidates = [f"{home}/bin/nvcc", "nvcc"] if home else ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    path = next((found for name in candidates if (found := shutil.which(name))), None)
+    needed = ".".join(map(str, OLDEST_NVCC))
+    if path is None:
+        looked_for = ", ".join(candidates)
+        raise CompileError(
+            f"no nvcc (looked for {looked_for}); install the CUDA toolkit {needed} or newer, or set CUDA_HOME"
+        )
+    version = re.search(r"release (\d+)\.(\d+)", execute([path, "--version"]))
+    if version is None or tuple(map(int, version.groups())) < OLDEST_NVCC:
+        found = ".".join(version.groups()) if version else "of an unknown version"
+        raise CompileError(
+            f"nvcc {found} at {path} is too old; install the CUDA toolkit {needed} or newer, or set CUDA_HOME"
+        )
+    wanted = os.environ.get("GLOW_KERNELS_CUDA_ARCHS") or ",".join(map(str, CUDA_ARCHS))
+    archs = re.findall(r"\d+", wanted)
+    if not archs or not re.fullmatch(r"\d+([,; ]+\d+)*", wanted):
+        raise CompileError(f"GLOW_KERNELS_CUDA_ARCHS must be a list of architectures such as 80,90, got {wanted!r}")
+    return Nvcc(path, ".".join(version.groups()), tuple(sorted({int(arch) for arch in archs})))
+
+
 def build(tools: Toolchain, root: Path) -> None:
-    """Compile what changed and write the library and its description below ``root``."""
+    """Compile what changed of the CPU library and write it and its description below ``root``."""
+    units = [Unit(path, [*COMPILE.split(), *has_isas()]) for path in sorted(CSRC.glob("cpu/*.cpp"))]
+    # Of an inline function that several objects hold, the linker keeps the first. With the lowest ISA first, no
+    # instruction that a processor may lack gets into code that every processor runs.
+    units += [
+        Unit(path, [*COMPILE.split(), *has_isas(), *flags.split(), f"-DGLOW_KERNELS_ISA={isa}"], isa)
+        for isa, flags in ISAS.items()
+        for path in sorted(CSRC.glob("cpu/kernels/*.cpp"))
+    ]
+    link(tools, root / LIBRARY, compile_all(tools, tools.compiler, [CSRC / "cpu"], units))
+    describe(tools, root / LIBRARY, "cpu", isas=list(ISAS))
+
+
+def build_cuda(tools: Toolchain, nvcc: Nvcc, root: Path) -> None:
+    """The same for the CUDA library."""
+    host, *options = tools.compiler
+    compiler = [nvcc.path, "-ccbin", host, *(f"-Xcompiler={option}" for option in options)]
+    for arch in nvcc.archs:
+        compiler += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
+    compiler += ["-gencode", f"arch=compute_{nvcc.archs[-1]},code=compute_{nvcc.archs[-1]}"]
+    units = [Unit(path, CUDA_COMPILE.split()) for path in sorted(CSRC.glob("cuda/*.cu"))]
+    objects = compile_all(tools, compiler, [CSRC / "cuda"], units)
+    stub = OBJECTS / "libtorch_cuda.so"
+    source = stub.with_suffix(".cpp")
+    source.write_text(CUDA_STUB)
+    produce(stub, [*tools.compiler, "-shared", "-fPIC", "-Wl,-soname,libtorch_cuda.so", str(source)])
+    # nvcc adds its runtime; without its names, so that any other in the process does not matter.
+    options = ["-Xlinker=--no-undefined", "-Xlinker=--exclude-libs,ALL"]
+    produce(
+        root / CUDA_LIBRARY, [*compiler, "-shared", *options, *map(str, objects), *torch_libraries(tools), str(stub)]
+    )
+    describe(tools, root / CUDA_LIBRARY, "cuda", nvcc=nvcc.version, archs=list(nvcc.archs))
+
+
+def build_cuda_host(tools: Toolchain, root: Path) -> None:
+    """The CUDA sources as a library for the CPU, in the place of the CPU library."""
+    flags = ["-I", str(CUDA_HOST), *CUDA_HOST_COMPILE.split(), "-x", "c++"]
+    sources = [*sorted(CSRC.glob("cuda/*.cu")), *sorted(CUDA_HOST.glob("*.cpp"))]
+    units = [Unit(path, flags, "host") for path in sources]
+    link(tools, root / LIBRARY, compile_all(tools, tools.compiler, [CSRC / "cuda", CUDA_HOST], units))
+    describe(tools, root / LIBRARY, "cuda", isas=[])
+
+
+class Unit(NamedTuple):
+    """A source, the flags it is compiled with, and what tells it from other units of the same source."""
+
+    source: Path
+    flags: list[str]
+    variant: str = "any"
+
+
+def has_isas() -> list[str]:
+    """Tell the sources what they are compiled for."""
+    return [f"-DGLOW_KERNELS_HAS_{name.upper()}" for name in ISAS]
+
+
+def compile_all(tools: Toolchain, compiler: list[str], folders: list[Path], units: list[Unit]) -> list[Path]:
+    """The objects of ``units``, whose headers are in csrc/include and in ``folders``."""
+    headers = [path for folder in (CSRC / "include", *folders) for path in sorted(folder.rglob("*.h"))]
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+        return list(pool.map(lambda unit: compile_unit(tools, compiler, headers, unit), units))
+
+
+def link(tools: Toolchain, library: Path, objects: list[Path]) -> None:
+    """Make ``library`` of ``objects`` and torch."""
+    produce(library, [*tools.compiler, *LINK, *extra_flags(), *map(str, objects), *torch_libraries(tools)])
+
+
+def torch_libraries(tools: Toolchain) -> list[str]:
+    """Options that link torch."""
+    return [f"-L{tools.torch / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+
+
+def describe(tools: Toolchain, library: Path, part: str, **built_for: object) -> None:
+    """Write beside ``library`` what it was built for and from."""
     description = {
         "torch": tools.torch_version,
         "compiler": tools.compiler_version,
         "machine": platform.machine(),
-        "isas": list(ISAS),
-        "csrc": csrc_hash(),
+        **built_for,
+        "csrc": csrc_hash(part),
     }
-    units: list[tuple[Path, str | None]] = [(path, None) for path in sorted(CSRC.glob("cpu/*.cpp"))]
-    # Of an inline function that several objects hold, the linker keeps the first. With the lowest ISA first, no
-    # instruction that a processor may lack gets into code that every processor runs.
-    units += [(path, isa) for isa in ISAS for path in sorted(CSRC.glob("cpu/kernels/*.cpp"))]
-    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-        objects = list(pool.map(lambda unit: compile_unit(tools, *unit), units))
-    libraries = [f"-L{tools.torch / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
-    produce(root / LIBRARY, [*tools.compiler, *LINK, *extra_flags(), *map(str, objects), *libraries])
-    (root / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+    library.with_suffix(".json").write_text(json.dumps(description, indent=2) + "\n")
 
 
 def extra_flags() -> list[str]:
@@ -108,28 +220,23 @@ def extra_flags() -> list[str]:
     return shlex.split(os.environ.get("CXXFLAGS", ""))
 
 
-def compile_unit(tools: Toolchain, source: Path, isa: str | None) -> Path:
-    """Compile ``source``, or take the object that an earlier build made of the very same."""
-    command = [
-        *tools.compiler,
-        *COMPILE.split(),
-        *extra_flags(),
-        *(f"-DGLOW_KERNELS_HAS_{name.upper()}" for name in ISAS),
-    ]
-    if isa is not None:
-        command += [*ISAS[isa].split(), f"-DGLOW_KERNELS_ISA={isa}"]
+def compile_unit(tools: Toolchain, compiler: list[str], headers: list[Path], unit: Unit) -> Path:
+    """Compile ``unit``, or take the object that an earlier build made of the very same."""
     # As system headers torch's give no warnings; the map keeps this machine's folders out of error messages.
     include = tools.torch / "include"
-    command += ["-isystem", str(include), f"-fmacro-prefix-map={include}/=", "-c", str(source)]
+    of_host = [*extra_flags(), f"-fmacro-prefix-map={include}/="]
+    if unit.source.suffix == ".cu" and unit.variant != "host":
+        of_host = [f"-Xcompiler={option}" for option in of_host]
+    command = [*compiler, *unit.flags, *of_host, "-isystem", str(include), "-c", str(unit.source)]
     key = hashlib.sha256(repr((command, tools, platform.machine())).encode())
-    for path in (source, *sorted(CSRC.rglob("*.h"))):
+    for path in (unit.source, *headers):
         key.update(path.read_bytes())
-    name = ".".join((*source.parts[1:], isa or "any"))
+    name = ".".join((*unit.source.parts[1:], unit.variant))
     made = OBJECTS / f"{name}.{key.hexdigest()[:16]}.o"
     if not made.exists():
         for outdated in OBJECTS.glob(f"{name}.*.o"):
             outdated.unlink()
-        sys.stderr.write(f"compiling {source}{f' for {isa}' if isa else ''}\n")
+        sys.stderr.write(f"compiling {unit.source}{f' for {unit.variant}' if unit.variant != 'any' else ''}\n")
         produce(made, command)
     return made
 
@@ -153,44 +260,64 @@ def execute(command: list[str]) -> str:
     return done.stdout
 
 
-def csrc_hash() -> str:
-    """Fingerprint of the C++ sources; glow_kernels/backends/native/__init__.py computes the same."""
+def csrc_hash(part: str) -> str:
+    """Fingerprint of the sources of a library; glow_kernels/backends/native/__init__.py computes the same."""
     digest = hashlib.sha256()
-    for path in sorted(path for path in CSRC.rglob("*") if path.suffix in (".h", ".cpp")):
+    for path in sorted(path for folder in ("include", part) for path in (CSRC / folder).rglob("*") if path.is_file()):
         digest.update(f"{path.relative_to(CSRC).as_posix()}\0".encode() + path.read_bytes())
     return digest.hexdigest()
 
 
-def say_without(error: CompileError) -> None:
-    """Tell that ``auto`` goes on without the library; pip shows this with ``-v``."""
-    sys.stderr.write(f"\n*** glow_kernels WITHOUT its native CPU library, which could not be built: {error}\n\n")
+def say_without(what: str, error: CompileError) -> None:
+    """Tell that ``auto`` goes on without a library; pip shows this with ``-v``."""
+    sys.stderr.write(f"\n*** glow_kernels WITHOUT its native {what}, which could not be built: {error}\n\n")
+
+
+def build_or_say(what: str, library: Path, build_it: Callable[[], None]) -> bool:
+    """Whether ``library`` could be built; in mode ``auto`` this says why not, else that is an error."""
+    try:
+        build_it()
+    except CompileError as error:
+        if MODE != "auto":
+            raise
+        say_without(what, error)
+        for path in (library, library.with_suffix(".json")):  # of an earlier build, which must not get into this wheel
+            path.unlink(missing_ok=True)
+        return False
+    return True
 
 
 class BuildNative(build_ext):
-    """Build the library when and where setuptools asks for extensions."""
+    """Build the libraries when and where setuptools asks for extensions."""
 
     def run(self) -> None:
         if not self.extensions:
             return
         root = Path("" if self.inplace else self.build_lib)
-        try:
-            build(find_toolchain(), root)
-        except CompileError as error:
-            if MODE != "auto":
-                raise
-            say_without(error)
-            for name in (LIBRARY, DESCRIPTION):  # of an earlier build, which must not get into this wheel
-                (root / name).unlink(missing_ok=True)
+        if MODE == "cuda-host":
+            build_cuda_host(find_toolchain(), root)
+            return
+        if not build_or_say("CPU library", root / LIBRARY, lambda: build(find_toolchain(), root)) or MODE == "cpu":
+            return
+        what = "CUDA library (Triton or the reference computes on GPUs)"
+        build_or_say(what, root / CUDA_LIBRARY, lambda: build_cuda(find_toolchain(), find_nvcc(), root))
+
+    def outputs(self) -> list[str]:
+        return [
+            name
+            for library in (LIBRARY, CUDA_LIBRARY)[: 1 if MODE == "cpu" else 2]
+            for name in (library, library[:-2] + "json")
+        ]
 
     def get_outputs(self) -> list[str]:
-        return [str(Path(self.build_lib, name)) for name in (LIBRARY, DESCRIPTION)]
+        return [str(Path(self.build_lib, name)) for name in self.outputs()]
 
     def get_output_mapping(self) -> dict[str, str]:
-        return dict(zip(self.get_outputs(), (LIBRARY, DESCRIPTION), strict=True)) if self.inplace else {}
+        return dict(zip(self.get_outputs(), self.outputs(), strict=True)) if self.inplace else {}
 
 
 class AnyPythonWheel(bdist_wheel):
-    """A wheel with the library is for one platform and for every Python."""
+    """A wheel with the libraries is for one platform and for every Python."""
 
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]
@@ -205,19 +332,19 @@ class SourcesToo(sdist):
 
 
 def extensions() -> list[Extension]:
-    """The library, if it is to be built; checked at once, before pip fetches torch for an isolated build."""
-    if MODE == "cuda":
-        raise SystemExit("glow_kernels: GLOW_KERNELS_BUILD=cuda: this version has no CUDA sources; use cpu or auto")
-    if MODE not in ("none", "cpu", "auto"):
-        raise SystemExit(f"glow_kernels: GLOW_KERNELS_BUILD must be none, cpu or auto, got {MODE!r}")
+    """The libraries, if they are to be built; checked at once, before pip fetches torch for an isolated build."""
+    if MODE not in ("none", "cpu", "cuda", "auto", "cuda-host"):
+        raise SystemExit(f"glow_kernels: GLOW_KERNELS_BUILD must be none, cpu, cuda or auto, got {MODE!r}")
     if MODE == "none":
         return []
     try:
         find_toolchain()
+        if MODE == "cuda":
+            find_nvcc()
     except CompileError as error:
-        if MODE == "cpu":
-            raise SystemExit(f"glow_kernels: GLOW_KERNELS_BUILD=cpu: {error}") from None
-        say_without(error)
+        if MODE != "auto":
+            raise SystemExit(f"glow_kernels: GLOW_KERNELS_BUILD={MODE}: {error}") from None
+        say_without("CPU library", error)
         return []
     return [Extension("glow_kernels._C", sources=[])]
 

@@ -1,10 +1,11 @@
-"""Compile what a model needs before it is needed, and measure launch parameters on a GPU."""
+"""Compile what a model needs before it is needed, and measure on a GPU what is fastest there."""
 
 from __future__ import annotations
 
 import copy
 import itertools
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from glow_kernels.backends import backend_status, implementation
+from glow_kernels.backends import backend_status, faster, implementation
+from glow_kernels.backends.native import cuda
 from glow_kernels.errors import BackendUnavailableError, UsageError
 
 Call = Callable[[], object]
@@ -126,3 +128,81 @@ def _fastest(family: str, calls: Sequence[Call]) -> dict[str, int]:
 def _candidates() -> Iterator[dict[str, int]]:
     for elements, num_warps in itertools.product((512, 1024, 2048, 4096), (2, 4, 8)):
         yield {"elements": elements, "num_warps": num_warps}
+
+
+def compare(folder: Path | None = None) -> tuple[Path, faster.Table]:
+    """Measure CUDA C++ against Triton on the current GPU, per operator and size, and write the table of the faster.
+
+    Args:
+        folder: where to write, by default where the package looks.
+
+    Returns:
+        The file, and per operator the numbers of elements up to which a backend is the faster one.
+
+    Raises:
+        BackendUnavailableError: one of the two cannot run here.
+    """
+    for status in (backend_status("triton"), cuda.status()):
+        if not status.available or not torch.cuda.is_available():
+            raise BackendUnavailableError(f"there is nothing to compare: {status.reason}; {status.remedy}")
+    table: faster.Table = {}
+    for size in ((1, 4), (16, 8), (64, 16), (64, 32), (64, 128)):
+        for operator, arguments in _arguments(*size, torch.device("cuda")).items():
+            seconds = {backend: _seconds(f"{operator}_{backend}", arguments) for backend in ("native", "triton")}
+            table.setdefault(operator, []).append((faster.elements(arguments), min(seconds, key=seconds.__getitem__)))
+    path = (folder or faster.TABLES) / f"{faster.table_name(torch.cuda.get_device_name())}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(table, indent=2) + "\n")
+    return path, table
+
+
+def _arguments(samples: int, side: int, device: torch.device) -> dict[str, tuple[Any, ...]]:
+    """Arguments of every operator for float32 data of 12 channels."""
+    x = torch.randn(samples, 12, side, side, device=device)
+    h, lam = torch.randn(samples, 24, side, side, device=device), torch.randn(samples, device=device)
+    matrix, vector = torch.eye(12, device=device), torch.zeros(12, device=device)
+    coupling = (h, None, "sigmoid", [1.0, 2.0, 1.0, 0.0, 0.0, 0.0], "interleaved_shift_scale", "shift_scale")
+    arguments: dict[str, tuple[Any, ...]] = {
+        "actnorm_statistics_forward": (x,),
+        "actnorm_conv1x1_apply": (x, matrix, vector),
+        "actnorm_conv1x1_apply_backward": (x, x, matrix, True),
+        "actnorm_conv1x1_apply_reversible_backward": (x, x, matrix, matrix, vector),
+        "gaussian_log_prob_backward": (lam, x, h, "interleaved_mean_log_sd"),
+    }
+    for function in ("forward", "inverse"):
+        arguments[f"affine_coupling_{function}"] = (x, *coupling)
+    for function in ("backward", "inverse_backward", "reversible_backward"):
+        arguments[f"affine_coupling_{function}"] = (x, lam, x, *coupling)
+    for function in ("forward", "sample", "standardize"):
+        arguments[f"gaussian_log_prob_{function}"] = (x, h, "interleaved_mean_log_sd")
+    for function in ("sample_backward", "standardize_backward"):
+        arguments[f"gaussian_log_prob_{function}"] = (x, x, h, "interleaved_mean_log_sd")
+    return arguments | _folding_arguments(samples, device)
+
+
+def _folding_arguments(steps: int, device: torch.device) -> dict[str, tuple[Any, ...]]:
+    vector, matrix = torch.zeros(steps, 12, device=device), torch.eye(12, device=device).repeat(steps, 1, 1)
+    number = torch.zeros(steps, device=device)
+    parameters, lu = (vector, vector, matrix, None), (matrix, matrix, matrix, vector, torch.ones_like(vector))
+    arguments: dict[str, tuple[Any, ...]] = {
+        "actnorm_conv1x1_lu_weight": lu,
+        "actnorm_conv1x1_lu_weight_backward": (matrix, number, *lu),
+    }
+    for function in ("fold", "fold_inverse"):
+        arguments[f"actnorm_conv1x1_{function}"] = parameters
+        arguments[f"actnorm_conv1x1_{function}_backward"] = (matrix, vector, number, *parameters)
+    return arguments
+
+
+def _seconds(operator: str, arguments: tuple[Any, ...]) -> float:
+    """Time of a call when many follow each other; whatever is slower, the host or the GPU, decides."""
+    call = getattr(torch.ops.glow_kernels, operator).default
+    times = []
+    for calls in (10, 100, 100, 100):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call(*arguments)
+        torch.cuda.synchronize()
+        times.append((time.perf_counter() - start) / calls)
+    return min(times[1:])

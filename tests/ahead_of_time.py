@@ -133,8 +133,8 @@ def _read_nvidia(asm: dict[str, Any]) -> tuple[int, int, list[int], list[int]]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
         file.flush()
-        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
-        code = _tool("nvdisasm", "-c", file.name)
+        usage = nvidia_tool("cuobjdump", "--dump-resource-usage", file.name)
+        code = nvidia_tool("nvdisasm", "-c", file.name)
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
     return registers, stack, *([_bits(found) for found in re.findall(rf"\b{name}\.E(\S*)", code)] for name in _ACCESSES)
 
@@ -191,7 +191,8 @@ def _compile_part(target: str, which: str, part: int, parts: int) -> list[Kernel
     return compile_for(target, samples[part * size : (part + 1) * size])
 
 
-def _tool(name: str, *arguments: str) -> str:
+def nvidia_tool(name: str, *arguments: str) -> str:
+    """Output of one of the tools that come with Triton."""
     import triton
 
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name

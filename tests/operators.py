@@ -30,11 +30,6 @@ Function = Callable[..., Any]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def device_of(backend: str) -> torch.device:
-    """Where tensors are made that ``backend`` shall compute with: on a GPU for Triton, unless it is interpreted."""
-    return torch.device("cuda" if backend == "triton" and not INTERPRETED else "cpu")
-
-
 def combinations(*values: Sequence[Any]) -> list[tuple[Any, ...]]:
     """All combinations of one of each of ``values``; in the interpreter only so many that each is among them."""
     if not INTERPRETED:
@@ -382,10 +377,8 @@ class OperatorProperties:
     def sample(self, registered: str, size: Sequence[int], lay: Function) -> tuple[Any, tuple[Any, ...]]:
         """A registered operator and its arguments."""
         name = registered.removeprefix(f"{self.module}_")
-        function, _, backend = name.rpartition("_")
-        arguments = self.arguments.get(name) or self.arguments[function]
-        with device_of(backend):
-            return getattr(torch.ops.glow_kernels, registered).default, arguments(size, lay)
+        arguments = self.arguments.get(name) or self.arguments[name.rpartition("_")[0]]
+        return getattr(torch.ops.glow_kernels, registered).default, arguments(size, lay)
 
 
 class DifferentiableProperties(OperatorProperties):

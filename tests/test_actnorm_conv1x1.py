@@ -26,7 +26,6 @@ from operators import (
     assert_accurate,
     check_gradients,
     check_results,
-    device_of,
     evaluate,
     gradients,
     in_layout,
@@ -428,13 +427,7 @@ def test_singular_weight_has_no_log_det_and_no_inverse(backend, weight, dtype):
 FOLDS = [name for name in registered_operators("actnorm_conv1x1_fold_") if "backward" not in name]
 
 
-@pytest.fixture(params=FOLDS)
-def registered_fold(request):
-    """Its name, with new tensors on its device."""
-    with device_of(request.param.rpartition("_")[2]):
-        yield request.param
-
-
+@pytest.mark.parametrize("registered_fold", FOLDS)
 def test_folding_many_steps_is_folding_each(registered_fold):
     steps = [inputs_without_log_det((1, 4))[1:] for _ in range(6)]
     stacked = [torch.stack(tensors).unflatten(0, (2, 3)).requires_grad_() for tensors in zip(*steps, strict=True)]

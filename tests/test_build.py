@@ -19,6 +19,7 @@ import setuptools
 import torch
 
 from glow_kernels.backends import native
+from glow_kernels.backends.native import library as loader
 
 REPOSITORY = Path(__file__).parents[1]
 COMPILERS = ("c++", "g++", "clang++")
@@ -98,7 +99,7 @@ def source_tree(folder: Path, csrc: dict[str, str]) -> Path:
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, folder)
     shutil.copytree(
-        REPOSITORY / "glow_kernels", folder / "glow_kernels", ignore=shutil.ignore_patterns("_C.*", "__pycache__")
+        REPOSITORY / "glow_kernels", folder / "glow_kernels", ignore=shutil.ignore_patterns("_C*", "__pycache__")
     )
     for name, text in csrc.items():
         path = folder / "csrc" / name
@@ -132,12 +133,13 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the loader looks, in a source tree of its own; the library itself is not there yet."""
     (tmp_path / "glow_kernels").mkdir()
     (tmp_path / "csrc" / "cpu").mkdir(parents=True)
-    monkeypatch.setattr(native, "_PACKAGE", tmp_path / "glow_kernels")
+    monkeypatch.setattr(loader, "PACKAGE", tmp_path / "glow_kernels")
     return tmp_path / "glow_kernels" / "_C.so"
 
 
 def describe(library: Path, **changes: str) -> None:
-    built = {"torch": "2.13.0", "machine": platform.machine(), "csrc": native._hash(library.parents[1] / "csrc")}
+    csrc = loader.source_hash(library.parents[1] / "csrc", "cpu")
+    built = {"torch": "2.13.0", "machine": platform.machine(), "csrc": csrc}
     library.with_suffix(".json").write_text(json.dumps(built | changes))
 
 
@@ -203,7 +205,10 @@ def test_a_torch_that_is_too_old(library: Path, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize(
     ("change", "stale"),
-    [("nothing", False), ("a source", True), ("a new header", True), ("the readme", False), ("no csrc at all", False)],
+    [
+        *(("nothing", False), ("a source", True), ("a new header", True)),
+        *(("the readme", False), ("a CUDA source", False), ("no csrc at all", False)),
+    ],
 )
 def test_a_library_that_is_out_of_date(
     library: Path,
@@ -220,9 +225,13 @@ def test_a_library_that_is_out_of_date(
         case "a source":
             (csrc / "cpu" / "a.cpp").write_text("int b;")
         case "a new header":
-            (csrc / "a.h").touch()
+            (csrc / "include").mkdir()
+            (csrc / "include" / "a.h").touch()
         case "the readme":
             (csrc / "README.md").write_text("more")
+        case "a CUDA source":
+            (csrc / "cuda").mkdir()
+            (csrc / "cuda" / "a.cu").touch()
         case "no csrc at all":
             shutil.rmtree(csrc)
     monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
@@ -270,8 +279,8 @@ def test_without_a_compiler_the_wheel_is_pure(bare_tree: Path, tmp_path: Path, m
     [
         ({"GLOW_KERNELS_BUILD": "cpu"}, "no C++ compiler (looked for c++, g++, clang++); install g++ or clang++"),
         ({"GLOW_KERNELS_BUILD": "cpu", "CXX": "nope -O1"}, "no C++ compiler (looked for nope -O1)"),
-        ({"GLOW_KERNELS_BUILD": "cuda"}, "this version has no CUDA sources; use cpu or auto"),
-        ({"GLOW_KERNELS_BUILD": "gpu"}, "GLOW_KERNELS_BUILD must be none, cpu or auto, got 'gpu'"),
+        ({"GLOW_KERNELS_BUILD": "cuda"}, "GLOW_KERNELS_BUILD=cuda: no C++ compiler (looked for c++, g++, clang++)"),
+        ({"GLOW_KERNELS_BUILD": "gpu"}, "GLOW_KERNELS_BUILD must be none, cpu, cuda or auto, got 'gpu'"),
     ],
 )
 def test_what_cannot_be_built_is_refused_in_one_line(bare_tree: Path, environment: dict[str, str], reason: str) -> None:
@@ -313,6 +322,59 @@ def test_a_source_distribution_holds_csrc(bare_tree: Path, tmp_path: Path) -> No
     assert {"setup.py", "csrc/cpu/a.cpp", "csrc/include/a.h"} <= names
 
 
+# setup.py and nvcc, which need not be there.
+
+
+def nvcc_of(release: str, folder: Path) -> dict[str, str]:
+    """An environment where nvcc says that it is of this release; it does not compile."""
+    nvcc = folder / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.99'\n")
+    nvcc.chmod(0o755)
+    return BUILD_ANYWHERE | {"GLOW_KERNELS_BUILD": "cuda", "CUDA_HOME": str(folder)}
+
+
+def test_without_nvcc_cuda_is_refused_in_one_line(
+    bare_tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    environment = BUILD_ANYWHERE | {"GLOW_KERNELS_BUILD": "cuda", "CUDA_HOME": "/nowhere"}
+    code, said = setup(bare_tree, "--version", environment=environment)
+    assert code == 1
+    assert said == (
+        "glow_kernels: GLOW_KERNELS_BUILD=cuda: no nvcc (looked for /nowhere/bin/nvcc, nvcc); "
+        "install the CUDA toolkit 12.8 or newer, or set CUDA_HOME\n"
+    )
+
+
+def test_an_nvcc_that_is_too_old_is_refused_in_one_line(bare_tree: Path, tmp_path: Path) -> None:
+    code, said = setup(bare_tree, "--version", environment=nvcc_of("12.6", tmp_path))
+    assert code == 1
+    assert f"nvcc 12.6 at {tmp_path}/bin/nvcc is too old; install the CUDA toolkit 12.8 or newer" in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(("archs", "code"), [("90", 0), ("80,90", 0), ("80 90;100", 0), ("sm_90", 1), ("90,", 1)])
+def test_the_architectures_asked_for(bare_tree: Path, tmp_path: Path, archs: str, code: int) -> None:
+    environment = nvcc_of("13.0", tmp_path) | {"GLOW_KERNELS_CUDA_ARCHS": archs}
+    got, said = setup(bare_tree, "--version", environment=environment)
+    assert got == code
+    message = f"GLOW_KERNELS_CUDA_ARCHS must be a list of architectures such as 80,90, got {archs!r}"
+    assert (message in said) == (code == 1)
+
+
+@needs_compiler
+def test_without_nvcc_auto_builds_the_rest_and_says_so(tmp_path: Path) -> None:
+    tree = source_tree(tmp_path / "tree", {"cpu/a.cpp": "", "cuda/a.cu": ""})
+    environment = nvcc_of("11.8", tmp_path) | {"GLOW_KERNELS_BUILD": "auto"}
+    environment.pop("CXX")
+    code, said = setup(tree, "build_ext", "--inplace", environment=environment)
+    assert code == 0, said
+    assert "which could not be built: nvcc 11.8 at" in said
+    assert "WITHOUT its native CUDA library (Triton or the reference computes on GPUs)" in said
+    assert {path.name for path in tree.glob("glow_kernels/_C*")} == {"_C.so", "_C.json"}
+
+
 # setup.py with a compiler, on the sources that are always there and a kernel that tells its variant.
 
 
@@ -339,7 +401,7 @@ def test_the_wheel_is_for_every_python_and_tells_nothing_of_this_machine(built_t
     built = json.loads(library.with_suffix(".json").read_text())
     assert (built["torch"], built["machine"]) == (torch.__version__, platform.machine())
     assert built["isas"][0] == "baseline"
-    assert built["csrc"] == native._hash(built_tree / "csrc")
+    assert built["csrc"] == loader.source_hash(built_tree / "csrc", "cpu")
     for path in (library, library.with_suffix(".json")):
         for folder in (built_tree, Path(torch.__file__).parent):
             assert str(folder).encode() not in path.read_bytes()
@@ -374,7 +436,7 @@ def test_building_in_place_compiles_only_what_changed(built_tree: Path) -> None:
     code, said = setup(built_tree, *in_place, environment={"GLOW_KERNELS_BUILD": "cpu"})
     assert (code, said.split()) == (0, ["compiling", "csrc/cpu/isa.cpp"])
     built = json.loads((built_tree / "glow_kernels" / "_C.json").read_text())
-    assert built["csrc"] == native._hash(built_tree / "csrc")
+    assert built["csrc"] == loader.source_hash(built_tree / "csrc", "cpu")
 
 
 @needs_compiler

@@ -336,3 +336,13 @@ def test_training_has_the_same_losses_on_every_backend(backend):
         return loss.item()
 
     assert losses(backend) == pytest.approx(losses("reference"), abs=1e-4)
+
+
+def test_biases_of_actnorm_have_no_gradient_on_the_batch_that_initialised_them():
+    """All couplings start as constants and all means at 0, so what Adam makes of these gradients is rounding alone."""
+    x = torch.rand(8, 3, 8, 8, dtype=torch.float64) - 0.5
+    model = Glow(3, 8, steps=2, levels=2, hidden_channels=8).double().train()
+    model.bits_per_dim(x).mean().backward()
+    steps = [step for level in model.levels for step in level.steps]
+    assert max(step.actnorm.bias.grad.abs().max() for step in steps) < 1e-14
+    assert min(step.actnorm.log_scale.grad.abs().max() for step in steps) > 1e-4

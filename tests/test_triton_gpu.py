@@ -164,7 +164,7 @@ def test_kernels_run_on_the_device_of_their_tensors(call):
     assert_equal([result.to("cuda:0") for result in call(there)], call(given))
 
 
-def test_a_flow_step_compiles_into_one_graph():
+def test_a_flow_step_becomes_one_graph():
     def flow_step(x: Tensor, h: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         z, linear_log_det = gk.actnorm_conv1x1(x, *parameters)
         y, coupling_log_det = gk.affine_coupling(z, h)

@@ -9,51 +9,16 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "glow_kernels/affine_coupling.h"
 
 namespace glow_kernels {
 namespace {
 
-// Where the raw scale and the shift of channel c stand in h: at channel `first + step * c`.
-struct CouplingLayout {
-  int64_t scale_first, shift_first, step;
-};
-
-CouplingLayout parse_layout(const std::string& layout, int64_t channels) {
-  if (layout == "chunk_scale_shift") return {0, channels, 1};
-  if (layout == "chunk_shift_scale") return {channels, 0, 1};
-  if (layout == "interleaved_scale_shift") return {0, 1, 2};
-  STD_TORCH_CHECK(layout == "interleaved_shift_scale", "unknown layout ", layout);
-  return {1, 0, 2};
-}
-
-ScaleKind parse_kind(const std::string& kind) {
-  const char* names[] = {"sigmoid", "exp", "tanh", "atan", "softsign", "clip"};
-  for (int index = 0; index < 6; ++index) {
-    if (kind == names[index]) return static_cast<ScaleKind>(index);
-  }
-  STD_TORCH_CHECK(false, "unknown kind of scale map ", kind);
-}
-
-CouplingOrder parse_order(const std::string& order) {
-  if (order == "shift_scale") return CouplingOrder::shift_scale;
-  if (order == "scale_shift") return CouplingOrder::scale_shift;
-  STD_TORCH_CHECK(order == "unshift_scale", "unknown order ", order);
-  return CouplingOrder::unshift_scale;
-}
-
-CouplingOptions parse_options(const std::string& kind, const std::vector<double>& parameters,
-                              const std::string& order) {
-  STD_TORCH_CHECK(parameters.size() == 6, "scale_parameters must have 6 elements, got ", parameters.size());
-  return {parse_kind(kind),
-          parse_order(order),
-          {parameters[0], parameters[1], parameters[2], parameters[3], parameters[4], parameters[5]}};
-}
-
-void check(const Tensor& x, const Tensor& h, const std::optional<Tensor>& gain) {
-  check_conditioning(x, h);
-  const ScalarType wide = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  STD_TORCH_CHECK(!gain || (gain->dim() == 1 && gain->size(0) == x.size(1) && gain->scalar_type() == wide),
-                  "log_scale_gain must have an element of the type of arithmetic for every channel of x");
+// The kernels take rows of whole vectors, of whichever instruction set, where they lie.
+Tiling tiling_of(const Tensor& x) {
+  constexpr int64_t kWholeVectors = 16;
+  const Planes planes = planes_of(x);
+  return Tiling(planes, planes.positions % kWholeVectors == 0 ? kTile : kLongRow);
 }
 
 template <typename T, typename H>
@@ -84,6 +49,7 @@ std::vector<double> run(const Arguments& arguments, typename CouplingKernels<T, 
   Plane<const A> gain{};
   if (arguments.gain) gain = {arguments.gain->const_data_ptr<A>(), {0, channels, 1, 0, arguments.gain->stride(0), 0}};
 
+  const bool streamed = data.planes.batches * channels * data.planes.positions * int64_t{sizeof(T)} > kCached;
   std::vector<double> returned(tiling.size()), gain_sums(tiling.size() * per_tile);
   torch::stable::parallel_for(0, tiling.size(), kTilesPerThread, [&](int64_t begin, int64_t end) {
     A contributions[kTile];
@@ -92,12 +58,13 @@ std::vector<double> run(const Arguments& arguments, typename CouplingKernels<T, 
       const auto at = [&](const auto& plane, int64_t first = 0, int64_t step = 1) {
         return tiling.at(tile, plane.data, plane.planes, first, step);
       };
-      returned[index] = kernel({tile.rows, tile.columns, at(data), at(h, layout.scale_first, layout.step),
-                                at(h, layout.shift_first, layout.step), at(gain), at(grad),
-                                lambda ? static_cast<double>(lambda[tile.batch]) : 0.0, at(result), at(grad_data),
-                                at(grad_h, layout.scale_first, layout.step),
-                                at(grad_h, layout.shift_first, layout.step), grad_gain ? contributions : nullptr},
-                               options);
+      returned[index] =
+          kernel({tile.rows, tile.columns, at(data), at(h, layout.scale_first, layout.step),
+                  at(h, layout.shift_first, layout.step), at(gain), at(grad),
+                  lambda ? static_cast<double>(lambda[tile.batch]) : 0.0, at(result), at(grad_data),
+                  at(grad_h, layout.scale_first, layout.step), at(grad_h, layout.shift_first, layout.step),
+                  grad_gain ? contributions : nullptr, streamed},
+                 options);
       if (grad_gain) tiling.add_per_channel(tile, contributions, &gain_sums[index * per_tile]);
     }
   });
@@ -118,16 +85,16 @@ template <bool is_inverse>
 std::tuple<Tensor, Tensor> transform(const Tensor& x, const Tensor& h, std::optional<Tensor> log_scale_gain,
                                      std::string kind, std::vector<double> scale_parameters, std::string layout,
                                      std::string order) {
-  check(x, h, log_scale_gain);
+  check_coupling(x, h, log_scale_gain);
   const CouplingOptions options = parse_options(kind, scale_parameters, order);
   Tensor y = empty_output(x);
   Arguments arguments{with_planes(x), with_planes(h), log_scale_gain};
   arguments.result = y;
   return dispatch(x, h, [&]<typename T, typename H>() -> std::tuple<Tensor, Tensor> {
     const CouplingKernels<T, H> table = kernels<T, H>();
-    const Tiling tiling(planes_of(y));
+    const Tiling tiling = tiling_of(y);
     const std::vector<double> sums = run<T, H>(arguments, is_inverse ? table.inverse : table.forward, options,
-                                               parse_layout(layout, x.size(1)), tiling, nullptr);
+                                               parse_coupling_layout(layout, x.size(1)), tiling, nullptr);
     return {y, sum_per_sample<compute_t<T>>(sums, tiling, x.size(0), x)};
   });
 }
@@ -138,7 +105,7 @@ template <Direction direction>
 auto gradients(const Tensor& grad, const Tensor& grad_log_det, const Tensor& y, const Tensor& h,
                std::optional<Tensor> log_scale_gain, std::string kind, std::vector<double> scale_parameters,
                std::string layout, std::string order) {
-  check(y, h, log_scale_gain);
+  check_coupling(y, h, log_scale_gain);
   const CouplingOptions options = parse_options(kind, scale_parameters, order);
   Tensor grad_x = empty_output(y), grad_h = empty_output(h);
   Tensor grad_gain = empty_vector(log_scale_gain ? y.size(1) : 0, grad_log_det.scalar_type(), y);
@@ -152,7 +119,7 @@ auto gradients(const Tensor& grad, const Tensor& grad_log_det, const Tensor& y, 
                         : direction == Direction::inverse_backward ? table.inverse_backward
                                                                    : table.reversible_backward;
     compute_t<T>* gain_data = log_scale_gain ? grad_gain.mutable_data_ptr<compute_t<T>>() : nullptr;
-    run<T, H>(arguments, kernel, options, parse_layout(layout, y.size(1)), Tiling(planes_of(grad_x)), gain_data);
+    run<T, H>(arguments, kernel, options, parse_coupling_layout(layout, y.size(1)), tiling_of(grad_x), gain_data);
   });
   if constexpr (direction == Direction::reversible_backward) {
     return std::tuple<Tensor, Tensor, Tensor, Tensor>{*arguments.result, grad_x, grad_h, grad_gain};

@@ -2,17 +2,9 @@
 #pragma once
 
 #include "cpu/tile.h"
-#include "glow_kernels/scale_map.h"
+#include "glow_kernels/coupling_options.h"
 
 namespace glow_kernels {
-
-enum class CouplingOrder { shift_scale, scale_shift, unshift_scale };
-
-struct CouplingOptions {
-  ScaleKind kind;
-  CouplingOrder order;
-  ScaleParameters<double> map;
-};
 
 // One tile of all arguments and results, `rows` x `columns` elements, at most kTile. T is the type of x and y, H that
 // of h, of which `u` holds the raw scales and `t` the shifts. Which members a kernel uses stands with the kernel.
@@ -28,7 +20,8 @@ struct CouplingTile {
   Strided<T> result;  // y, or x for the inverse and the reversible backward
   Strided<T> grad_data;
   Strided<H> grad_u, grad_t;
-  A* grad_gain;  // contributions of all elements, rows x columns; null for none
+  A* grad_gain;   // contributions of all elements, rows x columns; null for none
+  bool streamed;  // whether the results are too large for the caches
 };
 
 template <typename T, typename H>

@@ -1,14 +1,13 @@
-// From the types of tensors and the processor to the kernels that are made for them.
+// From tensors and the processor to the kernels that are made for them.
 #pragma once
-
-#include <torch/headeronly/util/Exception.h>
 
 #include <optional>
 #include <type_traits>
 #include <vector>
 
 #include "cpu/isa.h"
-#include "cpu/planes.h"
+#include "cpu/tiling.h"
+#include "glow_kernels/tensors.h"
 
 // Returns a table of kernels, table<T...>(), of the instruction set in use.
 #if defined(GLOW_KERNELS_HAS_AVX512)
@@ -29,48 +28,6 @@
   return baseline::__VA_ARGS__
 
 namespace glow_kernels {
-
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
-
-// Calls f.operator()<T>() with the type of x.
-template <typename F>
-auto dispatch(const Tensor& x, const F& f) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return f.template operator()<float>();
-    case ScalarType::BFloat16:
-      return f.template operator()<BFloat16>();
-    case ScalarType::Half:
-      return f.template operator()<Half>();
-    default:
-      STD_TORCH_CHECK(x.scalar_type() == ScalarType::Double, "unsupported type of x");
-      return f.template operator()<double>();
-  }
-}
-
-// Calls f.operator()<T, H>() with the types of x and h.
-template <typename F>
-auto dispatch(const Tensor& x, const Tensor& h, const F& f) {
-  const ScalarType type = x.scalar_type(), h_type = h.scalar_type();
-  if (type == ScalarType::Float && h_type == ScalarType::Float) return f.template operator()<float, float>();
-  if (type == ScalarType::Float && h_type == ScalarType::BFloat16) return f.template operator()<float, BFloat16>();
-  if (type == ScalarType::Float && h_type == ScalarType::Half) return f.template operator()<float, Half>();
-  if (type == ScalarType::BFloat16 && h_type == type) return f.template operator()<BFloat16, BFloat16>();
-  if (type == ScalarType::Half && h_type == type) return f.template operator()<Half, Half>();
-  STD_TORCH_CHECK(type == ScalarType::Double && h_type == type, "unsupported types of x and h");
-  return f.template operator()<double, double>();
-}
-
-// h must be (B, 2 C, *spatial) for this x.
-inline void check_conditioning(const Tensor& x, const Tensor& h) {
-  STD_TORCH_CHECK(x.dim() >= 2 && h.dim() == x.dim() && h.size(1) == 2 * x.size(1),
-                  "h must have twice the channels of x");
-  for (int64_t dimension = 0; dimension < x.dim(); ++dimension) {
-    STD_TORCH_CHECK(dimension == 1 || h.size(dimension) == x.size(dimension),
-                    "h must have the shape of x but for dim 1");
-  }
-}
 
 // Strided memory of a tensor; null for none.
 template <typename T>

@@ -9,20 +9,10 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "glow_kernels/gaussian_log_prob.h"
 
 namespace glow_kernels {
 namespace {
-
-// Where the mean and the log standard deviation of channel c stand in h: at channel `first + step * c`.
-struct GaussianLayout {
-  int64_t mean_first, log_sd_first, step;
-};
-
-GaussianLayout parse_layout(const std::string& layout, int64_t channels) {
-  if (layout == "chunk_mean_log_sd") return {0, channels, 1};
-  STD_TORCH_CHECK(layout == "interleaved_mean_log_sd", "unknown layout ", layout);
-  return {0, 1, 2};
-}
 
 template <typename T, typename H>
 GaussianKernels<T, H> kernels() {
@@ -46,7 +36,7 @@ std::vector<double> run(const Arguments& arguments, typename GaussianKernels<T, 
   const auto result = writable<T>(arguments.result);
   const auto grad_h = writable<H>(arguments.grad_h);
   const A* weight = arguments.grad_log_prob ? arguments.grad_log_prob->const_data_ptr<A>() : nullptr;
-  const GaussianLayout layout = parse_layout(layout_name, data.planes.channels);
+  const GaussianLayout layout = parse_gaussian_layout(layout_name, data.planes.channels);
   std::vector<double> returned(tiling.size());
   torch::stable::parallel_for(0, tiling.size(), kTilesPerThread, [&](int64_t begin, int64_t end) {
     for (int64_t index = begin; index < end; ++index) {

@@ -11,6 +11,7 @@ import torch
 
 from glow_kernels import __version__
 from glow_kernels.backends import PREFERENCE, available_backends, backend_status
+from glow_kernels.backends.native import cuda
 
 OPTIONAL = ("numpy", "pillow", "safetensors", "scikit-learn", "tqdm", "matplotlib", "tensorboard")
 
@@ -39,12 +40,20 @@ def run(arguments: argparse.Namespace) -> None:
         chosen = " (default)" if name == available_backends()[0] else ""
         remedy = f"; {status.remedy}" if status.remedy else ""
         print(f"  {name:<12}{'available' + chosen if status.available else 'not available':<22}{status.reason}{remedy}")
+        if name == "native":
+            _print_cuda()
     print("\npackages for the command line")
     missing = [package for package in OPTIONAL if _version(package) is None]
     for package in OPTIONAL:
         print(f"  {package:<14}{_version(package) or 'missing'}")
     if missing:
         print("\ninstall what is missing with: pip install 'glow_kernels[train]'")
+
+
+def _print_cuda() -> None:
+    status = cuda.status()
+    remedy = f"; {status.remedy}" if status.remedy else ""
+    print(f"  {'  on CUDA':<12}{'available' if status.available else 'not available':<22}{status.reason}{remedy}")
 
 
 def _devices() -> list[str]:

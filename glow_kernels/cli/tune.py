@@ -1,4 +1,4 @@
-"""``glow-kernels tune``: measure the launch parameters of the Triton kernels on this GPU."""
+"""``glow-kernels tune``: measure the launch parameters of the Triton kernels on this GPU, and CUDA C++ against them."""
 
 from __future__ import annotations
 
@@ -6,24 +6,34 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from glow_kernels.tuning import tune
+from glow_kernels.backends.native import cuda
+from glow_kernels.tuning import compare, tune
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     """Declare the command."""
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "tune",
-        help="measure launch parameters of the Triton kernels on this GPU",
-        description="Measure the launch parameters of the Triton kernels on this GPU and write the table that the "
-        "package reads from then on, a few minutes. Without one, rules that hold everywhere are used.",
+        help="measure launch parameters of the Triton kernels on this GPU, and CUDA C++ against Triton",
+        description="Measure the launch parameters of the Triton kernels on this GPU, then whether they or CUDA C++ "
+        "are faster, and write the tables that the package reads from then on, a few minutes. Without them, rules that "
+        "hold everywhere are used, and Triton.",
     )
     parser.add_argument("--output", type=Path, help="folder to write to (default: the package's own)")
     return parser
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Measure, write and print the table."""
+    """Measure, write and print the tables."""
     path, table = tune(arguments.output)
     for family, parameters in table.items():
         print(f"{family:<20}" + "  ".join(f"{name} {value}" for name, value in parameters.items()))
+    print(path)
+    if not (status := cuda.status()).available:
+        print(f"CUDA C++ was not measured: {status.reason}; {status.remedy}")
+        return
+    # In a folder of its own: both tables have the name of the GPU.
+    path, choice = compare(arguments.output and arguments.output / "faster")
+    for operator, pairs in choice.items():
+        print(f"{operator:<44}" + "  ".join(f"{name} to {limit}" for limit, name in pairs))
     print(path)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from glow_kernels import backends
+from glow_kernels.backends import faster
 
 _LIBRARY = torch.library.Library("glow_kernels", "DEF")  # type: ignore[no-untyped-call]
 
@@ -48,7 +49,7 @@ class Operator:
         backward: Callable[..., Any] | None = None,
         plain_reference: bool = False,
     ) -> None:
-        self._function = function
+        self._name, self._function = f"{module}_{function}", function
         fast = [backend for backend in backends.PREFERENCE if backend != "reference"]
         self._support = {name: getattr(backends.implementation(name, "support"), module) for name in fast}
         self._implementations: dict[str, _Implementation] = {}
@@ -63,7 +64,7 @@ class Operator:
 
     def __call__(self, *args: Any) -> Any:
         """Compute with the first backend in order of preference that supports ``args``."""
-        for backend in backends.candidates():
+        for backend in faster.first(backends.candidates(), self._name, args):
             if self._supports(backend, args):
                 break
         return self._run(backend, args)

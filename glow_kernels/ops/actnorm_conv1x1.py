@@ -182,7 +182,8 @@ def _invert(*parameters: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
 
 def _in_compute_dtype(x: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
     dtype = compute_dtype(x)
-    return [tensor if tensor is None else tensor.to(dtype) for tensor in tensors]
+    # Asking first is cheaper than a conversion that does nothing.
+    return [tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype) for tensor in tensors]
 
 
 def _fold_fake(

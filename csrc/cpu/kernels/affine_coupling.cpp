@@ -2,110 +2,16 @@
 // glow_kernels/ops/affine_coupling.py.
 #include "cpu/affine_coupling.h"
 
-#include "cpu/kernels/tile_access.h"
+#include "cpu/kernels/coupling_runs.h"
+#include "cpu/kernels/sigmoid.h"
 #include "cpu/kernels/vector.h"
+#include "glow_kernels/coupling_formulas.h"
 
 namespace glow_kernels::GLOW_KERNELS_ISA {
 namespace {
 
 // What a pass over the scales produces beside the sum of log s: s, or 1/s for the inverse.
 enum class Factor { scale, reciprocal };
-
-// For a sum of log w with w = 1 + exp(-v) = m 2^k and m in [1, 2): the m of a tile are multiplied and the k added up,
-// lane by lane, so that a whole tile takes one logarithm.
-struct SigmoidSums {
-  Vector<float> mantissas = Vector<float>{} + 1.0f;
-  Vector<int32_t> exponents = {};
-  Vector<uint32_t> highest = {};  // of the bits of w, which are in the order of w, with NaN above all
-};
-
-// Beyond, exp(-v) leaves the range of float; there log s = v to the last bit.
-constexpr float kLimit = 87.0f;
-
-// s = sigmoid(v) = 1 / w, with w = 1 + e and e = exp(-v).
-struct Sigmoid {
-  Vector<float> w, s, e;
-};
-
-inline __attribute__((always_inline)) Sigmoid sigmoid(Vector<float> v) {
-  // Comparisons that NaN fails keep v, so that it comes through.
-  const Vector<float> bounded = v < -kLimit ? Vector<float>{} - kLimit : v;
-  // Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits, as in exponential().
-  const Vector<float> shifted = bounded * -1.44269504088896341f + 12582912.0f;
-  const Vector<float> k = shifted - 12582912.0f;
-  const Vector<float> r = (-bounded - k * 0.693145751953125f) - k * 1.42860682030941723212e-6f;
-  Vector<float> p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + (r + 1.0f);
-  const Vector<float> scaled = p * bits_as<float>((bits_as<int32_t>(shifted) << 23) + 0x3F800000);
-  const Vector<float> e = v > kLimit ? Vector<float>{} : scaled;
-  const Vector<float> w = e + 1.0f;
-  return {w, reciprocal(w), e};
-}
-
-inline __attribute__((always_inline)) void add(SigmoidSums& sums, Vector<float> w) {
-  const Vector<int32_t> bits = bits_as<int32_t>(w);
-  sums.mantissas *= bits_as<float>((bits & 0x007FFFFF) | 0x3F800000);
-  sums.exponents += bits >> 23;
-  const Vector<uint32_t> order = bits_as<uint32_t>(w);
-  sums.highest = order > sums.highest ? order : sums.highest;
-}
-
-// The sum of log w over all lanes of so many vectors. No product overflows: a lane has kTile / kLanes factors below 2,
-// and all lanes kTile of them, which a double takes.
-static_assert(kTile / kLanes<float> <= 128 && kTile < 1024);
-double total(const SigmoidSums& sums, int64_t vectors) {
-  constexpr int64_t lanes = kLanes<float>;
-  double product = 1.0;
-  int64_t exponent = -127 * vectors * lanes;
-  for (int64_t lane = 0; lane < lanes; ++lane) {
-    product *= sums.mantissas[lane];
-    exponent += sums.exponents[lane];
-  }
-  return exponent * 0.693147180559945309 + std::log(product);
-}
-
-template <Factor factor, bool with_derivative>
-double sigmoid_scales(const ScaleParameters<float>& map, int64_t count, const float* __restrict u,
-                      float* __restrict factors, float* __restrict derivatives) {
-  constexpr int64_t lanes = kLanes<float>;
-  const float inverse_gain = 1.0f / map.gain;
-  SigmoidSums sums;
-  const auto vector = [&](const float* from, float* to, float* to_derivative) __attribute__((always_inline)) {
-    const Sigmoid sigmoid_v = sigmoid(vector_at(from) * map.slope + map.offset);
-    vector_at(to) = factor == Factor::scale ? map.gain * sigmoid_v.s : inverse_gain * sigmoid_v.w;
-    if constexpr (with_derivative) vector_at(to_derivative) = map.slope * (sigmoid_v.e * sigmoid_v.s);
-    return sigmoid_v.w;
-  };
-  int64_t i = 0;
-  for (; i + lanes <= count; i += lanes) add(sums, vector(u + i, factors + i, derivatives + i));
-  int64_t vectors = i / lanes;
-  if (i < count) {
-    // The rest in a vector of its own, whose other lanes have w = 1.
-    float rest[3][lanes] = {};
-    std::memcpy(rest[0], u + i, (count - i) * sizeof(float));
-    Vector<float> w = vector(rest[0], rest[1], rest[2]);
-    for (int64_t lane = count - i; lane < lanes; ++lane) w[lane] = 1.0f;
-    add(sums, w);
-    ++vectors;
-    std::memcpy(factors + i, rest[1], (count - i) * sizeof(float));
-    if constexpr (with_derivative) std::memcpy(derivatives + i, rest[2], (count - i) * sizeof(float));
-  }
-  double result = -total(sums, vectors);
-  bool out_of_range = false;
-  for (int64_t lane = 0; lane < lanes; ++lane) out_of_range |= sums.highest[lane] > 0x7E000000;  // about exp(87)
-  for (i = 0; out_of_range && i < count; ++i) {
-    const float v = map.slope * u[i] + map.offset;
-    if (v >= -kLimit) continue;
-    result += v + kLimit;  // NaN too
-    factors[i] = factor == Factor::scale ? map.gain * exponential(v) : inverse_gain * exponential(-v);
-    if constexpr (with_derivative) derivatives[i] = v < -kLimit ? map.slope : v;
-  }
-  return result + count * std::log(static_cast<double>(map.gain));
-}
 
 // Where the scales of a tile go. The derivatives are those of log s, in u and in the learned gain.
 template <typename A>
@@ -136,7 +42,14 @@ double general_scales(const ScaleParameters<A>& map, int64_t count, const A* __r
       in_gain *= share;
     } else {
       total += log_s.value;
-      scales.factors[i] = exponential(factor == Factor::scale ? log_s.value : -log_s.value);
+      if constexpr (kind != ScaleKind::sigmoid) {
+        scales.factors[i] = exponential(factor == Factor::scale ? log_s.value : -log_s.value);
+      } else {
+        // Not from log s, whose rounding counts where it is large.
+        const A v = map.slope * u[i] + map.offset, e = exponential(factor == Factor::scale && v < A(0) ? v : -v);
+        const A s = map.gain * (v < A(0) ? e : A(1)) / (A(1) + e);
+        scales.factors[i] = factor == Factor::scale ? s : (A(1) + e) / map.gain;
+      }
     }
     if constexpr (with_derivative) {
       scales.in_u[i] = log_s.derivative;
@@ -157,27 +70,14 @@ double scales_of_kind(const ScaleParameters<A>& map, int64_t count, const A* u, 
     if (gain != nullptr) return general_scales<kind, false, true, factor, with_derivative>(map, count, u, gain, scales);
   }
   if (has_floor) return general_scales<kind, true, false, factor, with_derivative>(map, count, u, gain, scales);
-  if constexpr (kind == ScaleKind::sigmoid && std::is_same_v<A, float>) {
-    return sigmoid_scales<factor, with_derivative>(map, count, u, scales.factors, scales.in_u);
-  } else {
-    return general_scales<kind, false, false, factor, with_derivative>(map, count, u, gain, scales);
-  }
+  return general_scales<kind, false, false, factor, with_derivative>(map, count, u, gain, scales);
 }
 
-template <typename A>
-struct alignas(64) Buffer {
-  A values[kTile];
-};
-
-// Evaluates the scale map of a tile: s (or 1/s) and, if asked for, the derivatives. Returns the sum of log s.
-template <Factor factor, bool with_derivative, typename T, typename H, typename A>
-double evaluate(const CouplingTile<T, H>& tile, const CouplingOptions& options, const Scales<A>& scales) {
+// Evaluates the scale map: s (or 1/s) and, if asked for, the derivatives. Returns the sum of log s.
+template <Factor factor, bool with_derivative, typename A>
+double evaluate(const CouplingOptions& options, int64_t count, const A* u, const A* gain, const Scales<A>& scales) {
   const ScaleParameters<double>& d = options.map;
   const ScaleParameters<A> map{A(d.slope), A(d.offset), A(d.gain), A(d.floor), A(d.low), A(d.high)};
-  const int64_t count = tile.rows * tile.columns;
-  Buffer<A> u_buffer, gain_buffer;
-  const A* u = load(tile.u, tile.rows, tile.columns, u_buffer.values);
-  const A* gain = tile.gain.data ? load(tile.gain, tile.rows, tile.columns, gain_buffer.values) : nullptr;
   switch (options.kind) {
     case ScaleKind::sigmoid:
       return scales_of_kind<factor, with_derivative, ScaleKind::sigmoid>(map, count, u, gain, scales);
@@ -207,119 +107,139 @@ inline void with_order(CouplingOrder order, const F& f) {
   }
 }
 
-// x to y.
-template <CouplingOrder order, typename A>
-inline A transformed(A x, A s, A t) {
-  if (order == CouplingOrder::scale_shift) return x * s + t;
-  return (order == CouplingOrder::shift_scale ? x + t : x - t) * s;
-}
-
-// y to x; r = 1 / s.
-template <CouplingOrder order, typename A>
-inline A restored(A y, A r, A t) {
-  if (order == CouplingOrder::scale_shift) return (y - t) * r;
-  return order == CouplingOrder::shift_scale ? y * r - t : y * r + t;
-}
-
-template <CouplingOrder order, bool is_inverse, typename A>
-void combine(int64_t count, const A* data, const A* factor, const A* t, A* result) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) {
-    result[i] = is_inverse ? restored<order>(data[i], factor[i], t[i]) : transformed<order>(data[i], factor[i], t[i]);
-  }
-}
-
-template <typename T, typename H, bool is_inverse>
-double transform(const CouplingTile<T, H>& tile, const CouplingOptions& options) {
-  using A = compute_t<T>;
-  const int64_t rows = tile.rows, columns = tile.columns;
-  Buffer<A> factor, t_buffer, data_buffer, result_buffer;
-  const double total = evaluate<is_inverse ? Factor::reciprocal : Factor::scale, false>(
-      tile, options, Scales<A>{factor.values, nullptr, nullptr});
-  const A* data = load(tile.data, rows, columns, data_buffer.values);
-  const A* t = load(tile.t, rows, columns, t_buffer.values);
-  A* result = destination(tile.result, rows, columns, result_buffer.values);
-  with_order(options.order,
-             [&](auto order) { combine<order(), is_inverse>(rows * columns, data, factor.values, t, result); });
-  store(result, rows, columns, tile.result);
-  return is_inverse ? -total : total;
-}
-
-enum class Gradient { of_forward, of_inverse, reversible };
-
-// What a tile's gradients are made of, and where they go; grad_gain and x may be null.
-template <typename A>
-struct Gradients {
-  A lambda;
-  const A *data, *t, *g, *factor, *in_u, *in_gain;
-  A *grad_data, *grad_u, *grad_t, *grad_gain, *x;
+// Results of an element, or of a vector of elements; those that a direction does not have are left out.
+template <typename V>
+struct Results {
+  V result, grad_data, grad_t, in_log_s;
 };
 
-template <CouplingOrder order, Gradient gradient, typename A>
-void combine(int64_t count, const Gradients<A>& values) {
-  constexpr bool of_inverse = gradient == Gradient::of_inverse, shift_last = order == CouplingOrder::scale_shift;
-  constexpr A sign = order == CouplingOrder::unshift_scale ? A(-1) : A(1);
-  // The gradient in log s; the inverse scales by 1 / s.
-  const auto in_log_s = [&](int64_t i) __attribute__((always_inline)) {
-    const A t = values.t[i], data = values.data[i];
-    const A scaled = of_inverse ? (shift_last ? data : data + sign * t) : (shift_last ? data - t : data);
-    const A sum = values.g[i] * scaled + values.lambda;
-    return of_inverse ? -sum : sum;
-  };
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) {
-    const A g = values.g[i], in_data = g * values.factor[i], in_u = in_log_s(i) * values.in_u[i];
-    values.grad_u[i] = in_u;
-    values.grad_t[i] = of_inverse ? (shift_last ? -in_data : -sign * g) : (shift_last ? g : sign * in_data);
-    values.grad_data[i] = in_data;
+// With dL/dresult and the result of a direction, the gradients are those in its data, in t, and in log s, hence in u
+// and the gain; factor is 1 / s for an inverse, s otherwise.
+template <Direction direction, CouplingOrder order, typename V, typename A>
+inline __attribute__((always_inline)) Results<V> results_of(V data, V t, V g, A lambda, V factor, V reciprocal) {
+  constexpr Shift shift = shift_of(order, is_inverse(direction)), back = shift_of(order, true);
+  Results<V> results;
+  if constexpr (direction == Direction::reversible_backward) {
+    results.result = mapped(back, data, reciprocal, t);
+  } else if constexpr (has_result(direction)) {
+    results.result = mapped(shift, data, factor, t);
   }
-  if constexpr (gradient == Gradient::reversible) {
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) {
-      values.x[i] = restored<order>(values.data[i], A(1) / values.factor[i], values.t[i]);
-    }
+  if constexpr (is_gradient(direction)) {
+    results.grad_data = g * factor;
+    results.grad_t = grad_shift(shift, g, results.grad_data);
+    const V in_log_factor = grad_log_factor(shift, data, t, g, lambda);
+    results.in_log_s = is_inverse(direction) ? -in_log_factor : in_log_factor;
   }
-  if (values.grad_gain == nullptr) return;
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) values.grad_gain[i] = in_log_s(i) * values.in_gain[i];
+  return results;
 }
 
-// With dL/dresult and the result of a direction: the gradients in its data, in log s, hence in u and the gain, and in
-// t.
-template <typename T, typename H, Gradient gradient>
-double differentiate(const CouplingTile<T, H>& tile, const CouplingOptions& options) {
+template <Direction direction, CouplingOrder order, typename A>
+void combine(int64_t count, const Run<A>& run, const Scales<A>& scales) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    const A factor = scales.factors[i];
+    const A reciprocal = direction == Direction::reversible_backward ? A(1) / factor : factor;
+    const A g = is_gradient(direction) ? run.g[i] : A(0);
+    const Results<A> results = results_of<direction, order>(run.data[i], run.t[i], g, run.lambda, factor, reciprocal);
+    if constexpr (has_result(direction)) run.result[i] = results.result;
+    if constexpr (is_gradient(direction)) {
+      run.grad_data[i] = results.grad_data;
+      run.grad_t[i] = results.grad_t;
+      run.grad_u[i] = results.in_log_s * scales.in_u[i];
+      if (run.grad_gain) run.grad_gain[i] = results.in_log_s * scales.in_gain[i];
+    }
+  }
+}
+
+// A run with any scale map. Returns the sum of log s.
+template <Direction direction, typename A>
+double compute(const CouplingOptions& options, int64_t count, const Run<A>& run) {
+  constexpr Factor factor = is_inverse(direction) ? Factor::reciprocal : Factor::scale;
+  TileBuffer<A> factors, in_u, in_gain;
+  const Scales<A> scales{factors.values, in_u.values, in_gain.values};
+  const double total = evaluate<factor, is_gradient(direction)>(options, count, run.u, run.gain, scales);
+  with_order(options.order, [&](auto order) { combine<direction, order()>(count, run, scales); });
+  return total;
+}
+
+// All runs with a sigmoid without a floor, in one pass.
+template <Direction direction, CouplingOrder order, Stores stores>
+SigmoidSums compute_sigmoid(const ScaleParameters<double>& parameters, const Runs<float>& runs) {
+  using V = Vector<float>;
+  constexpr int64_t lanes = kLanes<float>;
+  const float slope = parameters.slope, offset = parameters.offset, gain = parameters.gain;
+  const float inverse_gain = 1.0f / gain;
+  const auto vector = [&](const Run<float>& at, int64_t i) __attribute__((always_inline)) {
+    const Sigmoid of_v = sigmoid(vector_at(at.u + i) * slope + offset);
+    const V scale = of_v.s * gain, reciprocal = of_v.w * inverse_gain;
+    const V g = is_gradient(direction) ? vector_at(at.g + i) : V{};
+    const auto results = results_of<direction, order>(vector_at(at.data + i), vector_at(at.t + i), g, at.lambda,
+                                                      is_inverse(direction) ? reciprocal : scale, reciprocal);
+    if constexpr (has_result(direction)) put<stores>(at.result + i, results.result);
+    if constexpr (is_gradient(direction)) {
+      put<stores>(at.grad_data + i, results.grad_data);
+      put<stores>(at.grad_t + i, results.grad_t);
+      put<stores>(at.grad_u + i, V(results.in_log_s * (slope * (of_v.e * of_v.s))));
+    }
+    return of_v.w;
+  };
+  SigmoidSums sums;
+  runs.for_each([&](const Run<float>& run) __attribute__((always_inline)) {
+    int64_t i = 0;
+    for (; i + lanes <= runs.count; i += lanes) sums.add(vector(run, i));
+    if (i == runs.count) return;
+    // The rest in vectors of their own, whose other lanes have w = 1.
+    const int64_t rest = runs.count - i;
+    float from[4][lanes] = {}, to[4][lanes];
+    const float* sources[] = {run.data, run.u, run.t, run.g};
+    for (int index = 0; index < (is_gradient(direction) ? 4 : 3); ++index) {
+      std::memcpy(from[index], sources[index] + i, rest * sizeof(float));
+    }
+    V w = vector({from[0], from[1], from[2], nullptr, from[3], run.lambda, to[0], to[1], to[2], to[3], nullptr}, 0);
+    for (int64_t lane = rest; lane < lanes; ++lane) w[lane] = 1.0f;
+    sums.add(w);
+    float* targets[] = {run.result, run.grad_data, run.grad_u, run.grad_t};
+    for (int index = has_result(direction) ? 0 : 1; index < (is_gradient(direction) ? 4 : 1); ++index) {
+      std::memcpy(targets[index] + i, to[index], rest * sizeof(float));
+    }
+  });
+  return sums;
+}
+
+template <typename T, typename H, Direction direction>
+double compute_tile(const CouplingTile<T, H>& tile, const CouplingOptions& options) {
   using A = compute_t<T>;
-  constexpr Factor kFactor = gradient == Gradient::of_inverse ? Factor::reciprocal : Factor::scale;
-  const int64_t rows = tile.rows, columns = tile.columns;
-  Buffer<A> factor, in_u, in_gain, t, data, g, grad_data, grad_u, grad_t, x;
-  evaluate<kFactor, true>(tile, options, Scales<A>{factor.values, in_u.values, in_gain.values});
-  const Gradients<A> values{
-      static_cast<A>(tile.grad_log_det),
-      load(tile.data, rows, columns, data.values),
-      load(tile.t, rows, columns, t.values),
-      load(tile.grad, rows, columns, g.values),
-      factor.values,
-      in_u.values,
-      in_gain.values,
-      destination(tile.grad_data, rows, columns, grad_data.values),
-      destination(tile.grad_u, rows, columns, grad_u.values),
-      destination(tile.grad_t, rows, columns, grad_t.values),
-      tile.grad_gain,
-      gradient == Gradient::reversible ? destination(tile.result, rows, columns, x.values) : nullptr};
-  with_order(options.order, [&](auto order) { combine<order(), gradient>(rows * columns, values); });
-  store(values.grad_data, rows, columns, tile.grad_data);
-  store(values.grad_u, rows, columns, tile.grad_u);
-  store(values.grad_t, rows, columns, tile.grad_t);
-  if constexpr (gradient == Gradient::reversible) store(values.x, rows, columns, tile.result);
-  return 0;
+  TileRuns<T, H, direction> members(tile);
+  const Runs<A> runs = members.runs();
+  double total = 0;
+  bool is_done = false;
+  if constexpr (std::is_same_v<A, float>) {
+    if (options.kind == ScaleKind::sigmoid && options.map.floor == 0) {
+      SigmoidSums sums;
+      with_order(options.order, [&](auto order) {
+        with_stores(tile.streamed && members.is_aligned(),
+                    [&](auto stores) { sums = compute_sigmoid<direction, order(), stores()>(options.map, runs); });
+      });
+      is_done = !sums.out_of_range();
+      const double gain = options.map.gain;
+      total = -sums.total() + (gain == 1 ? 0.0 : tile.rows * tile.columns * std::log(gain));
+    }
+  }
+  if (!is_done) {
+    total = 0;
+    runs.for_each([&](const Run<A>& run) { total += compute<direction>(options, runs.count, run); });
+  }
+  members.store();
+  return direction == Direction::inverse ? -total : total;
 }
 
 }  // namespace
 
 template <typename T, typename H>
 CouplingKernels<T, H> coupling_kernels() {
-  return {transform<T, H, false>, transform<T, H, true>, differentiate<T, H, Gradient::of_forward>,
-          differentiate<T, H, Gradient::of_inverse>, differentiate<T, H, Gradient::reversible>};
+  return {compute_tile<T, H, Direction::forward>, compute_tile<T, H, Direction::inverse>,
+          compute_tile<T, H, Direction::backward>, compute_tile<T, H, Direction::inverse_backward>,
+          compute_tile<T, H, Direction::reversible_backward>};
 }
 
 template CouplingKernels<float, float> coupling_kernels();

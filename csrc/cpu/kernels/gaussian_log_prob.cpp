@@ -8,16 +8,11 @@
 namespace glow_kernels::GLOW_KERNELS_ISA {
 namespace {
 
-template <typename A>
-struct alignas(64) Buffer {
-  A values[kTile];
-};
-
 template <typename T, typename H>
 double forward(const GaussianTile<T, H>& tile) {
   using A = compute_t<T>;
   const int64_t rows = tile.rows, columns = tile.columns, count = rows * columns;
-  Buffer<A> z_buffer, mean_buffer, log_sd_buffer;
+  TileBuffer<A> z_buffer, mean_buffer, log_sd_buffer;
   const A* z = load(tile.data, rows, columns, z_buffer.values);
   const A* mean = load(tile.mean, rows, columns, mean_buffer.values);
   const A* log_sd = load(tile.log_sd, rows, columns, log_sd_buffer.values);
@@ -36,7 +31,7 @@ template <typename T, typename H, Map map>
 double transform(const GaussianTile<T, H>& tile) {
   using A = compute_t<T>;
   const int64_t rows = tile.rows, columns = tile.columns, count = rows * columns;
-  Buffer<A> data_buffer, mean_buffer, log_sd_buffer, result_buffer;
+  TileBuffer<A> data_buffer, mean_buffer, log_sd_buffer, result_buffer;
   const A* data = load(tile.data, rows, columns, data_buffer.values);
   const A* mean = load(tile.mean, rows, columns, mean_buffer.values);
   const A* log_sd = load(tile.log_sd, rows, columns, log_sd_buffer.values);
@@ -58,7 +53,8 @@ double differentiate(const GaussianTile<T, H>& tile) {
   constexpr bool of_log_prob = gradient == Gradient::of_log_prob;
   const int64_t rows = tile.rows, columns = tile.columns, count = rows * columns;
   const A weight = static_cast<A>(tile.grad_log_prob);
-  Buffer<A> data_buffer, mean_buffer, log_sd_buffer, grad_buffer, result_buffer, grad_mean_buffer, grad_log_sd_buffer;
+  TileBuffer<A> data_buffer, mean_buffer, log_sd_buffer, grad_buffer, result_buffer, grad_mean_buffer,
+      grad_log_sd_buffer;
   const A* data = load(tile.data, rows, columns, data_buffer.values);
   const A* log_sd = load(tile.log_sd, rows, columns, log_sd_buffer.values);
   // The gradient of the data is the result here. The density needs the mean, the others a gradient for every element.

@@ -63,6 +63,12 @@ inline __attribute__((always_inline)) void copy_row(const From* __restrict sourc
   for (; i < count; ++i) target[i * target_stride] = converted<To>(source[i * source_stride]);
 }
 
+// A tile that does not lie in place.
+template <typename A>
+struct alignas(64) TileBuffer {
+  A values[kTile];
+};
+
 template <typename A, typename T>
 inline bool lies_as_tile(const Strided<T>& matrix, int64_t rows, int64_t columns) {
   return std::is_same_v<std::remove_const_t<T>, A> && matrix.column_stride == 1 &&

@@ -1,9 +1,11 @@
 // Vector registers as values, by the vector extensions that GCC and Clang share; compiled once per instruction set.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
-#if defined(__AVX512F__)
+#include <utility>
+#if defined(__AVX__)
 #include <immintrin.h>
 #endif
 
@@ -39,6 +41,40 @@ inline Vector<A>& vector_at(A* data) {
   return *reinterpret_cast<Vector<A>*>(data);
 }
 
+// How results are written: streamed stores, of whole aligned vectors, do not read the cache lines that they overwrite,
+// which pays for tensors that no cache holds.
+enum class Stores { cached, streamed };
+
+template <Stores stores, typename A>
+inline __attribute__((always_inline)) void put(A* data, Vector<A> value) {
+#if defined(__AVX512F__)
+  if constexpr (stores == Stores::streamed) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(data), reinterpret_cast<const __m512i&>(value));
+    return;
+  }
+#elif defined(__AVX__)
+  if constexpr (stores == Stores::streamed) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(data), reinterpret_cast<const __m256i&>(value));
+    return;
+  }
+#endif
+  vector_at(data) = value;
+}
+
+// Calls f with the stores as a constant.
+template <typename F>
+inline void with_stores(bool streamed, const F& f) {
+  if (streamed) {
+    f(std::integral_constant<Stores, Stores::streamed>{});
+    // Before another thread may read.
+#if defined(__AVX__)
+    _mm_sfence();
+#endif
+  } else {
+    f(std::integral_constant<Stores, Stores::cached>{});
+  }
+}
+
 // The bits of a vector as those of another type.
 template <typename To, typename From>
 inline Vector<To> bits_as(const From& value) {
@@ -59,17 +95,30 @@ inline Vector<float> reciprocal(Vector<float> x) {
 #endif
 }
 
-// The sum of the lanes, by halves.
-template <typename A, int64_t bytes = kVectorBytes>
-inline A sum_lanes(const A* lanes) {
-  if constexpr (bytes == sizeof(A)) {
-    return *lanes;
+// Of two vectors whose lanes are cut into blocks of `width` summands: the blocks of both, halved by adding their
+// halves.
+template <typename A, int64_t width, int64_t... lane>
+inline __attribute__((always_inline)) Vector<A> add_halves(const Vector<A>& a, const Vector<A>& b,
+                                                           std::integer_sequence<int64_t, lane...>) {
+  constexpr int64_t half = width / 2;
+  return __builtin_shufflevector(a, b, (lane / half * width + lane % half)...) +
+         __builtin_shufflevector(a, b, (lane / half * width + lane % half + half)...);
+}
+
+// sums[i] = the sum of the lanes of totals[i], i < count. Lanes are added by halves: of several vectors at once, so
+// that no lane is idle. `vectors` and `width` say how far that has come.
+template <int count, typename A, int vectors = count, int64_t width = kLanes<A>>
+inline __attribute__((always_inline)) void sum_lanes(const Vector<A>* totals, A* sums) {
+  if constexpr (width == 1) {
+    std::memcpy(sums, totals, count * sizeof(A));
   } else {
-    typedef A Half __attribute__((vector_size(bytes / 2)));
-    Half halves[2];
-    std::memcpy(halves, lanes, bytes);
-    const Half total = halves[0] + halves[1];
-    return sum_lanes<A, bytes / 2>(reinterpret_cast<const A*>(&total));
+    constexpr int next = (vectors + 1) / 2;
+    Vector<A> halved[next];
+    for (int i = 0; i < next; ++i) {
+      const Vector<A>& second = totals[std::min(2 * i + 1, vectors - 1)];
+      halved[i] = add_halves<A, width>(totals[2 * i], second, std::make_integer_sequence<int64_t, kLanes<A>>());
+    }
+    sum_lanes<count, A, next, width / 2>(halved, sums);
   }
 }
 

@@ -31,6 +31,22 @@ GLOW_KERNELS_INLINE int32_t bits_of_float(float value) {
   return bits;
 }
 
+// exp(x) = exp_polynomial(r) 2^k with k = x log2(e) rounded to an integer and r = x - k ln 2, for |r| <= ln(2) / 2.
+// Adding kRounder rounds to an integer and leaves it in the low bits.
+constexpr float kLog2E = 1.44269504088896341f, kLn2High = 0.693145751953125f, kLn2Low = 1.42860682030941723212e-6f;
+constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23
+
+// Of a float or a vector of floats.
+template <typename V>
+GLOW_KERNELS_INLINE V exp_polynomial(V r) {
+  V p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  return p * (r * r) + r + 1.0f;
+}
+
 }  // namespace detail
 #endif
 
@@ -47,18 +63,10 @@ GLOW_KERNELS_INLINE float exponential(float x) {
 #else
   // Comparisons that NaN fails keep x, so that it comes through.
   const float bounded = x < -105.0f ? -105.0f : (x > 89.0f ? 89.0f : x);
-  // Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits.
-  const float shifted = bounded * 1.44269504088896341f + 12582912.0f;
+  const float shifted = bounded * detail::kLog2E + detail::kRounder;
   const int32_t n = detail::bits_of_float(shifted) - 0x4B400000;
-  const float k = shifted - 12582912.0f;
-  const float r = (bounded - k * 0.693145751953125f) - k * 1.42860682030941723212e-6f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
+  const float k = shifted - detail::kRounder;
+  const float p = detail::exp_polynomial((bounded - k * detail::kLn2High) - k * detail::kLn2Low);
   // Two factors, since 2^n itself may be subnormal or out of range.
   const int32_t half = n >> 1;
   const float low = detail::float_from_bits(static_cast<int32_t>(static_cast<uint32_t>(half + 127) << 23));

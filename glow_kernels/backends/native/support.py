@@ -1,12 +1,14 @@
-"""Which arguments the shared library takes; a function for every operator."""
+"""Which arguments the shared libraries take; a function for every operator."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from glow_kernels.backends.native import cuda
 from glow_kernels.backends.numerics import compute_dtype
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -21,44 +23,87 @@ _TYPES_WITH_H = {
 }
 # kMaxChannels in csrc/cpu/actnorm_conv1x1.h: larger matrices are left to BLAS and LAPACK.
 _MAX_CHANNELS = 512
+# kMaxFoldChannels and kMaxChannels in csrc/cuda; more double channels than that do not fit into shared memory.
+_MAX_FOLD_CHANNELS_ON_GPU = 384
+_MAX_CHANNELS_ON_GPU = {torch.float64: 60}
 
 
 def affine_coupling(function: str, *args: Any) -> bool:
     """All of it."""
     x, h = args[2:4] if function.endswith("backward") else args[:2]
-    return (x.dtype, h.dtype) in _TYPES_WITH_H and _is_dense_cpu(x, h)
+    return (x.dtype, h.dtype) in _TYPES_WITH_H and _takes("affine_coupling", function, x, h)
 
 
 def actnorm_conv1x1(function: str, *args: Any) -> bool:
-    """Products of large matrices are left to the reference."""
+    """Products of large matrices are left to the reference.
+
+    On a GPU that begins at 64 channels, where the map is limited by arithmetic: there cuBLAS is at its best, and what a
+    kernel saves by reading the data once no longer counts. Folding is in these kernels for every size that flows have.
+    """
     if function.startswith("apply"):
         x, matrix = args[1:3] if function.endswith("backward") else args[:2]
-        fits = x.dtype in _TYPES and x.shape[1] <= _MAX_CHANNELS and matrix.dtype == compute_dtype(x)
-        return fits and _is_dense_cpu(x, matrix)
+        most = _MAX_CHANNELS_ON_GPU.get(x.dtype, 64) if _runs_cuda_code(x) else _MAX_CHANNELS
+        fits = x.dtype in _TYPES and x.shape[1] <= most and matrix.dtype == compute_dtype(x)
+        return fits and _takes("actnorm_conv1x1", function, x, matrix)
     first = args[0]
-    if first.dtype not in (torch.float32, torch.float64) or first.shape[-1] > _MAX_CHANNELS:
+    most = _MAX_FOLD_CHANNELS_ON_GPU if _runs_cuda_code(first) else _MAX_CHANNELS
+    if first.dtype not in (torch.float32, torch.float64) or first.shape[-1] > most:
         return False
     tensors = [tensor for tensor in args if tensor is not None]
     for tensor in tensors:
         if tensor.dtype != first.dtype:
             return False
-    return _is_dense_cpu(*tensors)
+    return _takes("actnorm_conv1x1", function, *tensors)
 
 
 def gaussian_log_prob(function: str, *args: Any) -> bool:
     """All of it."""
     z, h = args[1:3] if function.endswith("backward") else args[:2]
-    return (z.dtype, h.dtype) in _TYPES_WITH_H and _is_dense_cpu(z, h)
+    return (z.dtype, h.dtype) in _TYPES_WITH_H and _takes("gaussian_log_prob", function, z, h)
 
 
 def actnorm_statistics(function: str, x: Tensor) -> bool:
     """All of it."""
-    return x.dtype in _TYPES and _is_dense_cpu(x)
+    return x.dtype in _TYPES and _takes("actnorm_statistics", function, x)
 
 
-def _is_dense_cpu(*tensors: Tensor) -> bool:
+def _takes(module: str, function: str, *tensors: Tensor) -> bool:
+    """Whether all are dense, and on the CPU or on a GPU whose library has the operator."""
     # A loop: this is asked at every call, and a generator costs more than all the answers.
-    for tensor in tensors:  # noqa: SIM110
-        if not tensor.is_cpu or tensor.layout is not torch.strided:
+    on_cpu = tensors[0].is_cpu
+    for tensor in tensors:
+        if tensor.is_cpu != on_cpu or tensor.layout is not torch.strided:
             return False
-    return True
+    if on_cpu:
+        return _has_kernel(module, function, "CPU")
+    return tensors[0].is_cuda and cuda.takes(tensors[0].get_device()) and _has_kernel(module, function, "CUDA")
+
+
+def _runs_cuda_code(x: Tensor) -> bool:
+    """Whether csrc/cuda computes this: on a GPU, or on the CPU in the tests of tests/cuda_host."""
+    return not x.is_cpu or _is_host_shim()
+
+
+def _is_host_shim() -> bool:
+    return _isa() == "cuda host shim"
+
+
+def _has_kernel(module: str, function: str, key: str) -> bool:
+    """Whether the library in use has the operator, for tensors of this dispatch key."""
+    return _registered(module, function, key)
+
+
+# Constants, which torch.compile need not trace. Cached functions it would trace for all that.
+_is_host_shim._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_has_kernel._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _isa() -> str:
+    isa: str = torch.ops.glow_kernels.native_isa()
+    return isa
+
+
+@functools.cache
+def _registered(module: str, function: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"glow_kernels::{module}_{function}_native", key)

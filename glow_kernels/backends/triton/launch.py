@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from glow_kernels.backends.faster import table_name
 from glow_kernels.backends.triton import INTERPRETED
 
 TUNED = Path(__file__).parent / "tuned"
@@ -181,8 +181,3 @@ def _table(model: str) -> dict[str, dict[str, int]]:
     path = TUNED / f"{table_name(model)}.json"
     table: dict[str, dict[str, int]] = json.loads(path.read_text()) if path.exists() else {}
     return table
-
-
-def table_name(model: str) -> str:
-    """Name of the file for a GPU, ``NVIDIA H100 80GB HBM3`` -> ``nvidia_h100_80gb_hbm3``."""
-    return re.sub(r"[^a-z0-9]+", "_", model.lower()).strip("_")

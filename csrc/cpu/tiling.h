@@ -1,61 +1,13 @@
-// Tensors (B, C, *spatial) as the CPU kernels see them: batches of C x P planes, cut into tiles.
+// Tensors (B, C, *spatial), as batches of C x P planes, cut into tiles.
 #pragma once
-
-#include <torch/csrc/stable/device.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
 #include <cstdint>
-#include <optional>
 
 #include "cpu/tile.h"
+#include "glow_kernels/types.h"
 
 namespace glow_kernels {
-
-using torch::headeronly::MemoryFormat;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-// The planes of x, unless its spatial dimensions do not collapse into one.
-inline std::optional<Planes> try_planes(const Tensor& x) {
-  Planes planes{x.size(0), x.size(1), 1, x.stride(0), x.stride(1), 1};
-  // Strides mean nothing where there is no element.
-  const bool empty = x.numel() == 0;
-  for (int64_t dimension = x.dim() - 1; dimension >= 2; --dimension) {
-    const int64_t size = x.size(dimension);
-    if (size == 1) continue;
-    if (planes.positions == 1) {
-      planes.position_stride = x.stride(dimension);
-    } else if (!empty && x.stride(dimension) != planes.position_stride * planes.positions) {
-      return std::nullopt;
-    }
-    planes.positions *= size;
-  }
-  return planes;
-}
-
-// x itself or, where its positions do not lie at one stride, a contiguous copy.
-inline Tensor with_planes(const Tensor& x) { return try_planes(x) ? x : torch::stable::contiguous(x); }
-
-inline Planes planes_of(const Tensor& x) { return *try_planes(x); }
-
-// x itself or, where it is not contiguous, a contiguous copy. Asking first is cheaper than a call that does nothing.
-inline Tensor as_contiguous(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
-
-// An uninitialised tensor with the shape of x, channels last if x is and contiguous otherwise; the rule is that of
-// output_format in glow_kernels/backends/numerics.py.
-inline Tensor empty_output(const Tensor& x) {
-  MemoryFormat format = MemoryFormat::Contiguous;
-  const bool channels_last = x.dim() >= 4 && x.size(1) > 1 && x.stride(1) == 1 && !x.is_contiguous();
-  if (channels_last) format = x.dim() == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::ChannelsLast3d;
-  return torch::stable::empty(x.sizes(), x.scalar_type(), std::nullopt, x.device(), std::nullopt, format);
-}
-
-inline Tensor empty_vector(int64_t size, ScalarType type, const Tensor& like) {
-  return torch::stable::empty({size}, type, std::nullopt, like.device());
-}
 
 // Some rows and columns of one sample. Rows and columns are channels and positions, or the other way round, whichever
 // makes the columns lie next to each other.
@@ -63,18 +15,19 @@ struct Tile {
   int64_t batch, row, column, rows, columns;
 };
 
-// Elements of a row that are a tile by themselves: several rows that do not follow each other go through a buffer.
+// Elements of a row that are a tile by themselves, for kernels where several rows that do not follow each other go
+// through a buffer.
 constexpr int64_t kLongRow = 256;
 
 // All tiles of a tensor, in a fixed order that does not depend on the number of threads.
 class Tiling {
  public:
-  explicit Tiling(const Planes& planes)
+  explicit Tiling(const Planes& planes, int64_t long_row = kLongRow)
       : channels_inside_(planes.positions == 1 || planes.position_stride != 1),
         outer_(channels_inside_ ? planes.positions : planes.channels),
         inner_(channels_inside_ ? planes.channels : planes.positions),
         columns_(std::clamp<int64_t>(inner_, 1, kTile)),
-        rows_(columns_ >= kLongRow ? 1 : kTile / columns_),
+        rows_(columns_ >= long_row ? 1 : kTile / columns_),
         row_tiles_((outer_ + rows_ - 1) / rows_),
         column_tiles_((inner_ + columns_ - 1) / columns_),
         batches_(planes.batches) {}

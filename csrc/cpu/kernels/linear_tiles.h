@@ -1,0 +1,266 @@
+// Tiles of the linear map: where their positions lie next to each other (NCHW) a row holds positions of one channel,
+// where the channels do (channels last) it holds channels of one position. Both are read and written where the tensors
+// lie if the type is that of arithmetic and vectors fit; otherwise a tile goes through a buffer. Compiled once per
+// instruction set.
+#pragma once
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+
+#include "cpu/actnorm_conv1x1.h"
+#include "cpu/kernels/products.h"
+#include "cpu/kernels/tile_access.h"
+
+namespace glow_kernels::GLOW_KERNELS_ISA {
+
+// Memory that a thread keeps between calls, since fresh memory of this size costs page faults.
+template <typename A>
+class KeptBuffer {
+ public:
+  A* reserve(int64_t size) {
+    if (size > size_) {
+      values_.reset(static_cast<A*>(
+          std::aligned_alloc(kVectorBytes, (size + kLanes<A>)*sizeof(A) / kVectorBytes * kVectorBytes)));
+      size_ = size;
+    }
+    return values_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(A* values) const { std::free(values); }
+  };
+  std::unique_ptr<A, Free> values_;
+  int64_t size_ = 0;
+};
+
+inline int64_t padded(int64_t channels, int64_t lanes) { return (channels + lanes - 1) / lanes * lanes; }
+
+// A square matrix, or its transpose, and a shift, with their rows padded to whole vectors by zeros, so that products
+// may read beyond the last column.
+template <typename A>
+class PaddedMatrix {
+ public:
+  PaddedMatrix(KeptBuffer<A>& buffer, const A* matrix, bool transpose, const A* shift, int64_t channels)
+      : stride_(padded(channels, kLanes<A>)), values_(buffer.reserve((channels + 1) * stride_)) {
+    std::memset(values_, 0, (channels + 1) * stride_ * sizeof(A));
+    // By blocks of columns, so that the cache lines that a transpose reads are still there for the next row.
+    for (int64_t first = 0; first < channels; first += kLanes<A>) {
+      const int64_t last = std::min(first + kLanes<A>, channels);
+      for (int64_t i = 0; i < channels; ++i) {
+        for (int64_t j = first; j < last; ++j) {
+          values_[i * stride_ + j] = transpose ? matrix[j * channels + i] : matrix[i * channels + j];
+        }
+      }
+    }
+    if (shift) std::copy_n(shift, channels, values_ + channels * stride_);
+    shift_ = shift ? values_ + channels * stride_ : nullptr;
+  }
+
+  Rows<const A> rows() const { return {values_, stride_}; }
+  const A* shift() const { return shift_; }
+
+ private:
+  int64_t stride_;
+  A* values_;
+  const A* shift_;
+};
+
+// A tile of positions that is loaded from or stored to a tensor.
+template <typename A>
+struct PositionsBuffer {
+  A* values;
+
+  PositionsBuffer(KeptBuffer<A>& buffer, int64_t channels)
+      : values(buffer.reserve(padded(channels, kLanes<A>) * kPositions)) {}
+};
+
+// Calls visit(offset, count, data) for the part of every sample that positions [begin, end) touch: where it stands
+// among these positions, how many there are, and its first element.
+template <typename T, typename F>
+inline void for_each_sample(const Positions<T>& x, int64_t begin, int64_t end, const F& visit) {
+  const Planes& p = x.planes;
+  for (int64_t position = begin; position < end;) {
+    const int64_t batch = position / p.positions, inside = position % p.positions;
+    const int64_t count = std::min(p.positions - inside, end - position);
+    visit(position - begin, count, x.data + batch * p.batch_stride + inside * p.position_stride);
+    position += count;
+  }
+}
+
+// Whether the tiles of a tensor that lies in place, and begin at whole vectors, should be streamed to memory.
+template <typename T>
+bool is_streamed(const Positions<T>& z) {
+  const Planes& p = z.planes;
+  const auto is_aligned = [](int64_t bytes) { return bytes % kVectorBytes == 0; };
+  return p.batches * p.channels * p.positions * int64_t{sizeof(T)} > kCached &&
+         is_aligned(reinterpret_cast<intptr_t>(z.data)) && is_aligned(p.batch_stride * sizeof(T)) &&
+         is_aligned(std::max(p.channel_stride, p.position_stride) * sizeof(T)) && is_aligned(p.positions * sizeof(T));
+}
+
+// Tiles with a row per channel.
+struct Planar {
+  // Where a tile that begins at `begin` ends: with its sample, if that is whole vectors that need no buffer then.
+  template <typename A, typename T>
+  static int64_t tile_end(const Positions<T>& x, int64_t begin, int64_t end) {
+    const int64_t positions = x.planes.positions, stop = std::min(begin + kPositions, end);
+    const bool fits = std::is_same_v<std::remove_const_t<T>, A> && positions % kLanes<A> == 0;
+    return fits ? std::min(stop, (begin / positions + 1) * positions) : stop;
+  }
+
+  template <typename A, typename T>
+  static bool is_in_place(const Positions<T>& x, int64_t begin, int64_t end) {
+    return std::is_same_v<std::remove_const_t<T>, A> && x.planes.position_stride == 1 &&
+           begin % x.planes.positions + end - begin <= x.planes.positions && (end - begin) % kLanes<A> == 0;
+  }
+
+  template <typename A, typename T>
+  static Rows<const A> load(const Positions<const T>& x, int64_t begin, int64_t end, PositionsBuffer<A>& buffer) {
+    if constexpr (std::is_same_v<A, T>) {
+      if (is_in_place<A>(x, begin, end)) return in_place<const A>(x, begin);
+    }
+    const Planes& p = x.planes;
+    for_each_sample(x, begin, end, [&](int64_t offset, int64_t count, const T* data) {
+      for (int64_t channel = 0; channel < p.channels; ++channel) {
+        copy_row(data + channel * p.channel_stride, p.position_stride, buffer.values + channel * kPositions + offset, 1,
+                 count);
+      }
+    });
+    const int64_t whole = (end - begin + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
+    for (int64_t channel = 0; channel < p.channels; ++channel) {
+      for (int64_t i = end - begin; i < whole; ++i) buffer.values[channel * kPositions + i] = A(0);
+    }
+    return {buffer.values, kPositions};
+  }
+
+  template <typename A, typename T>
+  static Rows<A> destination(const Positions<T>& z, int64_t begin, int64_t end, PositionsBuffer<A>& buffer) {
+    if constexpr (std::is_same_v<A, T>) {
+      if (is_in_place<A>(z, begin, end)) return in_place<A>(z, begin);
+    }
+    return {buffer.values, kPositions};
+  }
+
+  template <typename A, typename T>
+  static void store(const Rows<A>& tile, const Positions<T>& z, int64_t begin, int64_t end,
+                    const PositionsBuffer<A>& buffer) {
+    if (tile.data != buffer.values) return;
+    const Planes& p = z.planes;
+    for_each_sample(z, begin, end, [&](int64_t offset, int64_t count, T* data) {
+      for (int64_t channel = 0; channel < p.channels; ++channel) {
+        copy_row(tile.data + channel * kPositions + offset, 1, data + channel * p.channel_stride, p.position_stride,
+                 count);
+      }
+    });
+  }
+
+  // tile z = M x + v, given the transpose of M.
+  template <Stores stores, typename A>
+  static void multiply_tile(const PaddedMatrix<A>& transposed, Rows<const A> x, Rows<A> z, int64_t channels,
+                            int64_t count) {
+    multiply<Small::left, stores>(transposed.rows(), x, transposed.shift(), z, channels, channels, count);
+  }
+
+  // grad_matrix += g x^T, grad_shift += sum g.
+  template <typename A>
+  static void accumulate(Rows<const A> g, Rows<const A> x, A* grad_matrix, A* grad_shift, int64_t channels,
+                         int64_t count) {
+    sum_over_columns(g, x, grad_matrix, channels, count);
+    for (int64_t row = 0; row < channels; ++row) {
+      Vector<A> total = {};
+      for (int64_t i = 0; i < count; i += kLanes<A>) total += vector_at(g.data + row * g.stride + i);
+      A added;
+      sum_lanes<1>(&total, &added);
+      grad_shift[row] += added;
+    }
+  }
+
+ private:
+  template <typename A, typename T>
+  static Rows<A> in_place(const Positions<T>& x, int64_t begin) {
+    const Planes& p = x.planes;
+    return {x.data + begin / p.positions * p.batch_stride + begin % p.positions, p.channel_stride};
+  }
+};
+
+// Tiles with a row per position, padded to whole vectors where they are in a buffer.
+struct Interleaved {
+  template <typename A, typename T>
+  static int64_t tile_end(const Positions<T>&, int64_t begin, int64_t end) {
+    return std::min(begin + kPositions, end);
+  }
+
+  template <typename A, typename T>
+  static bool is_in_place(const Positions<T>& x, int64_t begin, int64_t end) {
+    const Planes& p = x.planes;
+    const bool one_stride = p.batch_stride == p.positions * p.position_stride;
+    return std::is_same_v<std::remove_const_t<T>, A> && p.channels % kLanes<A> == 0 &&
+           (one_stride || begin % p.positions + end - begin <= p.positions);
+  }
+
+  template <typename A, typename T>
+  static Rows<const A> load(const Positions<const T>& x, int64_t begin, int64_t end, PositionsBuffer<A>& buffer) {
+    if constexpr (std::is_same_v<A, T>) {
+      if (is_in_place<A>(x, begin, end)) return in_place<const A>(x, begin);
+    }
+    const Planes& p = x.planes;
+    const int64_t stride = padded(p.channels, kLanes<A>);
+    for_each_sample(x, begin, end, [&](int64_t offset, int64_t count, const T* data) {
+      for (int64_t i = 0; i < count; ++i) {
+        A* row = buffer.values + (offset + i) * stride;
+        copy_row(data + i * p.position_stride, 1, row, 1, p.channels);
+        for (int64_t channel = p.channels; channel < stride; ++channel) row[channel] = A(0);
+      }
+    });
+    return {buffer.values, stride};
+  }
+
+  template <typename A, typename T>
+  static Rows<A> destination(const Positions<T>& z, int64_t begin, int64_t end, PositionsBuffer<A>& buffer) {
+    if constexpr (std::is_same_v<A, T>) {
+      if (is_in_place<A>(z, begin, end)) return in_place<A>(z, begin);
+    }
+    return {buffer.values, padded(z.planes.channels, kLanes<A>)};
+  }
+
+  template <typename A, typename T>
+  static void store(const Rows<A>& tile, const Positions<T>& z, int64_t begin, int64_t end,
+                    const PositionsBuffer<A>& buffer) {
+    if (tile.data != buffer.values) return;
+    const Planes& p = z.planes;
+    for_each_sample(z, begin, end, [&](int64_t offset, int64_t count, T* data) {
+      for (int64_t i = 0; i < count; ++i) {
+        copy_row(tile.data + (offset + i) * tile.stride, 1, data + i * p.position_stride, 1, p.channels);
+      }
+    });
+  }
+
+  // tile z = M x + v, given the transpose of M.
+  template <Stores stores, typename A>
+  static void multiply_tile(const PaddedMatrix<A>& transposed, Rows<const A> x, Rows<A> z, int64_t channels,
+                            int64_t count) {
+    multiply<Small::right, stores>(x, transposed.rows(), transposed.shift(), z, count, channels, channels);
+  }
+
+  // grad_matrix += g x^T, grad_shift += sum g.
+  template <typename A>
+  static void accumulate(Rows<const A> g, Rows<const A> x, A* grad_matrix, A* grad_shift, int64_t channels,
+                         int64_t count) {
+    sum_over_rows(g, x, grad_matrix, channels, count);
+    for (int64_t column = 0; column < channels; column += kLanes<A>) {
+      Vector<A> total = {};
+      for (int64_t i = 0; i < count; ++i) total += vector_at(g.data + i * g.stride + column);
+      add_lanes<A>(total, grad_shift + column, channels - column);
+    }
+  }
+
+ private:
+  template <typename A, typename T>
+  static Rows<A> in_place(const Positions<T>& x, int64_t begin) {
+    const Planes& p = x.planes;
+    return {x.data + begin / p.positions * p.batch_stride + begin % p.positions * p.position_stride, p.position_stride};
+  }
+};
+
+}  // namespace glow_kernels::GLOW_KERNELS_ISA

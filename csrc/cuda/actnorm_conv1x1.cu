@@ -1,0 +1,331 @@
+// The linear map of actnorm_conv1x1 on NVIDIA GPUs, for up to 64 channels. The mathematics stands in
+// glow_kernels/ops/actnorm_conv1x1.py.
+//
+// A block has a tile of positions in shared memory, a row for each channel, and a matrix. A thread of a product takes
+// 12 channels of V neighbouring positions, 16 bytes: V V multiply-adds for each 16 bytes of the matrix that it reads,
+// and 12 V for each of the tile. A thread of the gradient of the matrix takes 6 by 6 elements and adds over positions,
+// in registers from tile to tile.
+#include <algorithm>
+#include <tuple>
+
+#include "cuda/actnorm_conv1x1_tile.h"
+#include "cuda/launch.h"
+
+namespace glow_kernels {
+namespace {
+
+using namespace linear;  // NOLINT: what the tile header is for
+
+// M x + v of a tile, or M^T x, with the matrix and the shift in shared memory.
+template <bool transposed, typename A>
+__device__ void multiply(const Work<A>& work, const A* matrix, const A* tile, Values<A>& total) {
+  constexpr unsigned V = kWide<A>;
+  using Vector = Raw<A, V>;
+  const unsigned row = work.row();
+#pragma unroll
+  for (unsigned i = 0; i < kRows; ++i) {
+    const A start = transposed ? A(0) : matrix[work.side * work.side + row + i];
+#pragma unroll
+    for (unsigned v = 0; v < V; ++v) total[i][v] = start;
+  }
+  const A* x = tile + work.at(0, work.column());
+  const A* factors = matrix + (transposed ? row : row * work.side);
+#pragma unroll 1
+  for (unsigned k = 0; k < work.channels; k += V) {
+    Vector values[V];
+#pragma unroll
+    for (unsigned j = 0; j < V; ++j) detail::copy<V>(values[j].values, x + j * kStride<A>);
+#pragma unroll
+    for (unsigned i = 0; i < kRows; ++i) {
+      // V factors: of one channel of the result, or transposed of V of them and one of x.
+      const unsigned first = i % (kRows / V) * V, j = i / (kRows / V);
+      Vector m;
+      detail::copy<V>(m.values, factors + (transposed ? j * work.side + first : i * work.side));
+#pragma unroll
+      for (unsigned a = 0; a < V; ++a) {
+#pragma unroll
+        for (unsigned v = 0; v < V; ++v) {
+          if constexpr (transposed) {
+            total[first + a][v] += m.values[a] * values[j].values[v];
+          } else {
+            total[i][v] += m.values[a] * values[a].values[v];
+          }
+        }
+      }
+    }
+    x += V * kStride<A>;
+    factors += transposed ? V * work.side : V;
+  }
+}
+
+// Elements (i + e, j + f) of sum g x^T, and of sum g, that a thread adds over some positions of its tiles.
+template <typename A>
+class OuterSum {
+ public:
+  __device__ explicit OuterSum(const Work<A>& work) : cells_(work.side / kEdge * (work.side / kEdge)) {
+    const unsigned cell = threadIdx.x % cells_;
+    split_ = threadIdx.x / cells_;
+    i_ = cell % (work.side / kEdge) * kEdge;
+    j_ = cell / (work.side / kEdge) * kEdge;
+  }
+
+  __device__ void add(const Work<A>& work, const A* g, const A* x) {
+    constexpr unsigned V = kWide<A>;
+    using Vector = Raw<A, V>;
+    if (split_ >= splits()) return;
+#pragma unroll 1
+    for (unsigned column = split_ * V; column < work.positions(); column += splits() * V) {
+      const A *const rows = g + work.at(i_, column), *const columns = x + work.at(j_, column);
+      Vector left[kEdge];
+#pragma unroll
+      for (unsigned e = 0; e < kEdge; ++e) detail::copy<V>(left[e].values, rows + e * kStride<A>);
+#pragma unroll
+      for (unsigned f = 0; f < kEdge; ++f) {
+        Vector right;
+        detail::copy<V>(right.values, columns + f * kStride<A>);
+#pragma unroll
+        for (unsigned e = 0; e < kEdge; ++e) {
+#pragma unroll
+          for (unsigned v = 0; v < V; ++v) matrix_[e][f] += left[e].values[v] * right.values[v];
+        }
+      }
+      if (j_ == 0) {
+#pragma unroll
+        for (unsigned e = 0; e < kEdge; ++e) {
+#pragma unroll
+          for (unsigned v = 0; v < V; ++v) shift_[e] += left[e].values[v];
+        }
+      }
+    }
+  }
+
+  // Adds what the threads have and writes it to `parts`: C x C, then C. Nobody else may use `scratch`, shared memory.
+  __device__ void write(const Work<A>& work, A* scratch, A* parts) const {
+    const unsigned channels = work.channels, size = channels * (channels + 1);
+    if (split_ < splits()) {
+      A* const own = scratch + split_ * size;
+#pragma unroll
+      for (unsigned e = 0; e < kEdge; ++e) {
+        if (i_ + e >= channels) continue;
+        if (j_ == 0) own[channels * channels + i_ + e] = shift_[e];
+#pragma unroll
+        for (unsigned f = 0; f < kEdge; ++f) {
+          if (j_ + f < channels) own[(i_ + e) * channels + j_ + f] = matrix_[e][f];
+        }
+      }
+    }
+    __syncthreads();
+    for (unsigned index = threadIdx.x; index < size; index += blockDim.x) {
+      A sum = 0;
+      for (unsigned split = 0; split < splits(); ++split) sum += scratch[split * size + index];
+      parts[index] = sum;
+    }
+  }
+
+ private:
+  static constexpr unsigned kEdge = kRows / 2;
+  __device__ unsigned splits() const { return blockDim.x / cells_; }
+
+  unsigned cells_, split_, i_, j_;
+  A matrix_[kEdge][kEdge] = {}, shift_[kEdge] = {};
+};
+
+// All matrices are C x C, row by row.
+template <typename T>
+struct Apply {
+  using A = compute_t<T>;
+  Work<A> work;
+  Positions<const T> x;
+  const A *matrix, *shift;
+  Positions<T> z;
+};
+
+template <typename T>
+__global__ void __launch_bounds__(256, 2) apply_kernel(const Apply<T> arguments) {
+  using A = compute_t<T>;
+  const Work<A>& work = arguments.work;
+  GLOW_KERNELS_DYNAMIC_SHARED(A, x);
+  A* const matrix = x + work.tile_size();
+  const Span span = work.span(blockIdx.x);
+  Values<A> total;
+  load_tile(arguments.x, work, span, x);
+  load_matrix(arguments.matrix, arguments.shift, work, matrix);
+  __syncthreads();
+  multiply<false>(work, matrix, x, total);
+  store_tile(arguments.z, work, span, total, x);
+}
+
+template <typename T>
+struct Backward {
+  using A = compute_t<T>;
+  Work<A> work;
+  unsigned tiles = 0;
+  Positions<const T> grad = {}, data = {};  // g, and x, or z for the reversible backward
+  const A* matrix = nullptr;                // M
+  const A* inverse = nullptr;               // M^-1, and the shift of x = M^-1 z + shift; null unless reversible
+  const A* inverse_shift = nullptr;
+  Positions<T> x = {};       // of the reversible backward
+  Positions<T> grad_x = {};  // M^T g; null if it is not wanted
+  A* parts = nullptr;        // sum g x^T and sum g of every block
+};
+
+// Every gridDim.x-th tile.
+template <typename T>
+__global__ void __launch_bounds__(kMaxThreads, sizeof(compute_t<T>) == 8 ? 1 : 2)
+    backward_kernel(const Backward<T> arguments) {
+  using A = compute_t<T>;
+  const Work<A>& work = arguments.work;
+  GLOW_KERNELS_DYNAMIC_SHARED(A, x);
+  A *const g = x + work.tile_size(), *const matrix = g + work.tile_size();
+  const bool reversible = arguments.inverse != nullptr;
+  const A* const no_shift = nullptr;
+  OuterSum<A> sums(work);
+  if (!reversible) load_matrix(arguments.matrix, no_shift, work, matrix);
+  for (unsigned index = blockIdx.x; index < arguments.tiles; index += gridDim.x) {
+    const Span span = work.span(index);
+#pragma unroll 1  // the registers hold one tile on its way
+    for (int input = 0; input < 2; ++input) {
+      const Positions<const T> from = input == 0 ? arguments.data : arguments.grad;
+      load_tile(from, work, span, input == 0 ? x : g);
+    }
+    if (reversible) load_matrix(arguments.inverse, arguments.inverse_shift, work, matrix);
+    __syncthreads();
+    if (reversible) {
+      Values<A> total;
+      multiply<false>(work, matrix, x, total);
+      __syncthreads();
+      put_tile(work, total, x);
+      load_matrix(arguments.matrix, no_shift, work, matrix);
+      store_tile(arguments.x, work, span, total, x);
+      __syncthreads();
+    }
+    sums.add(work, g, x);
+    if (arguments.grad_x.data != nullptr) {
+      Values<A> total;
+      multiply<true>(work, matrix, g, total);
+      store_tile(arguments.grad_x, work, span, total, g);
+    }
+    __syncthreads();
+  }
+  sums.write(work, x, arguments.parts + int64_t{blockIdx.x} * work.channels * (work.channels + 1));
+}
+
+// The sums over the rows of parts (rows, C (C + 1)); a block for 32 columns, whose warps take turns at the rows.
+template <typename A>
+__global__ void __launch_bounds__(kThreads)
+    sum_parts_kernel(const A* parts, unsigned rows, unsigned channels, A* grad_matrix, A* grad_shift) {
+  constexpr unsigned kWarps = kThreads / 32;
+  GLOW_KERNELS_SHARED(double, sums, [kWarps][32]);
+  const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, column = blockIdx.x * 32 + lane;
+  const unsigned square = channels * channels, columns = square + channels;
+  double total = 0;
+  if (column < columns) {
+#pragma unroll 8
+    for (unsigned row = warp; row < rows; row += kWarps) {
+      total += static_cast<double>(parts[int64_t{row} * columns + column]);
+    }
+  }
+  sums[warp][lane] = total;
+  __syncthreads();
+  if (warp != 0 || column >= columns) return;
+  for (unsigned other = 1; other < kWarps; ++other) total += sums[other][lane];
+  (column < square ? grad_matrix[column] : grad_shift[column - square]) = static_cast<A>(total);
+}
+
+void check(const Tensor& x, const Tensor& matrix) {
+  STD_TORCH_CHECK(x.dim() >= 2, "x must be (B, C, *spatial)");
+  const int64_t channels = x.size(1);
+  const int64_t most = x.scalar_type() == ScalarType::Double ? kMaxChannels<double> : kMaxChannels<float>;
+  STD_TORCH_CHECK(channels >= 1 && channels <= most, "the native backend takes 1 to ", most,
+                  " channels of this type on a GPU, got ", channels);
+  STD_TORCH_CHECK(matrix.dim() == 2 && matrix.size(0) == channels && matrix.size(1) == channels,
+                  "matrix must be (C, C)");
+}
+
+Tensor apply(const Tensor& x_any, const Tensor& matrix_any, const Tensor& shift_any) {
+  check(x_any, matrix_any);
+  const Launcher launch(x_any);
+  const Tensor x = with_planes(x_any), matrix = as_contiguous(matrix_any), shift = as_contiguous(shift_any);
+  Tensor z = empty_output(x_any);
+  dispatch(x, [&]<typename T>() {
+    using A = compute_t<T>;
+    const Work<A> work(x);
+    const Apply<T> arguments{work, readable<T>(x), matrix.const_data_ptr<A>(), shift.const_data_ptr<A>(),
+                             writable<T>(z)};
+    launch(work.tiles(), work.threads(), work.shared_bytes(1), apply_kernel<T>, arguments);
+  });
+  return z;
+}
+
+// Runs the kernel over all tiles and adds the sums of its blocks.
+template <typename T>
+void run_backward(const Launcher& launch, Backward<T> arguments, const Tensor& like, Tensor& grad_matrix,
+                  Tensor& grad_shift) {
+  using A = compute_t<T>;
+  const Work<A>& work = arguments.work;
+  const int64_t tiles = work.tiles(), bytes = work.shared_bytes(2), channels = work.channels;
+  STD_TORCH_CHECK(tiles < (int64_t{1} << 31), "the tensor is too large");
+  const int64_t blocks = std::min(tiles, launch.resident_blocks(bytes, 3)), columns = channels * (channels + 1);
+  Tensor parts = empty_vector(blocks * columns, grad_matrix.scalar_type(), like);
+  arguments.tiles = static_cast<unsigned>(tiles);
+  arguments.parts = parts.mutable_data_ptr<A>();
+  launch(blocks, work.threads(), bytes, backward_kernel<T>, arguments);
+  launch((columns + 31) / 32, sum_parts_kernel<A>, parts.const_data_ptr<A>(), static_cast<unsigned>(blocks),
+         work.channels, grad_matrix.mutable_data_ptr<A>(), grad_shift.mutable_data_ptr<A>());
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_any, const Tensor& x_any, const Tensor& matrix_any,
+                                            bool needs_grad_x) {
+  check(x_any, matrix_any);
+  const Launcher launch(x_any);
+  const Tensor grad = with_planes(grad_any), x = with_planes(x_any), matrix = as_contiguous(matrix_any);
+  Tensor grad_x = needs_grad_x ? empty_output(x_any) : empty_vector(0, x.scalar_type(), x);
+  Tensor grad_matrix = torch::stable::empty(matrix.sizes(), matrix.scalar_type(), std::nullopt, x.device());
+  Tensor grad_shift = empty_vector(x.size(1), matrix.scalar_type(), x);
+  dispatch(x, [&]<typename T>() {
+    using A = compute_t<T>;
+    Backward<T> arguments{Work<A>(x)};
+    arguments.grad = readable<T>(grad);
+    arguments.data = readable<T>(x);
+    arguments.matrix = matrix.const_data_ptr<A>();
+    if (needs_grad_x) arguments.grad_x = writable<T>(grad_x);
+    run_backward<T>(launch, arguments, x, grad_matrix, grad_shift);
+  });
+  return {grad_x, grad_matrix, grad_shift};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> reversible_backward(const Tensor& grad_any, const Tensor& z_any,
+                                                               const Tensor& matrix_any, const Tensor& inverse_any,
+                                                               const Tensor& inverse_shift_any) {
+  check(z_any, matrix_any);
+  check(z_any, inverse_any);
+  const Launcher launch(z_any);
+  const Tensor grad = with_planes(grad_any), z = with_planes(z_any), matrix = as_contiguous(matrix_any);
+  const Tensor inverse = as_contiguous(inverse_any), inverse_shift = as_contiguous(inverse_shift_any);
+  Tensor x = empty_output(z_any), grad_x = empty_output(z_any);
+  Tensor grad_matrix = torch::stable::empty(matrix.sizes(), matrix.scalar_type(), std::nullopt, z.device());
+  Tensor grad_shift = empty_vector(z.size(1), matrix.scalar_type(), z);
+  dispatch(z, [&]<typename T>() {
+    using A = compute_t<T>;
+    Backward<T> arguments{Work<A>(z)};
+    arguments.grad = readable<T>(grad);
+    arguments.data = readable<T>(z);
+    arguments.matrix = matrix.const_data_ptr<A>();
+    arguments.inverse = inverse.const_data_ptr<A>();
+    arguments.inverse_shift = inverse_shift.const_data_ptr<A>();
+    arguments.x = writable<T>(x);
+    arguments.grad_x = writable<T>(grad_x);
+    run_backward<T>(launch, arguments, z, grad_matrix, grad_shift);
+  });
+  return {x, grad_x, grad_matrix, grad_shift};
+}
+
+}  // namespace
+
+GLOW_KERNELS_CUDA_LIBRARY(m) {
+  m.impl("actnorm_conv1x1_apply_native", TORCH_BOX(&apply));
+  m.impl("actnorm_conv1x1_apply_backward_native", TORCH_BOX(&backward));
+  m.impl("actnorm_conv1x1_apply_reversible_backward_native", TORCH_BOX(&reversible_backward));
+}
+
+}  // namespace glow_kernels

@@ -1,0 +1,332 @@
+// The affine coupling on NVIDIA GPUs. The mathematics stands in glow_kernels/ops/affine_coupling.py.
+//
+// All threads agree on direction, kind, order and layout, so these are branches of two kernels: one maps, the other
+// differentiates. Each reads and writes every element once.
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cuda/launch.h"
+#include "cuda/sums.h"
+#include "cuda/tile.h"
+#include "glow_kernels/affine_coupling.h"
+#include "glow_kernels/coupling_formulas.h"
+
+namespace glow_kernels {
+namespace {
+
+// Blocks that a multiprocessor holds at least: as many as leave a thread the registers for its part of H.
+template <typename H>
+constexpr int kTransformBlocks = std::is_same_v<H, double> ? 3 : 4;
+template <typename H>
+constexpr int kGradientBlocks = std::is_same_v<H, float> ? 4 : 3;
+
+// CouplingOptions in the type of arithmetic.
+template <typename A>
+struct Options {
+  ScaleKind kind;
+  ScaleParameters<A> map;
+  A log_gain;
+  A direction;        // 1 from x to y, where log f = log s, or -1
+  Shift shift, back;  // of the direction, and of the reversible backward
+};
+
+// What a kernel reads and writes; T is the type of the data, H that of h.
+template <typename T, typename H>
+struct Views {
+  using A = compute_t<T>;
+  Tiling tiling;
+  Options<A> options;
+  View<const T> data;  // x or y
+  Pair<const H> h;     // raw scale and shift
+  View<const A> gain;
+  View<const T> grad;  // of the result
+  const A* grad_log_det;
+  View<T> result;  // of a map, or x for the reversible backward
+  View<T> grad_data;
+  Pair<H> grad_h;
+  A* log_det;          // where a tile is a whole sample,
+  double* log_scales;  // and elsewhere what each tile adds to it
+  double* grad_gain;   // (C, samples * tiles of positions): what tiles add to it
+};
+
+// log s of N elements and its derivative in u.
+template <typename A, int N>
+struct LogScales {
+  A value[N], in_u[N];
+};
+
+template <ScaleKind kind, int N, typename A>
+__device__ void map_scales(const Options<A>& options, const A (&u)[N], LogScales<A, N>& log_s) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const LogScale<A> mapped = log_scale<kind>(u[i], options.map, options.log_gain);
+    log_s.value[i] = mapped.value;
+    log_s.in_u[i] = mapped.derivative;
+  }
+}
+
+// Writes to `in_gain`, unless it is null or there is no gain, the derivatives in the learned gain: in shared memory,
+// so that kernels without a gain need no registers for them.
+template <int N, typename T, typename H, typename A>
+__device__ LogScales<A, N> log_scales(const Views<T, H>& views, const Tile& tile, const Spot& spot, const A (&u)[N],
+                                      A* in_gain) {
+  const Options<A>& options = views.options;
+  LogScales<A, N> log_s;
+  switch (options.kind) {
+    case ScaleKind::sigmoid:
+      map_scales<ScaleKind::sigmoid>(options, u, log_s);
+      break;
+    case ScaleKind::exp:
+      map_scales<ScaleKind::exp>(options, u, log_s);
+      break;
+    case ScaleKind::tanh:
+      map_scales<ScaleKind::tanh>(options, u, log_s);
+      break;
+    case ScaleKind::atan:
+      map_scales<ScaleKind::atan>(options, u, log_s);
+      break;
+    case ScaleKind::softsign:
+      map_scales<ScaleKind::softsign>(options, u, log_s);
+      break;
+    case ScaleKind::clip:
+      map_scales<ScaleKind::clip>(options, u, log_s);
+  }
+  if (views.gain.data != nullptr) {
+    A gain[N];
+    load(views.gain, tile, spot, gain);
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      if (in_gain != nullptr && i < spot.count) in_gain[i] = log_s.value[i];
+      log_s.value[i] *= gain[i];
+      log_s.in_u[i] *= gain[i];
+    }
+  }
+  if (options.map.floor > A(0)) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const A s = exponential(log_s.value[i]), floored = s + options.map.floor, share = s / floored;
+      log_s.value[i] = logarithm(floored);
+      log_s.in_u[i] *= share;
+      if (in_gain != nullptr && i < spot.count) in_gain[i] *= share;
+    }
+  }
+  return log_s;
+}
+
+template <typename T, typename H>
+__global__ void __launch_bounds__(kThreads, kTransformBlocks<H>) transform_kernel(const Views<T, H> views) {
+  using A = compute_t<T>;
+  constexpr int N = kVector<T, H>;
+  const Tile tile = views.tiling[blockIdx.x];
+  A total = 0;
+  for_each_spot<N>(tile, [&](const Spot& spot) {
+    const auto raw_data = fetch<N>(views.data, tile, spot);
+    A data[N], u[N], t[N];
+    load(views.h, tile, spot, u, t);
+    const LogScales<A, N> log_s = log_scales(views, tile, spot, u, static_cast<A*>(nullptr));
+    widen(raw_data, data);
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const A log_factor = views.options.direction * log_s.value[i];
+      if (i < spot.count) total += log_factor;
+      data[i] = mapped(views.options.shift, data[i], exponential(log_factor), t[i]);
+    }
+    store(views.result, tile, spot, data);
+  });
+  total = block_sum(total);
+  if (threadIdx.x != 0) return;
+  if (views.log_det != nullptr) {
+    views.log_det[tile.batch] = total;
+  } else {
+    views.log_scales[blockIdx.x] = total;
+  }
+}
+
+// What a tile adds to each of its channels: the sums of `values`, rows x columns in shared memory, over positions. A
+// warp takes a channel or, where there are many, a thread.
+template <typename A>
+__device__ void sum_channels(const Tiling& tiling, const Tile& tile, const A* values, double* parts) {
+  const bool inside = tiling.channels_inside;
+  const unsigned channels = inside ? tile.columns : tile.rows, positions = inside ? tile.rows : tile.columns;
+  const unsigned channel_stride = inside ? 1 : tile.columns, position_stride = inside ? tile.columns : 1;
+  // The tile is one of those that share its channels, sample after sample.
+  const unsigned in_sample = blockIdx.x % tiling.per_sample;
+  const unsigned tiles = inside ? tiling.row_tiles : tiling.column_tiles;
+  const unsigned index = inside ? in_sample / tiling.column_tiles : in_sample % tiling.column_tiles;
+  const int64_t per_channel = int64_t{tiling.batches} * tiles;
+  parts += (inside ? tile.column : tile.row) * per_channel + tile.batch * tiles + index;
+
+  const unsigned lanes = channels < kThreads ? 32 : 1, lane = threadIdx.x % lanes;
+  for (unsigned channel = threadIdx.x / lanes; channel < channels; channel += kThreads / lanes) {
+    A total = 0;
+    for (unsigned position = lane; position < positions; position += lanes) {
+      total += values[channel * channel_stride + position * position_stride];
+    }
+    if (lanes > 1) total = warp_sum(total);
+    if (lane == 0) parts[channel * per_channel] = total;
+  }
+}
+
+// The gradients; where there is a result to write, that is x.
+template <typename T, typename H>
+__global__ void __launch_bounds__(kThreads, kGradientBlocks<H>) gradient_kernel(const Views<T, H> views) {
+  using A = compute_t<T>;
+  constexpr int N = kVector<T, H>;
+  GLOW_KERNELS_DYNAMIC_SHARED(A, grad_gain);  // of every element of the tile
+  const Tile tile = views.tiling[blockIdx.x];
+  const Shift shift = views.options.shift, back = views.options.back;
+  const A direction = views.options.direction;
+  const A lambda = views.grad_log_det[tile.batch];
+  for_each_spot<N>(tile, [&](const Spot& spot) {
+    const auto raw_data = fetch<N>(views.data, tile, spot), raw_grad = fetch<N>(views.grad, tile, spot);
+    A data[N], grad[N], u[N], t[N];
+    load(views.h, tile, spot, u, t);
+    A* const in_gain = views.grad_gain ? grad_gain + spot.row * tile.columns + spot.column : nullptr;
+    const LogScales<A, N> log_s = log_scales(views, tile, spot, u, in_gain);
+    widen(raw_data, data);
+    widen(raw_grad, grad);
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const A in_log_s = direction * grad_log_factor(shift, data[i], t[i], grad[i], lambda);
+      u[i] = in_log_s * log_s.in_u[i];
+      if (in_gain != nullptr && i < spot.count) in_gain[i] *= in_log_s;
+    }
+    if (views.result.data != nullptr) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) data[i] = mapped(back, data[i], exponential(-log_s.value[i]), t[i]);
+      store(views.result, tile, spot, data);
+    }
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      data[i] = grad[i] * exponential(direction * log_s.value[i]);
+      t[i] = grad_shift(shift, grad[i], data[i]);
+    }
+    store(views.grad_data, tile, spot, data);
+    store(views.grad_h, tile, spot, u, t);
+  });
+  if (views.grad_gain == nullptr) return;
+  __syncthreads();
+  sum_channels(views.tiling, tile, grad_gain, views.grad_gain);
+}
+
+// One value for every channel.
+template <typename A>
+View<const A> view_of_gain(const std::optional<Tensor>& gain, const Tiling& tiling) {
+  if (!gain) return {};
+  const Planes planes{0, gain->size(0), 1, 0, gain->stride(0), 0};
+  return detail::view(gain->const_data_ptr<A>(), planes, tiling, 0, 1);
+}
+
+struct Arguments {
+  Tensor data, h;
+  std::optional<Tensor> gain, grad = {}, grad_log_det = {}, result = {}, grad_data = {}, grad_h = {};
+};
+
+template <typename A>
+Options<A> options_of(const CouplingOptions& options, bool inverse) {
+  const ScaleParameters<double>& map = options.map;
+  return {options.kind,
+          {A(map.slope), A(map.offset), A(map.gain), A(map.floor), A(map.low), A(map.high)},
+          options.kind == ScaleKind::sigmoid ? A(std::log(map.gain)) : A(0),
+          A(inverse ? -1 : 1),
+          shift_of(options.order, inverse),
+          shift_of(options.order, true)};
+}
+
+template <typename T, typename H>
+Views<T, H> views_of(const Arguments& arguments, const Tiling& tiling, const Options<compute_t<T>>& options,
+                     const CouplingLayout& layout) {
+  constexpr int N = kVector<T, H>;
+  using A = compute_t<T>;
+  const auto& lambda = arguments.grad_log_det;
+  return {tiling,
+          options,
+          readable<N, T>(arguments.data, tiling),
+          readable_pair<N, H>(arguments.h, tiling, layout.scale_first, layout.shift_first, layout.step),
+          view_of_gain<A>(arguments.gain, tiling),
+          readable<N, T>(arguments.grad, tiling),
+          lambda ? lambda->const_data_ptr<A>() : nullptr,
+          writable<N, T>(arguments.result, tiling),
+          writable<N, T>(arguments.grad_data, tiling),
+          writable_pair<N, H>(arguments.grad_h, tiling, layout.scale_first, layout.shift_first, layout.step),
+          nullptr,
+          nullptr,
+          nullptr};
+}
+
+template <bool is_inverse>
+std::tuple<Tensor, Tensor> transform(const Tensor& x, const Tensor& h, std::optional<Tensor> log_scale_gain,
+                                     std::string kind, std::vector<double> scale_parameters, std::string layout,
+                                     std::string order) {
+  check_coupling(x, h, log_scale_gain);
+  const CouplingOptions options = parse_options(kind, scale_parameters, order);
+  const CouplingLayout channels = parse_coupling_layout(layout, x.size(1));
+  const Launcher launch(x);
+  Tensor y = empty_output(x);
+  Arguments arguments{with_planes(x), with_planes(h), log_scale_gain};
+  arguments.result = y;
+  const Tiling tiling(planes_of(y), /*whole_samples=*/true);
+  return dispatch(x, h, [&]<typename T, typename H>() -> std::tuple<Tensor, Tensor> {
+    using A = compute_t<T>;
+    Tensor log_det = empty_vector(x.size(0), std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float, x);
+    Views<T, H> views = views_of<T, H>(arguments, tiling, options_of<A>(options, is_inverse), channels);
+    if (tiling.per_sample == 1) {
+      views.log_det = log_det.mutable_data_ptr<A>();
+      launch(tiling.size(), transform_kernel<T, H>, views);
+    } else {
+      const Tensor parts = empty_parts(tiling.size(), x);
+      views.log_scales = parts.mutable_data_ptr<double>();
+      launch(tiling.size(), transform_kernel<T, H>, views);
+      sum_rows(launch, parts, x.size(0), tiling.per_sample, log_det.mutable_data_ptr<A>());
+    }
+    return {y, log_det};
+  });
+}
+
+enum class Direction { backward, inverse_backward, reversible_backward };
+
+template <Direction direction>
+auto gradients(const Tensor& grad, const Tensor& grad_log_det, const Tensor& y, const Tensor& h,
+               std::optional<Tensor> log_scale_gain, std::string kind, std::vector<double> scale_parameters,
+               std::string layout, std::string order) {
+  check_coupling(y, h, log_scale_gain);
+  const CouplingOptions options = parse_options(kind, scale_parameters, order);
+  const CouplingLayout channels = parse_coupling_layout(layout, y.size(1));
+  const Launcher launch(y);
+  Tensor grad_x = empty_output(y), grad_h = empty_output(h);
+  Tensor grad_gain = empty_vector(log_scale_gain ? y.size(1) : 0, grad_log_det.scalar_type(), y);
+  Arguments arguments{with_planes(y), with_planes(h), log_scale_gain, with_planes(grad), as_contiguous(grad_log_det)};
+  arguments.grad_data = grad_x;
+  arguments.grad_h = grad_h;
+  if constexpr (direction == Direction::reversible_backward) arguments.result = empty_output(y);
+  const Tiling tiling(planes_of(grad_x));
+  dispatch(y, h, [&]<typename T, typename H>() {
+    using A = compute_t<T>;
+    constexpr bool is_inverse = direction == Direction::inverse_backward;
+    Views<T, H> views = views_of<T, H>(arguments, tiling, options_of<A>(options, is_inverse), channels);
+    if (!log_scale_gain) return launch(tiling.size(), gradient_kernel<T, H>, views);
+    const int64_t shared = int64_t{tiling.rows} * tiling.columns * sizeof(A);
+    const Tensor parts = empty_parts(y.size(1) * tiling.per_channel(), y);
+    views.grad_gain = parts.mutable_data_ptr<double>();
+    launch(tiling.size(), kThreads, shared, gradient_kernel<T, H>, views);
+    sum_rows(launch, parts, y.size(1), tiling.per_channel(), grad_gain.mutable_data_ptr<A>());
+  });
+  if constexpr (direction == Direction::reversible_backward) {
+    return std::tuple<Tensor, Tensor, Tensor, Tensor>{*arguments.result, grad_x, grad_h, grad_gain};
+  } else {
+    return std::tuple<Tensor, Tensor, Tensor>{grad_x, grad_h, grad_gain};
+  }
+}
+
+}  // namespace
+
+GLOW_KERNELS_CUDA_LIBRARY(m) {
+  m.impl("affine_coupling_forward_native", TORCH_BOX(&transform<false>));
+  m.impl("affine_coupling_inverse_native", TORCH_BOX(&transform<true>));
+  m.impl("affine_coupling_backward_native", TORCH_BOX(&gradients<Direction::backward>));
+  m.impl("affine_coupling_inverse_backward_native", TORCH_BOX(&gradients<Direction::inverse_backward>));
+  m.impl("affine_coupling_reversible_backward_native", TORCH_BOX(&gradients<Direction::reversible_backward>));
+}
+
+}  // namespace glow_kernels

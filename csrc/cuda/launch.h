@@ -1,0 +1,104 @@
+// Launching kernels on the device and the stream of a tensor. These are the only lines that tell nvcc from the host
+// shim of tests/cuda_host, which compiles the files of this folder as C++ and runs their kernels on the CPU.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <limits>
+
+#if defined(__CUDACC__)
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+// Registers operators for CUDA tensors.
+#define GLOW_KERNELS_CUDA_LIBRARY(module) STABLE_TORCH_LIBRARY_IMPL(glow_kernels, CUDA, module)
+// `name` is an array of `type` with these `dimensions`, [32] or [8][32], in shared memory.
+#define GLOW_KERNELS_SHARED(type, name, dimensions) __shared__ type name dimensions
+// `name` points to the shared memory that the launch asked for, aligned to 16 bytes.
+#define GLOW_KERNELS_DYNAMIC_SHARED(type, name)                                \
+  extern __shared__ __align__(16) unsigned char glow_kernels_dynamic_shared[]; \
+  type* const name = reinterpret_cast<type*>(glow_kernels_dynamic_shared)
+#else
+#define GLOW_KERNELS_CUDA_LIBRARY(module) STABLE_TORCH_LIBRARY_IMPL(glow_kernels, CPU, module)
+#define GLOW_KERNELS_SHARED(type, name, dimensions) CUDA_HOST_SHARED(type, name, dimensions)
+#define GLOW_KERNELS_DYNAMIC_SHARED(type, name) type* const name = static_cast<type*>(cuda_host::dynamic_shared())
+#endif
+
+namespace glow_kernels {
+
+// Threads of a block where nothing else is said, a multiple of a warp's 32.
+constexpr int kThreads = 256;
+
+inline void check_cuda(cudaError_t error, const char* what) {
+  STD_TORCH_CHECK(error == cudaSuccess, what, " failed: ", cudaGetErrorString(error));
+}
+
+// Makes the device of a tensor current as long as it lives, and launches on the stream that torch works on there.
+class Launcher {
+ public:
+#if defined(__CUDACC__)
+  explicit Launcher(const torch::stable::Tensor& x) : guard_(x.get_device_index()) {
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+#else
+  explicit Launcher(const torch::stable::Tensor&) {}
+#endif
+
+  // Runs kernel(arguments...) in `blocks` blocks of `threads` threads with `shared_bytes` of dynamic shared memory.
+  // `threads` must be a multiple of 32. Nothing happens where there are no blocks.
+  template <typename... P, typename... A>
+  void operator()(int64_t blocks, int threads, int64_t shared_bytes, void (*kernel)(P...),
+                  const A&... arguments) const {
+    if (blocks == 0) return;
+    STD_TORCH_CHECK(blocks <= std::numeric_limits<int32_t>::max(), "a launch has at most 2^31 - 1 blocks, not ",
+                    blocks);
+    const unsigned grid = static_cast<unsigned>(blocks), block = static_cast<unsigned>(threads);
+#if defined(__CUDACC__)
+    if (shared_bytes > 48 * 1024) {
+      check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                      cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
+                 "asking for shared memory");
+    }
+    kernel<<<grid, block, static_cast<size_t>(shared_bytes), stream_>>>(arguments...);
+    check_cuda(cudaGetLastError(), "launching a kernel");
+#else
+    cuda_host::launch(grid, block, static_cast<size_t>(shared_bytes), [&] { kernel(arguments...); });
+#endif
+  }
+
+  // The same with kThreads threads and no dynamic shared memory.
+  template <typename... P, typename... A>
+  void operator()(int64_t blocks, void (*kernel)(P...), const A&... arguments) const {
+    (*this)(blocks, kThreads, 0, kernel, arguments...);
+  }
+
+  // Blocks that the device runs at the same time: on each multiprocessor `most`, or fewer with this much shared memory.
+  int64_t resident_blocks(int64_t shared_bytes, int64_t most) const {
+#if defined(__CUDACC__)
+    int device = 0, multiprocessors = 0, room = 0;
+    check_cuda(cudaGetDevice(&device), "asking for the device");
+    check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
+               "asking for multiprocessors");
+    check_cuda(cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
+               "asking for shared memory");
+    const int64_t fit = room / (shared_bytes + 1024);  // every block takes 1 KiB more
+    return multiprocessors * (fit < 1 ? 1 : fit < most ? fit : most);
+#else
+    return shared_bytes > 64 * 1024 ? 1 : most;
+#endif
+  }
+
+ private:
+#if defined(__CUDACC__)
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_;
+#endif
+};
+
+}  // namespace glow_kernels

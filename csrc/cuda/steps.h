@@ -1,0 +1,93 @@
+// The parameters of many steps in one call, float or double, whose C x C work is in double: a block for every step.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "cuda/launch.h"
+#include "cuda/small_matrix.h"
+#include "glow_kernels/tensors.h"
+
+namespace glow_kernels {
+
+// More channels are left to the reference. support.py knows it.
+constexpr int64_t kMaxFoldChannels = 384;
+
+// Parameters or gradients of all steps, float or double: a branch that all threads agree on.
+struct Input {
+  const void* data = nullptr;
+  bool wide = false;
+
+  // Element of the step of this block, which has `size` of them.
+  __device__ double operator()(int64_t size, int64_t index) const {
+    index += blockIdx.x * size;
+    return wide ? static_cast<const double*>(data)[index] : static_cast<double>(static_cast<const float*>(data)[index]);
+  }
+};
+
+struct Output {
+  void* data = nullptr;
+  bool wide = false;
+
+  __device__ void operator()(int64_t size, int64_t index, double value) const {
+    index += blockIdx.x * size;
+    if (wide) {
+      static_cast<double*>(data)[index] = value;
+    } else {
+      static_cast<float*>(data)[index] = static_cast<float>(value);
+    }
+  }
+};
+
+// The matrices (*K, C, C) of a call, and contiguous versions of its tensors as long as it lasts.
+class Steps {
+ public:
+  explicit Steps(const Tensor& matrix) : matrix_(matrix), count_(1), n_(matrix.size(-1)) {
+    STD_TORCH_CHECK(matrix.dim() >= 2 && matrix.size(-2) == n_, "weight must be (*K, C, C)");
+    STD_TORCH_CHECK(n_ >= 1 && n_ <= kMaxFoldChannels, "the native backend folds 1 to ", kMaxFoldChannels,
+                    " channels on a GPU, got ", n_);
+    const ScalarType type = matrix.scalar_type();
+    STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, "parameters must be float32 or float64");
+    for (int64_t dimension = 0; dimension < matrix.dim() - 2; ++dimension) count_ *= matrix.size(dimension);
+  }
+
+  unsigned n() const { return static_cast<unsigned>(n_); }
+
+  // Of `size` numbers for every step.
+  Input input(const Tensor& tensor, int64_t size) {
+    STD_TORCH_CHECK(tensor.numel() == count_ * size && tensor.scalar_type() == matrix_.scalar_type(),
+                    "the sizes or the types of the parameters do not agree");
+    kept_.push_back(as_contiguous(tensor));
+    return {kept_.back().const_data_ptr(), wide()};
+  }
+  Output output(Tensor& tensor) const { return {tensor.mutable_data_ptr(), wide()}; }
+  Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes) const {
+    return torch::stable::empty(sizes, matrix_.scalar_type(), std::nullopt, matrix_.device());
+  }
+  Tensor empty_number() const {
+    const auto sizes = matrix_.sizes();
+    return empty(std::vector<int64_t>(sizes.begin(), sizes.end() - 2));
+  }
+  // A double matrix for every step.
+  double* memory() {
+    kept_.push_back(empty_parts(count_ * n_ * n_, matrix_));
+    return kept_.back().mutable_data_ptr<double>();
+  }
+  double* workspace() { return Elimination::fits(n_) ? nullptr : memory(); }
+
+  // Runs a kernel with this many doubles of shared memory, or with what an elimination takes besides.
+  template <typename A>
+  void run(const Launcher& launch, void (*kernel)(A), const A& arguments, int64_t doubles, bool eliminates) const {
+    const int64_t bytes = doubles * 8 + (eliminates ? Elimination::shared_bytes(n_) : 0);
+    launch(count_, matrix_threads(n_), bytes, kernel, arguments);
+  }
+
+ private:
+  bool wide() const { return matrix_.scalar_type() == ScalarType::Double; }
+
+  const Tensor& matrix_;
+  int64_t count_, n_;
+  std::vector<Tensor> kept_;
+};
+
+}  // namespace glow_kernels

@@ -1,0 +1,289 @@
+// Tiles: the unit of work of a block. A tile is some rows and columns of one sample of (B, C, *spatial); rows and
+// columns are channels and positions, or the other way round, whichever makes the columns lie next to each other.
+// Threads take N neighbouring columns at a time.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <optional>
+
+#include "glow_kernels/math.h"
+#include "glow_kernels/tensors.h"
+
+namespace glow_kernels {
+
+// Elements of a tile: many in large tensors, few in small ones, which would leave multiprocessors idle otherwise.
+constexpr int64_t kLargeTile = 4096, kSmallTile = 1024;
+constexpr int64_t kManyTiles = 1024;
+
+// Columns that a thread takes at a time: 16 bytes of the narrowest type.
+template <typename... T>
+constexpr int kVector = 16 / std::min({sizeof(T)...});
+
+struct Tile {
+  unsigned batch, row, column, rows, columns;
+};
+
+// N columns of one row of a tile, of which `count` exist.
+struct Spot {
+  unsigned row, column;
+  int count;
+};
+
+// All tiles of a tensor, sample after sample, in an order that depends on its sizes alone.
+struct Tiling {
+  bool channels_inside;  // whether the columns are channels
+  unsigned outer, inner, batches;
+  unsigned rows, columns, row_tiles, column_tiles, per_sample;
+
+  // With `whole_samples` a tile is a sample wherever that fits, so that a sum over a sample takes no second kernel.
+  explicit Tiling(const Planes& planes, bool whole_samples = false)
+      : channels_inside(planes.positions == 1 || planes.position_stride != 1) {
+    const int64_t down = channels_inside ? planes.positions : planes.channels;
+    const int64_t across = channels_inside ? planes.channels : planes.positions;
+    const bool many = planes.batches * down * across >= kManyTiles * kLargeTile;
+    const bool whole = whole_samples && down * across <= kLargeTile;
+    const int64_t tile = many || whole ? kLargeTile : kSmallTile;
+    columns = static_cast<unsigned>(std::clamp<int64_t>(across, 1, tile));
+    rows = static_cast<unsigned>(std::clamp<int64_t>(down, 1, tile / columns));
+    const int64_t row_count = (down + rows - 1) / rows, column_count = (across + columns - 1) / columns;
+    constexpr int64_t limit = int64_t{1} << 31;
+    STD_TORCH_CHECK(down < limit && across < limit && planes.batches < limit &&
+                        row_count * column_count * std::max<int64_t>(1, planes.batches) < limit,
+                    "the tensor is too large");
+    outer = static_cast<unsigned>(down);
+    inner = static_cast<unsigned>(across);
+    batches = static_cast<unsigned>(planes.batches);
+    row_tiles = static_cast<unsigned>(row_count);
+    column_tiles = static_cast<unsigned>(column_count);
+    per_sample = row_tiles * column_tiles;
+  }
+
+  int64_t size() const { return int64_t{batches} * per_sample; }
+  // Tiles that share a channel.
+  int64_t per_channel() const { return int64_t{batches} * (channels_inside ? row_tiles : column_tiles); }
+
+  // In 32 bits, since all threads of a block divide here.
+  __device__ Tile operator[](unsigned index) const {
+    const unsigned batch = index / per_sample, in_sample = index - batch * per_sample;
+    const unsigned down = in_sample / column_tiles, across = in_sample - down * column_tiles;
+    const unsigned row = down * rows, column = across * columns;
+    return {batch, row, column, least(rows, outer - row), least(columns, inner - column)};
+  }
+
+ private:
+  static __device__ unsigned least(unsigned a, unsigned b) { return a < b ? a : b; }
+};
+
+// Calls f(spot) for all columns of a tile, N at a time, spread over the threads of the block.
+template <int N, typename F>
+__device__ void for_each_spot(const Tile& tile, const F& f) {
+  const unsigned per_row = (tile.columns + N - 1) / N;
+  // Divisions are for a thread and not for every spot: they take as long as a few elements do.
+  const unsigned rows = blockDim.x / per_row, rest = blockDim.x - rows * per_row;
+  unsigned row = threadIdx.x / per_row, in_row = threadIdx.x - row * per_row;
+  while (row < tile.rows) {
+    const unsigned column = in_row * N;
+    f(Spot{row, column, tile.columns - column < N ? static_cast<int>(tile.columns - column) : N});
+    row += rows;
+    in_row += rest;
+    if (in_row >= per_row) {
+      in_row -= per_row;
+      ++row;
+    }
+  }
+}
+
+// A tensor as a tiling walks through it; strides count elements, `data` is null for none. Strides inside a sample have
+// 32 bits, so that an address takes few instructions; products of theirs have 64.
+template <typename T>
+struct View {
+  T* data = nullptr;
+  int64_t batch_stride = 0;
+  unsigned row_stride = 0, column_stride = 0;
+  bool vectors = false;  // whether N columns at a time lie together and are aligned
+
+  // The place of a spot, whose columns lie `step` elements from each other.
+  __device__ T* at(const Tile& tile, const Spot& spot, unsigned step) const {
+    return data + tile.batch * batch_stride + uint64_t{tile.row + spot.row} * row_stride +
+           uint64_t{tile.column + spot.column} * step;
+  }
+};
+
+// Two views into the same tensor, such as the scales and the shifts in h.
+template <typename T>
+struct Pair {
+  View<T> first, second;
+  int together =
+      0;  // 1 where both alternate and 2 N columns at a time lie together and are aligned; -1 the second first
+};
+
+namespace detail {
+
+// Strides mean nothing where there is nothing to step to.
+inline unsigned narrow_stride(int64_t stride, unsigned count) {
+  if (count <= 1) return 0;
+  STD_TORCH_CHECK(stride <= std::numeric_limits<unsigned>::max(), "a stride of ", stride, " elements is too large");
+  return static_cast<unsigned>(stride);
+}
+
+template <typename T>
+bool starts_vectors(const T* data, int64_t batch_stride, int64_t row_stride, const Tiling& tiling, int width) {
+  const bool aligned = reinterpret_cast<uintptr_t>(data) % std::min<size_t>(16, width * sizeof(T)) == 0;
+  return aligned && (tiling.batches <= 1 || batch_stride % width == 0) &&
+         (tiling.outer <= 1 || row_stride % width == 0);
+}
+
+template <typename T>
+View<T> view(T* data, const Planes& planes, const Tiling& tiling, int64_t first, int64_t step) {
+  const int64_t channel = step * planes.channel_stride, position = planes.position_stride;
+  return {data + first * planes.channel_stride, planes.batch_stride,
+          narrow_stride(tiling.channels_inside ? position : channel, tiling.outer),
+          narrow_stride(tiling.channels_inside ? channel : position, tiling.inner), false};
+}
+
+template <int N, typename T>
+View<T> with_vectors(View<T> view, const Tiling& tiling) {
+  view.vectors = view.column_stride == 1 && starts_vectors(view.data, view.batch_stride, view.row_stride, tiling, N);
+  return view;
+}
+
+template <int N, typename T>
+Pair<T> pair(T* data, const Planes& planes, const Tiling& tiling, int64_t first, int64_t second, int64_t step) {
+  Pair<T> pair{view(data, planes, tiling, first, step), view(data, planes, tiling, second, step), 0};
+  const View<T>& lower = first < second ? pair.first : pair.second;
+  if (step == 2 && lower.column_stride == 2 && planes.channel_stride == 1 &&
+      starts_vectors(lower.data, lower.batch_stride, lower.row_stride, tiling, 2 * N)) {
+    pair.together = first < second ? 1 : -1;
+  }
+  pair.first = with_vectors<N>(pair.first, tiling);
+  pair.second = with_vectors<N>(pair.second, tiling);
+  return pair;
+}
+
+// Copies N elements, 16 bytes at a time, between memory that is aligned to that and registers.
+template <int N, typename T>
+__device__ void copy(T* to, const T* from) {
+  constexpr int bytes = N * static_cast<int>(sizeof(T));
+  using Chunk = std::conditional_t<bytes % 16 == 0, uint4, std::conditional_t<bytes % 8 == 0, uint2, unsigned>>;
+  static_assert(bytes % sizeof(Chunk) == 0);
+#pragma unroll
+  for (unsigned i = 0; i < bytes / sizeof(Chunk); ++i) {
+    reinterpret_cast<Chunk*>(to)[i] = reinterpret_cast<const Chunk*>(from)[i];
+  }
+}
+
+}  // namespace detail
+
+// Views that kernels read and write. A pair is that of channels `first + step * c` and `second + step * c`.
+template <int N, typename T>
+View<const T> readable(const std::optional<Tensor>& x, const Tiling& tiling) {
+  if (!x) return {};
+  return detail::with_vectors<N>(detail::view(x->const_data_ptr<T>(), planes_of(*x), tiling, 0, 1), tiling);
+}
+
+template <int N, typename T>
+View<T> writable(const std::optional<Tensor>& x, const Tiling& tiling) {
+  if (!x) return {};
+  return detail::with_vectors<N>(detail::view(x->mutable_data_ptr<T>(), planes_of(*x), tiling, 0, 1), tiling);
+}
+
+template <int N, typename T>
+Pair<const T> readable_pair(const Tensor& h, const Tiling& tiling, int64_t first, int64_t second, int64_t step) {
+  return detail::pair<N>(h.const_data_ptr<T>(), planes_of(h), tiling, first, second, step);
+}
+
+template <int N, typename T>
+Pair<T> writable_pair(const std::optional<Tensor>& h, const Tiling& tiling, int64_t first, int64_t second,
+                      int64_t step) {
+  if (!h) return {};
+  return detail::pair<N>(h->mutable_data_ptr<T>(), planes_of(*h), tiling, first, second, step);
+}
+
+// N elements in registers, as they stand in memory.
+template <typename T, int N>
+struct alignas(16) Raw {
+  T values[N];
+};
+
+// The elements at a spot; 0 beyond its count. A thread that fetches all it needs before it widens any waits once.
+template <int N, typename T>
+__device__ Raw<T, N> fetch(const View<const T>& view, const Tile& tile, const Spot& spot) {
+  Raw<T, N> raw;
+  if (view.vectors && spot.count == N) {
+    detail::copy<N>(raw.values, view.at(tile, spot, 1));
+  } else {
+    const T* from = view.at(tile, spot, view.column_stride);
+#pragma unroll
+    for (int i = 0; i < N; ++i) raw.values[i] = i < spot.count ? from[int64_t{i} * view.column_stride] : T(0);
+  }
+  return raw;
+}
+
+// The same elements in the type of arithmetic.
+template <int N, typename T, typename A>
+__device__ void widen(const Raw<T, N>& raw, A (&values)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) values[i] = static_cast<A>(raw.values[i]);
+}
+
+template <int N, typename T, typename A>
+__device__ void load(const View<const T>& view, const Tile& tile, const Spot& spot, A (&values)[N]) {
+  widen(fetch<N>(view, tile, spot), values);
+}
+
+template <int N, typename T, typename A>
+__device__ void store(const View<T>& view, const Tile& tile, const Spot& spot, const A (&values)[N]) {
+  if (view.vectors && spot.count == N) {
+    Raw<T, N> raw;
+#pragma unroll
+    for (int i = 0; i < N; ++i) raw.values[i] = static_cast<T>(values[i]);
+    detail::copy<N>(view.at(tile, spot, 1), raw.values);
+    return;
+  }
+  T* to = view.at(tile, spot, view.column_stride);
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    if (i < spot.count) to[int64_t{i} * view.column_stride] = static_cast<T>(values[i]);
+  }
+}
+
+template <int N, typename T, typename A>
+__device__ void load(const Pair<const T>& pair, const Tile& tile, const Spot& spot, A (&first)[N], A (&second)[N]) {
+  if (pair.together != 0 && spot.count == N) {
+    const View<const T>& lower = pair.together > 0 ? pair.first : pair.second;
+    Raw<T, 2 * N> raw;
+    detail::copy<2 * N>(raw.values, lower.at(tile, spot, 2));
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const A even = static_cast<A>(raw.values[2 * i]), odd = static_cast<A>(raw.values[2 * i + 1]);
+      first[i] = pair.together > 0 ? even : odd;
+      second[i] = pair.together > 0 ? odd : even;
+    }
+    return;
+  }
+  const Raw<T, N> raw_first = fetch<N>(pair.first, tile, spot), raw_second = fetch<N>(pair.second, tile, spot);
+  widen(raw_first, first);
+  widen(raw_second, second);
+}
+
+template <int N, typename T, typename A>
+__device__ void store(const Pair<T>& pair, const Tile& tile, const Spot& spot, const A (&first)[N],
+                      const A (&second)[N]) {
+  if (pair.together != 0 && spot.count == N) {
+    const View<T>& lower = pair.together > 0 ? pair.first : pair.second;
+    Raw<T, 2 * N> raw;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      raw.values[2 * i] = static_cast<T>(pair.together > 0 ? first[i] : second[i]);
+      raw.values[2 * i + 1] = static_cast<T>(pair.together > 0 ? second[i] : first[i]);
+    }
+    detail::copy<2 * N>(lower.at(tile, spot, 2), raw.values);
+    return;
+  }
+  store(pair.first, tile, spot, first);
+  store(pair.second, tile, spot, second);
+}
+
+}  // namespace glow_kernels

@@ -1,0 +1,99 @@
+// Tensors as operators get and make them, on any device: (B, C, *spatial) as batches of C x P planes, and their types.
+#pragma once
+
+#include <torch/csrc/stable/device.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <optional>
+
+#include "glow_kernels/types.h"
+
+namespace glow_kernels {
+
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// The planes of x, unless its spatial dimensions do not collapse into one.
+inline std::optional<Planes> try_planes(const Tensor& x) {
+  Planes planes{x.size(0), x.size(1), 1, x.stride(0), x.stride(1), 1};
+  // Strides mean nothing where there is no element.
+  const bool empty = x.numel() == 0;
+  for (int64_t dimension = x.dim() - 1; dimension >= 2; --dimension) {
+    const int64_t size = x.size(dimension);
+    if (size == 1) continue;
+    if (planes.positions == 1) {
+      planes.position_stride = x.stride(dimension);
+    } else if (!empty && x.stride(dimension) != planes.position_stride * planes.positions) {
+      return std::nullopt;
+    }
+    planes.positions *= size;
+  }
+  return planes;
+}
+
+// x itself or, where its positions do not lie at one stride, a contiguous copy.
+inline Tensor with_planes(const Tensor& x) { return try_planes(x) ? x : torch::stable::contiguous(x); }
+
+inline Planes planes_of(const Tensor& x) { return *try_planes(x); }
+
+// x itself or, where it is not contiguous, a contiguous copy. Asking first is cheaper than a call that does nothing.
+inline Tensor as_contiguous(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+
+// An uninitialised tensor with the shape of x, channels last if x is and contiguous otherwise; the rule is that of
+// output_format in glow_kernels/backends/numerics.py.
+inline Tensor empty_output(const Tensor& x) {
+  MemoryFormat format = MemoryFormat::Contiguous;
+  const bool channels_last = x.dim() >= 4 && x.size(1) > 1 && x.stride(1) == 1 && !x.is_contiguous();
+  if (channels_last) format = x.dim() == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::ChannelsLast3d;
+  return torch::stable::empty(x.sizes(), x.scalar_type(), std::nullopt, x.device(), std::nullopt, format);
+}
+
+inline Tensor empty_vector(int64_t size, ScalarType type, const Tensor& like) {
+  return torch::stable::empty({size}, type, std::nullopt, like.device());
+}
+
+// Calls f.operator()<T>() with the type of x.
+template <typename F>
+auto dispatch(const Tensor& x, const F& f) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return f.template operator()<float>();
+    case ScalarType::BFloat16:
+      return f.template operator()<BFloat16>();
+    case ScalarType::Half:
+      return f.template operator()<Half>();
+    default:
+      STD_TORCH_CHECK(x.scalar_type() == ScalarType::Double, "unsupported type of x");
+      return f.template operator()<double>();
+  }
+}
+
+// Calls f.operator()<T, H>() with the types of x and h.
+template <typename F>
+auto dispatch(const Tensor& x, const Tensor& h, const F& f) {
+  const ScalarType type = x.scalar_type(), h_type = h.scalar_type();
+  if (type == ScalarType::Float && h_type == ScalarType::Float) return f.template operator()<float, float>();
+  if (type == ScalarType::Float && h_type == ScalarType::BFloat16) return f.template operator()<float, BFloat16>();
+  if (type == ScalarType::Float && h_type == ScalarType::Half) return f.template operator()<float, Half>();
+  if (type == ScalarType::BFloat16 && h_type == type) return f.template operator()<BFloat16, BFloat16>();
+  if (type == ScalarType::Half && h_type == type) return f.template operator()<Half, Half>();
+  STD_TORCH_CHECK(type == ScalarType::Double && h_type == type, "unsupported types of x and h");
+  return f.template operator()<double, double>();
+}
+
+// h must be (B, 2 C, *spatial) for this x.
+inline void check_conditioning(const Tensor& x, const Tensor& h) {
+  STD_TORCH_CHECK(x.dim() >= 2 && h.dim() == x.dim() && h.size(1) == 2 * x.size(1),
+                  "h must have twice the channels of x");
+  for (int64_t dimension = 0; dimension < x.dim(); ++dimension) {
+    STD_TORCH_CHECK(dimension == 1 || h.size(dimension) == x.size(dimension),
+                    "h must have the shape of x but for dim 1");
+  }
+}
+
+}  // namespace glow_kernels

@@ -1,0 +1,56 @@
+"""CUDA C++ or Triton for a tensor on a GPU: whichever was measured to be faster for this operator and size.
+
+``faster/<model>.json`` beside this file, which ``glow-kernels tune`` writes, has for every operator a list of pairs: a
+number of elements and the faster backend up to there. Beyond, and without a table, Triton is first, and CUDA C++
+computes what Triton does not take.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TABLES = Path(__file__).parent / "faster"
+
+Table = dict[str, list[tuple[int, str]]]
+
+
+def first(candidates: tuple[str, ...], operator: str, args: tuple[Any, ...]) -> tuple[str, ...]:
+    """``candidates`` for these arguments, with the faster of CUDA C++ and Triton first if both are among them."""
+    x = args[0]
+    if x.is_cpu or not x.is_cuda or "native" not in candidates or "triton" not in candidates:
+        return candidates
+    size = elements(args)
+    backend = next((name for limit, name in _measured(operator, x.get_device()) if size <= limit), "triton")
+    return (backend, *(name for name in candidates if name != backend))
+
+
+def elements(args: tuple[Any, ...]) -> int:
+    """What tables count: the elements of the largest tensor among the first three arguments."""
+    return max(x.numel() for x in args[:3] if isinstance(x, Tensor))
+
+
+def _measured(operator: str, index: int) -> tuple[tuple[int, str], ...]:
+    return tuple((limit, name) for limit, name in _table(torch.cuda.get_device_name(index)).get(operator, ()))
+
+
+# Constant while the process lives, and beyond what torch.compile can trace; a cached function it would trace.
+_measured._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _table(model: str) -> Table:
+    path = TABLES / f"{table_name(model)}.json"
+    table: Table = json.loads(path.read_text()) if path.exists() else {}
+    return table
+
+
+def table_name(model: str) -> str:
+    """Name of the file for a GPU, ``NVIDIA H100 80GB HBM3`` -> ``nvidia_h100_80gb_hbm3``."""
+    return re.sub(r"[^a-z0-9]+", "_", model.lower()).strip("_")

@@ -1,0 +1,244 @@
+// Blocks of threads on the CPU: the schedule, barriers, what the lanes of a warp exchange, and shared memory.
+#include <algorithm>
+#include <cstdlib>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <numeric>
+#include <random>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cuda_runtime.h"
+#include "fibre.h"
+
+uint3 threadIdx, blockIdx;
+dim3 blockDim, gridDim;
+
+namespace cuda_host {
+namespace {
+
+constexpr unsigned kWarp = 32;
+
+enum class State { ready, at_barrier, exchanging, done };
+
+struct Thread {
+  State state = State::ready;
+  Fibre* fibre = nullptr;
+  Place place{};  // where it waits
+  Exchange exchange{};
+  unsigned mask = 0, source = 0;
+  uint64_t value = 0;  // what it gives, then what it gets
+};
+
+// The order in which blocks and threads run: as they are numbered (0), backwards (1) or any (2 and more).
+class Schedule {
+ public:
+  // The seed is GLOW_KERNELS_SCHEDULE; without it every launch has the next one.
+  Schedule() {
+    static unsigned long launches = 0;
+    const char* text = std::getenv("GLOW_KERNELS_SCHEDULE");
+    seed_ = text ? std::strtoul(text, nullptr, 10) : launches++;
+    random_.seed(static_cast<std::mt19937::result_type>(seed_));
+  }
+  void arrange(std::vector<unsigned>& order) {
+    std::iota(order.begin(), order.end(), 0u);
+    if (seed_ == 1) std::reverse(order.begin(), order.end());
+    if (seed_ > 1) std::shuffle(order.begin(), order.end(), random_);
+  }
+  bool changes() const { return seed_ > 1; }
+  unsigned long seed() const { return seed_; }
+
+ private:
+  unsigned long seed_;
+  std::mt19937 random_;
+};
+
+class Block {
+ public:
+  Block(unsigned threads, size_t shared_bytes, const std::function<void()>& body)
+      : body_(body), shared_bytes_(shared_bytes), threads_(threads), order_(threads) {}
+
+  void run(Schedule& schedule);
+
+  // These are called by the threads.
+  void wait(Place place, State state) {
+    Thread& thread = threads_[threadIdx.x];
+    thread.place = place;
+    thread.state = state;
+    thread.fibre->pause();
+  }
+  uint64_t exchange(Place place, Exchange exchange, unsigned mask, uint64_t value, unsigned source) {
+    Thread& thread = threads_[threadIdx.x];
+    thread.exchange = exchange;
+    thread.mask = mask;
+    thread.value = value;
+    thread.source = source;
+    wait(place, State::exchanging);
+    return thread.value;
+  }
+  void* shared_memory(const void* key, size_t bytes) {
+    std::unique_ptr<char[]>& memory = shared_[key];
+    if (!memory) {
+      memory.reset(new char[bytes]);           // aligned to 16 bytes as all that new gives
+      std::memset(memory.get(), 0xff, bytes);  // NaN in every type
+    }
+    return memory.get();
+  }
+  size_t shared_bytes() const { return shared_bytes_; }
+
+ private:
+  void go_on(unsigned index);
+  void after(unsigned index);
+  void finish_exchange(unsigned index);
+  [[noreturn]] void complain() const;
+
+  unsigned long seed_ = 0;
+  const std::function<void()>& body_;
+  size_t shared_bytes_;
+  std::vector<Thread> threads_;
+  std::vector<unsigned> order_;
+  std::vector<Fibre*> resting_;  // fibres without a thread
+  std::map<const void*, std::unique_ptr<char[]>> shared_;
+  unsigned waiting_ = 0, done_ = 0;  // threads at a barrier, and those that have returned
+};
+
+std::mutex only_one;
+Block* running = nullptr;
+std::vector<std::unique_ptr<Fibre>> fibres;
+
+void Block::run(Schedule& schedule) {
+  std::fill(threads_.begin(), threads_.end(), Thread{});
+  shared_.clear();
+  waiting_ = done_ = 0;
+  resting_.clear();
+  for (const auto& fibre : fibres) resting_.push_back(fibre.get());
+  schedule.arrange(order_);
+  seed_ = schedule.seed();
+  running = this;
+  while (done_ < threads_.size()) {
+    bool progress = false;
+    for (const unsigned index : order_) {
+      if (threads_[index].state != State::ready) continue;
+      progress = true;
+      go_on(index);
+      after(index);
+    }
+    if (!progress) complain();
+    if (schedule.changes()) schedule.arrange(order_);
+  }
+}
+
+void Block::go_on(unsigned index) {
+  Thread& thread = threads_[index];
+  threadIdx = {index, 0, 0};
+  if (thread.fibre != nullptr) return thread.fibre->resume();
+  if (resting_.empty()) {
+    fibres.push_back(std::make_unique<Fibre>());
+    resting_.push_back(fibres.back().get());
+  }
+  thread.fibre = resting_.back();
+  resting_.pop_back();
+  thread.fibre->start(
+      [](void* block) {
+        auto* self = static_cast<Block*>(block);
+        self->body_();
+        self->threads_[threadIdx.x].state = State::done;
+      },
+      this);
+}
+
+// Lets those go on for whom the thread that has just paused was the last.
+void Block::after(unsigned index) {
+  const State state = threads_[index].state;
+  if (state == State::done) {
+    resting_.push_back(threads_[index].fibre);
+    ++done_;
+  } else if (state == State::exchanging) {
+    finish_exchange(index);
+  } else if (state == State::at_barrier && ++waiting_ == threads_.size()) {
+    const Place& first = threads_[0].place;
+    for (Thread& thread : threads_) {
+      if (thread.place.line != first.line || thread.place.file != first.file) complain();
+    }
+    for (Thread& thread : threads_) thread.state = State::ready;
+    waiting_ = 0;
+  }
+}
+
+void Block::finish_exchange(unsigned index) {
+  const unsigned mask = threads_[index].mask, first = index / kWarp * kWarp;
+  uint64_t values[kWarp] = {}, votes = 0;
+  for (unsigned lane = 0; lane < kWarp; ++lane) {
+    if ((mask >> lane & 1) == 0) continue;
+    const Thread& other = threads_[first + lane];
+    const bool same = other.state == State::exchanging && other.exchange == threads_[index].exchange &&
+                      other.mask == mask && other.place.line == threads_[index].place.line;
+    if (!same) return;
+    values[lane] = other.value;
+    votes |= static_cast<uint64_t>(other.value != 0) << lane;
+  }
+  for (unsigned lane = 0; lane < kWarp; ++lane) {
+    if ((mask >> lane & 1) == 0) continue;
+    Thread& thread = threads_[first + lane];
+    if (thread.exchange == Exchange::shuffle && (mask >> thread.source & 1) == 0) {
+      throw std::runtime_error("a lane shuffles from a lane that is not in the mask");
+    }
+    thread.value = thread.exchange == Exchange::vote ? votes : values[thread.source];
+    thread.state = State::ready;
+  }
+}
+
+void Block::complain() const {
+  std::ostringstream text;
+  text << "block " << blockIdx.x << " of " << gridDim.x << " waits for ever (GLOW_KERNELS_SCHEDULE=" << seed_ << "):";
+  // A line for every place where threads wait, and the first thread there.
+  std::map<std::string, std::pair<unsigned, unsigned>> places;
+  for (unsigned index = 0; index < threads_.size(); ++index) {
+    const Thread& thread = threads_[index];
+    std::ostringstream place;
+    if (thread.state == State::done) {
+      place << "returned";
+    } else {
+      place << (thread.state == State::at_barrier ? "at __syncthreads() in " : "for their warp in ")
+            << thread.place.file << ':' << thread.place.line;
+    }
+    const auto added = places.emplace(place.str(), std::make_pair(index, 0u)).first;
+    ++added->second.second;
+  }
+  for (const auto& [place, who] : places) {
+    text << "\n  " << who.second << " threads, the first of them " << who.first << ", " << place;
+  }
+  throw std::runtime_error(text.str());
+}
+
+}  // namespace
+
+void launch(unsigned blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& thread) {
+  if (threads == 0 || threads % kWarp != 0 || threads > 1024) {
+    throw std::runtime_error("a block has 32 to 1024 threads, a multiple of 32, not " + std::to_string(threads));
+  }
+  if (shared_bytes > 227 * 1024) throw std::runtime_error("a block has at most 227 KiB of shared memory");
+  const std::lock_guard<std::mutex> lock(only_one);
+  Schedule schedule;
+  std::vector<unsigned> order(blocks);
+  schedule.arrange(order);
+  gridDim = {blocks, 1, 1};
+  blockDim = {threads, 1, 1};
+  Block block(threads, shared_bytes, thread);
+  for (const unsigned index : order) {
+    blockIdx = {index, 0, 0};
+    block.run(schedule);
+  }
+}
+
+void* shared_memory(const void* key, size_t bytes) { return running->shared_memory(key, bytes); }
+void* dynamic_shared() { return running->shared_memory(nullptr, running->shared_bytes()); }
+void barrier(Place place) { running->wait(place, State::at_barrier); }
+uint64_t exchange(Place place, Exchange exchange, unsigned mask, uint64_t value, unsigned source) {
+  return running->exchange(place, exchange, mask, value, source);
+}
+
+}  // namespace cuda_host

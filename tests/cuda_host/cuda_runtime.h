@@ -1,0 +1,115 @@
+// Stands in for CUDA's own header, so that the files of csrc/cuda compile as C++ and their kernels run on the CPU.
+//
+// A block's threads are fibres of one thread of the CPU. Each runs until it waits for others, at __syncthreads() or at
+// a shuffle or vote of its warp; who runs next is up to the schedule, which GLOW_KERNELS_SCHEDULE seeds. So a barrier
+// that is missing lets a thread read what another has not written yet. Shared memory is NaN until it is written.
+// Threads that wait for ever are an error that says who waits where.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+
+struct uint3 {
+  unsigned x, y, z;
+};
+using dim3 = uint3;
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(16) double2 {
+  double x, y;
+};
+
+using cudaError_t = int;
+using cudaStream_t = void*;
+constexpr cudaError_t cudaSuccess = 0;
+inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
+
+// Of the fibre that runs.
+extern uint3 threadIdx, blockIdx;
+extern dim3 blockDim, gridDim;
+
+namespace cuda_host {
+
+// Runs `thread` once for every thread of every block. Throws where threads of a block wait for ever.
+void launch(unsigned blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& thread);
+
+// Memory that the threads of a block share: one piece for every `key`, of this size, until the block ends.
+void* shared_memory(const void* key, size_t bytes);
+void* dynamic_shared();
+
+struct Place {
+  const char* file;
+  int line;
+};
+
+void barrier(Place place);
+
+enum class Exchange { shuffle, vote, barrier };
+
+// Waits until all lanes of `mask` have called it with the same `exchange` and `mask`. Returns the value of lane
+// `source` of a shuffle, or for a vote a bit for every lane whose value was not 0.
+uint64_t exchange(Place place, Exchange exchange, unsigned mask, uint64_t value, unsigned source);
+
+template <typename T>
+T shuffle(Place place, unsigned mask, T value, unsigned source) {
+  static_assert(sizeof(T) <= sizeof(uint64_t));
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  bits = exchange(place, Exchange::shuffle, mask, bits, source);
+  std::memcpy(&value, &bits, sizeof(T));
+  return value;
+}
+
+inline unsigned lane() { return threadIdx.x % 32; }
+
+}  // namespace cuda_host
+
+#define CUDA_HOST_PLACE (::cuda_host::Place{__FILE__, __LINE__})
+#define CUDA_HOST_SHARED(type, name, dimensions) \
+  static const char name##_key = 0;              \
+  typedef type name##_array dimensions;          \
+  name##_array& name = *static_cast<name##_array*>(::cuda_host::shared_memory(&name##_key, sizeof(name##_array)))
+
+#define __syncthreads() ::cuda_host::barrier(CUDA_HOST_PLACE)
+#define __syncwarp(...) ::cuda_host::sync_warp(CUDA_HOST_PLACE, ##__VA_ARGS__)
+#define __shfl_sync(mask, value, source) ::cuda_host::shuffle(CUDA_HOST_PLACE, mask, value, (source) % 32u)
+#define __shfl_xor_sync(mask, value, distance) \
+  ::cuda_host::shuffle(CUDA_HOST_PLACE, mask, value, ::cuda_host::lane() ^ static_cast<unsigned>(distance))
+// Beyond the warp's end a lane keeps its own value.
+#define __shfl_down_sync(mask, value, distance) \
+  ::cuda_host::shuffle(CUDA_HOST_PLACE, mask, value, ::cuda_host::down(static_cast<unsigned>(distance)))
+#define __shfl_up_sync(mask, value, distance) \
+  ::cuda_host::shuffle(CUDA_HOST_PLACE, mask, value, ::cuda_host::up(static_cast<unsigned>(distance)))
+#define __ballot_sync(mask, predicate) ::cuda_host::vote(CUDA_HOST_PLACE, mask, predicate)
+#define __any_sync(mask, predicate) (::cuda_host::vote(CUDA_HOST_PLACE, mask, predicate) != 0)
+#define __all_sync(mask, predicate) (::cuda_host::vote(CUDA_HOST_PLACE, mask, predicate) == (mask))
+
+namespace cuda_host {
+
+inline unsigned down(unsigned distance) { return lane() + distance < 32 ? lane() + distance : lane(); }
+inline unsigned up(unsigned distance) { return lane() >= distance ? lane() - distance : lane(); }
+inline unsigned vote(Place place, unsigned mask, bool predicate) {
+  return static_cast<unsigned>(exchange(place, Exchange::vote, mask, predicate, lane()));
+}
+inline void sync_warp(Place place, unsigned mask = 0xffffffffu) { exchange(place, Exchange::barrier, mask, 0, lane()); }
+
+}  // namespace cuda_host
