@@ -40,7 +40,7 @@ def stages(results: Path) -> list[Stage]:
         Stage("build", [python, "setup.py", "--quiet", "build_ext", "--inplace"], 100),
         Stage("info", [python, "-m", "glow_kernels", "info"], 10),
         Stage("cuda tests", [*pytest, f"native {plain}", *OPERATOR_TESTS, "tests/test_cuda_gpu.py"], 50),
-        Stage("triton tests", [*pytest, f"triton {plain}", *OPERATOR_TESTS], 60),
+        Stage("triton tests", [*pytest, f"triton {plain}", *OPERATOR_TESTS, "tests/test_triton_gpu.py"], 60),
         Stage("operators", [*bench, "operators", "--quick", "--device", "cuda", "--output", str(results)], 90),
         Stage("models", [*bench, "models", "--quick", "--device", "cuda", "--output", str(results)], 60),
     ]

@@ -325,7 +325,12 @@ LIBRARIES = {
         ("sigmoid", "chunk_scale_shift", "shift_scale"),
     ),
     "chrischute": (
-        (even, odd, lambda u: torch.exp(ALPHA.view(-1, 1, 1) * torch.tanh(u)), lambda x, s, t: (x + t) * s),
+        (
+            even,
+            odd,
+            lambda u: (ALPHA.to(u.device).view(-1, 1, 1) * u.tanh()).exp(),
+            lambda x, s, t: (x + t) * s,
+        ),
         (ScaleMap("tanh"), "interleaved_scale_shift", "shift_scale", ALPHA),
     ),
     "kamenbliznashki": (
@@ -395,6 +400,7 @@ LIBRARIES = {
 def test_reproduces_the_formula_of(backend, library):
     (raw_scale, shift, scale, step), options = LIBRARIES[library]
     x, h = torch.randn(4, 3, 5, 7, dtype=torch.float64), 4 * torch.randn(4, 6, 5, 7, dtype=torch.float64)
+    options = [option.to(x.device) if isinstance(option, Tensor) else option for option in options]
     s, t = scale(raw_scale(h)), shift(h)
     log_det = s.log().sum((1, 2, 3))
 
