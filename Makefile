@@ -40,7 +40,7 @@ help:
 	@echo "make test-sanitized  run the operator tests on a native library with AddressSanitizer and UBSan"
 	@echo "make test-cuda   compile the CUDA kernels for six GPUs and see that nothing spills; needs nvcc but no GPU"
 	@echo "make test-cuda-host  run the operator tests on the CUDA kernels, compiled for the CPU with both sanitizers"
-	@echo "make bench   measure the operators and models here, print the goals, draw a report in runs/report"
+	@echo "make bench   measure the operators and models here in 20 minutes, print the goals, draw runs/report/report.html"
 	@echo "make gpu     build, test and measure on an NVIDIA GPU with the torch and triton of PYTHON; installs nothing"
 	@echo "make kernels-report  compile every Triton and CUDA kernel, no GPU needed; reports/kernels.csv, cuda_kernels.csv"
 	@echo "make lint    ruff, mypy and clang-format"
@@ -82,7 +82,9 @@ test-cuda-host: $(INSTALLED)
 	$(call PYTEST_SANITIZED,$(CUDA_HOST))
 	$(BIN)/python -m pytest tests/test_cuda_host.py
 
+# memcnn's layers need none of what its scripts need, torchvision among it.
 bench: $(INSTALLED) $(NATIVE)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps memcnn==1.5.2 || echo "measured without memcnn"
 	$(BIN)/glow-kernels bench --check --output runs/bench.jsonl
 	$(BIN)/glow-kernels bench report runs/bench.jsonl
 

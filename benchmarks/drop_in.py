@@ -21,9 +21,9 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from dialects import chrischute, openai, rosinality, survae, zoo
-from live_storages import LiveStorages
 
 import glow_kernels as gk
+from glow_kernels.bench.live_storages import LiveStorages
 
 BATCH, SIZE, STEPS, LEVELS, WIDTH = 16, 32, 8, 2, 64
 Loss = Callable[[nn.Module, Tensor], Tensor]

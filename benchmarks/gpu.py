@@ -1,58 +1,79 @@
 """``make gpu``: build, test and measure on a machine with an NVIDIA GPU, in stages that survive each other's failure.
 
-Uses whatever torch and triton are installed, and downloads nothing.
+Uses whatever torch and triton are installed, and downloads nothing. Everything goes to one file of results, a line at a
+time, also what became of every stage. ``--dry-run`` runs the stages that a CPU can run, at toy sizes.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+OLDEST = {"torch": (2, 10), "triton": (3, 4)}
 MODULES = ("actnorm_conv1x1", "actnorm_statistics", "affine_coupling", "gaussian_log_prob")
 OPERATOR_TESTS = [f"tests/test_{name}.py" for name in MODULES]
-OLDEST = {"torch": (2, 10), "triton": (3, 4)}
+SANITIZERS = {"memcheck": 25, "racecheck": 20, "initcheck": 20, "synccheck": 15}
+CUDA = "/usr/local/cuda/bin"
+BANDWIDTH_SHAPES = "64x12x128x128,32x48x64x64"
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A command with its own limit in seconds."""
+    """A command with its own limit in seconds; ``skip`` says why it is left out."""
 
     name: str
     command: list[str]
     limit: int
+    skip: str = ""
+    environment: dict[str, str] = field(default_factory=dict)
 
 
-def stages(results: Path) -> list[Stage]:
+def stages(results: Path, dry_run: bool = False) -> list[Stage]:
     """All of them, under 8 minutes together."""
-    python = sys.executable
-    bench = [python, "-m", "benchmarks"]
-    pytest = [python, "-m", "pytest", "-q", "-k"]
+    python = [sys.executable, "-m"]
+    output = ["--output", str(results)]
+    device = ["--device", "cpu" if dry_run else "cuda"]
+    bench = [*python, "benchmarks", "operators", *device, *output]
+    small = ["--shape", "2x4x2x2", "--direction", "no_grad", "--dtype", "float32", "--seconds", "0.01", "--no-compile"]
+    small += ["--threads", "1", "--allocator", "tuned"]
+    measure = [*python, "benchmarks.gpu_stages"]
+    options = [*device, *output, *(["--toy"] if dry_run else [])]
+    tests = [*python, "pytest", "-q", "-p", "no:cacheprovider", "--maxfail", "10", "-k"]
     plain = "and not opcheck and not compiles"
-    found = [
-        Stage("build", [python, "setup.py", "--quiet", "build_ext", "--inplace"], 100),
-        Stage("info", [python, "-m", "glow_kernels", "info"], 10),
-        Stage("cuda tests", [*pytest, f"native {plain}", *OPERATOR_TESTS, "tests/test_cuda_gpu.py"], 50),
-        Stage("triton tests", [*pytest, f"triton {plain}", *OPERATOR_TESTS, "tests/test_triton_gpu.py"], 60),
-        Stage("operators", [*bench, "operators", "--quick", "--device", "cuda", "--output", str(results)], 90),
-        Stage("models", [*bench, "models", "--quick", "--device", "cuda", "--output", str(results)], 60),
+    cuda_tests = [*tests, f"native {plain}", *OPERATOR_TESTS, "tests/test_cuda_gpu.py"]
+    triton_tests = [*tests, f"triton {plain}", *OPERATOR_TESTS, "tests/test_triton_gpu.py"]
+    sanitized = [*tests, f"native and of_every_shape {plain}", "-x", *OPERATOR_TESTS]
+    untested = "it needs a GPU" if dry_run else _missing("pytest", "hypothesis")
+    no_library = _no_cuda_library()
+    build = {"GLOW_KERNELS_BUILD": "none" if dry_run else "auto"}
+    if not dry_run:  # the CUDA library for this GPU alone, which takes less than a minute
+        build["GLOW_KERNELS_CUDA_ARCHS"] = os.environ.get("GLOW_KERNELS_CUDA_ARCHS") or _architecture()
+    return [
+        Stage("build", [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], 85, environment=build),
+        Stage("info", [*python, "glow_kernels", "info"], 8),
+        Stage("cuda tests", cuda_tests, 40, untested or no_library),
+        Stage("triton tests", triton_tests, 45, untested),
+        *(
+            Stage(tool, _sanitizer(tool, sanitized), limit, untested or no_library or _no_sanitizer())
+            for tool, limit in SANITIZERS.items()
+        ),
+        Stage("bandwidth", [*bench, *(small if dry_run else ["--shape", BANDWIDTH_SHAPES, "--minutes", "0.8"])], 54),
+        Stage("kernels", [*bench, *(small if dry_run else ["--no-compile", "--minutes", "0.4"])], 30),
+        Stage("tune", [*python, "glow_kernels", "tune"], 35, "it needs a GPU" if dry_run else ""),
+        Stage("training", [*measure, "training", *options], 60),
+        Stage("memory", [*measure, "memory", *options], 30),
+        Stage("sampling", [*measure, "sampling", *options], 15),
     ]
-    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    if Path(sanitizer).exists():
-        small = [*pytest, f"native and of_every_shape {plain}", "-x", *OPERATOR_TESTS]
-        for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
-            command = [sanitizer, "--tool", tool, "--error-exitcode", "1", *small]
-            found.append(Stage(tool, command, 25))
-    else:
-        print("compute-sanitizer is not installed: its stages are left out", flush=True)
-    return found
 
 
 def why_not() -> str | None:
@@ -82,36 +103,77 @@ def too_old(package: str, version: str) -> str | None:
 
 
 def run(stage: Stage) -> str:
-    """``ok``, or what went wrong."""
+    """``ok``, ``skipped``, or what went wrong."""
+    if stage.skip:
+        return f"skipped: {stage.skip}"
     print(f"\n=== {stage.name} (at most {stage.limit} s)", flush=True)
     start = time.monotonic()
-    environment = {**_environment(), "GLOW_KERNELS_BUILD": "auto", "GLOW_KERNELS_TEST_DEVICE": "cuda"}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": path, "GLOW_KERNELS_TEST_DEVICE": "cuda", **stage.environment}
     try:
-        code = subprocess.run(stage.command, cwd=ROOT, timeout=stage.limit, env=environment).returncode
-    except subprocess.TimeoutExpired:
-        return f"stopped after {stage.limit} s"
+        # A group of its own, so that compilers and workers that it started end with it.
+        process = subprocess.Popen(stage.command, cwd=ROOT, env=environment, start_new_session=True)
     except OSError as error:
         return f"could not start: {error}"
+    try:
+        code = process.wait(stage.limit)
+    except subprocess.TimeoutExpired:
+        return f"stopped after {stage.limit} s"
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     seconds = time.monotonic() - start
     return f"ok, {seconds:.0f} s" if code == 0 else f"failed with exit code {code}, {seconds:.0f} s"
 
 
-def main() -> int:
-    """Run every stage and say what became of each."""
+def main(argv: list[str] | None = None) -> int:
+    """Run every stage and say what became of each; 0 if none failed."""
     parser = argparse.ArgumentParser(prog="make gpu", description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.jsonl")
-    arguments = parser.parse_args()
-    if problem := why_not():
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.jsonl", help="file")
+    parser.add_argument("--only", default="", help="names of stages, with commas between")
+    parser.add_argument("--dry-run", action="store_true", help="on a CPU, at toy sizes: does every stage run?")
+    arguments = parser.parse_args(argv)
+    if not arguments.dry_run and (problem := why_not()):
         print(f"error: {problem}", file=sys.stderr)
         return 1
-    # The CUDA library for this GPU alone, which takes less than a minute.
-    os.environ.setdefault("GLOW_KERNELS_CUDA_ARCHS", _architecture())
-    outcomes = [(stage.name, run(stage)) for stage in stages(arguments.output.resolve())]
+    output = arguments.output.resolve()
+    found = stages(output, arguments.dry_run)
+    wanted = set(filter(None, arguments.only.split(","))) or {stage.name for stage in found}
+    if unknown := wanted - {stage.name for stage in found}:
+        names = ", ".join(stage.name for stage in found)
+        print(f"error: stages are {names}, got {', '.join(sorted(unknown))}", file=sys.stderr)
+        return 2
+    from glow_kernels.bench import results  # only here, since it needs torch
+    from glow_kernels.errors import DataError
+
+    outcomes: dict[str, str] = {}
+    try:
+        results.prepare(output)
+        for stage in found:
+            if stage.name in wanted:
+                outcome = outcomes[stage.name] = run(stage)
+                case = {"stage": stage.name}
+                results.prepare(output)  # a stage that was stopped may have left half a line
+                results.append(output, {"kind": "stage", "case": case, "outcome": outcome, "run": "gpu"})
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     print()
-    for name, outcome in outcomes:
+    for name, outcome in outcomes.items():
         print(f"{name:12}{outcome}")
-    print(f"results in {arguments.output}")
-    return 0 if all(outcome.startswith("ok") for _, outcome in outcomes) else 1
+    print(f"results in {output}")
+    return 0 if all(outcome.startswith(("ok", "skipped")) for outcome in outcomes.values()) else 1
+
+
+def _missing(*packages: str) -> str:
+    absent = [name for name in packages if importlib.util.find_spec(name) is None]
+    return f"{' and '.join(absent)} not installed" if absent else ""
+
+
+def _no_cuda_library() -> str:
+    has = (ROOT / "glow_kernels" / "_C_cuda.so").exists() or shutil.which("nvcc", path=f"{os.environ['PATH']}:{CUDA}")
+    return "" if has else "there is no CUDA library and no nvcc to build it with"
 
 
 def _architecture() -> str:
@@ -120,10 +182,18 @@ def _architecture() -> str:
     return "{}{}".format(*torch.cuda.get_device_capability())
 
 
-def _environment() -> dict[str, str]:
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    return {**os.environ, "PYTHONPATH": path}
+def _no_sanitizer() -> str:
+    return "" if _sanitizer_path() else "compute-sanitizer is not installed"
+
+
+def _sanitizer(tool: str, tests: list[str]) -> list[str]:
+    return [_sanitizer_path(), "--tool", tool, "--error-exitcode", "1", *tests]
+
+
+def _sanitizer_path() -> str:
+    return shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}:{CUDA}") or ""
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
     sys.exit(main())

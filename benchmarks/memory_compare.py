@@ -32,7 +32,7 @@ from glow_kernels.nn import FlowStep
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from live_storages import LiveStorages  # noqa: E402
+from glow_kernels.bench.live_storages import LiveStorages  # noqa: E402
 
 CHANNELS, HIDDEN, SIZE, BATCH = 12, 128, 32, 8
 REPEATS = 15

@@ -16,7 +16,7 @@ from glow_kernels.models import Glow
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from live_storages import training_step_bytes  # noqa: E402
+from glow_kernels.bench.live_storages import training_step_bytes  # noqa: E402
 
 POLICIES = {
     "store": {"memory": "store"},

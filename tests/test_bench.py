@@ -1,16 +1,34 @@
 """The benchmark harness: what it measures, that it finds wrong results, and what it says of bad input."""
 
+import dataclasses
 import itertools
 import json
 import re
+import time
 
 import pytest
 import torch
 
 import glow_kernels as gk
-from glow_kernels.bench import chains, measurement, memory, models, operators, overhead, results, suite, table, timing
+from glow_kernels.bench import (
+    chains,
+    compilation,
+    measurement,
+    memory,
+    models,
+    operators,
+    overhead,
+    plan,
+    results,
+    reversible,
+    suite,
+    table,
+    timing,
+)
+from glow_kernels.bench.measurement import Session
 from glow_kernels.bench.operators import DIRECTIONS, OPERATORS, Case, Functions
-from glow_kernels.bench.suite import Selection
+from glow_kernels.bench.plan import Task
+from glow_kernels.bench.suite import Selection, Suite
 from glow_kernels.bench.timing import Spread, Times
 from glow_kernels.cli import main
 from glow_kernels.errors import BackendUnavailableError, UsageError
@@ -50,7 +68,6 @@ def test_textbook_and_ours_compute_the_same(case):
 def test_declared_bytes_are_those_of_the_tensors(case):
     # A position costs nothing to the parameters, so they vanish beside large data.
     case = Case(case.operator, case.direction, (4, 4, 64, 64))
-    operator = OPERATORS[case.operator]
     arguments, grads, call = built(case)
     written = operators.tensors(call())
     if case.direction == "forward_backward":
@@ -60,29 +77,51 @@ def test_declared_bytes_are_those_of_the_tensors(case):
     else:
         read = [*arguments, *grads] if "backward" in case.direction else arguments
     moved = sum(tensor.numel() * tensor.element_size() for tensor in (*read, *written))
-    assert measurement.moved_bytes(operator, case) == pytest.approx(moved, rel=0.01)
+    assert operators.moved_bytes(case) == pytest.approx(moved, rel=0.01)
 
 
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_a_case_becomes_a_row(case):
-    row = measurement.measure(case, seconds=0.01, with_compile=False)
+    row = Session(with_compile=False).measure(case, 0.01)
     assert set(row["candidates"]) == {"copy", "eager", *gk.available_backends()}
     for candidate in row["candidates"].values():
-        assert 0 < candidate["seconds_low"] <= candidate["seconds_median"] <= candidate["seconds_high"]
+        median, low, high = candidate["seconds"]
+        assert 0 < low <= median <= high
         assert candidate["peak_extra_bytes"] > 0
-    assert row["candidates"][row["ours"]]["ratio_to_ours"]["median"] == 1.0
+    assert row["candidates"][row["ours"]]["ratio_to_ours"] == [1.0, 1.0, 1.0]
     json.dumps(row)
     assert table.operator_line(row).startswith(case.operator)
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")  # PyTorch's own, at import
 def test_compiled_code_is_a_candidate():
-    row = measurement.measure(Case("gaussian_log_prob", "no_grad", SHAPE), seconds=0.01)
-    assert row["candidates"]["compile"]["seconds_median"] > 0
+    session = Session()
+    row = session.measure(Case("gaussian_log_prob", "no_grad", SHAPE), 0.01)
+    assert "wrong" not in row
+    assert row["candidates"]["compile"]["seconds"][0] > 0
+
+
+def test_cases_that_differ_in_the_allocator_share_their_compilation():
+    compiler, case = compilation.Compiler(), Case("affine_coupling", "backward", SHAPE)
+    forward = compiler.functions(case).forward
+    assert compiler.functions(dataclasses.replace(case, allocator="default")).forward is forward
+    assert compiler.functions(dataclasses.replace(case, direction="forward")).forward is forward
+    for other in ({"direction": "no_grad"}, {"threads": 2}, {"dtype": "float64"}):
+        assert compiler.functions(dataclasses.replace(case, **other)).forward is not forward
+
+
+def test_what_cannot_be_compiled_is_named_and_the_rest_measured(monkeypatch):
+    def broken(*arguments):
+        raise RuntimeError("no\nsuch thing")
+
+    monkeypatch.setattr(compilation, "_compiled", lambda function: broken)
+    row = Session().measure(Case("gaussian_log_prob", "no_grad", SHAPE), 0.01)
+    assert row["wrong"] == {"compile": "RuntimeError: no"}
+    assert set(row["candidates"]) == {"copy", "eager", *gk.available_backends()}
 
 
 def test_matrix_products_limit_many_channels():
-    row = measurement.measure(Case("actnorm_conv1x1", "no_grad", (1, 64, 4, 4)), seconds=0.01, with_compile=False)
+    row = Session(with_compile=False).measure(Case("actnorm_conv1x1", "no_grad", (1, 64, 4, 4)), 0.01)
     assert "matmul" in row["candidates"]
 
 
@@ -96,7 +135,7 @@ def test_wrong_results_are_not_timed(monkeypatch):
         operator.name, Functions(slightly_off), operator.plain, operator.arguments, operator.moved, operator.products
     )
     monkeypatch.setitem(OPERATORS, "affine_coupling", broken)
-    row = measurement.measure(Case("affine_coupling", "no_grad", SHAPE), seconds=0.01, with_compile=False)
+    row = Session(with_compile=False).measure(Case("affine_coupling", "no_grad", SHAPE), 0.01)
     assert "candidates" not in row
     assert re.match(r"result 0 is off by .* and .* is allowed", row["wrong"][row["ours"]])
     assert "WRONG" in table.operator_line(row)
@@ -120,6 +159,37 @@ def test_candidates_take_turns():
     assert turns[0][1] != turns[2][1], "copies of the inputs rotate"
 
 
+def test_disturbed_rounds_are_left_out_as_long_as_five_are_calm():
+    rounds = {"slow": [2.0] * 5 + [9.0] * 10, "fast": [1.0] * 15}
+    calm = [True] * 5 + [False] * 10
+    times = Times(rounds, calm)
+    assert (times.spread("slow").high, times.calm_share, times.is_calm) == (2.0, 1 / 3, True)
+    times = Times(rounds, [False, *calm[1:]])
+    assert (times.spread("slow").median, times.is_calm) == (9.0, False)
+
+
+def test_a_busy_machine_shows_in_the_probe(monkeypatch):
+    probes = itertools.cycle([1.0, 1.1, 1.5, 1.5])  # of three rounds in four one end is slow
+    monkeypatch.setattr(timing, "_probe", lambda: next(probes))
+    monkeypatch.setitem(timing._fastest_probe, torch.get_num_threads(), 1.0)
+    calls = {"a": [lambda: None]}
+    times = timing.measure(calls, 1e-6, torch.device("cpu"))
+    assert 0.2 < times.calm_share < 0.5
+
+
+def test_measuring_ends_when_the_ratio_is_known(monkeypatch):
+    noise = itertools.cycle([1.0, 1.001])
+    rounds = {"slow": [2.0 * next(noise) for _ in range(32)], "fast": [1.0] * 32}
+    assert 0.0 < Times(rounds).error("slow", "fast") < 1e-3
+    ticks = itertools.count()
+    monkeypatch.setattr(time, "perf_counter", lambda: 1e-3 * next(ticks))  # every call takes as long as the other
+    monkeypatch.setattr(timing, "_probe", lambda: 1.0)
+    monkeypatch.setitem(timing._fastest_probe, torch.get_num_threads(), 1.0)
+    calls = {"a": [lambda: None], "b": [lambda: None]}
+    assert len(timing.measure(calls, 1.0, torch.device("cpu"), "b").rounds["a"]) == 16
+    assert len(timing.measure(calls, 1.0, torch.device("cpu")).rounds["a"]) > 32
+
+
 def test_ratios_are_taken_round_by_round():
     times = Times({"slow": [2.0, 20.0, 2.0], "fast": [1.0, 10.0, 1.0]})  # another load hit the second round
     assert times.ratio("slow", "fast") == Spread(2.0, 2.0, 2.0)
@@ -134,9 +204,11 @@ def test_peak_memory_is_that_of_temporary_tensors_and_results():
 
 def test_call_overhead(tmp_path):
     writer = results.Writer(tmp_path / "r.jsonl", {"kind": "environment", "run": "a"})
-    rows = overhead.run(torch.device("cpu"), 0.01, writer, lambda line: None)
+    for task in overhead.tasks(torch.device("cpu"), writer, lambda line: None):
+        task.run(0.01)
+    rows = writer.rows[1:]
     assert len(rows) == 7
-    assert all(row["ratio"]["median"] > 0 for row in rows)
+    assert all(row["ratio"][0] > 0 for row in rows)
 
 
 @pytest.mark.filterwarnings("ignore")  # of other packages, about functions that PyTorch will remove
@@ -151,24 +223,108 @@ def test_chains_are_trained(name):
 
 
 def test_allocators_are_measured_in_the_order_that_can_be(tmp_path):
-    cases = list(Selection(shapes=[SHAPE], allocators=["tuned", "default"]).cases())
-    assert [case.allocator for case in cases] == sorted(case.allocator for case in cases)
-    assert len(cases) == 2 * len(CASES)
+    writer = results.Writer(tmp_path / "r.jsonl", {"kind": "environment", "run": "a"})
+    measured = []
+    measure = Suite(writer, lambda line: None, with_compile=False)
+    measure._session.measure = lambda case, seconds: (
+        measured.append(case.allocator)
+        or {  # in place of measuring
+            "kind": "operator",
+            "case": case.as_dict(),
+            "wrong": {},
+        }
+    )
+    for task in measure.tasks([Selection(shapes=[SHAPE], allocators=["tuned", "default"])]):
+        task.run(0.0)
+    assert measured == sorted(measured)
+    assert measured.count("tuned") >= len(CASES)
 
 
-def test_an_interrupted_run_keeps_what_was_measured(tmp_path, monkeypatch):
-    measure = measurement.measure
+def test_cases_are_measured_twice_and_disturbed_ones_once_more(tmp_path):
+    writer = results.Writer(tmp_path / "r.jsonl", {"kind": "environment", "run": "a"})
+    measure = Suite(writer, lambda line: None, with_compile=False)
+    selection = Selection(operators=["gaussian_log_prob"], directions=["no_grad"], shapes=[SHAPE], seconds=0.01)
+    ordinary = measure._session.measure
+    disturbed = iter([True, False, False])
+    measure._session.measure = lambda case, seconds: ordinary(case, seconds) | {"disturbed": next(disturbed)}
+    for task in measure.tasks([selection]):
+        task.run(1.0)
+    assert [row["kind"] for row in writer.rows] == ["environment", "operator", "operator", "repeat"]
+    repeat, last = writer.rows[-1], writer.rows[-2]
+    assert repeat["first"]["eager"] == last["candidates"]["eager"]["ratio_to_ours"][0]
+    assert repeat["again"]["eager"] > 0
 
-    def interrupted(case, **options):
+
+def test_a_plan_shares_its_time():
+    shown, allowed = [], {}
+    tasks = [
+        Task("a", 1.0, lambda seconds: allowed.update(a=seconds)),
+        Task("b", 3.0, lambda seconds: allowed.update(b=seconds)),
+    ]
+    plan.run(tasks, 1.0, shown.append)
+    assert shown[0] == "2 measurements, planned to take 1 s"
+    # The first took no time, so the second gets all that is left, of which it needs 3 s.
+    assert allowed == {"a": pytest.approx(0.25, rel=0.1), "b": pytest.approx(1.0, rel=0.1)}
+    plan.run(tasks, 100.0, shown.append)
+    assert allowed == pytest.approx({"a": 1.0, "b": 3.0}, rel=0.01)
+    assert plan.duration(150.0) == "2.5 min"
+
+
+@pytest.fixture
+def _small_convolutions():
+    """For convolutions this small oneDNN's set-up takes longer than the work."""
+    with torch.backends.mkldnn.flags(enabled=False, allow_tf32=None):
+        yield
+
+
+@pytest.mark.usefixtures("_small_convolutions")
+def test_models_become_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(timing, "_FEWEST_ROUNDS", 1)
+    monkeypatch.setattr(models, "QUICK_CURVES", {"steps": (2,)})
+    monkeypatch.setattr(chains, "available", lambda: ["glow_kernels", "checkpoint"])
+    sizes = {"steps": 1, "levels": 1, "hidden": 4, "image_size": 4, "batch": 2}
+    monkeypatch.setattr(models, "QUICK_GLOWS", (sizes,))
+    monkeypatch.setattr(models, "CHAIN", {"steps": 1, "channels": 4, "hidden": 4, "image_size": 4, "batch": 2})
+    writer = results.Writer(tmp_path / "r.jsonl", {"kind": "environment", "run": "a"})
+    for task in models.Models(torch.device("cpu"), writer, lambda line: None, with_compile=False).tasks(quick=True):
+        task.run(0.01)
+    rows = [row for row in writer.rows if row["kind"] == "model"]
+    assert {row["case"]["part"] for row in rows} == {"training_step", "sampling", "chain", "curve by steps"}
+    ours = gk.available_backends()[0]
+    trained = [row["case"]["implementation"] for row in rows if row["case"]["part"] == "training_step"]
+    assert trained == [*gk.available_backends(), f"{ours} anchor"]
+    assert all(row["seconds"][0] > 0 and row["peak_extra_bytes"] > 0 for row in rows)
+
+
+@pytest.mark.usefixtures("_small_convolutions")
+def test_promises_of_reversible_training_become_rows(tmp_path, monkeypatch):
+    for name, value in {"SIZE": 8, "HIDDEN": 4, "LEVELS": 1, "BATCH": 2}.items():
+        monkeypatch.setattr(reversible, name, value)
+    writer = results.Writer(tmp_path / "r.jsonl", {"kind": "environment", "run": "a"})
+    measure = reversible.Reversible(torch.device("cpu"), writer, lambda line: None)
+    measure.memory(reversible.ANCHOR, 4)
+    measure.gradients(4)
+    measure.bad_row(steps=2, iterations=2)
+    kept = writer.rows[1]
+    assert 0 < kept["kept_bytes"] <= kept["peak_bytes"]
+    assert [row["case"]["part"] for row in writer.rows[2:]] == ["gradients", "bad_row"]
+    assert all(row["relative_difference"] < 1e-4 for row in writer.rows[2:])
+
+
+def test_an_interrupted_run_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
+    measure = Session.measure
+
+    def interrupted(session, case, seconds):
         if case.direction == "no_grad":
             raise KeyboardInterrupt
-        return measure(case, **options)
+        return measure(session, case, seconds)
 
-    monkeypatch.setattr(suite.measurement, "measure", interrupted)
+    monkeypatch.setattr(Session, "measure", interrupted)
     path = tmp_path / "r.jsonl"
     command = ["bench", "operators", "--operator", "affine_coupling", "--shape", "1x2x2x2", "--seconds", "0.01"]
     assert main([*command, "--no-compile", "--output", str(path), "--threads", "1"]) == 130
     assert [row["kind"] for row in results.read(path) if row["kind"] != "warning"] == ["environment", "operator"]
+    assert f"what was measured until now is in {path}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -192,6 +348,17 @@ def test_wrong_use_is_named(options, message, tmp_path, capsys):
     assert not path.exists()
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [("--minutes=0", "must be above 0 and at most 3600, got '0'"), ("--threads=x", "must be a whole number from 1")],
+)
+def test_wrong_numbers_are_named(option, message, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["bench", option])
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
 def test_an_unwritable_folder_is_named(tmp_path, capsys):
     (tmp_path / "file").touch()
     assert main(["bench", "overhead", "--output", str(tmp_path / "file" / "r.jsonl")]) == 1
@@ -202,7 +369,7 @@ def test_an_absent_backend_is_named(monkeypatch):
     absent = gk.backends.BackendStatus("native", False, "it is not built", "build it")
     monkeypatch.setattr(suite, "backend_status", lambda name: absent)
     with pytest.raises(BackendUnavailableError, match="'native' is not available: it is not built; build it"):
-        Selection(backends=["native"])
+        suite.require(["native"])
 
 
 def test_shapes():
@@ -214,5 +381,5 @@ def test_shapes():
 def test_a_step_takes_a_compiled_model():
     model, x = Glow(1, 4, steps=1, levels=1, hidden_channels=4), torch.rand(2, 1, 4, 4)
     model.train().initialize(x)
-    step = models._glow_step(model, x, torch.compile(model, backend="eager"))
+    step = models.glow_step(torch.compile(model, backend="eager"), x)
     assert step() == -model(x).mean()

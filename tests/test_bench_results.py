@@ -3,20 +3,31 @@
 import importlib.util
 import json
 import math
+import re
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from glow_kernels.bench import check, compare, document, environment, report, results
+from glow_kernels.bench import check, compare, document, environment, page, plots, results, table, timing
 from glow_kernels.bench.results import Writer
 from glow_kernels.cli import main
 from glow_kernels.errors import DataError, UsageError
 
-# A script, which must start where torch is missing: it is in no package.
-_spec = importlib.util.spec_from_file_location("gpu", Path(__file__).parents[1] / "benchmarks" / "gpu.py")
-gpu = sys.modules["gpu"] = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(gpu)
+ROOT = Path(__file__).parents[1]
+
+
+def script(name):
+    """Of benchmarks, which is not installed."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+gpu, gpu_stages = script("gpu"), script("gpu_stages")
 
 ENVIRONMENT = {
     "kind": "environment",
@@ -27,6 +38,7 @@ ENVIRONMENT = {
     "dirty": False,
     "torch": "2.13.0",
     "python": "3.11",
+    "cores": 2,
 }
 
 
@@ -34,17 +46,15 @@ def operator_row(
     ratio=5.0, spread=0.1, direction="forward", shape=(64, 12, 16, 16), operator="affine_coupling", **case
 ):
     """As ``measurement.measure`` makes it; eager takes ``ratio`` times as long as ours."""
-    case = {"operator": operator, "direction": direction, "shape": list(shape), "dtype": "float32"}
-    case |= {"memory_format": "contiguous", "threads": 1, "allocator": "tuned", "device": "cpu"}
+    named = {"operator": operator, "direction": direction, "shape": list(shape), "dtype": "float32"}
+    case = named | {"memory_format": "contiguous", "threads": 1, "allocator": "tuned", "device": "cpu"} | case
 
     def candidate(seconds):
         times = seconds / 1e-5
         return {
-            "seconds_median": seconds,
-            "bytes_per_second": 1e6 / seconds,
+            "seconds": [seconds, seconds, seconds],
             "percent_of_limit": 50.0 / times,
-            "ratio_to_ours": {"median": times, "low": times * (1 - spread), "high": times * (1 + spread)},
-            "ratio_to_ours_again": times * 1.02,
+            "ratio_to_ours": [times, times * (1 - spread), times * (1 + spread)],
             "peak_extra_bytes": 1000,
         }
 
@@ -55,10 +65,11 @@ def operator_row(
 
 def model_row(part, implementation, ratio, **sizes):
     case = {"part": part, **sizes, "implementation": implementation, "device": "cpu"}
-    spread = {"median": ratio, "low": ratio, "high": ratio}
+    spread = [ratio, ratio, ratio]
     return {
         "kind": "model",
         "case": case,
+        "ours": "native",
         "seconds": spread,
         "images_per_second": 10.0,
         "ratio_to_ours": spread,
@@ -79,7 +90,7 @@ def test_rows_are_read_as_written_and_appended(tmp_path):
     written(path, operator_row(6.0), run="run2")
     assert [row["run"] for row in results.read(path)] == ["run1", "run1", "run2", "run2"]
     (latest,) = results.of_kind(results.read(path), "operator")
-    assert latest["candidates"]["eager"]["ratio_to_ours"]["median"] == pytest.approx(6.0)
+    assert latest["candidates"]["eager"]["ratio_to_ours"][0] == pytest.approx(6.0)
 
 
 def test_a_line_cut_short_is_left_out_and_the_next_run_goes_on(tmp_path):
@@ -103,7 +114,8 @@ def test_a_whole_last_line_without_its_end_is_kept(tmp_path):
         ("", "has no rows"),
         ("{\n{}\n", "line 1: not JSON"),
         ("[]\n", "line 1: not a row"),
-        (json.dumps({"version": 99}) + "\n", "line 1: format 99 is newer than 1"),
+        (json.dumps({"version": 99}) + "\n", "line 1: format 99 is newer than 2"),
+        (json.dumps({"version": 1}) + "\n", "line 1: format 1 is older than 2; move the file away and measure again"),
     ],
 )
 def test_damaged_files_are_named(text, message, tmp_path):
@@ -151,61 +163,188 @@ def test_newly_wrong_cases_are_regressions():
 
 
 def goals(*rows):
-    return {goal.name: goal for goal in check.checks(rows)}
+    return {(goal.group, goal.name): goal for goal in check.checks(rows)}
+
+
+ONE_TUNED = "1 thread, tuned allocator"
 
 
 def test_goals_are_reached_or_missed():
     found = goals(operator_row(5.0), operator_row(3.0, shape=(64, 24, 8, 8)))
-    goal = found["affine_coupling forward, times faster than eager (geometric mean of 2)"]
-    assert goal.figure == pytest.approx(math.sqrt(15.0))
-    assert goal.verdict == "missed"
-    name = "affine_coupling forward, times faster than eager (geometric mean of 1)"
-    assert goals(operator_row(4.5))[name].verdict == "reached"
-    slowest = found["affine_coupling forward, slowest shape against the better of eager and compile"]
-    assert (slowest.figure, slowest.verdict) == (pytest.approx(2.0), "reached")
+    name = "affine_coupling forward: times faster than eager"
+    goal = found[ONE_TUNED, name]
+    assert (goal.figure, goal.verdict) == (pytest.approx(math.sqrt(15.0)), "missed")
+    assert goal.where == "geometric mean of 2 shapes, least 3.00 at 64x24x8x8"
+    assert found["2 threads, tuned allocator", name].verdict == "not measured"
+    assert goals(operator_row(4.5))[ONE_TUNED, name].verdict == "reached"
+    slowest = "affine_coupling: worst shape and direction, times faster than the better of eager and compile"
+    assert (found[ONE_TUNED, slowest].figure, found[ONE_TUNED, slowest].verdict) == (pytest.approx(2.0), "reached")
+    as_it_is = goals(operator_row(5.0, allocator="default", threads=2))["2 threads, allocator as it is", name]
+    assert as_it_is.verdict == "reached"
+
+
+def test_other_types_and_many_channels_are_not_goals_of_the_linear_map():
+    name = "actnorm_conv1x1 forward, C <= 48: times faster than eager"
+    for row in (
+        operator_row(operator="actnorm_conv1x1", shape=(4, 96, 16, 16)),
+        operator_row(operator="actnorm_conv1x1", dtype="float64"),
+        operator_row(operator="actnorm_conv1x1", memory_format="channels_last"),
+        operator_row(operator="actnorm_conv1x1", device="cuda"),
+    ):
+        assert goals(row)[ONE_TUNED, name].verdict == "not measured"
+    assert goals(operator_row(operator="actnorm_conv1x1"))[ONE_TUNED, name].verdict == "reached"
 
 
 def test_large_shapes_are_held_against_a_copy():
-    name = "affine_coupling no_grad, over 8 MiB, tuned allocator, times a copy of the same bytes"
+    name = ONE_TUNED, "affine_coupling: worst shape over 8 MiB, forward and inverse, times a clone of the same bytes"
     assert goals(operator_row(direction="no_grad"))[name].verdict == "not measured"
     large = operator_row(direction="no_grad", shape=(64, 12, 128, 128))
-    assert goals(large)[name].figure == pytest.approx(2.0)
-    assert goals(large)[name].verdict == "reached"
+    assert (goals(large)[name].figure, goals(large)[name].verdict) == (pytest.approx(2.0), "reached")
 
 
 def test_goals_of_models():
-    row = model_row("training_step", "reference", 1.2, steps=8, levels=2, hidden=64, image_size=32, batch=16)
-    name = "training step of Glow, K=8, L=2, width 64, batch 16, times faster than reference"
-    assert goals(row)[name].verdict == "reached"
-    assert goals()[name].verdict == "not measured"
+    sizes = {"steps": 8, "levels": 2, "hidden": 64, "image_size": 32, "batch": 16}
+    found = goals(
+        model_row("training_step", "reference", 1.2, **sizes), model_row("training_step", "native anchor", 1.4, **sizes)
+    )
+    verdicts = {goal.name.rpartition(": ")[2]: goal.verdict for goal in found.values() if goal.group == "Training"}
+    assert verdicts == {"native, times faster than reference": "reached", "reversible, times plain autograd": "missed"}
+    smaller = model_row("training_step", "reference", 1.2, **{**sizes, "steps": 4})
+    assert not any(goal.is_measured for goal in goals(smaller).values() if goal.group == "Training")
+
+
+def memory_row(policy, steps, kept, peak):
+    case = {"part": "activations", "policy": policy, "steps": steps}
+    return {"kind": "memory", "case": case, "kept_bytes": kept, "peak_bytes": peak}
+
+
+def test_goals_of_memory():
+    # As measured once: a state of all levels per 4 steps, and the same sums as in tests/test_reversible_memory.py.
+    rows = [
+        memory_row("anchor 4", 8, 42_481_232, 444_089_676),
+        memory_row("anchor 4", 80, 240_662_096, 557_335_884),
+        memory_row("invert", 8, 20_461_136, 434_803_880),
+        memory_row("invert", 16, 20_461_136, 434_803_880),
+        memory_row("anchor 6, 8 micro-batches", 13, 42_481_232, 93_573_000),
+    ]
+    found = [goal for goal in goals(*rows).values() if goal.group.startswith("Activations")]
+    assert [goal.figure for goal in found] == pytest.approx([1.0, 0.0, 0.557, 0.164], abs=1e-3)
+    assert {goal.verdict for goal in found} == {"reached"}
+    assert {goal.verdict for goal in goals(rows[0]).values() if goal.group.startswith("Activ")} == {"not measured"}
+
+
+@pytest.mark.parametrize(("difference", "verdict"), [(1e-6, "reached"), (1e-3, "missed"), (None, "missed")])
+def test_goals_of_gradients(difference, verdict):
+    case = {"part": "bad_row", "steps": 32, "device": "cpu"}
+    found = goals({"kind": "accuracy", "case": case, "relative_difference": difference})
+    (goal,) = (goal for goal in found.values() if goal.name.startswith("the same for one bad row"))
+    assert goal.verdict == verdict
+
+
+def test_goals_of_the_run():
+    row = operator_row()
+    repeats = [
+        {"kind": "repeat", "case": {"number": number}, "first": {"eager": 2.0}, "again": {"eager": again}}
+        for number, again in enumerate((2.1, 1.9, 2.5))
+    ]
+    found = {goal.name: goal for goal in check.checks([row | {"wrong": {"triton": "off"}}, *repeats])}
+    wrong = found["candidates with wrong results or errors"]
+    assert (wrong.figure, wrong.verdict, wrong.where) == (1, "missed", "64x12x16x16 triton")
+    same = found["share of ratios that differ by less than 10% when measured twice in one run"]
+    assert (same.figure, same.verdict, same.where) == (pytest.approx(2 / 3), "missed", "3 ratios")
 
 
 def test_check_reads_a_file(tmp_path, capsys):
     path = written(tmp_path / "r.jsonl", operator_row())
     assert main(["bench", "--check", "--results", str(path)]) == 0
-    assert "reached            5 >= 4     affine_coupling forward" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert re.search(r"reached +5 at least 4 +affine_coupling forward: times faster than eager", out)
+    assert re.search(r"\d+ reached, 0 missed, \d+ not measured", out)
+
+
+def every_kind_of_row():
+    sizes = {"steps": 4, "batch": 8}
+    return [
+        {"version": results.VERSION, **ENVIRONMENT},
+        operator_row(),
+        operator_row(operator="actnorm_conv1x1", direction="inverse"),
+        *(model_row("curve by steps", name, 1.0, steps=steps) for name in ("a", "b") for steps in (1, 4)),
+        model_row("training_step", "native", 1.0, **sizes),
+        model_row("chain", "<peer>", 2.0, **sizes),
+        memory_row("anchor 4", 8, 10**6, 10**7),
+        {"kind": "warning", "text": "the machine is busy"},
+    ]
 
 
 def test_report_is_one_page_and_its_plots(tmp_path):
     pytest.importorskip("matplotlib", reason="plots need matplotlib")
-    rows = [ENVIRONMENT, operator_row(), *(model_row("depth", "glow_kernels", 1.0, steps=steps) for steps in (1, 4))]
-    paths = report.write(rows, tmp_path)
-    assert sorted(path.name for path in paths) == sorted(["report.html", *(f"{name}.png" for name in report.PLOTS)])
-    page = paths[0].read_text()
-    assert page.count("data:image/png;base64,") == len(report.PLOTS)
-    assert "affine_coupling forward 64x12x16x16" in page
-    assert "http" not in page, "the page needs nothing from elsewhere"
+    paths = page.write(every_kind_of_row(), tmp_path)
+    assert sorted(path.name for path in paths) == sorted(["report.html", *(f"{name}.png" for name in plots.PLOTS)])
+    text = paths[0].read_text()
+    assert text.count("data:image/png;base64,") == len(plots.PLOTS)
+    for expected in ("Test CPU", "cccccccccc", "64x12x16x16", "&lt;peer&gt;", "the machine is busy", "reached"):
+        assert expected in text
+    assert "<peer>" not in text
+    assert not re.search(r"(src|href)=.https?:", text), "the page needs nothing from elsewhere"
+
+
+def test_report_of_little_leaves_the_rest_out(tmp_path):
+    pytest.importorskip("matplotlib", reason="plots need matplotlib")
+    paths = page.write([{"version": results.VERSION, **ENVIRONMENT}], tmp_path)
+    assert [path.name for path in paths] == ["report.html"]
+
+
+def test_report_draws_what_is_in_the_folder(tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="plots need matplotlib")
+    command = ["bench", "report", "--folder", str(tmp_path), "--output", str(tmp_path / "page")]
+    assert main(command) == 1
+    assert "there are no results in" in capsys.readouterr().err
+    written(tmp_path / "r.jsonl", operator_row())
+    assert main(command) == 0
+    assert (tmp_path / "page" / "report.html").exists()
+
+
+def test_an_unwritable_report_is_named(tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="plots need matplotlib")
+    path = written(tmp_path / "r.jsonl", operator_row())
+    assert main(["bench", "report", str(path), "--output", str(path)]) == 1
+    assert f"error: the report cannot be written to {path}" in capsys.readouterr().err
 
 
 def test_page_of_performance_says_where_and_nothing_unmeasured(tmp_path):
-    text = document.markdown([written(tmp_path / "r.jsonl", operator_row())])
-    assert "Test CPU" in text
-    assert "`cccccccccccc`" in text
-    assert "5.00x eager" in text
+    path = written(tmp_path / "r.jsonl", operator_row(), model_row("chain", "memcnn", 2.0, steps=4))
+    text = document.markdown([path])
+    for expected in ("## Test CPU", "`cccccccccccc`", "| affine_coupling | forward | 5.00 (5.00) |", "| memcnn |"):
+        assert expected in text
     assert "not measured" not in text
-    assert "training step" not in text
+    assert "bad row" not in text
     with pytest.raises(DataError, match="there are no results"):
         document.markdown([])
+
+
+def test_page_of_performance_is_written_from_committed_files_alone(tmp_path, capsys):
+    path = written(tmp_path / "r.jsonl", operator_row())
+    command = ["bench", "report", "--markdown", "--folder", str(tmp_path), "--output", str(tmp_path / "p.md")]
+    assert main(command) == 0
+    assert (tmp_path / "p.md").read_text() == document.markdown([path])
+    assert main([*command, str(path)]) == 2
+    assert "--markdown takes the files of --folder" in capsys.readouterr().err
+
+
+def test_committed_page_is_that_of_the_committed_results():
+    files = sorted((ROOT / "benchmarks/results").glob("*.jsonl"))
+    page_of_docs = ROOT / "docs/performance.md"
+    assert page_of_docs.exists() == bool(files), "glow-kernels bench report --markdown writes it"
+    if files:
+        assert page_of_docs.read_text() == document.markdown(files)
+        assert sum(path.stat().st_size for path in files) < 1_000_000 * len(files)
+
+
+def test_numbers_are_rounded_and_files_small(tmp_path):
+    path = written(tmp_path / "r.jsonl", operator_row(1.23456789) | {"calm": 2 / 3, "disturbed": False})
+    (row,) = (row for row in results.read(path) if row["kind"] == "operator")
+    assert row["candidates"]["eager"]["ratio_to_ours"][0] == 1.235
+    assert len(path.read_text().splitlines()[1]) < 900, "a thousand rows make a file of less than a megabyte"
 
 
 @pytest.mark.parametrize(("version", "old"), [("2.9.1", True), ("2.10.0+cu130", False), ("3.0a1", False)])
@@ -213,13 +352,93 @@ def test_gpu_script_knows_versions(version, old):
     assert (gpu.too_old("torch", version) is not None) == old
 
 
-def test_gpu_stages_survive_each_other():
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_script_says_why_it_cannot(tmp_path, capsys):
+    assert gpu.main(["--output", str(tmp_path / "r.jsonl")]) == 1
+    assert re.match("error: (torch .* is built without CUDA|no usable NVIDIA GPU)", capsys.readouterr().err)
+    assert not (tmp_path / "r.jsonl").exists()
+
+
+def test_gpu_script_names_unknown_stages(capsys):
+    assert gpu.main(["--dry-run", "--only", "tune,fly"]) == 2
+    assert re.match("error: stages are build, info, .*, got fly", capsys.readouterr().err)
+
+
+def test_gpu_stages_survive_each_other(tmp_path, monkeypatch, capsys):
     python = [sys.executable, "-c"]
-    assert gpu.run(gpu.Stage("good", [*python, "pass"], 30)).startswith("ok")
-    assert "exit code 3" in gpu.run(gpu.Stage("bad", [*python, "raise SystemExit(3)"], 30))
-    assert gpu.run(gpu.Stage("slow", [*python, "import time; time.sleep(60)"], 1)) == "stopped after 1 s"
-    assert "could not start" in gpu.run(gpu.Stage("absent", ["/nonexistent"], 1))
+    path = tmp_path / "deep" / "r.jsonl"
+    cut_short = "open(__import__('sys').argv[1], 'a').write('{\"ki'); raise SystemExit(3)"
+    found = [
+        gpu.Stage("good", [*python, "pass"], 30),
+        gpu.Stage("bad", [*python, cut_short, str(path)], 30),
+        gpu.Stage("slow", [*python, "import time; time.sleep(60)"], 1),
+        gpu.Stage("absent", ["/nonexistent"], 1),
+        gpu.Stage("impossible", [*python, "raise SystemExit(1)"], 1, skip="no such device"),
+    ]
+    monkeypatch.setattr(gpu, "stages", lambda results, dry_run: found)
+    assert gpu.main(["--dry-run", "--output", str(path)]) == 1
+    outcomes = {row["case"]["stage"]: row["outcome"] for row in results.read(path)}
+    expected = {"good": "ok", "bad": "failed with exit code 3", "slow": "stopped after 1 s"}
+    expected |= {"absent": "could not start", "impossible": "skipped: no such device"}
+    assert outcomes.keys() == expected.keys()
+    assert all(outcomes[name].startswith(start) for name, start in expected.items())
+    assert gpu.main(["--dry-run", "--output", str(path), "--only", "good,impossible"]) == 0
+    (tmp_path / "file").touch()
+    assert gpu.main(["--dry-run", "--output", str(tmp_path / "file" / "r.jsonl")]) == 1
+    assert "results cannot be written to" in capsys.readouterr().err
+
+
+def test_a_stopped_stage_leaves_no_process_behind(tmp_path):
+    child = f"import time; time.sleep(2); open({str(tmp_path / 'alive')!r}, 'w')"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    assert gpu.run(gpu.Stage("slow", [sys.executable, "-c", parent], 1)) == "stopped after 1 s"
+    time.sleep(2.5)
+    assert not (tmp_path / "alive").exists()
 
 
 def test_gpu_script_stays_within_its_time(tmp_path):
-    assert sum(stage.limit for stage in gpu.stages(tmp_path / "r.jsonl")) <= 480
+    assert sum(stage.limit for stage in gpu.stages(tmp_path / "r.jsonl", dry_run=True)) <= 480
+
+
+@pytest.mark.filterwarnings("ignore")  # of other packages and of the compiler
+def test_what_the_gpu_stages_measure_runs_on_a_cpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_stages.models, "compiled", lambda model, x: model)  # half a minute
+    monkeypatch.setattr(timing, "_FEWEST_ROUNDS", 1)
+    path = tmp_path / "r.jsonl"
+    # For convolutions this small oneDNN's set-up takes longer than the work.
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    commands = {stage.name: stage.command for stage in gpu.stages(path, dry_run=True)}
+    assert main(["bench", *commands["kernels"][commands["kernels"].index("operators") :]]) == 0
+    for name in ("training", "memory", "sampling"):
+        assert commands[name][2] == "benchmarks.gpu_stages"
+        assert gpu_stages.main(commands[name][3:]) == 0
+    rows = list(results.of_kind(results.read(path), "model"))
+    assert {row["case"]["part"] for row in rows} == {"training_step", "memory", "sampling"}
+    assert not any("failed" in row for row in rows)
+    assert all(row["peak_extra_bytes"] > 0 for row in rows)
+
+
+def test_a_model_that_does_not_fit_is_noted_and_the_others_go_on(tmp_path):
+    def too_large():
+        raise torch.OutOfMemoryError("CUDA out of memory\nTried to allocate")
+
+    writer = Writer(tmp_path / "r.jsonl", ENVIRONMENT)
+    stages = gpu_stages.Stages(torch.device("cpu"), writer, toy=True)
+    stages._measure("memory", {"steps": 80}, "store", too_large, 1)
+    assert writer.rows[-1]["failed"] == "OutOfMemoryError: CUDA out of memory"
+
+
+def test_the_floor_is_made_of_all_convolutions_of_the_networks():
+    model, x = gpu_stages.Glow(3, 8, steps=2, levels=2, hidden_channels=4), torch.rand(2, 3, 8, 8) - 0.5
+    model.train().initialize(x)
+    found = gpu_stages._network_convolutions(model, x)
+    assert [tuple(args[1].shape) for args in found[:3]] == [(4, 6, 3, 3), (4, 4, 1, 1), (12, 4, 3, 3)]
+    assert len(found) == 2 * 2 * 3
+
+
+def test_compiled_summaries_keep_conditions_apart():
+    found = table.overview([operator_row(4.0), operator_row(9.0, threads=2), operator_row(1.0, shape=(64, 24, 8, 8))])
+    (one, two) = found.values()
+    assert list(found) == [f"{text}, tuned allocator, float32, contiguous" for text in ("1 thread", "2 threads")]
+    assert one[0].faster_than["eager"] == (pytest.approx(2.0), 1.0, 2)
+    assert two[0].faster_than["eager"] == (pytest.approx(9.0), 9.0, 1)

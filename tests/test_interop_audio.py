@@ -7,10 +7,10 @@ import copy
 import pytest
 import torch
 from dialects import audio
-from live_storages import LiveStorages
 from torch import Tensor, nn
 
 import glow_kernels as gk
+from glow_kernels.bench.live_storages import LiveStorages
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from dialects import openai, rosinality
 from dialects.zoo import EXAMPLES, Example, normflows_glow, normflows_loss
-from live_storages import LiveStorages
 from test_interop import can_be_pickled, images, make, mark_initialized, trained
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import glow_kernels as gk
+from glow_kernels.bench.live_storages import LiveStorages
 from glow_kernels.interop import steps
 from glow_kernels.interop.patch import memory_of
 

@@ -12,11 +12,11 @@ import shutil
 
 import pytest
 import torch
-from live_storages import training_step_bytes
 from test_reversible import FORGETFUL, Scaling, forgetting, weighted
 
 import glow_kernels as gk
 from glow_kernels import ReversibleSequential
+from glow_kernels.bench.live_storages import training_step_bytes
 from glow_kernels.models import Glow
 from glow_kernels.nn import FlowStep
 

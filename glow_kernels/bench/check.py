@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from glow_kernels.bench import results, table
+from glow_kernels.bench import results, reversible, table
+from glow_kernels.bench.models import GLOWS
 from glow_kernels.bench.operators import LARGEST_MEMORY_BOUND_CHANNELS
 from glow_kernels.bench.results import Row
 
 _LARGE_BYTES = 8 * 2**20
+_CONDITIONS = tuple((threads, allocator) for threads in (1, 2) for allocator in ("tuned", "default"))
+_LINEAR = {"forward": 4, "no_grad": 4, "inverse": 4, "backward": 4, "reversible_backward": 4}
+_COUPLING = {
+    "forward": 4,
+    "no_grad": 4,
+    "inverse": 4,
+    "forward_backward": 3,
+    "backward": 3,
+    "reversible_backward": 3,
+}
+_PER_COMPILE = {"actnorm_conv1x1": 2, "affine_coupling": 1.5}
 
 
 @dataclass(frozen=True)
 class Check:
-    """One goal: ``figure`` is NaN where nothing was measured."""
+    """One goal: ``figure`` is NaN where nothing was measured; ``where`` says of what it is the mean or the worst."""
 
+    group: str
     name: str
     goal: float
     figure: float
@@ -24,148 +37,210 @@ class Check:
     where: str = ""
 
     @property
+    def is_measured(self) -> bool:
+        """Whether there is a figure."""
+        return not math.isnan(self.figure)
+
+    @property
     def verdict(self) -> str:
         """``reached``, ``missed`` or ``not measured``."""
-        if math.isnan(self.figure):
+        if not self.is_measured:
             return "not measured"
         reached = self.figure >= self.goal if self.at_least else self.figure <= self.goal
         return "reached" if reached else "missed"
 
+    @property
+    def wanted(self) -> str:
+        """In words."""
+        return f"{'at least' if self.at_least else 'at most'} {self.goal:g}"
+
     def __str__(self) -> str:
-        sign = ">=" if self.at_least else "<="
-        figure = "" if math.isnan(self.figure) else f"{self.figure:6.3g}"
-        where = f"  {self.where}" if self.where and self.verdict != "not measured" else ""
-        return f"{self.verdict:13} {figure:>6} {sign} {self.goal:<5} {self.name}{where}"
+        figure = f"{self.figure:.3g}" if self.is_measured else ""
+        return f"{self.verdict:13} {figure:>8} {self.wanted:14} {self.name}" + (f"; {self.where}" if self.where else "")
 
 
 def checks(rows: Sequence[Row]) -> list[Check]:
     """All goals, from the last measurement of every case on a CPU by the native backend."""
-    operators = [
-        row
-        for row in results.of_kind(list(rows), "operator")
-        if row["case"]["device"] == "cpu" and row["ours"] == "native" and row["case"]["dtype"] == "float32"
+    return [
+        *_operators(rows),
+        *_overhead(rows),
+        *_training(rows),
+        *_activations(rows),
+        *_accuracy(rows),
+        *_whole_run(rows),
     ]
-    found = _linear(operators) + _coupling(operators) + _limits(operators) + _slower(operators)
-    wrong = [row for row in operators if row.get("wrong")]
-    found.append(Check("wrong results", 0, len(wrong) if operators else math.nan, at_least=False))
-    found.append(_repeatability(operators))
-    return found + _overhead(rows) + _models(rows)
 
 
-def _linear(rows: Sequence[Row]) -> list[Check]:
-    found = []
-    for direction in ("forward", "no_grad", "inverse", "backward", "reversible_backward"):
-        small = [
-            row
-            for row in _select(rows, "actnorm_conv1x1", direction)
-            if row["case"]["shape"][1] <= LARGEST_MEMORY_BOUND_CHANNELS
-        ]
-        for other, goal in (("eager", 4), ("compile", 2)):
-            found.append(_mean(f"actnorm_conv1x1 {direction}, C <= 48, times faster than {other}", small, other, goal))
-    return found
+def lines(found: Sequence[Check]) -> Iterator[str]:
+    """As text: what was measured with a heading for every group, and the sum of all."""
+    measured = [goal for goal in found if goal.is_measured]
+    for group in dict.fromkeys(goal.group for goal in measured):
+        yield f"\n{group}"
+        yield from (f"  {goal}" for goal in measured if goal.group == group)
+    yield f"\n{tally(found)}"
 
 
-def _coupling(rows: Sequence[Row]) -> list[Check]:
-    found = []
-    for direction, goal in (
-        ("forward", 4),
-        ("no_grad", 4),
-        ("inverse", 4),
-        ("forward_backward", 3),
-        ("backward", 3),
-        ("reversible_backward", 3),
-    ):
-        selected = _select(rows, "affine_coupling", direction)
-        for other, least in (("eager", goal), ("compile", 1.5)):
-            found.append(_mean(f"affine_coupling {direction}, times faster than {other}", selected, other, least))
-    return found
+def tally(found: Sequence[Check]) -> str:
+    """How many were reached, missed and not measured."""
+    verdicts = [check.verdict for check in found]
+    return ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in ("reached", "missed", "not measured"))
 
 
-def _limits(rows: Sequence[Row]) -> list[Check]:
-    found = []
-    for operator in ("actnorm_conv1x1", "affine_coupling"):
-        for direction in ("forward", "no_grad", "inverse"):
-            copies = [
-                (100.0 / row["candidates"][row["ours"]]["percent_of_limit"], _shape(row))
-                for row in _select(rows, operator, direction)
-                if _data_bytes(row) > _LARGE_BYTES and row["case"]["allocator"] == "tuned"
-            ]
-            worst, where = max(copies, default=(math.nan, ""))
-            title = f"{operator} {direction}, over 8 MiB, tuned allocator, times a copy of the same bytes"
-            found.append(Check(title, 4, worst, at_least=False, where=where))
-    return found
+def _operators(rows: Sequence[Row]) -> Iterator[Check]:
+    standard = [row for row in _native(rows) if _is_standard(row["case"])]
+    for threads, allocator in _CONDITIONS:
+        group = f"{threads} thread{'s' * (threads > 1)}, "
+        group += "tuned allocator" if allocator == "tuned" else "allocator as it is"
+        chosen = [row for row in standard if (row["case"]["threads"], row["case"]["allocator"]) == (threads, allocator)]
+        for operator, goals in (("actnorm_conv1x1", _LINEAR), ("affine_coupling", _COUPLING)):
+            of_operator = [row for row in chosen if row["case"]["operator"] == operator]
+            for direction, goal in goals.items():
+                yield from _faster(group, operator, direction, goal, of_operator)
+            yield _slowest(group, operator, of_operator)
+            if allocator == "tuned":
+                yield _large(group, operator, of_operator)
+        for operator in ("gaussian_log_prob", "actnorm_statistics"):
+            yield _slowest(group, operator, [row for row in chosen if row["case"]["operator"] == operator])
 
 
-def _slower(rows: Sequence[Row]) -> list[Check]:
-    found = []
-    for operator, direction in dict.fromkeys((row["case"]["operator"], row["case"]["direction"]) for row in rows):
-        ratios = [
-            (min(table.ratio(row, other) for other in ("eager", "compile") if other in row["candidates"]), _shape(row))
-            for row in _select(rows, operator, direction)
-        ]
-        worst, where = min(ratios, default=(math.nan, ""))
-        title = f"{operator} {direction}, slowest shape against the better of eager and compile"
-        found.append(Check(title, 1, worst, where=where))
-    return found
+def _faster(group: str, operator: str, direction: str, goal: float, rows: Sequence[Row]) -> Iterator[Check]:
+    """Geometric means over shapes; of the linear map only those that memory limits."""
+    most = LARGEST_MEMORY_BOUND_CHANNELS if operator == "actnorm_conv1x1" else math.inf
+    chosen = [row for row in rows if row["case"]["direction"] == direction and row["case"]["shape"][1] <= most]
+    for other, least in (("eager", goal), ("compile", _PER_COMPILE[operator])):
+        ratios = [(table.ratio(row, other), table.shape(row["case"]["shape"])) for row in chosen if _has(row, other)]
+        figure, where = math.nan, ""
+        if ratios:
+            figure = table.geometric_mean(ratio for ratio, _ in ratios)
+            where = f"geometric mean of {len(ratios)} shapes, least {min(ratios)[0]:.2f} at {min(ratios)[1]}"
+        channels = f", C <= {most}" if operator == "actnorm_conv1x1" else ""
+        yield Check(group, f"{operator} {direction}{channels}: times faster than {other}", least, figure, True, where)
 
 
-def _repeatability(rows: Sequence[Row]) -> Check:
-    differences = table.repeat_differences(rows)
-    share = sum(difference < 0.1 for difference in differences) / len(differences) if differences else math.nan
-    return Check("share of ratios that differ by less than 10% when measured twice in one run", 0.9, share)
-
-
-def _overhead(rows: Sequence[Row]) -> list[Check]:
+def _slowest(group: str, operator: str, rows: Sequence[Row]) -> Check:
+    """No shape and no direction slower than the better of eager and compiled code."""
     ratios = [
-        (row["ratio"]["median"], f"{row['case']['operator']} {row['case']['direction']}")
-        for row in results.of_kind(list(rows), "overhead")
+        (min(table.ratio(row, other) for other in ("eager", "compile") if _has(row, other)), _place(row))
+        for row in rows
+        if _has(row, "eager")
+    ]
+    worst, where = min(ratios, default=(math.nan, ""))
+    name = f"{operator}: worst shape and direction, times faster than the better of eager and compile"
+    return Check(group, name, 1, worst, True, where)
+
+
+def _large(group: str, operator: str, rows: Sequence[Row]) -> Check:
+    """Forward and inverse of large shapes, in copies of the same bytes."""
+    copies = [
+        (row["candidates"][row["ours"]]["seconds"][0] / row["candidates"]["copy"]["seconds"][0], _place(row))
+        for row in rows
+        if row["case"]["direction"] in ("forward", "no_grad", "inverse") and _data_bytes(row) > _LARGE_BYTES
+    ]
+    worst, where = max(copies, default=(math.nan, ""))
+    name = f"{operator}: worst shape over 8 MiB, forward and inverse, times a clone of the same bytes"
+    return Check(group, name, 4, worst, False, where)
+
+
+def _overhead(rows: Sequence[Row]) -> Iterator[Check]:
+    ratios = [
+        (row["ratio"][0], f"{row['case']['operator']} {row['case']['direction']}")
+        for row in results.of_kind(rows, "overhead")
         if row["case"]["device"] == "cpu"
     ]
     worst, where = max(ratios, default=(math.nan, ""))
-    return [Check("a call on one 8x8 image, times one elementwise operation", 2, worst, at_least=False, where=where)]
+    yield Check("Calls", "worst operator on one 8x8 image, times one elementwise operation", 2, worst, False, where)
 
 
-def _models(rows: Sequence[Row]) -> list[Check]:
-    def figure(part: str, implementation: str, wanted: Callable[[Row], bool]) -> float:
-        for row in results.of_kind(list(rows), "model"):
-            case = row["case"]
-            if (case["part"], case["implementation"], case["device"]) == (part, implementation, "cpu") and wanted(case):
-                return float(row["ratio_to_ours"]["median"])
+def _training(rows: Sequence[Row]) -> Iterator[Check]:
+    found = {
+        row["case"]["implementation"]: row["ratio_to_ours"][0]
+        for row in results.of_kind(rows, "model")
+        if row["case"]["part"] == "training_step"
+        and row["case"]["device"] == "cpu"
+        and all(row["case"][name] == value for name, value in GLOWS[0].items())
+    }
+    title = "training step of Glow, K=8, L=2, width 64, batch 16, 32x32"
+    name = f"{title}: native, times faster than reference"
+    yield Check("Training", name, 1.15, found.get("reference", math.nan))
+    name = f"{title}: reversible, times plain autograd"
+    yield Check("Training", name, 1.33, found.get("native anchor", math.nan), at_least=False)
+
+
+def _activations(rows: Sequence[Row]) -> Iterator[Check]:
+    found: dict[str, dict[int, Row]] = {}
+    for row in results.of_kind(rows, "memory"):
+        found.setdefault(row["case"]["policy"], {})[row["case"]["steps"]] = row
+    group = "Activations at 256x256, batch 8, hidden 256, L=3, float32, fake tensors"
+
+    def slope(policy: str) -> float:
+        kept = sorted((steps, row["kept_bytes"]) for steps, row in found.get(policy, {}).items())
+        return (kept[-1][1] - kept[0][1]) / (kept[-1][0] - kept[0][0]) if len(kept) > 1 else math.nan
+
+    per_anchor = 4 * slope(reversible.ANCHOR) / reversible.ALL_STATES_BYTES
+    name = "anchors at every 4th step: bytes kept per 4 steps, in states of all levels"
+    yield Check(group, name, 1.02, per_anchor, at_least=False)
+    name = "inverting: bytes kept per step, in states of all levels"
+    yield Check(group, name, 0, slope(reversible.INVERT) / reversible.ALL_STATES_BYTES, at_least=False)
+    deepest = found.get(reversible.ANCHOR, {}).get(reversible.DEEPEST)
+    peak = deepest["peak_bytes"] / 1e9 if deepest else math.nan
+    yield Check(group, "peak in GB, K=80, anchors at every 4th step", 0.62, peak, at_least=False)
+    peak = _extrapolated(found.get(reversible.MICRO_BATCHES, {})) / 1e9
+    name = "peak in GB, K=80, 8 micro-batches, anchors at every 6th step"
+    yield Check(group, name, 0.18, peak, False, "from K=13 by its exact slope" if peak == peak else "")
+
+
+def _extrapolated(rows: dict[int, Row]) -> float:
+    """Peak of the deepest chain, to which anchors add: after the forward, or in the first level's backward."""
+    if not rows:
         return math.nan
-
-    def is_goal(case: Row) -> bool:
-        return (case["steps"], case["levels"], case["hidden"], case["batch"]) == (8, 2, 64, 16)
-
-    ratio = figure("training_step", "reference", is_goal)
-    found = [Check("training step of Glow, K=8, L=2, width 64, batch 16, times faster than reference", 1.15, ratio)]
-    reversible = figure("training_step", "native anchor", is_goal)
-    found.append(Check("reversible training step, times plain autograd", 1.33, reversible, at_least=False))
-    differences = [
-        row["relative_difference"]
-        for row in results.of_kind(list(rows), "accuracy")
-        if (row["case"]["steps"], row["case"]["device"]) == (64, "cpu")
-    ]
-    title = "gradients, reversible against plain autograd, K=64, relative L2 difference"
-    found.append(Check(title, 1e-4, max(differences, default=math.nan), at_least=False))
-    return found
+    steps, row = max(rows.items())
+    anchors = reversible.DEEPEST // 6 - steps // 6
+    kept, peak = row["kept_bytes"], row["peak_bytes"]
+    return float(max(kept + anchors * reversible.ALL_STATES_BYTES, peak + anchors * reversible.STATE_BYTES))
 
 
-def _mean(name: str, rows: Sequence[Row], other: str, goal: float) -> Check:
-    ratios = [table.ratio(row, other) for row in rows if other in row["candidates"]]
-    figure = table.geometric_mean(ratios) if ratios else math.nan
-    return Check(f"{name} (geometric mean of {len(ratios)})", goal, figure)
+def _accuracy(rows: Sequence[Row]) -> Iterator[Check]:
+    for part, steps, name in (
+        ("gradients", 64, "gradients of 64 steps, reversible against plain autograd: relative L2 difference"),
+        ("bad_row", 32, "the same for one bad row in one of 8 images, trained Glow of 32 steps"),
+    ):
+        differences = [
+            math.inf if row["relative_difference"] is None else row["relative_difference"]
+            for row in results.of_kind(rows, "accuracy")
+            if (row["case"]["part"], row["case"]["steps"], row["case"]["device"]) == (part, steps, "cpu")
+        ]
+        yield Check("Gradients", name, 1e-4, max(differences, default=math.nan), at_least=False)
 
 
-def _select(rows: Sequence[Row], operator: str, direction: str) -> list[Row]:
-    wanted = (operator, direction)
+def _whole_run(rows: Sequence[Row]) -> Iterator[Check]:
+    cases = [row for row in results.of_kind(rows, "operator") if row["case"]["device"] == "cpu"]
+    wrong = [f"{table.shape(row['case']['shape'])} {name}" for row in cases for name in row.get("wrong", {})]
+    figure = len(wrong) if cases else math.nan
+    yield Check("The run", "candidates with wrong results or errors", 0, figure, False, ", ".join(wrong[:3]))
+    share, count = table.repeatability(rows)
+    name = "share of ratios that differ by less than 10% when measured twice in one run"
+    yield Check("The run", name, 0.9, share, True, f"{count} ratios" if count else "")
+
+
+def _native(rows: Sequence[Row]) -> list[Row]:
     return [
-        row for row in rows if (row["case"]["operator"], row["case"]["direction"]) == wanted and "candidates" in row
+        row
+        for row in results.of_kind(rows, "operator")
+        if row["case"]["device"] == "cpu" and row["ours"] == "native" and "candidates" in row
     ]
+
+
+def _is_standard(case: Row) -> bool:
+    return bool((case["dtype"], case["memory_format"]) == ("float32", "contiguous"))
+
+
+def _has(row: Row, other: str) -> bool:
+    return other in row["candidates"]
 
 
 def _data_bytes(row: Row) -> int:
     return 4 * int(math.prod(row["case"]["shape"]))
 
 
-def _shape(row: Row) -> str:
-    return "x".join(map(str, row["case"]["shape"])) + f", {row['case']['threads']} threads"
+def _place(row: Row) -> str:
+    return f"{row['case']['direction']} {table.shape(row['case']['shape'])}"

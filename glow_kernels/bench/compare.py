@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from glow_kernels.bench import results
 from glow_kernels.bench.results import Row
+from glow_kernels.bench.timing import Spread
 
 # A smaller change of a median is noise, whatever the spreads say.
 LEAST_CHANGE = 0.1
@@ -73,6 +74,7 @@ def _compare(old: Row, new: Row) -> Iterator[Change]:
         yield _change(name(new), *pair)
 
 
-def _change(what: str, old: Row, new: Row) -> Change:
-    apart = old["low"] > new["high"] or new["low"] > old["high"]
-    return Change(what, old["median"], new["median"], apart)
+def _change(what: str, old: Sequence[float], new: Sequence[float]) -> Change:
+    before, after = Spread(*old), Spread(*new)
+    apart = before.low > after.high or after.low > before.high
+    return Change(what, before.median, after.median, apart)

@@ -3,107 +3,153 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from glow_kernels import available_backends, use_backend
+from glow_kernels import use_backend
 from glow_kernels.bench import operators, timing
+from glow_kernels.bench.compilation import Compiler
 from glow_kernels.bench.memory import peak_extra_bytes
-from glow_kernels.bench.operators import LARGEST_MEMORY_BOUND_CHANNELS, Case, Operator
+from glow_kernels.bench.operators import LARGEST_MEMORY_BOUND_CHANNELS, Case, Function, Operator
 from glow_kernels.bench.results import Row
-from glow_kernels.bench.timing import Call
+from glow_kernels.bench.timing import Call, Times
 
 # Copies of the inputs that a GPU uses in rotation.
 _ROTATION = 3
 _LAUNCH_BOUND_SECONDS = 50e-6
 
 
-def measure(case: Case, *, seconds: float = 0.5, with_compile: bool = True, backends: Sequence[str] = ()) -> Row:
-    """Time the copy, eager, ``torch.compile`` and our backends; a row of results.
+class Session:
+    """Measures cases; what does not depend on the allocator is done once: compiling, checking, counting bytes.
 
     Args:
-        case: what to measure.
-        seconds: for timing, correctness and compilation come on top.
         with_compile: compare with ``torch.compile``, which takes seconds to compile.
-        backends: those to measure, every available one unless told; the first is "ours" in the ratios.
+        backends: those to measure, unless told every one that computes on the device; the first is "ours" in the
+            ratios.
     """
-    operator = operators.operator(case.operator)
-    device = torch.device(case.device)
-    backends = backends or available_backends()
-    torch.manual_seed(0)
-    copies = [operator.arguments(case) for _ in range(_ROTATION if device.type == "cuda" else 1)]
-    grads = operators.upstream(operator, case, copies[0])
-    limit = _limit(operator, case)
-    candidates: dict[str, list[Call]] = {
-        name: [calls] if callable(calls) else list(calls) for name, calls in limit.items()
-    }
-    candidates["eager"] = [operators.call(operator.plain, case.direction, copy, grads) for copy in copies]
-    if with_compile:
-        compiled = _compiled(operator.plain)
-        candidates["compile"] = [operators.call(compiled, case.direction, copy, grads) for copy in copies]
-    for backend in backends:
-        candidates[backend] = [
-            _on(backend, operators.call(_bound(backend, operator), case.direction, copy, grads)) for copy in copies
-        ]
-    row: Row = {"kind": "operator", "case": case.as_dict(), "ours": backends[0]}
-    wrong = _wrong(operator, case, copies[0], grads, candidates, backends)
-    if wrong:
-        for name in wrong:
-            del candidates[name]
-        row["wrong"] = wrong
-    if backends[0] in wrong:
+
+    def __init__(self, *, with_compile: bool = True, backends: Sequence[str] = ()) -> None:
+        self._compiler = Compiler() if with_compile else None
+        self._wanted = tuple(backends)
+        self._checked: dict[Case, tuple[dict[str, str], dict[str, int]]] = {}
+
+    def measure(self, case: Case, seconds: float) -> Row:
+        """Time the copy, eager, ``torch.compile`` and our backends for so many seconds: a row of results.
+
+        Checking and compiling come on top. What raises an error or computes something wrong is named in ``wrong`` and
+        not timed.
+        """
+        operator = operators.operator(case.operator)
+        device = torch.device(case.device)
+        backends = self._wanted or operators.backends_on(device)
+        ours = backends[0]
+        with threads(case.threads):
+            torch.manual_seed(0)
+            copies = [operator.arguments(case) for _ in range(_ROTATION if device.type == "cuda" else 1)]
+            grads = operators.upstream(operator, case, copies[0])
+            limits = _limit(operator, case)
+            candidates = {name: [call] for name, call in limits.items()}
+            candidates |= self._contenders(case, operator, copies, grads, backends)
+            wrong, peaks = self._check(case, copies[0], grads, candidates, backends)
+            row: Row = {"kind": "operator", "case": case.as_dict(), "ours": ours}
+            if wrong:
+                row["wrong"] = wrong
+                candidates = {name: calls for name, calls in candidates.items() if name not in wrong}
+            if ours in wrong:
+                return row
+            times = timing.measure(candidates, seconds, device, ours)
+            row |= {"bytes": operators.moved_bytes(case), "calm": times.calm_share, "disturbed": not times.is_calm}
+            row |= _figures(times, list(limits), peaks, ours)
+            if device.type == "cuda" and times.spread(ours).median < _LAUNCH_BOUND_SECONDS:
+                row |= _graph_replays(candidates, seconds, device, ours)
         return row
-    return {**row, **_figures(case, operator, candidates, list(limit), backends, seconds)}
 
-
-def _figures(
-    case: Case,
-    operator: Operator,
-    candidates: dict[str, list[Call]],
-    limits: list[str],
-    backends: Sequence[str],
-    seconds: float,
-) -> Row:
-    device = torch.device(case.device)
-    ours = backends[0]
-    times, again = (timing.measure(candidates, seconds / 2, device) for _ in range(2))
-    limit = max(limits, key=lambda name: times.spread(name).median)
-    moved = moved_bytes(operator, case)
-    figures: Row = {"bytes": moved, "limit": limit, "candidates": {}}
-    for name, calls in candidates.items():
-        spread = times.spread(name)
-        figures["candidates"][name] = {
-            **{f"seconds_{field}": value for field, value in asdict(spread).items()},
-            "bytes_per_second": moved / spread.median,
-            "percent_of_limit": 100.0 * times.ratio(limit, name).median,
-            "ratio_to_ours": asdict(times.ratio(name, ours)),
-            "ratio_to_ours_again": again.ratio(name, ours).median,
-            "peak_extra_bytes": peak_extra_bytes(calls[0], device),
+    def _contenders(
+        self,
+        case: Case,
+        operator: Operator,
+        copies: Sequence[list[Tensor]],
+        grads: Sequence[Tensor],
+        backends: Sequence[str],
+    ) -> dict[str, list[Call]]:
+        """Eager, compiled and our backends, on the same inputs."""
+        functions = {"eager": operator.plain}
+        if self._compiler is not None:
+            functions["compile"] = self._compiler.functions(case)
+        calls = {
+            name: [operators.call(function, case.direction, copy, grads) for copy in copies]
+            for name, function in functions.items()
         }
-    if device.type == "cuda" and times.spread(ours).median < _LAUNCH_BOUND_SECONDS:
-        graphs = timing.as_graphs(candidates)
-        if ours in graphs:
-            replays = timing.measure(graphs, seconds / 2, device)
-            figures["graph_replays"] = {
-                name: {**asdict(replays.spread(name)), "ratio_to_ours": replays.ratio(name, ours).median}
-                for name in graphs
+        default = operators.backends_on(torch.device(case.device))[0]
+        for backend in backends:
+            # The default one is measured without the cost of choosing.
+            choose = _default if backend == default else functools.partial(_on, backend)
+            bound = _bound(choose, operator)
+            calls[backend] = [choose(operators.call(bound, case.direction, copy, grads)) for copy in copies]
+        return calls
+
+    def _check(
+        self,
+        case: Case,
+        arguments: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        candidates: Mapping[str, Sequence[Call]],
+        backends: Sequence[str],
+    ) -> tuple[dict[str, str], dict[str, int]]:
+        """What is wrong with which candidates, and the peak memory of the others."""
+        key = replace(case, allocator="tuned")
+        if key not in self._checked:
+            failed = _failed(candidates)
+            working = {name: calls for name, calls in candidates.items() if name not in failed}
+            working_backends = [name for name in backends if name in working]
+            wrong = failed | _wrong(
+                operators.operator(case.operator), case, arguments, grads, working, working_backends
+            )
+            device = torch.device(case.device)
+            peaks = {name: peak_extra_bytes(calls[0], device) for name, calls in working.items() if name not in wrong}
+            self._checked[key] = wrong, peaks
+        return self._checked[key]
+
+
+def _figures(times: Times, limits: Sequence[str], peaks: dict[str, int], ours: str) -> Row:
+    limit = max(limits, key=lambda name: times.spread(name).median)
+    return {
+        "limit": limit,
+        "candidates": {
+            name: {
+                "seconds": times.spread(name).as_row(),
+                "ratio_to_ours": times.ratio(name, ours).as_row(),
+                "percent_of_limit": 100.0 * times.ratio(limit, name).median,
+                "peak_extra_bytes": peaks[name],
             }
-    return figures
+            for name in times.rounds
+        },
+    }
 
 
-def moved_bytes(operator: Operator, case: Case) -> int:
-    """What the operator must read and write, as declared."""
-    return round(operator.moved[case.direction] * case.data_bytes)
+def _graph_replays(candidates: Mapping[str, Sequence[Call]], seconds: float, device: torch.device, ours: str) -> Row:
+    """The same without the cost of launching, where ours can be captured."""
+    graphs = timing.as_graphs(candidates)
+    if ours not in graphs:
+        return {}
+    times = timing.measure(graphs, seconds / 2, device)
+    return {
+        "graph_replays": {
+            name: {"seconds": times.spread(name).as_row(), "ratio_to_ours": times.ratio(name, ours).as_row()}
+            for name in graphs
+        }
+    }
 
 
 def _limit(operator: Operator, case: Case) -> dict[str, Call]:
     """A copy that moves the same bytes; where matrix products may take longer, also those."""
-    elements = moved_bytes(operator, case) // 2 // operators.DTYPES[case.dtype].itemsize
+    elements = operators.moved_bytes(case) // 2 // operators.DTYPES[case.dtype].itemsize
     source = torch.randn(elements, device=case.device).to(operators.DTYPES[case.dtype])
     limits: dict[str, Call] = {"copy": source.clone}
     channels, products = case.shape[1], operator.products.get(case.direction, 0)
@@ -114,29 +160,22 @@ def _limit(operator: Operator, case: Case) -> dict[str, Call]:
     return limits
 
 
-def _compiled(plain: operators.Functions) -> operators.Functions:
-    torch._dynamo.reset()
-    forward, inverse = (
-        function and torch.compile(function, dynamic=False, fullgraph=True)
-        for function in (plain.forward, plain.inverse)
-    )
-    return operators.Functions(forward, inverse)  # type: ignore[arg-type]
-
-
-def _bound(backend: str, operator: Operator) -> operators.Functions:
+def _bound(choose: Callable[[Function], Function], operator: Operator) -> operators.Functions:
     """The operator's functions with the backend chosen, for what ``operators.call`` evaluates beforehand."""
-
-    def bind(function: Callable[..., Any] | None) -> Callable[..., Any] | None:
-        return function and _on(backend, function)
-
     ours = operator.ours
-    return operators.Functions(_on(backend, ours.forward), bind(ours.inverse), bind(ours.reversible_backward))
+    return operators.Functions(
+        choose(ours.forward),
+        ours.inverse and choose(ours.inverse),
+        ours.reversible_backward and choose(ours.reversible_backward),
+    )
 
 
-def _on(backend: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` computed by ``backend``; the default one without the cost of choosing."""
-    if backend == available_backends()[0]:
-        return function
+def _default(function: Function) -> Function:
+    return function
+
+
+def _on(backend: str, function: Function) -> Function:
+    """``function`` computed by ``backend``."""
 
     def chosen(*arguments: Any) -> Any:
         with use_backend(backend):
@@ -145,12 +184,25 @@ def _on(backend: str, function: Callable[..., Any]) -> Callable[..., Any]:
     return chosen
 
 
+def _failed(candidates: Mapping[str, Sequence[Call]]) -> dict[str, str]:
+    """The compiler and our backends, whatever they raise; eager PyTorch and copies have to work."""
+    failed = {}
+    for name, calls in candidates.items():
+        try:
+            calls[0]()
+        except Exception as error:
+            if name in ("copy", "matmul", "eager"):
+                raise
+            failed[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+    return failed
+
+
 def _wrong(
     operator: Operator,
     case: Case,
     arguments: Sequence[Tensor],
     grads: Sequence[Tensor],
-    candidates: dict[str, list[Call]],
+    candidates: Mapping[str, Sequence[Call]],
     backends: Iterable[str],
 ) -> dict[str, str]:
     """What is wrong with each of our backends, measured against the textbook in float64; empty if nothing is."""

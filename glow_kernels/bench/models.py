@@ -1,27 +1,37 @@
-"""Whole models: training steps, memory by depth, sampling; our backends among each other and against other packages."""
+"""Whole models: training steps, sampling, and time and memory by depth, batch and image size; others beside them."""
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from glow_kernels import available_backends, use_backend
-from glow_kernels.bench import chains, table, timing
+from glow_kernels import use_backend
+from glow_kernels.bench import chains, operators, timing
 from glow_kernels.bench.memory import peak_extra_bytes
+from glow_kernels.bench.plan import Show, Task
 from glow_kernels.bench.results import Writer
 from glow_kernels.bench.timing import Call
 from glow_kernels.models import Glow
+from glow_kernels.nn import FlowStep
 
-DEPTHS = (1, 4, 16, 64)
-QUICK_DEPTHS = (1, 4)
-# Steps, levels and width of Glow, image size and batch; the first is the one of the goal for training.
-GLOWS = ((8, 2, 64, 32, 16), (4, 3, 64, 64, 4))
-QUICK_GLOWS = ((2, 2, 32, 32, 8),)
-Show = Callable[[str], None]
+Sizes = dict[str, int]
+# The first is the one of the goal for training.
+GLOWS = (
+    {"steps": 8, "levels": 2, "hidden": 64, "image_size": 32, "batch": 16},
+    {"steps": 4, "levels": 3, "hidden": 64, "image_size": 64, "batch": 4},
+)
+QUICK_GLOWS = ({"steps": 2, "levels": 2, "hidden": 32, "image_size": 32, "batch": 8},)
+CHAIN = {"steps": 4, "channels": 12, "hidden": 64, "image_size": 16, "batch": 8}
+# What varies while the rest stays, and seconds for a point of the curve.
+CURVES = {"steps": (1, 4, 16, 64), "batch": (1, 4, 16, 64), "image_size": (8, 16, 32, 64)}
+QUICK_CURVES = {"steps": (1, 8)}
+# The rest of the table is on the curves at the sizes of CHAIN.
+ON_CURVES = ("glow_kernels", "glow_kernels anchor", "glow_kernels invert", "checkpoint", "normflows", "memcnn")
 
 
 class Models:
@@ -29,141 +39,146 @@ class Models:
 
     Args:
         device: where to compute.
-        quick: smaller models.
         with_compile: also the reference under ``torch.compile``.
     """
 
-    def __init__(self, device: torch.device, writer: Writer, show: Show, *, quick: bool, with_compile: bool) -> None:
+    def __init__(self, device: torch.device, writer: Writer, show: Show, *, with_compile: bool) -> None:
         self._device, self._writer, self._show = device, writer, show
-        self._quick, self._with_compile = quick, with_compile
-        self._seconds = 3.0 if quick else 10.0
+        self._with_compile = with_compile
+        self._backends = operators.backends_on(device)
 
-    def run(self) -> None:
+    def tasks(self, *, quick: bool) -> list[Task]:
         """All parts."""
-        for sizes in QUICK_GLOWS if self._quick else GLOWS:
-            self.training(*sizes)
-            self.sampling(*sizes)
-        self.peers(steps=2 if self._quick else 4)
-        self.gradients(steps=4 if self._quick else 64)
-        for depth in QUICK_DEPTHS if self._quick else DEPTHS:
-            self.depth(depth)
-
-    def training(self, steps: int, levels: int, hidden: int, size: int, batch: int) -> None:
-        """A training step of a Glow by every backend."""
-        case = {"steps": steps, "levels": levels, "hidden": hidden, "image_size": size, "batch": batch}
-        x = torch.rand(batch, 3, size, size, device=self._device) - 0.5
-        candidates: dict[str, Call] = {}
-        for backend in available_backends():
-            candidates[backend] = _on(backend, _glow_step(self._glow(case), x))
-        backend = available_backends()[0]
-        candidates[f"{backend} anchor"] = _on(backend, _glow_step(self._glow(case, memory="anchor"), x))
-        if self._with_compile:
-            model = self._glow(case)
-            with use_backend("reference"):
-                eager = _glow_step(model, x)  # initialises, which is not for the compiler
-                eager()
-                compiled = _glow_step(model, x, torch.compile(model, dynamic=False))
-                compiled()
-            candidates["reference compiled"] = _on("reference", compiled)
-        self._time("training_step", case, candidates, batch)
-
-    def sampling(self, steps: int, levels: int, hidden: int, size: int, batch: int) -> None:
-        """Throughput of a batch and latency of one image."""
-        case = {"steps": steps, "levels": levels, "hidden": hidden, "image_size": size}
-        model = self._glow(case)
-        x = torch.rand(batch, 3, size, size, device=self._device) - 0.5
-        model.initialize(x)
-        model.eval()
-        for number in (batch, 1):
-            calls = {backend: _on(backend, lambda: model.sample(number)) for backend in available_backends()}  # noqa: B023
-            self._time("sampling", {**case, "batch": number}, calls, number)
-
-    def peers(self, steps: int) -> None:
-        """A training step of the same chain in other packages; memcnn and checkpointing save memory."""
-        case = {"steps": steps, "channels": 12, "hidden": 64, "image_size": 16, "batch": 16}
-        self._time("chain", case, self._chains(case, chains.available()), case["batch"])
-
-    def depth(self, steps: int) -> None:
-        """Time and memory of a chain as functions of its depth."""
-        case = {"steps": steps, "channels": 12, "hidden": 64, "image_size": 16, "batch": 4}
-        names = [name for name in chains.available() if name not in ("nflows", "FrEIA")]
-        self._time("depth", case, self._chains(case, names), case["batch"])
-
-    def gradients(self, steps: int) -> None:
-        """How far the gradients of a reversible chain are from those of plain autograd: relative L2 difference."""
         found = []
-        for name in ("glow_kernels", "glow_kernels anchor"):
-            torch.manual_seed(0)
-            chain = chains.CHAINS[name](12, 16, steps, 8)
-            chain[1].to(self._device)
-            chains.training_step(chain, torch.randn(4, 12, 8, 8, device=self._device))()
-            grads = [parameter.grad for parameter in chain[1].parameters() if parameter.grad is not None]
-            found.append(torch.cat([grad.flatten().double() for grad in grads]))
-        difference = ((found[1] - found[0]).norm() / found[0].norm()).item()
-        case = {"part": "gradients", "steps": steps, "device": self._device.type}
-        self._writer.write({"kind": "accuracy", "case": case, "relative_difference": difference})
-        self._show(f"\ngradients: steps={steps}: reversible differs from plain autograd by {difference:.1e}")
+        for sizes in QUICK_GLOWS if quick else GLOWS:
+            found.append(self._task("training_step", 15.0 if quick else 40.0, self.training, sizes))
+            found.append(self._task("sampling", 2.0 if quick else 6.0, self.sampling, sizes))
+        found.append(self._task("chain", 5.0 if quick else 15.0, self.chain, CHAIN, chains.available()))
+        names = [name for name in chains.available() if name in ON_CURVES]
+        for variable, values in (QUICK_CURVES if quick else CURVES).items():
+            for value in values:
+                sizes = {**CHAIN, variable: value}
+                seconds = 1.0 + 0.02 * sizes["steps"] * sizes["batch"] * sizes["image_size"] ** 2 / 256
+                found.append(self._task(f"curve by {variable}", seconds, self.chain, sizes, names))
+        return found
 
-    def _chains(self, case: Mapping[str, int], names: list[str]) -> dict[str, Call]:
+    def training(self, seconds: float, part: str, sizes: Sizes) -> None:
+        """A training step of a Glow by every backend, plain, reversible and compiled."""
+        x = torch.rand(_images(sizes, 3), device=self._device) - 0.5
         calls: dict[str, Call] = {}
-        shape = (case["batch"], case["channels"], case["image_size"], case["image_size"])
-        x = torch.randn(shape, device=self._device)
+        for backend in self._backends:
+            calls[backend] = _on(backend, glow_step(self._glow(sizes), x))
+        ours = self._backends[0]
+        calls[f"{ours} anchor"] = _on(ours, glow_step(self._glow(sizes, memory="anchor"), x))
+        if self._with_compile:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of the compiler, about itself
+                calls["reference compiled"] = _on("reference", glow_step(compiled(self._glow(sizes), x), x))
+        self._time(part, sizes, calls, seconds)
+
+    def sampling(self, seconds: float, part: str, sizes: Sizes) -> None:
+        """Throughput of a batch and latency of one image."""
+        model = self._glow(sizes)
+        model.initialize(torch.rand(_images(sizes, 3), device=self._device) - 0.5)
+        model.eval()
+        for number in (sizes["batch"], 1):
+            draw = functools.partial(model.sample, number)
+            calls = {backend: _on(backend, draw) for backend in self._backends}
+            self._time(part, {**sizes, "batch": number}, calls, seconds / 2)
+
+    def chain(self, seconds: float, part: str, sizes: Sizes, names: Sequence[str]) -> None:
+        """A training step of the same chain in other packages; memcnn and checkpointing save memory."""
+        x = torch.randn(_images(sizes, sizes["channels"]), device=self._device)
+        calls: dict[str, Call] = {}
         for name in names:
             torch.manual_seed(0)
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # of other packages, about functions that PyTorch will remove
-                    chain = chains.CHAINS[name](case["channels"], case["hidden"], case["steps"], case["image_size"])
+                    chain = chains.CHAINS[name](sizes["channels"], sizes["hidden"], sizes["steps"], sizes["image_size"])
                     chain[1].to(self._device)
                     calls[name] = chains.training_step(chain, x)
-            except Exception as error:
+            except Exception as error:  # whatever a package of others raises
                 self._show(f"{name} cannot be measured: {type(error).__name__}: {error}")
-        return calls
+        self._time(part, sizes, calls, seconds)
 
-    def _glow(self, case: Mapping[str, int], **options: Any) -> Glow:
+    def _task(self, part: str, seconds: float, measure: Callable[..., None], sizes: Sizes, *others: Any) -> Task:
+        def run(allowed: float) -> None:
+            # Building, warming up and counting bytes take the rest.
+            measure(0.6 * allowed, part, sizes, *others)
+
+        return Task(f"{part}, {_title(sizes)}", seconds, run)
+
+    def _glow(self, sizes: Sizes, **options: Any) -> Glow:
         torch.manual_seed(0)
-        model = Glow(3, case["image_size"], case["steps"], case["levels"], case["hidden"], **options)
+        model = Glow(3, sizes["image_size"], sizes["steps"], sizes["levels"], sizes["hidden"], **options)
         return model.to(self._device)
 
-    def _time(self, part: str, case: Mapping[str, Any], candidates: dict[str, Call], images: int) -> None:
-        ours = next(iter(candidates))
+    def _time(self, part: str, sizes: Mapping[str, int], calls: dict[str, Call], seconds: float) -> None:
+        ours = next(iter(calls))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            times = timing.measure({name: [call] for name, call in candidates.items()}, self._seconds, self._device)
-            peaks = {name: peak_extra_bytes(call, self._device) for name, call in candidates.items()}
-        title = " ".join(f"{name}={value}" for name, value in case.items())
-        self._show(f"\n{part}: {title}")
-        for name in candidates:
+            times = timing.measure({name: [call] for name, call in calls.items()}, seconds, self._device, ours)
+            peaks = {name: peak_extra_bytes(call, self._device) for name, call in calls.items()}
+        self._show(f"\n{part}: {_title(sizes)}")
+        for name in calls:
             spread, ratio = times.spread(name), times.ratio(name, ours)
-            row = {
-                "kind": "model",
-                "case": {"part": part, **case, "implementation": name, "device": self._device.type},
-                "ours": ours,
-                "seconds": table.as_row(spread),
-                "images_per_second": images / spread.median,
-                "ratio_to_ours": table.as_row(ratio),
-                "peak_extra_bytes": peaks[name],
-                "note": chains.NOTES.get(name, ""),
-            }
-            self._writer.write(row)
-            note = f"  ({row['note']})" if row["note"] else ""
+            note = chains.NOTES.get(name, "")
+            self._writer.write(
+                {
+                    "kind": "model",
+                    "case": {"part": part, **sizes, "implementation": name, "device": self._device.type}
+                    | {"threads": torch.get_num_threads()},
+                    "ours": ours,
+                    "seconds": spread.as_row(),
+                    "images_per_second": sizes["batch"] / spread.median,
+                    "ratio_to_ours": ratio.as_row(),
+                    "peak_extra_bytes": peaks[name],
+                    "note": note,
+                }
+            )
             self._show(
-                f"  {name:20} {row['images_per_second']:8.1f} images/s  {ratio.median:5.2f} times {ours}"
-                f" ({ratio.low:.2f}-{ratio.high:.2f})  peak {peaks[name] / 1e6:8.1f} MB{note}"
+                f"  {name:20} {sizes['batch'] / spread.median:9.1f} images/s {1e3 * spread.median:9.2f} ms  "
+                f"{ratio.median:5.2f} times {ours} ({ratio.low:.2f}-{ratio.high:.2f})  "
+                f"peak {peaks[name] / 1e6:8.1f} MB" + (f"  ({note})" if note else "")
             )
 
 
-def _glow_step(model: Glow, x: Tensor, function: Callable[[Tensor], Tensor] | None = None) -> Call:
-    log_prob = model if function is None else function  # a compiled module has no truth value
+def glow_step(model: Glow, x: Tensor) -> Call:
+    """Gradients of the mean negative log-density of ``x``."""
 
     def step() -> Tensor:
         for parameter in model.parameters():
             parameter.grad = None
-        loss = -log_prob(x).mean()
-        loss.backward()
+        loss: Tensor = -model(x).mean()
+        loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
     return step
+
+
+def compiled(model: Glow, x: Tensor) -> Glow:
+    """The same model by the reference, every step of flow under ``torch.compile``.
+
+    Steps of one level share their compilation: three instead of a hundred for a deep Glow, and no fusion is lost, since
+    a step ends in a coupling whose network begins the next.
+    """
+    with use_backend("reference"):
+        model.train()
+        model.initialize(x)
+        for module in model.modules():
+            if isinstance(module, FlowStep):
+                module.compile(dynamic=False)
+        glow_step(model, x)()
+    return model
+
+
+def _images(sizes: Sizes, channels: int) -> tuple[int, int, int, int]:
+    return sizes["batch"], channels, sizes["image_size"], sizes["image_size"]
+
+
+def _title(sizes: Mapping[str, int]) -> str:
+    return " ".join(f"{name}={value}" for name, value in sizes.items())
 
 
 def _on(backend: str, call: Call) -> Call:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glow_kernels import ops
+from glow_kernels import available_backends, ops
+from glow_kernels.backends import implementation
 from glow_kernels.bench import textbook
 from glow_kernels.errors import UsageError
 
@@ -189,6 +190,21 @@ def parse_shape(text: str) -> Shape:
     if channels % 2:
         raise UsageError(f"a shape must have an even number of channels, which a coupling halves, got {text!r}")
     return batch, channels, height, width
+
+
+def backends_on(device: torch.device) -> tuple[str, ...]:
+    """Those that compute on this device themselves, in order of preference; the reference is the last."""
+    x = torch.zeros(1, 2, 2, 2, device=device)
+
+    def computes(backend: str) -> bool:
+        return backend == "reference" or bool(implementation(backend, "support").actnorm_statistics("forward", x))
+
+    return tuple(name for name in available_backends() if computes(name))
+
+
+def moved_bytes(case: Case) -> int:
+    """What the operator must read and write, as declared."""
+    return round(operator(case.operator).moved[case.direction] * case.data_bytes)
 
 
 def upstream(operator: Operator, case: Case, arguments: Sequence[Tensor]) -> list[Tensor]:

@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 
 import torch
 
-from glow_kernels import available_backends
 from glow_kernels.bench import operators, table, timing
 from glow_kernels.bench.operators import OPERATORS, Case
+from glow_kernels.bench.plan import Show, Task
 from glow_kernels.bench.results import Row, Writer
 from glow_kernels.bench.timing import Spread
 
 SHAPE = (1, 12, 8, 8)
 
 
-def run(device: torch.device, seconds: float, writer: Writer, show: Callable[[str], None]) -> list[Row]:
+def tasks(device: torch.device, writer: Writer, show: Show) -> list[Task]:
     """Measure every operator and direction that runs without a graph."""
-    show(f"\ncall overhead, shape {'x'.join(map(str, SHAPE))}: times one elementwise operation")
-    rows = []
+
+    def measure(case: Case, seconds: float) -> None:
+        row = _measure(case, seconds, device)
+        writer.write(row)
+        show(f"{case.operator:18} {case.direction:20} {table.spread(Spread(*row['ratio']))}")
+
+    title = f"call overhead, shape {table.shape(SHAPE)}: times one elementwise operation"
+    found = [Task("call overhead", 0.0, lambda _: show(f"\n{title}"))]
     for operator in OPERATORS.values():
         for direction in ("no_grad", "inverse"):
             if direction in operator.moved:
-                row = _measure(Case(operator.name, direction, SHAPE, device=str(device)), seconds, device)
-                writer.write(row)
-                rows.append(row)
-                ratio = Spread(**row["ratio"])
-                show(f"{operator.name:18} {direction:20} {ratio.median:5.2f} ({ratio.low:.2f}-{ratio.high:.2f})")
-    return rows
+                case = Case(operator.name, direction, SHAPE, device=str(device))
+                found.append(Task(f"call overhead of {operator.name}", 0.4, functools.partial(measure, case)))
+    return found
 
 
 def _measure(case: Case, seconds: float, device: torch.device) -> Row:
@@ -44,7 +47,7 @@ def _measure(case: Case, seconds: float, device: torch.device) -> Row:
     return {
         "kind": "overhead",
         "case": case.as_dict(),
-        "ours": available_backends()[0],
-        "ratio": table.as_row(times.ratio("ours", "elementwise")),
-        "seconds": {name: table.as_row(times.spread(name)) for name in candidates},
+        "ours": operators.backends_on(device)[0],
+        "ratio": times.ratio("ours", "elementwise").as_row(),
+        "seconds": {name: times.spread(name).as_row() for name in candidates},
     }

@@ -3,46 +3,66 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from glow_kernels.bench import environment
 from glow_kernels.errors import DataError, UsageError
 
-VERSION = 1
+VERSION = 2
+# The rest of a measured number is noise, and the file is committed.
+_DIGITS = 4
 FOLDER = Path("benchmarks/results")
 
 Row = dict[str, Any]
 
 
 class Writer:
-    """Appends rows of one run, each at once: what was measured before an interruption stays.
+    """Appends rows of one run to ``path``, each at once: what was measured before an interruption stays.
 
     Raises:
         DataError: the file cannot be written.
     """
 
     def __init__(self, path: Path, run: Row) -> None:
-        self._path = path
+        self.path = path
         self._run = run["run"]
         self.rows: list[Row] = []
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _finish_last_line(path)
-        except OSError as error:
-            raise DataError(f"results cannot be written to {path}: {error.strerror}") from error
+        prepare(path)
         self.write(run)
 
     def write(self, row: Row) -> None:
         """Append one row."""
-        row = {"version": VERSION, **row, "run": self._run}
-        try:
-            with self._path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-        except OSError as error:
-            raise DataError(f"results cannot be written to {self._path}: {error.strerror}") from error
+        row = _rounded({**row, "run": self._run})
+        append(self.path, row)
         self.rows.append(row)
+
+
+def prepare(path: Path) -> None:
+    """Make the folder and the file, and drop a line that an interrupted run cut short.
+
+    Raises:
+        DataError: the file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _finish_last_line(path)
+    except OSError as error:
+        raise DataError(f"results cannot be written to {path}: {error.strerror}") from error
+
+
+def append(path: Path, row: Row) -> None:
+    """Append a row, with the format's version.
+
+    Raises:
+        DataError: the file cannot be written.
+    """
+    try:
+        with path.open("a") as file:
+            file.write(json.dumps({"version": VERSION, **row}, separators=(",", ":")) + "\n")
+    except OSError as error:
+        raise DataError(f"results cannot be written to {path}: {error.strerror}") from error
 
 
 def read(path: Path) -> list[Row]:
@@ -71,6 +91,11 @@ def read(path: Path) -> list[Row]:
                 f"results {path}, line {number}: format {row['version']} is newer than {VERSION}, which this version "
                 "of glow_kernels reads; install a newer one"
             )
+        if row["version"] < VERSION:
+            raise DataError(
+                f"results {path}, line {number}: format {row['version']} is older than {VERSION}; move the file away "
+                "and measure again"
+            )
         rows.append(row)
     if not rows:
         raise DataError(f"results {path} has no rows")
@@ -82,7 +107,7 @@ def select(name: str, folder: Path = FOLDER) -> list[Row]:
 
     Raises:
         UsageError: ``name`` is neither.
-        DataError: as for :func:`read`, or nothing was measured at that commit.
+        DataError: as for :func:`read`, or nothing in ``folder`` was measured at that commit.
     """
     if Path(name).is_file():
         return read(Path(name))
@@ -97,7 +122,7 @@ def select(name: str, folder: Path = FOLDER) -> list[Row]:
     return found
 
 
-def of_kind(rows: list[Row], kind: str) -> Iterator[Row]:
+def of_kind(rows: Sequence[Row], kind: str) -> Iterator[Row]:
     """Rows of one kind, the last measurement of every case, in order of first appearance."""
     latest: dict[str, Row] = {}
     for row in rows:
@@ -109,6 +134,14 @@ def of_kind(rows: list[Row], kind: str) -> Iterator[Row]:
 def key(row: Row) -> str:
     """What names a case across runs."""
     return json.dumps(row["case"], sort_keys=True)
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _rounded(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [_rounded(entry) for entry in value]
+    return float(f"{value:.{_DIGITS}g}") if isinstance(value, float) else value
 
 
 def _finish_last_line(path: Path) -> None:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
+from glow_kernels.bench import results
 from glow_kernels.bench.results import Row
 from glow_kernels.bench.timing import Spread
+
+# Two measurements of a ratio agree within this.
+_SAME = 0.1
 
 HEADER = (
     f"{'operator':18} {'direction':20} {'shape':16} {'copy':>9} {'eager':>9} {'compile':>9} {'ours':>9}  "
@@ -19,7 +23,7 @@ HEADER = (
 def operator_line(row: Row) -> str:
     """One case: microseconds of the candidates, ratios with their 20th and 80th percentile."""
     case = row["case"]
-    name = f"{case['operator']:18} {case['direction']:20} {'x'.join(map(str, case['shape'])):16}"
+    name = f"{case['operator']:18} {case['direction']:20} {shape(case['shape']):16}"
     if "candidates" not in row:
         return f"{name} WRONG: " + "; ".join(f"{backend}: {problem}" for backend, problem in row["wrong"].items())
     candidates = row["candidates"]
@@ -28,7 +32,7 @@ def operator_line(row: Row) -> str:
     ours = candidates[row["ours"]]
     line = (
         f"{name} {' '.join(columns)}  {ratios[0]:>17} {ratios[1]:>19} {ours['percent_of_limit']:10.0f}% "
-        f"{ours['bytes_per_second'] / 1e9:6.1f} {ours['peak_extra_bytes'] / 1e6:8.1f}"
+        f"{row['bytes'] / ours['seconds'][0] / 1e9:6.1f} {ours['peak_extra_bytes'] / 1e6:8.1f}"
     )
     others = [other for other in candidates if other not in ("copy", "matmul", "eager", "compile", row["ours"])]
     line += "".join(f"  {other} {_microseconds(candidates[other]).strip()}" for other in others)
@@ -37,41 +41,100 @@ def operator_line(row: Row) -> str:
     return line + "".join(f"  WRONG {backend}: {problem}" for backend, problem in row.get("wrong", {}).items())
 
 
-def summary(rows: Sequence[Row]) -> list[str]:
-    """Geometric means for every operator and direction, and how far ratios differ when measured again."""
-    lines = []
-    groups: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        if "candidates" in row:
-            groups.setdefault((row["case"]["operator"], row["case"]["direction"]), []).append(row)
-    for (operator, direction), group in groups.items():
-        parts = []
-        for name in ("eager", "compile"):
-            ratios = [ratio(row, name) for row in group if name in row["candidates"]]
-            if ratios:
-                parts.append(f"{geometric_mean(ratios):.2f}x {name} (least {min(ratios):.2f}x)")
-        lines.append(f"{operator:18} {direction:20} {', '.join(parts)}")
-    differences = repeat_differences(rows)
-    if differences:
-        within = sum(difference < 0.1 for difference in differences) / len(differences)
-        lines.append(f"measured twice: {100 * within:.0f}% of {len(differences)} ratios differ by less than 10%")
-    return lines
+def summary(rows: Sequence[Row]) -> Iterator[str]:
+    """Geometric means under every condition, and how far ratios differ when measured again."""
+    for heading, means in overview(rows).items():
+        yield f"\n{heading}: geometric means over shapes"
+        for mean in means:
+            parts = [
+                f"{figure:.2f}x {name} (least {least:.2f}x)" for name, (figure, least, _) in mean.faster_than.items()
+            ]
+            parts.append(f"{mean.percent_of_limit:.0f}% of the limit")
+            yield f"{mean.operator:18} {mean.direction:20} {', '.join(parts)}"
+    yield ""
+    share, count = repeatability(rows)
+    if count:
+        yield f"measured twice in this run: {100 * share:.0f}% of {count} ratios differ by less than 10%"
+    calm = [row["calm"] for row in rows if "calm" in row]
+    if calm:
+        yield f"rounds that were calm, on average: {100 * statistics.fmean(calm):.0f}%"
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Of one direction over shapes: ``faster_than`` has for eager and compile the mean, the least, and how many."""
+
+    operator: str
+    direction: str
+    faster_than: dict[str, tuple[float, float, int]]
+    percent_of_limit: float
+
+
+def overview(rows: Sequence[Row]) -> dict[str, list[Mean]]:
+    """Means by condition."""
+    groups: dict[str, dict[tuple[str, str], list[Row]]] = {}
+    for row in measured(rows):
+        case = row["case"]
+        groups.setdefault(condition(case), {}).setdefault((case["operator"], case["direction"]), []).append(row)
+    return {
+        heading: [_mean(operator, direction, group) for (operator, direction), group in directions.items()]
+        for heading, directions in groups.items()
+    }
+
+
+def _mean(operator: str, direction: str, rows: Sequence[Row]) -> Mean:
+    faster_than = {}
+    for name in ("eager", "compile"):
+        ratios = [ratio(row, name) for row in rows if name in row["candidates"]]
+        if ratios:
+            faster_than[name] = geometric_mean(ratios), min(ratios), len(ratios)
+    percents = [row["candidates"][row["ours"]]["percent_of_limit"] for row in rows]
+    return Mean(operator, direction, faster_than, geometric_mean(percents))
+
+
+def measured(rows: Sequence[Row]) -> list[Row]:
+    """The last measurement of every case of an operator that was right."""
+    return [row for row in results.of_kind(rows, "operator") if "candidates" in row]
+
+
+def condition(case: Row) -> str:
+    """Under which an operator is measured."""
+    threads = "1 thread" if case["threads"] == 1 else f"{case['threads']} threads"
+    if case["device"] != "cpu":
+        return f"{case['dtype']}, {case['memory_format']}"
+    allocator = "tuned allocator" if case["allocator"] == "tuned" else "allocator as it is"
+    return f"{threads}, {allocator}, {case['dtype']}, {case['memory_format']}"
+
+
+def title(case: Row) -> str:
+    """Part and sizes of a model."""
+    sizes = ", ".join(
+        f"{name.replace('_', ' ')} {value}"
+        for name, value in case.items()
+        if name not in ("part", "implementation", "device", "threads")
+    )
+    return f"{case['part'].replace('_', ' ')}: {sizes}"
 
 
 def ratio(row: Row, name: str) -> float:
     """How many times longer ``name`` took than ours."""
-    return float(row["candidates"][name]["ratio_to_ours"]["median"])
+    return float(row["candidates"][name]["ratio_to_ours"][0])
 
 
-def repeat_differences(rows: Iterable[Row]) -> list[float]:
-    """Relative differences of the ratios to eager and ``torch.compile`` between two measurements in one run."""
-    found = []
-    for row in rows:
-        for name in ("eager", "compile"):
-            if name in row.get("candidates", {}):
-                first, again = ratio(row, name), row["candidates"][name]["ratio_to_ours_again"]
-                found.append(abs(first / again - 1.0))
-    return found
+def shape(sizes: Sequence[int]) -> str:
+    """As it is given on the command line."""
+    return "x".join(map(str, sizes))
+
+
+def repeatability(rows: Sequence[Row]) -> tuple[float, int]:
+    """Share of the ratios that differ by less than 10% when measured again, and how many there are; NaN for none."""
+    differences = [
+        abs(again / row["first"][name] - 1.0)
+        for row in results.of_kind(rows, "repeat")
+        for name, again in row["again"].items()
+    ]
+    share = sum(difference < _SAME for difference in differences) / len(differences) if differences else math.nan
+    return share, len(differences)
 
 
 def geometric_mean(values: Iterable[float]) -> float:
@@ -80,16 +143,15 @@ def geometric_mean(values: Iterable[float]) -> float:
 
 
 def _microseconds(candidate: Row | None) -> str:
-    return f"{'-':>9}" if candidate is None else f"{1e6 * candidate['seconds_median']:9.1f}"
+    return f"{'-':>9}" if candidate is None else f"{1e6 * candidate['seconds'][0]:9.1f}"
 
 
 def _ratio(candidate: Row | None) -> str:
     if candidate is None:
         return "-"
-    spread = candidate["ratio_to_ours"]
-    return f"{spread['median']:.2f} ({spread['low']:.2f}-{spread['high']:.2f})"
+    return spread(Spread(*candidate["ratio_to_ours"]))
 
 
-def as_row(spread: Spread) -> Row:
-    """As JSON."""
-    return asdict(spread)
+def spread(ratio: Spread) -> str:
+    """A ratio with its 20th and 80th percentile."""
+    return f"{ratio.median:.2f} ({ratio.low:.2f}-{ratio.high:.2f})"

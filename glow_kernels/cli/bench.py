@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +14,15 @@ from glow_kernels.cli import arguments as common
 from glow_kernels.errors import DataError, RegressionError, UsageError
 
 if TYPE_CHECKING:
-    from glow_kernels.bench.results import Row
+    from glow_kernels.bench.plan import Task
+    from glow_kernels.bench.results import Row, Writer
     from glow_kernels.bench.suite import Selection
 
-PARTS = ("operators", "overhead", "models")
+PARTS = ("operators", "overhead", "models", "reversible")
 QUICK_DIRECTIONS = ("forward", "inverse", "backward", "reversible_backward")
+# Seconds that a run may take; the goals are 3 and 20 minutes.
+QUICK_LIMIT, FULL_LIMIT = 160.0, 1110.0
+PAGE, DOCUMENT = Path("runs/report"), Path("docs/performance.md")
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -24,7 +30,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "bench",
         help="how fast the operators and models are here",
-        description="Measure operators against eager PyTorch, torch.compile and a copy of the same bytes.",
+        description="Measure operators against eager PyTorch, torch.compile and a copy of the same bytes, and models "
+        "against each other.",
     )
     # The allocator as it is can only be measured before it is tuned.
     parser.set_defaults(action=measure, parts=PARTS, tune_allocator=False)
@@ -40,15 +47,12 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     comparison.add_argument("after", metavar="B", help="likewise")
     comparison.add_argument("--fail", action="store_true", help="exit with code 1 if there is a regression")
     _add_folder(comparison)
-    report = actions.add_parser("report", help="a page and plots from a file of results")
+    report = actions.add_parser("report", help="a page and plots from files of results")
     report.set_defaults(action=draw)
-    report.add_argument("results", nargs="+", help="files of results, or git revisions of results in --folder")
-    report.add_argument("--output", type=Path, default=Path("runs/report"), help="folder (default: runs/report)")
+    report.add_argument("results", nargs="*", help="files of results, or git revisions; by default all in --folder")
+    report.add_argument("--markdown", action="store_true", help=f"write {DOCUMENT} from the files in --folder instead")
+    report.add_argument("--output", type=Path, help=f"folder, or with --markdown file (default: {PAGE}, {DOCUMENT})")
     _add_folder(report)
-    document = actions.add_parser("document", help="write docs/performance.md from the results in a folder")
-    document.set_defaults(action=write_document)
-    document.add_argument("--output", type=Path, default=Path("docs/performance.md"), help="file (%(default)s)")
-    _add_folder(document)
     return parser
 
 
@@ -63,21 +67,17 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     def add(name: str, default: object, text: str, **options: Any) -> None:
         parser.add_argument(name, default=unset or default, help=text, **options)
 
-    add("--quick", False, "few shapes and directions, in under 3 minutes", action="store_true")
+    add("--quick", False, "few shapes and directions, in under 3 minutes instead of 20", action="store_true")
+    add("--minutes", None, "time for the whole run, shared out among its measurements", type=_positive)
     add("--operator", None, "names, with commas between", type=_names)
     add("--direction", None, "names, with commas between", type=_names)
     add("--shape", None, "BxCxHxW, with commas between", type=_names)
-    add("--dtype", ["float32"], "names, with commas between", type=_names)
-    add("--memory-format", ["contiguous"], "contiguous, channels_last", type=_names)
+    add("--dtype", None, "names, with commas between", type=_names)
+    add("--memory-format", None, "contiguous, channels_last", type=_names)
     add("--threads", None, "numbers of threads, with commas between", type=_numbers)
-    add(
-        "--allocator",
-        ["tuned"],
-        "default, tuned: the C library's as it is or as tune_allocator() sets it",
-        type=_names,
-    )
+    add("--allocator", None, "default, tuned: the C library's as it is or as tune_allocator() sets it", type=_names)
     add("--backend", [], "ours to measure, with commas between; the first is compared", type=_names)
-    add("--seconds", None, "time for every case", type=_seconds)
+    add("--seconds", None, "time for every case of an operator, of which a calm machine takes half", type=_positive)
     add("--no-compile", False, "leave torch.compile out, which takes most of the time", action="store_true")
     add("--check", False, "then print the goals: reached or missed", action="store_true")
     add("--results", None, "with --check: measure nothing, look at this file", type=Path)
@@ -104,31 +104,85 @@ def measure(arguments: argparse.Namespace) -> None:
 
 
 def _measure(arguments: argparse.Namespace) -> list[Row]:
-    from glow_kernels.bench import environment, models, overhead, results, suite
+    from glow_kernels.bench import environment, plan, results, suite, table
 
     device = common.device(arguments)
-    selection = _selection(arguments, device)
+    # A wrong choice is named before anything is written.
+    selections = _selections(arguments, device)
+    suite.require(arguments.backend)
     path = arguments.output or _default_output(device)
     writer = results.Writer(path, environment.record(device))
     for warning in environment.warnings(device):
         _show(f"WARNING: {warning}")
         writer.write({"kind": "warning", "text": warning})
-    if "operators" in arguments.parts:
-        suite.run(selection, writer, _show)
-    if "overhead" in arguments.parts:
-        overhead.run(device, selection.seconds, writer, _show)
-    if "models" in arguments.parts:
-        models.Models(device, writer, _show, quick=arguments.quick, with_compile=not arguments.no_compile).run()
+    limit = 60.0 * arguments.minutes if arguments.minutes else QUICK_LIMIT if arguments.quick else FULL_LIMIT
+    try:
+        plan.run(_tasks(arguments, selections, device, writer), limit, _show)
+    except KeyboardInterrupt:
+        _show(f"what was measured until now is in {path}")
+        raise
+    for line in table.summary(writer.rows):
+        _show(line)
     _show(f"\nresults in {path}")
     return writer.rows
+
+
+def _tasks(
+    arguments: argparse.Namespace, selections: list[Selection], device: torch.device, writer: Writer
+) -> list[Task]:
+    from glow_kernels.bench import models, overhead, reversible, suite
+
+    quick, with_compile = arguments.quick, not arguments.no_compile
+    tasks: list[Task] = []
+    for part in arguments.parts:
+        if part == "operators":
+            measured = suite.Suite(writer, _show, with_compile=with_compile, backends=arguments.backend)
+            tasks += measured.tasks(selections)
+        elif part == "overhead":
+            tasks += overhead.tasks(device, writer, _show)
+        elif part == "models":
+            tasks += models.Models(device, writer, _show, with_compile=with_compile).tasks(quick=quick)
+        else:
+            tasks += reversible.Reversible(device, writer, _show).tasks(quick=quick)
+    return tasks
+
+
+def _selections(arguments: argparse.Namespace, device: torch.device) -> list[Selection]:
+    """What was asked for; in a full run also a few cases of other types and layouts than the usual."""
+    from glow_kernels.bench import operators, suite
+
+    full_on_cpu = device.type == "cpu" and not arguments.quick
+    usual = suite.Selection(
+        operators=arguments.operator or tuple(operators.OPERATORS),
+        directions=arguments.direction or (QUICK_DIRECTIONS if arguments.quick else operators.DIRECTIONS),
+        shapes=[operators.parse_shape(text) for text in arguments.shape or ()]
+        or (operators.QUICK_SHAPES if arguments.quick else operators.STANDARD_SHAPES),
+        dtypes=arguments.dtype or ["float32"],
+        memory_formats=arguments.memory_format or ["contiguous"],
+        threads=arguments.threads
+        or (sorted({1, min(2, os.cpu_count() or 1)}) if full_on_cpu else [torch.get_num_threads()]),
+        allocators=arguments.allocator or (suite.ALLOCATORS if full_on_cpu else ["tuned"]),
+        device=str(device),
+        seconds=arguments.seconds or (0.6 if arguments.quick else 0.8),
+    )
+    if arguments.quick or arguments.dtype or arguments.memory_format:
+        return [usual]
+    few = dataclasses.replace(
+        usual,
+        directions=arguments.direction or QUICK_DIRECTIONS,
+        shapes=usual.shapes if arguments.shape else operators.QUICK_SHAPES[:2],
+        threads=usual.threads[:1],
+        allocators=["tuned"],
+    )
+    others = [dataclasses.replace(few, dtypes=[dtype]) for dtype in ("bfloat16", "float64")]
+    return [usual, *others, dataclasses.replace(few, memory_formats=["channels_last"])]
 
 
 def _print_checks(rows: list[Row]) -> None:
     from glow_kernels.bench import check
 
-    _show("")
-    for goal in check.checks(rows):
-        _show(str(goal))
+    for line in check.lines(check.checks(rows)):
+        _show(line)
 
 
 def compare(arguments: argparse.Namespace) -> None:
@@ -151,42 +205,23 @@ def compare(arguments: argparse.Namespace) -> None:
 
 
 def draw(arguments: argparse.Namespace) -> None:
-    """Write the report."""
-    from glow_kernels.bench import report, results
+    """Write the page with its plots, or the page of the documentation."""
+    from glow_kernels.bench import document, page, results
 
-    rows = [row for name in arguments.results for row in results.select(name, arguments.folder)]
-    for path in report.write(rows, arguments.output):
+    files = sorted(arguments.folder.glob("*.jsonl"))
+    if arguments.markdown:
+        if arguments.results:
+            raise UsageError("--markdown takes the files of --folder, which are what is committed, and no others")
+        path = arguments.output or DOCUMENT
+        document.write(files, path)
+        return _show(str(path))
+    names = arguments.results or [str(path) for path in files]
+    if not names:
+        raise DataError(f"there are no results in {arguments.folder} to draw; run 'glow-kernels bench' first")
+    rows = [row for name in names for row in results.select(name, arguments.folder)]
+    for path in page.write(rows, arguments.output or PAGE):
         _show(str(path))
-
-
-def write_document(arguments: argparse.Namespace) -> None:
-    """Write the page of performance."""
-    from glow_kernels.bench import document
-
-    text = document.markdown(sorted(arguments.folder.glob("*.jsonl")))
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(text)
-    _show(str(arguments.output))
-
-
-def _selection(arguments: argparse.Namespace, device: torch.device) -> Selection:
-    from glow_kernels.bench import operators, suite
-
-    quick = arguments.quick
-    return suite.Selection(
-        operators=arguments.operator or tuple(operators.OPERATORS),
-        directions=arguments.direction or (QUICK_DIRECTIONS if quick else operators.DIRECTIONS),
-        shapes=[operators.parse_shape(text) for text in arguments.shape or ()]
-        or (operators.QUICK_SHAPES if quick else operators.STANDARD_SHAPES),
-        dtypes=arguments.dtype,
-        memory_formats=arguments.memory_format,
-        threads=arguments.threads or [torch.get_num_threads()],
-        allocators=arguments.allocator,
-        backends=arguments.backend,
-        device=str(device),
-        seconds=arguments.seconds or (0.3 if quick else 0.5),
-        with_compile=not arguments.no_compile,
-    )
+    return None
 
 
 def _default_output(device: torch.device) -> Path:
@@ -197,7 +232,12 @@ def _default_output(device: torch.device) -> Path:
 
 
 def _show(line: str) -> None:
-    print(line, flush=True)
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        print(line, flush=True)
+    else:
+        tqdm.write(line)  # above the bar
 
 
 def _names(text: str) -> list[str]:
@@ -208,7 +248,7 @@ def _numbers(text: str) -> list[int]:
     return [common.positive(part) for part in _names(text)]
 
 
-def _seconds(text: str) -> float:
+def _positive(text: str) -> float:
     try:
         number = float(text)
     except ValueError:

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from glow_kernels.nn import ActNorm
 from glow_kernels.reversible.offload import Shelf
 
 
@@ -30,10 +31,12 @@ def training_step_bytes(build: Callable[[], nn.Module], shape: Sequence[int], fa
     with FakeTensorMode() if fake else nullcontext():
         model = build()
         for module in model.modules():
-            if hasattr(module, "_is_initialized"):
+            if isinstance(module, ActNorm):
                 module._is_initialized = True
         for parameter in model.parameters():
-            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+            parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                lambda p: setattr(p, "grad", None)
+            )
         put = Shelf.put
 
         def put_away(self: Shelf, state: Tensor) -> int:
@@ -48,7 +51,7 @@ def training_step_bytes(build: Callable[[], nn.Module], shape: Sequence[int], fa
     return kept, storages.peak
 
 
-class LiveStorages(TorchDispatchMode):
+class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Bytes of the storages that operators made since the mode was entered: now, and at most.
 
     Args:
@@ -56,7 +59,7 @@ class LiveStorages(TorchDispatchMode):
     """
 
     def __init__(self, ignored: Iterable[nn.Module] = ()) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = 0
         self.peak = 0
         self._bytes: dict[int, int] = {}

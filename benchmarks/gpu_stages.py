@@ -1,0 +1,331 @@
+"""What ``make gpu`` measures beyond ``glow-kernels bench``, a stage at a time into one file of results.
+
+    python -m benchmarks.gpu_stages training --output gpu.jsonl
+    python -m benchmarks.gpu_stages training --output gpu.jsonl --toy --device cpu
+
+Every row is written when it is measured, so a stage that is stopped keeps what it has. ``--toy`` takes sizes of a
+second or so, which proves the code and nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gc
+import itertools
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from glow_kernels import CapturedStep, use_backend
+from glow_kernels.bench import environment, models, operators, results, timing
+from glow_kernels.bench.memory import peak_extra_bytes
+from glow_kernels.bench.timing import Call
+from glow_kernels.errors import GlowKernelsError
+from glow_kernels.models import Glow
+from glow_kernels.nn import FlowStep
+
+Build = Callable[[], Call]
+
+# Steps, levels, width, image size and batch; the first are those of the goals.
+TRAINING = ((32, 3, 512, 32, 64), (32, 3, 512, 32, 256), (32, 4, 512, 64, 32), (32, 4, 512, 256, 4))
+# InvertibleNetworks.jl, JOSS 9(99), 2024: figure 2 by depth at 256 x 256, figure 1 by image size at 16 steps.
+DEPTHS, SIZES, MEMORY_BATCH, MEMORY_HIDDEN = (4, 16, 32, 48, 80), (512, 1024), 8, 256
+MEMORY_POLICIES: dict[str, dict[str, Any]] = {
+    "anchor 6, 8 micro-batches": {"memory": "anchor", "anchor_every": 6, "micro_batches": 8},
+    "anchor 4": {"memory": "anchor"},
+    "invert": {"memory": "invert"},
+    "store": {},
+}
+SAMPLES = (1, 64, 256)
+
+
+class Convolutions(TorchDispatchMode):
+    """Notes the arguments of every convolution that runs inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, ...]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten.convolution.default:
+            self.calls.append(args)
+        return function(*args, **(kwargs or {}))
+
+
+@dataclass
+class Stages:
+    """One run's stages: ``toy`` for sizes that a CPU can do at once."""
+
+    device: torch.device
+    writer: results.Writer
+    toy: bool
+
+    def training(self) -> None:
+        """A training step, forward and backward, of every size by every implementation, and the floor under it."""
+        sizes = ((2, 2, 8, 8, 2),) if self.toy else TRAINING
+        for steps, levels, hidden, size, batch in sizes:
+            case = {"steps": steps, "levels": levels, "hidden": hidden, "image_size": size, "batch": batch}
+            x = torch.rand(batch, 3, size, size, device=self.device) - 0.5
+            for name, build in self._trained(case, x).items():
+                self._measure("training_step", case, name, build, batch)
+
+    def memory(self) -> None:
+        """Peak and time of a step by depth and by image size, at the sizes of the published benchmark."""
+        points = [(steps, 256) for steps in DEPTHS] + [(16, size) for size in SIZES]
+        levels, hidden, batch = (2, 8, 2) if self.toy else (3, MEMORY_HIDDEN, MEMORY_BATCH)
+        for steps, size in [(2, 8)] if self.toy else points:
+            case = {"steps": steps, "levels": levels, "hidden": hidden, "image_size": size, "batch": batch}
+            x = torch.rand(batch, 3, size, size, device=self.device) - 0.5
+            builds: dict[str, Build] = {
+                name: functools.partial(self._build, case, x, **options) for name, options in MEMORY_POLICIES.items()
+            }
+            builds["normflows"] = functools.partial(self._build_normflows, case, x)
+            for name, build in builds.items():
+                self._measure("memory", case, name, build, batch)
+
+    def sampling(self) -> None:
+        """Images a second, and the latency of one, by every backend that runs here."""
+        steps, levels, hidden, size = (2, 2, 8, 8) if self.toy else TRAINING[0][:4]
+        case = {"steps": steps, "levels": levels, "hidden": hidden, "image_size": size}
+        model = self._glow({**case})
+        model.initialize(torch.rand(8, 3, size, size, device=self.device) - 0.5)
+        model.eval()
+        for number, backend in itertools.product(SAMPLES[:2] if self.toy else SAMPLES, self._backends()):
+            draw = on(backend, functools.partial(model.sample, number))
+            self._measure("sampling", {**case, "batch": number}, backend, functools.partial(_same, draw), number)
+
+    def _trained(self, case: dict[str, int], x: Tensor) -> dict[str, Build]:
+        """By name what builds a step; the most telling first, since the stage may be stopped."""
+        ours = self._backends()[0]
+
+        def plain(**options: Any) -> Call:
+            return on(ours, self._build(case, x, **options))
+
+        def half() -> Call:
+            return on(ours, self._build(case, x, low_precision=True))
+
+        return {
+            ours: plain,
+            f"{ours} bfloat16": half,
+            f"{ours} bfloat16, graph": lambda: self._graph(half()),
+            f"{ours} bfloat16, with optimizer, graph": lambda: on(ours, self._whole_step(self._glow(case), x)),
+            "floor: bare convolutions, bfloat16, graph": lambda: self._graph(self._floor(case, x, low_precision=True)),
+            "floor: bare convolutions": lambda: self._floor(case, x),
+            f"{ours} anchor": lambda: plain(memory="anchor"),
+            "reference": lambda: on("reference", self._build(case, x)),
+            "checkpoint per step": lambda: on(ours, self._step(checkpointed(self._glow(case)), x)),
+            "normflows": lambda: self._build_normflows(case, x),
+            "reference compiled": lambda: on("reference", self._step(models.compiled(self._glow(case), x), x)),
+        }
+
+    def _measure(self, part: str, case: dict[str, int], name: str, build: Build, images: int) -> None:
+        """Time and peak of one implementation alone: several such models do not fit beside each other."""
+        row: results.Row = {
+            "kind": "model",
+            "case": {"part": part, **case, "implementation": name, "device": self.device.type},
+            "note": "",
+        }
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of other packages
+                call = build()
+                call()
+                times = timing.measure({name: [call]}, 0.02 if self.toy else 1.0, self.device)
+                row["seconds"] = times.spread(name).as_row()
+                row["images_per_second"] = images / times.spread(name).median
+                row["peak_extra_bytes"] = peak_extra_bytes(call, self.device)
+        except Exception as error:  # too little memory, a package that is missing or fails: the others go on
+            row["failed"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+        call = None  # type: ignore[assignment]
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.writer.write(row)
+        said = row.get("failed") or (
+            f"{1e3 * row['seconds'][0]:9.2f} ms {row['images_per_second']:9.1f} images/s "
+            f"{row['peak_extra_bytes'] / 1e9:7.3f} GB"
+        )
+        print(f"{part} {' '.join(map(str, case.values()))} {name}: {said}", flush=True)
+
+    def _glow(self, case: dict[str, int], **options: Any) -> Glow:
+        torch.manual_seed(0)
+        return Glow(3, case["image_size"], case["steps"], case["levels"], case["hidden"], **options).to(self.device)
+
+    def _build(self, case: dict[str, int], x: Tensor, low_precision: bool = False, **options: Any) -> Call:
+        return self._step(self._glow(case, **options), x, low_precision)
+
+    def _build_normflows(self, case: dict[str, int], x: Tensor) -> Call:
+        return self._step(normflows_glow(case), x)
+
+    def _step(self, model: nn.Module, x: Tensor, low_precision: bool = False) -> Call:
+        """Gradients of a model's mean negative log-density."""
+        model.to(self.device).train()
+        if isinstance(model, Glow):
+            model.initialize(x)
+        if low_precision:
+            model = model.to(memory_format=torch.channels_last)
+        step = models.glow_step(model, x)
+
+        def autocast() -> Tensor:
+            with torch.autocast(self.device.type, torch.bfloat16):
+                return step()
+
+        return autocast if low_precision else step
+
+    def _whole_step(self, model: Glow, x: Tensor) -> Call:
+        """All that a training loop does for a batch: also clipping and the optimizer."""
+        step = self._step(model, x, low_precision=True)
+        on_gpu = self.device.type == "cuda"
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True, capturable=on_gpu)
+
+        def update(_: Tensor) -> Any:
+            loss = step()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 50.0)
+            optimizer.step()
+            return loss
+
+        captured = CapturedStep(update)
+        while not captured.is_settled:
+            captured(x)
+        if on_gpu and (reason := captured.reason):
+            raise GlowKernelsError(f"the step cannot be captured in a CUDA graph: {reason}")
+        return functools.partial(captured, x)
+
+    def _floor(self, case: dict[str, int], x: Tensor, low_precision: bool = False) -> Call:
+        """The convolutions of the coupling networks alone, forward and backward, as often as a step runs them."""
+        model = self._glow(case)
+        model.initialize(x)
+        found = _network_convolutions(model, x)
+        dtype, layout = (torch.bfloat16, torch.channels_last) if low_precision else (x.dtype, torch.contiguous_format)
+        prepared: dict[Any, tuple[Any, ...]] = {}
+        for args in found:
+            key = (args[0].shape, args[1].shape)
+            if key not in prepared:
+                data, weight = (
+                    torch.randn(shape, device=self.device).to(dtype, memory_format=layout).requires_grad_()
+                    for shape in key
+                )
+                result = torch.ops.aten.convolution(data, weight, None, *args[3:])
+                prepared[key] = data, weight, args[3:], torch.randn_like(result)
+        order = [prepared[args[0].shape, args[1].shape] for args in found]
+
+        def call() -> None:
+            for data, weight, options, grad in order:
+                result = torch.ops.aten.convolution(data, weight, None, *options)
+                torch.autograd.grad(result, (data, weight), grad)
+
+        return call
+
+    def _graph(self, call: Call) -> Call:
+        """``call`` as a CUDA graph; on a CPU, which has none, as it is."""
+        if self.device.type != "cuda":
+            return call
+        graphs = timing.as_graphs({"step": [call]})
+        if not graphs:
+            raise GlowKernelsError("the step cannot be captured in a CUDA graph")
+        return graphs["step"][0]
+
+    def _backends(self) -> tuple[str, ...]:
+        return operators.backends_on(self.device)
+
+
+def on(backend: str, call: Call) -> Call:
+    """``call`` with the backend chosen."""
+
+    def chosen() -> object:
+        with use_backend(backend):
+            return call()
+
+    return chosen
+
+
+def checkpointed(model: Glow) -> Glow:
+    """Every step of flow in ``torch.utils.checkpoint``."""
+    for step in (module for module in model.modules() if isinstance(module, FlowStep)):
+        forward = step.forward
+
+        def recomputed(x: Tensor, *context: Any, forward: Any = forward, step: FlowStep = step) -> Any:
+            step.actnorm.prepare(x)
+            return checkpoint(forward, x, *context, use_reentrant=False)
+
+        step.forward = recomputed  # type: ignore[method-assign]
+    return model
+
+
+def _same(call: Call) -> Call:
+    return call
+
+
+def normflows_glow(case: dict[str, int]) -> nn.Module:
+    """The same model of normflows: its multiscale flow of Glow blocks, squeezes and merges, deepest level first."""
+    import normflows as nf
+
+    levels, size = case["levels"], case["image_size"]
+    flows, merges, priors = [], [], []
+    for level in range(levels):
+        channels, side = 3 * 2 ** (levels + 1 - level), size // 2 ** (levels - level)
+        blocks = [nf.flows.GlowBlock(channels, case["hidden"]) for _ in range(case["steps"])]
+        flows.append([*blocks, nf.flows.Squeeze()])
+        if level > 0:
+            merges.append(nf.flows.Merge())
+        priors.append(nf.distributions.DiagGaussian((channels // 2 if level > 0 else channels, side, side)))
+    flow = nf.MultiscaleFlow(priors, flows, merges)
+
+    class LogDensity(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.flow = flow
+
+        def forward(self, x: Tensor) -> Tensor:
+            log_density: Tensor = self.flow.log_prob(x, None)
+            return log_density
+
+    return LogDensity()
+
+
+def _network_convolutions(model: Glow, x: Tensor) -> list[tuple[Any, ...]]:
+    """Arguments of the convolutions of all coupling networks for this input."""
+    found: list[tuple[Any, ...]] = []
+    inputs: list[tuple[nn.Module, tuple[Any, ...]]] = []
+    networks = [module.coupling.network for module in model.modules() if isinstance(module, FlowStep)]
+    hooks = [network.register_forward_pre_hook(lambda *call: inputs.append(call)) for network in networks]
+    with torch.no_grad(), use_backend("reference"):
+        model(x)
+        for hook in hooks:
+            hook.remove()
+        for network, args in inputs:
+            with Convolutions() as convolutions:
+                network(*args)
+            found += convolutions.calls
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one stage."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_stages", description=__doc__.splitlines()[0])
+    parser.add_argument("stage", choices=("training", "memory", "sampling"))
+    parser.add_argument("--output", type=Path, required=True, help="file of results")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--toy", action="store_true", help="sizes of a second or so")
+    arguments = parser.parse_args(argv)
+    device = torch.zeros(0, device=arguments.device).device
+    try:
+        writer = results.Writer(arguments.output, environment.record(device))
+        getattr(Stages(device, writer, arguments.toy), arguments.stage)()
+    except GlowKernelsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""``torch.compile`` of the textbook's operators: one compilation for every case that needs one, and all cores at it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import types
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+
+import torch
+import torch._functorch.config
+
+from glow_kernels.bench import operators
+from glow_kernels.bench.operators import Case, Function, Functions
+
+# These run the same graph.
+_WITH_GRAPH = ("forward", "backward", "forward_backward")
+
+
+class Compiler:
+    """Keeps what it compiled; a case that differs in the allocator only gets it back."""
+
+    def __init__(self) -> None:
+        self._compiled: dict[Case, Functions] = {}
+        # A backward alone is measured again and again on one graph, whose tensors may therefore not be overwritten.
+        torch._functorch.config.donated_buffer = False
+
+    def functions(self, case: Case) -> Functions:
+        """The textbook's functions for this case, compiled when they are first called."""
+        key = unit(case)
+        if key not in self._compiled:
+            plain = operators.operator(case.operator).plain
+            self._compiled[key] = Functions(_compiled(plain.forward), plain.inverse and _compiled(plain.inverse))
+        return self._compiled[key]
+
+
+def unit(case: Case) -> Case:
+    """A case that stands for all that share a compilation."""
+    direction = "forward_backward" if case.direction in _WITH_GRAPH else case.direction
+    return replace(case, direction=direction, allocator="tuned")
+
+
+def warm_up(cases: Sequence[Case]) -> None:
+    """Compile for these cases in a process per core, which fills the compiler's cache on disk."""
+    units = list(dict.fromkeys(unit(case) for case in cases))
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), context, initializer=_start_worker) as pool:
+        # Whatever cannot be compiled fails again where it is measured, and is reported there.
+        for future in [pool.submit(_compile, one) for one in units]:
+            future.exception()
+
+
+def _start_worker() -> None:
+    import torch._inductor.config
+
+    torch._inductor.config.compile_threads = 1
+
+
+def _compile(case: Case) -> None:
+    torch.set_num_threads(case.threads)
+    operator = operators.operator(case.operator)
+    arguments = operator.arguments(case)
+    grads = operators.upstream(operator, case, arguments)
+    operators.call(Compiler().functions(case), case.direction, arguments, grads)()
+
+
+def _compiled(function: Function) -> Function:
+    # A code object of its own: all that is compiled for one is tried in turn at every call.
+    copy = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    compiled: Function = torch.compile(copy, dynamic=False, fullgraph=True)
+    return compiled

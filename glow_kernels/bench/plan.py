@@ -1,0 +1,60 @@
+"""A run: measurements one after the other, in a time that is known beforehand."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+Show = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A measurement: ``run`` is given the seconds that it may take, at most ``seconds``."""
+
+    name: str
+    seconds: float
+    run: Callable[[float], None]
+
+
+def run(tasks: Sequence[Task], limit: float, show: Show) -> None:
+    """Run all tasks; where they need more than ``limit`` seconds together, each gets its share of what is left.
+
+    What a task saves, or takes too much, goes to those after it. A terminal shows a bar with the time left.
+    """
+    planned = sum(task.seconds for task in tasks)
+    limit = min(limit, planned)
+    show(f"{len(tasks)} measurements, planned to take {duration(limit)}")
+    start = time.monotonic()
+    left = planned
+    with _bar(limit) as update:
+        for task in tasks:
+            time_left = start + limit - time.monotonic()
+            update(time_left, task.name)
+            task.run(max(0.0, min(1.0, time_left / left) * task.seconds))
+            left -= task.seconds
+    show(f"\nmeasured in {duration(time.monotonic() - start)}")
+
+
+def duration(seconds: float) -> str:
+    """In words."""
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
+
+
+@contextlib.contextmanager
+def _bar(limit: float) -> Iterator[Callable[[float, str], None]]:
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        yield lambda time_left, name: None
+        return
+    # Only where standard error is a terminal.
+    with tqdm(total=limit, disable=None, leave=False, bar_format="{percentage:3.0f}%|{bar:30}| {desc}") as bar:
+
+        def update(time_left: float, name: str) -> None:
+            bar.n = min(limit, max(0.0, limit - time_left))
+            bar.set_description_str(f"{duration(max(0.0, time_left))} left, {name}")
+
+        yield update
