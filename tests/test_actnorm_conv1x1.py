@@ -267,7 +267,9 @@ class TestReversibleBackward(OperatorProperties):
 @pytest.mark.parametrize("size", [*CHANNELS, 96])
 def test_reversible_backward_of_every_number_of_channels(backend, size):
     case = reversible_case(knows_log_det=True)
-    check_results(case, case.draw((2, size, 3, 5)))
+    # Positions that do not fill a vector, and those that do.
+    for shape in ((2, size, 3, 5), (2, size, 4, 8)):
+        check_results(case, case.draw(shape))
 
 
 @given(data=st.data(), shape=any_shape())
