@@ -56,7 +56,10 @@ if platform.machine() in ("x86_64", "AMD64"):
 # What _C_cuda.so has machine code for; later GPUs compile the intermediate code of the last at the first start.
 CUDA_ARCHS = (80, 86, 89, 90, 100, 120)
 OLDEST_NVCC = (12, 8)  # the first that knows the newest of them
-CUDA_COMPILE = f"-std=c++20 -O3 -Werror all-warnings -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra,-Werror -DUSE_CUDA {INCLUDE}"
+CUDA_COMPILE = (
+    "-std=c++20 -O3 -Werror all-warnings -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra,-Werror "
+    f"-DUSE_CUDA {INCLUDE}"
+)
 # The only function of libtorch_cuda that _C_cuda.so calls. A library with its name stands in for it at the link.
 CUDA_STUB = 'extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }\n'
 # The CUDA sources as C++ for the CPU, with threads and barriers by tests/cuda_host: `make test-cuda-host`.

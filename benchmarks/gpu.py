@@ -51,6 +51,7 @@ def stages(results: Path, dry_run: bool = False) -> list[Stage]:
     tests = [*python, "pytest", "-q", "-p", "no:cacheprovider", "--maxfail", "10", "-k"]
     plain = "and not opcheck and not compiles"
     cuda_tests = [*tests, f"native {plain}", *OPERATOR_TESTS, "tests/test_cuda_gpu.py"]
+    triton_tests = [*tests, f"triton {plain}", *OPERATOR_TESTS, "tests/test_triton_gpu.py"]
     sanitized = [*tests, f"native and of_every_shape {plain}", "-x", *OPERATOR_TESTS]
     untested = "it needs a GPU" if dry_run else _missing("pytest", "hypothesis")
     no_library = _no_cuda_library()
@@ -61,7 +62,7 @@ def stages(results: Path, dry_run: bool = False) -> list[Stage]:
         Stage("build", [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], 85, environment=build),
         Stage("info", [*python, "glow_kernels", "info"], 8),
         Stage("cuda tests", cuda_tests, 40, untested or no_library),
-        Stage("triton tests", [*tests, f"triton {plain}", *OPERATOR_TESTS], 45, untested),
+        Stage("triton tests", triton_tests, 45, untested),
         *(
             Stage(tool, _sanitizer(tool, sanitized), limit, untested or no_library or _no_sanitizer())
             for tool, limit in SANITIZERS.items()

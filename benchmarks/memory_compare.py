@@ -11,6 +11,7 @@ docs/memory/compare.json. Needs the extra "peers".
 
 from __future__ import annotations
 
+import gc
 import json
 import statistics
 import sys
@@ -34,7 +35,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from glow_kernels.bench.live_storages import LiveStorages  # noqa: E402
 
 CHANNELS, HIDDEN, SIZE, BATCH = 12, 128, 32, 8
-REPEATS = 7
+REPEATS = 15
 
 
 class ResizableStorages(LiveStorages):
@@ -164,6 +165,7 @@ def peak(model: nn.Module, x: Tensor) -> int:
 def main() -> None:
     warnings.simplefilter("ignore")
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 8
+    torch.set_num_threads(1)
     gk.tune_allocator()
     rows = []
     for coupling in ("affine", "additive"):
@@ -172,11 +174,14 @@ def main() -> None:
         times: dict[str, list[float]] = {name: [] for name in contenders}
         for model in contenders.values():
             step(model, x)
+        gc.collect()
+        gc.disable()  # as in timeit
         for name, model in [*contenders.items()] * REPEATS:
             model.zero_grad(set_to_none=True)
             started = time.perf_counter()
             step(model, x)
             times[name].append(time.perf_counter() - started)
+        gc.enable()
         medians = {name: statistics.median(values) for name, values in times.items()}
         print(f"{coupling}, {count} steps, {HIDDEN} hidden channels, {BATCH} x {CHANNELS} x {SIZE} x {SIZE}")
         for name, model in contenders.items():

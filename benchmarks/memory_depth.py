@@ -25,6 +25,7 @@ POLICIES = {
     "invert": {"memory": "invert"},
     "anchor 4, 8 micro-batches": {"memory": "anchor", "micro_batches": 8},
     "anchor 6, 8 micro-batches": {"memory": "anchor", "anchor_every": 6, "micro_batches": 8},
+    "anchor 4 offloaded, 8 micro-batches": {"memory": "anchor", "micro_batches": 8, "offload_anchors": True},
 }
 DEPTHS = {True: (4, 16, 48, 80), False: (6, 12)}
 
@@ -39,7 +40,7 @@ def main() -> None:
                     lambda k=depth, o=options: Glow(3, 256, k, 3, 256, **o), (8, 3, 256, 256)
                 )
             rows.append({"policy": name, "steps": depth, "kept": kept, "peak": peak})
-            print(f"{name:28} K={depth:3}  kept {kept / 1e9:6.3f} GB  peak {peak / 1e9:6.3f} GB", flush=True)
+            print(f"{name:36} K={depth:3}  kept {kept / 1e9:6.3f} GB  peak {peak / 1e9:6.3f} GB", flush=True)
     (ROOT / "docs/memory/depth.json").write_text(json.dumps(rows, indent=1) + "\n")
 
 

@@ -1,8 +1,9 @@
 """How far inverted states are off, and what that does to gradients: against depth, and for poisoned batches.
 
 ``depth``: relative error of inverting K steps with random weights after data-dependent initialisation.
-``poison K``: gradients of a Glow with K steps, trained on photographs for 300 steps, relative to plain autograd, for
-clean images, noise, saturated pixels and one bad row in one of eight images. Each writes a file to docs/memory.
+``poison K [UPDATES]``: gradients of a Glow with K steps, trained on photographs for 300 updates, relative to plain
+autograd, for clean images, noise, saturated pixels and one bad row in one of eight images. With 300 updates it writes a
+file to docs/memory, as the other does.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ from glow_kernels.models import Glow
 from glow_kernels.nn import FlowStep
 from glow_kernels.training import data
 
+UPDATES = 300
 RESULTS = Path(__file__).parents[1] / "docs/memory"
 POLICIES = {
     "checkpoint": {"memory": "checkpoint"},
     "anchor 2": {"memory": "anchor", "anchor_every": 2},
     "anchor 4": {"memory": "anchor"},
+    "anchor 4, replay": {"memory": "anchor", "check": "replay"},
     "anchor 8": {"memory": "anchor", "anchor_every": 8},
     "invert": {"memory": "invert"},
 }
@@ -52,15 +55,15 @@ def depth() -> None:
     (RESULTS / "drift.json").write_text(json.dumps(rows, indent=1) + "\n")
 
 
-def poison(count: int) -> None:
+def poison(count: int, updates: int) -> None:
     hidden = 1024 // count
     torch.manual_seed(0)
     photographs = data.load("patches", image_size=8)
-    model = Glow(3, 8, count, 1, hidden, memory="anchor")
+    model = Glow(3, 8, count, 1, hidden)
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
     model.initialize(model.dequantize(photographs.train[:64]))
     started = time.perf_counter()
-    for step in range(300):
+    for step in range(updates):
         optimizer.param_groups[0]["lr"] = 1e-3 * min(1.0, (step + 1) / 100)
         x = model.dequantize(photographs.train[torch.randint(len(photographs.train), (16,))])
         loss = model.bits_per_dim(x).mean()
@@ -91,10 +94,11 @@ def poison(count: int) -> None:
         errors = {name: relative(gradient(x, **options), expected) for name, options in POLICIES.items()}
         rows.append({"batch": batch, **errors})
         print(f"{batch:24}" + "".join(f"  {name} {error:.1e}" for name, error in errors.items()), flush=True)
-    (RESULTS / f"poison{count}.json").write_text(json.dumps(rows, indent=1) + "\n")
+    if updates == UPDATES:
+        (RESULTS / f"poison{count}.json").write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":
     # For convolutions this small oneDNN's set-up takes longer than the work.
     with torch.backends.mkldnn.flags(enabled=False, allow_tf32=None):
-        depth() if sys.argv[1] == "depth" else poison(int(sys.argv[2]))
+        depth() if sys.argv[1] == "depth" else poison(int(sys.argv[2]), int((sys.argv[3:] or [UPDATES])[0]))

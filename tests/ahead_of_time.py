@@ -2,7 +2,7 @@
 
 The operators run on meta tensors, on a stub of Triton's driver that claims to be the GPU, so that every choice of
 tiles, types and options is their own; each launch is compiled and its resources are read from the binary. Run as a
-program, this writes the report of all kernels; the tests take :func:`samples`.
+program, this writes the report of all kernels or of the core ones.
 """
 
 from __future__ import annotations
@@ -15,15 +15,14 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
-
-from glow_kernels import ScaleMap
-from glow_kernels.ops.affine_coupling import KINDS
+from triton_samples import Sample, all_samples, core_samples
 
 # Compute capability or AMD architecture, threads of a warp, bytes of shared memory that a block may have, and registers
 # and threads of a multiprocessor.
@@ -34,6 +33,9 @@ TARGETS: dict[str, tuple[str, int | str, int, int, int, int]] = {
     "sm_120": ("cuda", 120, 32, 101_376, 65_536, 1536),
     "gfx942": ("hip", "gfx942", 64, 65_536, 131_072, 2048),
 }
+
+
+Choice = tuple[str, tuple[str, ...], tuple[tuple[str, Any], ...]]
 
 
 @dataclass(frozen=True)
@@ -52,191 +54,6 @@ class Kernel:
     widest_store: int
 
 
-Sample = tuple[str, Callable[[], Any]]
-
-
-def empty(*shape: int, dtype: torch.dtype = torch.float32, channels_last: bool = False) -> torch.Tensor:
-    """A tensor without memory."""
-    format_ = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(shape, dtype=dtype, device="meta").to(memory_format=format_)
-
-
-# Types of the data and of h.
-DTYPES = {
-    "float32": (torch.float32, torch.float32),
-    "float32_with_bfloat16": (torch.float32, torch.bfloat16),
-    "bfloat16": (torch.bfloat16, torch.bfloat16),
-    "float16": (torch.float16, torch.float16),
-    "float64": (torch.float64, torch.float64),
-}
-BANDWIDTH_SHAPES = [(64, 12, 128, 128), (32, 48, 64, 64)]
-SMALL_SHAPES = [(64, 24, 4, 4), (3, 5, 7, 11), (2, 13, 1, 1)]
-
-
-def coupling_samples() -> Iterator[Sample]:
-    """Every kernel with every memory format and type, then every map, layout and order."""
-    for dtypes, channels_last in itertools.product(DTYPES, (False, True)):
-        for shape in BANDWIDTH_SHAPES[:1] if dtypes != "float32" else BANDWIDTH_SHAPES + SMALL_SHAPES:
-            yield from _coupling(shape, dtypes, channels_last)
-    shape = BANDWIDTH_SHAPES[0]
-    for kind, gain, floor in itertools.product(KINDS, (False, True), (0.0, 0.1)):
-        if not (kind == "sigmoid" and gain):
-            yield from _coupling(shape, "float32", True, ScaleMap(kind, 0.7, 0.1, 1.5, floor, -1.0, 1.0), gain)
-            yield from _coupling(shape, "float64", False, ScaleMap(kind, 0.7, 0.1, 1.5, floor, -1.0, 1.0), gain)
-    for layout, order in itertools.product(
-        ("chunk_scale_shift", "interleaved_scale_shift"), ("shift_scale", "scale_shift", "unshift_scale")
-    ):
-        yield from _coupling(shape, "float32", True, layout=layout, order=order)
-
-
-def _coupling(
-    shape: Sequence[int],
-    dtypes: str,
-    channels_last: bool,
-    scale_map: ScaleMap = ScaleMap("sigmoid", offset=2.0),  # noqa: B008
-    gain: bool = False,
-    layout: str = "interleaved_shift_scale",
-    order: str = "shift_scale",
-) -> Iterator[Sample]:
-    from glow_kernels.backends.triton import affine_coupling
-
-    dtype, h_dtype = DTYPES[dtypes]
-    compute = torch.float64 if dtype == torch.float64 else torch.float32
-    x = empty(shape[0], 2 * shape[1], *shape[2:], dtype=dtype, channels_last=channels_last)[:, shape[1] :]
-    h = empty(shape[0], 2 * shape[1], *shape[2:], dtype=h_dtype, channels_last=channels_last)
-    learned = empty(shape[1], dtype=compute) if gain else None
-    options = (learned, scale_map.kind, scale_map.parameters, layout, order)
-    of_map = f"{scale_map.kind}{' floor' * (scale_map.floor > 0)}{' gain' * gain} {layout} {order}"
-    what = f"{'x'.join(map(str, shape))} {dtypes} {'channels last' if channels_last else 'NCHW'} {of_map}"
-    for name in ("forward", "inverse"):
-        yield f"affine_coupling.{name} {what}", lambda name=name: getattr(affine_coupling, name)(x, h, *options)
-    for name in ("backward", "inverse_backward", "reversible_backward"):
-        arguments = (x, empty(shape[0], dtype=compute), x, h, *options)
-        yield (
-            f"affine_coupling.{name} {what}",
-            lambda name=name, arguments=arguments: getattr(affine_coupling, name)(*arguments),
-        )
-
-
-def gaussian_samples() -> Iterator[Sample]:
-    """Every kernel with every memory format, type and layout."""
-    from glow_kernels.backends.triton import gaussian_log_prob
-
-    for dtypes, channels_last, layout in itertools.product(
-        DTYPES, (False, True), ("interleaved_mean_log_sd", "chunk_mean_log_sd")
-    ):
-        dtype, h_dtype = DTYPES[dtypes]
-        shape = BANDWIDTH_SHAPES[0]
-        z = empty(*shape, dtype=dtype, channels_last=channels_last)
-        h = empty(shape[0], 2 * shape[1], *shape[2:], dtype=h_dtype, channels_last=channels_last)
-        per_sample = empty(shape[0], dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-        what = f"{'x'.join(map(str, shape))} {dtypes} {'channels last' if channels_last else 'NCHW'} {layout}"
-        for name in ("forward", "sample", "standardize"):
-            yield (
-                f"gaussian_log_prob.{name} {what}",
-                lambda name=name, z=z, h=h, layout=layout: getattr(gaussian_log_prob, name)(z, h, layout),
-            )
-        for name, grad in (("backward", per_sample), ("sample_backward", z), ("standardize_backward", z)):
-            yield (
-                f"gaussian_log_prob.{name} {what}",
-                lambda name=name, grad=grad, z=z, h=h, layout=layout: getattr(gaussian_log_prob, name)(
-                    grad, z, h, layout
-                ),
-            )
-
-
-def linear_samples() -> Iterator[Sample]:
-    """Every kernel with every size of the tile, memory format and type."""
-    from glow_kernels.backends.triton import actnorm_conv1x1
-
-    shapes = [(64, 12, 128, 128), (64, 24, 64, 64), (32, 48, 64, 64), (64, 64, 32, 32), (64, 7, 5, 5), (8, 50, 1, 1)]
-    for dtype, channels_last, shape in itertools.product(
-        (torch.float32, torch.bfloat16, torch.float16, torch.float64), (False, True), shapes
-    ):
-        x = empty(*shape, dtype=dtype, channels_last=channels_last)
-        compute = torch.float64 if dtype == torch.float64 else torch.float32
-        matrix, shift = empty(shape[1], shape[1], dtype=compute), empty(shape[1], dtype=compute)
-        calls = {
-            "apply": (x, matrix, shift),
-            "apply_backward": (x, x, matrix, True),
-            "apply_backward (no dx)": (x, x, matrix, False),
-            "apply_reversible_backward": (x, x, matrix, matrix, shift),
-        }
-        what = f"{'x'.join(map(str, shape))} {str(dtype)[6:]} {'channels last' if channels_last else 'NCHW'}"
-        for name, arguments in calls.items():
-            yield (
-                f"actnorm_conv1x1.{name} {what}",
-                lambda name=name, arguments=arguments: getattr(actnorm_conv1x1, name.split()[0])(*arguments),
-            )
-
-
-def folding_samples() -> Iterator[Sample]:
-    """Every kernel with every size of the tile."""
-    from glow_kernels.backends.triton import folding
-
-    for size, dtype in itertools.product((1, 3, 6, 12, 24, 48, 64), (torch.float32, torch.float64)):
-        vector, matrix, number = (empty(*shape, dtype=dtype) for shape in ((4, size), (4, size, size), (4,)))
-        calls = {
-            "lu_weight": (matrix, matrix, matrix, vector, vector),
-            "lu_weight_backward": (matrix, number, matrix, matrix, matrix, vector, vector),
-            "fold": (vector, vector, matrix, None),
-            "fold (known)": (vector, vector, matrix, number),
-            "fold_inverse": (vector, vector, matrix, None),
-            "fold_inverse (known)": (vector, vector, matrix, number),
-        }
-        for name in ("fold_backward", "fold_inverse_backward"):
-            calls[name] = (matrix, vector, number, vector, vector, matrix, None)
-            calls[f"{name} (known)"] = (matrix, vector, number, vector, vector, matrix, number)
-        for name, arguments in calls.items():
-            yield (
-                f"actnorm_conv1x1.{name} 4x{size}x{size} {str(dtype)[6:]}",
-                lambda name=name, arguments=arguments: getattr(folding, name.split()[0])(*arguments),
-            )
-
-
-def statistics_samples() -> Iterator[Sample]:
-    """Both kernels with every memory format and type."""
-    from glow_kernels.backends.triton import actnorm_statistics
-
-    for dtype, channels_last, shape in itertools.product(
-        (torch.float32, torch.bfloat16, torch.float16, torch.float64), (False, True), BANDWIDTH_SHAPES + SMALL_SHAPES
-    ):
-        x = empty(*shape, dtype=dtype, channels_last=channels_last)
-        what = f"{'x'.join(map(str, shape))} {str(dtype)[6:]} {'channels last' if channels_last else 'NCHW'}"
-        yield f"actnorm_statistics.forward {what}", lambda x=x: actnorm_statistics.forward(x)
-
-
-def all_samples() -> list[Sample]:
-    """What the report is about."""
-    return [
-        *coupling_samples(),
-        *gaussian_samples(),
-        *linear_samples(),
-        *folding_samples(),
-        *statistics_samples(),
-    ]
-
-
-# What the tests compile: every kernel in both memory formats on a bandwidth shape, and where most registers are needed.
-_CORE = (
-    "coupling.* 64x12x128x128 float32 NCHW sigmoid interleaved_shift_scale shift_scale",
-    "coupling.* 64x12x128x128 float32 channels last tanh floor gain",
-    "coupling.*backward 64x12x128x128 float64 NCHW atan floor gain",
-    "gaussian.* 64x12x128x128 float32 NCHW interleaved",
-    "gaussian.*backward 64x12x128x128 float32 channels last interleaved",
-    r"conv1x1.*[a-z)] (64x12x128x128|32x48x64x64) float32 NCHW",
-    "conv1x1.*(apply|reversible_backward) 64x24x64x64 float32 channels last",
-    "conv1x1.*[a-z)] 64x64x32x32 float64 NCHW",
-    "conv1x1.* 4x64x64 float64",
-    "statistics.* 64x12x128x128 float32",
-)
-
-
-def core_samples() -> list[Sample]:
-    """What the tests compile."""
-    return [sample for sample in all_samples() if re.search("|".join(_CORE), sample[0])]
-
-
 class _Driver:
     """As much of a driver as compiling asks for."""
 
@@ -253,6 +70,22 @@ class _Driver:
         return 0
 
 
+def choices(calls: Iterable[Callable[[], Any]]) -> set[Choice]:
+    """What the calls would launch: kernel, types of its tensors, and all that is decided at compile time."""
+    import triton
+
+    found = set()
+
+    def record(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        types = tuple(str(arg.dtype) for arg in args if isinstance(arg, torch.Tensor))
+        found.add((self.fn.__name__, types, tuple(sorted(options.items()))))
+
+    with mock.patch.object(triton.JITFunction, "run", record):
+        for call in calls:
+            call()
+    return found
+
+
 def compile_for(target: str, samples: Sequence[Sample]) -> list[Kernel]:
     """Compile what the samples launch, every kernel once. Only the interpreter cannot be on."""
     import triton
@@ -265,17 +98,14 @@ def compile_for(target: str, samples: Sequence[Sample]) -> list[Kernel]:
     seen: set[int] = set()
     kernels = []
     run = triton.JITFunction.run
-    for operator, call in samples:
+    for operator, call, _ in samples:
         compiled: list[Any] = []
 
         def compile_only(self: Any, *args: Any, _compiled: list[Any] = compiled, **options: Any) -> None:
             _compiled.append(run(self, *args, **{**options, "warmup": True}))
 
-        triton.JITFunction.run = compile_only
-        try:
+        with mock.patch.object(triton.JITFunction, "run", compile_only):
             call()
-        finally:
-            triton.JITFunction.run = run
         for kernel in compiled:
             if id(kernel) not in seen:
                 seen.add(id(kernel))

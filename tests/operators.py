@@ -59,6 +59,9 @@ SHAPES = [
     (2, 3, 2, 5, 3),
 ]
 EMPTY_SHAPES = [(0, 3), (0, 4, 2, 2), (2, 3, 0), (2, 3, 0, 5)]
+# Samples that kernels cut into tiles, of sizes that are multiples of 8 and of others, and with many channels.
+LARGE_SHAPES = [(2, 8, 32, 24), (2, 5, 37, 29), (2, 600, 2, 4)]
+LARGE_DTYPES = ("float32", "float64", "bfloat16", "float32_with_bfloat16")
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from operators import (
     DTYPES,
+    LARGE_DTYPES,
+    LARGE_SHAPES,
     LAYOUTS,
     PROPERTY,
     Case,
@@ -221,6 +223,21 @@ def test_reversible_backward_of_every_map_in_every_layout_and_order(backend, nam
         check_results(case, case.draw((3, 4, 5, 2), dtypes))
 
 
+@pytest.mark.parametrize("size", LARGE_SHAPES, ids=str)
+def test_large_samples(backend, size):
+    everything, glow = MAPS["tanh_with_everything"], MAPS["glow"]
+    cases = (
+        affine_case("forward", glow, "interleaved_shift_scale", "shift_scale"),
+        affine_case("inverse", everything, "chunk_scale_shift", "scale_shift", learned_gain=True),
+        reversible_case(everything, "interleaved_scale_shift", "unshift_scale", learned_gain=True),
+    )
+    for case, layout, dtypes in combinations(cases, ("contiguous", "channels_last"), LARGE_DTYPES):
+        inputs = in_layout(case.draw(size, DTYPES[dtypes]), *[layout] * case.batched)
+        check_results(case, inputs)
+        if case.undo:
+            check_gradients(case, inputs)
+
+
 def all_options():
     """Every map with every layout and order, in both directions."""
     for (name, scale_map), learned_gain in itertools.product(MAPS.items(), (False, True)):
@@ -308,7 +325,12 @@ LIBRARIES = {
         ("sigmoid", "chunk_scale_shift", "shift_scale"),
     ),
     "chrischute": (
-        (even, odd, lambda u: torch.exp(ALPHA.view(-1, 1, 1) * torch.tanh(u)), lambda x, s, t: (x + t) * s),
+        (
+            even,
+            odd,
+            lambda u: (ALPHA.to(u.device).view(-1, 1, 1) * u.tanh()).exp(),
+            lambda x, s, t: (x + t) * s,
+        ),
         (ScaleMap("tanh"), "interleaved_scale_shift", "shift_scale", ALPHA),
     ),
     "kamenbliznashki": (
@@ -378,6 +400,7 @@ LIBRARIES = {
 def test_reproduces_the_formula_of(backend, library):
     (raw_scale, shift, scale, step), options = LIBRARIES[library]
     x, h = torch.randn(4, 3, 5, 7, dtype=torch.float64), 4 * torch.randn(4, 6, 5, 7, dtype=torch.float64)
+    options = [option.to(x.device) if isinstance(option, Tensor) else option for option in options]
     s, t = scale(raw_scale(h)), shift(h)
     log_det = s.log().sum((1, 2, 3))
 

@@ -17,6 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from operators import (
     DTYPES,
+    LARGE_DTYPES,
+    LARGE_SHAPES,
     LAYOUTS,
     PROPERTY,
     Case,
@@ -25,6 +27,7 @@ from operators import (
     assert_accurate,
     check_gradients,
     check_results,
+    combinations,
     in_layout,
 )
 from torch import Tensor
@@ -123,6 +126,14 @@ def test_anything_is_as_accurate_as_eager(backend, data, shape):
     inputs = in_layout(case.draw(shape, choose(*DTYPES.values())), choose(*LAYOUTS), choose(*LAYOUTS))
     check_results(case, inputs)
     check_gradients(case, inputs)
+
+
+@pytest.mark.parametrize("size", LARGE_SHAPES, ids=str)
+def test_large_samples(backend, size):
+    for case, layout, dtypes in combinations(ALL_CASES, ("contiguous", "channels_last"), LARGE_DTYPES):
+        inputs = in_layout(case.draw(size, DTYPES[dtypes]), layout, layout)
+        check_results(case, inputs)
+        check_gradients(case, inputs)
 
 
 def test_a_standard_normal_at_its_mean(backend):

@@ -7,9 +7,82 @@ import copy
 import pytest
 import torch
 from dialects import audio
-from torch import nn
+from torch import Tensor, nn
 
 import glow_kernels as gk
+from glow_kernels.bench.live_storages import LiveStorages
+
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+
+
+def waveglow_batch(generator: torch.Generator | None = None, length: int = 128) -> tuple[Tensor, Tensor]:
+    """A spectrogram and audio."""
+    audio_batch = 0.1 * torch.randn(3, length, generator=generator).cumsum(1)
+    return torch.randn(3, 5, length // 4, generator=generator), audio_batch
+
+
+def decoder_loss(model: nn.Module, x: Tensor) -> Tensor:
+    """Per element of what the mask keeps."""
+    mask = (torch.arange(x.shape[2]) < torch.tensor([[12], [7], [5]])).unsqueeze(1).to(x.dtype)
+    z, log_det = model(x * mask, mask)
+    return ((0.5 * z.square()).sum() - log_det.sum()) / mask.sum()
+
+
+def losses(model: nn.Module, loss, batches: list) -> list[float]:
+    optimizer = torch.optim.SGD(model.parameters(), 1e-2, momentum=0.9)
+    values = []
+    for batch in batches:
+        value = loss(model, *batch)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        values.append(value.item())
+    return values
+
+
+@pytest.mark.parametrize("memory", ["store", "checkpoint"])
+@pytest.mark.parametrize("name", ["waveglow", "glow-tts"])
+def test_hundred_steps_of_training_have_the_same_losses(name, memory):
+    generator = torch.Generator().manual_seed(0)
+    models = []
+    for _ in range(2):  # not a deep copy, which weight_norm refuses
+        torch.manual_seed(0)
+        models.append(audio.WaveGlow() if name == "waveglow" else audio.FlowDecoder())
+    original, accelerated = models
+    if name == "waveglow":
+        loss = audio.waveglow_loss
+        batches = [waveglow_batch(generator) for _ in range(100)]
+    else:
+        loss = decoder_loss
+        batches = [(torch.randn(3, 8, 12, generator=generator),) for _ in range(100)]
+    keys = list(accelerated.state_dict())
+    report = gk.accelerate(accelerated, memory=memory)
+    kinds = {row.kind for row in report.patched}
+    if name == "waveglow":
+        assert kinds == ({"Invertible1x1Conv"} if memory == "store" else {"Invertible1x1Conv", "WN"})
+        reasons = {row.kind: row.reason for row in report.left_alone}
+        assert reasons["WaveGlow"] == "its couplings are written out in its forward, and return every log-scale"
+    else:
+        assert kinds == {"InvConvNear", "CouplingBlock"}
+    assert {row.memory for row in report.patched if row.memory} <= {memory}
+    assert list(accelerated.state_dict()) == keys
+    expected, actual = (losses(model, loss, batches) for model in (original, accelerated))
+    assert expected[-1] < expected[0]
+    torch.testing.assert_close(torch.tensor(actual), torch.tensor(expected), rtol=1e-4, atol=1e-6)
+
+
+def test_networks_of_waveglow_keep_no_activations():
+    torch.manual_seed(0)
+    model = audio.WaveGlow(n_layers=4, width=32)
+    batch = waveglow_batch(length=4096)  # so that weights, which its weight_norm computes, do not count
+    kept = []
+    for memory in ("store", "checkpoint"):
+        gk.accelerate(model, memory=memory)
+        with LiveStorages([model]) as storages:
+            loss = audio.waveglow_loss(model, *batch)
+            kept.append(storages.now)
+        del loss
+    assert kept[1] < kept[0] / 5
 
 
 def test_stale_inverse_of_waveglow_is_not_imitated():

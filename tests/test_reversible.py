@@ -20,6 +20,8 @@ from torch import Tensor, nn
 import glow_kernels as gk
 from glow_kernels import ReversibleSequential
 from glow_kernels.nn import CouplingNetwork, FlowStep, Squeeze
+from glow_kernels.reversible.offload import Shelf
+from glow_kernels.training.ema import MovingAverage
 
 FORGETFUL = ["checkpoint", "anchor", "invert"]
 
@@ -434,6 +436,93 @@ def test_gradient_scaler():
     scaler.scale(weighted(model(x))).backward()
     expected = gradients(plain, x, wrt="rest")[2:]
     assert_same([p.grad / 1024.0 for p in model.parameters()], expected, 1e-5)
+
+
+@pytest.mark.parametrize("memory", FORGETFUL)
+def test_accumulated_steps_and_their_moving_average(memory):
+    x = torch.rand(4, 2, 8, 8, dtype=torch.float64) - 0.5
+    start = ready(gk.models.Glow(2, 8, steps=3, levels=2, hidden_channels=4), x)
+    averages = []
+    for policy in ("store", memory):
+        model = gk.models.Glow(2, 8, steps=3, levels=2, hidden_channels=4, memory=policy).double()
+        model.load_state_dict(start.state_dict())
+        average = MovingAverage(model, 0.5)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        for update in range(3):
+            optimizer.zero_grad()
+            for half in x.chunk(2):
+                (model.bits_per_dim(half).mean() / 2).backward()
+            optimizer.step()
+            average.update(model, update)
+        assert not torch.equal(average.model.log_prob(x), model.log_prob(x))
+        averages.append([average.model.log_prob(x).detach(), *(p.detach() for p in average.model.parameters())])
+    assert_same(*averages, 1e-9)
+
+
+@pytest.mark.parametrize("options", [{"memory": "anchor"}, {"memory": "checkpoint"}, {"check": "replay"}])
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_offloaded_anchors_give_the_same_bits(options, micro_batches):
+    x = torch.randn(3, 6, 4, 5)
+    plain = chain([*flow_steps(9), Scaling(6), *flow_steps(3)], x)
+    options = {"memory": "anchor", "micro_batches": micro_batches, **options}
+    expected = gradients(forgetting(plain, **options), x)
+    actual = gradients(forgetting(plain, **options, offload_anchors=True), x)
+    assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
+
+
+def test_nothing_but_anchors_is_offloaded(monkeypatch):
+    x = torch.randn(3, 6, 4, 5)
+    moved: list[Tensor] = []
+    calls: list[str] = []
+    put, fetch = Shelf.put, Shelf._fetch
+
+    def watched_put(self: Shelf, state: Tensor) -> int:
+        moved.append(state)
+        return put(self, state)
+
+    def watched_fetch(self: Shelf, number: int):
+        calls.append(f"fetch {number}")
+        return fetch(self, number)
+
+    monkeypatch.setattr(Shelf, "put", watched_put)
+    monkeypatch.setattr(Shelf, "_fetch", watched_fetch)
+    model = forgetting(chain(flow_steps(13), x), "anchor", offload_anchors=True)
+    states = [x]
+    with torch.no_grad():
+        for step in model:
+            states.append(step(states[-1])[0])
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        results = model(x)
+    # Steps 3, 7 and 11 are anchors. Autograd keeps no state but the output of the chain.
+    assert len(moved) == 3
+    assert all(torch.equal(state, states[index]) for state, index in zip(moved, (3, 7, 11), strict=True))
+    assert [t for t in saved if t.shape == x.shape and not torch.equal(t, results[0])] == []
+    for retained in (True, False):
+        calls.clear()
+        torch.autograd.grad(weighted(results), list(model.parameters()), retain_graph=retained)
+        assert calls == ["fetch 2", "fetch 1", "fetch 0"]
+    calls.clear()
+    shelf = Shelf(x.device)
+    assert [shelf.put(state) for state in states[:3]] == [0, 1, 2]
+    shelf.get(2)
+    assert calls == ["fetch 2", "fetch 1"]  # one ahead
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_offloaded_anchors_leave_the_gpu():
+    x = torch.randn(16, 6, 64, 64, device="cuda")
+    plain = chain(flow_steps(41), x.cpu()[:2].double()).float().cuda()
+    kept, grads = [], []
+    for offload in (False, True):
+        model = forgetting(plain, "anchor", offload_anchors=offload)
+        before = torch.cuda.memory_allocated()
+        z, log_det = model(x)
+        torch.cuda.synchronize()
+        kept.append(torch.cuda.memory_allocated() - before)
+        grads.append(torch.autograd.grad(z.square().sum() - log_det.sum(), list(model.parameters())))
+    assert kept[0] - kept[1] >= 9 * x.nbytes
+    assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
 
 
 def test_checkpointing_by_pytorch_works_with_the_operators(backend):

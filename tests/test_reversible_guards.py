@@ -203,6 +203,10 @@ BAD_OPTIONS = {
     "memory_budget must be given with micro_batches='auto' and only then, got None": {"micro_batches": "auto"},
     "memory_budget must be given with micro_batches='auto' and only then, got 5": {"memory_budget": 5},
     "memory_budget must be at least 1 byte, got 0": {"micro_batches": "auto", "memory_budget": 0},
+    "memory must be 'anchor' or 'checkpoint' with offload_anchors=True, got 'invert'": {
+        "memory": "invert",
+        "offload_anchors": True,
+    },
     "steps must be at least one, got none": {"steps": []},
     "step 1 must be a module with an inverse, got Conv2d": {"steps": [Scaling(2), nn.Conv2d(2, 2, 1)]},
 }

@@ -55,6 +55,14 @@ def test_eight_micro_batches_of_the_published_benchmark():
     assert kept + (anchors - 2) * ALL_STATES <= 0.18 * GB
 
 
+def test_offloaded_anchors_of_the_published_benchmark():
+    # They are gone from the device, so that neither figure depends on the depth.
+    options = {"memory": "anchor", "micro_batches": 8, "offload_anchors": True}
+    (kept, peak), (deeper_kept, deeper_peak) = measure(9, 3, **options), measure(13, 3, **options)
+    assert deeper_kept == kept <= 4 * FIRST_STATE
+    assert deeper_peak == peak <= 0.1 * GB
+
+
 @pytest.mark.parametrize(
     ("memory", "anchor_every"), [("anchor", 4), ("anchor", 2), ("checkpoint", 1), ("invert", None)]
 )

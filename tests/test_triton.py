@@ -280,3 +280,69 @@ def test_the_linear_map_reads_from_memory_once(shape, channels_last):
         for result in results:
             if result.shape == x.shape:
                 assert traffic.writes(result) == [1] * result.numel()
+
+
+# Of the operators' docstrings: passes over data of the size of x, reading and writing, h counting for two.
+PASSES = {
+    "affine_coupling.forward": 3 + 1,
+    "affine_coupling.inverse": 3 + 1,
+    "affine_coupling.backward": 4 + 3,
+    "affine_coupling.inverse_backward": 4 + 3,
+    "affine_coupling.reversible_backward": 4 + 4,
+    "gaussian_log_prob.forward": 3,
+    "gaussian_log_prob.sample": 3 + 1,
+    "gaussian_log_prob.standardize": 3 + 1,
+    "gaussian_log_prob.backward": 3 + 3,
+    "gaussian_log_prob.sample_backward": 4 + 3,
+    "gaussian_log_prob.standardize_backward": 4 + 3,
+    "actnorm_conv1x1.apply": 1 + 1,
+    "actnorm_conv1x1.apply_backward": 2 + 1,
+    "actnorm_conv1x1.apply_backward (no dx)": 2,
+    "actnorm_conv1x1.apply_reversible_backward": 2 + 2,
+    "actnorm_statistics.forward": 1,
+}
+# In blocks of channels: z or x, dx, and the sums, one launch each.
+PASSES_OF_MANY_CHANNELS = {
+    "actnorm_conv1x1.apply": 1 + 1,
+    "actnorm_conv1x1.apply_backward": 1 + 1 + 2,
+    "actnorm_conv1x1.apply_backward (no dx)": 2,
+    "actnorm_conv1x1.apply_reversible_backward": 2 * (1 + 1) + 2,
+}
+
+
+@INTERPRETED
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(
+    ("name", "passes", "shape"),
+    [(name, passes, (3, 10, 16, 17)) for name, passes in PASSES.items()]
+    + [(name, passes, (2, 65, 16, 17)) for name, passes in PASSES_OF_MANY_CHANNELS.items()],
+)
+def test_no_byte_is_moved_twice(name, passes, shape, channels_last):
+    import triton_probes as probes
+
+    from glow_kernels.backends import implementation
+
+    module, _, function = name.partition(".")
+    x, h, grad, grad_log_det, options = coupling_arguments(shape, torch.float32)
+    if channels_last:
+        x, h, grad = (tensor.to(memory_format=torch.channels_last) for tensor in (x, h, grad))
+    matrix, shift, layout = torch.randn(shape[1], shape[1]), torch.randn(shape[1]), "interleaved_mean_log_sd"
+    arguments = {
+        "affine_coupling": (grad, grad_log_det, x, h, *options) if "backward" in name else (x, h, *options),
+        "gaussian_log_prob": (x, h, layout) if "backward" not in name else (grad, x, h, layout),
+        "actnorm_conv1x1": {
+            "apply": (x, matrix, shift),
+            "apply_backward": (grad, x, matrix, True),
+            "apply_backward (no dx)": (grad, x, matrix, False),
+            "apply_reversible_backward": (grad, x, matrix, matrix, shift),
+        }.get(function, ()),
+        "actnorm_statistics": (x,),
+    }[module]
+    if name == "gaussian_log_prob.backward":
+        arguments = (grad_log_det, x, h, layout)
+    implemented = getattr(implementation("triton", module), function.split()[0])
+    _, traffic = probes.count(lambda: implemented(*arguments))
+    minimum = passes * x.numel() * x.element_size()
+    # And what does not grow with the data: parameters, and the partial sums of at most eight programs, there and back.
+    sums = 4 * (2 * matrix.numel() + 18 * (matrix.numel() + shape[1])) if module == "actnorm_conv1x1" else 0
+    assert minimum <= traffic.moved() <= 1.02 * minimum + sums

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
+from unittest import mock
 
 import numpy
 import torch
@@ -63,7 +64,7 @@ def _elementary_kernel(x_ptr, result_ptr, n, NAME: tl.constexpr, BLOCK: tl.const
 
 @triton.jit
 def _offset_kernel(result_ptr, sample, position, channel, strides):
-    at = offsets(sample, position + tl.arange(0, 1), channel + tl.arange(0, 1), strides, False, 1, True)
+    at = offsets(sample, position + tl.arange(0, 1), channel + tl.arange(0, 1), strides, False, 1)
     tl.store(result_ptr + tl.arange(0, 1)[:, None], at)
 
 
@@ -74,37 +75,66 @@ def _row_offset_kernel(result_ptr, row, positions, channel, strides):
 
 
 class Traffic:
-    """How often every address was read and written."""
+    """How often every address was read and written, launch by launch."""
 
     def __init__(self) -> None:
-        self._reads: Counter[int] = Counter()
-        self._writes: Counter[int] = Counter()
+        self._reads: list[Counter[int]] = []
+        self._writes: list[Counter[int]] = []
+        self._sizes: dict[int, int] = {}
+
+    def begin_launch(self) -> None:
+        """What follows belongs to another launch."""
+        self._reads.append(Counter())
+        self._writes.append(Counter())
+
+    def note_read(self, pointers: Any, mask: Any) -> None:
+        """Count what a load reads."""
+        self._reads[-1].update(self._noted(pointers, mask))
+
+    def note_write(self, pointers: Any, mask: Any) -> None:
+        """Count what a store writes."""
+        self._writes[-1].update(self._noted(pointers, mask))
 
     def reads(self, tensor: Tensor) -> list[int]:
         """How often every element of ``tensor`` was read."""
-        return [self._reads[address] for address in _addresses(tensor)]
+        return [sum(launch[address] for launch in self._reads) for address in _addresses(tensor)]
 
     def writes(self, tensor: Tensor) -> list[int]:
         """How often every element of ``tensor`` was written."""
-        return [self._writes[address] for address in _addresses(tensor)]
+        return [sum(launch[address] for launch in self._writes) for address in _addresses(tensor)]
+
+    def moved(self) -> int:
+        """Bytes to and from memory: what a launch reads again is still in the cache."""
+        read = sum(self._sizes[address] for launch in self._reads for address in launch)
+        return read + sum(self._sizes[address] * n for launch in self._writes for address, n in launch.items())
+
+    def _noted(self, pointers: Any, mask: Any) -> list[int]:
+        addresses: list[int] = pointers.data[mask.data].tolist()
+        self._sizes.update(dict.fromkeys(addresses, pointers.get_element_ty().primitive_bitwidth // 8))
+        return addresses
 
 
 def count(call: Callable[[], Sequence[Tensor]]) -> tuple[Sequence[Tensor], Traffic]:
     """What ``call`` returns, and its traffic, as the interpreter sees it."""
     traffic, builder = Traffic(), interpreter.interpreter_builder
-    load, store = builder.create_masked_load, builder.create_masked_store
+    load, store, launch = builder.create_masked_load, builder.create_masked_store, interpreter.GridExecutor.__call__
 
     def counted_load(pointers: Any, mask: Any, *args: Any) -> Any:
-        traffic._reads.update(pointers.data[mask.data].tolist())
+        traffic.note_read(pointers, mask)
         return load(pointers, mask, *args)
 
     def counted_store(pointers: Any, values: Any, mask: Any, *args: Any) -> Any:
-        traffic._writes.update(pointers.data[mask.data].tolist())
+        traffic.note_write(pointers, mask)
         return store(pointers, values, mask, *args)
+
+    def counted_launch(self: Any, *args: Any, **options: Any) -> Any:
+        traffic.begin_launch()
+        return launch(self, *args, **options)
 
     builder.create_masked_load, builder.create_masked_store = counted_load, counted_store
     try:
-        return call(), traffic
+        with mock.patch.object(interpreter.GridExecutor, "__call__", counted_launch):
+            return call(), traffic
     finally:
         del builder.create_masked_load, builder.create_masked_store
 

@@ -20,7 +20,7 @@ using namespace linear;  // NOLINT: what the tile header is for
 template <bool transposed, typename A>
 __device__ void multiply(const Work<A>& work, const A* matrix, const A* tile, Values<A>& total) {
   constexpr unsigned V = kWide<A>;
-  using Vector = Raw<A, V>;
+  using Vector = detail::Registers<A, V>;
   const unsigned row = work.row();
 #pragma unroll
   for (unsigned i = 0; i < kRows; ++i) {
@@ -71,7 +71,7 @@ class OuterSum {
 
   __device__ void add(const Work<A>& work, const A* g, const A* x) {
     constexpr unsigned V = kWide<A>;
-    using Vector = Raw<A, V>;
+    using Vector = detail::Registers<A, V>;
     if (split_ >= splits()) return;
 #pragma unroll 1
     for (unsigned column = split_ * V; column < work.positions(); column += splits() * V) {

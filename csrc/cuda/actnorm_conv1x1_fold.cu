@@ -51,7 +51,7 @@ __device__ void write_log_det(const Fold& fold, const Elimination& elimination, 
   if (threadIdx.x == 0) fold.log_det(1, 0, sign * (sum + of_weight));
 }
 
-__global__ void __launch_bounds__(kThreads) fold_kernel(const Fold fold) {
+__global__ void __launch_bounds__(kThreads, 1) fold_kernel(const Fold fold) {
   GLOW_KERNELS_DYNAMIC_SHARED(double, scale);
   const unsigned n = fold.n, square = n * n, lane = threadIdx.x % 32;
   Elimination elimination(n, scale + n, fold.workspace);
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kThreads) fold_kernel(const Fold fold) {
   write_log_det(fold, elimination, 1);
 }
 
-__global__ void __launch_bounds__(kThreads) fold_inverse_kernel(const Fold fold) {
+__global__ void __launch_bounds__(kThreads, 1) fold_inverse_kernel(const Fold fold) {
   GLOW_KERNELS_DYNAMIC_SHARED(double, scale);
   const unsigned n = fold.n, square = n * n, lane = threadIdx.x % 32;
   Elimination elimination(n, scale + n, fold.workspace);
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kThreads) fold_inverse_kernel(const Fold fold)
   write_log_det(fold, elimination, -1);
 }
 
-__global__ void __launch_bounds__(kThreads) fold_backward_kernel(const Fold fold) {
+__global__ void __launch_bounds__(kThreads, 1) fold_backward_kernel(const Fold fold) {
   GLOW_KERNELS_DYNAMIC_SHARED(double, scale);
   const unsigned n = fold.n, square = n * n, lane = threadIdx.x % 32;
   const double in_log_det = fold.grad_log_det(1, 0);
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kThreads) fold_backward_kernel(const Fold fold
 }
 
 // With N = diag(exp(-log_scale)) W^-1: dW = -(N^T dN) W^-T - dlog_det W^-T.
-__global__ void __launch_bounds__(kThreads) fold_inverse_backward_kernel(const Fold fold) {
+__global__ void __launch_bounds__(kThreads, 1) fold_inverse_backward_kernel(const Fold fold) {
   GLOW_KERNELS_DYNAMIC_SHARED(double, shared);
   const unsigned n = fold.n, square = n * n;
   const double in_log_det = fold.grad_log_det(1, 0);
@@ -169,7 +169,7 @@ struct Assembly {
   }
 };
 
-__global__ void __launch_bounds__(kThreads) lu_weight_kernel(const Assembly lu) {
+__global__ void __launch_bounds__(kThreads, 1) lu_weight_kernel(const Assembly lu) {
   GLOW_KERNELS_DYNAMIC_SHARED(double, shared);
   const unsigned n = lu.n, square = n * n;
   double* const diagonal = shared + kProductSize;
@@ -191,7 +191,7 @@ __global__ void __launch_bounds__(kThreads) lu_weight_kernel(const Assembly lu) 
 }
 
 // With A = P^T dW: the triangles of A U^T and L^T A.
-__global__ void __launch_bounds__(kThreads) lu_weight_backward_kernel(const Assembly lu) {
+__global__ void __launch_bounds__(kThreads, 1) lu_weight_backward_kernel(const Assembly lu) {
   GLOW_KERNELS_DYNAMIC_SHARED(double, shared);
   const unsigned n = lu.n, square = n * n;
   double* const diagonal = shared + kProductSize;

@@ -22,7 +22,9 @@ constexpr unsigned kRows = 12, kMaxThreads = 192;
 template <typename A>
 constexpr unsigned kWide = 16 / sizeof(A);
 template <typename A>
-constexpr unsigned kStrip = 32 * kWide<A>;
+constexpr unsigned kStripBits = sizeof(A) == 8 ? 6 : 7;
+template <typename A>
+constexpr unsigned kStrip = 1u << kStripBits<A>;
 // Elements from a channel of a strip to the next: V more than its positions, so that they lie in different banks.
 template <typename A>
 constexpr unsigned kStride = kStrip<A> + kWide<A>;
@@ -144,11 +146,11 @@ __device__ void load_matrix(const A* from, const A* shift, const Work<A>& work, 
 template <typename A, typename F>
 __device__ void for_each_chunk(const Work<A>& work, unsigned channels, bool channels_inside, unsigned step,
                                const F& f) {
-  const unsigned inner = channels_inside ? 8 : kStrip<A>, chunks = channels / step;
-#pragma unroll 2
+  const unsigned bits = channels_inside ? 3 : kStripBits<A>, chunks = channels / step;
+#pragma unroll 4
   for (unsigned index = threadIdx.x; index < chunks * work.positions(); index += blockDim.x) {
-    const unsigned rest = index / inner, high = rest / chunks;
-    f((rest - high * chunks) * step, index - rest * inner + high * inner);
+    const unsigned rest = index >> bits, high = rest / chunks;
+    f((rest - high * chunks) * step, index + ((high - rest) << bits));
   }
 }
 
@@ -156,7 +158,7 @@ __device__ void for_each_chunk(const Work<A>& work, unsigned channels, bool chan
 template <typename T, typename A>
 __device__ void load_tile(const Positions<const T>& x, const Work<A>& work, const Span& span, A* tile) {
   constexpr unsigned V = kWide<A>;
-  using Vector = Raw<T, V>;
+  using Vector = detail::Registers<T, V>;
   if (x.vectors && !x.channels_inside) {
     const unsigned row = work.row(), column = work.column();
     const T* const from = x.at(span, column) + row * x.channel_stride;
@@ -170,7 +172,7 @@ __device__ void load_tile(const Positions<const T>& x, const Work<A>& work, cons
     }
 #pragma unroll
     for (unsigned r = 0; r < kRows; ++r) {
-      Raw<A, V> wide;
+      detail::Registers<A, V> wide;
 #pragma unroll
       for (unsigned v = 0; v < V; ++v) wide.values[v] = static_cast<A>(values[r].values[v]);
       detail::copy<V>(to + r * kStride<A>, wide.values);
@@ -201,7 +203,7 @@ __device__ void put_tile(const Work<A>& work, const Values<A>& values, A* tile) 
   A* const to = tile + work.at(work.row(), work.column());
 #pragma unroll
   for (unsigned r = 0; r < kRows; ++r) {
-    Raw<A, V> vector;
+    detail::Registers<A, V> vector;
 #pragma unroll
     for (unsigned v = 0; v < V; ++v) vector.values[v] = values[r][v];
     detail::copy<V>(to + r * kStride<A>, vector.values);
@@ -214,7 +216,7 @@ template <typename T, typename A>
 __device__ void store_tile(const Positions<T>& z, const Work<A>& work, const Span& span, const Values<A>& values,
                            A* tile) {
   constexpr unsigned V = kWide<A>;
-  using Vector = Raw<T, V>;
+  using Vector = detail::Registers<T, V>;
   if (z.vectors && !z.channels_inside) {
     const unsigned row = work.row(), column = work.column();
     const unsigned channels = column < span.count ? work.channels - row : 0;

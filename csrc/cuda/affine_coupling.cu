@@ -45,9 +45,8 @@ struct Views {
   View<T> result;  // of a map, or x for the reversible backward
   View<T> grad_data;
   Pair<H> grad_h;
-  A* log_det;          // where a tile is a whole sample,
-  double* log_scales;  // and elsewhere what each tile adds to it
-  double* grad_gain;   // (C, samples * tiles of positions): what tiles add to it
+  SampleSums<A> log_det;
+  double* grad_gain;  // (C, samples * tiles of positions): what tiles add to it
 };
 
 // log s of N elements and its derivative in u.
@@ -60,9 +59,9 @@ template <ScaleKind kind, int N, typename A>
 __device__ void map_scales(const Options<A>& options, const A (&u)[N], LogScales<A, N>& log_s) {
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    const LogScale<A> mapped = log_scale<kind>(u[i], options.map, options.log_gain);
-    log_s.value[i] = mapped.value;
-    log_s.in_u[i] = mapped.derivative;
+    const LogScale<A> of_element = log_scale<kind>(u[i], options.map, options.log_gain);
+    log_s.value[i] = of_element.value;
+    log_s.in_u[i] = of_element.derivative;
   }
 }
 
@@ -134,13 +133,7 @@ __global__ void __launch_bounds__(kThreads, kTransformBlocks<H>) transform_kerne
     }
     store(views.result, tile, spot, data);
   });
-  total = block_sum(total);
-  if (threadIdx.x != 0) return;
-  if (views.log_det != nullptr) {
-    views.log_det[tile.batch] = total;
-  } else {
-    views.log_scales[blockIdx.x] = total;
-  }
+  views.log_det.leave(tile, block_sum(total));
 }
 
 // What a tile adds to each of its channels: the sums of `values`, rows x columns in shared memory, over positions. A
@@ -250,8 +243,7 @@ Views<T, H> views_of(const Arguments& arguments, const Tiling& tiling, const Opt
           writable<N, T>(arguments.result, tiling),
           writable<N, T>(arguments.grad_data, tiling),
           writable_pair<N, H>(arguments.grad_h, tiling, layout.scale_first, layout.shift_first, layout.step),
-          nullptr,
-          nullptr,
+          {},
           nullptr};
 }
 
@@ -269,17 +261,11 @@ std::tuple<Tensor, Tensor> transform(const Tensor& x, const Tensor& h, std::opti
   const Tiling tiling(planes_of(y), /*whole_samples=*/true);
   return dispatch(x, h, [&]<typename T, typename H>() -> std::tuple<Tensor, Tensor> {
     using A = compute_t<T>;
-    Tensor log_det = empty_vector(x.size(0), std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float, x);
     Views<T, H> views = views_of<T, H>(arguments, tiling, options_of<A>(options, is_inverse), channels);
-    if (tiling.per_sample == 1) {
-      views.log_det = log_det.mutable_data_ptr<A>();
+    Tensor log_det = sum_samples<A>(launch, x, tiling, [&](const SampleSums<A>& sums) {
+      views.log_det = sums;
       launch(tiling.size(), transform_kernel<T, H>, views);
-    } else {
-      const Tensor parts = empty_parts(tiling.size(), x);
-      views.log_scales = parts.mutable_data_ptr<double>();
-      launch(tiling.size(), transform_kernel<T, H>, views);
-      sum_rows(launch, parts, x.size(0), tiling.per_sample, log_det.mutable_data_ptr<A>());
-    }
+    });
     return {y, log_det};
   });
 }

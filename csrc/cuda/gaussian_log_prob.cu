@@ -21,7 +21,7 @@ struct Views {
   const A* grad_log_prob;
   View<T> result;  // or the gradient of the data
   Pair<H> grad_h;
-  double* sums;  // of every tile
+  SampleSums<A> log_prob;
 };
 
 template <typename T, typename H>
@@ -41,9 +41,8 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const Views<T, H> vie
       if (i < spot.count) total += log_sd[i] + A(0.5) * standardized * standardized;
     }
   });
-  total = block_sum(total);
   // log(2 pi) / 2 for every element.
-  if (threadIdx.x == 0) views.sums[blockIdx.x] = double(tile.rows) * tile.columns * 0.918938533204672742 + total;
+  views.log_prob.leave(tile, -(double(tile.rows) * tile.columns * 0.918938533204672742 + block_sum(total)));
 }
 
 enum class Map { sample, standardize };
@@ -104,7 +103,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const Views<T, H> vi
 
 struct Arguments {
   Tensor data, h;
-  std::optional<Tensor> grad = {}, grad_log_prob = {}, result = {}, grad_h = {}, sums = {};
+  std::optional<Tensor> grad = {}, grad_log_prob = {}, result = {}, grad_h = {};
 };
 
 template <typename T, typename H>
@@ -113,7 +112,6 @@ Views<T, H> views_of(const Arguments& arguments, const Tiling& tiling, const std
   using A = compute_t<T>;
   const GaussianLayout layout = parse_gaussian_layout(layout_name, arguments.data.size(1));
   const auto& weight = arguments.grad_log_prob;
-  const auto& sums = arguments.sums;
   return {tiling,
           readable<N, T>(arguments.data, tiling),
           readable_pair<N, H>(arguments.h, tiling, layout.mean_first, layout.log_sd_first, layout.step),
@@ -121,22 +119,21 @@ Views<T, H> views_of(const Arguments& arguments, const Tiling& tiling, const std
           weight ? weight->const_data_ptr<A>() : nullptr,
           writable<N, T>(arguments.result, tiling),
           writable_pair<N, H>(arguments.grad_h, tiling, layout.mean_first, layout.log_sd_first, layout.step),
-          sums ? sums->mutable_data_ptr<double>() : nullptr};
+          {}};
 }
 
 Tensor forward(const Tensor& z, const Tensor& h, std::string layout) {
   check_conditioning(z, h);
   const Launcher launch(z);
   Arguments arguments{with_planes(z), with_planes(h)};
-  const Tiling tiling(planes_of(arguments.data));
-  const Tensor sums = empty_parts(tiling.size(), z);
-  arguments.sums = sums;
+  const Tiling tiling(planes_of(arguments.data), /*whole_samples=*/true);
   return dispatch(z, h, [&]<typename T, typename H>() {
     using A = compute_t<T>;
-    Tensor log_prob = empty_vector(z.size(0), std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float, z);
-    launch(tiling.size(), forward_kernel<T, H>, views_of<T, H>(arguments, tiling, layout));
-    sum_rows(launch, sums, z.size(0), tiling.per_sample, log_prob.mutable_data_ptr<A>(), -1);
-    return log_prob;
+    Views<T, H> views = views_of<T, H>(arguments, tiling, layout);
+    return sum_samples<A>(launch, z, tiling, [&](const SampleSums<A>& sums) {
+      views.log_prob = sums;
+      launch(tiling.size(), forward_kernel<T, H>, views);
+    });
   });
 }
 

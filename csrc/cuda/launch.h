@@ -79,7 +79,7 @@ class Launcher {
   }
 
   // Blocks that the device runs at the same time: on each multiprocessor `most`, or fewer with this much shared memory.
-  int64_t resident_blocks(int64_t shared_bytes, int64_t most) const {
+  int64_t resident_blocks([[maybe_unused]] int64_t shared_bytes, int64_t most) const {
 #if defined(__CUDACC__)
     int device = 0, multiprocessors = 0, room = 0;
     check_cuda(cudaGetDevice(&device), "asking for the device");
@@ -90,7 +90,7 @@ class Launcher {
     const int64_t fit = room / (shared_bytes + 1024);  // every block takes 1 KiB more
     return multiprocessors * (fit < 1 ? 1 : fit < most ? fit : most);
 #else
-    return shared_bytes > 64 * 1024 ? 1 : most;
+    return most;
 #endif
   }
 

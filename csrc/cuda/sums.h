@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/launch.h"
+#include "cuda/tile.h"
 #include "glow_kernels/tensors.h"
 
 namespace glow_kernels {
@@ -29,43 +30,59 @@ __device__ A block_sum(A value) {
   return value;
 }
 
-// sums[i] = scale * the sum of parts (rows, columns) over row i; a warp for every row.
+// sums[i] = the sum of parts (rows, columns) over row i; a warp for every row.
 template <typename A>
 __global__ void __launch_bounds__(kThreads)
-    sum_rows_kernel(const double* parts, unsigned rows, unsigned columns, double scale, A* sums) {
+    sum_rows_kernel(const double* parts, unsigned rows, unsigned columns, A* sums) {
   const unsigned row = blockIdx.x * (kThreads / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
   if (row >= rows) return;
   double total = 0;
   for (unsigned column = lane; column < columns; column += 32) total += parts[int64_t{row} * columns + column];
   total = warp_sum(total);
-  if (lane == 0) sums[row] = static_cast<A>(scale * total);
-}
-
-// sums[i] = the sum of parts (rows, columns) over column i; a thread for every column.
-template <typename A>
-__global__ void __launch_bounds__(kThreads)
-    sum_columns_kernel(const double* parts, unsigned rows, unsigned columns, A* sums) {
-  const unsigned column = blockIdx.x * kThreads + threadIdx.x;
-  if (column >= columns) return;
-  double total = 0;
-  for (unsigned row = 0; row < rows; ++row) total += parts[int64_t{row} * columns + column];
-  sums[column] = static_cast<A>(total);
+  if (lane == 0) sums[row] = static_cast<A>(total);
 }
 
 // Uninitialised memory for the parts of a sum, on the device of x.
 inline Tensor empty_parts(int64_t size, const Tensor& x) { return empty_vector(size, ScalarType::Double, x); }
 
-// From parts (rows, columns) of empty_parts() to a sum for every row or column.
+// From parts (rows, columns) of empty_parts() to a sum for every row.
 template <typename A>
-void sum_rows(const Launcher& launch, const Tensor& parts, int64_t rows, int64_t columns, A* sums, double scale = 1) {
+void sum_rows(const Launcher& launch, const Tensor& parts, int64_t rows, int64_t columns, A* sums) {
   launch((rows + kThreads / 32 - 1) / (kThreads / 32), sum_rows_kernel<A>, parts.const_data_ptr<double>(),
-         static_cast<unsigned>(rows), static_cast<unsigned>(columns), scale, sums);
+         static_cast<unsigned>(rows), static_cast<unsigned>(columns), sums);
 }
 
+// Where the blocks of a kernel leave what samples sum to: the sums where a tile is a whole sample, parts elsewhere.
 template <typename A>
-void sum_columns(const Launcher& launch, const Tensor& parts, int64_t rows, int64_t columns, A* sums) {
-  launch((columns + kThreads - 1) / kThreads, sum_columns_kernel<A>, parts.const_data_ptr<double>(),
-         static_cast<unsigned>(rows), static_cast<unsigned>(columns), sums);
+struct SampleSums {
+  A* sums = nullptr;
+  double* parts = nullptr;
+
+  // The block's sum is that of its thread 0.
+  __device__ void leave(const Tile& tile, double sum) const {
+    if (threadIdx.x != 0) return;
+    if (parts == nullptr) {
+      sums[tile.batch] = static_cast<A>(sum);
+    } else {
+      parts[blockIdx.x] = sum;
+    }
+  }
+};
+
+// A sum for every sample (B,) by a kernel over the tiling of x, which `run` launches with a SampleSums. A tiling of
+// whole samples saves the second kernel in small images.
+template <typename A, typename F>
+Tensor sum_samples(const Launcher& launch, const Tensor& x, const Tiling& tiling, const F& run) {
+  constexpr ScalarType type = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
+  Tensor sums = empty_vector(x.size(0), type, x);
+  if (tiling.per_sample == 1) {
+    run(SampleSums<A>{sums.mutable_data_ptr<A>(), nullptr});
+  } else {
+    const Tensor parts = empty_parts(tiling.size(), x);
+    run(SampleSums<A>{nullptr, parts.mutable_data_ptr<double>()});
+    sum_rows(launch, parts, x.size(0), tiling.per_sample, sums.mutable_data_ptr<A>());
+  }
+  return sums;
 }
 
 }  // namespace glow_kernels

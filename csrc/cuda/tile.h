@@ -174,6 +174,12 @@ __device__ void copy(T* to, const T* from) {
   }
 }
 
+// N elements in registers, as they stand in memory and aligned for copy().
+template <typename T, int N>
+struct alignas(16) Registers {
+  T values[N];
+};
+
 }  // namespace detail
 
 // Views that kernels read and write. A pair is that of channels `first + step * c` and `second + step * c`.
@@ -201,16 +207,10 @@ Pair<T> writable_pair(const std::optional<Tensor>& h, const Tiling& tiling, int6
   return detail::pair<N>(h->mutable_data_ptr<T>(), planes_of(*h), tiling, first, second, step);
 }
 
-// N elements in registers, as they stand in memory.
-template <typename T, int N>
-struct alignas(16) Raw {
-  T values[N];
-};
-
 // The elements at a spot; 0 beyond its count. A thread that fetches all it needs before it widens any waits once.
 template <int N, typename T>
-__device__ Raw<T, N> fetch(const View<const T>& view, const Tile& tile, const Spot& spot) {
-  Raw<T, N> raw;
+__device__ detail::Registers<T, N> fetch(const View<const T>& view, const Tile& tile, const Spot& spot) {
+  detail::Registers<T, N> raw;
   if (view.vectors && spot.count == N) {
     detail::copy<N>(raw.values, view.at(tile, spot, 1));
   } else {
@@ -223,7 +223,7 @@ __device__ Raw<T, N> fetch(const View<const T>& view, const Tile& tile, const Sp
 
 // The same elements in the type of arithmetic.
 template <int N, typename T, typename A>
-__device__ void widen(const Raw<T, N>& raw, A (&values)[N]) {
+__device__ void widen(const detail::Registers<T, N>& raw, A (&values)[N]) {
 #pragma unroll
   for (int i = 0; i < N; ++i) values[i] = static_cast<A>(raw.values[i]);
 }
@@ -236,7 +236,7 @@ __device__ void load(const View<const T>& view, const Tile& tile, const Spot& sp
 template <int N, typename T, typename A>
 __device__ void store(const View<T>& view, const Tile& tile, const Spot& spot, const A (&values)[N]) {
   if (view.vectors && spot.count == N) {
-    Raw<T, N> raw;
+    detail::Registers<T, N> raw;
 #pragma unroll
     for (int i = 0; i < N; ++i) raw.values[i] = static_cast<T>(values[i]);
     detail::copy<N>(view.at(tile, spot, 1), raw.values);
@@ -253,7 +253,7 @@ template <int N, typename T, typename A>
 __device__ void load(const Pair<const T>& pair, const Tile& tile, const Spot& spot, A (&first)[N], A (&second)[N]) {
   if (pair.together != 0 && spot.count == N) {
     const View<const T>& lower = pair.together > 0 ? pair.first : pair.second;
-    Raw<T, 2 * N> raw;
+    detail::Registers<T, 2 * N> raw;
     detail::copy<2 * N>(raw.values, lower.at(tile, spot, 2));
 #pragma unroll
     for (int i = 0; i < N; ++i) {
@@ -263,7 +263,8 @@ __device__ void load(const Pair<const T>& pair, const Tile& tile, const Spot& sp
     }
     return;
   }
-  const Raw<T, N> raw_first = fetch<N>(pair.first, tile, spot), raw_second = fetch<N>(pair.second, tile, spot);
+  const detail::Registers<T, N> raw_first = fetch<N>(pair.first, tile, spot),
+                                raw_second = fetch<N>(pair.second, tile, spot);
   widen(raw_first, first);
   widen(raw_second, second);
 }
@@ -273,7 +274,7 @@ __device__ void store(const Pair<T>& pair, const Tile& tile, const Spot& spot, c
                       const A (&second)[N]) {
   if (pair.together != 0 && spot.count == N) {
     const View<T>& lower = pair.together > 0 ? pair.first : pair.second;
-    Raw<T, 2 * N> raw;
+    detail::Registers<T, 2 * N> raw;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       raw.values[2 * i] = static_cast<T>(pair.together > 0 ? first[i] : second[i]);

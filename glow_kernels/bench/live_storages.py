@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from glow_kernels.nn import ActNorm
+from glow_kernels.reversible.offload import Shelf
 
 
 def training_step_bytes(build: Callable[[], nn.Module], shape: Sequence[int], fake: bool = True) -> tuple[int, int]:
-    """Bytes kept after the forward, and the most at any time, of a training step; gradients of parameters do not count.
+    """Bytes kept after the forward, and the most at any time, of a training step.
+
+    Gradients of parameters do not count, nor do anchors once they have been offloaded to the host.
 
     Args:
         build: makes a model whose call gives a log-density (B,).
@@ -33,7 +37,14 @@ def training_step_bytes(build: Callable[[], nn.Module], shape: Sequence[int], fa
             parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
                 lambda p: setattr(p, "grad", None)
             )
-        with LiveStorages([model]) as storages:
+        put = Shelf.put
+
+        def put_away(self: Shelf, state: Tensor) -> int:
+            number = put(self, state)
+            storages.ignore(self._anchors[number])
+            return number
+
+        with LiveStorages([model]) as storages, patch.object(Shelf, "put", put_away):
             log_prob = model(torch.rand(shape))
             kept = storages.now
             log_prob.mean().backward()
@@ -63,6 +74,12 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._count(tensor)
         self.peak = max(self.peak, self.now)
         return results
+
+    def ignore(self, tensor: Tensor) -> None:
+        """Do not count the storage of ``tensor`` from now on."""
+        key = tensor.untyped_storage()._cdata
+        self.now -= self._bytes[key]
+        self._bytes[key] = 0
 
     def _count(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from glow_kernels.interop import steps
+from glow_kernels.interop.memory import initialize, run
 from glow_kernels.interop.openai import (
     ActNorm2d,
     InvertibleConv1x1,
@@ -20,10 +22,10 @@ from glow_kernels.interop.openai import (
     matrix,
     signature_calls,
 )
-from glow_kernels.interop.patch import Call, Patch, has_hooks, once, options_of, own
+from glow_kernels.interop.patch import Call, Patch, has_hooks, options_of, own
 from glow_kernels.interop.probe import Coupling
+from glow_kernels.interop.steps import Linear, Parts
 from glow_kernels.interop.workshop import Workshop
-from glow_kernels.ops import actnorm_conv1x1, actnorm_conv1x1_inverse
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class AffineCoupling(Patch):
     """``(x + t) exp(alpha tanh(u))`` with alpha learned per channel."""
 
     dialect, kind = "chrischute", "Coupling"
+    has_network = True
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
@@ -59,22 +62,25 @@ class AffineCoupling(Patch):
     def calls(cls, module: Any, options: Any) -> list[Call]:
         return signature_calls(options.channels, without_log_det=False)
 
+    @classmethod
+    def parts(cls, module: Any) -> Parts:
+        return Parts(options_of(module), module.nn, gain=lambda: module.scale.flatten())
+
     def forward(self: Any, x: Tensor, *args: Any, **options: Any) -> Any:
         """``y`` and the new log-determinant."""
         log_det, reverse, known = arguments(self, args, options)
         if not known:
             return own(self).forward(self, x, *args, **options)
-        coupling = options_of(self)
-        read, transformed = coupling.split(x)
-        operator = coupling.inverse if reverse else coupling.forward
-        y, change = operator(transformed, coupling.predict(self.nn, read), self.scale.flatten())
-        return coupling.join(read, y), added(log_det, change)
+        initialize(self, lambda: own(self).forward(self, x, *args, **options))
+        y, change = steps.inverse(AffineCoupling.parts(self), x) if reverse else run(self, x)
+        return y, added(log_det, change)
 
 
 class FlowStep(Patch):
     """ActNorm and convolution as one operator, then the coupling."""
 
     dialect, kind = "chrischute", "FlowStep"
+    has_network = True
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
@@ -82,24 +88,27 @@ class FlowStep(Patch):
 
     @classmethod
     def examine(cls, module: Any, workshop: Workshop) -> None:
-        workshop.require((module.norm, ActNorm2d), (module.conv, InvertibleConv1x1))
+        workshop.require((module.norm, ActNorm2d), (module.conv, InvertibleConv1x1), (module.coup, AffineCoupling))
 
     @classmethod
     def calls(cls, module: Any, options: Any) -> list[Call]:
         return signature_calls(module.norm.bias.shape[1], without_log_det=False)
 
+    @classmethod
+    def parts(cls, module: Any) -> Parts:
+        def linear() -> Linear:
+            return (module.norm.logs.flatten(), module.norm.bias.flatten(), *matrix(module.conv))
+
+        return AffineCoupling.parts(module.coup)._replace(linear=linear)
+
     def forward(self: Any, x: Tensor, *args: Any, **options: Any) -> Any:
         """``y`` and the new log-determinant."""
         log_det, reverse, known = arguments(self, args, options)
-        if not known or has_hooks(self.norm, self.conv) or not is_initialized(self.norm):
+        initialize(self, lambda: own(self).forward(self, x, *args, **options))
+        if not known or has_hooks(self.norm, self.conv, self.coup) or not is_initialized(self.norm):
             return own(self).forward(self, x, *args, **options)
-        linear = (self.norm.logs.flatten(), self.norm.bias.flatten(), *matrix(self.conv))
-        if reverse:
-            x, log_det = self.coup(x, log_det, reverse)
-            x, change = actnorm_conv1x1_inverse(x, *linear)
-            return x, added(log_det, once(change))
-        x, change = actnorm_conv1x1(x, *linear)
-        return self.coup(x, added(log_det, once(change)), reverse)
+        y, change = steps.inverse(FlowStep.parts(self), x) if reverse else run(self, x)
+        return y, added(log_det, change)
 
 
 PATCHES = (AffineCoupling, FlowStep)

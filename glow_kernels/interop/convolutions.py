@@ -97,7 +97,7 @@ class ScaledConv2d(Patch):
         weight = convolution.weight * scale[:, None, None, None]
         border = F.pad(x.new_zeros(1, 1, *x.shape[2:]), [scaling.border] * 4, value=scaling.value)
         at_border = F.conv2d(border, weight.sum(1, keepdim=True), convolution.bias * scale)
-        return F.conv2d(x, weight, padding=scaling.border) + at_border
+        return F.conv2d(x, weight, padding=scaling.border).add_(at_border)
 
 
 class ActNormConv2d(Patch):
@@ -132,8 +132,29 @@ class ActNormConv2d(Patch):
         return _scaled(convolution, x, actnorm.logs.flatten().exp(), shift)
 
 
+class _Overwriting(torch.autograd.Function):
+    """Leaky ReLU that overwrites its input and, in backward, its gradient; both must be nobody else's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slope: float) -> Tensor:
+        ctx.mark_dirty(x)
+        ctx.slope = slope
+        ctx.save_for_backward(F.leaky_relu_(x, slope))
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (result,), (grad,) = ctx.saved_tensors, grads
+        if torch.is_grad_enabled():  # to be differentiated again
+            return torch.where(result > 0, grad, ctx.slope * grad), None
+        return torch.ops.aten.leaky_relu_backward.grad_input(grad, result, ctx.slope, True, grad_input=grad), None
+
+
 class InPlaceSequential(Patch):
-    """A sequence in which activations overwrite the convolutions before them, whose results nobody else reads."""
+    """A sequence in which activations overwrite the convolutions before them, whose results nobody else reads.
+
+    Between two convolutions they overwrite the gradient too: a fresh tensor of the largest size costs more than they.
+    """
 
     dialect, kind = "network", "Sequential"
     better = ("activations of coupling networks overwrite their input: half the hidden activations are kept",)
@@ -150,21 +171,28 @@ class InPlaceSequential(Patch):
 
     def forward(self: Any, x: Any) -> Any:
         """As of the layers one after another."""
-        before: nn.Module | None = None
-        for layer in self:
-            if before is not None and _may_overwrite(before, layer) and not has_hooks(before, layer):
-                x = F.leaky_relu_(x, getattr(layer, "negative_slope", 0.0))
-            else:
+        layers = list(self)
+        plain = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        for before, layer, after in zip([None, *layers], layers, [*layers[1:], None], strict=False):
+            if before is None or not _may_overwrite(before, layer) or has_hooks(before, layer):
                 x = layer(x)
-            before = layer
+                continue
+            slope = getattr(layer, "negative_slope", 0.0)
+            alone = after is not None and _is_convolution(after) and not has_hooks(after)
+            overwrite: Any = F.leaky_relu_ if plain or not alone or not x.requires_grad else _Overwriting.apply
+            x = overwrite(x, slope)
         return x
 
 
 def _may_overwrite(before: nn.Module, layer: nn.Module) -> bool:
-    """Whether ``layer`` is an activation, not in place already, of a convolution that does not need its own result."""
-    convolution = type(before).forward is nn.Conv2d.forward or patch_of(before) is ActNormConv2d
+    """Whether ``layer`` is an activation of a convolution that does not need its own result."""
     activation = type(layer) is nn.ReLU or (type(layer) is nn.LeakyReLU and layer.negative_slope >= 0)
-    return convolution and activation and not layer.inplace
+    return activation and (type(before).forward is nn.Conv2d.forward or patch_of(before) is ActNormConv2d)
+
+
+def _is_convolution(layer: nn.Module) -> bool:
+    """Whether the gradient that ``layer`` sends back is that of a convolution alone."""
+    return type(layer).forward is nn.Conv2d.forward or patch_of(layer) in (ActNormConv2d, ScaledConv2d)
 
 
 def _scaled(convolution: Any, x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -24,25 +25,49 @@ from glow_kernels.interop import (
     survae,
     waveglow,
 )
-from glow_kernels.interop.patch import Mismatch, Patch, apply, options_of, patch_of, undo, why_not_patchable
-from glow_kernels.interop.proof import Agreement, prove
+from glow_kernels.interop.memory import Memory
+from glow_kernels.interop.patch import (
+    Mismatch,
+    Patch,
+    apply,
+    memory_of,
+    options_of,
+    patch_of,
+    undo,
+    why_not_patchable,
+)
+from glow_kernels.interop.proof import Agreement, prove, prove_chain
 from glow_kernels.interop.report import LayerReport, Report
 from glow_kernels.interop.workshop import Workshop
+from glow_kernels.ops._checks import check_choice
+from glow_kernels.reversible import POLICIES
 
 # Layers with more of a structure first: survae's convolution has an inverse, that of OpenAI's ports has none.
 DIALECTS = (convolutions, rosinality, survae, waveglow, glowtts, openai, chrischute, normflows, nflows, freia)
 
 
-def accelerate(model: nn.Module, *, verify: bool = True) -> Report:
+def accelerate(
+    model: nn.Module, memory: str = "store", anchor_every: int = 4, micro_batches: int = 1, *, verify: bool = True
+) -> Report:
     """Make the flow layers of ``model`` compute with the fused operators, in place, and change nothing else.
 
     Layers are recognised by their structure; options that copies of well-known code may have changed, as the scale
     function of a coupling, are found by probing; then each patched layer is compared with the original, in both
     directions and with gradients, and left alone if they disagree. Parameters, buffers, ``state_dict`` keys, hooks,
-    optimizers, modes, copying and pickling stay as they were. Calling it again changes nothing.
+    optimizers, modes, copying and pickling stay as they were. Calling it again changes nothing but ``memory``.
+
+    With another ``memory`` than ``"store"``, layers that run a network keep no activations of it for backward, which
+    recomputes them. Steps of which one is given the very tensor that another returned form a chain, as in a
+    :class:`~glow_kernels.ReversibleSequential`. In training under ``torch.compile``, and in ``DataParallel``, each
+    keeps its input. A step with hooks on its layers keeps everything while it has them.
 
     Args:
         model: any module; layers are looked for at every depth.
+        memory: what a chain keeps: ``"store"`` everything, as PyTorch does; ``"checkpoint"`` the state before every
+            step; ``"anchor"`` that before every ``anchor_every``-th and the last one; ``"invert"`` the last one.
+        anchor_every: distance of the anchors.
+        micro_batches: evaluate every step in this many parts of the batch, which divides the memory that its network
+            takes while it works. Not for ``"store"``.
         verify: prove every patch. Without, what was recognised and probed is trusted.
 
     Returns:
@@ -50,10 +75,13 @@ def accelerate(model: nn.Module, *, verify: bool = True) -> Report:
 
     Raises:
         TypeError: ``model`` is not a module.
+        ValueError: an unknown policy, or a number below 1.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    workshop = Workshop()
+    workshop = Workshop(_memory(memory, anchor_every, micro_batches))
+    if any(_keeps_otherwise(module, workshop.memory) for module in model.modules()):
+        restore(model)
     rows: dict[nn.Module, LayerReport] = {}
     paths = dict(reversed([(module, name) for name, module in model.named_modules()]))
     with _undisturbed(model):
@@ -62,9 +90,11 @@ def accelerate(model: nn.Module, *, verify: bool = True) -> Report:
         for module in list(workshop.decisions):
             for layer in (layer for network in workshop.networks.get(module, ()) for layer in network.modules()):
                 _look_at(layer, paths[layer], convolutions.NETWORK_PATCHES, workshop, rows, verify)
+        if verify:
+            _prove_chains(model, workshop, rows)
     for module, (patch, options) in workshop.decisions.items():
         if patch_of(module) is None:
-            apply(module, patch, options)
+            apply(module, patch, options, workshop.memories[module])
     ordered = tuple(rows[module] for _, module in model.named_modules() if module in rows)
     note = "" if ordered else "no flow layers were recognised: the model is as it was"
     return Report(ordered, note)
@@ -108,6 +138,7 @@ def _look_at(
 ) -> None:
     """Decide on ``module``, unless that has been done, and add a row to the report if it is a flow layer."""
     patch, reason, options, agreement = patch_of(module), "", None, None
+    memory, memory_reason = memory_of(module), ""
     if module in rows:
         return
     if patch is not None:
@@ -118,6 +149,8 @@ def _look_at(
             return
         try:
             options, agreement = _examine(module, patch, workshop, verify)
+            if patch.has_network:
+                memory, memory_reason = _memory_of_step(module, patch, options, workshop, verify)
         except Mismatch as mismatch:
             reason = _first_line(mismatch)
         except Exception as error:  # whatever a layer does that nobody thought of, it is left alone
@@ -125,9 +158,11 @@ def _look_at(
     name, patched = type(module).__name__, not reason
     row = LayerReport(path, name, patch.dialect, patch.kind, patched, agreement=agreement, reason=reason)
     if patched:
-        workshop.decisions[module] = (patch, options)
+        workshop.decisions[module], workshop.memories[module] = (patch, options), memory
+        kept = "" if not patch.has_network else "store" if memory is None else memory.policy
         better = patch.improvements(module, options)
-        row = dataclasses.replace(row, options=options.describe() if options else "", better=better)
+        described = options.describe() if options else ""
+        row = dataclasses.replace(row, options=described, memory=kept, memory_reason=memory_reason, better=better)
     rows[module] = row
 
 
@@ -142,6 +177,61 @@ def _examine(module: nn.Module, patch: type[Patch], workshop: Workshop, verify: 
         raise Mismatch(reason)
     options = patch.examine(module, workshop)
     return options, prove(module, patch, options, workshop) if verify else None
+
+
+def _memory_of_step(
+    module: nn.Module, patch: type[Patch], options: Any, workshop: Workshop, verify: bool
+) -> tuple[Memory | None, str]:
+    """What a step keeps, and why that is everything although it was to keep less."""
+    try:
+        memory = workshop.memory_for(module)
+        if memory is not None and verify:
+            prove(module, patch, options, workshop, memory)
+    except Exception as error:  # as above: it keeps everything
+        return None, _first_line(error)
+    return memory, ""
+
+
+def _prove_chains(model: nn.Module, workshop: Workshop, rows: dict[nn.Module, LayerReport]) -> None:
+    """Steps that follow one another in the model, and keep little, keep everything if the chain of them disagrees."""
+
+    def kind(module: nn.Module) -> Any:
+        if workshop.memories.get(module) is None or patch_of(module) is not None:
+            return None
+        patch, options = workshop.decisions[module]
+        if patch.parts.__func__ is Patch.parts.__func__:  # type: ignore[attr-defined]
+            return None  # each by itself
+        return patch, patch.calls(module, options)[0].shapes
+
+    for parent in model.modules():
+        for key, group in itertools.groupby(parent.children(), kind):
+            chain = list(group)
+            if key is None or len(chain) < 2:
+                continue
+            try:
+                prove_chain(chain, workshop)
+            except Exception as error:
+                for module in chain:
+                    workshop.memories[module] = None
+                    reason = _first_line(error)
+                    rows[module] = dataclasses.replace(rows[module], memory="store", memory_reason=reason)
+
+
+def _memory(policy: str, anchor_every: int, micro_batches: int) -> Memory | None:
+    check_choice("memory", policy, POLICIES)
+    for name, value in (("anchor_every", anchor_every), ("micro_batches", micro_batches)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if policy == "store" and micro_batches > 1:
+        raise ValueError(f"micro_batches must be 1 with memory='store', got {micro_batches}")
+    return None if policy == "store" else Memory(policy, anchor_every, micro_batches)
+
+
+def _keeps_otherwise(module: nn.Module, memory: Memory | None) -> bool:
+    patch, current = patch_of(module), memory_of(module)
+    if current is not None:
+        current = dataclasses.replace(current, restores_buffers=False)
+    return patch is not None and patch.has_network and current != memory
 
 
 @functools.cache

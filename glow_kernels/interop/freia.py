@@ -7,6 +7,7 @@ convolution.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glow_kernels.interop import steps
+from glow_kernels.interop.memory import initialize, run, run_alone
 from glow_kernels.interop.patch import Call, Mismatch, Patch, is_set, once, options_of, own
 from glow_kernels.interop.probe import Coupling
+from glow_kernels.interop.steps import Parts
 from glow_kernels.interop.workshop import SPATIAL, Workshop
 from glow_kernels.ops import actnorm_conv1x1
 
@@ -124,6 +128,7 @@ class AffineCouplingOneSided(Patch):
     """An affine coupling, perhaps with further channels as a condition."""
 
     dialect, kind = "FrEIA", "AffineCouplingOneSided"
+    has_network = True
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
@@ -140,10 +145,19 @@ class AffineCouplingOneSided(Patch):
 
     def forward(self: Any, x: Any, c: Any = (), rev: bool = False, jac: bool = True) -> Result:
         """``(y,)`` and J (B,)."""
-        coupling = options_of(self)
-        read, transformed = coupling.split(x[0])
-        y, log_det = _couple(coupling, transformed, self.subnet, read, c, rev)
-        return (coupling.join(read, y),), log_det
+        if rev:
+            y, log_det = steps.inverse(AffineCouplingOneSided.parts(self), x[0], *c)
+        else:
+            initialize(self, lambda: own(self).forward(self, x, c=c, rev=rev, jac=jac))
+            y, log_det = run(self, x[0], *c)
+        return (y,), log_det
+
+    @classmethod
+    def parts(cls, module: Any) -> Parts:
+        def network(read: Tensor, *conditions: Tensor) -> Any:
+            return module.subnet(torch.cat([read, *conditions], 1) if conditions else read)
+
+        return Parts(options_of(module), network)
 
 
 @dataclass(frozen=True)
@@ -167,6 +181,7 @@ class GLOWCouplingBlock(Patch):
     """Two affine couplings, of the first half and then of the second."""
 
     dialect, kind = "FrEIA", "GLOWCouplingBlock"
+    has_network = True
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
@@ -187,21 +202,16 @@ class GLOWCouplingBlock(Patch):
 
     def forward(self: Any, x: Any, c: Any = (), rev: bool = False, jac: bool = True) -> Result:
         """``(y,)`` and J (B,)."""
-        halves = options_of(self)
-        second, first = halves.first.split(x[0])
-        if rev:
-            second, log_det = _couple(halves.second, second, self.subnet1, first, c, rev)
-            first, other = _couple(halves.first, first, self.subnet2, second, c, rev)
-        else:
-            first, log_det = _couple(halves.first, first, self.subnet2, second, c, rev)
-            second, other = _couple(halves.second, second, self.subnet1, first, c, rev)
-        return (torch.cat((first, second), 1),), log_det + other
+        initialize(self, lambda: own(self).forward(self, x, c=c, rev=rev, jac=jac))
+        y, log_det = run_alone(self, functools.partial(_couple_halves, self, rev), x[0], *c)
+        return (y,), log_det
 
 
 class AllInOneBlock(Patch):
     """A coupling, then a scale and an offset per channel and a fixed mixing of the channels as one operator."""
 
     dialect, kind = "FrEIA", "AllInOneBlock"
+    has_network = True
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
@@ -227,20 +237,9 @@ class AllInOneBlock(Patch):
 
     def forward(self: Any, x: Any, c: Any = (), rev: bool = False, jac: bool = True) -> Result:
         """``(y,)`` and J (B,)."""
-        coupling = options_of(self)
-        data: Tensor = x[0]
-        if rev:
-            data, linear_log_det = _global_linear_inverse(self, data)
-        elif self.reverse_pre_permute:
-            data = self._pre_permute(data, rev=False)
-        read, transformed = coupling.split(data)
-        y, log_det = _couple(coupling, transformed, self.subnet, read, c, rev)
-        y = coupling.join(read, y)
-        if not rev:
-            y, linear_log_det = _global_linear(self, y)
-        elif self.reverse_pre_permute:
-            y = self._pre_permute(y, rev=True)
-        return (y,), log_det + linear_log_det
+        initialize(self, lambda: own(self).forward(self, x, c=c, rev=rev, jac=jac))
+        y, log_det = run_alone(self, functools.partial(_all_in_one, self, rev), x[0], *c)
+        return (y,), log_det
 
 
 def _find(
@@ -260,6 +259,34 @@ def _find(
         module, network, run, channels=channels, spatial=spatial, silenced=[silenced] if silenced else []
     )
     return found.require_halves()
+
+
+def _couple_halves(block: Any, rev: bool, x: Tensor, *c: Tensor) -> tuple[Tensor, Tensor]:
+    halves = options_of(block)
+    second, first = halves.first.split(x)
+    if rev:
+        second, log_det = _couple(halves.second, second, block.subnet1, first, c, rev)
+        first, other = _couple(halves.first, first, block.subnet2, second, c, rev)
+    else:
+        first, log_det = _couple(halves.first, first, block.subnet2, second, c, rev)
+        second, other = _couple(halves.second, second, block.subnet1, first, c, rev)
+    return torch.cat((first, second), 1), log_det + other
+
+
+def _all_in_one(block: Any, rev: bool, x: Tensor, *c: Tensor) -> tuple[Tensor, Tensor]:
+    coupling = options_of(block)
+    if rev:
+        x, linear_log_det = _global_linear_inverse(block, x)
+    elif block.reverse_pre_permute:
+        x = block._pre_permute(x, rev=False)
+    read, transformed = coupling.split(x)
+    y, log_det = _couple(coupling, transformed, block.subnet, read, c, rev)
+    y = coupling.join(read, y)
+    if not rev:
+        y, linear_log_det = _global_linear(block, y)
+    elif block.reverse_pre_permute:
+        y = block._pre_permute(y, rev=True)
+    return y, log_det + linear_log_det
 
 
 def _couple(

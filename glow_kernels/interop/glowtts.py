@@ -6,11 +6,13 @@ which is None in reverse.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from glow_kernels.interop.memory import initialize, run_alone
 from glow_kernels.interop.patch import Call, Mismatch, Patch, options_of, own
 from glow_kernels.interop.probe import Coupling
 from glow_kernels.interop.workshop import Workshop
@@ -79,6 +81,7 @@ class CouplingBlock(Patch):
     """``(m + exp(logs) x) * mask``, with m and logs from a gated network of dilated convolutions."""
 
     dialect, kind = "glow-tts", "CouplingBlock"
+    has_network = True
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
@@ -105,14 +108,20 @@ class CouplingBlock(Patch):
 
     def forward(self: Any, x: Tensor, x_mask: Any = None, reverse: bool = False, g: Any = None, **options: Any) -> Any:
         """``z`` and ``logdet`` (B,); None in reverse."""
-        coupling = options_of(self)
-        x_mask = 1 if x_mask is None else x_mask
-        read, transformed = coupling.split(x)
-        # A masked output of the network scales by one and shifts by nothing.
-        h = self.end(self.wn(self.start(read) * x_mask, x_mask, g)) * x_mask
-        operator = coupling.inverse if reverse else coupling.forward
-        y, log_det = operator(transformed * x_mask, h)
-        return coupling.join(read, y), None if reverse else log_det
+        initialize(self, lambda: own(self).forward(self, x, x_mask, reverse, g, **options))
+        y, log_det = run_alone(self, functools.partial(_couple, self, reverse), x, x_mask, g)
+        return y, None if reverse else log_det
+
+
+def _couple(block: Any, reverse: bool, x: Tensor, x_mask: Any, g: Any) -> tuple[Tensor, Tensor]:
+    coupling = options_of(block)
+    x_mask = 1 if x_mask is None else x_mask
+    read, transformed = coupling.split(x)
+    # A masked output of the network scales by one and shifts by nothing.
+    h = block.end(block.wn(block.start(read) * x_mask, x_mask, g)) * x_mask
+    operator = coupling.inverse if reverse else coupling.forward
+    y, log_det = operator(transformed * x_mask, h)
+    return coupling.join(read, y), log_det
 
 
 PATCHES = (InvConvNear, CouplingBlock)

@@ -9,11 +9,13 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from glow_kernels.backends.numerics import wide_dtype
+from glow_kernels.interop import steps
+from glow_kernels.interop.memory import initialize, run
 from glow_kernels.interop.patch import Call, Mismatch, Patch, has_hooks, is_set, options_of, own, patch_of
+from glow_kernels.interop.steps import Parts
 from glow_kernels.interop.workshop import SPATIAL, Workshop, spatial_of
 from glow_kernels.ops import actnorm_conv1x1, actnorm_conv1x1_inverse
 
@@ -99,6 +101,7 @@ class AffineCouplingTransform(Patch):
     """An affine or additive coupling of chosen channels."""
 
     dialect, kind = "nflows", "AffineCouplingTransform"
+    has_network = True
     methods = ("forward", "inverse")
 
     @classmethod
@@ -126,19 +129,24 @@ class AffineCouplingTransform(Patch):
     def calls(cls, module: Any, options: Any) -> list[Call]:
         return _calls(options.channels, spatial_of(module.transform_net))
 
+    @classmethod
+    def parts(cls, module: Any) -> Parts:
+        return Parts(options_of(module), module.transform_net)
+
     def forward(self: Any, inputs: Tensor, context: Any = None) -> Result:
         """``outputs`` and ``logabsdet`` (B,)."""
         if inputs.dim() not in (2, 4) or inputs.shape[1] != options_of(self).channels:
             result: Result = own(self).forward(self, inputs, context)
             return result
-        return _transform(self, inputs, context, options_of(self).forward)
+        initialize(self, lambda: own(self).forward(self, inputs, context))
+        return run(self, inputs, context)
 
     def inverse(self: Any, inputs: Tensor, context: Any = None) -> Result:
         """``inputs`` and ``logabsdet`` (B,)."""
         if inputs.dim() not in (2, 4) or inputs.shape[1] != options_of(self).channels:
             result: Result = own(self).inverse(self, inputs, context)
             return result
-        return _transform(self, inputs, context, options_of(self).inverse)
+        return steps.inverse(AffineCouplingTransform.parts(self), inputs, context)
 
 
 class CompositeTransform(Patch):
@@ -224,20 +232,6 @@ def _matrix(convolution: Any) -> tuple[Tensor, Tensor]:
     product = (lower.to(wide) @ upper.to(wide)).to(lower.dtype)
     weight = product.index_select(1, convolution.permutation._inverse_permutation)
     return weight, convolution.upper_diag.log().sum()
-
-
-def _transform(coupling: Any, inputs: Tensor, context: Any, operator: Any) -> Result:
-    options = options_of(coupling)
-    if not options.has_halves:
-        read, transformed = inputs[:, coupling.identity_features], inputs[:, coupling.transform_features]
-        changed, log_det = operator(transformed, options.predict(coupling.transform_net, read, context))
-        outputs = torch.empty_like(inputs)
-        outputs[:, coupling.identity_features] = read
-        outputs[:, coupling.transform_features] = changed
-        return outputs, log_det
-    read, transformed = options.split(inputs)
-    changed, log_det = operator(transformed, options.predict(coupling.transform_net, read, context))
-    return options.join(read, changed), log_det
 
 
 PATCHES = (ActNorm, OneByOneConvolution, AffineCouplingTransform, CompositeTransform)

@@ -11,7 +11,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from glow_kernels.interop import steps
+from glow_kernels.interop.memory import initialize, run
 from glow_kernels.interop.patch import Call, Patch, has_hooks, is_set, once, options_of, own
+from glow_kernels.interop.steps import Linear, Parts
 from glow_kernels.interop.workshop import SPATIAL, Workshop
 from glow_kernels.ops import actnorm_conv1x1, actnorm_conv1x1_inverse, lu_weight
 
@@ -95,6 +98,7 @@ class AffineCouplingBlock(Patch):
     """Split, coupling and merge."""
 
     dialect, kind = "normflows", "AffineCouplingBlock"
+    has_network = True
     methods = ("forward", "inverse")
 
     @classmethod
@@ -115,26 +119,28 @@ class AffineCouplingBlock(Patch):
     def calls(cls, module: Any, options: Any) -> list[Call]:
         return _calls(options.channels, *SPATIAL)
 
+    @classmethod
+    def parts(cls, module: Any) -> Parts:
+        return Parts(options_of(module), module.flows[1].param_map)
+
     def forward(self: Any, z: Tensor) -> tuple[Tensor, Tensor]:
         """``x`` and ``log_det`` (B,)."""
         if has_hooks(*self.flows):
             result: tuple[Tensor, Tensor] = own(self).forward(self, z)
             return result
-        read, transformed = options_of(self).split(z)
-        x, log_det = options_of(self).inverse(transformed, options_of(self).predict(self.flows[1].param_map, read))
-        return options_of(self).join(read, x), log_det
+        return steps.inverse(AffineCouplingBlock.parts(self), z)
 
     def inverse(self: Any, z: Tensor) -> tuple[Tensor, Tensor]:
         """``z`` and ``log_det`` (B,)."""
-        read, transformed = options_of(self).split(z)
-        y, log_det = options_of(self).forward(transformed, options_of(self).predict(self.flows[1].param_map, read))
-        return options_of(self).join(read, y), log_det
+        initialize(self, lambda: own(self).inverse(self, z))
+        return run(self, z)
 
 
 class GlowBlock(Patch):
     """Coupling, 1x1 convolution and ActNorm in sampling order; the last two as one operator."""
 
     dialect, kind = "normflows", "GlowBlock"
+    has_network = True
     methods = ("forward", "inverse")
 
     @classmethod
@@ -144,31 +150,32 @@ class GlowBlock(Patch):
 
     @classmethod
     def examine(cls, module: Any, workshop: Workshop) -> None:
-        workshop.require((module.flows[1], Invertible1x1Conv), (module.flows[2], ActNorm))
+        coupling, convolution, actnorm = module.flows
+        workshop.require((coupling, AffineCouplingBlock), (convolution, Invertible1x1Conv), (actnorm, ActNorm))
 
     @classmethod
     def calls(cls, module: Any, options: Any) -> list[Call]:
         return _calls(module.flows[1].num_channels, *SPATIAL)
 
+    @classmethod
+    def parts(cls, module: Any) -> Parts:
+        coupling, convolution, actnorm = module.flows
+        return AffineCouplingBlock.parts(coupling)._replace(linear=lambda: _linear(actnorm, convolution))
+
     def forward(self: Any, z: Tensor) -> tuple[Tensor, Tensor]:
         """``x`` and ``log_det`` (B,)."""
-        coupling, convolution, actnorm = self.flows
-        if not _can_fuse(actnorm) or has_hooks(convolution, actnorm):
+        if not _can_fuse(self.flows[2]) or has_hooks(*self.flows, *self.flows[0].flows):
             result: tuple[Tensor, Tensor] = own(self).forward(self, z)
             return result
-        z, coupling_log_det = coupling(z)
-        x, log_det = actnorm_conv1x1_inverse(z, *_linear(actnorm, convolution))
-        return x, coupling_log_det + log_det
+        return steps.inverse(GlowBlock.parts(self), z)
 
     def inverse(self: Any, z: Tensor) -> tuple[Tensor, Tensor]:
         """``z`` and ``log_det`` (B,)."""
-        coupling, convolution, actnorm = self.flows
-        if not _can_fuse(actnorm):
+        initialize(self, lambda: own(self).inverse(self, z))
+        if not _can_fuse(self.flows[2]):
             result: tuple[Tensor, Tensor] = own(self).inverse(self, z)
             return result
-        z, log_det = actnorm_conv1x1(z, *_linear(actnorm, convolution))
-        z, coupling_log_det = coupling.inverse(z)
-        return z, coupling_log_det + log_det
+        return run(self, z)
 
 
 def _flows(module: nn.Module) -> list[Any]:
@@ -193,7 +200,7 @@ def _can_fuse(actnorm: Any) -> bool:
     return actnorm.s.dim() == 4 and is_set(actnorm, actnorm.data_dep_init_done)
 
 
-def _linear(actnorm: Any, convolution: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def _linear(actnorm: Any, convolution: Any) -> Linear:
     return (-actnorm.s.flatten(), -actnorm.t.flatten(), *_matrix(convolution))
 
 

@@ -10,9 +10,13 @@ import functools
 import inspect
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from glow_kernels.interop import steps
+from glow_kernels.interop.memory import initialize, run
 from glow_kernels.interop.patch import Call, Patch, has_hooks, is_set, once, options_of, own, patch_of
+from glow_kernels.interop.steps import Linear, Parts
 from glow_kernels.interop.workshop import SPATIAL, Workshop
 from glow_kernels.ops import actnorm_conv1x1, actnorm_conv1x1_inverse, gaussian_log_prob, lu_weight
 
@@ -125,6 +129,7 @@ class FlowStep(Patch):
     """ActNorm and convolution as one operator, then the coupling, of which the network is a submodule."""
 
     dialect, kind = "openai", "FlowStep"
+    has_network = True
 
     @classmethod
     def improvements(cls, module: Any, options: Any) -> tuple[str, ...]:
@@ -159,24 +164,19 @@ class FlowStep(Patch):
     def calls(cls, module: Any, options: Any) -> list[Call]:
         return signature_calls(options.channels)
 
+    @classmethod
+    def parts(cls, module: Any) -> Parts:
+        return Parts(options_of(module), _child(module, NETWORKS), lambda: _linear(module))
+
     def forward(self: Any, x: Tensor, *args: Any, **options: Any) -> Any:
         """``y`` and the new log-determinant."""
         logdet, reverse, known = arguments(self, args, options)
+        initialize(self, lambda: own(self).forward(self, x, *args, **options))
         watched = has_hooks(self.actnorm, _child(self, PERMUTATIONS))
         if not known or logdet is None or watched or not is_initialized(self.actnorm):
             return own(self).forward(self, x, *args, **options)
-        network, coupling = _child(self, NETWORKS), options_of(self)
-        change: Any = 0.0
-        if not reverse:
-            x, logdet = _linear(self, x, logdet, reverse)
-            read, transformed = coupling.split(x)
-            y, change = coupling.forward(transformed, coupling.predict(network, read))
-            x = coupling.join(read, y)
-        else:
-            read, transformed = coupling.split(x)
-            y, change = coupling.inverse(transformed, coupling.predict(network, read))
-            x, logdet = _linear(self, coupling.join(read, y), logdet, reverse)
-        return x, logdet if coupling.scale_map is None else logdet + change
+        y, change = steps.inverse(FlowStep.parts(self), x) if reverse else run(self, x)
+        return y, logdet + (once(change) if options_of(self).scale_map is None else change)
 
 
 class Split2d(Patch):
@@ -223,18 +223,14 @@ def matrix(convolution: Any) -> tuple[Tensor, Tensor | None]:
     return lu_weight(convolution.p, *factors, convolution.log_s, convolution.sign_s)
 
 
-def _linear(step: Any, x: Tensor, logdet: Any, reverse: bool) -> tuple[Tensor, Any]:
+def _linear(step: Any) -> Linear:
     """ActNorm and what mixes the channels."""
-    mixing = _child(step, PERMUTATIONS)
+    log_scale, bias, mixing = step.actnorm.logs.flatten(), step.actnorm.bias.flatten(), _child(step, PERMUTATIONS)
     if patch_of(mixing) is InvertibleConv1x1:
-        operator = actnorm_conv1x1_inverse if reverse else actnorm_conv1x1
-        x, change = operator(x, step.actnorm.logs.flatten(), step.actnorm.bias.flatten(), *matrix(mixing))
-        return x, logdet + once(change)
-    if reverse:
-        y: tuple[Tensor, Any] = step.actnorm(mixing(x, True), logdet, True)
-        return y
-    x, logdet = step.actnorm(x, logdet, False)
-    return mixing(x, False), logdet
+        return (log_scale, bias, *matrix(mixing))
+    # The matrix of a fixed permutation is what it makes of the unit vectors.
+    units = torch.eye(len(bias), dtype=bias.dtype, device=bias.device)[:, :, None, None]
+    return log_scale, bias, mixing(units, False)[:, :, 0, 0].T.contiguous(), bias.new_zeros(())
 
 
 def _child(module: nn.Module, names: tuple[str, ...]) -> Any:

@@ -15,14 +15,26 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from glow_kernels.interop.memory import Memory
+    from glow_kernels.interop.steps import Parts
     from glow_kernels.interop.workshop import Workshop
 
-# What a patch keeps on the instance: what was found by probing, and the flag that was last read as true.
+# What a patch keeps on the instance: what was found by probing, the flag that was last read as true, and what a step
+# keeps for backward.
 _OPTIONS = "_glow_kernels_options"
 FLAG = "_glow_kernels_flag"
+MEMORY = "_glow_kernels_memory"
 # And on the generated class.
 _PATCH = "_glow_kernels_patch"
 _ORIGINAL = "_glow_kernels_original"
+# Attributes, and their values, by which ActNorms of the dialects know that they have been initialised.
+INITIALIZED = {
+    "initialized": True,
+    "inited": True,
+    "is_initialized": True,
+    "data_dep_init_done": True,
+    "init_on_next_batch": False,
+}
 _CLASSES: dict[tuple[type[Patch], type[nn.Module]], type[nn.Module]] = {}
 
 
@@ -57,12 +69,15 @@ class Patch:
         dialect, kind: what the layer is recognised as.
         better: what is improved in every such layer.
         methods: names of the methods that replace those of the layer.
+        has_network: it runs a network by :func:`glow_kernels.interop.memory.run` or ``run_alone``, whose activations
+            need not be kept.
     """
 
     dialect: ClassVar[str]
     kind: ClassVar[str]
     better: ClassVar[tuple[str, ...]] = ()
     methods: ClassVar[tuple[str, ...]] = ("forward",)
+    has_network: ClassVar[bool] = False
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
@@ -85,8 +100,13 @@ class Patch:
 
     @classmethod
     def calls(cls, module: Any, options: Any) -> list[Call]:
-        """The calls that users make, for the proof."""
+        """The calls that users make, for the proof; that in the density direction first."""
         raise NotImplementedError
+
+    @classmethod
+    def parts(cls, module: Any) -> Parts | None:
+        """What the patched ``module`` computes with, if that is a step of flow that can be computed as a whole."""
+        return None
 
 
 def patch_of(module: nn.Module) -> type[Patch] | None:
@@ -104,11 +124,18 @@ def own(module: nn.Module) -> Any:
     return getattr(type(module), _ORIGINAL)
 
 
-def apply(module: nn.Module, patch: type[Patch], options: Any = None) -> None:
-    """Give ``module`` the computation of ``patch``."""
+def apply(module: nn.Module, patch: type[Patch], options: Any = None, memory: Memory | None = None) -> None:
+    """Give ``module`` the computation of ``patch``, which keeps what ``memory`` says, or everything."""
     undo(module)
     module.__class__ = _patched_class(patch, type(module))
     module.__dict__[_OPTIONS] = options
+    if memory is not None:
+        module.__dict__[MEMORY] = memory
+
+
+def memory_of(module: nn.Module) -> Memory | None:
+    """What a patched ``module`` keeps for backward; None is everything, as PyTorch does."""
+    return module.__dict__.get(MEMORY)
 
 
 def undo(module: nn.Module) -> bool:
@@ -116,7 +143,7 @@ def undo(module: nn.Module) -> bool:
     if patch_of(module) is None:
         return False
     module.__class__ = own(module)
-    for name in (_OPTIONS, FLAG):
+    for name in (_OPTIONS, FLAG, MEMORY):
         module.__dict__.pop(name, None)
     return True
 
@@ -168,12 +195,19 @@ def is_set(module: nn.Module, flag: Any) -> bool:
 
 def has_hooks(*modules: nn.Module) -> bool:
     """Whether something watches calls of ``modules``, so that they must be called and not be computed together."""
+    return any_hooks(None, *modules)
+
+
+def any_hooks(harmless: Callable[[Any], bool] | None, *modules: nn.Module) -> bool:
+    """As :func:`has_hooks`, except for hooks that are ``harmless``."""
     if torch.nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
         return True
-    return any(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-        for module in modules
-    )
+    for module in modules:
+        before, after = module._forward_pre_hooks, module._forward_hooks
+        for hooks in (before, after, module._backward_pre_hooks, module._backward_hooks):
+            if hooks and (harmless is None or not all(harmless(hook) for hook in hooks.values())):
+                return True
+    return False
 
 
 def once(log_det: Tensor) -> Tensor:

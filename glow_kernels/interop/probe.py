@@ -23,6 +23,7 @@ from glow_kernels.ops import (
     additive_coupling_inverse,
     affine_coupling,
     affine_coupling_inverse,
+    affine_coupling_reversible_backward,
 )
 from glow_kernels.ops.affine_coupling import LAYOUTS
 
@@ -69,7 +70,9 @@ class Coupling:
         return self.read[0] == 0
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The channels of ``x`` that are read, and those that are transformed, where both are halves."""
+        """The channels of ``x`` that are read, and those that are transformed."""
+        if not self.has_halves:
+            return _take(x, self.read), _take(x, self.transformed)
         # Not two slices, each of which would come back as a gradient of full size.
         sizes = (self.read, self.transformed) if self.reads_first else (self.transformed, self.read)
         one, other = torch.split(x, [len(channels) for channels in sizes], dim=1)
@@ -77,6 +80,10 @@ class Coupling:
 
     def join(self, read: Tensor, transformed: Tensor) -> Tensor:
         """The inverse of :meth:`split`."""
+        if not self.has_halves:
+            joined = read.new_empty(read.shape[0], self.channels, *read.shape[2:])
+            joined[:, list(self.read)], joined[:, list(self.transformed)] = read, transformed
+            return joined
         return torch.cat((read, transformed) if self.reads_first else (transformed, read), dim=1)
 
     def require_halves(self) -> Coupling:
@@ -103,6 +110,29 @@ class Coupling:
     def inverse(self, y: Tensor, h: Tensor, log_scale_gain: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The inverse of :meth:`forward`, and ``log_det`` of that direction."""
         return self._run(y, h, log_scale_gain, not self.inverted)
+
+    def undo(
+        self, grad: Tensor, grad_log_det: Tensor, y: Tensor, h: Tensor, log_scale_gain: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """What :meth:`forward` made ``y`` from, and the gradients of that, of ``h`` and of the gain.
+
+        Args:
+            grad, grad_log_det: gradients of the results of :meth:`forward`.
+        """
+        if self.scale_map is None:
+            factor = -self.factor if self.inverted else self.factor
+            return self.inverse(y, h)[0], grad, grad * factor, None
+        if not self.inverted:
+            raw = h if self.factor == 1.0 else h * self.factor
+            options = (self.scale_map, self.layout, self.order, log_scale_gain)
+            x, grad_x, grad_h, grad_gain = affine_coupling_reversible_backward(grad, grad_log_det, y, raw, *options)
+            return x, grad_x, grad_h if self.factor == 1.0 else grad_h * self.factor, grad_gain
+        inputs = [self.inverse(y, h, log_scale_gain)[0], h, *([] if log_scale_gain is None else [log_scale_gain])]
+        with torch.enable_grad():
+            leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+            results = self.forward(*leaves)
+        grads = torch.autograd.grad(results, leaves, (grad.to(y.dtype), grad_log_det.to(results[1].dtype)))
+        return inputs[0], grads[0], grads[1], None if log_scale_gain is None else grads[2]
 
     def describe(self) -> str:
         """For the report."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from torch.utils import _pytree as pytree
 
 from glow_kernels.interop.patch import Call, Mismatch, Patch
 from glow_kernels.interop.workshop import Workshop, faithful_copy, randomised, with_flags
+
+if TYPE_CHECKING:
+    from glow_kernels.interop.memory import Memory
 
 # Agreement of two ways to compute the same, relative to the largest value: of transformed data in float64; of
 # log-determinants and gradients, which some layers round to float32 whatever their type; of layers that only run in
@@ -53,13 +56,15 @@ class _Run:
     gradients: dict[str, Tensor | None]
 
 
-def prove(module: nn.Module, patch: type[Patch], options: Any, workshop: Workshop) -> Agreement:
-    """Compare ``module`` with what ``patch`` would make of it.
+def prove(
+    module: nn.Module, patch: type[Patch], options: Any, workshop: Workshop, memory: Memory | None = None
+) -> Agreement:
+    """Compare ``module`` with what ``patch`` would make of it, with ``memory`` if that keeps less than everything.
 
     Raises:
         Mismatch: they differ; the message says in what.
     """
-    before, after = workshop.replica(module), workshop.patched_replica(module, patch, options)
+    before, after = workshop.replica(module), workshop.patched_replica(module, patch, options, memory)
     agreement = Agreement()
     calls = patch.calls(module, options)
     for call in calls:
@@ -70,6 +75,29 @@ def prove(module: nn.Module, patch: type[Patch], options: Any, workshop: Worksho
     if not agreement.values:
         raise Mismatch("none of its calls could be compared")
     return agreement
+
+
+def prove_chain(modules: Sequence[nn.Module], workshop: Workshop) -> None:
+    """Compare steps one after the other, which keep as little as decided, with what they were.
+
+    Raises:
+        Mismatch: they differ.
+    """
+    patch, options = workshop.decisions[modules[0]]
+    first = patch.calls(modules[0], options)[0]
+    before = nn.ModuleList(workshop.replica(module) for module in modules)
+    after = nn.ModuleList(
+        workshop.patched_replica(module, *workshop.decisions[module], workshop.memories[module]) for module in modules
+    )
+
+    def run(steps: Any, x: Tensor, *others: Tensor) -> list[Any]:
+        results = []
+        for step in steps:
+            x, *more = (leaf for leaf in pytree.tree_leaves(first.run(step, x, *others)) if isinstance(leaf, Tensor))
+            results.append(more)
+        return [x, results]
+
+    _same_formula(Call("the chain of steps", run, first.shapes), before, after, True, Agreement())
 
 
 def _same_formula(call: Call, before: Any, after: Any, training: bool, agreement: Agreement) -> None:

@@ -20,6 +20,8 @@ class LayerReport:
         options: what was found by probing.
         agreement: what was measured between before and after; None without ``verify`` or if it was left alone.
         reason: why it was left alone.
+        memory: what a step that runs a network keeps for backward, ``"store"`` for everything; ``""`` for others.
+        memory_reason: why it keeps everything although it was to keep less.
         better: what is improved beside speed.
     """
 
@@ -31,6 +33,8 @@ class LayerReport:
     options: str = ""
     agreement: Agreement | None = None
     reason: str = ""
+    memory: str = ""
+    memory_reason: str = ""
     better: tuple[str, ...] = ()
 
 
@@ -79,4 +83,10 @@ def _row(layer: LayerReport) -> tuple[str, str, str, str]:
     if layer.patched and layer.agreement is not None:
         values = [*layer.agreement.values.values(), *layer.agreement.gradients.values()]
         agreement = f"{max(values):.0e}"
-    return layer.path or "(model)", f"{layer.dialect} {layer.kind}", agreement, layer.reason or layer.options
+    text = [layer.reason or layer.options]
+    if layer.memory not in ("", "store"):
+        text.append(f"keeps no activations ({layer.memory})")
+    if layer.memory_reason:
+        text.append(f"keeps its activations: {layer.memory_reason}")
+    described = "; ".join(part for part in text if part)
+    return layer.path or "(model)", f"{layer.dialect} {layer.kind}", agreement, described

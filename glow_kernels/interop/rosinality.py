@@ -12,7 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glow_kernels.interop import steps
+from glow_kernels.interop.memory import initialize, run
 from glow_kernels.interop.patch import Call, Patch, has_hooks, is_set, once, options_of, own
+from glow_kernels.interop.steps import Parts
 from glow_kernels.interop.workshop import SPATIAL, Workshop
 from glow_kernels.ops import actnorm_conv1x1, actnorm_conv1x1_inverse, gaussian_log_prob, lu_weight
 
@@ -113,6 +116,7 @@ class AffineCoupling(Patch):
     """A coupling, affine or additive."""
 
     dialect, kind = "rosinality", "AffineCoupling"
+    has_network = True
     methods = ("forward", "reverse")
 
     @classmethod
@@ -131,24 +135,26 @@ class AffineCoupling(Patch):
     def calls(cls, module: Any, options: Any) -> list[Call]:
         return _calls(options.channels)
 
+    @classmethod
+    def parts(cls, module: Any) -> Parts:
+        return Parts(options_of(module), module.net)
+
     def forward(self: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """``y`` and ``log_det`` (B,), or None if the coupling is additive."""
-        read, transformed = options_of(self).split(x)
-        y, log_det = options_of(self).forward(transformed, options_of(self).predict(self.net, read))
-        return options_of(self).join(read, y), None if options_of(self).scale_map is None else log_det
+        initialize(self, lambda: own(self).forward(self, x))
+        y, log_det = run(self, x)
+        return y, None if options_of(self).scale_map is None else log_det
 
     def reverse(self: Any, y: Tensor) -> Tensor:
         """``x``."""
-        read, transformed = options_of(self).split(y)
-        x, _ = options_of(self).inverse(transformed, options_of(self).predict(self.net, read))
-        joined: Tensor = options_of(self).join(read, x)
-        return joined
+        return steps.inverse(AffineCoupling.parts(self), y)[0]
 
 
 class Flow(Patch):
     """ActNorm and convolution as one operator, then the coupling."""
 
     dialect, kind = "rosinality", "Flow"
+    has_network = True
     methods = ("forward", "reverse")
 
     @classmethod
@@ -158,27 +164,31 @@ class Flow(Patch):
 
     @classmethod
     def examine(cls, module: Any, workshop: Workshop) -> None:
-        workshop.require((module.actnorm, ActNorm), (module.invconv, InvConv2d))
+        workshop.require((module.actnorm, ActNorm), (module.invconv, InvConv2d), (module.coupling, AffineCoupling))
 
     @classmethod
     def calls(cls, module: Any, options: Any) -> list[Call]:
         return _calls(module.actnorm.loc.shape[1])
 
+    @classmethod
+    def parts(cls, module: Any) -> Parts:
+        return Parts(options_of(module.coupling), module.coupling.net, lambda: _linear(module))
+
     def forward(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         """``y`` and ``log_det`` (B,); () with an additive coupling."""
+        initialize(self, lambda: own(self).forward(self, x))
         if not _can_fuse(self):
             result: tuple[Tensor, Tensor] = own(self).forward(self, x)
             return result
-        y, log_det = actnorm_conv1x1(x, *_linear(self))
-        y, coupling_log_det = self.coupling(y)
-        return y, once(log_det) if coupling_log_det is None else log_det + coupling_log_det
+        y, log_det = run(self, x)
+        return y, once(log_det) if options_of(self.coupling).scale_map is None else log_det
 
     def reverse(self: Any, y: Tensor) -> Tensor:
         """``x``."""
         if not _can_fuse(self):
             result: Tensor = own(self).reverse(self, y)
             return result
-        return actnorm_conv1x1_inverse(self.coupling.reverse(y), *_linear(self))[0]
+        return steps.inverse(Flow.parts(self), y)[0]
 
 
 class Block(Patch):
@@ -222,7 +232,7 @@ def _matrix(convolution: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def _can_fuse(step: Any) -> bool:
-    return is_set(step.actnorm, step.actnorm.initialized) and not has_hooks(step.actnorm, step.invconv)
+    return is_set(step.actnorm, step.actnorm.initialized) and not has_hooks(step.actnorm, step.invconv, step.coupling)
 
 
 def _linear(step: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

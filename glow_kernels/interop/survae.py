@@ -10,8 +10,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from glow_kernels.interop import steps
+from glow_kernels.interop.memory import initialize, run
 from glow_kernels.interop.patch import Call, Patch, is_set, options_of, own
 from glow_kernels.interop.probe import Coupling
+from glow_kernels.interop.steps import Parts
 from glow_kernels.interop.workshop import SPATIAL, Workshop
 from glow_kernels.ops import actnorm_conv1x1, actnorm_conv1x1_inverse
 
@@ -90,6 +93,7 @@ class CouplingBijection(Patch):
     """An affine or additive coupling."""
 
     dialect, kind = "survae", "CouplingBijection"
+    has_network = True
     methods = ("forward", "inverse")
 
     @classmethod
@@ -104,19 +108,18 @@ class CouplingBijection(Patch):
     def calls(cls, module: Any, options: Any) -> list[Call]:
         return _calls(options.channels, SPATIAL)
 
+    @classmethod
+    def parts(cls, module: Any) -> Parts:
+        return Parts(options_of(module), lambda read: _channels(module.coupling_net(read), read))
+
     def forward(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         """``z`` and ``ldj`` (B,)."""
-        coupling = options_of(self)
-        read, transformed = coupling.split(x)
-        y, log_det = coupling.forward(transformed, _channels(coupling.predict(self.coupling_net, read), x))
-        return coupling.join(read, y), log_det
+        initialize(self, lambda: own(self).forward(self, x))
+        return run(self, x)
 
     def inverse(self: Any, z: Tensor) -> Tensor:
         """``x``."""
-        coupling = options_of(self)
-        read, transformed = coupling.split(z)
-        y, _ = coupling.inverse(transformed, _channels(coupling.predict(self.coupling_net, read), z))
-        return coupling.join(read, y)  # type: ignore[no-any-return]
+        return steps.inverse(CouplingBijection.parts(self), z)[0]
 
 
 def _channels(h: Tensor, x: Tensor) -> Tensor:

@@ -10,24 +10,19 @@ import dataclasses
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from glow_kernels.interop.patch import FLAG, Mismatch, Patch, apply
+from glow_kernels.interop.patch import FLAG, INITIALIZED, Mismatch, Patch, apply
 from glow_kernels.interop.probe import Coupling, find_coupling
+
+if TYPE_CHECKING:
+    from glow_kernels.interop.memory import Memory
 
 # Small, and the same for every position that a 3x3 network could see.
 SPATIAL = (4, 4)
-# Attributes, and their values, by which ActNorms of the dialects know that they have been initialised.
-INITIALIZED = {
-    "initialized": True,
-    "inited": True,
-    "is_initialized": True,
-    "data_dep_init_done": True,
-    "init_on_next_batch": False,
-}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -84,14 +79,20 @@ class PassThrough(nn.Module):
 class Workshop:
     """What is known of a model while it is looked at, and the copies to find out more.
 
+    Args:
+        memory: what steps shall keep for backward; None for everything.
+
     Attributes:
         decisions: patch and options of each module that will be patched.
+        memories: what each of them keeps.
         stand_ins: for networks of couplings.
         networks: of each module in which a coupling was found.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, memory: Memory | None = None) -> None:
+        self.memory = memory
         self.decisions: dict[nn.Module, tuple[type[Patch], Any]] = {}
+        self.memories: dict[nn.Module, Memory | None] = {}
         self.stand_ins: dict[nn.Module, StandIn] = {}
         self.networks: dict[nn.Module, list[nn.Module]] = {}
 
@@ -174,15 +175,32 @@ class Workshop:
         copies |= {id(old): new for old, new in (replaced or {}).items()}
         return faithful_copy(module, copies)
 
-    def patched_replica(self, module: nn.Module, patch: type[Patch], options: Any) -> Any:
+    def patched_replica(self, module: nn.Module, patch: type[Patch], options: Any, memory: Memory | None = None) -> Any:
         """A copy as by :meth:`replica`, patched as decided for its submodules and as given for itself."""
         copied = self.replica(module)
         copies = dict(copied.named_modules())  # without what is inside of networks
         for name, layer in module.named_modules():
-            if layer is not module and layer in self.decisions and name in copies:
+            replaced = isinstance(copies.get(name), StandIn)
+            if layer is not module and layer in self.decisions and name in copies and not replaced:
                 apply(copies[name], *self.decisions[layer])
-        apply(copied, patch, options)
+        apply(copied, patch, options, memory)
         return copied
+
+    def memory_for(self, module: nn.Module) -> Memory | None:
+        """What a step in ``module`` may keep, if it is not to keep everything.
+
+        Raises:
+            Mismatch: its networks cannot be evaluated twice.
+        """
+        if self.memory is None:
+            return None
+        networks = [network for layer in module.modules() for network in self.networks.get(layer, ())]
+        changing = [changes_buffers(network, self.stand_ins[network]) for network in networks]
+        if any(changing):
+            if self.memory.micro_batches > 1:
+                raise Mismatch("its network changes its buffers, as BatchNorm does, which allows no micro-batches")
+            return dataclasses.replace(self.memory, restores_buffers=True)
+        return self.memory
 
     def _stand_in(self, network: nn.Module, channels: int, spatial: tuple[int, ...]) -> StandIn:
         if network not in self.stand_ins:
@@ -296,6 +314,33 @@ def _stand_in(network: nn.Module, channels: int, spatial: tuple[int, ...]) -> St
     if not isinstance(output, Tensor) or output.shape[:1] + output.shape[2:] != (2, *spatial):
         raise Mismatch("its network does not map channels to channels at every position")
     return StandIn(channels, output.shape[1], x.dim() == 4 and _takes_channels_last(network, x), pairs)
+
+
+def changes_buffers(network: nn.Module, stand_in: StandIn) -> bool:
+    """Whether a run of ``network`` changes its buffers.
+
+    Raises:
+        Mismatch: what it computes depends on that, on chance alone, or on parameters of others.
+    """
+    copied = randomised(faithful_copy(network)).train()
+    like = next((p for p in network.parameters() if p.is_floating_point()), torch.zeros(()))
+    x = torch.randn(2, stand_in.inputs, *spatial_of(network), dtype=like.dtype, device=like.device)
+    buffers = [buffer.clone() for buffer in copied.buffers()]
+    outputs = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        outputs.append(copied(x))
+    if not torch.equal(*outputs):
+        raise Mismatch("its network gives different results for the same input")
+    own, nodes = {id(parameter) for parameter in copied.parameters()}, [outputs[0].grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is not None:
+            variable = getattr(node, "variable", None)
+            if variable is not None and id(variable) not in own:
+                raise Mismatch("its network uses parameters that are not its own")
+            nodes.extend(following for following, _ in node.next_functions)
+    return any(not torch.equal(one, other) for one, other in zip(buffers, copied.buffers(), strict=True))
 
 
 def _takes_channels_last(network: nn.Module, x: Tensor) -> bool:

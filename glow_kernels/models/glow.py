@@ -73,8 +73,9 @@ class Glow(nn.Module):
         learn_top: learn the prior of the deepest latent; otherwise it is standard normal.
         num_classes: condition that prior on classes, and add the classification head of the paper.
         n_bins: number of levels of a pixel value, 256 for 8-bit images.
-        memory, anchor_every, micro_batches, check, memory_budget: what the steps of a level keep for backward, see
-            :class:`~glow_kernels.ReversibleSequential`; ``"store"`` keeps everything. The weights are the same.
+        memory, anchor_every, micro_batches, check, memory_budget, offload_anchors: what the steps of a level keep for
+            backward, see :class:`~glow_kernels.ReversibleSequential`; ``"store"`` keeps everything. The weights are
+            the same.
 
     Raises:
         ValueError: sizes that do not fit together, or an unknown option.
@@ -99,6 +100,7 @@ class Glow(nn.Module):
         micro_batches: int | str = 1,
         check: str = "off",
         memory_budget: int | None = None,
+        offload_anchors: bool = False,
     ) -> None:
         super().__init__()
         for name, value in {"in_channels": in_channels, "steps": steps, "levels": levels}.items():
@@ -121,6 +123,7 @@ class Glow(nn.Module):
                     "micro_batches": micro_batches,
                     "check": check,
                     "memory_budget": memory_budget,
+                    "offload_anchors": offload_anchors,
                 },
                 hidden_channels=hidden_channels,
                 coupling=coupling,

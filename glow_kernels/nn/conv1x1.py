@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from glow_kernels.ops import actnorm_conv1x1, actnorm_conv1x1_inverse, lu_weight
 from glow_kernels.ops._checks import check_channels, check_choice
+from glow_kernels.ops.actnorm_conv1x1 import lu_weight_backward
 
 
 class ChannelMixing(nn.Module):
@@ -24,6 +25,10 @@ class ChannelMixing(nn.Module):
 
     def matrix(self) -> tuple[Tensor, Tensor | None]:
         """W (C, C), and ``log|det W|`` as a scalar tensor where it is known without computing it from W."""
+        raise NotImplementedError
+
+    def matrix_gradients(self, grad_weight: Tensor, grad_log_det: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+        """The backward of :meth:`matrix`, without a graph: every parameter with its gradient."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,10 +83,20 @@ class InvertibleConv1x1(ChannelMixing):
     def matrix(self) -> tuple[Tensor, Tensor | None]:
         if not self.lu:
             return self.weight, None
-        return lu_weight(self.permutation, self.lower, self.upper, self.log_diagonal, self.diagonal_sign)
+        return lu_weight(*self._factors)
+
+    def matrix_gradients(self, grad_weight: Tensor, grad_log_det: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+        if not self.lu or grad_log_det is None:
+            return [(self.weight, grad_weight)]
+        grads = lu_weight_backward(grad_weight, grad_log_det, *self._factors)
+        return list(zip((self.lower, self.upper, self.log_diagonal), grads, strict=True))
 
     def extra_repr(self) -> str:
         return f"{self.channels}, lu={self.lu}"
+
+    @property
+    def _factors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return self.permutation, self.lower, self.upper, self.log_diagonal, self.diagonal_sign
 
 
 class ChannelPermutation(ChannelMixing):
@@ -103,6 +118,9 @@ class ChannelPermutation(ChannelMixing):
 
     def matrix(self) -> tuple[Tensor, Tensor | None]:
         return self.weight, self.weight.new_zeros(())
+
+    def matrix_gradients(self, grad_weight: Tensor, grad_log_det: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+        return []
 
     def extra_repr(self) -> str:
         return f"{self.channels}, kind={self.kind!r}"

@@ -54,6 +54,10 @@ class ZeroConv2d(nn.Module):
         return F.conv2d(x, self.weight * scale[:, None, None, None], self.bias * scale, padding=1)
 
 
+# Bytes of a hidden buffer that is worth the time of the interpreter in an autograd function.
+_LARGE = 4 * 2**20
+
+
 class _FrugalReLU(torch.autograd.Function):
     """ReLU that overwrites its input and, in backward, the gradient that it gets, which must be nobody else's."""
 
@@ -89,9 +93,9 @@ class CouplingNetwork(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) to (B, out_channels, H, W)."""
+        x = self.first(x)
         # Gradients of the hidden layers come from convolutions, fresh: one buffer less where they may be overwritten.
-        relu = _FrugalReLU.apply if self.frugal else F.relu_
-        x = relu(self.first(x))
-        x = relu(self.second(x))
+        relu = _FrugalReLU.apply if self.frugal and x.nbytes >= _LARGE else F.relu_
+        x = relu(self.second(relu(x)))
         output: Tensor = self.last(x)
         return output

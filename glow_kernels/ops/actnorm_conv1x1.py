@@ -156,6 +156,30 @@ def lu_weight(
     return weight, log_det
 
 
+def lu_weight_backward(
+    grad_weight: Tensor,
+    grad_log_det: Tensor,
+    permutation: Tensor,
+    lower: Tensor,
+    upper: Tensor,
+    log_diagonal: Tensor,
+    diagonal_sign: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`lu_weight` in ``lower``, ``upper`` and ``log_diagonal``, for a caller that keeps no graph.
+
+    Args:
+        grad_weight, grad_log_det: ``(*K, C, C)`` and ``(*K)``; the other arguments as for :func:`lu_weight`.
+
+    Returns:
+        Three tensors of the shapes and types of those arguments. They cannot be differentiated again.
+    """
+    dtype = compute_dtype(lower)
+    factors = (permutation, lower, upper, log_diagonal, diagonal_sign)
+    grads = _lu_backward(*(tensor.to(dtype) for tensor in (grad_weight, grad_log_det, *factors)))
+    grad_lower, grad_upper, grad_log_diagonal = grads
+    return grad_lower.to(lower.dtype), grad_upper.to(upper.dtype), grad_log_diagonal.to(log_diagonal.dtype)
+
+
 def _check(
     name: str, x: Tensor, log_scale: Tensor, bias: Tensor, weight: Tensor, weight_log_det: Tensor | None
 ) -> None:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from glow_kernels.nn import ActNorm
 from glow_kernels.ops._checks import check_choice
 from glow_kernels.reversible import budget, guards
+from glow_kernels.reversible.anatomy import Anatomy
 from glow_kernels.reversible.link import Link, Place, register
+from glow_kernels.reversible.offload import Shelf
 from glow_kernels.reversible.recompute import Mode
-from glow_kernels.reversible.tensors import modules_of, parameters_of
 
 POLICIES = ("store", "checkpoint", "anchor", "invert")
 
@@ -42,6 +43,9 @@ class ReversibleSequential(nn.Sequential):
             every anchor. The input of the chain is kept for it too.
         memory_budget: bytes that one step may take while it works, for ``micro_batches="auto"``; one sample at a time
             if that is too little.
+        offload_anchors: keep the anchors in host memory; on CUDA they are copied while the computation goes on, to
+            pinned memory and back one ahead. Parameters and everything else stay. Not under ``torch.compile``, nor in
+            a CUDA graph.
         drift_limit: relative error of a state; 1e-4 by default, 1e-9 in float64, 3e-2 with networks in low precision.
 
     Raises:
@@ -57,6 +61,7 @@ class ReversibleSequential(nn.Sequential):
         check: str = "off",
         *,
         memory_budget: int | None = None,
+        offload_anchors: bool = False,
         drift_limit: float | None = None,
     ) -> None:
         steps = list(steps)
@@ -77,11 +82,14 @@ class ReversibleSequential(nn.Sequential):
             )
         if memory_budget is not None and memory_budget < 1:
             raise ValueError(f"memory_budget must be at least 1 byte, got {memory_budget}")
+        if offload_anchors and memory not in ("anchor", "checkpoint"):
+            raise ValueError(f"memory must be 'anchor' or 'checkpoint' with offload_anchors=True, got {memory!r}")
         super().__init__(*steps)
         self.memory = memory
         self.anchor_every = anchor_every
         self.micro_batches = micro_batches
         self.memory_budget = memory_budget
+        self.offload_anchors = offload_anchors
         self.check = check
         self.drift_limit = drift_limit
         self._drift: dict[int, Tensor] = {}
@@ -108,12 +116,16 @@ class ReversibleSequential(nn.Sequential):
         if not torch.compiler.is_compiling():
             guards.refuse_transforms()
             _check_batches(x, context)
+        elif self.offload_anchors:
+            raise RuntimeError("offload_anchors=True cannot be compiled: compile the networks, or do without it")
+        shelf = Shelf(x.device) if self.offload_anchors else None
         mode = Mode.current(x.device, self._micro_batches(x, context))
         log_det: Tensor | None = None
         ghost: Tensor | None = None
+        steps = list(self)
         for numbers in self._nodes():
-            steps = [self[number] for number in numbers]
-            _initialize(steps, x, context)
+            anatomies = [Anatomy.of(steps[number]) for number in numbers]
+            _initialize(anatomies, x, context)
             place = Place(
                 self._handle,
                 numbers[0],
@@ -123,7 +135,7 @@ class ReversibleSequential(nn.Sequential):
                 numbers[-1] == len(self) - 1,
                 self.check != "off",
             )
-            x, log_det, ghost = _linked(steps, place, mode, x, log_det, ghost, context)
+            x, log_det, ghost = _linked(anatomies, place, mode, shelf, x, log_det, ghost, context)
         assert log_det is not None
         return x, log_det
 
@@ -166,7 +178,7 @@ class ReversibleSequential(nn.Sequential):
         if key not in self._parts:
             if torch.compiler.is_compiling():
                 raise RuntimeError("micro_batches='auto' needs one training step of these shapes before torch.compile")
-            _initialize(list(self), x, context)
+            _initialize([Anatomy.of(step) for step in self], x, context)
             self._parts[key] = budget.micro_batches(self, x, context, self.memory_budget)
         return self._parts[key]
 
@@ -187,12 +199,12 @@ class ReversibleSequential(nn.Sequential):
         return not self._is_anchor(index)
 
 
-def _initialize(steps: Sequence[nn.Module], x: Tensor, context: tuple[Tensor | None, ...]) -> None:
-    modules = [module for step in steps if step.training for module in modules_of(step)]
+def _initialize(anatomies: Sequence[Anatomy], x: Tensor, context: tuple[Tensor | None, ...]) -> None:
+    modules = [module for anatomy in anatomies if anatomy.step.training for module in anatomy.modules]
     if any(isinstance(module, ActNorm) and not module._is_initialized for module in modules):
         with torch.no_grad():
-            for step in steps:
-                x, _ = step(x, *context)
+            for anatomy in anatomies:
+                x, _ = anatomy.step(x, *context)
 
 
 def _check_batches(x: Tensor, context: tuple[Tensor | None, ...]) -> None:
@@ -203,9 +215,10 @@ def _check_batches(x: Tensor, context: tuple[Tensor | None, ...]) -> None:
 
 
 def _linked(
-    steps: Sequence[nn.Module],
+    anatomies: Sequence[Anatomy],
     place: Place,
     mode: Mode,
+    shelf: Shelf | None,
     x: Tensor,
     log_det: Tensor | None,
     ghost: Tensor | None,
@@ -213,14 +226,16 @@ def _linked(
 ) -> Any:
     def link(x: Tensor, log_det: Tensor | None, ghost: Tensor | None, *context: Tensor | None) -> Any:
         # Asked for inside of the hooks, where FSDP has gathered them.
-        parameters = [parameter for step in steps for parameter in parameters_of(step)]
-        return Link.apply(place, mode, x, log_det, ghost, *context, *parameters)  # type: ignore[no-untyped-call]
+        parameters = [parameter for anatomy in anatomies for parameter in anatomy.parameters]
+        seen = None if torch.compiler.is_compiling() else anatomies
+        states = (x, log_det, ghost)
+        return Link.apply(place, mode, seen, shelf, *states, *context, *parameters)  # type: ignore[no-untyped-call]
 
-    if torch.compiler.is_compiling() or not any(_has_hooks(step) for step in steps):
+    if torch.compiler.is_compiling() or not any(_has_hooks(anatomy.step) for anatomy in anatomies):
         return link(x, log_det, ghost, *context)
-    if len(steps) > 1:
+    if len(anatomies) > 1:
         raise RuntimeError("check='replay' runs several steps as one, without their hooks (FSDP): use check='raise'")
-    return _through_hooks(steps[0], link, x, log_det, ghost, *context)
+    return _through_hooks(anatomies[0].step, link, x, log_det, ghost, *context)
 
 
 def _has_hooks(step: nn.Module) -> bool:

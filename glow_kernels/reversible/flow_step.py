@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from glow_kernels.nn import AdditiveCoupling, AffineCoupling, CouplingNetwork, FlowStep
 from glow_kernels.ops import actnorm_conv1x1_reversible_backward, affine_coupling_reversible_backward
-from glow_kernels.reversible.tensors import differentiate, inverse_of, leaf
+from glow_kernels.reversible.anatomy import Anatomy
+from glow_kernels.reversible.tensors import differentiate, leaf, sum_of
 
 
-def is_flow_step(step: nn.Module) -> bool:
-    """Whether ``step`` computes what a :class:`~glow_kernels.nn.FlowStep` does, in the way that it does."""
-    if not isinstance(step, FlowStep) or type(step.coupling) not in (AffineCoupling, AdditiveCoupling):
-        return False
-    # Nobody has patched them.
-    inverse = getattr(inverse_of(step), "__func__", None)
-    parts = (step.actnorm, step.mixing, step.coupling)
-    patched = any(name in module.__dict__ for module in parts for name in ("forward", "inverse", "matrix"))
-    own_forward = type(step).forward is FlowStep.forward and "forward" not in step.__dict__
-    return own_forward and inverse is FlowStep.inverse and not patched
+def way_back(anatomy: Anatomy) -> Callable[..., Any] | None:
+    """The ``backward_from_output`` of a flow step, or that which the step has itself; None if there is none."""
+    if anatomy.is_flow_step:
+        return functools.partial(backward_from_output, anatomy)
+    return getattr(anatomy.step, "backward_from_output", None)
 
 
 @contextmanager
-def frugal(modules: Sequence[nn.Module]) -> Iterator[None]:
+def frugal(anatomy: Anatomy) -> Iterator[None]:
     """Let the networks of this package take a hidden buffer less in a backward that nobody watches."""
-    networks = [module for module in modules if isinstance(module, CouplingNetwork)]
+    networks = [module for module in anatomy.modules if isinstance(module, CouplingNetwork)]
     for network in networks:
         network.frugal = True
     try:
@@ -39,7 +37,7 @@ def frugal(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def backward_from_output(
-    step: FlowStep,
+    anatomy: Anatomy,
     z: Tensor,
     grad_z: Tensor | None,
     grad_log_det: Tensor | None,
@@ -48,6 +46,7 @@ def backward_from_output(
     closed: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     """The input of the step, its gradient, and those of ``context`` and ``parameters``, with which it computes."""
+    step = cast(FlowStep, anatomy.step)
     grad_z = torch.zeros_like(z) if grad_z is None else grad_z
     if grad_log_det is None:
         grad_log_det = z.new_zeros(len(z))
@@ -61,35 +60,37 @@ def backward_from_output(
     transformed, grad_transformed, grad_h = _undo_coupling(
         coupling, grad_transformed, grad_log_det, transformed, h.detach()
     )
-    leaves = [conditioning, *tensors, *parameters]
-    grad_extra, *grads = differentiate([h], [grad_h], leaves, closed)
+    grad_extra, *grads = differentiate([h], [grad_h], [conditioning, *tensors, *parameters], closed)
     del h, grad_h
     if grad_extra is not None:
         grad_conditioning = grad_conditioning + grad_extra
     y = coupling._merge(conditioning.detach(), transformed)
     grad_y = coupling._merge(grad_conditioning, grad_transformed)
-
-    with torch.enable_grad():
-        weight, weight_log_det = step.mixing.matrix()
-    log_scale, bias = step.actnorm.log_scale, step.actnorm.bias
-    x, grad_x, grad_log_scale, grad_bias, grad_weight, grad_weight_log_det = actnorm_conv1x1_reversible_backward(
-        grad_y,
-        grad_log_det,
-        y,
-        log_scale.detach(),
-        bias.detach(),
-        weight.detach(),
-        None if weight_log_det is None else weight_log_det.detach(),
-    )
-    outputs = [log_scale, bias, weight] if weight_log_det is None else [log_scale, bias, weight, weight_log_det]
-    linear_grads = [grad_log_scale, grad_bias, grad_weight, grad_weight_log_det]
-    more = differentiate(outputs, linear_grads[: len(outputs)], parameters, closed=True)
-    offset = len(tensors)
-    for number, grad in enumerate(more, start=offset):
-        earlier = grads[number]
-        if grad is not None:
-            grads[number] = grad if earlier is None else earlier + grad
+    x, grad_x, linear_grads = _undo_linear_map(anatomy, step, grad_y, grad_log_det, y, parameters)
+    for number, grad in enumerate(linear_grads, start=len(tensors)):
+        grads[number] = sum_of(grads[number], grad)
     return x, grad_x, grads
+
+
+def _undo_linear_map(
+    anatomy: Anatomy, step: FlowStep, grad: Tensor, grad_log_det: Tensor, y: Tensor, parameters: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    # Nothing of this package's own needs a graph between the parameters and what the operator takes.
+    with torch.set_grad_enabled(not anatomy.is_standard):
+        weight, weight_log_det = step.mixing.matrix()
+    inputs = (step.actnorm.log_scale, step.actnorm.bias, weight, weight_log_det)
+    values = [None if tensor is None else tensor.detach() for tensor in inputs]
+    results = actnorm_conv1x1_reversible_backward(grad, grad_log_det, y, *values)  # type: ignore[arg-type]
+    x, grad_x, grads = results[0], results[1], results[2:]
+    if not anatomy.is_standard:
+        pairs = [(tensor, grad) for tensor, grad in zip(inputs, grads, strict=True) if tensor is not None]
+        outputs, output_grads = zip(*pairs, strict=True)
+        return x, grad_x, differentiate(outputs, output_grads, parameters, closed=True)
+    found: dict[int, Tensor | None] = {}
+    linear_grads = zip(inputs[:2], grads[:2], strict=True)
+    for tensor, grad in (*linear_grads, *step.mixing.matrix_gradients(grads[2], grads[3])):
+        found[id(tensor)] = sum_of(found.get(id(tensor)), grad)
+    return x, grad_x, [found.get(id(parameter)) if parameter.requires_grad else None for parameter in parameters]
 
 
 def _undo_coupling(
@@ -101,8 +102,3 @@ def _undo_coupling(
         grad, grad_log_det, y, h, coupling.scale_map, coupling.layout, coupling.order
     )
     return x, grad_x, grad_h
-
-
-def is_standard(step: nn.Module) -> bool:
-    """Whether all of ``step`` is this package's own, its network included, so that it need not be tried out."""
-    return is_flow_step(step) and type(step.coupling.network) is CouplingNetwork  # type: ignore[union-attr]

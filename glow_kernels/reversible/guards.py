@@ -12,12 +12,11 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from glow_kernels.reversible import flow_step
+from glow_kernels.reversible.anatomy import Anatomy
 from glow_kernels.reversible.randomness import RandomState
-from glow_kernels.reversible.tensors import inverse_of, modules_of
 
 if TYPE_CHECKING:
     from glow_kernels.reversible.chain import ReversibleSequential
@@ -52,29 +51,28 @@ def versions(tensors: Sequence[Tensor | None]) -> list[int]:
 
 
 @contextmanager
-def unchanged(step: nn.Module, state: Tensor, direction: str) -> Iterator[None]:
-    """Watch a call of ``step``.
+def unchanged(anatomy: Anatomy, state: Tensor, direction: str) -> Iterator[None]:
+    """Watch a call of a step, unless it is known to have no side effects.
 
     Raises:
         RuntimeError: ``state``, or a parameter or buffer of the step, was modified in place.
     """
-    owned = _tensors_of(step)
+    if anatomy.is_standard:
+        yield
+        return
+    owned = anatomy.tensors
     before = versions([state, *owned])
     yield
     after = versions([state, *owned])
     if before != after:
-        names = {id(t): name for name, t in (*step.named_parameters(), *step.named_buffers())}
+        named_tensors = (*anatomy.step.named_parameters(), *anatomy.step.named_buffers())
+        names = {id(tensor): name for name, tensor in named_tensors}
         changed = [t for t, old, new in zip((state, *owned), before, after, strict=True) if old != new]
         raise RuntimeError(
             f"it modifies {', '.join(names.get(id(t), 'its input') for t in changed)} in place in {direction}, so that "
             "recomputing it gives something else; use memory='store', or a step without side effects (BatchNorm in "
             "evaluation mode, initialised layers)"
         )
-
-
-def _tensors_of(step: nn.Module) -> list[Tensor]:
-    owners = [owner for module in modules_of(step) for owner in (module._parameters, module._buffers)]
-    return [tensor for owner in owners for tensor in owner.values() if tensor is not None]
 
 
 def saved_tensors(ctx: Any, chain: ReversibleSequential, index: int) -> tuple[Tensor, ...]:
@@ -105,42 +103,46 @@ def refuse_transforms() -> None:
         raise RuntimeError("a reversible chain cannot be transformed by torch.func: use memory='store'")
 
 
-def prove(chain: ReversibleSequential, index: int, x: Tensor, context: Sequence[Tensor | None], mode: Mode) -> None:
-    """Try a step out on two samples when it is first used, unless it is a plain flow step.
+def prove(
+    chain: ReversibleSequential,
+    index: int,
+    anatomy: Anatomy,
+    x: Tensor,
+    context: Sequence[Tensor | None],
+    mode: Mode,
+) -> None:
+    """Try a step out on two samples when it is first used, unless all of it is this package's own.
 
     Raises:
         RuntimeError: it is not a function of its input and its parameters, or its inverse does not lead back.
         TypeError: its result is not ``(z, log_det)``.
     """
-    step = chain[index]
-    key = (index, step.training)
-    if key in chain._proven or isinstance(x, FakeTensor) or len(x) == 0:
+    key = (index, anatomy.step.training)
+    if key in chain._proven or isinstance(x, FakeTensor) or len(x) == 0 or anatomy.is_standard:
         return
-    if not flow_step.is_standard(step):
-        sample = x[:2].detach().clone()
-        sample_context = [None if tensor is None else tensor[:2] for tensor in context]
-        with torch.no_grad(), mode.applied(x.device):
-            _try_out(chain, index, sample, sample_context)
+    sample = x[:2].detach().clone()
+    sample_context = [None if tensor is None else tensor[:2] for tensor in context]
+    with torch.no_grad(), mode.applied(x.device):
+        _try_out(anatomy, sample, sample_context, chain._needs_inverse(index))
     chain._proven.add(key)
 
 
-def _try_out(chain: ReversibleSequential, index: int, x: Tensor, context: Sequence[Tensor | None]) -> None:
-    step = chain[index]
+def _try_out(anatomy: Anatomy, x: Tensor, context: Sequence[Tensor | None], needs_inverse: bool) -> None:
     state = RandomState(x.device)
     results = []
     for _ in range(2):
-        with unchanged(step, x, "forward"), state.replayed():
-            result = step.forward(x, *context)
+        with unchanged(anatomy, x, "forward"), state.replayed():
+            result = anatomy.step.forward(x, *context)
         if not isinstance(result, tuple) or len(result) != 2 or result[1].shape != x.shape[:1]:
             raise TypeError("it must return z and log_det of shape (B,)")
         results.append(result)
     (z, log_det), (z_again, log_det_again) = results
     if difference(z_again, z) > _tolerance(z) or difference(log_det_again, log_det) > _tolerance(z):
         raise RuntimeError("it gives different results for the same input, so that it cannot be recomputed")
-    if not chain._needs_inverse(index):
+    if not needs_inverse:
         return
-    with unchanged(step, z, "inverse"), state.replayed():
-        back, _ = inverse_of(step)(z, *context)
+    with unchanged(anatomy, z, "inverse"), state.replayed():
+        back, _ = anatomy.inverse(z, *context)
     if back.shape != x.shape or difference(back, x) > _tolerance(z):
         found = f"shape {tuple(back.shape)}" if back.shape != x.shape else f"an error of {difference(back, x):.1e}"
         raise RuntimeError(f"its inverse does not lead back to its input: {found}; use memory='checkpoint'")

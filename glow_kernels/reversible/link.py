@@ -23,9 +23,11 @@ from torch._guards import detect_fake_mode
 
 from glow_kernels.backends.numerics import output_format
 from glow_kernels.reversible import guards, recompute
+from glow_kernels.reversible.anatomy import Anatomy
+from glow_kernels.reversible.offload import Shelf
 from glow_kernels.reversible.randomness import RandomState
 from glow_kernels.reversible.recompute import Mode, Recomputed
-from glow_kernels.reversible.tensors import parameters_of
+from glow_kernels.reversible.tensors import sum_of
 
 if TYPE_CHECKING:
     from glow_kernels.reversible.chain import ReversibleSequential
@@ -64,21 +66,36 @@ class Place(NamedTuple):
 
 
 class Link(torch.autograd.Function):
-    """``apply(place, mode, x, log_det, ghost, *context, *parameters)`` to ``z``, the new ``log_det``, and its ghost."""
+    """``apply(place, mode, anatomies, shelf, x, log_det, ghost, *context, *parameters)``.
+
+    Gives ``z``, the new ``log_det``, and its ghost. Compiled, it goes without ``anatomies``.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, place: Place, mode: Mode, x: Tensor, log_det: Tensor | None, ghost: Tensor | None, *tensors: Any
+        ctx: Any,
+        place: Place,
+        mode: Mode,
+        anatomies: Sequence[Anatomy] | None,
+        shelf: Shelf | None,
+        x: Tensor,
+        log_det: Tensor | None,
+        ghost: Tensor | None,
+        *tensors: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.place, ctx.mode, ctx.shape, ctx.states = place, mode, x.shape, None
-        if torch.compiler.is_compiling():
+        if anatomies is None:
             z, step_log_det = _forward_operator(x, list(tensors), *_plain(place, mode))
         else:
-            z, step_log_det, ctx.states = _forward(place, mode, x, tensors)
+            z, step_log_det, ctx.states = _forward(place, mode, anatomies, x, tensors)
         # Backward through a single step needs its input or its output, through several both.
         keeps_output = place.keeps_output and not (place.keeps_input and place.length == 1)
-        ctx.save_for_backward(x if place.keeps_input else None, z if keeps_output else None, *tensors)
+        ctx.shelf = shelf if place.keeps_input else None
+        kept = x if place.keeps_input and shelf is None else None
+        ctx.save_for_backward(kept, z if keeps_output else None, *tensors)
+        if ctx.shelf is not None:
+            ctx.on_shelf = ctx.shelf.put(x)
         if not torch.compiler.is_compiling():
             ctx.chain = _chains[place.handle]  # alive until its backward
         total = step_log_det if log_det is None else log_det + step_log_det
@@ -90,11 +107,13 @@ class Link(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             guards.refuse_second_derivatives(ctx.chain, place.number)
         grad_z, grad_log_det, reconstructed = grads
-        needs = ctx.needs_input_grad[5:]
+        needs = ctx.needs_input_grad[7:]
         if torch.compiler.is_compiling():
             x, z, *tensors = ctx.saved_tensors
         else:
             x, z, *tensors = guards.saved_tensors(ctx, ctx.chain, place.number)
+            if ctx.shelf is not None:
+                x = ctx.shelf.get(ctx.on_shelf)
         # At the input of a single step, the state that arrived only serves to be compared.
         if z is None and (x is None or place.compares):
             z = reconstructed
@@ -105,23 +124,26 @@ class Link(torch.autograd.Function):
         else:
             result = _backward(place, mode, x, z, (grad_z, grad_log_det), tensors, needs, ctx.states)
             reached, grad_x, tensor_grads = result.x, result.grad_x, result.grads
-        ghost_grad = (reached if x is None else x) if ctx.needs_input_grad[4] else None
-        return None, None, grad_x, grad_log_det if ctx.needs_input_grad[3] else None, ghost_grad, *tensor_grads
+        ghost_grad = (reached if x is None else x) if ctx.needs_input_grad[6] else None
+        total_grad = grad_log_det if ctx.needs_input_grad[5] else None
+        return None, None, None, None, grad_x, total_grad, ghost_grad, *tensor_grads
 
 
 States = list[list[RandomState] | None]
 
 
-def _forward(place: Place, mode: Mode, x: Tensor, tensors: Sequence[Any]) -> tuple[Tensor, Tensor, States]:
+def _forward(
+    place: Place, mode: Mode, anatomies: Sequence[Anatomy], x: Tensor, tensors: Sequence[Any]
+) -> tuple[Tensor, Tensor, States]:
     chain = _find(place)
     context = tensors[: place.contexts]
     total: Tensor | None = None
     states: States = []
-    for number in place.numbers:
+    for number, anatomy in zip(place.numbers, anatomies, strict=True):
         with guards.named(chain, number):
-            guards.prove(chain, number, x, context, mode)
-            with guards.unchanged(chain[number], x, "forward"):
-                x, log_det, drawn = recompute.forward(chain[number], x, context, mode)
+            guards.prove(chain, number, anatomy, x, context, mode)
+            with guards.unchanged(anatomy, x, "forward"):
+                x, log_det, drawn = recompute.forward(anatomy, x, context, mode)
         total = log_det if total is None else total + log_det
         states.append(drawn)
     assert total is not None
@@ -152,7 +174,8 @@ def _backward(
     for index, number in enumerate(place.numbers[:-1]):
         given = inputs[index]
         assert given is not None
-        inputs[index + 1] = recompute.forward(chain[number], given, tensors[: place.contexts], mode, states[index])[0]
+        anatomy = Anatomy.of(chain[number])
+        inputs[index + 1] = recompute.forward(anatomy, given, tensors[: place.contexts], mode, states[index])[0]
     return _sweep(place, mode, inputs, None, grads, tensors, needs, states)[0]
 
 
@@ -174,14 +197,15 @@ def _sweep(
     end = len(tensors)
     result: Recomputed | None = None
     for index, number in reversed(list(enumerate(place.numbers))):
-        start = end - len(parameters_of(chain[number]))
+        anatomy = Anatomy.of(chain[number])
+        start = end - len(anatomy.slots)
         reached = state
         given = state if inputs[index] is None else inputs[index]
         assert given is not None
         key = (number, "closed")
-        with guards.named(chain, number), guards.unchanged(chain[number], given, "backward"):
+        with guards.named(chain, number), guards.unchanged(anatomy, given, "backward"):
             result = recompute.backward(
-                chain[number],
+                anatomy,
                 inputs[index],
                 state,
                 grads,
@@ -190,13 +214,13 @@ def _sweep(
                 [*needs[: place.contexts], *needs[start:end]],
                 mode,
                 states[index],
-                key in chain._proven,
+                anatomy.is_standard or key in chain._proven,
             )
         chain._proven.add(key)
         state, grads = result.x, (result.grad_x, grads[1])
         totals[start:end] = result.grads[place.contexts :]
         for position, grad in enumerate(result.grads[: place.contexts]):
-            totals[position] = recompute.sum_of(totals[position], grad)
+            totals[position] = sum_of(totals[position], grad)
         end = start
     assert result is not None
     return result._replace(grads=totals), reached
@@ -251,8 +275,9 @@ def _own(tensor: Tensor, *inputs: Tensor | None) -> Tensor:
 
 def _run_forward(x: Tensor, tensors: Sequence[Tensor | None], *settings: Any) -> tuple[Tensor, Tensor]:
     place, mode = _split(settings)
+    anatomies = [Anatomy.of(_find(place)[number]) for number in place.numbers]
     with _eager():
-        z, log_det, states = _forward(place, mode, x, tensors)
+        z, log_det, states = _forward(place, mode, anatomies, x, tensors)
     drawing = [number for number, drawn in zip(place.numbers, states, strict=True) if drawn is not None]
     if drawing:
         name = guards.step_name(_find(place), drawing[0])
@@ -270,7 +295,7 @@ def _fake_forward(x: Tensor, tensors: Sequence[Tensor | None], *settings: Any) -
     z = x
     try:
         for number in place.numbers:
-            z, log_det, _ = recompute.forward(_find(place)[number], z, tensors[: place.contexts], mode)
+            z, log_det, _ = recompute.forward(Anatomy.of(_find(place)[number]), z, tensors[: place.contexts], mode)
     finally:
         fake_mode.allow_non_fake_inputs = allowed
     return torch.empty_like(z, memory_format=output_format(z)), log_det.new_empty(log_det.shape)

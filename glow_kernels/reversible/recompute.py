@@ -12,13 +12,13 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from glow_kernels.nn import FlowStep
 from glow_kernels.reversible import flow_step
+from glow_kernels.reversible.anatomy import Anatomy
 from glow_kernels.reversible.randomness import RandomState, refuse_while_capturing
-from glow_kernels.reversible.tensors import Joined, differentiate, inverse_of, leaf, modules_of, substituted
+from glow_kernels.reversible.tensors import Joined, differentiate, leaf, part_of, sum_of
 
 
 class Mode(NamedTuple):
@@ -45,9 +45,11 @@ class Mode(NamedTuple):
         enabled = torch.is_autocast_enabled(device.type)
         return torch.autocast(device.type, enabled=False) if enabled else nullcontext()
 
-    def parts(self, batch: int) -> list[slice]:
-        """Slices of the batch, of sizes that differ by at most one."""
+    def parts(self, batch: int) -> list[slice | None]:
+        """Slices of the batch, of sizes that differ by at most one; a single None for all of it."""
         count = max(1, min(self.micro_batches, batch))
+        if count == 1:
+            return [None]
         bounds = [batch * number // count for number in range(count + 1)]
         return [slice(start, end) for start, end in itertools.pairwise(bounds)]
 
@@ -62,7 +64,7 @@ class Recomputed(NamedTuple):
 
 
 def forward(
-    step: nn.Module,
+    anatomy: Anatomy,
     x: Tensor,
     context: Sequence[Tensor | None],
     mode: Mode,
@@ -73,15 +75,16 @@ def forward(
     With such ``states`` of an earlier call, the numbers of that call are drawn again.
     """
     z, log_det = Joined(len(x)), Joined(len(x))
-    if x.is_cuda:
-        refuse_while_capturing(modules_of(step), x.device)
+    may_draw = not isinstance(x, FakeTensor) and not anatomy.is_standard
+    if may_draw and x.is_cuda:
+        refuse_while_capturing(anatomy.modules, x.device)
     drawn = []
     drew = False
     with torch.no_grad(), mode.applied(x.device):
         for number, part in enumerate(mode.parts(len(x))):
-            state = None if isinstance(x, FakeTensor) else RandomState(x.device)
+            state = RandomState(x.device) if may_draw else None
             with _replayed(None if states is None else states[number]):
-                part_z, part_log_det = step.forward(x[part], *_parts(context, part))
+                part_z, part_log_det = anatomy.step.forward(part_of(x, part), *_parts(context, part))
             if state is not None:
                 drew = drew or state.has_moved()
                 drawn.append(state)
@@ -91,7 +94,7 @@ def forward(
 
 
 def backward(
-    step: nn.Module,
+    anatomy: Anatomy,
     x: Tensor | None,
     z: Tensor | None,
     grads: tuple[Tensor | None, Tensor | None],
@@ -111,33 +114,33 @@ def backward(
         closed: as for :func:`~glow_kernels.reversible.tensors.differentiate`.
     """
     given = cast(Tensor, z if x is None else x)
-    fused = x is None and flow_step.is_flow_step(step)
+    batch = len(given)
+    way_back = flow_step.way_back(anatomy) if x is None else None
     tensors = [tensor for tensor in context if tensor is not None]
-    joined_x, joined_z, joined_grad = Joined(len(given)), Joined(len(given)), Joined(len(given))
-    joined_context = [Joined(len(given)) for _ in tensors]
+    joined_x, joined_z, joined_grad = Joined(batch), Joined(batch), Joined(batch)
+    joined_context = [Joined(batch) for _ in tensors]
     totals: list[Tensor | None] = [None] * len(parameters)
     leaves = [leaf(tensor, need) for tensor, need in zip(parameters, needs[len(context) :], strict=True)]
     wanted_context = [need for need, tensor in zip(needs, context, strict=False) if tensor is not None]
-    modules = modules_of(step)
-    with substituted(modules, leaves), flow_step.frugal(modules), mode.applied(given.device):
-        for number, part in enumerate(mode.parts(len(given))):
-            parts = iter([leaf(t[part], need) for t, need in zip(tensors, wanted_context, strict=True)])
+    with anatomy.substituted(leaves), flow_step.frugal(anatomy), mode.applied(given.device):
+        for number, part in enumerate(mode.parts(batch)):
+            parts = iter([leaf(part_of(t, part), need) for t, need in zip(tensors, wanted_context, strict=True)])
             part_context = [None if tensor is None else next(parts) for tensor in context]
             state = None if states is None else states[number]
-            grad_z, grad_log_det = (None if grad is None else grad[part] for grad in grads)
-            if fused:
+            grad_z, grad_log_det = (None if grad is None else part_of(grad, part) for grad in grads)
+            if way_back is not None:
                 with _replayed(state):
-                    part_x, grad_x, part_grads = flow_step.backward_from_output(
-                        cast(FlowStep, step), given[part], grad_z, grad_log_det, part_context, leaves, closed
+                    part_x, grad_x, part_grads = way_back(
+                        part_of(given, part), grad_z, grad_log_det, part_context, leaves, closed
                     )
             else:
-                part_x = given[part]
+                part_x = part_of(given, part)
                 if x is None:
                     with torch.no_grad(), _replayed(state):
-                        part_x, _ = inverse_of(step)(part_x, *part_context)
+                        part_x, _ = anatomy.inverse(part_x, *part_context)
                 with torch.enable_grad(), _replayed(state):
                     start = leaf(part_x, True)
-                    part_z, part_log_det = step.forward(start, *part_context)
+                    part_z, part_log_det = anatomy.step.forward(start, *part_context)
                 if x is not None and z is not None:
                     joined_z.add(part, part_z.detach())
                 every_leaf = [start, *(t for t in part_context if t is not None), *leaves]
@@ -158,17 +161,9 @@ def backward(
     )
 
 
-def _parts(context: Sequence[Tensor | None], part: slice) -> list[Tensor | None]:
-    return [None if tensor is None else tensor[part] for tensor in context]
+def _parts(context: Sequence[Tensor | None], part: slice | None) -> list[Tensor | None]:
+    return [None if tensor is None else part_of(tensor, part) for tensor in context]
 
 
 def _replayed(state: RandomState | None) -> AbstractContextManager[None]:
     return nullcontext() if state is None else state.replayed()
-
-
-def sum_of(total: Tensor | None, grad: Tensor | None) -> Tensor | None:
-    """Two gradients together, of which either may be missing."""
-    # Not in place: gradients of two parameters may be one tensor.
-    if total is None or grad is None:
-        return grad if total is None else total
-    return total + grad

@@ -1,13 +1,11 @@
-"""Tensors of a recomputation: stand-ins for parameters, gradients of a small graph, and batches put together."""
+"""Tensors of a recomputation: the start and the gradients of a small graph, and batches put together."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from glow_kernels.backends.numerics import output_format
 
@@ -17,68 +15,9 @@ def leaf(tensor: Tensor, requires_grad: bool) -> Tensor:
     return tensor.detach().requires_grad_(requires_grad)
 
 
-def modules_of(step: nn.Module) -> list[nn.Module]:
-    """``list(step.modules())``, several times faster, which counts: it is asked for in every step."""
-    found = {id(step): step}
-    stack = [step]
-    while stack:
-        children = [m for m in stack.pop()._modules.values() if m is not None and id(m) not in found]
-        found.update((id(child), child) for child in children)
-        stack.extend(children)
-    return list(found.values())
-
-
-def inverse_of(step: nn.Module) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The inverse of ``step``; under FSDP without gathering its weights, which its node of autograd does."""
-    inverse: Any = step.inverse
-    if "inverse" in step.__dict__ and hasattr(step, "_get_fsdp_state"):
-        inverse = inverse.__wrapped__
-    result: Callable[..., tuple[Tensor, Tensor]] = inverse
-    return result
-
-
-Slots = list[list[tuple[dict[str, Any], str]]]
-
-
-def parameter_slots(modules: Sequence[nn.Module]) -> Slots:
-    """Where every parameter is kept; a shared one is kept in several places."""
-    slots: dict[int, list[tuple[dict[str, Any], str]]] = {}
-    for module in modules:
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                slots.setdefault(id(parameter), []).append((module._parameters, key))
-    return list(slots.values())
-
-
-def parameters_of(step: nn.Module) -> list[nn.Parameter]:
-    """The parameters of ``step``, each once, in the order of :func:`parameter_slots`."""
-    return [places[0][0][places[0][1]] for places in parameter_slots(modules_of(step))]
-
-
-@contextmanager
-def substituted(modules: Sequence[nn.Module], tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Let ``modules`` compute with ``tensors`` in place of their parameters, in the order of :func:`parameters_of`.
-
-    Not ``torch.func.functional_call``, which reaches only the ``forward`` of a layer.
-    """
-    slots = parameter_slots(modules)
-    if len(slots) != len(tensors):
-        raise RuntimeError(f"it had {len(tensors)} parameters in forward and has {len(slots)} in backward")
-    originals = [places[0][0][places[0][1]] for places in slots]
-    recurrent = [module for module in modules if isinstance(module, nn.RNNBase)]
-    try:
-        _fill(slots, tensors, recurrent)
-        yield
-    finally:
-        _fill(slots, originals, recurrent)
-
-
-def _fill(slots: Slots, tensors: Sequence[Tensor], recurrent: Sequence[nn.RNNBase]) -> None:
-    for places, tensor in zip(slots, tensors, strict=True):
-        for owner, key in places:
-            owner[key] = tensor
-    for module in recurrent:  # which keep a second list of their weights
-        module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
+def part_of(tensor: Tensor, part: slice | None) -> Tensor:
+    """Those samples of ``tensor``, all for None."""
+    return tensor if part is None else tensor[part]
 
 
 def differentiate(
@@ -133,6 +72,14 @@ def _refuse_strangers(outputs: Sequence[Tensor], leaves: Sequence[Tensor]) -> No
                 stack.append(following)
 
 
+def sum_of(total: Tensor | None, grad: Tensor | None) -> Tensor | None:
+    """Two gradients together, of which either may be missing."""
+    # Not in place: gradients of two parameters may be one tensor.
+    if total is None or grad is None:
+        return grad if total is None else total
+    return total + grad
+
+
 class Joined:
     """A tensor whose samples arrive part by part; a single part is taken as it is."""
 
@@ -140,9 +87,9 @@ class Joined:
         self._batch = batch
         self._result: Tensor | None = None
 
-    def add(self, part: slice, tensor: Tensor) -> None:
+    def add(self, part: slice | None, tensor: Tensor) -> None:
         """Put ``tensor`` where ``part`` of the batch belongs."""
-        if len(tensor) == self._batch:
+        if part is None:
             self._result = tensor
             return
         if self._result is None:

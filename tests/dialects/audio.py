@@ -27,6 +27,81 @@ class Invertible1x1Conv(nn.Module):
         return self.conv(z), batch_size * n_of_groups * torch.logdet(weight)
 
 
+class WaveNet(nn.Module):
+    """WaveGlow's network: gated dilated convolutions with weight normalisation, conditioned on a spectrogram."""
+
+    def __init__(self, n_in_channels, n_mel_channels, n_layers, n_channels, kernel_size=3):
+        super().__init__()
+        weight_norm = nn.utils.weight_norm
+        self.n_layers, self.n_channels = n_layers, n_channels
+        self.start = weight_norm(nn.Conv1d(n_in_channels, n_channels, 1))
+        self.end = nn.Conv1d(n_channels, 2 * n_in_channels, 1)
+        nn.init.normal_(self.end.weight, 0, 0.05)
+        nn.init.zeros_(self.end.bias)
+        self.cond_layer = weight_norm(nn.Conv1d(n_mel_channels, 2 * n_channels * n_layers, 1))
+        self.in_layers, self.res_skip_layers = nn.ModuleList(), nn.ModuleList()
+        for i in range(n_layers):
+            padding = (kernel_size - 1) * 2**i // 2
+            conv = nn.Conv1d(n_channels, 2 * n_channels, kernel_size, dilation=2**i, padding=padding)
+            self.in_layers.append(weight_norm(conv))
+            outputs = 2 * n_channels if i < n_layers - 1 else n_channels
+            self.res_skip_layers.append(weight_norm(nn.Conv1d(n_channels, outputs, 1)))
+
+    def forward(self, forward_input):
+        audio, spect = forward_input
+        audio, output = self.start(audio), 0
+        conditions = self.cond_layer(spect).chunk(self.n_layers, 1)
+        for i, condition in enumerate(conditions):
+            one, other = (self.in_layers[i](audio) + condition).chunk(2, 1)
+            acts = self.res_skip_layers[i](torch.tanh(one) * torch.sigmoid(other))
+            if i < self.n_layers - 1:
+                audio = audio + acts[:, : self.n_channels]
+                acts = acts[:, self.n_channels :]
+            output = output + acts
+        return self.end(output)
+
+
+class WaveGlow(nn.Module):
+    """Couplings are written out; some channels leave early."""
+
+    def __init__(self, n_mel_channels=5, n_flows=6, n_group=8, n_early_every=4, n_early_size=2, n_layers=2, width=8):
+        super().__init__()
+        self.upsample = nn.ConvTranspose1d(n_mel_channels, n_mel_channels, 8, stride=4)
+        self.n_flows, self.n_group = n_flows, n_group
+        self.n_early_every, self.n_early_size = n_early_every, n_early_size
+        self.WN, self.convinv = nn.ModuleList(), nn.ModuleList()
+        channels = n_group
+        for k in range(n_flows):
+            channels -= n_early_size if k % n_early_every == 0 and k > 0 else 0
+            self.convinv.append(Invertible1x1Conv(channels))
+            self.WN.append(WaveNet(channels // 2, n_mel_channels * n_group, n_layers, width))
+
+    def forward(self, forward_input):
+        spect, audio = forward_input
+        spect = self.upsample(spect)[:, :, : audio.shape[1]]
+        spect = spect.unfold(2, self.n_group, self.n_group).permute(0, 1, 3, 2).flatten(1, 2)
+        audio = audio.unfold(1, self.n_group, self.n_group).permute(0, 2, 1)
+        outputs, log_s_list, log_det_list = [], [], []
+        for k in range(self.n_flows):
+            if k % self.n_early_every == 0 and k > 0:
+                outputs.append(audio[:, : self.n_early_size])
+                audio = audio[:, self.n_early_size :]
+            audio, log_det = self.convinv[k](audio)
+            first, second = audio.chunk(2, 1)
+            b, log_s = self.WN[k]((first, spect)).chunk(2, 1)
+            audio = torch.cat([first, torch.exp(log_s) * second + b], 1)
+            log_s_list.append(log_s)
+            log_det_list.append(log_det)
+        return torch.cat([*outputs, audio], 1), log_s_list, log_det_list
+
+
+def waveglow_loss(model, spect, audio):
+    """Per element of the audio, as in training."""
+    z, log_s_list, log_det_list = model((spect, audio))
+    log_s_total = sum(log_s.sum() for log_s in log_s_list)
+    return (z.square().sum() / 2 - log_s_total - sum(log_det_list)) / z.numel()
+
+
 class InvConvNear(nn.Module):
     """Glow-TTS: one small matrix for all groups of channels."""
 
@@ -57,6 +132,37 @@ class WN(nn.Module):
 
     def forward(self, x, x_mask=None, g=None):
         return torch.tanh(self.layer(x)) * x_mask
+
+
+class ActNorm(nn.Module):
+    """Glow-TTS, initialised."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.logs = nn.Parameter(torch.zeros(1, channels, 1))
+        self.bias = nn.Parameter(torch.zeros(1, channels, 1))
+
+    def forward(self, x, x_mask, reverse=False, **kwargs):
+        if reverse:
+            return (x - self.bias) * torch.exp(-self.logs) * x_mask, None
+        return (self.bias + torch.exp(self.logs) * x) * x_mask, self.logs.sum() * x_mask.sum([1, 2])
+
+
+class FlowDecoder(nn.Module):
+    """Glow-TTS: steps of ActNorm, convolution and coupling."""
+
+    def __init__(self, channels=8, hidden=6, n_blocks=3):
+        super().__init__()
+        self.flows = nn.ModuleList()
+        for _ in range(n_blocks):
+            self.flows.extend([ActNorm(channels), InvConvNear(channels), CouplingBlock(channels, hidden)])
+
+    def forward(self, x, x_mask):
+        total = 0
+        for flow in self.flows:
+            x, log_det = flow(x, x_mask)
+            total = total + log_det
+        return x, total
 
 
 class CouplingBlock(nn.Module):

@@ -15,7 +15,7 @@ import normflows
 import torch
 from torch import Tensor, nn
 
-from dialects import chrischute, openai, rosinality, survae
+from dialects import chrischute, freia_later, openai, rosinality, survae
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,17 @@ def small_net(channels_in: int, channels_out: int) -> nn.Module:
     return nn.Sequential(nn.Conv2d(channels_in, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, channels_out, 3, padding=1))
 
 
+def glow_net(channels_in: int, channels_out: int, width: int) -> list[nn.Module]:
+    """The layers of Glow's network."""
+    return [
+        nn.Conv2d(channels_in, width, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(width, width, 1),
+        nn.ReLU(),
+        nn.Conv2d(width, channels_out, 3, padding=1),
+    ]
+
+
 class IgnoresContext(nn.Sequential):
     """As nflows calls networks."""
 
@@ -65,15 +76,15 @@ def normflows_glow(steps=2, levels=2, hidden=8, shape=(3, 8, 8), **options) -> n
     return normflows.MultiscaleFlow(bases, flows, merges, class_cond=False)
 
 
-def nflows_glow(channels=12) -> nn.Module:
+def nflows_glow(channels=12, number=3, width=None) -> nn.Module:
     """Steps of nflows' transforms after a squeeze."""
     transforms = nflows.transforms
     steps = []
-    for index in range(3):
+    for index in range(number):
         mask = [0] * (channels // 2) + [1] * (channels // 2) if index else [0, 1] * (channels // 2)
 
         def make(inputs, outputs):
-            return IgnoresContext(*small_net(inputs, outputs))
+            return IgnoresContext(*(glow_net(inputs, outputs, width) if width else small_net(inputs, outputs)))
 
         kind = transforms.AdditiveCouplingTransform if index == 2 else transforms.AffineCouplingTransform
         steps += [
@@ -100,6 +111,19 @@ def freia_glow(channels=12) -> nn.Module:
     return model
 
 
+def freia_steps(channels=12, number=8, width=64, size=32) -> nn.Module:
+    """Steps of Glow as FrEIA builds them, after a squeeze."""
+    modules = FrEIA.modules
+    model = FrEIA.framework.SequenceINN(channels // 4, size, size)
+    model.append(modules.IRevNetDownsampling)
+    for _ in range(number):
+        model.append(modules.ActNorm)
+        model.append(modules.Fixed1x1Conv, M=torch.linalg.qr(torch.randn(channels, channels)).Q)
+        net = lambda inputs, outputs: nn.Sequential(*glow_net(inputs, outputs, width))  # noqa: E731
+        model.append(modules.AffineCouplingOneSided, subnet_constructor=net)
+    return model
+
+
 def standard_normal_loss(model: nn.Module, x: Tensor) -> Tensor:
     """Of a transform that returns latents and log-determinant."""
     z, log_det = model(x)
@@ -111,10 +135,10 @@ def normflows_loss(model: nn.Module, x: Tensor) -> Tensor:
 
 
 EXAMPLES = {
-    "rosinality": Example(lambda: rosinality.Glow(3, 2, 2, filter_size=8), rosinality.loss, 24, 100),
-    "rosinality_plain": Example(lambda: rosinality.Glow(3, 2, 2, filter_size=8, conv_lu=False), rosinality.loss, 24),
+    "rosinality": Example(lambda: rosinality.Glow(3, 2, 2, filter_size=8), rosinality.loss, 28, 100),
+    "rosinality_plain": Example(lambda: rosinality.Glow(3, 2, 2, filter_size=8, conv_lu=False), rosinality.loss, 28),
     "rosinality_additive": Example(
-        lambda: rosinality.Glow(3, 2, 2, filter_size=8, affine=False), rosinality.loss, 24, 40
+        lambda: rosinality.Glow(3, 2, 2, filter_size=8, affine=False), rosinality.loss, 28, 40
     ),
     "chaiyujin": Example(lambda: openai.Glow(3, 8, 2, 2), openai.loss, 34, 100),
     "chaiyujin_lu": Example(lambda: openai.Glow(3, 8, 2, 2, LU_decomposed=True), openai.loss, 34),
@@ -131,6 +155,7 @@ EXAMPLES = {
     "normflows_additive": Example(lambda: normflows_glow(scale=False, split_mode="channel_inv"), normflows_loss, 20),
     "nflows": Example(nflows_glow, standard_normal_loss, 10, 100),
     "FrEIA": Example(freia_glow, standard_normal_loss, 11, 100),
+    "FrEIA later": Example(lambda: freia_later.Model(12, small_net), standard_normal_loss, 6, 100),
     "chrischute": Example(chrischute.Glow, chrischute.loss, 12, 100),
     "survae": Example(survae.Flow, standard_normal_loss, 8, 100),
 }

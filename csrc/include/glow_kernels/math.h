@@ -1,7 +1,7 @@
 // Elementary functions shared by host and device code.
 //
 // On the host the float versions are branch-free polynomials (Cephes, Moshier) that compilers vectorise; they are
-// within 2 ulp. Devices and doubles use the library's own.
+// within 2 ulp. Devices and doubles use the library's own, but for the logarithm of a fraction.
 #pragma once
 
 #include <cmath>
@@ -53,6 +53,7 @@ GLOW_KERNELS_INLINE V exp_polynomial(V r) {
 GLOW_KERNELS_INLINE double exponential(double x) { return std::exp(x); }
 GLOW_KERNELS_INLINE double logarithm(double x) { return std::log(x); }
 GLOW_KERNELS_INLINE double log1p_of_fraction(double x) { return std::log1p(x); }
+GLOW_KERNELS_INLINE double over_one_to_two(double x, double w) { return x / w; }
 GLOW_KERNELS_INLINE double hyperbolic_tangent(double x) { return std::tanh(x); }
 GLOW_KERNELS_INLINE double arc_tangent(double x) { return std::atan(x); }
 
@@ -104,11 +105,25 @@ GLOW_KERNELS_INLINE float logarithm(float x) {
 
 // log(1 + x) for 0 <= x <= 1.
 GLOW_KERNELS_INLINE float log1p_of_fraction(float x) {
+  // Least squares, reweighted until the relative error is level. Half the instructions of CUDA's log1pf.
+  float p = -3.3183579798787832e-3f;
+  p = p * x + 2.0204097032546997e-2f;
+  p = p * x - 5.7663582265377045e-2f;
+  p = p * x + 1.0680473595857620e-1f;
+  p = p * x - 1.5355351567268372e-1f;
+  p = p * x + 1.9695386290550232e-1f;
+  p = p * x - 2.4958585202693939e-1f;
+  p = p * x + 3.3330512046813965e-1f;
+  p = p * x - 4.9999931454658508e-1f;
+  return p * (x * x) + x;
+}
+
+// x / w for 1 <= w <= 2.
+GLOW_KERNELS_INLINE float over_one_to_two(float x, float w) {
 #if defined(__CUDA_ARCH__)
-  return log1pf(x);
+  return __fdividef(x, w);  // within 2 ulp here; the exact one has a branch to a function
 #else
-  const float w = 1.0f + x;
-  return logarithm(w) + (x - (w - 1.0f)) / w;
+  return x / w;
 #endif
 }
 

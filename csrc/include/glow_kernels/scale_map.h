@@ -54,7 +54,8 @@ GLOW_KERNELS_INLINE LogScale<A> log_scale(A u, const ScaleParameters<A>& map, A 
   if constexpr (kind == ScaleKind::sigmoid) {
     // exp(-|v|) never overflows, and log(1 + exp(-|v|)) loses nothing where sigmoid(v) is next to 0 or 1.
     const A e = exponential(v < A(0) ? v : -v);
-    return {(v < A(0) ? v : A(0)) - log1p_of_fraction(e) + log_gain, map.slope * (v < A(0) ? A(1) : e) / (A(1) + e)};
+    return {(v < A(0) ? v : A(0)) - log1p_of_fraction(e) + log_gain,
+            map.slope * over_one_to_two(v < A(0) ? A(1) : e, A(1) + e)};
   } else {
     A value, derivative;
     detail::bound<kind>(v, map, value, derivative);

@@ -92,10 +92,17 @@ def fold_inverse(
     Raises:
         ValueError: a weight is singular.
     """
-    dtype, wide = weight.dtype, wide_dtype(weight.device)
-    inverse, info = torch.linalg.inv_ex(weight.to(wide))
-    matrix = (inverse * (-log_scale.to(wide)).exp().unsqueeze(-1)).to(dtype).contiguous()
+    inverse, info = torch.linalg.inv_ex(weight.to(wide_dtype(weight.device)))
     _check_invertible(inverse, info)
+    return fold_of_inverse(inverse, log_scale, bias, weight, weight_log_det)
+
+
+def fold_of_inverse(
+    inverse: Tensor, log_scale: Tensor, bias: Tensor, weight: Tensor, weight_log_det: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``fold_inverse`` given ``inverse``, W^-1 in the type of C x C work; does not wait for the device."""
+    dtype, wide = weight.dtype, inverse.dtype
+    matrix = (inverse * (-log_scale.to(wide)).exp().unsqueeze(-1)).to(dtype).contiguous()
     log_det = -log_scale.to(wide).sum(-1) - _log_abs_det(weight.to(wide), weight_log_det)
     return matrix, (-bias).contiguous(), log_det.to(dtype)
 

@@ -25,7 +25,7 @@ def forward(x: Tensor) -> tuple[Tensor, Tensor]:
     if x.numel() == 0:
         mean.fill_(torch.nan)
         return mean, mean.clone()
-    block_c = min(power_of_two(channels), 64 if is_channels_last(planes(x)) else 4)
+    block_c = min(max(8, power_of_two(channels)), 64) if is_channels_last(planes(x)) else 4
     rows = rows_of("statistics", (x,), block_c)
     (view,) = rows.planes
     tiles_c = -(-channels // block_c)
@@ -36,14 +36,13 @@ def forward(x: Tensor) -> tuple[Tensor, Tensor]:
     launch(_chunk_kernel, tiles_c * chunks, x, *args, **rows.options, DTYPE=_DTYPES[mean.dtype])
 
     variance = torch.empty_like(mean)
-    block_c = min(power_of_two(channels), 8)
     launch(
         _combine_kernel,
-        -(-channels // block_c),
+        -(-channels // 8),
         x,
         *(partial, mean, variance, channels, chunks),
-        BLOCK_N=power_of_two(chunks),
-        BLOCK_C=block_c,
+        BLOCK_N=_MAX_CHUNKS,
+        BLOCK_C=8,
         num_warps=1,
     )
     return mean, variance

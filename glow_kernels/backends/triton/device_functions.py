@@ -45,21 +45,16 @@ def tile_of_program(
 
 
 @triton.jit
-def offsets(
-    sample, positions, channels, strides, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.constexpr
-):
-    """Offsets of a tile; WIDE where one sample spans 2^31 elements or more."""
+def offsets(sample, positions, channels, strides, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr):
+    """Offsets of a tile in (B, C, P)."""
     if CHANNELS_LAST:
         stride_c = strides[1]
         stride_p = multiple(strides[2], VECTOR)
     else:
         stride_c = multiple(strides[1], VECTOR)
         stride_p = strides[2]
-    if WIDE:
-        positions = positions.to(tl.int64)
-        channels = channels.to(tl.int64)
     start = sample.to(tl.int64) * multiple(strides[0], VECTOR)
-    return start + (positions[:, None] * stride_p + channels[None, :] * stride_c)
+    return start + positions.to(tl.int64)[:, None] * stride_p + channels.to(tl.int64)[None, :] * stride_c
 
 
 @triton.jit
@@ -145,12 +140,11 @@ def load_pair(
     IN_ORDER: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     VECTOR: tl.constexpr,
-    WIDE: tl.constexpr,
 ):
     """The two values of ``h`` (B, 2 C, P) of every element of a tile; IN_ORDER as they lie, else reversed."""
     if INTERLEAVED and CHANNELS_LAST:
         channels = 2 * first_channel + tl.arange(0, 2 * BLOCK_C)
-        at = offsets(sample, positions, channels, h_strides, CHANNELS_LAST, VECTOR, WIDE)
+        at = offsets(sample, positions, channels, h_strides, CHANNELS_LAST, VECTOR)
         both = tl.load(h_ptr + at, (positions < P)[:, None] & (channels < 2 * C)[None, :], other=0.0)
         first, second = tl.split(tl.reshape(both, (BLOCK_P, BLOCK_C, 2)))
     else:
@@ -162,8 +156,8 @@ def load_pair(
         else:
             first_channels = channels
             second_channels = channels + C
-        first_at = offsets(sample, positions, first_channels, h_strides, CHANNELS_LAST, VECTOR, WIDE)
-        second_at = offsets(sample, positions, second_channels, h_strides, CHANNELS_LAST, VECTOR, WIDE)
+        first_at = offsets(sample, positions, first_channels, h_strides, CHANNELS_LAST, VECTOR)
+        second_at = offsets(sample, positions, second_channels, h_strides, CHANNELS_LAST, VECTOR)
         first = tl.load(h_ptr + first_at, mask, other=0.0)
         second = tl.load(h_ptr + second_at, mask, other=0.0)
     if IN_ORDER:
@@ -189,14 +183,13 @@ def store_pair(
     IN_ORDER: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     VECTOR: tl.constexpr,
-    WIDE: tl.constexpr,
 ):
     """The inverse of :func:`load_pair`."""
     if not IN_ORDER:
         first, second = second, first
     if INTERLEAVED and CHANNELS_LAST:
         channels = 2 * first_channel + tl.arange(0, 2 * BLOCK_C)
-        at = offsets(sample, positions, channels, h_strides, CHANNELS_LAST, VECTOR, WIDE)
+        at = offsets(sample, positions, channels, h_strides, CHANNELS_LAST, VECTOR)
         both = tl.reshape(tl.join(first, second), (BLOCK_P, 2 * BLOCK_C))
         store(h_ptr + at, both, (positions < P)[:, None] & (channels < 2 * C)[None, :])
     else:
@@ -208,8 +201,8 @@ def store_pair(
         else:
             first_channels = channels
             second_channels = channels + C
-        first_at = offsets(sample, positions, first_channels, h_strides, CHANNELS_LAST, VECTOR, WIDE)
-        second_at = offsets(sample, positions, second_channels, h_strides, CHANNELS_LAST, VECTOR, WIDE)
+        first_at = offsets(sample, positions, first_channels, h_strides, CHANNELS_LAST, VECTOR)
+        second_at = offsets(sample, positions, second_channels, h_strides, CHANNELS_LAST, VECTOR)
         store(h_ptr + first_at, first, mask)
         store(h_ptr + second_at, second, mask)
 

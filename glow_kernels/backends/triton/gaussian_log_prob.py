@@ -134,18 +134,17 @@ def _log_prob_kernel(
     BLOCK_C: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     VECTOR: tl.constexpr,
-    WIDE: tl.constexpr,
 ):
     """Reads z, mean and log_sd once, writes one partial sum per program."""
     accumulate = partial_ptr.dtype.element_ty
     sample, positions, first_channel, P, C = tile_of_program(C, P, BLOCK_P, BLOCK_C, CHANNELS_LAST, VECTOR)
     channels = first_channel + tl.arange(0, BLOCK_C)
     mask = (positions < P)[:, None] & (channels < C)[None, :]
-    z_at = offsets(sample, positions, channels, z_strides, CHANNELS_LAST, VECTOR, WIDE)
+    z_at = offsets(sample, positions, channels, z_strides, CHANNELS_LAST, VECTOR)
     z = tl.load(z_ptr + z_at, mask, other=0.0).to(accumulate)
     mean, log_sd = load_pair(
         h_ptr, h_strides, sample, positions, first_channel, P, C, accumulate,
-        BLOCK_P, BLOCK_C, INTERLEAVED, True, CHANNELS_LAST, VECTOR, WIDE,
+        BLOCK_P, BLOCK_C, INTERLEAVED, True, CHANNELS_LAST, VECTOR,
     )  # fmt: skip
     standardized = (z - mean) * exp(-log_sd)
     # log(2 pi) / 2
@@ -170,23 +169,22 @@ def _map_kernel(
     BLOCK_C: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     VECTOR: tl.constexpr,
-    WIDE: tl.constexpr,
 ):
     """Sample or standardize: reads eps or z, mean and log_sd once, writes z or eps once."""
     sample, positions, first_channel, P, C = tile_of_program(C, P, BLOCK_P, BLOCK_C, CHANNELS_LAST, VECTOR)
     channels = first_channel + tl.arange(0, BLOCK_C)
     mask = (positions < P)[:, None] & (channels < C)[None, :]
-    x_at = offsets(sample, positions, channels, x_strides, CHANNELS_LAST, VECTOR, WIDE)
+    x_at = offsets(sample, positions, channels, x_strides, CHANNELS_LAST, VECTOR)
     x = tl.load(x_ptr + x_at, mask, other=0.0).to(DTYPE)
     mean, log_sd = load_pair(
         h_ptr, h_strides, sample, positions, first_channel, P, C, DTYPE,
-        BLOCK_P, BLOCK_C, INTERLEAVED, True, CHANNELS_LAST, VECTOR, WIDE,
+        BLOCK_P, BLOCK_C, INTERLEAVED, True, CHANNELS_LAST, VECTOR,
     )  # fmt: skip
     if INVERSE:
         out = (x - mean) * exp(-log_sd)
     else:
         out = mean + exp(log_sd) * x
-    out_at = offsets(sample, positions, channels, out_strides, CHANNELS_LAST, VECTOR, WIDE)
+    out_at = offsets(sample, positions, channels, out_strides, CHANNELS_LAST, VECTOR)
     store(out_ptr + out_at, out, mask)
 
 
@@ -211,17 +209,16 @@ def _gradient_kernel(
     BLOCK_C: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     VECTOR: tl.constexpr,
-    WIDE: tl.constexpr,
 ):
     """Backward of one of the three functions: reads x, the gradient, mean and log_sd once, writes dx and dh once."""
     sample, positions, first_channel, P, C = tile_of_program(C, P, BLOCK_P, BLOCK_C, CHANNELS_LAST, VECTOR)
     channels = first_channel + tl.arange(0, BLOCK_C)
     mask = (positions < P)[:, None] & (channels < C)[None, :]
-    x_at = offsets(sample, positions, channels, x_strides, CHANNELS_LAST, VECTOR, WIDE)
+    x_at = offsets(sample, positions, channels, x_strides, CHANNELS_LAST, VECTOR)
     x = tl.load(x_ptr + x_at, mask, other=0.0).to(DTYPE)
     mean, log_sd = load_pair(
         h_ptr, h_strides, sample, positions, first_channel, P, C, DTYPE,
-        BLOCK_P, BLOCK_C, INTERLEAVED, True, CHANNELS_LAST, VECTOR, WIDE,
+        BLOCK_P, BLOCK_C, INTERLEAVED, True, CHANNELS_LAST, VECTOR,
     )  # fmt: skip
     if FUNCTION == _LOG_PROB:
         weight = tl.load(grad_ptr + sample.to(tl.int64) * grad_strides[0]).to(DTYPE)
@@ -231,7 +228,7 @@ def _gradient_kernel(
         grad_x = -grad_mean
         grad_log_sd = weight * (standardized * standardized - 1.0)
     else:
-        grad_at = offsets(sample, positions, channels, grad_strides, CHANNELS_LAST, VECTOR, WIDE)
+        grad_at = offsets(sample, positions, channels, grad_strides, CHANNELS_LAST, VECTOR)
         grad = tl.load(grad_ptr + grad_at, mask, other=0.0).to(DTYPE)
         if FUNCTION == _SAMPLE:
             grad_x = grad * exp(log_sd)
@@ -241,9 +238,9 @@ def _gradient_kernel(
             grad_x = grad * exp(-log_sd)
             grad_mean = -grad_x
             grad_log_sd = -grad * x
-    out_at = offsets(sample, positions, channels, grad_x_strides, CHANNELS_LAST, VECTOR, WIDE)
+    out_at = offsets(sample, positions, channels, grad_x_strides, CHANNELS_LAST, VECTOR)
     store(grad_x_ptr + out_at, grad_x, mask)
     store_pair(
         grad_h_ptr, grad_h_strides, grad_mean, grad_log_sd, sample, positions, first_channel, P, C,
-        BLOCK_P, BLOCK_C, INTERLEAVED, True, CHANNELS_LAST, VECTOR, WIDE,
+        BLOCK_P, BLOCK_C, INTERLEAVED, True, CHANNELS_LAST, VECTOR,
     )  # fmt: skip

@@ -23,6 +23,9 @@ from glow_kernels.backends.triton import INTERPRETED
 
 TUNED = Path(__file__).parent / "tuned"
 
+# Least elements of a tile that lie next to each other: a vector of the smallest type.
+_NARROWEST = 8
+
 # Per family of kernels: elements of a tile, and warps that share it. A number in a name is the tile's channels.
 DEFAULTS: dict[str, dict[str, int]] = {
     "elementwise": {"elements": 1024, "num_warps": 4},
@@ -61,24 +64,24 @@ def planes(x: Tensor) -> Tensor:
 
 
 def elementwise_tile(data: Sequence[Tensor], conditions: Sequence[Tensor]) -> Tile:
-    """Tiles for planes ``data`` (B, C, P) and ``conditions`` (B, 2 C, P); the first of data decides the order."""
+    """Tiles for planes ``data`` (B, C, P) and ``conditions`` (B, 2 C, P); the first of data decides the order.
+
+    Few tiles, and so few kernels to compile: as much as there is of what lies next to each other in memory, up to a
+    whole tile, by as many of the others as fill it.
+    """
     samples, channels, positions = data[0].shape
     parameters = tuned("elementwise", data[0].device)
     channels_last = is_channels_last(data[0])
     elements = parameters["elements"] // (2 if data[0].dtype == torch.float64 else 1)
-    if channels_last:
-        block_c = min(power_of_two(channels), elements)
-        block_p = min(power_of_two(positions), elements // block_c)
-    else:
-        block_p = min(power_of_two(positions), elements)
-        block_c = min(power_of_two(channels), elements // block_p)
+    inner_size = channels if channels_last else positions
+    inner = min(max(_NARROWEST, power_of_two(inner_size)), elements)
+    block_p, block_c = (elements // inner, inner) if channels_last else (inner, elements // inner)
     options = {
         "BLOCK_P": block_p,
         "BLOCK_C": block_c,
         "CHANNELS_LAST": channels_last,
-        "VECTOR": vector_width((*data, *conditions), channels if channels_last else positions, channels_last),
-        "WIDE": is_wide(*data, *conditions),
-        "num_warps": max(1, min(parameters["num_warps"], block_p * block_c // 32)),
+        "VECTOR": vector_width((*data, *conditions), inner_size, channels_last),
+        "num_warps": parameters["num_warps"],
     }
     return Tile(samples, -(-channels // block_c) * -(-positions // block_p), options)
 
@@ -114,7 +117,7 @@ def rows_of(family: str, tensors: Sequence[Tensor], block_c: int) -> Rows:
     channels_last = is_channels_last(views[0])
     elements = parameters["elements"] // (2 if tensors[0].dtype == torch.float64 else 1)
     options = {
-        "BLOCK_P": min(max(16, power_of_two(count)), max(16, elements // block_c)),
+        "BLOCK_P": max(16, elements // block_c),
         "BLOCK_C": block_c,
         "CHANNELS_LAST": channels_last,
         "VECTOR": vector_width(views, channels if channels_last else positions, channels_last),
@@ -130,19 +133,12 @@ def is_channels_last(x: Tensor) -> bool:
 
 
 def vector_width(tensors: Sequence[Tensor], inner_size: int, channels_last: bool) -> int:
-    """The largest power of two up to 16 that divides the inner size and all strides but the inner one."""
+    """The largest power of two that divides the inner size and all strides but the inner one, at most 16 bytes."""
     inner, outer = (1, 2) if channels_last else (2, 1)
     if any(tensor.stride(inner) != 1 for tensor in tensors):
         return 1
     strides = (x.stride(dimension) for x in tensors for dimension in (0, outer) if x.shape[dimension] > 1)
-    return math.gcd(16, inner_size, *strides)
-
-
-def is_wide(*tensors: Tensor) -> bool:
-    """Whether an offset within one sample of a (B, C, P) tensor may need more than 31 bits."""
-    spans = ((x.shape[1] - 1) * x.stride(1) + (x.shape[2] - 1) * x.stride(2) for x in tensors)
-    # A masked address behind the end of a sample still has to be a number.
-    return max(spans, default=0) >= 2**30
+    return math.gcd(16 // min(x.element_size() for x in tensors), inner_size, *strides)
 
 
 def power_of_two(n: int) -> int:

@@ -7,18 +7,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from glow_kernels.backends.triton.launch import launch, power_of_two
-
-_ELEMENTS = 1024
+from glow_kernels.backends.triton.launch import launch
 
 
 def sum_partial(partial: Tensor, dimension: int) -> Tensor:
     """Sum of partial results, a contiguous matrix, over dimension 0 or 1."""
-    total = torch.empty(partial.shape[1 - dimension], dtype=partial.dtype, device=partial.device)
     if partial.shape[dimension] == 1:
         return partial.view(-1)
-    block_n = min(power_of_two(partial.shape[dimension]), _ELEMENTS // (32 if dimension == 0 else 1))
-    block_r = min(power_of_two(total.numel()), _ELEMENTS // block_n)
+    total = torch.empty(partial.shape[1 - dimension], dtype=partial.dtype, device=partial.device)
+    block_n, block_r = (32, 32) if dimension == 0 else (128, 8)
     launch(
         _sum_kernel,
         -(-total.numel() // block_r),
@@ -27,7 +24,7 @@ def sum_partial(partial: Tensor, dimension: int) -> Tensor:
         *(partial.shape[dimension], total.numel()),
         BLOCK_N=block_n,
         BLOCK_R=block_r,
-        num_warps=max(1, block_n * block_r // 256),
+        num_warps=4,
     )
     return total
 

@@ -11,19 +11,20 @@ from glow_kernels.backends.numerics import compute_dtype
 from glow_kernels.backends.triton import INTERPRETED
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# More channels are a matrix product that is limited by arithmetic: cuBLAS and cuSOLVER, through the reference.
-_MAX_CHANNELS = 64
+# Channels of a matrix that a program inverts in its registers.
+MAX_CHANNELS_OF_A_PROGRAM = 64
 
 
 def actnorm_conv1x1(function: str, *args: Any) -> bool:
-    """Large matrices are left to the reference."""
+    """Any number of channels; the folding of many is left to the reference, which calls the library."""
     tensors = [tensor for tensor in args if isinstance(tensor, Tensor)]
     if not _on_device(*tensors):
         return False
     if function.startswith("apply"):
         x, matrix = args[1:3] if function.endswith("backward") else args[:2]
-        return bool(x.shape[1] <= _MAX_CHANNELS and matrix.dtype == compute_dtype(x))
-    return tensors[0].shape[-1] <= _MAX_CHANNELS
+        return bool(matrix.dtype == compute_dtype(x))
+    # The inverse of the reference waits for the device to say that a matrix is singular.
+    return function == "fold_inverse" or tensors[0].shape[-1] <= MAX_CHANNELS_OF_A_PROGRAM
 
 
 def affine_coupling(function: str, *args: Any) -> bool:

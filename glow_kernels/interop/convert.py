@@ -1,0 +1,68 @@
+"""Weights from one implementation of Glow to another: :func:`convert`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import Tensor
+
+from glow_kernels.interop.state_dicts import DIALECTS
+from glow_kernels.interop.weights import Keys, State
+from glow_kernels.ops._checks import check_choice
+
+
+class Conversion(NamedTuple):
+    """What :func:`convert` returns; ``print`` shows what was lost.
+
+    Attributes:
+        state_dict: for ``load_state_dict`` of the target.
+        inexact: what the target cannot express, so that its outputs differ; empty if they do not.
+        ignored: names in the source that have no counterpart, such as buffers for bookkeeping.
+    """
+
+    state_dict: State
+    inexact: tuple[str, ...]
+    ignored: tuple[str, ...]
+
+    @property
+    def exact(self) -> bool:
+        """Whether the target computes what the source did."""
+        return not self.inexact
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.state_dict)} tensors, {'exact' if self.exact else 'not exact:'}"]
+        lines += [f"  {line}" for line in self.inexact]
+        lines += [f"ignored: {', '.join(self.ignored)}"] if self.ignored else []
+        return "\n".join(lines)
+
+
+def convert(state_dict: Mapping[str, Tensor], *, source: str, target: str, lu: bool | None = None) -> Conversion:
+    """Rewrite the weights of one implementation of a multi-scale Glow for another.
+
+    What a ``state_dict`` does not say is taken to be what all of them do by default: three convolutions in a coupling
+    network, ReLU, ``s = sigmoid(u + 2)``, the network reads the first half. Prefixes ``module.`` of parallel wrappers
+    are understood. Junk outside of triangular factors is dropped, negative scales go into the 1x1 convolution where
+    the target's are exponentials, hidden scales into convolutions where the target has none.
+
+    Args:
+        state_dict: of the source.
+        source, target: ``"glow_kernels"`` (:class:`glow_kernels.models.Glow`), ``"rosinality"``, ``"chaiyujin"``,
+            ``"y0ast"`` or ``"normflows"`` (a ``MultiscaleFlow`` of ``GlowBlock``, with ``GlowBase`` densities).
+        lu: whether the 1x1 convolutions of the target are LU-decomposed; as in the source by default.
+
+    Raises:
+        ValueError: an unknown dialect, or a state dict of something else; the message names the first missing tensor.
+    """
+    check_choice("source", source, tuple(DIALECTS))
+    check_choice("target", target, tuple(DIALECTS))
+    keys, inexact = Keys(state_dict), list[str]()
+    try:
+        weights = DIALECTS[source].read(keys, inexact)
+    except KeyError as error:
+        raise ValueError(f"state_dict must be that of a Glow of {source}: it has no {error.args[0]}") from None
+    if not weights.levels:
+        raise ValueError(f"state_dict must be that of a Glow of {source}: it has no steps")
+    written = DIALECTS[target].write(weights, lu, inexact)
+    contiguous = {name: tensor.detach().clone().contiguous() for name, tensor in written.items()}
+    return Conversion(contiguous, tuple(inexact), tuple(keys.unread()))

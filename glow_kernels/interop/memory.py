@@ -1,0 +1,282 @@
+"""Memory-saving execution of recognised steps, whoever calls them.
+
+A step becomes one node of autograd, which keeps its input, its output or nothing, and no activations of its network:
+backward recomputes them with the engine of :mod:`glow_kernels.reversible`. Where the very tensor that one step
+returned is what another is given, the two form a chain: the second one reconstructs that state in its backward and
+sends it on as the gradient of a ghost, a tensor of the state's shape without memory. So chains form inside of loops of
+other people's code, and end where something else is done to the state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.weight_norm import WeightNorm
+from torch.utils.checkpoint import checkpoint
+
+from glow_kernels.interop import steps
+from glow_kernels.interop.patch import INITIALIZED, any_hooks, is_set, memory_of, patch_of
+from glow_kernels.reversible import guards, recompute
+from glow_kernels.reversible.anatomy import Anatomy
+from glow_kernels.reversible.randomness import RandomState
+from glow_kernels.reversible.recompute import Mode
+
+_LINK = "_glow_kernels_link"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a recognised step keeps for backward; as for :class:`~glow_kernels.ReversibleSequential`.
+
+    Attributes:
+        policy: ``"checkpoint"``, ``"anchor"`` or ``"invert"``.
+        anchor_every: distance of the anchors in a chain.
+        micro_batches: parts of the batch in which the step is evaluated.
+        restores_buffers: its network changes buffers, as BatchNorm does, which must happen once.
+    """
+
+    policy: str
+    anchor_every: int = 4
+    micro_batches: int = 1
+    restores_buffers: bool = False
+
+    def keeps_input(self, position: int) -> bool:
+        """Whether the step at this position of a chain keeps its input."""
+        anchor = self.policy == "anchor" and position % self.anchor_every == self.anchor_every - 1
+        return anchor or self.policy == "checkpoint"
+
+
+class _Unit(nn.Module):
+    """A step of existing code as the engine takes steps."""
+
+    def __init__(self, module: nn.Module, function: Callable[..., Any] | None = None) -> None:
+        super().__init__()
+        self.module = module
+        self.function = function
+
+    @property
+    def parts(self) -> steps.Parts:
+        patch: Any = patch_of(self.module)
+        parts: steps.Parts = patch.parts(self.module)
+        return parts
+
+    def forward(self, x: Tensor, *context: Tensor | None) -> Any:
+        if self.function is not None:
+            return self.function(x, *context)
+        return steps.forward(self.parts, x, *context)
+
+    def inverse(self, z: Tensor, *context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return steps.inverse(self.parts, z, *context)
+
+    def backward_from_output(self, *arguments: Any) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+        """As :func:`glow_kernels.interop.steps.backward_from_output`."""
+        return steps.backward_from_output(self.parts, *arguments)
+
+
+class _Output:
+    """The state after a step, until the step after it says that it will send it."""
+
+    def __init__(self) -> None:
+        self._state: Tensor | None = None
+        self._version = 0
+
+    def keep(self, state: Tensor | None) -> None:
+        """Keep ``state``, or nothing any more."""
+        self._state, self._version = state, 0 if state is None else state._version
+
+    def kept(self) -> Tensor:
+        """The state.
+
+        Raises:
+            RuntimeError: it is gone, or not what it was.
+        """
+        if self._state is None:
+            raise RuntimeError(
+                "the state after a step was to come from the backward of the step that follows, which has no part in "
+                "what is differentiated: use memory='checkpoint'"
+            )
+        if self._state._version != self._version:
+            raise RuntimeError("the state after a step was modified in place: use memory='checkpoint'")
+        return self._state
+
+
+class _Link:
+    """What a step leaves at the tensor that it returns, for the step that is given it."""
+
+    def __init__(self, z: Tensor, ghost: Tensor, output: _Output, position: int) -> None:
+        self.node, self.version = z.grad_fn, z._version
+        self.ghost, self.output, self.position = ghost, output, position
+        self.taken = False
+
+    def follows(self, x: Tensor) -> bool:
+        """Whether ``x`` is what the step returned, unchanged, and nobody has taken it."""
+        return not self.taken and x.grad_fn is self.node and x._version == self.version
+
+    def take(self) -> Tensor:
+        """The ghost, for the step that will send the state."""
+        self.taken = True
+        self.output.keep(None)
+        return self.ghost
+
+
+def run(module: nn.Module, x: Tensor, *context: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A patched step in the density direction: ``x`` (B, C, *spatial) to ``z`` and ``log_det`` (B,)."""
+    memory = _active(module)
+    if memory is None:
+        patch: Any = patch_of(module)
+        return steps.forward(patch.parts(module), x, *context)
+    unit = _Unit(module)
+    if _is_foreign(module):
+        return checkpoint(unit, x, *context, use_reentrant=False)  # type: ignore[no-any-return]
+    link = getattr(x, _LINK, None)
+    if link is None or memory.policy == "checkpoint" or not link.follows(x):
+        link = None
+    position = 0 if link is None else link.position + 1
+    keeps_input = memory.keeps_input(position)
+    output, ghost = _Output(), None
+    if link is not None:
+        ghost = link.take()
+    z, log_det, next_ghost = _apply(unit, memory, keeps_input, output, x, ghost, context)
+    if z.requires_grad and memory.policy != "checkpoint":
+        setattr(z, _LINK, _Link(z, next_ghost, output, position))
+    return z, log_det
+
+
+def run_alone(module: nn.Module, function: Callable[..., Any], x: Tensor, *context: Tensor | None) -> Any:
+    """``function(x, *context)`` of a patched layer that is no :class:`~glow_kernels.interop.steps.Parts`: it returns a
+    pair of tensors (B, ...), and keeps its inputs alone."""
+    memory = _active(module)
+    if memory is None:
+        return function(x, *context)
+    unit = _Unit(module, function)
+    if _is_foreign(module):
+        return checkpoint(unit, x, *context, use_reentrant=False)
+    z, log_det, _ = _apply(unit, memory, True, _Output(), x, None, context)
+    return z, log_det
+
+
+def initialize(module: nn.Module, call: Callable[[], Any]) -> None:
+    """Let ActNorms in a step that keeps little initialise themselves by ``call``, without a graph."""
+    if torch.compiler.is_compiling() or _active(module) is None:
+        return
+    if not any(_is_uninitialised(layer) for layer in Anatomy.of(module).modules):
+        return
+    device = next(module.parameters()).device
+    with torch.no_grad(), RandomState(device).replayed():
+        call()
+
+
+def _apply(
+    unit: _Unit,
+    memory: Memory,
+    keeps_input: bool,
+    output: _Output,
+    x: Tensor,
+    ghost: Tensor | None,
+    context: Sequence[Tensor | None],
+) -> Any:
+    mode = Mode.current(x.device, memory.micro_batches)
+    anatomy = Anatomy.of(unit)
+    place = _Place(anatomy, memory, mode, keeps_input, output, len(context))
+    return _Node.apply(place, x, ghost, *context, *anatomy.parameters)  # type: ignore[no-untyped-call]
+
+
+class _Place(NamedTuple):
+    """What a node needs beside tensors."""
+
+    anatomy: Anatomy
+    memory: Memory
+    mode: Mode
+    keeps_input: bool
+    output: _Output
+    contexts: int
+
+
+class _Node(torch.autograd.Function):
+    """A step that keeps its input, or its output while no other step follows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, place: _Place, x: Tensor, ghost: Tensor | None, *tensors: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.place = place
+        watched = nullcontext() if place.memory.restores_buffers else guards.unchanged(place.anatomy, x, "forward")
+        with watched:
+            z, log_det, ctx.states = recompute.forward(place.anatomy, x, tensors[: place.contexts], place.mode)
+        ctx.save_for_backward(x if place.keeps_input else None, *tensors)
+        if not place.keeps_input:
+            place.output.keep(z.detach())
+        return z, log_det, z.new_zeros(()).expand(z.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "the backward of a step that keeps no activations cannot be differentiated again: compute second "
+                "derivatives with memory='store' and glow_kernels.use_backend('reference')"
+            )
+        place: _Place = ctx.place
+        grad_z, grad_log_det, reconstructed = grads
+        x, *tensors = ctx.saved_tensors
+        z = None
+        if x is None:
+            z = place.output.kept() if reconstructed is None else reconstructed
+        with _buffers_restored(place.anatomy) if place.memory.restores_buffers else nullcontext():
+            result = recompute.backward(
+                place.anatomy,
+                x,
+                z,
+                (grad_z, grad_log_det),
+                tensors[: place.contexts],
+                tensors[place.contexts :],
+                ctx.needs_input_grad[3:],
+                place.mode,
+                ctx.states,
+                closed=True,
+            )
+        return None, result.grad_x, result.x if ctx.needs_input_grad[2] else None, *result.grads
+
+
+@contextmanager
+def _buffers_restored(anatomy: Anatomy) -> Iterator[None]:
+    before = [(name, buffer, buffer._version, buffer.clone()) for name, buffer in anatomy.step.named_buffers()]
+    yield
+    for name, buffer, version, values in before:
+        # Kernels of BatchNorm change running_mean and running_var unnoticed.
+        if buffer._version != version or ".running_" in name:
+            buffer.copy_(values)
+
+
+def _active(module: nn.Module) -> Memory | None:
+    """What ``module`` keeps in the call that is being made; None for everything, as PyTorch does."""
+    memory = memory_of(module)
+    if memory is None or not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        return None
+    # Whoever watches the calls inside of a step must not see them twice.
+    if any_hooks(_harmless, *Anatomy.of(module).modules[1:]):
+        return None
+    return memory
+
+
+def _harmless(hook: Any) -> bool:
+    return isinstance(hook, WeightNorm)
+
+
+def _is_foreign(module: nn.Module) -> bool:
+    """Whether parameters cannot be told from the module: a replica of DataParallel; or nobody runs the code, but a
+    compiler reads it."""
+    return torch.compiler.is_compiling() or getattr(module, "_is_replica", False)
+
+
+def _is_uninitialised(layer: nn.Module) -> bool:
+    for name, meaning in INITIALIZED.items():
+        flag = layer.__dict__.get(name, layer._buffers.get(name))
+        if flag is not None:
+            return is_set(layer, flag) is not meaning
+    return False

@@ -1,0 +1,114 @@
+"""A step of flow of whatever dialect, in terms of the operators: a linear map, if it has one, then a coupling.
+
+A dialect says where the parts of its step are (:class:`Parts`); how they are computed, inverted and differentiated from
+the output is the same for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from glow_kernels.interop.probe import Coupling
+from glow_kernels.ops import actnorm_conv1x1, actnorm_conv1x1_inverse, actnorm_conv1x1_reversible_backward
+from glow_kernels.reversible.tensors import differentiate, leaf, sum_of
+
+# log_scale, bias, weight and weight_log_det, as for actnorm_conv1x1.
+Linear = tuple[Tensor, Tensor, Tensor, "Tensor | None"]
+
+
+class Parts(NamedTuple):
+    """What a step computes with. Functions, so that parameters are read when they are used.
+
+    Attributes:
+        coupling: which it is.
+        network: (B, C_read, *spatial) and further arguments to (B, outputs, *spatial).
+        linear: ActNorm and convolution before the coupling; None for a coupling alone.
+        gain: the learned number per channel in the log-scale, if there is one.
+    """
+
+    coupling: Coupling
+    network: Callable[..., Tensor]
+    linear: Callable[[], Linear] | None = None
+    gain: Callable[[], Tensor] | None = None
+
+
+def forward(parts: Parts, x: Tensor, *context: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``x`` (B, C, *spatial) to ``z`` and ``log_det`` (B,); ``context`` goes to the network."""
+    coupling, linear_log_det = parts.coupling, None
+    if parts.linear is not None:
+        x, linear_log_det = actnorm_conv1x1(x, *parts.linear())
+    read, transformed = coupling.split(x)
+    h = coupling.predict(parts.network, read, *context)
+    y, log_det = coupling.forward(transformed, h, _gain(parts))
+    return coupling.join(read, y), log_det if linear_log_det is None else linear_log_det + log_det
+
+
+def inverse(parts: Parts, z: Tensor, *context: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``z`` (B, C, *spatial) to ``x`` and ``log_det`` (B,) of that direction."""
+    coupling = parts.coupling
+    read, transformed = coupling.split(z)
+    h = coupling.predict(parts.network, read, *context)
+    y, log_det = coupling.inverse(transformed, h, _gain(parts))
+    x = coupling.join(read, y)
+    if parts.linear is None:
+        return x, log_det
+    x, linear_log_det = actnorm_conv1x1_inverse(x, *parts.linear())
+    return x, linear_log_det + log_det
+
+
+def backward_from_output(
+    parts: Parts,
+    z: Tensor,
+    grad_z: Tensor | None,
+    grad_log_det: Tensor | None,
+    context: Sequence[Tensor | None],
+    parameters: Sequence[Tensor],
+    closed: bool,
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """The input of the step, its gradient, and those of ``context`` and ``parameters``, with one run of the network.
+
+    Args:
+        closed: as for :func:`glow_kernels.reversible.tensors.differentiate`.
+    """
+    coupling = parts.coupling
+    grad_z = torch.zeros_like(z) if grad_z is None else grad_z
+    if grad_log_det is None:
+        grad_log_det = z.new_zeros(len(z))
+    read, transformed = coupling.split(z)
+    grad_read, grad_transformed = coupling.split(grad_z)
+    tensors = [tensor for tensor in context if tensor is not None]
+    with torch.enable_grad():
+        read = leaf(read, True)
+        h = coupling.predict(parts.network, read, *context)
+        gain = _gain(parts)
+    constant_gain = None if gain is None else gain.detach()
+    transformed, grad_transformed, grad_h, grad_gain = coupling.undo(
+        grad_transformed, grad_log_det, transformed, h.detach(), constant_gain
+    )
+    leaves = [read, *tensors, *parameters]
+    grad_more, *grads = differentiate([h], [grad_h], leaves, closed)
+    del h, grad_h
+    if gain is not None:
+        grads = _added(grads, differentiate([gain], [grad_gain], leaves[1:], closed=True))
+    if grad_more is not None:
+        grad_read = grad_read + grad_more
+    x, grad_x = coupling.join(read.detach(), transformed), coupling.join(grad_read, grad_transformed)
+    if parts.linear is None:
+        return x, grad_x, grads
+    with torch.enable_grad():
+        linear = [tensor for tensor in parts.linear() if tensor is not None]
+    constants = [tensor.detach() for tensor in linear]
+    x, grad_x, *linear_grads = actnorm_conv1x1_reversible_backward(grad_x, grad_log_det, x, *constants)
+    return x, grad_x, _added(grads, differentiate(linear, linear_grads[: len(linear)], leaves[1:], closed=True))
+
+
+def _gain(parts: Parts) -> Tensor | None:
+    return None if parts.gain is None else parts.gain()
+
+
+def _added(grads: Sequence[Tensor | None], more: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [sum_of(grad, other) for grad, other in zip(grads, more, strict=True)]

@@ -1,0 +1,241 @@
+"""The weights of a multi-scale Glow in one form, between the names and spellings of the dialects.
+
+A convolution is ``exp(log_scale) * (W x + bias)``; ActNorm is ``sign * exp(log_scale) * (x + bias)``; rows that predict
+shift and scale stand as halves, the shift first, and those that predict a Gaussian likewise, the mean first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """``exp(log_scale) * (W x + bias)``.
+
+    Attributes:
+        weight: (O, I, k, k).
+        bias, log_scale: (O,).
+        border: value around the input.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    log_scale: Tensor
+    border: float = 0.0
+
+    @property
+    def notices_border(self) -> bool:
+        """Whether the value around the input makes a difference."""
+        return self.weight.shape[-1] > 1 and bool(self.weight.any())
+
+    def folded(self) -> Convolution:
+        """The same without a scale."""
+        scale = self.log_scale.exp()
+        weight = self.weight * scale[:, None, None, None]
+        return Convolution(weight, self.bias * scale, torch.zeros_like(scale), self.border)
+
+    def with_rows(self, order: Tensor) -> Convolution:
+        """Output channels in another order."""
+        return dataclasses.replace(
+            self, weight=self.weight[order], bias=self.bias[order], log_scale=self.log_scale[order]
+        )
+
+    def with_sign(self, sign: Tensor) -> Convolution:
+        """Output channels times ``sign`` (O,)."""
+        return dataclasses.replace(self, weight=self.weight * sign[:, None, None, None], bias=self.bias * sign)
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """``W`` (C, C), or ``W = P L (U + diag(sign * exp(log_diagonal)))`` with junk outside of the triangles.
+
+    Attributes:
+        weight: W, or None.
+        factors: permutation, lower, upper, log_diagonal and diagonal_sign, or None.
+    """
+
+    weight: Tensor | None = None
+    factors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None
+
+    def plain(self) -> Tensor:
+        """W."""
+        if self.weight is not None:
+            return self.weight
+        assert self.factors is not None
+        permutation, lower, upper, log_diagonal, sign = (factor.double() for factor in self.factors)
+        triangle = lower.tril(-1) + torch.eye(len(sign), dtype=torch.float64, device=sign.device)
+        weight = permutation @ triangle @ (upper.triu(1) + torch.diag(sign * log_diagonal.exp()))
+        return weight.to(self.factors[1].dtype)
+
+    def decomposed(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The factors, without junk."""
+        if self.factors is not None:
+            permutation, lower, upper, log_diagonal, sign = self.factors
+            return permutation, lower.tril(-1), upper.triu(1), log_diagonal, sign
+        assert self.weight is not None
+        permutation, lower, upper = torch.linalg.lu(self.weight.double())
+        diagonal = upper.diagonal()
+        factors = (permutation, lower.tril(-1), upper.triu(1), diagonal.abs().log(), diagonal.sign())
+        return tuple(factor.to(self.weight.dtype) for factor in factors)
+
+    def with_signs(self, sign: Tensor) -> Mixing:
+        """``W diag(sign)``."""
+        if self.factors is None:
+            assert self.weight is not None
+            return Mixing(self.weight * sign)
+        permutation, lower, upper, log_diagonal, diagonal_sign = self.factors
+        return Mixing(factors=(permutation, lower, upper * sign, log_diagonal, diagonal_sign * sign))
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of flow.
+
+    Attributes:
+        log_scale, bias, sign: of ActNorm, (C,).
+        mixing: the 1x1 convolution.
+        network: of the coupling; three convolutions with ReLU between them.
+        initialized: whether ActNorm is.
+    """
+
+    log_scale: Tensor
+    bias: Tensor
+    mixing: Mixing
+    network: tuple[Convolution, Convolution, Convolution]
+    sign: Tensor | None = None
+    initialized: bool = True
+
+    @property
+    def is_affine(self) -> bool:
+        """Whether the network predicts a scale too."""
+        return len(self.network[2].bias) == len(self.bias)
+
+    def without_signs(self) -> Step:
+        """The same with positive scales: signs of ActNorm go into the columns of W."""
+        if self.sign is None:
+            return self
+        return dataclasses.replace(self, mixing=self.mixing.with_signs(self.sign), sign=None)
+
+    def with_last(self, last: Convolution) -> Step:
+        """With another last convolution."""
+        return dataclasses.replace(self, network=(*self.network[:2], last))
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model.
+
+    Attributes:
+        levels: the steps of each level, the first at full size.
+        splits: between them, the convolution that predicts what is factored out.
+        top: prior of the deepest latent, a convolution of an image of zeros; None for a standard normal.
+    """
+
+    levels: list[list[Step]]
+    splits: list[Convolution]
+    top: Convolution | None = None
+
+
+@dataclass
+class Keys:
+    """A ``state_dict`` of which it is known what has been read."""
+
+    tensors: Mapping[str, Tensor]
+    seen: set[str] = field(default_factory=set)
+
+    def __call__(self, name: str) -> Tensor:
+        """The tensor; a parallel wrapper's ``module.`` may precede its name.
+
+        Raises:
+            KeyError: it is not there.
+        """
+        found = next((key for key in (name, f"module.{name}") if key in self.tensors), None)
+        if found is None:
+            raise KeyError(name)
+        self.seen.add(found)
+        return self.tensors[found]
+
+    def has(self, name: str) -> bool:
+        """Whether it is there."""
+        return name in self.tensors or f"module.{name}" in self.tensors
+
+    def numbers(self, prefix: str) -> list[int]:
+        """The numbers that follow ``prefix`` in names."""
+        found = set()
+        for key in self.tensors:
+            name = key.removeprefix("module.")
+            if name.startswith(prefix):
+                number = name[len(prefix) :].partition(".")[0]
+                if number.isdigit():
+                    found.add(int(number))
+        return sorted(found)
+
+    def unread(self) -> list[str]:
+        """Names that nobody asked for."""
+        return [key for key in self.tensors if key not in self.seen]
+
+
+def interleaved(halves: Convolution) -> Convolution:
+    """Rows of two halves, alternating."""
+    rows = torch.arange(len(halves.bias))
+    return halves.with_rows(rows.view(2, -1).T.flatten())
+
+
+def halves(alternating: Convolution) -> Convolution:
+    """The inverse of :func:`interleaved`."""
+    rows = torch.arange(len(alternating.bias))
+    return alternating.with_rows(torch.cat((rows[0::2], rows[1::2])))
+
+
+def swapped(convolution: Convolution) -> Convolution:
+    """The two halves of the rows in the other order."""
+    return convolution.with_rows(torch.arange(len(convolution.bias)).roll(len(convolution.bias) // 2))
+
+
+def affine_halves(step: Step) -> Step:
+    """Rows for shift and scale as halves, from alternating ones, if there are both."""
+    return step.with_last(halves(step.network[2])) if step.is_affine else step
+
+
+def affine_interleaved(step: Step) -> Step:
+    """The inverse of :func:`affine_halves`."""
+    return step.with_last(interleaved(step.network[2])) if step.is_affine else step
+
+
+def negated_shift(step: Step) -> Step:
+    """Between ``x + t`` and ``x - t``."""
+    last = step.network[2]
+    sign = torch.ones_like(last.bias)
+    sign[: len(sign) // 2 if step.is_affine else len(sign)] = -1
+    return step.with_last(last.with_sign(sign))
+
+
+def constant(values: Tensor, log_scale: Tensor) -> Convolution:
+    """A convolution that does not look at its input."""
+    return Convolution(values.new_zeros(len(values), len(values) // 2, 3, 3), values, log_scale)
+
+
+def read_mixing(keys: Keys, weight: str, factors: list[str]) -> Mixing:
+    """From the names of W, or of P, L, U, log|s| and the signs of s."""
+    if keys.has(weight):
+        matrix = keys(weight)
+        return Mixing(matrix.reshape(matrix.shape[0], matrix.shape[0]))
+    permutation, lower, upper, log_diagonal, sign = (keys(name) for name in factors)
+    return Mixing(factors=(permutation, lower, upper, log_diagonal, sign))
+
+
+def write_mixing(state: State, mixing: Mixing, lu: bool | None, weight: str, factors: list[str]) -> None:
+    """Under the names of W, or of L, U, log|s|, P and the signs of s."""
+    if not (mixing.factors is not None if lu is None else lu):
+        state[weight] = mixing.plain()
+        return
+    permutation, lower, upper, log_diagonal, sign = mixing.decomposed()
+    state.update(zip(factors, (lower, upper, log_diagonal, permutation, sign), strict=True))

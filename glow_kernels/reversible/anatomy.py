@@ -1,0 +1,128 @@
+"""What a step consists of: its modules, its parameters, and whether it is this package's own."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from glow_kernels.nn import ActNorm, AdditiveCoupling, AffineCoupling, CouplingNetwork, FlowStep
+from glow_kernels.nn.conv1x1 import ChannelPermutation, InvertibleConv1x1
+from glow_kernels.nn.network import ActNormConv2d, ZeroConv2d
+
+_COUPLINGS = (AffineCoupling, AdditiveCoupling)
+_OWN = {
+    ActNorm,
+    ActNormConv2d,
+    ChannelPermutation,
+    CouplingNetwork,
+    FlowStep,
+    InvertibleConv1x1,
+    ZeroConv2d,
+    *_COUPLINGS,
+}
+
+
+@dataclass
+class Anatomy:
+    """A step taken apart, in one walk: every step is asked every time, and ``nn.Module``'s own walks are slow.
+
+    Attributes:
+        step: the step.
+        modules: it and everything in it.
+        slots: where each of its parameters is kept; a shared one is kept in several places.
+    """
+
+    step: nn.Module
+    modules: list[nn.Module]
+    slots: list[list[tuple[dict[str, Any], str]]]
+
+    @classmethod
+    def of(cls, step: nn.Module) -> Anatomy:
+        """That of ``step`` as it is now."""
+        modules = {id(step): step}
+        slots: dict[int, list[tuple[dict[str, Any], str]]] = {}
+        stack = [step]
+        while stack:
+            module = stack.pop()
+            for key, parameter in module._parameters.items():
+                if parameter is not None:
+                    slots.setdefault(id(parameter), []).append((module._parameters, key))
+            for child in module._modules.values():
+                if child is not None and id(child) not in modules:
+                    modules[id(child)] = child
+                    stack.append(child)
+        return cls(step, list(modules.values()), list(slots.values()))
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Each once, in the order of :attr:`slots`."""
+        return [places[0][0][places[0][1]] for places in self.slots]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Parameters and buffers."""
+        owners = [owner for module in self.modules for owner in (module._parameters, module._buffers)]
+        return [tensor for owner in owners for tensor in owner.values() if tensor is not None]
+
+    @property
+    def inverse(self) -> Callable[..., tuple[Tensor, Tensor]]:
+        """The inverse of the step; under FSDP without gathering its weights, which its node of autograd does."""
+        inverse: Any = self.step.inverse
+        if "inverse" in self.step.__dict__ and hasattr(self.step, "_get_fsdp_state"):
+            inverse = inverse.__wrapped__
+        result: Callable[..., tuple[Tensor, Tensor]] = inverse
+        return result
+
+    @functools.cached_property
+    def is_flow_step(self) -> bool:
+        """Whether it computes what a :class:`~glow_kernels.nn.FlowStep` does, in the way that it does."""
+        step = self.step
+        if not isinstance(step, FlowStep) or type(step.coupling) not in _COUPLINGS:
+            return False
+        inverse = getattr(self.inverse, "__func__", None)
+        own_forward = type(step).forward is FlowStep.forward and "forward" not in step.__dict__
+        if not own_forward or inverse is not FlowStep.inverse:
+            return False
+        parts = (step.actnorm.__dict__, step.mixing.__dict__, step.coupling.__dict__)
+        return not any(name in part for part in parts for name in ("forward", "inverse", "matrix"))
+
+    @functools.cached_property
+    def is_standard(self) -> bool:
+        """Whether all of it is this package's own, so that it has no side effects and draws no random numbers."""
+        for module in self.modules:
+            if module is not self.step and (
+                type(module) not in _OWN
+                or "forward" in module.__dict__
+                or module._forward_hooks
+                or module._forward_pre_hooks
+            ):
+                return False
+        return self.is_flow_step
+
+    @contextmanager
+    def substituted(self, tensors: Sequence[Tensor]) -> Iterator[None]:
+        """Let the modules compute with ``tensors`` in place of :attr:`parameters`.
+
+        Not ``torch.func.functional_call``, which reaches only the ``forward`` of a layer.
+        """
+        if len(self.slots) != len(tensors):
+            raise RuntimeError(f"it had {len(tensors)} parameters in forward and has {len(self.slots)} in backward")
+        originals = self.parameters
+        recurrent = [module for module in self.modules if isinstance(module, nn.RNNBase)]
+        try:
+            self._fill(tensors, recurrent)
+            yield
+        finally:
+            self._fill(originals, recurrent)
+
+    def _fill(self, tensors: Sequence[Tensor], recurrent: Sequence[nn.RNNBase]) -> None:
+        for places, tensor in zip(self.slots, tensors, strict=True):
+            for owner, key in places:
+                owner[key] = tensor
+        for module in recurrent:  # which keep a second list of their weights
+            module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]

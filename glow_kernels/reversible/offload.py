@@ -1,0 +1,60 @@
+"""Anchors in host memory: copied out while the forward goes on, and back one ahead of the backward."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Shelf:
+    """The anchors of one forward, which backward takes back from the last to the first.
+
+    On CUDA they are copied on a stream of their own, to and from pinned memory, which PyTorch's allocator uses again.
+
+    Args:
+        device: of the states.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured, which would replay copies into memory that others use by then.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = None
+        if device.type == "cuda":
+            if torch.cuda.is_current_stream_capturing():
+                raise RuntimeError("offload_anchors=True cannot be captured in a CUDA graph")
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._anchors: list[Tensor] = []
+        self._fetched: dict[int, tuple[Tensor, torch.cuda.Event | None]] = {}
+
+    def put(self, state: Tensor) -> int:
+        """Copy ``state`` to the host, and say under which number."""
+        if self._stream is None:
+            anchor = state.to("cpu", copy=True)
+        else:
+            anchor = torch.empty_like(state, device="cpu", pin_memory=True)
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+            with torch.cuda.stream(self._stream):
+                anchor.copy_(state, non_blocking=True)
+            state.record_stream(self._stream)  # its memory is not given away before it is copied
+        self._anchors.append(anchor)
+        return len(self._anchors) - 1
+
+    def get(self, number: int) -> Tensor:
+        """The state of that number, on its device; the one before it is on its way from then on."""
+        state, arrival = self._fetched.pop(number) if number in self._fetched else self._fetch(number)
+        if number:
+            self._fetched[number - 1] = self._fetch(number - 1)
+        if arrival is not None:
+            current = torch.cuda.current_stream(self._device)
+            current.wait_event(arrival)
+            state.record_stream(current)
+        return state
+
+    def _fetch(self, number: int) -> tuple[Tensor, torch.cuda.Event | None]:
+        if self._stream is None:
+            return self._anchors[number].to(self._device, copy=True), None
+        with torch.cuda.stream(self._stream):
+            state = self._anchors[number].to(self._device, non_blocking=True)
+            return state, self._stream.record_event()

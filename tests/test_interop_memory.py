@@ -1,0 +1,446 @@
+"""``accelerate(model, memory=...)``: the same gradients from a fraction of the memory, whoever runs the steps."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from dialects import openai, rosinality
+from dialects.zoo import EXAMPLES, Example, normflows_glow, normflows_loss
+from test_interop import can_be_pickled, images, make, mark_initialized, trained
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import glow_kernels as gk
+from glow_kernels.bench.live_storages import LiveStorages
+from glow_kernels.interop import steps
+from glow_kernels.interop.patch import memory_of
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.lu is deprecated", "ignore:torch.triangular_solve is deprecated")
+POLICIES = ("checkpoint", "anchor", "invert")
+# One of each dialect, and what is special: a learned gain is chrischute's, additive and inverted couplings are here.
+CHOSEN = (
+    "rosinality",
+    "rosinality_additive",
+    "chaiyujin",
+    "y0ast_reverse",
+    "normflows",
+    "normflows_sigmoid_inv",
+    "nflows",
+    "FrEIA",
+    "FrEIA later",
+    "chrischute",
+    "survae",
+)
+
+
+def prepared(example: Example) -> nn.Module:
+    """A model that has been trained for a few steps."""
+    model = make(example)
+    trained(example, model, 3)
+    return model
+
+
+def twin(example: Example, model: nn.Module) -> nn.Module:
+    """Another model with the same state; not a deep copy, which does not work for closures."""
+    other = make(example)
+    other.load_state_dict(model.state_dict())
+    mark_initialized(other)
+    return other
+
+
+def gradients(example: Example, model: nn.Module, x: Tensor) -> list[Tensor]:
+    """Loss, and gradients of data and parameters, by a backward of the whole model."""
+    x = x.clone().requires_grad_()
+    model.zero_grad()
+    loss = example.loss(model, x)
+    loss.backward()
+    grads = [p.grad for p in model.parameters() if p.requires_grad and p.grad is not None]
+    return [loss.detach(), x.grad, *grads]
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_every_dialect_has_the_same_gradients_with_every_policy(name):
+    example = EXAMPLES[name]
+    model = prepared(example)
+    others = [twin(example, model) for _ in POLICIES]
+    x = images(example).double()
+    expected = gradients(example, model.double(), x)
+    for policy, other in zip(POLICIES, others, strict=True):
+        keys = list(other.state_dict())
+        report = gk.accelerate(other, memory=policy, anchor_every=2)
+        assert not report.left_alone
+        rows = [row for row in report.layers if row.memory]
+        assert [(row.path, row.memory_reason) for row in rows if row.memory != policy] == []
+        assert rows
+        assert list(other.state_dict()) == keys
+        actual = gradients(example, other.double(), x)
+        for one, two in zip(actual, expected, strict=True):
+            # 1e-7: some layers round their log-determinant to float32 whatever their type.
+            assert (one - two).abs().max() <= 1e-7 * two.abs().max().clamp_min(1.0)
+        assert gk.restore(other) == example.layers
+        assert all(memory_of(layer) is None for layer in other.modules())
+
+
+@pytest.mark.parametrize("name", ["rosinality", "normflows", "chaiyujin"])
+def test_a_training_run_from_the_first_batch_has_the_same_losses(name):
+    example = EXAMPLES[name]
+    original, accelerated = make(example).double(), make(example).double()
+    gk.accelerate(accelerated, memory="anchor", anchor_every=2, micro_batches=2)
+    expected, actual = (trained(example, model, 12) for model in (original, accelerated))
+    torch.testing.assert_close(torch.tensor(actual), torch.tensor(expected), rtol=1e-6, atol=0.0)
+
+
+def rosinality_glow(steps: int = 8) -> nn.Module:
+    return rosinality.Glow(3, steps, 2, filter_size=64)
+
+
+def activation_bytes(model: nn.Module, loss, x: Tensor, **options) -> tuple[int, int]:
+    """Bytes kept by the forward and most at any time of a training step; gradients of parameters do not count."""
+    loss(model, x)
+    if options:
+        assert not gk.accelerate(model, verify=False, **options).left_alone
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    loss(model, x).backward()
+    with LiveStorages([model]) as storages:
+        value = loss(model, x)
+        kept = storages.now
+        value.backward()
+    return kept, storages.peak
+
+
+@pytest.mark.parametrize(
+    ("build", "loss"),
+    [(rosinality_glow, rosinality.loss), (lambda: normflows_glow(8, 2, 64, (3, 32, 32)), normflows_loss)],
+    ids=["rosinality", "normflows"],
+)
+def test_anchors_take_a_fifth_of_the_activation_memory(build, loss):
+    x = torch.randn(16, 3, 32, 32)
+    original_kept, original_peak = activation_bytes(build(), loss, x)
+    kept, peak = activation_bytes(build(), loss, x, memory="anchor")
+    assert kept <= original_kept / 20
+    assert peak <= original_peak / 5
+
+
+def test_memory_grows_by_the_anchors_only():
+    x = torch.randn(4, 3, 32, 32)
+    kept = {
+        (policy, steps): activation_bytes(rosinality_glow(steps), rosinality.loss, x, memory=policy)[0]
+        for policy in POLICIES
+        for steps in (4, 8)
+    }
+    # What every step keeps beside states is of C x C, for the folding of its matrices.
+    states = x.numel() * 4 * (1 + 1 / 2)
+    small = 4 * 2 * 12 * 24 * 24 * 4
+    for policy, number in (("checkpoint", 4), ("anchor", 1), ("invert", 0)):
+        grown = kept[policy, 8] - kept[policy, 4]
+        assert number * states <= grown <= number * states + small
+
+
+def test_micro_batches_take_less_while_a_step_works():
+    x = torch.randn(8, 3, 32, 32)
+    peaks = [
+        activation_bytes(rosinality_glow(2), rosinality.loss, x, memory="invert", micro_batches=parts)[1]
+        for parts in (1, 4)
+    ]
+    assert peaks[1] < 0.5 * peaks[0]
+
+
+def flows(number: int = 3, **options) -> nn.ModuleList:
+    """Initialised steps whose networks do not start at zero."""
+    chain = nn.ModuleList(rosinality.Flow(4, filter_size=4, **options) for _ in range(number))
+    x = torch.randn(8, 4, 6, 6)
+    for flow in chain:
+        nn.init.normal_(flow.coupling.net[-1].conv.weight, 0, 0.1)
+        x, _ = flow(x)
+    return chain
+
+
+def in_turn(chain, x: Tensor) -> tuple[Tensor, Tensor]:
+    total = 0
+    for flow in chain:
+        x, log_det = flow(x)
+        total = total + log_det
+    return x, total
+
+
+def weighted(results: tuple[Tensor, Tensor]) -> Tensor:
+    z, log_det = results
+    return (z * z.detach().cos()).sum() + log_det.sin().sum()
+
+
+def parameter_gradients(chain: nn.Module, x: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(weighted(in_turn(chain, x)), list(chain.parameters())))
+
+
+def assert_equal(actual, expected) -> None:
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_what_happens_to_a_state_between_steps_ends_the_chain():
+    original = flows()
+    x = torch.randn(4, 4, 6, 6)
+
+    def interrupted(chain):
+        y, one = chain[0](x)
+        y, two = chain[1](2 * y)
+        aside = chain[2](y)[0]  # a state that is used twice
+        y, three = chain[2](y)
+        return y + aside, one + two + three
+
+    expected = torch.autograd.grad(weighted(interrupted(original)), list(original.parameters()))
+    gk.accelerate(original, memory="invert")
+    actual = torch.autograd.grad(weighted(interrupted(original)), list(original.parameters()))
+    assert_equal(actual, expected)
+
+
+def test_a_state_that_is_modified_in_place_is_an_error_and_not_a_wrong_gradient():
+    chain = flows(1)
+    gk.accelerate(chain, memory="invert")
+    y, log_det = chain[0](torch.randn(4, 4, 6, 6))
+    y.add_(1.0)
+    with pytest.raises(RuntimeError, match=r"modified in place: use memory='checkpoint'"):
+        log_det.sum().backward()
+
+
+def test_state_that_does_not_arrive_is_an_error_and_not_a_wrong_gradient():
+    chain = flows(2)
+    gk.accelerate(chain, memory="invert")
+    y, log_det = chain[0](torch.randn(4, 4, 6, 6))
+    chain[1](y)  # which has no part in the loss
+    with pytest.raises(RuntimeError, match=r"has no part in what is differentiated: use memory='checkpoint'"):
+        log_det.sum().backward()
+    gk.accelerate(chain, memory="checkpoint")
+    y, log_det = chain[0](torch.randn(4, 4, 6, 6))
+    chain[1](y)
+    log_det.sum().backward()
+
+
+def test_backward_twice_and_second_derivatives():
+    chain = flows()
+    gk.accelerate(chain, memory="anchor", anchor_every=2)
+    x = torch.randn(4, 4, 6, 6, requires_grad=True)
+    loss = weighted(in_turn(chain, x))
+    (once,) = torch.autograd.grad(loss, x, retain_graph=True)
+    (again,) = torch.autograd.grad(loss, x, retain_graph=True)
+    assert torch.equal(once, again)
+    with pytest.raises(RuntimeError, match=r"cannot be differentiated again: .* memory='store'"):
+        torch.autograd.grad(loss, x, create_graph=True)
+
+
+def test_hooks_inside_of_a_step_see_every_call_once():
+    chain = flows()
+    expected = parameter_gradients(chain, x := torch.randn(4, 4, 6, 6))
+    gk.accelerate(chain, memory="invert")
+    seen = []
+    handle = chain[1].coupling.net[0].register_forward_hook(lambda *_: seen.append(1))
+    assert_equal(parameter_gradients(chain, x), expected)
+    assert len(seen) == 1
+    handle.remove()
+    assert_equal(parameter_gradients(chain, x), expected)
+
+
+def test_running_statistics_change_once_and_random_numbers_are_the_same():
+    chain = flows()
+    for flow in chain:
+        layers = [nn.Conv2d(2, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Dropout(0.5), nn.ReLU(), nn.Conv2d(8, 4, 1)]
+        flow.coupling.net = nn.Sequential(*layers)
+    other = copy.deepcopy(chain)
+    x = torch.randn(4, 4, 6, 6)
+    torch.manual_seed(3)
+    expected = parameter_gradients(chain, x)
+    report = gk.accelerate(other, memory="anchor", anchor_every=2)
+    assert {row.memory for row in report.layers if row.memory} == {"anchor"}
+    torch.manual_seed(3)
+    assert_equal(parameter_gradients(other, x), expected)
+    assert_equal(other.state_dict().values(), chain.state_dict().values())
+
+
+class Stranger(nn.Conv2d):
+    """A network with a parameter that is not its own."""
+
+    def forward(self, x):
+        return super().forward(x) * self.others[0]
+
+
+class Moody(nn.Conv2d):
+    """A network that computes something else every time."""
+
+    def forward(self, x):
+        self.calls = getattr(self, "calls", 0) + 1
+        return super().forward(x) * self.calls
+
+
+@pytest.mark.parametrize(
+    ("network", "options", "reason"),
+    [
+        (Stranger(2, 4, 1), {}, "its network uses parameters that are not its own"),
+        (Moody(2, 4, 1), {}, "its network gives different results for the same input"),
+        (
+            nn.Sequential(nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4)),
+            {"micro_batches": 2},
+            "its network changes its buffers, as BatchNorm does, which allows no micro-batches",
+        ),
+    ],
+    ids=["stranger", "moody", "micro-batches"],
+)
+def test_networks_that_cannot_be_evaluated_again_keep_their_activations(network, options, reason):
+    chain = flows(1)
+    network.others = [nn.Parameter(torch.tensor(2.0))]
+    chain[0].coupling.net = network
+    report = gk.accelerate(chain, memory="invert", **options)
+    row = next(row for row in report.layers if row.kind == "Flow")
+    assert (row.patched, row.memory, row.memory_reason) == (True, "store", reason)
+    assert f"keeps its activations: {reason}" in str(report)
+
+
+@pytest.mark.parametrize("wrong", [1.001, float("nan")])
+def test_a_wrong_backward_is_not_used(monkeypatch, wrong):
+    right = steps.backward_from_output
+
+    def planted(*args):
+        x, grad_x, grads = right(*args)
+        return x, grad_x * wrong, grads
+
+    monkeypatch.setattr(steps, "backward_from_output", planted)
+    report = gk.accelerate(flows(1), memory="invert")
+    row = next(row for row in report.layers if row.kind == "Flow")
+    assert (row.patched, row.memory) == (True, "store")
+    assert "gradient of" in row.memory_reason
+
+
+def test_a_chain_whose_states_arrive_wrong_is_not_used(monkeypatch):
+    right = steps.backward_from_output
+
+    def planted(*args):
+        x, grad_x, grads = right(*args)
+        return x + 1e-3, grad_x, grads  # which only the step before sees
+
+    monkeypatch.setattr(steps, "backward_from_output", planted)
+    report = gk.accelerate(flows(3), memory="invert")
+    rows = [row for row in report.layers if row.kind == "Flow"]
+    assert {(row.patched, row.memory) for row in rows} == {(True, "store")}
+    assert all(row.memory_reason.startswith("the chain of steps: gradient of") for row in rows)
+
+
+def test_the_last_call_decides_and_the_same_call_changes_nothing():
+    chain = flows()
+    for policy in ("store", "anchor", "anchor", "invert", "store"):
+        report = gk.accelerate(chain, memory=policy)
+        assert {row.memory for row in report.layers if row.memory} == {policy}
+        kept = {None if memory is None else memory.policy for memory in map(memory_of, chain)}
+        assert kept == {None if policy == "store" else policy}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"memory": "none"}, "memory must be one of"),
+        ({"memory": "anchor", "anchor_every": 0}, "anchor_every must be at least 1, got 0"),
+        ({"memory": "anchor", "micro_batches": 0}, "micro_batches must be at least 1, got 0"),
+        ({"micro_batches": 2}, "micro_batches must be 1 with memory='store', got 2"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        gk.accelerate(flows(1), **options)
+
+
+@pytest.mark.parametrize("name", ["rosinality", "normflows", "chaiyujin"])
+def test_copies_and_pickles_keep_as_little(name):
+    example = EXAMPLES[name]
+    model = prepared(example)
+    picklable = can_be_pickled(model)
+    gk.accelerate(model, memory="anchor", anchor_every=2)
+    x = images(example)
+    expected = gradients(example, model, x)
+    copies = [copy.deepcopy(model), *([pickle.loads(pickle.dumps(model))] if picklable else [])]
+    for copied in copies:
+        assert {memory_of(layer) for layer in copied.modules()} == {memory_of(layer) for layer in model.modules()}
+        for one, other in zip(gradients(example, copied, x), expected, strict=True):
+            assert torch.equal(one, other)
+
+
+def test_compiled_steps_keep_their_inputs():
+    chain = flows()
+    x = torch.randn(4, 4, 6, 6)
+    expected = parameter_gradients(chain, x)
+    gk.accelerate(chain, memory="anchor")
+    in_turn(chain, x)  # for the flags of its ActNorms
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: in_turn(chain, x), backend="aot_eager", fullgraph=True)
+    actual = torch.autograd.grad(weighted(compiled(x)), list(chain.parameters()))
+    assert_equal(actual, expected)
+
+
+def test_replicas_of_data_parallel_and_frozen_parameters():
+    chain = flows()
+    chain[1].coupling.requires_grad_(False)
+    wanted = [parameter for parameter in chain.parameters() if parameter.requires_grad]
+    x = torch.randn(4, 4, 6, 6)
+    expected = torch.autograd.grad(weighted(in_turn(chain, x)), wanted)
+    gk.accelerate(chain, memory="invert")
+    assert_equal(torch.autograd.grad(weighted(in_turn(chain, x)), wanted), expected)
+    for layer in chain.modules():
+        layer._is_replica = True  # whose parameters are no parameters
+    assert_equal(torch.autograd.grad(weighted(in_turn(chain, x)), wanted), expected)
+
+
+def test_autocast_is_the_same_in_forward_and_backward():
+    chain = flows()
+    x = torch.randn(4, 4, 6, 6)
+    gk.accelerate(chain)
+    with torch.autocast("cpu", torch.bfloat16):
+        results = in_turn(chain, x)
+    expected = torch.autograd.grad(weighted(results), list(chain.parameters()))
+    gk.accelerate(chain, memory="checkpoint")
+    with torch.autocast("cpu", torch.bfloat16):
+        results = in_turn(chain, x)
+    actual = torch.autograd.grad(weighted(results), list(chain.parameters()))
+    for one, other in zip(actual, expected, strict=True):
+        assert (one - other).norm() <= 1e-3 * other.norm() + 1e-5
+
+
+def test_distributed_data_parallel_gets_its_gradients(tmp_path):
+    chain = flows()
+    x = torch.randn(4, 4, 6, 6)
+    expected = parameter_gradients(chain, x)
+    gk.accelerate(chain, memory="anchor", anchor_every=2)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.chain = chain
+
+        def forward(self, x):
+            return in_turn(self.chain, x)
+
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = DistributedDataParallel(Model())
+        weighted(model(x)).backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert_equal([parameter.grad for parameter in chain.parameters()], expected)
+
+
+def test_the_first_batch_initialises_without_keeping_activations():
+    torch.manual_seed(0)
+    model = openai.Glow(3, 64, 4, 1)
+    x = torch.randn(8, 3, 16, 16)
+    original = copy.deepcopy(model)
+    gk.accelerate(model, memory="invert", verify=False)
+    with LiveStorages([model]) as storages:
+        loss = openai.loss(model, x)
+        kept = storages.now
+    with LiveStorages([original]) as storages:
+        expected = openai.loss(original, x)
+        original_kept = storages.now
+    torch.testing.assert_close(loss, expected)
+    assert kept < original_kept / 10
+    for (name, one), other in zip(model.state_dict().items(), original.state_dict().values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5, msg=name)
