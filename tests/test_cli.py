@@ -464,7 +464,7 @@ def test_info_says_how_to_install_what_is_missing(
 
 OPTIONS = {
     "train": {
-        *("--run-folder", "--resume", "--overwrite", "--quiet", "--fsdp", "--device"),
+        *("--run-folder", "--resume", "--overwrite", "--quiet", "--cuda-graph", "--fsdp", "--device"),
         *(f"--{option.name.replace('_', '-')}" for option in fields(TrainingConfig)),
     },
     "evaluate": {"RUN", "--device", "--split", "--dataset", "--draws", "--batch-size"},
