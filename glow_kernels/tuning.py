@@ -105,6 +105,9 @@ def _families(device: torch.device) -> dict[str, list[Call]]:
         families[f"linear_backward_{block_c}"] = [
             lambda arguments=backward: linear.apply_reversible_backward(*arguments)  # type: ignore[misc]
         ]
+        families[f"linear_sums_{block_c}"] = [
+            lambda arguments=(data, data, matrix, False): linear.apply_backward(*arguments)  # type: ignore[misc]
+        ]
     return families
 
 

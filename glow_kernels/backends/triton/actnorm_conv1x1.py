@@ -14,7 +14,7 @@ reversible backward          g, z           x, dx
 
 and the matrices, and one partial sum of ``dM`` and ``dv`` per program; the backwards find ``g`` once more in the cache.
 More channels are matrix products, limited by arithmetic: in blocks of 64 channels, whose tiles of the input the cache
-serves again, and a launch for each of ``z`` or ``x``, ``dx`` and the sums.
+serves again, and a launch for each of ``z`` or ``x``, ``dx`` and the sums; so are the backwards in float64.
 """
 
 from __future__ import annotations
@@ -115,7 +115,8 @@ def apply_reversible_backward(
 
 
 def _fits_one_pass(x: Tensor) -> bool:
-    return x.shape[1] <= _BLOCK_C and x.numel() > 0
+    # In float64, which is not for speed, the registers of some GPUs hold too little.
+    return x.shape[1] <= _BLOCK_C and x.dtype != torch.float64 and x.numel() > 0
 
 
 def _linear(x: Tensor, matrix: Tensor, shift: Tensor | None, out: Tensor) -> None:
@@ -143,7 +144,7 @@ def _sums(grad: Tensor, x: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
     channels = x.shape[1]
     if x.numel() == 0:
         return matrix.new_zeros(channels, channels), matrix.new_zeros(channels)
-    rows = _rows_of("linear_backward", x, grad)
+    rows = _rows_of("linear_sums", x, grad)
     data, g = rows.planes
     blocks = _tiles_c(rows, x) ** 2
     partial = _partial_sums(rows, matrix, blocks)

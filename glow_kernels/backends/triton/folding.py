@@ -146,7 +146,8 @@ def _launch(kernel: Any, like: Tensor, *args: object, **options: object) -> None
     if matrices == 0 or channels == 0:
         return
     block = max(4, power_of_two(channels))
-    num_warps = max(1, min(16, block * block // 256))
+    # Those that spill on no GPU.
+    num_warps = max(1, min(8 if kernel is fold_kernel else 16, block * block // 256))
     launch(kernel, matrices, like, *args, channels, **options, BLOCK=block, num_warps=num_warps)
 
 

@@ -31,12 +31,15 @@ DEFAULTS: dict[str, dict[str, int]] = {
     "elementwise": {"elements": 1024, "num_warps": 4},
     "statistics": {"elements": 2048, "num_warps": 4},
     "linear_16": {"elements": 2048, "num_warps": 4},
-    "linear_32": {"elements": 2048, "num_warps": 4},
+    "linear_32": {"elements": 2048, "num_warps": 8},
     "linear_64": {"elements": 2048, "num_warps": 4},
     # Operands of a dot product live in registers, so larger tiles spill.
-    "linear_backward_16": {"elements": 512, "num_warps": 4},
+    "linear_backward_16": {"elements": 1024, "num_warps": 4},
     "linear_backward_32": {"elements": 512, "num_warps": 4},
     "linear_backward_64": {"elements": 1024, "num_warps": 8},
+    "linear_sums_16": {"elements": 1024, "num_warps": 4},
+    "linear_sums_32": {"elements": 1024, "num_warps": 4},
+    "linear_sums_64": {"elements": 1024, "num_warps": 8},
 }
 
 
