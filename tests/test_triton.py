@@ -344,9 +344,9 @@ def test_no_byte_is_moved_twice(name, passes, shape, channels_last):
     _, traffic = probes.count(lambda: implemented(*arguments))
     minimum = passes * x.numel() * x.element_size()
     # And what does not grow with the data: parameters, and what at most eight programs sum, there and back; or mean,
-    # deviations and count of every channel from four programs, there and back, and the results.
+    # deviations and count of every channel from at most sixteen programs, there and back, and the results.
     beside = {
         "actnorm_conv1x1": 4 * (2 * matrix.numel() + 18 * (matrix.numel() + shape[1])),
-        "actnorm_statistics": 4 * (4 * 3 * 2 + 2) * shape[1],
+        "actnorm_statistics": 4 * (16 * 3 * 2 + 2) * shape[1],
     }
     assert minimum <= traffic.moved() <= 1.02 * minimum + beside.get(module, 0)
