@@ -23,7 +23,8 @@ def actnorm_conv1x1(x: Tensor, log_scale: Tensor, bias: Tensor, weight: Tensor) 
 
 def actnorm_conv1x1_inverse(z: Tensor, log_scale: Tensor, bias: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """A 1x1 convolution with the inverse matrix, then ActNorm undone."""
-    activated = F.conv2d(z, torch.inverse(weight)[:, :, None, None])
+    # Unlike a sum, a convolution promotes no types.
+    activated = F.conv2d(z.to(weight.dtype), torch.inverse(weight)[:, :, None, None])
     x = activated * (-log_scale).exp()[:, None, None] - bias[:, None, None]
     log_det = -z.shape[2] * z.shape[3] * (log_scale.sum() + torch.slogdet(weight).logabsdet)
     return x, log_det.expand(z.shape[0])
