@@ -1,28 +1,26 @@
 """Compile the Triton kernels for GPUs that are not here, just as the operators launch them.
 
 The operators run on meta tensors, on a stub of Triton's driver that claims to be the GPU, so that every choice of
-tiles, types and options is their own; each launch is compiled and its resources are read from the binary. Run as a
-program, this writes the report of all kernels or of the core ones.
+tiles, types and options is their own; each launch is compiled and its resources are read from the binary.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import itertools
 import multiprocessing
-import os
 import re
 import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-from triton_samples import Sample, all_samples, core_samples
+from triton_samples import Sample, all_samples, is_bandwidth
 
 # Compute capability or AMD architecture, threads of a warp, bytes of shared memory that a block may have, and registers
 # and threads of a multiprocessor.
@@ -34,13 +32,13 @@ TARGETS: dict[str, tuple[str, int | str, int, int, int, int]] = {
     "gfx942": ("hip", "gfx942", 64, 65_536, 131_072, 2048),
 }
 
-
-Choice = tuple[str, tuple[str, ...], tuple[tuple[str, Any], ...]]
+# Name of a kernel, and all that Triton compiles it anew for: types of its tensors, and what is decided at compile time.
+Variant = tuple[str, str]
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """Resources of one compiled kernel; registers per thread, bytes of shared memory, bits of an access."""
+    """Resources of one compiled variant; registers per thread, bytes of shared memory, bits of an access."""
 
     target: str
     operator: str
@@ -70,54 +68,87 @@ class _Driver:
         return 0
 
 
-def choices(calls: Iterable[Callable[[], Any]]) -> set[Choice]:
-    """What the calls would launch: kernel, types of its tensors, and all that is decided at compile time."""
-    import triton
-
-    found = set()
-
-    def record(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        types = tuple(str(arg.dtype) for arg in args if isinstance(arg, torch.Tensor))
-        found.add((self.fn.__name__, types, tuple(sorted(options.items()))))
-
-    with mock.patch.object(triton.JITFunction, "run", record):
-        for call in calls:
-            call()
-    return found
-
-
-def compile_for(target: str, samples: Sequence[Sample]) -> list[Kernel]:
-    """Compile what the samples launch, every kernel once. Only the interpreter cannot be on."""
+@contextlib.contextmanager
+def pretending(target: str, launched: Callable[..., None]) -> Iterator[None]:
+    """Pretend that the GPU is ``target``; ``launched(kernel, *args, **options)`` is called instead of every launch."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
     backend, architecture, warp, *_ = TARGETS[target]
     driver.set_active(_Driver(GPUTarget(backend, architecture, warp), list(TARGETS).index(target)))
-    torch.version.hip = "0" if backend == "hip" else None  # what the operators ask
-    seen: set[int] = set()
-    kernels = []
-    run = triton.JITFunction.run
-    for operator, call, _ in samples:
-        compiled: list[Any] = []
+    hip = "0" if backend == "hip" else None  # what the operators ask
+    with mock.patch.object(torch.version, "hip", hip), mock.patch.object(triton.JITFunction, "run", launched):
+        yield
 
-        def compile_only(self: Any, *args: Any, _compiled: list[Any] = compiled, **options: Any) -> None:
-            _compiled.append(run(self, *args, **{**options, "warmup": True}))
 
-        with mock.patch.object(triton.JITFunction, "run", compile_only):
+def variant(kernel: Any, args: Sequence[Any], options: dict[str, Any]) -> Variant:
+    """What a launch is compiled for. Numbers and addresses choose no variant: see ``device_functions.kernel``."""
+    types = [str(arg.dtype) for arg in args if isinstance(arg, torch.Tensor)]
+    chosen = sorted((name, value) for name, value in options.items() if name not in ("grid", "warmup"))
+    return kernel.fn.__name__, f"{types} {chosen}"
+
+
+def variants(calls: Iterable[Callable[[], Any]], target: str = "sm_90") -> dict[Variant, Any]:
+    """What the calls would launch on ``target``, with the kernel of each."""
+    found: dict[Variant, Any] = {}
+
+    def launched(kernel: Any, *args: Any, **options: Any) -> None:
+        found[variant(kernel, args, options)] = kernel
+
+    with pretending(target, launched):
+        for call in calls:
             call()
-        for kernel in compiled:
-            if id(kernel) not in seen:
-                seen.add(id(kernel))
-                kernels.append(_read(target, operator, kernel))
+    return found
+
+
+def compile_for(target: str, samples: Sequence[Sample], wanted: Iterable[Variant]) -> list[Kernel]:
+    """Compile the variants that are wanted of those that the samples launch. Only the interpreter cannot be on."""
+    import triton
+
+    run, left, kernels, operator = triton.JITFunction.run, set(wanted), [], ""
+
+    def launched(kernel: Any, *args: Any, **options: Any) -> None:
+        key = variant(kernel, args, options)
+        if key in left:
+            left.remove(key)
+            kernels.append(_read(target, operator, run(kernel, *args, **{**options, "warmup": True})))
+
+    with pretending(target, launched):
+        for operator, call, _ in samples:  # noqa: B007
+            call()
     return kernels
+
+
+def compile_all(wanted: dict[str, Sequence[Variant]], parts: int = 8) -> list[Kernel]:
+    """Compile these variants for these targets, in two processes."""
+    jobs = [(target, part, parts, keys) for (target, keys), part in itertools.product(wanted.items(), range(parts))]
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        return [kernel for part in pool.imap(_compile_part, jobs) for kernel in part]
+
+
+def _compile_part(job: tuple[str, int, int, Sequence[Variant]]) -> list[Kernel]:
+    target, part, parts, wanted = job
+    # Neighbours are alike, so every part gets some of each.
+    return compile_for(target, all_samples(), wanted[part::parts])
+
+
+def write_report(kernels: Sequence[Kernel], path: Path) -> None:
+    """A row per compiled variant."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Kernel)])
+        writer.writeheader()
+        writer.writerows(asdict(kernel) for kernel in kernels)
 
 
 def _read(target: str, operator: str, compiled: Any) -> Kernel:
     backend, _, warp, _, register_file, threads = TARGETS[target]
     metadata = compiled.metadata
-    read = _read_nvidia if backend == "cuda" else _read_amd
-    registers, spills, loads, stores = read(compiled.asm)
+    if backend == "cuda":
+        registers, spills, loads, stores = _read_nvidia(compiled.asm, disassemble=is_bandwidth(operator))
+    else:
+        registers, spills, loads, stores = _read_amd(compiled.asm)
     # Registers are allocated in eights; AMD has a file for each of four units.
     per_block = -(-registers // 8) * 8 * warp * metadata.num_warps
     blocks = min(register_file * (4 if backend == "hip" else 1) // per_block, 32) if registers else 32
@@ -129,22 +160,29 @@ def _read(target: str, operator: str, compiled: Any) -> Kernel:
     )
 
 
-def _read_nvidia(asm: dict[str, Any]) -> tuple[int, int, list[int], list[int]]:
+def _read_nvidia(asm: dict[str, Any], disassemble: bool) -> tuple[int, int, list[int], list[int]]:
+    """Registers, stack, and bits of loads and stores: of the machine's instructions, or of PTX's, which is quicker."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
         file.flush()
         usage = nvidia_tool("cuobjdump", "--dump-resource-usage", file.name)
-        code = nvidia_tool("nvdisasm", "-c", file.name)
+        code = nvidia_tool("nvdisasm", "-c", file.name) if disassemble else ""
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
-    return registers, stack, *([_bits(found) for found in re.findall(rf"\b{name}\.E(\S*)", code)] for name in _ACCESSES)
-
-
-_ACCESSES = ("LDG(?:STS)?", "STG")
+    if disassemble:
+        loads, stores = (re.findall(rf"\b{name}\.E(\S*)", code) for name in ("LDG(?:STS)?", "STG"))
+        return registers, stack, [_bits(found) for found in loads], [_bits(found) for found in stores]
+    copies = [8 * int(found, 16) for found in re.findall(r"cp\.async\S* \[[^]]*\], \[[^]]*\], 0x(\d+)", asm["ptx"])]
+    return registers, stack, copies + _ptx_bits("ld", asm["ptx"]), _ptx_bits("st", asm["ptx"])
 
 
 def _bits(suffix: str) -> int:
     found = re.search(r"\.(?:U|S)?(8|16|64|128|256)\b", suffix)
     return int(found[1]) if found else 32
+
+
+def _ptx_bits(name: str, code: str) -> list[int]:
+    found = re.findall(rf"\b{name}\.global[\w.:]*?(?:\.v(\d))?\.b(\d+)", code)
+    return [int(count or 1) * int(bits) for count, bits in found]
 
 
 def _read_amd(asm: dict[str, Any]) -> tuple[int, int, list[int], list[int]]:
@@ -154,41 +192,13 @@ def _read_amd(asm: dict[str, Any]) -> tuple[int, int, list[int], list[int]]:
         return int(re.search(rf"\.{name}:\s*(\d+)", code)[1])
 
     spills = value("vgpr_spill_count") + value("sgpr_spill_count") + value("private_segment_fixed_size")
-    accesses = (
-        [_amd_bits(found) for found in re.findall(rf"(?:global|buffer)_{n}_(\w+)", code)] for n in _AMD_ACCESSES
-    )
-    return value("vgpr_count"), spills, *accesses
-
-
-_AMD_ACCESSES = ("load", "store")
+    loads, stores = (re.findall(rf"(?:global|buffer)_{name}_(\w+)", code) for name in ("load", "store"))
+    return value("vgpr_count"), spills, [_amd_bits(found) for found in loads], [_amd_bits(found) for found in stores]
 
 
 def _amd_bits(suffix: str) -> int:
     found = re.search(r"x(\d)$", suffix)
     return 32 * int(found[1]) if found else {"dword": 32}.get(suffix, 16)
-
-
-def main(which: str, path: Path) -> None:
-    """Compile the core samples or all of them for every target, and write one row per kernel."""
-    samples = {"core": core_samples, "all": all_samples}[which]
-    parts = 4
-    jobs = [(target, which, part, parts) for target, part in itertools.product(TARGETS, range(parts))]
-    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
-        kernels = [kernel for part in pool.starmap(_compile_part, jobs, chunksize=1) for kernel in part]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Kernel)])
-        writer.writeheader()
-        writer.writerows(asdict(kernel) for kernel in kernels)
-    spilling = sum(kernel.spills > 0 for kernel in kernels)
-    print(f"{path}: {len(samples())} calls, {len(kernels)} kernels for {len(TARGETS)} targets, {spilling} spill")
-
-
-def _compile_part(target: str, which: str, part: int, parts: int) -> list[Kernel]:
-    samples = {"core": core_samples, "all": all_samples}[which]()
-    # Neighbours share kernels.
-    size = -(-len(samples) // parts)
-    return compile_for(target, samples[part * size : (part + 1) * size])
 
 
 def nvidia_tool(name: str, *arguments: str) -> str:
@@ -197,7 +207,3 @@ def nvidia_tool(name: str, *arguments: str) -> str:
 
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     return subprocess.run([str(path), *arguments], capture_output=True, text=True, check=True).stdout
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))

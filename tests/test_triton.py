@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -87,10 +88,10 @@ def test_a_table_replaces_the_defaults_on_its_model(monkeypatch, tmp_path):
     (tmp_path / f"{name}.json").write_text(json.dumps({"elementwise": {"elements": 64, "num_warps": 1}}))
     monkeypatch.setattr(launch, "TUNED", tmp_path)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    gpu = torch.device("cuda")
-    assert launch.tuned("elementwise", gpu) == {"elements": 64, "num_warps": 1}
-    assert launch.tuned("statistics", gpu) == launch.DEFAULTS["statistics"]
-    assert launch.tuned("elementwise", torch.device("cpu")) == launch.DEFAULTS["elementwise"]
+    data = mock.Mock(device=torch.device("cuda"), dtype=torch.float32)
+    assert launch.tuned("elementwise", data) == {"elements": 64, "num_warps": 1}
+    assert launch.tuned("statistics", data) == launch.DEFAULTS["statistics"]
+    assert launch.tuned("elementwise", torch.empty(1)) == launch.DEFAULTS["elementwise"]
     launch._table.cache_clear()
 
 
@@ -187,9 +188,7 @@ def test_offsets_beyond_31_bits(sizes, at, strides):
 
     sample, channel, position = at
     expected = sample * strides[0] + channel * strides[1] + position * strides[2]
-    assert probes.offset(sample, position, channel, strides) == expected
-    row = sample * sizes[2] + position
-    assert probes.row_offset(row, sizes[2], channel, strides) == expected
+    assert probes.offsets(sample, position, channel, sizes[2], strides) == (expected, expected)
 
 
 @INTERPRETED

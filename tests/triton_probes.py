@@ -16,11 +16,11 @@ from triton.runtime import interpreter
 
 from glow_kernels.backends.triton.device_functions import (
     atan,
-    channel_offsets,
     exp,
+    kernel,
     log1p_of_fraction,
-    offsets,
-    row_offsets,
+    pointers,
+    row_pointers,
     tanh,
 )
 
@@ -33,18 +33,11 @@ def elementary(x: Tensor, name: str) -> Tensor:
     return result
 
 
-def offset(sample: int, position: int, channel: int, strides: Sequence[int]) -> int:
-    """Offset of an element in a tensor whose samples span more than 2^31 elements."""
-    result = torch.empty(1, dtype=torch.int64)
-    _offset_kernel[(1,)](result, sample, position, channel, tuple(strides))
-    return int(result)
-
-
-def row_offset(row: int, positions: int, channel: int, strides: Sequence[int]) -> int:
-    """The same, where samples and positions are counted together."""
-    result = torch.empty(1, dtype=torch.int64)
-    _row_offset_kernel[(1,)](result, row, positions, channel, tuple(strides))
-    return int(result)
+def offsets(sample: int, position: int, channel: int, positions: int, strides: Sequence[int]) -> tuple[int, int]:
+    """Offset of an element, found by its sample and by its row, which counts the positions of all samples."""
+    base, result = torch.empty(1, dtype=torch.int8), torch.empty(2, dtype=torch.int64)
+    _offset_kernel[(1,)](base, result, *strides, sample, position, channel, positions)
+    return int(result[0]), int(result[1])
 
 
 @triton.jit
@@ -62,16 +55,18 @@ def _elementary_kernel(x_ptr, result_ptr, n, NAME: tl.constexpr, BLOCK: tl.const
     tl.store(result_ptr + i, result, i < n)
 
 
-@triton.jit
-def _offset_kernel(result_ptr, sample, position, channel, strides):
-    at = offsets(sample, position + tl.arange(0, 1), channel + tl.arange(0, 1), strides, False, 1)
-    tl.store(result_ptr + tl.arange(0, 1)[:, None], at)
-
-
-@triton.jit
-def _row_offset_kernel(result_ptr, row, positions, channel, strides):
-    at = row_offsets(row + tl.arange(0, 1), positions, strides, False, 1)
-    tl.store(result_ptr + tl.arange(0, 1), at + channel_offsets(channel, strides, False, 1))
+@kernel
+def _offset_kernel(
+    base_ptr, result_ptr, stride_b, stride_c, stride_p,
+    sample: tl.int32, position: tl.int32, channel: tl.int32, P: tl.int32,
+):  # fmt: skip
+    strides = (stride_b, stride_c, stride_p)
+    zero = tl.arange(0, 1)
+    of_element = pointers(base_ptr, strides, sample, channel + zero[:, None], position + zero[:, None], False, 1)
+    of_row = row_pointers(base_ptr, strides, sample * P + position + zero, P, channel + zero, False, 1)
+    at = result_ptr + zero[:, None]
+    tl.store(at, of_element.to(tl.int64) - base_ptr.to(tl.int64))
+    tl.store(at + 1, of_row.to(tl.int64) - base_ptr.to(tl.int64))
 
 
 class Traffic:

@@ -30,14 +30,15 @@ class Sample(NamedTuple):
 DTYPES = {
     "float32": (torch.float32, torch.float32),
     "float32_with_bfloat16": (torch.float32, torch.bfloat16),
-    "bfloat16_with_float32": (torch.bfloat16, torch.float32),
+    "float32_with_float16": (torch.float32, torch.float16),
     "bfloat16": (torch.bfloat16, torch.bfloat16),
     "float16": (torch.float16, torch.float16),
     "float64": (torch.float64, torch.float64),
 }
+PLAIN = ("float32", "bfloat16", "float16", "float64")
 # float32 of these is what bandwidth is measured with.
 BANDWIDTH_SHAPES = [(64, 12, 128, 128), (32, 48, 64, 64)]
-Data = tuple[str, bool, Sequence[int], bool]
+SCALE_MAP = ScaleMap("sigmoid", offset=2.0)
 
 
 def all_samples() -> list[Sample]:
@@ -56,6 +57,11 @@ def core_samples() -> list[Sample]:
     return [sample for sample in all_samples() if sample.core]
 
 
+def is_bandwidth(name: str) -> bool:
+    """Whether a sample is of what bandwidth is measured with."""
+    return any(f"{'x'.join(map(str, shape))} float32 " in name for shape in BANDWIDTH_SHAPES)
+
+
 def empty(*shape: int, dtype: torch.dtype = torch.float32, channels_last: bool = False) -> Tensor:
     """A tensor without memory."""
     format_ = torch.channels_last if channels_last else torch.contiguous_format
@@ -67,54 +73,36 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def powers_of_two(first: int, last: int) -> list[int]:
-    """From ``first`` to ``last``."""
-    return [1 << n for n in range(first.bit_length() - 1, last.bit_length())]
-
-
-def sizes(inner: int, itemsize: int) -> list[int]:
-    """Sizes that a tile ``inner`` wide covers, one for every width of a vector; the widest first."""
-    widest = 16 // itemsize
-    return [inner, *(inner - vector for vector in powers_of_two(1, widest // 2))]
-
-
-def elementwise_data() -> Iterator[Data]:
-    """Types, memory format and shape of every tile and vector; core: the bandwidth shape, and float32's tiles."""
-    for dtypes, channels_last in itertools.product(DTYPES, (False, True)):
-        yield dtypes, channels_last, BANDWIDTH_SHAPES[0], True
-        itemsize = min(dtype.itemsize for dtype in DTYPES[dtypes])
-        for inner in powers_of_two(8, 512 if dtypes == "float64" else 1024):
-            for size in sizes(inner, itemsize):
-                shape = (4, size, 3, 3) if channels_last else (4, 12, size, 1)
-                yield dtypes, channels_last, shape, dtypes == "float32" and size == inner
-
-
 def describe(shape: Sequence[int], dtypes: str, channels_last: bool, *more: str) -> str:
     """``64x12x128x128 float32 NCHW``."""
     return " ".join(("x".join(map(str, shape)), dtypes, "channels last" if channels_last else "NCHW", *more))
 
 
+def elementwise_data() -> Iterator[tuple[str, bool, Sequence[int]]]:
+    """Types, memory format, and a shape that is read in vectors and one that is not."""
+    for dtypes, channels_last in itertools.product(DTYPES, (False, True)):
+        yield dtypes, channels_last, (64, 16, 128, 128) if "16" in dtypes else BANDWIDTH_SHAPES[0]
+        yield dtypes, channels_last, (64, 3, 5, 5)
+
+
 def coupling_samples() -> Iterator[Sample]:
-    """Every function with every tile, then with every map, layout and order."""
-    for dtypes, channels_last, shape, core in elementwise_data():
-        bandwidth = shape == BANDWIDTH_SHAPES[0]
+    """Every function with all types and formats, then with every map, layout and order."""
+    for dtypes, channels_last, shape in elementwise_data():
         for sample in _coupling(shape, dtypes, channels_last):
             heaviest = "reversible" in sample.name
-            yield sample._replace(core=core and (heaviest or (bandwidth and dtypes == "float32")))
-    shape = BANDWIDTH_SHAPES[0]
+            yield sample._replace(core=heaviest or (shape == BANDWIDTH_SHAPES[0] and dtypes == "float32"))
     for kind, gain, floor in itertools.product(KINDS, (False, True), (0.0, 0.1)):
         if not (kind == "sigmoid" and gain):
             scale_map = ScaleMap(kind, 0.7, 0.1, 1.5, floor, -1.0, 1.0)
-            for sample in (
-                *_coupling(shape, "float32", True, scale_map, gain),
-                *_coupling(shape, "float64", False, scale_map, gain),
-            ):
-                heaviest = floor > 0 and (gain or kind == "sigmoid") and "reversible" in sample.name
-                yield sample._replace(core=heaviest)
+            heaviest = floor > 0 and (gain or kind == "sigmoid")
+            formats = [("float32", True)] + [("float64", False)] * heaviest
+            for dtypes, channels_last in formats:
+                for sample in _coupling(BANDWIDTH_SHAPES[0], dtypes, channels_last, scale_map, gain):
+                    yield sample._replace(core=heaviest and "reversible" in sample.name)
     for layout, order in itertools.product(
         ("chunk_scale_shift", "interleaved_scale_shift"), ("shift_scale", "scale_shift", "unshift_scale")
     ):
-        for sample in _coupling(shape, "float32", True, layout=layout, order=order):
+        for sample in _coupling(BANDWIDTH_SHAPES[0], "float32", True, layout=layout, order=order):
             yield sample._replace(core="reversible" in sample.name)
 
 
@@ -122,7 +110,7 @@ def _coupling(
     shape: Sequence[int],
     dtypes: str,
     channels_last: bool,
-    scale_map: ScaleMap = ScaleMap("sigmoid", offset=2.0),  # noqa: B008
+    scale_map: ScaleMap = SCALE_MAP,
     gain: bool = False,
     layout: str = "interleaved_shift_scale",
     order: str = "shift_scale",
@@ -148,50 +136,42 @@ def _coupling(
 
 
 def gaussian_samples() -> Iterator[Sample]:
-    """Every function with every tile and layout."""
+    """Every function with all types, formats and layouts."""
     from glow_kernels.backends.triton import gaussian_log_prob
 
-    for dtypes, channels_last, shape, core in elementwise_data():
-        bandwidth = shape == BANDWIDTH_SHAPES[0]
-        for layout in ("interleaved_mean_log_sd", "chunk_mean_log_sd")[: 1 + bandwidth]:
-            dtype, h_dtype = DTYPES[dtypes]
-            z = empty(*shape, dtype=dtype, channels_last=channels_last)
-            h = empty(shape[0], 2 * shape[1], *shape[2:], dtype=h_dtype, channels_last=channels_last)
-            what = describe(shape, dtypes, channels_last, layout)
-            for name, arguments in {
-                "forward": (z, h, layout),
-                "sample": (z, h, layout),
-                "standardize": (z, h, layout),
-                "backward": (empty(shape[0], dtype=compute_dtype(dtype)), z, h, layout),
-                "sample_backward": (z, z, h, layout),
-                "standardize_backward": (z, z, h, layout),
-            }.items():
-                wanted = bandwidth and layout.startswith("i") and (dtypes == "float32" or name == "backward")
-                yield _sample(gaussian_log_prob, name, what, arguments, core and wanted)
+    for (dtypes, channels_last, shape), layout in itertools.product(
+        elementwise_data(), ("interleaved_mean_log_sd", "chunk_mean_log_sd")
+    ):
+        dtype, h_dtype = DTYPES[dtypes]
+        z = empty(*shape, dtype=dtype, channels_last=channels_last)
+        h = empty(shape[0], 2 * shape[1], *shape[2:], dtype=h_dtype, channels_last=channels_last)
+        what = describe(shape, dtypes, channels_last, layout)
+        for name, arguments in {
+            "forward": (z, h, layout),
+            "sample": (z, h, layout),
+            "standardize": (z, h, layout),
+            "backward": (empty(shape[0], dtype=compute_dtype(dtype)), z, h, layout),
+            "sample_backward": (z, z, h, layout),
+            "standardize_backward": (z, z, h, layout),
+        }.items():
+            core = layout.startswith("i") and dtypes == "float32" and shape == BANDWIDTH_SHAPES[0]
+            yield _sample(gaussian_log_prob, name, what, arguments, core)
 
 
-def linear_data() -> Iterator[Data]:
-    """Types, memory format and shape of every tile and vector; 2^30 positions need wider indices."""
-    for dtype, channels_last in itertools.product(("float32", "bfloat16", "float16", "float64"), (False, True)):
-        itemsize = DTYPES[dtype][0].itemsize
-        for channels in (12, 24, 48, 64, 192):
-            shape = (32, channels, 64, 64) if channels > 12 else BANDWIDTH_SHAPES[0]
-            yield dtype, channels_last, shape, channels != 64
-        for channels, samples in itertools.product((16, 32, 64, 192), (3, 2**30)):
-            for size in sizes(channels if channels_last else 16, itemsize):
-                yield (
-                    dtype,
-                    channels_last,
-                    (samples, size, 3, 3) if channels_last else (samples, channels, size, 1),
-                    False,
-                )
+def linear_data() -> Iterator[tuple[str, bool, Sequence[int]]]:
+    """Types, memory format, and shapes of every block of channels that are read in vectors or not."""
+    for dtype, channels_last in itertools.product(PLAIN, (False, True)):
+        yield dtype, channels_last, BANDWIDTH_SHAPES[0]
+        for channels in (16, 24, 48, 192):
+            yield dtype, channels_last, (32, channels, 64, 64)
+            yield dtype, channels_last, (32, channels - 1, 5, 5)
 
 
 def linear_samples() -> Iterator[Sample]:
-    """Every function with every tile."""
+    """Every function with every block."""
     from glow_kernels.backends.triton import actnorm_conv1x1
 
-    for dtypes, channels_last, shape, core in linear_data():
+    for dtypes, channels_last, shape in linear_data():
         dtype = DTYPES[dtypes][0]
         x = empty(*shape, dtype=dtype, channels_last=channels_last)
         matrix, shift = (empty(*[shape[1]] * n, dtype=compute_dtype(dtype)) for n in (2, 1))
@@ -203,14 +183,15 @@ def linear_samples() -> Iterator[Sample]:
             "apply_reversible_backward": (x, x, matrix, matrix, shift),
         }.items():
             heaviest = dtypes != "float16" and not channels_last and "reversible" in name
-            yield _sample(actnorm_conv1x1, name, what, arguments, core and (dtypes == "float32" or heaviest))
+            core = shape[2] > 5 and (dtypes == "float32" or heaviest)
+            yield _sample(actnorm_conv1x1, name, what, arguments, core)
 
 
 def folding_samples() -> Iterator[Sample]:
     """Every function with every size of the tile."""
     from glow_kernels.backends.triton import folding
 
-    for size, dtype in itertools.product((4, 8, 16, 32, 64), (torch.float32, torch.float64)):
+    for size, dtype in itertools.product((16, 32, 64), (torch.float32, torch.float64)):
         vector, matrix, number = (empty(*shape, dtype=dtype) for shape in ((4, size), (4, size, size), (4,)))
         calls = {
             "lu_weight": (matrix, matrix, matrix, vector, vector),
@@ -229,18 +210,13 @@ def folding_samples() -> Iterator[Sample]:
 
 
 def statistics_samples() -> Iterator[Sample]:
-    """Every tile."""
+    """Every type, format and block."""
     from glow_kernels.backends.triton import actnorm_statistics
 
-    for dtypes, channels_last in itertools.product(("float32", "bfloat16", "float16", "float64"), (False, True)):
-        dtype = DTYPES[dtypes][0]
-        shapes = [(BANDWIDTH_SHAPES[0], dtypes == "float32")]
-        for block, samples in itertools.product((8, 16, 32, 64), (3, 2**30)):
-            for size in sizes(block, dtype.itemsize):
-                shape = (samples, size, 3, 3) if channels_last else (samples, 12, size, 1)
-                shapes.append((shape, dtypes == "float32" and (size, samples) == (block, 3)))
-        for shape, core in shapes:
-            x = empty(*shape, dtype=dtype, channels_last=channels_last)
+    for dtypes, channels_last in itertools.product(PLAIN, (False, True)):
+        for shape in (BANDWIDTH_SHAPES[0], (64, 16, 128, 128), BANDWIDTH_SHAPES[1], (4, 5, 5, 5), (4, 47, 5, 5)):
+            x = empty(*shape, dtype=DTYPES[dtypes][0], channels_last=channels_last)
+            core = dtypes == "float32" and shape in BANDWIDTH_SHAPES
             yield _sample(actnorm_statistics, "forward", describe(shape, dtypes, channels_last), (x,), core)
 
 

@@ -31,11 +31,10 @@ from glow_kernels.backends.triton.folding import (
     lu_weight,
     lu_weight_backward,
 )
-from glow_kernels.backends.triton.launch import Rows, launch, multiprocessors, power_of_two, rows_of
+from glow_kernels.backends.triton.launch import Rows, launch, multiprocessors, power_of_two, rows_of, strided
 from glow_kernels.backends.triton.linear_kernels import (
     apply_kernel,
     backward_kernel,
-    reversible_backward_kernel,
     sums_kernel,
 )
 from glow_kernels.backends.triton.sums import sum_partial
@@ -70,21 +69,7 @@ def apply_backward(grad: Tensor, x: Tensor, matrix: Tensor, needs_grad_x: bool) 
         if needs_grad_x:
             _linear(grad, matrix.mT, None, grad_x)
         return grad_x, *_sums(grad, x, matrix)
-    rows = _rows_of("linear_backward", x, grad, grad_x)
-    data, g, dx = rows.planes
-    partial = _partial_sums(rows, matrix, blocks=1)
-    launch(
-        backward_kernel,
-        len(partial),
-        x,
-        *(g, g.stride(), data, data.stride(), matrix, matrix.stride(), dx, dx.stride(), partial),
-        *data.shape[1:],
-        rows.count,
-        **rows.options,
-        PRECISION=_precision(matrix, rows),
-        SUM_PRECISION=_sum_precision(matrix),
-    )
-    return grad_x, *_total(partial, matrix)
+    return grad_x, *_gradients(grad, x, matrix, None, None, grad_x, grad_x)
 
 
 def apply_reversible_backward(
@@ -96,22 +81,37 @@ def apply_reversible_backward(
         _linear(z, inverse, inverse_shift, x)
         _linear(grad, matrix.mT, None, grad_x)
         return x, grad_x, *_sums(grad, x, matrix)
-    rows = _rows_of("linear_backward", z, grad, x, grad_x)
-    data, g, undone, dx = rows.planes
+    return x, grad_x, *_gradients(grad, z, matrix, inverse, inverse_shift, x, grad_x)
+
+
+def _gradients(
+    grad: Tensor,
+    data: Tensor,
+    matrix: Tensor,
+    inverse: Tensor | None,
+    inverse_shift: Tensor | None,
+    undone: Tensor,
+    grad_x: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Write ``M^T g``, and ``M^-1 z - b`` if there is an inverse, in one pass; sums as of ``apply_backward``."""
+    rows = _rows_of("linear_backward", data, grad, undone, grad_x)
+    x, g, input_, dx = rows.planes
     partial = _partial_sums(rows, matrix, blocks=1)
+    # A kernel without an inverse does not touch it.
+    inverse_of, shift = (matrix, matrix[0]) if inverse is None or inverse_shift is None else (inverse, inverse_shift)
     launch(
-        reversible_backward_kernel,
+        backward_kernel,
         len(partial),
-        z,
-        *(g, g.stride(), data, data.stride(), matrix, matrix.stride(), inverse, inverse.stride()),
-        *(inverse_shift, inverse_shift.stride(0), undone, dx, dx.stride(), partial),
-        *data.shape[1:],
+        data,
+        *(*strided(g, x), input_, *strided(dx), partial, *strided(shift, inverse_of, matrix)),
+        *x.shape[1:],
         rows.count,
         **rows.options,
+        UNDO=inverse is not None,
         PRECISION=_precision(matrix, rows),
         SUM_PRECISION=_sum_precision(matrix),
     )
-    return x, grad_x, *_total(partial, matrix)
+    return _total(partial, matrix)
 
 
 def _fits_one_pass(x: Tensor) -> bool:
@@ -125,12 +125,12 @@ def _linear(x: Tensor, matrix: Tensor, shift: Tensor | None, out: Tensor) -> Non
         return
     rows = _rows_of("linear", x, out)
     data, result = rows.planes
-    vector = matrix if shift is None else shift  # which a kernel without a shift does not touch
+    vector = matrix[0] if shift is None else shift  # which a kernel without a shift does not touch
     launch(
         apply_kernel,
         rows.tiles * _tiles_c(rows, x),
         x,
-        *(data, data.stride(), matrix, matrix.stride(), vector, vector.stride(0), result, result.stride()),
+        *strided(data, result, vector, matrix),
         *data.shape[1:],
         rows.count,
         **rows.options,
@@ -152,7 +152,7 @@ def _sums(grad: Tensor, x: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
         sums_kernel,
         len(partial) * blocks,
         x,
-        *(g, g.stride(), data, data.stride(), partial),
+        *(*strided(g, data), partial),
         *data.shape[1:],
         rows.count,
         **rows.options,

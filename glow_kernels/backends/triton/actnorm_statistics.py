@@ -7,13 +7,12 @@ far from zero the data are; tiles, and then programs, are combined as in Chan, G
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from glow_kernels.backends.numerics import compute_dtype
-from glow_kernels.backends.triton.device_functions import channel_offsets, multiple, row_offsets, wide
-from glow_kernels.backends.triton.launch import is_channels_last, launch, multiprocessors, planes, power_of_two, rows_of
+from glow_kernels.backends.triton.device_functions import kernel, row_pointers, row_sizes
+from glow_kernels.backends.triton.launch import is_channels_last, launch, multiprocessors, planes, rows_of, strided
 
 _MAX_CHUNKS = 64
 
@@ -25,14 +24,14 @@ def forward(x: Tensor) -> tuple[Tensor, Tensor]:
     if x.numel() == 0:
         mean.fill_(torch.nan)
         return mean, mean.clone()
-    block_c = min(max(8, power_of_two(channels)), 64) if is_channels_last(planes(x)) else 4
+    block_c = (8 if channels <= 16 else 32) if is_channels_last(planes(x)) else 4
     rows = rows_of("statistics", (x,), block_c)
     (view,) = rows.planes
     tiles_c = -(-channels // block_c)
     chunks = min(rows.tiles, _MAX_CHUNKS, -(-4 * multiprocessors(x.device) // tiles_c))
     # Mean, sum of squared deviations and number of elements, of every chunk and channel.
     partial = x.new_empty((3, chunks, channels), dtype=torch.float64)
-    args = (view, view.stride(), partial, channels, view.shape[2], rows.count, chunks)
+    args = (*strided(view), partial, channels, view.shape[2], rows.count, chunks)
     launch(_chunk_kernel, tiles_c * chunks, x, *args, **rows.options, DTYPE=_DTYPES[mean.dtype])
 
     variance = torch.empty_like(mean)
@@ -51,40 +50,25 @@ def forward(x: Tensor) -> tuple[Tensor, Tensor]:
 _DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
-@triton.jit
+@kernel
 def _chunk_kernel(
-    x_ptr,
-    x_strides,
-    partial_ptr,
-    C,
-    P,
-    count,
-    chunks,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    VECTOR: tl.constexpr,
-    WIDE: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
+    x_ptr, x_b, x_c, x_p, partial_ptr, C: tl.int32, P: tl.int32, count: tl.int32, chunks: tl.int32, DTYPE: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
     """Every ``chunks``-th tile of some channels: reads x once."""
-    if CHANNELS_LAST:
-        C = multiple(C, VECTOR)
+    C, P, count = row_sizes(C, P, count, CHANNELS_LAST, VECTOR)
     chunk = tl.program_id(0) % chunks
     channels = tl.program_id(0) // chunks * BLOCK_C + tl.arange(0, BLOCK_C)
-    channels_at = channel_offsets(channels, x_strides, CHANNELS_LAST, VECTOR)
     base = tl.zeros((BLOCK_C,), DTYPE)
     mean = tl.zeros((BLOCK_C,), DTYPE)
     deviations = tl.zeros((BLOCK_C,), DTYPE)
     seen = 0.0
     for tile in range(chunk, tl.cdiv(count, BLOCK_P), chunks):
         first = tile * BLOCK_P
-        if WIDE:
-            first = wide(tile) * BLOCK_P
         rows = first + tl.arange(0, BLOCK_P)
         mask = (rows < count)[:, None] & (channels < C)[None, :]
-        at = row_offsets(rows, P, x_strides, CHANNELS_LAST, VECTOR)[:, None] + channels_at[None, :]
-        x = tl.load(x_ptr + at, mask, other=0.0).to(DTYPE)
+        at = row_pointers(x_ptr, (x_b, x_c, x_p), rows, P, channels, CHANNELS_LAST, VECTOR)
+        x = tl.load(at, mask, other=0.0).to(DTYPE)
 
         n = tl.minimum(count - first, BLOCK_P).to(DTYPE)
         # By way of the first row, so that a constant channel has exactly its value as mean and no deviation.
@@ -100,14 +84,16 @@ def _chunk_kernel(
         deviations += tl.sum(from_mean * from_mean, 0) + delta * delta * (seen * weight)
         seen += n
     at = partial_ptr + chunk.to(tl.int64) * C + channels
-    plane = wide(chunks) * C
+    plane = chunks.to(tl.int64) * C
     tl.store(at, base.to(tl.float64) + mean.to(tl.float64), channels < C)
     tl.store(at + plane, deviations.to(tl.float64), channels < C)
     tl.store(at + 2 * plane, tl.zeros((BLOCK_C,), tl.float64) + seen, channels < C)
 
 
-@triton.jit
-def _combine_kernel(partial_ptr, mean_ptr, variance_ptr, C, chunks, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
+@kernel
+def _combine_kernel(
+    partial_ptr, mean_ptr, variance_ptr, C: tl.int32, chunks: tl.int32, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr
+):
     """All chunks of some channels, in float64."""
     channels = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     chunk = tl.arange(0, BLOCK_N)

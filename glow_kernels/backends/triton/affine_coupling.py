@@ -22,7 +22,7 @@ from torch import Tensor
 
 from glow_kernels.backends.numerics import compute_dtype, output_format
 from glow_kernels.backends.triton.affine_coupling_kernels import ORDERS, gradient_kernel, map_kernel
-from glow_kernels.backends.triton.launch import Tile, elementwise_tile, launch, planes
+from glow_kernels.backends.triton.launch import Tiles, launch, planes, strided, tiles_of
 from glow_kernels.backends.triton.sums import sum_partial
 
 
@@ -104,16 +104,10 @@ def reversible_backward(
 def _options(kind: str, parameters: Sequence[float], layout: str, order: str) -> dict[str, object]:
     """Compile-time arguments: a model has one or two such choices."""
     slope, offset, gain, floor, low, high = map(float, parameters)
+    log_gain = math.log(gain) if kind == "sigmoid" else 0.0
+    log_floor = math.log(floor) if floor > 0.0 else 0.0
     return {
-        "KIND": kind,
-        "SLOPE": slope,
-        "OFFSET": offset,
-        "GAIN": gain,
-        "LOG_GAIN": math.log(gain) if kind == "sigmoid" else 0.0,
-        "HAS_FLOOR": floor > 0.0,
-        "LOG_FLOOR": math.log(floor) if floor > 0.0 else 0.0,
-        "LOW": low,
-        "HIGH": high,
+        "SCALE_MAP": (kind, slope, offset, gain, log_gain, floor > 0.0, log_floor, low, high),
         "INTERLEAVED": layout.startswith("interleaved"),
         "SCALE_FIRST": layout.endswith("scale_shift"),
         "ORDER": ORDERS[order],
@@ -128,16 +122,16 @@ def _map(
     if data.numel() == 0:
         return result, data.new_zeros(data.shape[0], dtype=dtype)
     x, conditions, out = planes(data), planes(h), planes(result)
-    tile = elementwise_tile((x, out), (conditions,))
-    partial = data.new_empty((tile.samples, tile.tiles), dtype=dtype)
+    tiles = tiles_of((x, out), (conditions,))
+    partial = data.new_empty((tiles.samples, tiles.each), dtype=dtype)
     launch(
         map_kernel,
-        tile.samples * tile.tiles,
+        tiles.count,
         data,
-        *(x, x.stride(), conditions, conditions.stride(), _gain(gain, data), out, out.stride(), partial),
+        *(*strided(x, conditions, out), _gain(gain, data), partial),
         *x.shape[1:],
         **options,
-        **tile.options,
+        **tiles.options,
         INVERSE=inverse,
         HAS_GAIN=gain is not None,
     )
@@ -161,19 +155,22 @@ def _gradients(
     if data.numel() == 0:
         return grad_data, grad_h, data.new_zeros(0 if gain is None else data.shape[1], dtype=dtype)
     g, y, conditions, dx, dh = map(planes, (grad, data, h, grad_data, grad_h))
-    tile = elementwise_tile((y, g, dx), (conditions, dh))
-    partial = _partial_gain(tile, y, dtype, gain is not None)
+    tiles = tiles_of((y, g, dx), (conditions, dh))
+    programs, partial = tiles.count, data
+    if gain is not None:
+        programs, partial = _sums_of_channels(y, tiles)
+    undone = dx if undone is None else planes(undone)
     launch(
         gradient_kernel,
-        tile.samples * tile.tiles,
+        programs,
         data,
-        *(g, g.stride(), grad_log_det, grad_log_det.stride(0), y, y.stride(), conditions, conditions.stride()),
-        *(_gain(gain, data), dx if undone is None else planes(undone), dx, dx.stride(), dh, dh.stride(), partial),
-        *y.shape[1:],
+        *(*strided(g, y, conditions), grad_log_det, grad_log_det.stride(0)),
+        *(undone, *strided(dx, dh), _gain(gain, data), partial),
+        *y.shape,
         **options,
-        **tile.options,
+        **tiles.options,
         INVERSE=inverse,
-        UNDO=undone is not None,
+        UNDO=undone is not dx,
         HAS_GAIN=gain is not None,
     )
     return grad_data, grad_h, data.new_empty(0, dtype=dtype) if gain is None else sum_partial(partial, 1)
@@ -184,9 +181,10 @@ def _gain(gain: Tensor | None, data: Tensor) -> Tensor:
     return data if gain is None else gain.contiguous()
 
 
-def _partial_gain(tile: Tile, y: Tensor, dtype: torch.dtype, wanted: bool) -> Tensor:
-    """What every tile adds to the gradient of the gain of a channel: (C, samples * tiles of positions)."""
-    if not wanted:
-        return y
-    tiles_p = -(-y.shape[2] // tile.options["BLOCK_P"])
-    return y.new_empty((y.shape[1], tile.samples * tiles_p), dtype=dtype)
+def _sums_of_channels(y: Tensor, tiles: Tiles) -> tuple[int, Tensor]:
+    """Programs of which each covers one channel, or one vector of channels, and room for their sums per channel."""
+    samples, channels, positions = y.shape
+    vector = tiles.options["VECTOR"]
+    vectors_c, vectors_p = (vector, 1) if tiles.options["CHANNELS_LAST"] else (1, vector)
+    parts = -(-samples * positions // vectors_p // (tiles.options["BLOCK"] // vector))
+    return channels // vectors_c * parts, y.new_empty((channels, parts), dtype=compute_dtype(y))

@@ -1,4 +1,7 @@
-"""Kernels of the coupling: its map and its gradients, which ``affine_coupling.py`` launches."""
+"""Kernels of the coupling: its map and its gradients, which ``affine_coupling.py`` launches.
+
+``SCALE_MAP`` is ``(kind, slope, offset, gain, log(gain), floor > 0, log(floor), low, high)``.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,10 @@ import triton.language as tl
 from glow_kernels.backends.triton.device_functions import (
     atan,
     exp,
+    kernel,
     load_pair,
     log1p_of_fraction,
-    offsets,
+    pointers,
     store,
     store_pair,
     tanh,
@@ -22,121 +26,56 @@ _SHIFT_SCALE: tl.constexpr = tl.constexpr(0)
 _SCALE_SHIFT: tl.constexpr = tl.constexpr(1)
 
 
-@triton.jit
+@kernel
 def map_kernel(
-    x_ptr,
-    x_strides,
-    h_ptr,
-    h_strides,
-    gain_ptr,
-    out_ptr,
-    out_strides,
-    partial_ptr,
-    C,
-    P,
-    KIND: tl.constexpr,
-    SLOPE: tl.constexpr,
-    OFFSET: tl.constexpr,
-    GAIN: tl.constexpr,
-    LOG_GAIN: tl.constexpr,
-    HAS_FLOOR: tl.constexpr,
-    LOG_FLOOR: tl.constexpr,
-    LOW: tl.constexpr,
-    HIGH: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    SCALE_FIRST: tl.constexpr,
-    ORDER: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    VECTOR: tl.constexpr,
-    INVERSE: tl.constexpr,
-    HAS_GAIN: tl.constexpr,
-):
+    x_ptr, x_b, x_c, x_p, h_ptr, h_b, h_c, h_p, out_ptr, out_b, out_c, out_p, gain_ptr, partial_ptr,
+    C: tl.int32, P: tl.int32,
+    SCALE_MAP: tl.constexpr, HAS_GAIN: tl.constexpr, INTERLEAVED: tl.constexpr, SCALE_FIRST: tl.constexpr,
+    ORDER: tl.constexpr, INVERSE: tl.constexpr,
+    BLOCK: tl.constexpr, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
     """Forward or inverse: reads x, u and t once, writes y once, and one partial sum per program."""
-    accumulate = partial_ptr.dtype.element_ty
-    sample, positions, first_channel, P, C = tile_of_program(C, P, BLOCK_P, BLOCK_C, CHANNELS_LAST, VECTOR)
-    channels = first_channel + tl.arange(0, BLOCK_C)
-    mask = (positions < P)[:, None] & (channels < C)[None, :]
-
-    x = tl.load(x_ptr + offsets(sample, positions, channels, x_strides, CHANNELS_LAST, VECTOR), mask, other=0.0)
-    u, t = load_pair(
-        h_ptr, h_strides, sample, positions, first_channel, P, C, accumulate,
-        BLOCK_P, BLOCK_C, INTERLEAVED, SCALE_FIRST, CHANNELS_LAST, VECTOR,
+    dtype: tl.constexpr = partial_ptr.dtype.element_ty
+    sample, outer, inner, mask = tile_of_program(C, P, BLOCK, CHANNELS_LAST, VECTOR)
+    x_at = pointers(x_ptr, (x_b, x_c, x_p), sample, outer, inner, CHANNELS_LAST, VECTOR)
+    x = tl.load(x_at, mask, other=0.0).to(dtype)
+    t, log_scale, _, _ = _conditions(
+        h_ptr, (h_b, h_c, h_p), gain_ptr, sample, outer, inner, mask, C, dtype,
+        SCALE_MAP, HAS_GAIN, INTERLEAVED, SCALE_FIRST, CHANNELS_LAST, VECTOR,
     )  # fmt: skip
-    learned = tl.load(gain_ptr + channels, channels < C, other=1.0)[None, :] if HAS_GAIN else 1.0
-    log_scale, _, _ = _scale_map(
-        u, learned, KIND, SLOPE, OFFSET, GAIN, LOG_GAIN, HAS_FLOOR, LOG_FLOOR, LOW, HIGH, HAS_GAIN
-    )
-    x = x.to(accumulate)
     if INVERSE:
         log_scale = -log_scale
         y = _undo(x, exp(log_scale), t, ORDER)
     else:
         y = _do(x, exp(log_scale), t, ORDER)
-    out = out_ptr + offsets(sample, positions, channels, out_strides, CHANNELS_LAST, VECTOR)
-    store(out, y, mask)
+    store(pointers(out_ptr, (out_b, out_c, out_p), sample, outer, inner, CHANNELS_LAST, VECTOR), y, mask)
     tl.store(partial_ptr + tl.program_id(0), tl.sum(tl.where(mask, log_scale, 0.0)))
 
 
-@triton.jit
+@kernel
 def gradient_kernel(
-    grad_ptr,
-    grad_strides,
-    grad_log_det_ptr,
-    grad_log_det_stride,
-    y_ptr,
-    y_strides,
-    h_ptr,
-    h_strides,
-    gain_ptr,
-    undone_ptr,
-    grad_x_ptr,
-    out_strides,
-    grad_h_ptr,
-    grad_h_strides,
-    partial_ptr,
-    C,
-    P,
-    KIND: tl.constexpr,
-    SLOPE: tl.constexpr,
-    OFFSET: tl.constexpr,
-    GAIN: tl.constexpr,
-    LOG_GAIN: tl.constexpr,
-    HAS_FLOOR: tl.constexpr,
-    LOG_FLOOR: tl.constexpr,
-    LOW: tl.constexpr,
-    HIGH: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    SCALE_FIRST: tl.constexpr,
-    ORDER: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    VECTOR: tl.constexpr,
-    INVERSE: tl.constexpr,
-    UNDO: tl.constexpr,
-    HAS_GAIN: tl.constexpr,
-):
+    grad_ptr, grad_b, grad_c, grad_p, y_ptr, y_b, y_c, y_p, h_ptr, h_b, h_c, h_p, grad_log_det_ptr, grad_log_det_b,
+    undone_ptr, grad_x_ptr, out_b, out_c, out_p, grad_h_ptr, grad_h_b, grad_h_c, grad_h_p, gain_ptr, partial_ptr,
+    B: tl.int32, C: tl.int32, P: tl.int32,
+    SCALE_MAP: tl.constexpr, HAS_GAIN: tl.constexpr, INTERLEAVED: tl.constexpr, SCALE_FIRST: tl.constexpr,
+    ORDER: tl.constexpr, INVERSE: tl.constexpr, UNDO: tl.constexpr,
+    BLOCK: tl.constexpr, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
     """Backward of either direction from its output ``y``; with UNDO the input too. Reads and writes everything once."""
-    accumulate = grad_log_det_ptr.dtype.element_ty
-    sample, positions, first_channel, P, C = tile_of_program(C, P, BLOCK_P, BLOCK_C, CHANNELS_LAST, VECTOR)
-    channels = first_channel + tl.arange(0, BLOCK_C)
-    mask = (positions < P)[:, None] & (channels < C)[None, :]
-
-    grad_at = offsets(sample, positions, channels, grad_strides, CHANNELS_LAST, VECTOR)
-    grad = tl.load(grad_ptr + grad_at, mask, other=0.0).to(accumulate)
-    y_at = offsets(sample, positions, channels, y_strides, CHANNELS_LAST, VECTOR)
-    y = tl.load(y_ptr + y_at, mask, other=0.0).to(accumulate)
-    u, t = load_pair(
-        h_ptr, h_strides, sample, positions, first_channel, P, C, accumulate,
-        BLOCK_P, BLOCK_C, INTERLEAVED, SCALE_FIRST, CHANNELS_LAST, VECTOR,
+    dtype: tl.constexpr = grad_log_det_ptr.dtype.element_ty
+    if HAS_GAIN:
+        sample, outer, inner, mask = _tile_of_channels(B, C, P, BLOCK, CHANNELS_LAST, VECTOR)
+    else:
+        sample, outer, inner, mask = tile_of_program(C, P, BLOCK, CHANNELS_LAST, VECTOR)
+    grad_at = pointers(grad_ptr, (grad_b, grad_c, grad_p), sample, outer, inner, CHANNELS_LAST, VECTOR)
+    grad = tl.load(grad_at, mask, other=0.0).to(dtype)
+    y_at = pointers(y_ptr, (y_b, y_c, y_p), sample, outer, inner, CHANNELS_LAST, VECTOR)
+    y = tl.load(y_at, mask, other=0.0).to(dtype)
+    t, log_scale, of_u, of_gain = _conditions(
+        h_ptr, (h_b, h_c, h_p), gain_ptr, sample, outer, inner, mask, C, dtype,
+        SCALE_MAP, HAS_GAIN, INTERLEAVED, SCALE_FIRST, CHANNELS_LAST, VECTOR,
     )  # fmt: skip
-    learned = tl.load(gain_ptr + channels, channels < C, other=1.0)[None, :] if HAS_GAIN else 1.0
-    log_scale, of_u, of_gain = _scale_map(
-        u, learned, KIND, SLOPE, OFFSET, GAIN, LOG_GAIN, HAS_FLOOR, LOG_FLOOR, LOW, HIGH, HAS_GAIN
-    )
-    grad_log_det = tl.load(grad_log_det_ptr + sample.to(tl.int64) * grad_log_det_stride)
+    grad_log_det = tl.load(grad_log_det_ptr + sample.to(tl.int64) * grad_log_det_b, sample < B, other=0.0)
 
     if INVERSE:
         grad_x = grad * exp(-log_scale)
@@ -144,19 +83,64 @@ def gradient_kernel(
     else:
         grad_x = grad * exp(log_scale)
         grad_t, grad_log_scale = _forward_gradients(grad, grad_x, y, t, grad_log_det, ORDER)
-    out_at = offsets(sample, positions, channels, out_strides, CHANNELS_LAST, VECTOR)
-    store(grad_x_ptr + out_at, grad_x, mask)
+    out = (out_b, out_c, out_p)
+    store(pointers(grad_x_ptr, out, sample, outer, inner, CHANNELS_LAST, VECTOR), grad_x, mask)
     if UNDO:
-        store(undone_ptr + out_at, _undo(y, exp(-log_scale), t, ORDER), mask)
+        x = _undo(y, exp(-log_scale), t, ORDER)
+        store(pointers(undone_ptr, out, sample, outer, inner, CHANNELS_LAST, VECTOR), x, mask)
     store_pair(
-        grad_h_ptr, grad_h_strides, grad_log_scale * of_u, grad_t, sample, positions, first_channel, P, C,
-        BLOCK_P, BLOCK_C, INTERLEAVED, SCALE_FIRST, CHANNELS_LAST, VECTOR,
+        grad_h_ptr, (grad_h_b, grad_h_c, grad_h_p), grad_log_scale * of_u, grad_t, sample, outer, inner, mask, C,
+        INTERLEAVED, SCALE_FIRST, CHANNELS_LAST, VECTOR,
     )  # fmt: skip
     if HAS_GAIN:
-        tiles_p = tl.cdiv(P, BLOCK_P)
-        column = sample * tiles_p + tl.program_id(0) % (tiles_p * tl.cdiv(C, BLOCK_C)) // tl.cdiv(C, BLOCK_C)
-        row = channels.to(tl.int64) * (tl.num_programs(0) // tl.cdiv(C, BLOCK_C))
-        tl.store(partial_ptr + row + column, tl.sum(tl.where(mask, grad_log_scale * of_gain, 0.0), 0), channels < C)
+        _store_of_channels(
+            partial_ptr, tl.where(mask, grad_log_scale * of_gain, 0.0), outer, inner, C, CHANNELS_LAST, VECTOR
+        )
+
+
+@triton.jit
+def _tile_of_channels(B, C, P, BLOCK: tl.constexpr, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr):
+    """Like :func:`tile_of_program`, but one channel, or vector of channels, at as many positions of any samples."""
+    groups = C // VECTOR if CHANNELS_LAST else C
+    each = P if CHANNELS_LAST else P // VECTOR
+    group = tl.program_id(0) % groups
+    vector = tl.program_id(0) // groups * (BLOCK // VECTOR) + tl.arange(0, BLOCK // VECTOR)[:, None]
+    sample = vector // each
+    if CHANNELS_LAST:
+        return sample, vector % each, group * VECTOR, sample < B
+    else:
+        return sample, group, vector % each * VECTOR, sample < B
+
+
+@triton.jit
+def _store_of_channels(partial_ptr, values, outer, inner, C, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr):
+    """What this program adds to the sums of its channels: (C, programs of a channel)."""
+    groups = C // VECTOR if CHANNELS_LAST else C
+    part = tl.program_id(0) // groups
+    parts = tl.num_programs(0) // groups
+    if CHANNELS_LAST:
+        channels = inner + tl.arange(0, VECTOR)
+        tl.store(partial_ptr + channels.to(tl.int64) * parts + part, tl.sum(values, 0))
+    else:
+        tl.store(partial_ptr + outer.to(tl.int64) * parts + part, tl.sum(values))
+
+
+@triton.jit
+def _conditions(
+    h_ptr, h_strides, gain_ptr, sample, outer, inner, mask, C, dtype: tl.constexpr,
+    SCALE_MAP: tl.constexpr, HAS_GAIN: tl.constexpr, INTERLEAVED: tl.constexpr, SCALE_FIRST: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """The shift, ``log s``, and its derivatives in the raw scale and in the learned gain."""
+    u, t = load_pair(
+        h_ptr, h_strides, sample, outer, inner, mask, C, dtype, INTERLEAVED, SCALE_FIRST, CHANNELS_LAST, VECTOR
+    )
+    learned = 1.0
+    if HAS_GAIN:
+        channels = inner + tl.arange(0, VECTOR)[None, :] if CHANNELS_LAST else outer
+        learned = tl.load(gain_ptr + channels, channels < C, other=1.0)
+    log_scale, of_u, of_gain = _scale_map(u, learned, SCALE_MAP, HAS_GAIN)
+    return t, log_scale, of_u, of_gain
 
 
 @triton.jit
@@ -202,21 +186,15 @@ def _inverse_gradients(grad, grad_y, x, shift, grad_log_det, ORDER: tl.constexpr
 
 
 @triton.jit
-def _scale_map(
-    u,
-    learned,
-    KIND: tl.constexpr,
-    SLOPE: tl.constexpr,
-    OFFSET: tl.constexpr,
-    GAIN: tl.constexpr,
-    LOG_GAIN: tl.constexpr,
-    HAS_FLOOR: tl.constexpr,
-    LOG_FLOOR: tl.constexpr,
-    LOW: tl.constexpr,
-    HIGH: tl.constexpr,
-    HAS_GAIN: tl.constexpr,
-):
+def _scale_map(u, learned, SCALE_MAP: tl.constexpr, HAS_GAIN: tl.constexpr):
     """``log s`` of the raw scale, and its derivatives in the raw scale and in the learned gain."""
+    KIND: tl.constexpr = SCALE_MAP[0]
+    SLOPE: tl.constexpr = SCALE_MAP[1]
+    OFFSET: tl.constexpr = SCALE_MAP[2]
+    GAIN: tl.constexpr = SCALE_MAP[3]
+    LOG_GAIN: tl.constexpr = SCALE_MAP[4]
+    HAS_FLOOR: tl.constexpr = SCALE_MAP[5]
+    LOG_FLOOR: tl.constexpr = SCALE_MAP[6]
     v = SLOPE * u + OFFSET
     if KIND == "sigmoid":
         # exp(-|v|) never overflows, and log(1 + exp(-|v|)) loses nothing where sigmoid(v) is next to 0 or 1.
@@ -225,7 +203,7 @@ def _scale_map(
         of_u = SLOPE * tl.where(v < 0.0, 1.0, e) / (1.0 + e)
         of_gain = log_scale
     else:
-        value, derivative = _bound(v, KIND, LOW, HIGH)
+        value, derivative = _bound(v, KIND, SCALE_MAP[7], SCALE_MAP[8])
         of_gain = GAIN * value
         log_scale = of_gain
         of_u = (GAIN * SLOPE) * derivative

@@ -1,10 +1,14 @@
 """Device functions that the kernels share: addresses of tiles, and elementary functions that stay accurate.
 
-A tile is ``(positions, channels)`` of one sample. ``VECTOR`` divides every size and stride that enters an address but
-the stride of one, so that the compiler can load 16 bytes at a time. Triton's float32 ``exp`` is one instruction that
-loses ``|x|`` ulp; libdevice is not there on every target and not in the interpreter. So the functions are built here
-of ``exp2`` of small arguments, ``log`` and arithmetic, and hold for float32 and float64.
+``VECTOR`` is the number of elements that lie next to each other and are read at once: 16 bytes of the smallest type
+where every size, stride and address allows it, else 1. Triton's float32 ``exp`` is one instruction that loses ``|x|``
+ulp; libdevice is not there on every target and not in the interpreter. So the functions are built here of ``exp2`` of
+small arguments, ``log`` and arithmetic, and hold for float32 and float64.
 """
+
+import inspect
+from collections.abc import Callable
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -14,47 +18,48 @@ from glow_kernels.backends.triton import INTERPRETED
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
 
-@triton.jit
-def multiple(n, VECTOR: tl.constexpr):
-    """``n``, which VECTOR divides, in a form that shows it."""
-    return n // VECTOR * VECTOR
+def kernel(function: Callable[..., Any]) -> Any:
+    """``triton.jit`` for a kernel whose variants are its types and compile-time arguments, and nothing else.
+
+    Triton would compile it anew for every pattern of numbers that are 1, divisible by 16 or above 31 bits, and of
+    addresses divisible by 16. Here numbers are int64 unless the kernel says otherwise, and ``VECTOR`` says it all.
+    """
+    annotations = function.__annotations__
+    passed = [name for name in inspect.signature(function).parameters if "constexpr" not in str(annotations.get(name))]
+    numbers = [name for name in passed if not name.endswith("_ptr")]
+    function.__annotations__ = dict.fromkeys(numbers, "i64") | annotations
+    return triton.jit(function, do_not_specialize=passed)
 
 
 @triton.jit
-def wide(n):
-    """``n`` as an int64, also if it is a number that the compiler knows."""
-    return tl.zeros((), tl.int64) + n
+def tile_of_program(C, P, BLOCK: tl.constexpr, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr):
+    """Where the vectors of this program are, and which of them are there; BLOCK elements of one sample.
 
-
-@triton.jit
-def tile_of_program(
-    C, P, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr
-):
-    """Sample, positions, first channel, mask and channels of this program, of one that covers one tile of a sample."""
-    if CHANNELS_LAST:
-        C = multiple(C, VECTOR)
-    else:
-        P = multiple(P, VECTOR)
-    tiles_c = tl.cdiv(C, BLOCK_C)
-    tiles = tiles_c * tl.cdiv(P, BLOCK_P)
+    They follow each other in memory. Sample, outer index and first inner index of each, and a mask: the inner index
+    counts positions, or channels where those come last.
+    """
+    inner_size = (C if CHANNELS_LAST else P) // VECTOR
+    vectors = inner_size * (P if CHANNELS_LAST else C)
+    tiles = tl.cdiv(vectors, BLOCK // VECTOR)
     program = tl.program_id(0)
-    tile = program % tiles
-    positions = tile // tiles_c * BLOCK_P + tl.arange(0, BLOCK_P)
-    first_channel = tile % tiles_c * BLOCK_C
-    return program // tiles, positions, first_channel, P, C
+    vector = program % tiles * (BLOCK // VECTOR) + tl.arange(0, BLOCK // VECTOR)[:, None]
+    return program // tiles, vector // inner_size, vector % inner_size * VECTOR, vector < vectors
 
 
 @triton.jit
-def offsets(sample, positions, channels, strides, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr):
-    """Offsets of a tile in (B, C, P)."""
+def pointers(ptr, strides, sample, outer, inner, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr):
+    """Addresses (vectors, VECTOR) in (B, C, P)."""
     if CHANNELS_LAST:
-        stride_c = strides[1]
-        stride_p = multiple(strides[2], VECTOR)
+        stride_outer = strides[2]
+        stride_inner = strides[1]
     else:
-        stride_c = multiple(strides[1], VECTOR)
-        stride_p = strides[2]
-    start = sample.to(tl.int64) * multiple(strides[0], VECTOR)
-    return start + positions.to(tl.int64)[:, None] * stride_p + channels.to(tl.int64)[None, :] * stride_c
+        stride_outer = strides[1]
+        stride_inner = strides[2]
+    start = sample.to(tl.int64) * strides[0] + outer.to(tl.int64) * stride_outer
+    if VECTOR == 1:
+        return ptr + (start + inner.to(tl.int64) * stride_inner)
+    else:
+        return tl.multiple_of(ptr + (start + inner + tl.arange(0, VECTOR)[None, :]), (1, 16))
 
 
 @triton.jit
@@ -126,104 +131,92 @@ def atan(v):
 
 @triton.jit
 def load_pair(
-    h_ptr,
-    h_strides,
-    sample,
-    positions,
-    first_channel,
-    P,
-    C,
-    accumulate: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    IN_ORDER: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    VECTOR: tl.constexpr,
-):
-    """The two values of ``h`` (B, 2 C, P) of every element of a tile; IN_ORDER as they lie, else reversed."""
-    if INTERLEAVED and CHANNELS_LAST:
-        channels = 2 * first_channel + tl.arange(0, 2 * BLOCK_C)
-        at = offsets(sample, positions, channels, h_strides, CHANNELS_LAST, VECTOR)
-        both = tl.load(h_ptr + at, (positions < P)[:, None] & (channels < 2 * C)[None, :], other=0.0)
-        first, second = tl.split(tl.reshape(both, (BLOCK_P, BLOCK_C, 2)))
+    h_ptr, h_strides, sample, outer, inner, mask, C, dtype: tl.constexpr,
+    INTERLEAVED: tl.constexpr, IN_ORDER: tl.constexpr, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """The two values of ``h`` (B, 2 C, P) of every element; IN_ORDER as they lie, else reversed."""
+    if INTERLEAVED and CHANNELS_LAST and VECTOR > 1:
+        both = tl.load(pointers(h_ptr, h_strides, sample, outer, 2 * inner, True, 2 * VECTOR), mask, other=0.0)
+        first, second = tl.split(tl.reshape(both, (both.shape[0], VECTOR, 2)))
     else:
-        channels = first_channel + tl.arange(0, BLOCK_C)
-        mask = (positions < P)[:, None] & (channels < C)[None, :]
-        if INTERLEAVED:
-            first_channels = 2 * channels
-            second_channels = first_channels + 1
-        else:
-            first_channels = channels
-            second_channels = channels + C
-        first_at = offsets(sample, positions, first_channels, h_strides, CHANNELS_LAST, VECTOR)
-        second_at = offsets(sample, positions, second_channels, h_strides, CHANNELS_LAST, VECTOR)
-        first = tl.load(h_ptr + first_at, mask, other=0.0)
-        second = tl.load(h_ptr + second_at, mask, other=0.0)
+        first_at, second_at = _pair_pointers(
+            h_ptr, h_strides, sample, outer, inner, C, INTERLEAVED, CHANNELS_LAST, VECTOR
+        )
+        first = tl.load(first_at, mask, other=0.0)
+        second = tl.load(second_at, mask, other=0.0)
     if IN_ORDER:
-        return first.to(accumulate), second.to(accumulate)
+        return first.to(dtype), second.to(dtype)
     else:
-        return second.to(accumulate), first.to(accumulate)
+        return second.to(dtype), first.to(dtype)
 
 
 @triton.jit
 def store_pair(
-    h_ptr,
-    h_strides,
-    first,
-    second,
-    sample,
-    positions,
-    first_channel,
-    P,
-    C,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    IN_ORDER: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    VECTOR: tl.constexpr,
-):
+    h_ptr, h_strides, first, second, sample, outer, inner, mask, C,
+    INTERLEAVED: tl.constexpr, IN_ORDER: tl.constexpr, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
     """The inverse of :func:`load_pair`."""
     if not IN_ORDER:
         first, second = second, first
-    if INTERLEAVED and CHANNELS_LAST:
-        channels = 2 * first_channel + tl.arange(0, 2 * BLOCK_C)
-        at = offsets(sample, positions, channels, h_strides, CHANNELS_LAST, VECTOR)
-        both = tl.reshape(tl.join(first, second), (BLOCK_P, 2 * BLOCK_C))
-        store(h_ptr + at, both, (positions < P)[:, None] & (channels < 2 * C)[None, :])
+    if INTERLEAVED and CHANNELS_LAST and VECTOR > 1:
+        both = tl.reshape(tl.join(first, second), (first.shape[0], 2 * VECTOR))
+        store(pointers(h_ptr, h_strides, sample, outer, 2 * inner, True, 2 * VECTOR), both, mask)
     else:
-        channels = first_channel + tl.arange(0, BLOCK_C)
-        mask = (positions < P)[:, None] & (channels < C)[None, :]
-        if INTERLEAVED:
-            first_channels = 2 * channels
-            second_channels = first_channels + 1
-        else:
-            first_channels = channels
-            second_channels = channels + C
-        first_at = offsets(sample, positions, first_channels, h_strides, CHANNELS_LAST, VECTOR)
-        second_at = offsets(sample, positions, second_channels, h_strides, CHANNELS_LAST, VECTOR)
-        store(h_ptr + first_at, first, mask)
-        store(h_ptr + second_at, second, mask)
+        first_at, second_at = _pair_pointers(
+            h_ptr, h_strides, sample, outer, inner, C, INTERLEAVED, CHANNELS_LAST, VECTOR
+        )
+        store(first_at, first, mask)
+        store(second_at, second, mask)
 
 
 @triton.jit
-def row_offsets(rows, P, strides, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr):
-    """Offsets of rows, which count the positions of all samples, in (B, C, P)."""
-    stride_p = strides[2]
+def _pair_pointers(
+    h_ptr, h_strides, sample, outer, inner, C,
+    INTERLEAVED: tl.constexpr, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
     if CHANNELS_LAST:
-        stride_p = multiple(stride_p, VECTOR)
+        first = 2 * inner if INTERLEAVED else inner
+        second = first + (1 if INTERLEAVED else C)
+        return (
+            pointers(h_ptr, h_strides, sample, outer, first, True, VECTOR),
+            pointers(h_ptr, h_strides, sample, outer, second, True, VECTOR),
+        )
     else:
-        P = multiple(P, VECTOR)
+        first = 2 * outer if INTERLEAVED else outer
+        second = first + (1 if INTERLEAVED else C)
+        return (
+            pointers(h_ptr, h_strides, sample, first, inner, False, VECTOR),
+            pointers(h_ptr, h_strides, sample, second, inner, False, VECTOR),
+        )
+
+
+@triton.jit
+def multiple(n, VECTOR: tl.constexpr):
+    """``n``, which VECTOR divides, in a form that shows it to the compiler."""
+    return n // VECTOR * VECTOR
+
+
+@triton.jit
+def row_sizes(C, P, count, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr):
+    """Channels, positions and rows, in a form that shows that no vector lies across an end."""
+    if CHANNELS_LAST:
+        return multiple(C, VECTOR), P, count
+    else:
+        return C, multiple(P, VECTOR), multiple(count, VECTOR)
+
+
+@triton.jit
+def row_pointers(ptr, strides, rows, P, channels, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr):
+    """Addresses (rows, channels) in (B, C, P), where rows count the positions of all samples."""
     samples = rows // P
-    positions = rows - samples * P
-    return samples.to(tl.int64) * multiple(strides[0], VECTOR) + positions.to(tl.int64) * stride_p
-
-
-@triton.jit
-def channel_offsets(channels, strides, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr):
-    """Offsets of channels in (B, C, P)."""
-    if CHANNELS_LAST:
-        return channels * wide(strides[1])
+    positions = (rows - samples * P).to(tl.int64)
+    channels = channels.to(tl.int64)
+    if VECTOR == 1 or CHANNELS_LAST:
+        positions *= strides[2]
+    if VECTOR == 1 or not CHANNELS_LAST:
+        channels *= strides[1]
+    at = ptr + ((samples.to(tl.int64) * strides[0] + positions)[:, None] + channels[None, :])
+    if VECTOR == 1:
+        return at
     else:
-        return channels * wide(multiple(strides[1], VECTOR))
+        return tl.multiple_of(at, (1, 16) if CHANNELS_LAST else (16, 1))

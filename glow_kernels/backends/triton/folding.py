@@ -17,12 +17,11 @@ from glow_kernels.backends.reference.actnorm_conv1x1 import fold_of_inverse
 from glow_kernels.backends.triton.folding_kernels import (
     fold_backward_kernel,
     fold_inverse_backward_kernel,
-    fold_inverse_kernel,
     fold_kernel,
     lu_weight_backward_kernel,
     lu_weight_kernel,
 )
-from glow_kernels.backends.triton.launch import launch, power_of_two
+from glow_kernels.backends.triton.launch import launch, power_of_two, strided
 from glow_kernels.backends.triton.support import MAX_CHANNELS_OF_A_PROGRAM
 
 
@@ -34,7 +33,7 @@ def lu_weight(
     log_det = lower.new_empty(lower.shape[:-2])
     matrices = (_flat(permutation, 2), _flat(lower, 2), _flat(upper, 2))
     vectors = (_flat(log_diagonal, 1), _flat(diagonal_sign, 1))
-    _launch(lu_weight_kernel, lower, *_strided(*matrices, *vectors), weight, log_det)
+    _launch(lu_weight_kernel, lower, *strided(*matrices, *vectors), weight, log_det)
     return weight, log_det
 
 
@@ -51,7 +50,7 @@ def lu_weight_backward(
     results = (_like(lower), _like(upper), _like(log_diagonal))
     matrices = (_flat(grad_weight, 2), _flat(permutation, 2), _flat(lower, 2), _flat(upper, 2))
     vectors = (_flat(grad_log_det, 0), _flat(log_diagonal, 1), _flat(diagonal_sign, 1))
-    _launch(lu_weight_backward_kernel, lower, *_strided(*matrices, *vectors), *results)
+    _launch(lu_weight_backward_kernel, lower, *strided(*matrices, *vectors), *results)
     return results
 
 
@@ -93,7 +92,7 @@ def fold_backward(
     grads = (_flat(grad_matrix, 2), _flat(grad_shift, 1), _flat(grad_log_det, 0))
     inputs = (_flat(log_scale, 1), _flat(bias, 1), _flat(weight, 2))
     results = _fold_results(log_scale, bias, weight, weight_log_det)
-    _launch(fold_backward_kernel, weight, *_strided(*grads, *inputs), *results, INVERT=weight_log_det is None)
+    _launch(fold_backward_kernel, weight, *strided(*grads, *inputs), *results, INVERT=weight_log_det is None)
     return results
 
 
@@ -114,7 +113,7 @@ def fold_inverse_backward(
     _launch(
         fold_inverse_backward_kernel,
         weight,
-        *_strided(*grads, *inputs),
+        *strided(*grads, *inputs),
         *results,
         inverse,
         INVERT=weight_log_det is None,
@@ -128,8 +127,8 @@ def _fold(
     matrix, shift, log_det = _like(weight), _like(bias), _like(log_scale[..., 0])
     known = _flat(log_scale[..., 0] if weight_log_det is None else weight_log_det, 0)
     inputs = (_flat(log_scale, 1), _flat(bias, 1), _flat(weight, 2), known)
-    kernel = fold_inverse_kernel if inverse else fold_kernel
-    _launch(kernel, weight, *_strided(*inputs), matrix, shift, log_det, KNOWN=weight_log_det is not None)
+    options = {"INVERSE": inverse, "KNOWN": weight_log_det is not None}
+    _launch(fold_kernel, weight, *strided(*inputs), matrix, shift, log_det, **options)
     return matrix, shift, log_det
 
 
@@ -145,19 +144,15 @@ def _launch(kernel: Any, like: Tensor, *args: object, **options: object) -> None
     channels, matrices = like.shape[-1], math.prod(like.shape[:-2])
     if matrices == 0 or channels == 0:
         return
-    block = max(4, power_of_two(channels))
+    block = max(16, power_of_two(channels))
     # Those that spill on no GPU.
-    num_warps = max(1, min(8 if kernel is fold_kernel else 16, block * block // 256))
+    num_warps = min(16, block * block // 256)
     launch(kernel, matrices, like, *args, channels, **options, BLOCK=block, num_warps=num_warps)
 
 
 def _flat(tensor: Tensor, dimensions: int) -> Tensor:
     """All leading dimensions but the last ``dimensions`` as one: a view wherever the strides allow."""
     return tensor.reshape(-1, *tensor.shape[tensor.dim() - dimensions :])
-
-
-def _strided(*tensors: Tensor) -> tuple[object, ...]:
-    return tuple(part for tensor in tensors for part in (tensor, tensor.stride()))
 
 
 def _like(tensor: Tensor) -> Tensor:

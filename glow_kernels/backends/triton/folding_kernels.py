@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from glow_kernels.backends.triton.device_functions import store, wide
+from glow_kernels.backends.triton.device_functions import kernel, store
 
 
 @triton.jit
@@ -29,9 +29,9 @@ def _matrix(ptr, strides, rows, columns, C):
 
 
 @triton.jit
-def _number(ptr, strides):
+def _number(ptr, stride):
     """Number of this program, in float64."""
-    return tl.load(ptr + tl.program_id(0).to(tl.int64) * strides[0]).to(tl.float64)
+    return tl.load(ptr + tl.program_id(0).to(tl.int64) * stride).to(tl.float64)
 
 
 @triton.jit
@@ -78,92 +78,69 @@ def _eliminate(left, C, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _product(a, b, C, TRANSPOSE_A: tl.constexpr, TRANSPOSE_B: tl.constexpr):
+    """Product of two matrices, either of them transposed: the sum of a column times a row."""
+    i = tl.arange(0, a.shape[0])
+    out = tl.zeros(a.shape, tl.float64)
+    for k in range(C):
+        in_row = (i == k)[:, None]
+        in_column = (i == k)[None, :]
+        column = tl.sum(tl.where(in_row if TRANSPOSE_A else in_column, a, 0.0), 0 if TRANSPOSE_A else 1)
+        row = tl.sum(tl.where(in_column if TRANSPOSE_B else in_row, b, 0.0), 1 if TRANSPOSE_B else 0)
+        out += column[:, None] * row[None, :]
+    return out
+
+
+@kernel
 def fold_kernel(
-    log_scale_ptr,
-    log_scale_strides,
-    bias_ptr,
-    bias_strides,
-    weight_ptr,
-    weight_strides,
-    known_ptr,
-    known_strides,
-    matrix_ptr,
-    shift_ptr,
-    log_det_ptr,
-    C,
-    KNOWN: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    log_scale_ptr, log_scale_k, log_scale_i, bias_ptr, bias_k, bias_i, weight_ptr, weight_k, weight_i, weight_j,
+    known_ptr, known_k, matrix_ptr, shift_ptr, log_det_ptr, C: tl.int32,
+    INVERSE: tl.constexpr, KNOWN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Matrix, shift and log-determinant of either direction."""
     i = tl.arange(0, BLOCK)
+    log_scale_strides = (log_scale_k, log_scale_i)
     log_scale = _vector(log_scale_ptr, log_scale_strides, i, C)
-    weight = _matrix(weight_ptr, weight_strides, i, i, C)
-    matrix = weight * tl.exp(log_scale)[None, :]
-    _store_matrix(matrix_ptr, i, i, matrix, C)
-    shift = tl.sum(matrix * _vector(bias_ptr, bias_strides, i, C)[None, :], 1)
-    _store_vector(shift_ptr, i, shift, C)
+    bias = _vector(bias_ptr, (bias_k, bias_i), i, C)
+    weight = _matrix(weight_ptr, (weight_k, weight_i, weight_j), i, i, C)
+    if not INVERSE:
+        matrix = weight * tl.exp(log_scale)[None, :]
+        _store_matrix(matrix_ptr, i, i, matrix, C)
+        _store_vector(shift_ptr, i, tl.sum(matrix * bias[None, :], 1), C)
+    if INVERSE or not KNOWN:
+        left, step_of_row, row_of_step, log_det = _eliminate(weight, C, BLOCK)
+    if INVERSE:
+        scale = tl.exp(-_vector(log_scale_ptr, log_scale_strides, step_of_row, C))
+        _store_matrix(matrix_ptr, step_of_row, row_of_step, left * scale[:, None], C)
+        _store_vector(shift_ptr, i, -bias, C)
     if KNOWN:
-        log_det = _number(known_ptr, known_strides)
-    else:
-        _, _, _, log_det = _eliminate(weight, C, BLOCK)
-    _store_number(log_det_ptr, tl.sum(log_scale) + log_det)
+        log_det = _number(known_ptr, known_k)
+    log_det += tl.sum(log_scale)
+    _store_number(log_det_ptr, -log_det if INVERSE else log_det)
 
 
-@triton.jit
-def fold_inverse_kernel(
-    log_scale_ptr,
-    log_scale_strides,
-    bias_ptr,
-    bias_strides,
-    weight_ptr,
-    weight_strides,
-    known_ptr,
-    known_strides,
-    matrix_ptr,
-    shift_ptr,
-    log_det_ptr,
-    C,
-    KNOWN: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    i = tl.arange(0, BLOCK)
-    inverse, step_of_row, row_of_step, log_det = _eliminate(_matrix(weight_ptr, weight_strides, i, i, C), C, BLOCK)
-    scale = tl.exp(-_vector(log_scale_ptr, log_scale_strides, step_of_row, C))
-    _store_matrix(matrix_ptr, step_of_row, row_of_step, inverse * scale[:, None], C)
-    _store_vector(shift_ptr, i, -_vector(bias_ptr, bias_strides, i, C), C)
-    if KNOWN:
-        log_det = _number(known_ptr, known_strides)
-    _store_number(log_det_ptr, -tl.sum(_vector(log_scale_ptr, log_scale_strides, i, C)) - log_det)
-
-
-@triton.jit
+@kernel
 def fold_backward_kernel(
-    grad_matrix_ptr,
-    grad_matrix_strides,
-    grad_shift_ptr,
-    grad_shift_strides,
-    grad_log_det_ptr,
-    grad_log_det_strides,
-    log_scale_ptr,
-    log_scale_strides,
-    bias_ptr,
-    bias_strides,
-    weight_ptr,
-    weight_strides,
-    grad_log_scale_ptr,
-    grad_bias_ptr,
-    grad_weight_ptr,
-    grad_known_ptr,
-    C,
-    INVERT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    grad_matrix_ptr, grad_matrix_k, grad_matrix_i, grad_matrix_j, grad_shift_ptr, grad_shift_k, grad_shift_i,
+    grad_log_det_ptr, grad_log_det_k,
+    log_scale_ptr, log_scale_k, log_scale_i, bias_ptr, bias_k, bias_i, weight_ptr, weight_k, weight_i, weight_j,
+    grad_log_scale_ptr, grad_bias_ptr, grad_weight_ptr, grad_known_ptr, C: tl.int32,
+    INVERT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """``dW = (dM + dv b^T) diag(s)``, and with INVERT ``dlog_det W^-T``."""
+    grad_shift_strides = (grad_shift_k, grad_shift_i)
+    log_scale_strides = (log_scale_k, log_scale_i)
+    bias_strides = (bias_k, bias_i)
     i = tl.arange(0, BLOCK)
-    grad_log_det = _number(grad_log_det_ptr, grad_log_det_strides)
+    grad_log_det = _number(grad_log_det_ptr, grad_log_det_k)
     grad_shift = _vector(grad_shift_ptr, grad_shift_strides, i, C)
     bias = _vector(bias_ptr, bias_strides, i, C)
     scale = tl.exp(_vector(log_scale_ptr, log_scale_strides, i, C))
-    weight = _matrix(weight_ptr, weight_strides, i, i, C)
-    total = _matrix(grad_matrix_ptr, grad_matrix_strides, i, i, C) + grad_shift[:, None] * bias[None, :]
+    weight = _matrix(weight_ptr, (weight_k, weight_i, weight_j), i, i, C)
+    total = (
+        _matrix(grad_matrix_ptr, (grad_matrix_k, grad_matrix_i, grad_matrix_j), i, i, C)
+        + grad_shift[:, None] * bias[None, :]
+    )
     _store_vector(grad_log_scale_ptr, i, scale * tl.sum(weight * total, 0) + grad_log_det, C)
     _store_vector(grad_bias_ptr, i, scale * tl.sum(weight * grad_shift[:, None], 0), C)
     if INVERT:
@@ -172,7 +149,7 @@ def fold_backward_kernel(
         grad_shift = _vector(grad_shift_ptr, grad_shift_strides, row_of_step, C)
         bias = _vector(bias_ptr, bias_strides, step_of_row, C)
         scale = tl.exp(_vector(log_scale_ptr, log_scale_strides, step_of_row, C))
-        swapped = (grad_matrix_strides[0], grad_matrix_strides[2], grad_matrix_strides[1])
+        swapped = (grad_matrix_k, grad_matrix_j, grad_matrix_i)
         total = _matrix(grad_matrix_ptr, swapped, step_of_row, row_of_step, C) + bias[:, None] * grad_shift[None, :]
         grad_weight = total * scale[:, None] + grad_log_det * inverse
         at = (
@@ -187,153 +164,88 @@ def fold_backward_kernel(
         _store_number(grad_known_ptr, grad_log_det)
 
 
-@triton.jit
+@kernel
 def fold_inverse_backward_kernel(
-    grad_matrix_ptr,
-    grad_matrix_strides,
-    grad_shift_ptr,
-    grad_shift_strides,
-    grad_log_det_ptr,
-    grad_log_det_strides,
-    log_scale_ptr,
-    log_scale_strides,
-    weight_ptr,
-    weight_strides,
-    grad_log_scale_ptr,
-    grad_bias_ptr,
-    grad_weight_ptr,
-    grad_known_ptr,
-    inverse_ptr,
-    C,
-    INVERT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    grad_matrix_ptr, grad_matrix_k, grad_matrix_i, grad_matrix_j, grad_shift_ptr, grad_shift_k, grad_shift_i,
+    grad_log_det_ptr, grad_log_det_k, log_scale_ptr, log_scale_k, log_scale_i, weight_ptr, weight_k, weight_i, weight_j,
+    grad_log_scale_ptr, grad_bias_ptr, grad_weight_ptr, grad_known_ptr, inverse_ptr, C: tl.int32,
+    INVERT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """``dW = -(W^-T diag(exp(-log_scale)) dN + dlog_det) W^-T``, two products of columns and rows."""
     i = tl.arange(0, BLOCK)
-    weight = _matrix(weight_ptr, weight_strides, i, i, C)
+    weight = _matrix(weight_ptr, (weight_k, weight_i, weight_j), i, i, C)
     left, step_of_row, row_of_step, _ = _eliminate(weight, C, BLOCK)
     _store_matrix(inverse_ptr, step_of_row, row_of_step, left, C)
     # What a thread wrote others read.
     tl.debug_barrier()
-    square = (wide(C) * C, C, 1)
-    inverse = _matrix(inverse_ptr, square, i, i, C)
-    grad_log_det = _number(grad_log_det_ptr, grad_log_det_strides)
-    scale = tl.exp(-_vector(log_scale_ptr, log_scale_strides, i, C))
-    scaled_grad = _matrix(grad_matrix_ptr, grad_matrix_strides, i, i, C) * scale[:, None]
+    inverse = _matrix(inverse_ptr, (C.to(tl.int64) * C, C, 1), i, i, C)
+    grad_log_det = _number(grad_log_det_ptr, grad_log_det_k)
+    scale = tl.exp(-_vector(log_scale_ptr, (log_scale_k, log_scale_i), i, C))
+    grad_matrix = _matrix(grad_matrix_ptr, (grad_matrix_k, grad_matrix_i, grad_matrix_j), i, i, C)
+    scaled_grad = grad_matrix * scale[:, None]
     _store_vector(grad_log_scale_ptr, i, -tl.sum(scaled_grad * inverse, 1) - grad_log_det, C)
-    _store_vector(grad_bias_ptr, i, -_vector(grad_shift_ptr, grad_shift_strides, i, C), C)
+    _store_vector(grad_bias_ptr, i, -_vector(grad_shift_ptr, (grad_shift_k, grad_shift_i), i, C), C)
 
-    # Row i of the first product is sum_k inverse[k, i] scaled_grad[k, :].
-    product = tl.zeros((BLOCK, BLOCK), tl.float64)
-    for k in range(C):
-        in_row = (i == k)[:, None]
-        column = tl.sum(tl.where(in_row, inverse, 0.0), 0)
-        product += column[:, None] * tl.sum(tl.where(in_row, scaled_grad, 0.0), 0)[None, :]
+    product = _product(inverse, scaled_grad, C, True, False)
     if INVERT:
         product += tl.where(i[:, None] == i[None, :], grad_log_det, 0.0)
     else:
         _store_number(grad_known_ptr, -grad_log_det)
-    grad_weight = tl.zeros((BLOCK, BLOCK), tl.float64)
-    for k in range(C):
-        in_column = (i == k)[None, :]
-        column = tl.sum(tl.where(in_column, product, 0.0), 1)
-        grad_weight -= column[:, None] * tl.sum(tl.where(in_column, inverse, 0.0), 1)[None, :]
-    _store_matrix(grad_weight_ptr, i, i, grad_weight, C)
+    _store_matrix(grad_weight_ptr, i, i, -_product(product, inverse, C, False, True), C)
 
 
-@triton.jit
+@kernel
 def lu_weight_kernel(
-    permutation_ptr,
-    permutation_strides,
-    lower_ptr,
-    lower_strides,
-    upper_ptr,
-    upper_strides,
-    log_diagonal_ptr,
-    log_diagonal_strides,
-    sign_ptr,
-    sign_strides,
-    weight_ptr,
-    log_det_ptr,
-    C,
-    BLOCK: tl.constexpr,
-):
+    permutation_ptr, permutation_k, permutation_i, permutation_j, lower_ptr, lower_k, lower_i, lower_j,
+    upper_ptr, upper_k, upper_i, upper_j, log_diagonal_ptr, log_diagonal_k, log_diagonal_i, sign_ptr, sign_k, sign_i,
+    weight_ptr, log_det_ptr, C: tl.int32, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """``P L (U + diag(s))``, and its log-determinant."""
     i = tl.arange(0, BLOCK)
-    permutation = _matrix(permutation_ptr, permutation_strides, i, i, C)
-    log_diagonal = _vector(log_diagonal_ptr, log_diagonal_strides, i, C)
+    log_diagonal = _vector(log_diagonal_ptr, (log_diagonal_k, log_diagonal_i), i, C)
+    sign = _vector(sign_ptr, (sign_k, sign_i), i, C)
     lower, upper = _triangles(
-        lower_ptr, lower_strides, upper_ptr, upper_strides, log_diagonal, sign_ptr, sign_strides, i, C
+        lower_ptr, (lower_k, lower_i, lower_j), upper_ptr, (upper_k, upper_i, upper_j), log_diagonal, sign, i, C
     )
-    weight = tl.zeros((BLOCK, BLOCK), tl.float64)
-    for k in range(C):
-        # Column k of L, permuted, and row k of U.
-        column = tl.sum(tl.where((i == k)[None, :], lower, 0.0), 1)
-        column = tl.sum(permutation * column[None, :], 1)
-        row = tl.sum(tl.where((i == k)[:, None], upper, 0.0), 0)
-        weight += column[:, None] * row[None, :]
-    _store_matrix(weight_ptr, i, i, weight, C)
+    weight = _product(lower, upper, C, False, False)
+    # Only now, since the registers hold three matrices and no more.
+    permutation = _matrix(permutation_ptr, (permutation_k, permutation_i, permutation_j), i, i, C)
+    _store_matrix(weight_ptr, i, i, _product(permutation, weight, C, False, False), C)
     _store_number(log_det_ptr, tl.sum(log_diagonal))
 
 
-@triton.jit
+@kernel
 def lu_weight_backward_kernel(
-    grad_weight_ptr,
-    grad_weight_strides,
-    permutation_ptr,
-    permutation_strides,
-    lower_ptr,
-    lower_strides,
-    upper_ptr,
-    upper_strides,
-    grad_log_det_ptr,
-    grad_log_det_strides,
-    log_diagonal_ptr,
-    log_diagonal_strides,
-    sign_ptr,
-    sign_strides,
-    grad_lower_ptr,
-    grad_upper_ptr,
-    grad_log_diagonal_ptr,
-    C,
-    BLOCK: tl.constexpr,
-):
+    grad_weight_ptr, grad_weight_k, grad_weight_i, grad_weight_j,
+    permutation_ptr, permutation_k, permutation_i, permutation_j, lower_ptr, lower_k, lower_i, lower_j,
+    upper_ptr, upper_k, upper_i, upper_j, grad_log_det_ptr, grad_log_det_k,
+    log_diagonal_ptr, log_diagonal_k, log_diagonal_i, sign_ptr, sign_k, sign_i,
+    grad_lower_ptr, grad_upper_ptr, grad_log_diagonal_ptr, C: tl.int32, BLOCK: tl.constexpr,
+):  # fmt: skip
     """With ``A = P^T dW``: the triangles of ``A U^T`` and ``L^T A``."""
     i = tl.arange(0, BLOCK)
-    log_diagonal = _vector(log_diagonal_ptr, log_diagonal_strides, i, C)
+    grad_weight = _matrix(grad_weight_ptr, (grad_weight_k, grad_weight_i, grad_weight_j), i, i, C)
+    permutation = _matrix(permutation_ptr, (permutation_k, permutation_i, permutation_j), i, i, C)
+    permuted = _product(permutation, grad_weight, C, True, False)
+    log_diagonal = _vector(log_diagonal_ptr, (log_diagonal_k, log_diagonal_i), i, C)
+    sign = _vector(sign_ptr, (sign_k, sign_i), i, C)
     lower, upper = _triangles(
-        lower_ptr, lower_strides, upper_ptr, upper_strides, log_diagonal, sign_ptr, sign_strides, i, C
+        lower_ptr, (lower_k, lower_i, lower_j), upper_ptr, (upper_k, upper_i, upper_j), log_diagonal, sign, i, C
     )
-    grad_weight = _matrix(grad_weight_ptr, grad_weight_strides, i, i, C)
-    permutation = _matrix(permutation_ptr, permutation_strides, i, i, C)
-    permuted = tl.zeros((BLOCK, BLOCK), tl.float64)
-    for k in range(C):
-        in_row = (i == k)[:, None]
-        column = tl.sum(tl.where(in_row, permutation, 0.0), 0)
-        permuted += column[:, None] * tl.sum(tl.where(in_row, grad_weight, 0.0), 0)[None, :]
-
-    grad_lower = tl.zeros((BLOCK, BLOCK), tl.float64)
-    for k in range(C):
-        in_column = (i == k)[None, :]
-        column = tl.sum(tl.where(in_column, permuted, 0.0), 1)
-        grad_lower += column[:, None] * tl.sum(tl.where(in_column, upper, 0.0), 1)[None, :]
+    grad_lower = _product(permuted, upper, C, False, True)
     _store_matrix(grad_lower_ptr, i, i, tl.where(i[:, None] > i[None, :], grad_lower, 0.0), C)
-
-    grad_upper = tl.zeros((BLOCK, BLOCK), tl.float64)
-    for k in range(C):
-        in_row = (i == k)[:, None]
-        column = tl.sum(tl.where(in_row, lower, 0.0), 0)
-        grad_upper += column[:, None] * tl.sum(tl.where(in_row, permuted, 0.0), 0)[None, :]
+    grad_upper = _product(lower, permuted, C, True, False)
     _store_matrix(grad_upper_ptr, i, i, tl.where(i[:, None] < i[None, :], grad_upper, 0.0), C)
     of_diagonal = tl.sum(tl.where(i[:, None] == i[None, :], grad_upper * upper, 0.0), 0)
-    _store_vector(grad_log_diagonal_ptr, i, of_diagonal + _number(grad_log_det_ptr, grad_log_det_strides), C)
+    _store_vector(grad_log_diagonal_ptr, i, of_diagonal + _number(grad_log_det_ptr, grad_log_det_k), C)
 
 
 @triton.jit
-def _triangles(lower_ptr, lower_strides, upper_ptr, upper_strides, log_diagonal, sign_ptr, sign_strides, i, C):
+def _triangles(lower_ptr, lower_strides, upper_ptr, upper_strides, log_diagonal, sign, i, C):
     """L with its diagonal of ones, and U with the diagonal s, without what lies outside the triangles."""
     lower = _matrix(lower_ptr, lower_strides, i, i, C)
     lower = tl.where(i[:, None] > i[None, :], lower, tl.where(i[:, None] == i[None, :], 1.0, 0.0))
-    diagonal = _vector(sign_ptr, sign_strides, i, C) * tl.exp(log_diagonal)
+    diagonal = sign * tl.exp(log_diagonal)
     upper = _matrix(upper_ptr, upper_strides, i, i, C)
     upper = tl.where(i[:, None] < i[None, :], upper, tl.where(i[:, None] == i[None, :], diagonal[None, :], 0.0))
     return lower, upper

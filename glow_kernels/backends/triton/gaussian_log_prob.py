@@ -14,13 +14,14 @@ from torch import Tensor
 from glow_kernels.backends.numerics import compute_dtype, output_format
 from glow_kernels.backends.triton.device_functions import (
     exp,
+    kernel,
     load_pair,
-    offsets,
+    pointers,
     store,
     store_pair,
     tile_of_program,
 )
-from glow_kernels.backends.triton.launch import elementwise_tile, launch, planes
+from glow_kernels.backends.triton.launch import launch, planes, strided, tiles_of
 from glow_kernels.backends.triton.sums import sum_partial
 
 
@@ -30,16 +31,16 @@ def forward(z: Tensor, h: Tensor, layout: str) -> Tensor:
     if z.numel() == 0:
         return z.new_zeros(z.shape[0], dtype=dtype)
     data, conditions = planes(z), planes(h)
-    tile = elementwise_tile((data,), (conditions,))
-    partial = z.new_empty((tile.samples, tile.tiles), dtype=dtype)
+    tiles = tiles_of((data,), (conditions,))
+    partial = z.new_empty((tiles.samples, tiles.each), dtype=dtype)
     launch(
         _log_prob_kernel,
-        tile.samples * tile.tiles,
+        tiles.count,
         z,
-        *(data, data.stride(), conditions, conditions.stride(), partial),
+        *(*strided(data, conditions), partial),
         *data.shape[1:],
         INTERLEAVED=layout.startswith("interleaved"),
-        **tile.options,
+        **tiles.options,
     )
     return sum_partial(partial, 1)
 
@@ -79,17 +80,17 @@ def _map(data: Tensor, h: Tensor, layout: str, inverse: bool) -> Tensor:
     if data.numel() == 0:
         return result
     x, conditions, out = planes(data), planes(h), planes(result)
-    tile = elementwise_tile((x, out), (conditions,))
+    tiles = tiles_of((x, out), (conditions,))
     launch(
         _map_kernel,
-        tile.samples * tile.tiles,
+        tiles.count,
         data,
-        *(x, x.stride(), conditions, conditions.stride(), out, out.stride()),
+        *strided(x, conditions, out),
         *x.shape[1:],
         INTERLEAVED=layout.startswith("interleaved"),
         INVERSE=inverse,
         DTYPE=_DTYPES[compute_dtype(data)],
-        **tile.options,
+        **tiles.options,
     )
     return result
 
@@ -102,17 +103,17 @@ def _gradients(grad: Tensor, data: Tensor, h: Tensor, layout: str, function: tl.
     x, conditions, dx, dh = map(planes, (data, h, grad_data, grad_h))
     # The gradient of a log-density is one number per sample.
     g = grad[:, None, None].expand_as(x) if function is _LOG_PROB else planes(grad)
-    tile = elementwise_tile((x, dx) if function is _LOG_PROB else (x, g, dx), (conditions, dh))
+    tiles = tiles_of((x, dx) if function is _LOG_PROB else (x, g, dx), (conditions, dh))
     launch(
         _gradient_kernel,
-        tile.samples * tile.tiles,
+        tiles.count,
         data,
-        *(g, g.stride(), x, x.stride(), conditions, conditions.stride(), dx, dx.stride(), dh, dh.stride()),
+        *strided(g, x, conditions, dx, dh),
         *x.shape[1:],
         INTERLEAVED=layout.startswith("interleaved"),
         FUNCTION=function.value,
         DTYPE=_DTYPES[compute_dtype(data)],
-        **tile.options,
+        **tiles.options,
     )
     return grad_data, grad_h
 
@@ -120,31 +121,16 @@ def _gradients(grad: Tensor, data: Tensor, h: Tensor, layout: str, function: tl.
 _DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
-@triton.jit
+@kernel
 def _log_prob_kernel(
-    z_ptr,
-    z_strides,
-    h_ptr,
-    h_strides,
-    partial_ptr,
-    C,
-    P,
-    INTERLEAVED: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    VECTOR: tl.constexpr,
-):
+    z_ptr, z_b, z_c, z_p, h_ptr, h_b, h_c, h_p, partial_ptr, C: tl.int32, P: tl.int32,
+    INTERLEAVED: tl.constexpr, BLOCK: tl.constexpr, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
     """Reads z, mean and log_sd once, writes one partial sum per program."""
-    accumulate = partial_ptr.dtype.element_ty
-    sample, positions, first_channel, P, C = tile_of_program(C, P, BLOCK_P, BLOCK_C, CHANNELS_LAST, VECTOR)
-    channels = first_channel + tl.arange(0, BLOCK_C)
-    mask = (positions < P)[:, None] & (channels < C)[None, :]
-    z_at = offsets(sample, positions, channels, z_strides, CHANNELS_LAST, VECTOR)
-    z = tl.load(z_ptr + z_at, mask, other=0.0).to(accumulate)
-    mean, log_sd = load_pair(
-        h_ptr, h_strides, sample, positions, first_channel, P, C, accumulate,
-        BLOCK_P, BLOCK_C, INTERLEAVED, True, CHANNELS_LAST, VECTOR,
+    sample, outer, inner, mask = tile_of_program(C, P, BLOCK, CHANNELS_LAST, VECTOR)
+    z, mean, log_sd = _load(
+        z_ptr, (z_b, z_c, z_p), h_ptr, (h_b, h_c, h_p), sample, outer, inner, mask, C, partial_ptr.dtype.element_ty,
+        INTERLEAVED, CHANNELS_LAST, VECTOR,
     )  # fmt: skip
     standardized = (z - mean) * exp(-log_sd)
     # log(2 pi) / 2
@@ -152,84 +138,48 @@ def _log_prob_kernel(
     tl.store(partial_ptr + tl.program_id(0), tl.sum(tl.where(mask, log_prob, 0.0)))
 
 
-@triton.jit
+@kernel
 def _map_kernel(
-    x_ptr,
-    x_strides,
-    h_ptr,
-    h_strides,
-    out_ptr,
-    out_strides,
-    C,
-    P,
-    INTERLEAVED: tl.constexpr,
-    INVERSE: tl.constexpr,
-    DTYPE: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    VECTOR: tl.constexpr,
-):
+    x_ptr, x_b, x_c, x_p, h_ptr, h_b, h_c, h_p, out_ptr, out_b, out_c, out_p, C: tl.int32, P: tl.int32,
+    INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
     """Sample or standardize: reads eps or z, mean and log_sd once, writes z or eps once."""
-    sample, positions, first_channel, P, C = tile_of_program(C, P, BLOCK_P, BLOCK_C, CHANNELS_LAST, VECTOR)
-    channels = first_channel + tl.arange(0, BLOCK_C)
-    mask = (positions < P)[:, None] & (channels < C)[None, :]
-    x_at = offsets(sample, positions, channels, x_strides, CHANNELS_LAST, VECTOR)
-    x = tl.load(x_ptr + x_at, mask, other=0.0).to(DTYPE)
-    mean, log_sd = load_pair(
-        h_ptr, h_strides, sample, positions, first_channel, P, C, DTYPE,
-        BLOCK_P, BLOCK_C, INTERLEAVED, True, CHANNELS_LAST, VECTOR,
+    sample, outer, inner, mask = tile_of_program(C, P, BLOCK, CHANNELS_LAST, VECTOR)
+    x, mean, log_sd = _load(
+        x_ptr, (x_b, x_c, x_p), h_ptr, (h_b, h_c, h_p), sample, outer, inner, mask, C, DTYPE,
+        INTERLEAVED, CHANNELS_LAST, VECTOR,
     )  # fmt: skip
     if INVERSE:
         out = (x - mean) * exp(-log_sd)
     else:
         out = mean + exp(log_sd) * x
-    out_at = offsets(sample, positions, channels, out_strides, CHANNELS_LAST, VECTOR)
-    store(out_ptr + out_at, out, mask)
+    store(pointers(out_ptr, (out_b, out_c, out_p), sample, outer, inner, CHANNELS_LAST, VECTOR), out, mask)
 
 
-@triton.jit
+@kernel
 def _gradient_kernel(
-    grad_ptr,
-    grad_strides,
-    x_ptr,
-    x_strides,
-    h_ptr,
-    h_strides,
-    grad_x_ptr,
-    grad_x_strides,
-    grad_h_ptr,
-    grad_h_strides,
-    C,
-    P,
-    INTERLEAVED: tl.constexpr,
-    FUNCTION: tl.constexpr,
-    DTYPE: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    VECTOR: tl.constexpr,
-):
+    grad_ptr, grad_b, grad_c, grad_p, x_ptr, x_b, x_c, x_p, h_ptr, h_b, h_c, h_p,
+    grad_x_ptr, grad_x_b, grad_x_c, grad_x_p, grad_h_ptr, grad_h_b, grad_h_c, grad_h_p, C: tl.int32, P: tl.int32,
+    INTERLEAVED: tl.constexpr, FUNCTION: tl.constexpr, DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
     """Backward of one of the three functions: reads x, the gradient, mean and log_sd once, writes dx and dh once."""
-    sample, positions, first_channel, P, C = tile_of_program(C, P, BLOCK_P, BLOCK_C, CHANNELS_LAST, VECTOR)
-    channels = first_channel + tl.arange(0, BLOCK_C)
-    mask = (positions < P)[:, None] & (channels < C)[None, :]
-    x_at = offsets(sample, positions, channels, x_strides, CHANNELS_LAST, VECTOR)
-    x = tl.load(x_ptr + x_at, mask, other=0.0).to(DTYPE)
-    mean, log_sd = load_pair(
-        h_ptr, h_strides, sample, positions, first_channel, P, C, DTYPE,
-        BLOCK_P, BLOCK_C, INTERLEAVED, True, CHANNELS_LAST, VECTOR,
+    sample, outer, inner, mask = tile_of_program(C, P, BLOCK, CHANNELS_LAST, VECTOR)
+    x, mean, log_sd = _load(
+        x_ptr, (x_b, x_c, x_p), h_ptr, (h_b, h_c, h_p), sample, outer, inner, mask, C, DTYPE,
+        INTERLEAVED, CHANNELS_LAST, VECTOR,
     )  # fmt: skip
     if FUNCTION == _LOG_PROB:
-        weight = tl.load(grad_ptr + sample.to(tl.int64) * grad_strides[0]).to(DTYPE)
+        weight = tl.load(grad_ptr + sample.to(tl.int64) * grad_b).to(DTYPE)
         inverse_sd = exp(-log_sd)
         standardized = (x - mean) * inverse_sd
         grad_mean = weight * standardized * inverse_sd
         grad_x = -grad_mean
         grad_log_sd = weight * (standardized * standardized - 1.0)
     else:
-        grad_at = offsets(sample, positions, channels, grad_strides, CHANNELS_LAST, VECTOR)
-        grad = tl.load(grad_ptr + grad_at, mask, other=0.0).to(DTYPE)
+        grad_at = pointers(grad_ptr, (grad_b, grad_c, grad_p), sample, outer, inner, CHANNELS_LAST, VECTOR)
+        grad = tl.load(grad_at, mask, other=0.0).to(DTYPE)
         if FUNCTION == _SAMPLE:
             grad_x = grad * exp(log_sd)
             grad_mean = grad
@@ -238,9 +188,22 @@ def _gradient_kernel(
             grad_x = grad * exp(-log_sd)
             grad_mean = -grad_x
             grad_log_sd = -grad * x
-    out_at = offsets(sample, positions, channels, grad_x_strides, CHANNELS_LAST, VECTOR)
-    store(grad_x_ptr + out_at, grad_x, mask)
+    grad_x_at = pointers(grad_x_ptr, (grad_x_b, grad_x_c, grad_x_p), sample, outer, inner, CHANNELS_LAST, VECTOR)
+    store(grad_x_at, grad_x, mask)
     store_pair(
-        grad_h_ptr, grad_h_strides, grad_mean, grad_log_sd, sample, positions, first_channel, P, C,
-        BLOCK_P, BLOCK_C, INTERLEAVED, True, CHANNELS_LAST, VECTOR,
+        grad_h_ptr, (grad_h_b, grad_h_c, grad_h_p), grad_mean, grad_log_sd, sample, outer, inner, mask, C,
+        INTERLEAVED, True, CHANNELS_LAST, VECTOR,
     )  # fmt: skip
+
+
+@triton.jit
+def _load(
+    x_ptr, x_strides, h_ptr, h_strides, sample, outer, inner, mask, C, dtype: tl.constexpr,
+    INTERLEAVED: tl.constexpr, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Elements of x, and their means and log-deviations."""
+    at = pointers(x_ptr, x_strides, sample, outer, inner, CHANNELS_LAST, VECTOR)
+    mean, log_sd = load_pair(
+        h_ptr, h_strides, sample, outer, inner, mask, C, dtype, INTERLEAVED, True, CHANNELS_LAST, VECTOR
+    )
+    return tl.load(at, mask, other=0.0).to(dtype), mean, log_sd

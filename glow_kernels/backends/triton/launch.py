@@ -23,22 +23,19 @@ from glow_kernels.backends.triton import INTERPRETED
 
 TUNED = Path(__file__).parent / "tuned"
 
-# Least elements of a tile that lie next to each other: a vector of the smallest type.
-_NARROWEST = 8
-
 # Per family of kernels: elements of a tile, and warps that share it. A number in a name is the tile's channels.
 DEFAULTS: dict[str, dict[str, int]] = {
-    "elementwise": {"elements": 1024, "num_warps": 4},
+    "elementwise": {"elements": 512, "num_warps": 2},
     "statistics": {"elements": 2048, "num_warps": 4},
     "linear_16": {"elements": 2048, "num_warps": 4},
     "linear_32": {"elements": 2048, "num_warps": 8},
     "linear_64": {"elements": 2048, "num_warps": 4},
     # Operands of a dot product live in registers, so larger tiles spill.
-    "linear_backward_16": {"elements": 1024, "num_warps": 4},
+    "linear_backward_16": {"elements": 512, "num_warps": 4},
     "linear_backward_32": {"elements": 512, "num_warps": 4},
     "linear_backward_64": {"elements": 1024, "num_warps": 8},
     "linear_sums_16": {"elements": 1024, "num_warps": 4},
-    "linear_sums_32": {"elements": 1024, "num_warps": 4},
+    "linear_sums_32": {"elements": 512, "num_warps": 4},
     "linear_sums_64": {"elements": 1024, "num_warps": 8},
 }
 
@@ -48,17 +45,22 @@ MEASURED: dict[str, dict[str, int]] = {}
 
 
 @dataclass(frozen=True)
-class Tile:
-    """A tile of one sample that one program covers, and how its elements are addressed.
+class Tiles:
+    """Tiles that follow each other in every sample, and how their elements are addressed.
 
     Attributes:
-        samples, tiles: samples, and tiles in each.
+        samples, each: samples, and tiles in each.
         options: compile-time arguments that every kernel over tiles takes.
     """
 
     samples: int
-    tiles: int
+    each: int
     options: dict[str, Any]
+
+    @property
+    def count(self) -> int:
+        """Number of tiles."""
+        return self.samples * self.each
 
 
 def planes(x: Tensor) -> Tensor:
@@ -66,27 +68,25 @@ def planes(x: Tensor) -> Tensor:
     return x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)
 
 
-def elementwise_tile(data: Sequence[Tensor], conditions: Sequence[Tensor]) -> Tile:
-    """Tiles for planes ``data`` (B, C, P) and ``conditions`` (B, 2 C, P); the first of data decides the order.
+def strided(*tensors: Tensor) -> tuple[Any, ...]:
+    """Every tensor with its strides, as kernels take them."""
+    return tuple(part for tensor in tensors for part in (tensor, *tensor.stride()))
 
-    Few tiles, and so few kernels to compile: as much as there is of what lies next to each other in memory, up to a
-    whole tile, by as many of the others as fill it.
-    """
+
+def tiles_of(data: Sequence[Tensor], conditions: Sequence[Tensor]) -> Tiles:
+    """Tiles for planes ``data`` (B, C, P) and ``conditions`` (B, 2 C, P); the first of data decides the order."""
     samples, channels, positions = data[0].shape
-    parameters = tuned("elementwise", data[0].device)
+    parameters = tuned("elementwise", data[0])
     channels_last = is_channels_last(data[0])
-    elements = parameters["elements"] // (2 if data[0].dtype == torch.float64 else 1)
-    inner_size = channels if channels_last else positions
-    inner = min(max(_NARROWEST, power_of_two(inner_size)), elements)
-    block_p, block_c = (elements // inner, inner) if channels_last else (inner, elements // inner)
+    width = vector((*data, *conditions), channels if channels_last else positions, channels_last)
     options = {
-        "BLOCK_P": block_p,
-        "BLOCK_C": block_c,
+        "BLOCK": parameters["elements"],
         "CHANNELS_LAST": channels_last,
-        "VECTOR": vector_width((*data, *conditions), inner_size, channels_last),
-        "num_warps": parameters["num_warps"],
+        "VECTOR": width,
+        # Single elements need more registers, for their addresses.
+        "num_warps": parameters["num_warps"] * (2 if width == 1 else 1),
     }
-    return Tile(samples, -(-channels // block_c) * -(-positions // block_p), options)
+    return Tiles(samples, -(-channels * positions // parameters["elements"]), options)
 
 
 @dataclass(frozen=True)
@@ -115,19 +115,16 @@ def rows_of(family: str, tensors: Sequence[Tensor], block_c: int) -> Rows:
     if all(x.shape[2] == 1 or x.shape[0] == 1 or x.stride(0) == x.shape[2] * x.stride(2) for x in views):
         views = [x.movedim(0, 1).flatten(1).unsqueeze(0) for x in views]
     samples, channels, positions = views[0].shape
-    count = samples * positions
-    parameters = tuned(family, tensors[0].device)
+    parameters = tuned(family, tensors[0])
     channels_last = is_channels_last(views[0])
-    elements = parameters["elements"] // (2 if tensors[0].dtype == torch.float64 else 1)
     options = {
-        "BLOCK_P": max(16, elements // block_c),
+        "BLOCK_P": max(16, parameters["elements"] // block_c),
         "BLOCK_C": block_c,
         "CHANNELS_LAST": channels_last,
-        "VECTOR": vector_width(views, channels if channels_last else positions, channels_last),
-        "WIDE": count >= 2**30,
+        "VECTOR": vector(views, channels if channels_last else positions, channels_last),
         "num_warps": parameters["num_warps"],
     }
-    return Rows(views, count, options)
+    return Rows(views, samples * positions, options)
 
 
 def is_channels_last(x: Tensor) -> bool:
@@ -135,13 +132,16 @@ def is_channels_last(x: Tensor) -> bool:
     return x.shape[1] > 1 and x.stride(1) == 1 and (x.shape[2] == 1 or x.stride(2) != 1)
 
 
-def vector_width(tensors: Sequence[Tensor], inner_size: int, channels_last: bool) -> int:
-    """The largest power of two that divides the inner size and all strides but the inner one, at most 16 bytes."""
+def vector(tensors: Sequence[Tensor], inner_size: int, channels_last: bool) -> int:
+    """Elements that are read at once: 16 bytes of the smallest type if all that enters an address allows it, else 1."""
     inner, outer = (1, 2) if channels_last else (2, 1)
-    if any(tensor.stride(inner) != 1 for tensor in tensors):
-        return 1
+    elements = 16 // min(x.element_size() for x in tensors)
     strides = (x.stride(dimension) for x in tensors for dimension in (0, outer) if x.shape[dimension] > 1)
-    return math.gcd(16 // min(x.element_size() for x in tensors), inner_size, *strides)
+    fits = (
+        all(x.stride(inner) == 1 and x.data_ptr() % 16 == 0 for x in tensors)
+        and math.gcd(elements, inner_size, *strides) == elements
+    )
+    return elements if fits else 1
 
 
 def power_of_two(n: int) -> int:
@@ -173,10 +173,13 @@ def _quiet_arithmetic() -> AbstractContextManager[Any]:
     return numpy.errstate(all="ignore")
 
 
-def tuned(family: str, device: torch.device) -> dict[str, int]:
-    """Launch parameters of a family of kernels on a device."""
-    table = _table(torch.cuda.get_device_name(device)) if device.type == "cuda" else {}
-    return DEFAULTS[family] | table.get(family, {}) | MEASURED.get(family, {})
+def tuned(family: str, like: Tensor) -> dict[str, int]:
+    """Launch parameters of a family of kernels for data like a tensor."""
+    table = _table(torch.cuda.get_device_name(like.device)) if like.device.type == "cuda" else {}
+    parameters = DEFAULTS[family] | table.get(family, {}) | MEASURED.get(family, {})
+    # A thread has no more registers for wider types.
+    share = 2 if like.dtype == torch.float64 else 1
+    return {**parameters, "elements": parameters["elements"] // share}
 
 
 @functools.cache

@@ -9,68 +9,42 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from glow_kernels.backends.triton.device_functions import channel_offsets, multiple, row_offsets, store, wide
+from glow_kernels.backends.triton.device_functions import kernel, row_pointers, row_sizes, store
 
 
-@triton.jit
+@kernel
 def apply_kernel(
-    x_ptr,
-    x_strides,
-    matrix_ptr,
-    matrix_strides,
-    shift_ptr,
-    shift_stride,
-    out_ptr,
-    out_strides,
-    C,
-    P,
-    count,
-    HAS_SHIFT: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    VECTOR: tl.constexpr,
-    WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    x_ptr, x_b, x_c, x_p, out_ptr, out_b, out_c, out_p, shift_ptr, shift_i,
+    matrix_ptr, matrix_i: tl.int32, matrix_j: tl.int32, C: tl.int32, P: tl.int32, count: tl.int32,
+    HAS_SHIFT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
     """One tile of positions and of channels of z: reads all channels of x once, writes z once."""
-    if CHANNELS_LAST:
-        C = multiple(C, VECTOR)
+    C, P, count = row_sizes(C, P, count, CHANNELS_LAST, VECTOR)
     tiles_c = tl.cdiv(C, BLOCK_C)
     # Neighbours share the tile of x, which the second finds in the cache.
-    rows = _rows(tl.program_id(0) // tiles_c, BLOCK_P, WIDE)
+    rows = tl.program_id(0) // tiles_c * BLOCK_P + tl.arange(0, BLOCK_P)
     channels = tl.program_id(0) % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
     shift = tl.zeros((BLOCK_C,), matrix_ptr.dtype.element_ty)
     if HAS_SHIFT:
-        shift = tl.load(shift_ptr + channels * shift_stride, channels < C, other=0.0)
+        shift = tl.load(shift_ptr + channels * shift_i, channels < C, other=0.0)
     z = _product(
-        x_ptr, x_strides, rows, P, count, matrix_ptr, matrix_strides, shift, channels, C,
+        x_ptr, (x_b, x_c, x_p), rows, P, count, matrix_ptr, matrix_i, matrix_j, shift, channels, C,
         False, CHANNELS_LAST, VECTOR, PRECISION,
     )  # fmt: skip
-    at = _tile_offsets(rows, P, channels, out_strides, CHANNELS_LAST, VECTOR)
-    store(out_ptr + at, z, (rows < count)[:, None] & (channels < C)[None, :])
+    at = row_pointers(out_ptr, (out_b, out_c, out_p), rows, P, channels, CHANNELS_LAST, VECTOR)
+    store(at, z, (rows < count)[:, None] & (channels < C)[None, :])
 
 
-@triton.jit
+@kernel
 def sums_kernel(
-    grad_ptr,
-    grad_strides,
-    x_ptr,
-    x_strides,
-    partial_ptr,
-    C,
-    P,
-    count,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    VECTOR: tl.constexpr,
-    WIDE: tl.constexpr,
+    grad_ptr, grad_b, grad_c, grad_p, x_ptr, x_b, x_c, x_p, partial_ptr,
+    C: tl.int32, P: tl.int32, count: tl.int32,
     PRECISION: tl.constexpr,
-):
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
     """A share of the positions, for one block of dM: reads the channels of g and of x that it needs once."""
-    if CHANNELS_LAST:
-        C = multiple(C, VECTOR)
+    C, P, count = row_sizes(C, P, count, CHANNELS_LAST, VECTOR)
     tiles_c = tl.cdiv(C, BLOCK_C)
     block = tl.program_id(0) % (tiles_c * tiles_c)
     share = tl.program_id(0) // (tiles_c * tiles_c)
@@ -80,155 +54,74 @@ def sums_kernel(
     grad_matrix = tl.zeros((BLOCK_C, BLOCK_C), zero.dtype)
     grad_shift = zero
     for tile in range(share, tl.cdiv(count, BLOCK_P), tl.num_programs(0) // (tiles_c * tiles_c)):
-        rows = _rows(tile, BLOCK_P, WIDE)
-        grad = _tile(grad_ptr, grad_strides, rows, P, count, grad_channels, C, zero.dtype, CHANNELS_LAST, VECTOR)
-        x = _tile(x_ptr, x_strides, rows, P, count, x_channels, C, zero.dtype, CHANNELS_LAST, VECTOR)
+        rows = tile * BLOCK_P + tl.arange(0, BLOCK_P)
+        grad = _tile(
+            grad_ptr, (grad_b, grad_c, grad_p), rows, P, count, grad_channels, C, zero.dtype, CHANNELS_LAST, VECTOR
+        )
+        x = _tile(x_ptr, (x_b, x_c, x_p), rows, P, count, x_channels, C, zero.dtype, CHANNELS_LAST, VECTOR)
         grad_matrix = tl.dot(tl.trans(grad), x, grad_matrix, input_precision=PRECISION, out_dtype=zero.dtype)
         grad_shift += tl.sum(grad, 0)
     _store_partial(partial_ptr, share, grad_matrix, grad_shift, grad_channels, x_channels, C)
 
 
-@triton.jit
+@kernel
 def backward_kernel(
-    grad_ptr,
-    grad_strides,
-    x_ptr,
-    x_strides,
-    matrix_ptr,
-    matrix_strides,
-    grad_x_ptr,
-    grad_x_strides,
-    partial_ptr,
-    C,
-    P,
-    count,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    VECTOR: tl.constexpr,
-    WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    SUM_PRECISION: tl.constexpr,
-):
-    """Every ``num_programs``-th tile of positions: reads g and x once, writes dx once."""
-    if CHANNELS_LAST:
-        C = multiple(C, VECTOR)
+    grad_ptr, grad_b, grad_c, grad_p, data_ptr, data_b, data_c, data_p,
+    undone_ptr, grad_x_ptr, out_b, out_c, out_p, partial_ptr, inverse_shift_ptr, inverse_shift_i,
+    inverse_ptr, inverse_i: tl.int32, inverse_j: tl.int32, matrix_ptr, matrix_i: tl.int32, matrix_j: tl.int32,
+    C: tl.int32, P: tl.int32, count: tl.int32,
+    UNDO: tl.constexpr, PRECISION: tl.constexpr, SUM_PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Every ``num_programs``-th tile of positions: reads g and x once, writes dx once; with UNDO z, and x too."""
+    C, P, count = row_sizes(C, P, count, CHANNELS_LAST, VECTOR)
+    data_strides = (data_b, data_c, data_p)
+    grad_strides = (grad_b, grad_c, grad_p)
+    out_strides = (out_b, out_c, out_p)
     channels = tl.arange(0, BLOCK_C)
     zero = tl.zeros((BLOCK_C,), matrix_ptr.dtype.element_ty)
-    transposed = (matrix_strides[1], matrix_strides[0])
+    inverse_shift = zero
+    if UNDO:
+        inverse_shift = tl.load(inverse_shift_ptr + channels * inverse_shift_i, channels < C, other=0.0)
     grad_matrix = tl.zeros((BLOCK_C, BLOCK_C), zero.dtype)
     grad_shift = zero
     for tile in range(tl.program_id(0), tl.cdiv(count, BLOCK_P), tl.num_programs(0)):
-        rows = _rows(tile, BLOCK_P, WIDE)
-        grad_x = _product(
-            grad_ptr, grad_strides, rows, P, count, matrix_ptr, transposed, zero, channels, C,
-            BLOCK_C <= 32, CHANNELS_LAST, VECTOR, PRECISION,
-        )  # fmt: skip
-        grad = _tile(grad_ptr, grad_strides, rows, P, count, channels, C, zero.dtype, CHANNELS_LAST, VECTOR)
-        x = _tile(x_ptr, x_strides, rows, P, count, channels, C, zero.dtype, CHANNELS_LAST, VECTOR)
-        at = _tile_offsets(rows, P, channels, grad_x_strides, CHANNELS_LAST, VECTOR)
-        store(grad_x_ptr + at, grad_x, (rows < count)[:, None] & (channels < C)[None, :])
-        grad_matrix = tl.dot(tl.trans(grad), x, grad_matrix, input_precision=SUM_PRECISION, out_dtype=zero.dtype)
-        grad_shift += tl.sum(grad, 0)
-    _store_partial(partial_ptr, tl.program_id(0), grad_matrix, grad_shift, channels, channels, C)
-
-
-@triton.jit
-def reversible_backward_kernel(
-    grad_ptr,
-    grad_strides,
-    z_ptr,
-    z_strides,
-    matrix_ptr,
-    matrix_strides,
-    inverse_ptr,
-    inverse_strides,
-    inverse_shift_ptr,
-    inverse_shift_stride,
-    x_ptr,
-    grad_x_ptr,
-    out_strides,
-    partial_ptr,
-    C,
-    P,
-    count,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    VECTOR: tl.constexpr,
-    WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    SUM_PRECISION: tl.constexpr,
-):
-    """Every ``num_programs``-th tile of positions: reads g and z once, writes x and dx once."""
-    if CHANNELS_LAST:
-        C = multiple(C, VECTOR)
-    channels = tl.arange(0, BLOCK_C)
-    shift = tl.load(inverse_shift_ptr + channels * inverse_shift_stride, channels < C, other=0.0)
-    zero = tl.zeros((BLOCK_C,), shift.dtype)
-    transposed = (matrix_strides[1], matrix_strides[0])
-    grad_matrix = tl.zeros((BLOCK_C, BLOCK_C), zero.dtype)
-    grad_shift = zero
-    for tile in range(tl.program_id(0), tl.cdiv(count, BLOCK_P), tl.num_programs(0)):
-        rows = _rows(tile, BLOCK_P, WIDE)
-        x = _product(
-            z_ptr, z_strides, rows, P, count, inverse_ptr, inverse_strides, shift, channels, C,
-            BLOCK_C <= 32, CHANNELS_LAST, VECTOR, PRECISION,
-        )  # fmt: skip
-        grad_x = _product(
-            grad_ptr, grad_strides, rows, P, count, matrix_ptr, transposed, zero, channels, C,
-            BLOCK_C <= 32, CHANNELS_LAST, VECTOR, PRECISION,
-        )  # fmt: skip
-        grad = _tile(grad_ptr, grad_strides, rows, P, count, channels, C, zero.dtype, CHANNELS_LAST, VECTOR)
-        at = _tile_offsets(rows, P, channels, out_strides, CHANNELS_LAST, VECTOR)
+        rows = tile * BLOCK_P + tl.arange(0, BLOCK_P)
         mask = (rows < count)[:, None] & (channels < C)[None, :]
-        store(x_ptr + at, x, mask)
-        store(grad_x_ptr + at, grad_x, mask)
-        # Outside, where x is the shift, grad is zero.
+        if UNDO:
+            # Outside the data, where this is the shift, the gradient is zero.
+            x = _product(
+                data_ptr, data_strides, rows, P, count, inverse_ptr, inverse_i, inverse_j, inverse_shift, channels, C,
+                BLOCK_C <= 32, CHANNELS_LAST, VECTOR, PRECISION,
+            )  # fmt: skip
+        grad_x = _product(
+            grad_ptr, grad_strides, rows, P, count, matrix_ptr, matrix_j, matrix_i, zero, channels, C,
+            BLOCK_C <= 32, CHANNELS_LAST, VECTOR, PRECISION,
+        )  # fmt: skip
+        grad = _tile(grad_ptr, grad_strides, rows, P, count, channels, C, zero.dtype, CHANNELS_LAST, VECTOR)
+        if UNDO:
+            store(row_pointers(undone_ptr, out_strides, rows, P, channels, CHANNELS_LAST, VECTOR), x, mask)
+        else:
+            x = _tile(data_ptr, data_strides, rows, P, count, channels, C, zero.dtype, CHANNELS_LAST, VECTOR)
+        store(row_pointers(grad_x_ptr, out_strides, rows, P, channels, CHANNELS_LAST, VECTOR), grad_x, mask)
         grad_matrix = tl.dot(tl.trans(grad), x, grad_matrix, input_precision=SUM_PRECISION, out_dtype=zero.dtype)
         grad_shift += tl.sum(grad, 0)
     _store_partial(partial_ptr, tl.program_id(0), grad_matrix, grad_shift, channels, channels, C)
-
-
-@triton.jit
-def _rows(tile, BLOCK_P: tl.constexpr, WIDE: tl.constexpr):
-    if WIDE:
-        tile = wide(tile)
-    return tile * BLOCK_P + tl.arange(0, BLOCK_P)
-
-
-@triton.jit
-def _tile_offsets(rows, P, channels, strides, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr):
-    rows_at = row_offsets(rows, P, strides, CHANNELS_LAST, VECTOR)
-    return rows_at[:, None] + channel_offsets(channels, strides, CHANNELS_LAST, VECTOR)[None, :]
 
 
 @triton.jit
 def _tile(
     ptr, strides, rows, P, count, channels, C, dtype: tl.constexpr, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr
 ):
-    mask = (rows < count)[:, None] & (channels < C)[None, :]
-    at = _tile_offsets(rows, P, channels, strides, CHANNELS_LAST, VECTOR)
-    return tl.load(ptr + at, mask, other=0.0).to(dtype)
+    at = row_pointers(ptr, strides, rows, P, channels, CHANNELS_LAST, VECTOR)
+    return tl.load(at, (rows < count)[:, None] & (channels < C)[None, :], other=0.0).to(dtype)
 
 
 @triton.jit
 def _product(
-    x_ptr,
-    x_strides,
-    rows,
-    P,
-    count,
-    matrix_ptr,
-    matrix_strides,
-    shift,
-    channels,
-    C,
-    UNROLLED: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    VECTOR: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    x_ptr, x_strides, rows, P, count, matrix_ptr, matrix_i, matrix_j, shift, channels, C,
+    UNROLLED: tl.constexpr, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """``sum_j M[channels, j] x[j] + shift``, read 16 channels of x at a time.
 
     So a dot product on the arithmetic units has room in the registers, and one on the matrix units, which cut off what
@@ -243,21 +136,21 @@ def _product(
         for first in tl.static_range(0, channels.shape[0], 16):
             some = first + tl.arange(0, 16)
             x = _tile(x_ptr, x_strides, rows, P, count, some, C, shift.dtype, CHANNELS_LAST, VECTOR)
-            out = _add_product(out, x, matrix_ptr, matrix_strides, channels, some, C, CHANNELS_LAST, PRECISION)
+            out = _add_product(out, x, matrix_ptr, matrix_i, matrix_j, channels, some, C, CHANNELS_LAST, PRECISION)
     else:
         for first in range(0, C, 16):
             some = first + tl.arange(0, 16)
             x = _tile(x_ptr, x_strides, rows, P, count, some, C, shift.dtype, CHANNELS_LAST, VECTOR)
-            out = _add_product(out, x, matrix_ptr, matrix_strides, channels, some, C, CHANNELS_LAST, PRECISION)
+            out = _add_product(out, x, matrix_ptr, matrix_i, matrix_j, channels, some, C, CHANNELS_LAST, PRECISION)
     return out if CHANNELS_LAST else tl.trans(out)
 
 
 @triton.jit
 def _add_product(
-    out, x, matrix_ptr, matrix_strides, channels, some, C, CHANNELS_LAST: tl.constexpr, PRECISION: tl.constexpr
+    out, x, matrix_ptr, matrix_i, matrix_j, channels, some, C, CHANNELS_LAST: tl.constexpr, PRECISION: tl.constexpr
 ):
     """``out + M[channels, some] x``, the way round in which the data lie."""
-    at = channels[None, :] * matrix_strides[0] + some[:, None] * matrix_strides[1]
+    at = channels[None, :] * matrix_i + some[:, None] * matrix_j
     columns = tl.load(matrix_ptr + at, (channels < C)[None, :] & (some < C)[:, None], other=0.0)
     if CHANNELS_LAST:
         return tl.dot(x, columns, out, input_precision=PRECISION, out_dtype=out.dtype)

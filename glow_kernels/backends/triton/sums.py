@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from glow_kernels.backends.triton.device_functions import kernel
 from glow_kernels.backends.triton.launch import launch
 
 
@@ -29,13 +29,16 @@ def sum_partial(partial: Tensor, dimension: int) -> Tensor:
     return total
 
 
-@triton.jit
-def _sum_kernel(partial_ptr, stride_n, stride_r, total_ptr, n, results, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr):
+@kernel
+def _sum_kernel(
+    partial_ptr, stride_n, stride_r, total_ptr, n: tl.int32, results: tl.int32,
+    BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
     """Reads every partial result once, writes every sum once."""
     columns = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     rows = tl.arange(0, BLOCK_N)
     total = tl.zeros((BLOCK_N, BLOCK_R), partial_ptr.dtype.element_ty)
     for first in range(0, n, BLOCK_N):
-        at = (first + rows).to(tl.int64)[:, None] * stride_n + columns.to(tl.int64)[None, :] * stride_r
+        at = (first + rows)[:, None] * stride_n + columns[None, :] * stride_r
         total += tl.load(partial_ptr + at, (first + rows < n)[:, None] & (columns < results)[None, :], other=0.0)
     tl.store(total_ptr + columns, tl.sum(total, 0), columns < results)

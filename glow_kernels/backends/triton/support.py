@@ -11,8 +11,12 @@ from glow_kernels.backends.numerics import compute_dtype
 from glow_kernels.backends.triton import INTERPRETED
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Types of the data and of h: the same, or a network under autocast.
+_PAIRS = {(dtype, dtype) for dtype in _TYPES} | {(torch.float32, torch.bfloat16), (torch.float32, torch.float16)}
 # Channels of a matrix that a program inverts in its registers.
 MAX_CHANNELS_OF_A_PROGRAM = 64
+# Numbers that are counted in 32 bits; addresses have 64.
+_MAX_COUNT = 2**30
 
 
 def actnorm_conv1x1(function: str, *args: Any) -> bool:
@@ -22,24 +26,34 @@ def actnorm_conv1x1(function: str, *args: Any) -> bool:
         return False
     if function.startswith("apply"):
         x, matrix = args[1:3] if function.endswith("backward") else args[:2]
-        return bool(matrix.dtype == compute_dtype(x))
+        return bool(matrix.dtype == compute_dtype(x)) and _countable(x)
     # The inverse of the reference waits for the device to say that a matrix is singular.
     return function == "fold_inverse" or tensors[0].shape[-1] <= MAX_CHANNELS_OF_A_PROGRAM
 
 
 def affine_coupling(function: str, *args: Any) -> bool:
     """Every option."""
-    return _on_device(*(tensor for tensor in args if isinstance(tensor, Tensor)))
+    tensors = [tensor for tensor in args if isinstance(tensor, Tensor)]
+    x, h = tensors[2:4] if function.endswith("backward") else tensors[:2]
+    return _on_device(*tensors) and (x.dtype, h.dtype) in _PAIRS and _countable(h)
 
 
 def gaussian_log_prob(function: str, *args: Any) -> bool:
     """Both layouts."""
-    return _on_device(*(tensor for tensor in args if isinstance(tensor, Tensor)))
+    tensors = [tensor for tensor in args if isinstance(tensor, Tensor)]
+    x, h = tensors[1:3] if function.endswith("backward") else tensors[:2]
+    return _on_device(*tensors) and (x.dtype, h.dtype) in _PAIRS and _countable(h)
 
 
 def actnorm_statistics(function: str, x: Tensor) -> bool:
     """Every shape."""
-    return _on_device(x)
+    return _on_device(x) and _countable(x)
+
+
+def _countable(x: Tensor) -> bool:
+    """Whether the elements of a sample, and the positions of all samples, are not too many to count."""
+    samples, channels = x.shape[:2]
+    return x.numel() < _MAX_COUNT * max(1, min(samples, channels))
 
 
 def _on_device(*tensors: Tensor) -> bool:
