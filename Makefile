@@ -42,7 +42,7 @@ help:
 	@echo "make test-cuda-host  run the operator tests on the CUDA kernels, compiled for the CPU with both sanitizers"
 	@echo "make bench   measure the operators and models here in 20 minutes, print the goals, draw runs/report/report.html"
 	@echo "make gpu     build, test and measure on an NVIDIA GPU with the torch and triton of PYTHON; installs nothing"
-	@echo "make kernels-report  compile every Triton and CUDA kernel, no GPU needed; reports/kernels.csv, cuda_kernels.csv"
+	@echo "make kernels-report  compile every Triton kernel that has changed and every CUDA kernel, no GPU needed; reports/"
 	@echo "make lint    ruff, mypy and clang-format"
 	@echo "make format  let ruff and clang-format rewrite the sources"
 	@echo "make clean   remove .venv and what builds and tests leave behind"
@@ -68,8 +68,9 @@ test-cuda: $(INSTALLED)
 	$(BIN)/python -m pytest -rs tests/test_cuda_compile.py
 
 # Every Triton and CUDA kernel with its registers, spills, shared memory and widest accesses on GPUs that need not be here.
+# tests/triton_kernels.csv, which is committed, records of which sources and variants all have been compiled.
 kernels-report: $(INSTALLED)
-	$(BIN)/python tests/ahead_of_time.py all reports/kernels.csv
+	$(BIN)/python tests/kernel_record.py reports/kernels.csv
 	@GLOW_KERNELS_BUILD=cuda $(BIN)/python setup.py --quiet build_ext --inplace && \
 		$(BIN)/python tests/cuda_resources.py reports/cuda_kernels.csv || echo "no report of the CUDA kernels"
 

@@ -1,15 +1,17 @@
-"""Calls of every Triton operator that between them launch every kernel that the launch rules can choose.
+"""Calls of every Triton operator that between them launch every variant of a kernel that the launch rules can choose.
 
 The tensors have no memory: the calls are made where launches are recorded or compiled, not run. A sample is *core* if
-the tests compile it: every function in both memory formats and all types, every tile, every size of matrix and every
-option once. The report compiles all of them.
+every run of the tests compiles it: every function in both memory formats, the heaviest in every type, every size of
+matrix, and every option once. A new kernel needs samples of its own here, and ``make kernels-report``.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -42,14 +44,28 @@ SCALE_MAP = ScaleMap("sigmoid", offset=2.0)
 
 
 def all_samples() -> list[Sample]:
-    """What the report is about."""
-    return [
+    """What the record is about: with the usual launch parameters, and with those of every table in the package."""
+    from glow_kernels.backends.triton import launch
+
+    samples = [
         *coupling_samples(),
         *gaussian_samples(),
         *linear_samples(),
         *folding_samples(),
         *statistics_samples(),
     ]
+    tables = [json.loads(path.read_text()) for path in sorted(launch.TUNED.glob("*.json"))]
+    return samples + [_tuned(sample, table) for table in tables for sample in samples]
+
+
+def _tuned(sample: Sample, table: dict[str, dict[str, int]]) -> Sample:
+    from glow_kernels.backends.triton import launch
+
+    def call() -> None:
+        with mock.patch.dict(launch.MEASURED, table):
+            sample.call()
+
+    return Sample(sample.name, call, core=False)
 
 
 def core_samples() -> list[Sample]:

@@ -62,7 +62,7 @@ def _chunk_kernel(
     base = tl.zeros((BLOCK_C,), DTYPE)
     mean = tl.zeros((BLOCK_C,), DTYPE)
     deviations = tl.zeros((BLOCK_C,), DTYPE)
-    seen = 0.0
+    seen = tl.zeros((), DTYPE)
     for tile in range(chunk, tl.cdiv(count, BLOCK_P), chunks):
         first = tile * BLOCK_P
         rows = first + tl.arange(0, BLOCK_P)

@@ -206,8 +206,10 @@ def row_sizes(C, P, count, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def row_pointers(ptr, strides, rows, P, channels, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr):
-    """Addresses (rows, channels) in (B, C, P), where rows count the positions of all samples."""
+def row_pointers(
+    ptr, strides, rows, P, channels, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr, TRANSPOSED: tl.constexpr = False
+):
+    """Addresses (rows, channels) or TRANSPOSED in (B, C, P), where rows count the positions of all samples."""
     samples = rows // P
     positions = (rows - samples * P).to(tl.int64)
     channels = channels.to(tl.int64)
@@ -215,8 +217,12 @@ def row_pointers(ptr, strides, rows, P, channels, CHANNELS_LAST: tl.constexpr, V
         positions *= strides[2]
     if VECTOR == 1 or not CHANNELS_LAST:
         channels *= strides[1]
-    at = ptr + ((samples.to(tl.int64) * strides[0] + positions)[:, None] + channels[None, :])
+    positions += samples.to(tl.int64) * strides[0]
+    if TRANSPOSED:
+        at = ptr + (channels[:, None] + positions[None, :])
+    else:
+        at = ptr + (positions[:, None] + channels[None, :])
     if VECTOR == 1:
         return at
     else:
-        return tl.multiple_of(at, (1, 16) if CHANNELS_LAST else (16, 1))
+        return tl.multiple_of(at, (1, 16) if CHANNELS_LAST != TRANSPOSED else (16, 1))

@@ -135,27 +135,37 @@ def _product(
     if UNROLLED:
         for first in tl.static_range(0, channels.shape[0], 16):
             some = first + tl.arange(0, 16)
-            x = _tile(x_ptr, x_strides, rows, P, count, some, C, shift.dtype, CHANNELS_LAST, VECTOR)
-            out = _add_product(out, x, matrix_ptr, matrix_i, matrix_j, channels, some, C, CHANNELS_LAST, PRECISION)
+            out = _add_product(
+                out, x_ptr, x_strides, rows, P, count, matrix_ptr, matrix_i, matrix_j, channels, some, C,
+                CHANNELS_LAST, VECTOR, PRECISION,
+            )  # fmt: skip
     else:
         for first in range(0, C, 16):
             some = first + tl.arange(0, 16)
-            x = _tile(x_ptr, x_strides, rows, P, count, some, C, shift.dtype, CHANNELS_LAST, VECTOR)
-            out = _add_product(out, x, matrix_ptr, matrix_i, matrix_j, channels, some, C, CHANNELS_LAST, PRECISION)
+            out = _add_product(
+                out, x_ptr, x_strides, rows, P, count, matrix_ptr, matrix_i, matrix_j, channels, some, C,
+                CHANNELS_LAST, VECTOR, PRECISION,
+            )  # fmt: skip
     return out if CHANNELS_LAST else tl.trans(out)
 
 
 @triton.jit
 def _add_product(
-    out, x, matrix_ptr, matrix_i, matrix_j, channels, some, C, CHANNELS_LAST: tl.constexpr, PRECISION: tl.constexpr
-):
-    """``out + M[channels, some] x``, the way round in which the data lie."""
-    at = channels[None, :] * matrix_i + some[:, None] * matrix_j
-    columns = tl.load(matrix_ptr + at, (channels < C)[None, :] & (some < C)[:, None], other=0.0)
+    out, x_ptr, x_strides, rows, P, count, matrix_ptr, matrix_i, matrix_j, channels, some, C,
+    CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``out + M[channels, some] x[some]``, the way round in which the data lie."""
+    x_at = row_pointers(x_ptr, x_strides, rows, P, some, CHANNELS_LAST, VECTOR, TRANSPOSED=not CHANNELS_LAST)
     if CHANNELS_LAST:
+        x = tl.load(x_at, (rows < count)[:, None] & (some < C)[None, :], other=0.0).to(out.dtype)
+        at = matrix_ptr + (channels[None, :] * matrix_i + some[:, None] * matrix_j)
+        columns = tl.load(at, (channels < C)[None, :] & (some < C)[:, None], other=0.0)
         return tl.dot(x, columns, out, input_precision=PRECISION, out_dtype=out.dtype)
     else:
-        return tl.dot(tl.trans(columns), tl.trans(x), out, input_precision=PRECISION, out_dtype=out.dtype)
+        x = tl.load(x_at, (rows < count)[None, :] & (some < C)[:, None], other=0.0).to(out.dtype)
+        at = matrix_ptr + (channels[:, None] * matrix_i + some[None, :] * matrix_j)
+        columns = tl.load(at, (channels < C)[:, None] & (some < C)[None, :], other=0.0)
+        return tl.dot(columns, x, out, input_precision=PRECISION, out_dtype=out.dtype)
 
 
 @triton.jit
