@@ -20,8 +20,8 @@ from glow_kernels.bench.operators import LARGEST_MEMORY_BOUND_CHANNELS, Case, Fu
 from glow_kernels.bench.results import Row
 from glow_kernels.bench.timing import Call, Times
 
-# Copies of the inputs that are used in rotation, so that neither what a cache holds nor where one of them happens to lie
-# decides; of tensors beyond every cache one is enough.
+# Copies of the inputs that are used in rotation, so that neither what a cache holds nor where a copy happens to lie
+# decides. Of tensors beyond every cache one is enough.
 _ROTATION = 3
 _ROTATED_BYTES = 16 << 20
 _LAUNCH_BOUND_SECONDS = 50e-6
