@@ -10,6 +10,7 @@ import contextlib
 import csv
 import itertools
 import multiprocessing
+import os
 import re
 import subprocess
 import tempfile
@@ -121,9 +122,9 @@ def compile_for(target: str, samples: Sequence[Sample], wanted: Iterable[Variant
 
 
 def compile_all(wanted: dict[str, Sequence[Variant]], parts: int = 8) -> list[Kernel]:
-    """Compile these variants for these targets, in two processes."""
+    """Compile these variants for these targets, a process per core."""
     jobs = [(target, part, parts, keys) for (target, keys), part in itertools.product(wanted.items(), range(parts))]
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
         return [kernel for part in pool.imap(_compile_part, jobs) for kernel in part]
 
 

@@ -73,20 +73,29 @@ def recorded() -> list[Recorded]:
 def update(report: Path, again: bool) -> None:
     """Compile what is missing or has changed, or everything again; write the record, and a row each to a report."""
     known = {} if again or not RECORD.exists() else {entry.key(): entry for entry in recorded()}
-    now = [(entry, keys) for target in TARGETS for entry, keys in current(target)]
-    stale = [(entry, keys) for entry, keys in now if not _covers(known.get(entry.key()), entry)]
-    wanted = {target: [key for entry, keys in stale if entry.target == target for key in keys] for target in TARGETS}
-    kernels = compile_all(wanted)
-    write_report(kernels, report)
-    fresh = {entry.key(): _summary(entry, kernels) for entry, _ in stale}
-    rows = [fresh.get(entry.key()) or known[entry.key()] for entry, _ in now]
+    rows: dict[tuple[str, str], Recorded] = {}
+    kernels: list[Kernel] = []
+    for target in TARGETS:
+        now = current(target)
+        stale = [(entry, keys) for entry, keys in now if not _covers(known.get(entry.key()), entry)]
+        compiled = compile_all({target: [key for _, keys in stale for key in keys]})
+        fresh = {entry.key(): _summary(entry, compiled) for entry, _ in stale}
+        rows |= {entry.key(): fresh.get(entry.key()) or known[entry.key()] for entry, _ in now}
+        kernels += compiled
+        # After every target, so that an interruption loses no more than one.
+        _write([*rows.values(), *(entry for entry in known.values() if entry.target not in {at for _, at in rows})])
+        write_report(kernels, report)
+        spilling = sum(kernel.spills > 0 for kernel in compiled)
+        total = sum(entry.count for entry, _ in now)
+        print(f"{target}: compiled {len(compiled)} of {total} variants, {spilling} spill", flush=True)
+    print(f"The record is {RECORD}; {report} has a row for each that was compiled")
+
+
+def _write(rows: list[Recorded]) -> None:
     with RECORD.open("w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Recorded)], lineterminator="\n")
         writer.writeheader()
         writer.writerows(asdict(row) for row in sorted(rows, key=Entry.key))
-    spilling = sum(kernel.spills > 0 for kernel in kernels)
-    total = sum(row.count for row in rows)
-    print(f"compiled {len(kernels)} of {total} variants ({report}), {spilling} spill; the record is {RECORD}")
 
 
 def _covers(known: Recorded | None, entry: Entry) -> bool:

@@ -81,6 +81,8 @@ def test_bandwidth_shapes_are_read_and_written_128_bits_at_a_time(kernels, targe
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_variant_of_these_sources_has_been_compiled(target):
     record = {row.key(): row for row in kernel_record.recorded()}
+    if target not in {at for _, at in record}:
+        pytest.skip(f"all variants have not been compiled for {target} yet; {RUN}")
     versions = {row.triton for row in record.values()}
     if versions != {triton.__version__}:
         pytest.skip(f"Triton {triton.__version__} is here, and the record is of {', '.join(sorted(versions))}")

@@ -30,7 +30,7 @@ def apply_kernel(
         shift = tl.load(shift_ptr + channels * shift_i, channels < C, other=0.0)
     z = _product(
         x_ptr, (x_b, x_c, x_p), rows, P, count, matrix_ptr, matrix_i, matrix_j, shift, channels, C,
-        False, CHANNELS_LAST, VECTOR, PRECISION,
+        False, not CHANNELS_LAST, CHANNELS_LAST, VECTOR, PRECISION,
     )  # fmt: skip
     at = row_pointers(out_ptr, (out_b, out_c, out_p), rows, P, channels, CHANNELS_LAST, VECTOR)
     store(at, z, (rows < count)[:, None] & (channels < C)[None, :])
@@ -92,11 +92,11 @@ def backward_kernel(
             # Outside the data, where this is the shift, the gradient is zero.
             x = _product(
                 data_ptr, data_strides, rows, P, count, inverse_ptr, inverse_i, inverse_j, inverse_shift, channels, C,
-                BLOCK_C <= 32, CHANNELS_LAST, VECTOR, PRECISION,
+                BLOCK_C <= 32, False, CHANNELS_LAST, VECTOR, PRECISION,
             )  # fmt: skip
         grad_x = _product(
             grad_ptr, grad_strides, rows, P, count, matrix_ptr, matrix_j, matrix_i, zero, channels, C,
-            BLOCK_C <= 32, CHANNELS_LAST, VECTOR, PRECISION,
+            BLOCK_C <= 32, False, CHANNELS_LAST, VECTOR, PRECISION,
         )  # fmt: skip
         grad = _tile(grad_ptr, grad_strides, rows, P, count, channels, C, zero.dtype, CHANNELS_LAST, VECTOR)
         if UNDO:
@@ -120,9 +120,10 @@ def _tile(
 @triton.jit
 def _product(
     x_ptr, x_strides, rows, P, count, matrix_ptr, matrix_i, matrix_j, shift, channels, C,
-    UNROLLED: tl.constexpr, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr,
+    UNROLLED: tl.constexpr, TRANSPOSED: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``sum_j M[channels, j] x[j] + shift``, read 16 channels of x at a time.
+    """``sum_j M[channels, j] x[j] + shift``, read 16 channels of x at a time, as (channels, positions) if TRANSPOSED.
 
     So a dot product on the arithmetic units has room in the registers, and one on the matrix units, which cut off what
     does not fit, rounds its sum of 16 terms to the nearest.
@@ -137,14 +138,14 @@ def _product(
             some = first + tl.arange(0, 16)
             out = _add_product(
                 out, x_ptr, x_strides, rows, P, count, matrix_ptr, matrix_i, matrix_j, channels, some, C,
-                CHANNELS_LAST, VECTOR, PRECISION,
+                TRANSPOSED, CHANNELS_LAST, VECTOR, PRECISION,
             )  # fmt: skip
     else:
         for first in range(0, C, 16):
             some = first + tl.arange(0, 16)
             out = _add_product(
                 out, x_ptr, x_strides, rows, P, count, matrix_ptr, matrix_i, matrix_j, channels, some, C,
-                CHANNELS_LAST, VECTOR, PRECISION,
+                TRANSPOSED, CHANNELS_LAST, VECTOR, PRECISION,
             )  # fmt: skip
     return out if CHANNELS_LAST else tl.trans(out)
 
@@ -152,20 +153,23 @@ def _product(
 @triton.jit
 def _add_product(
     out, x_ptr, x_strides, rows, P, count, matrix_ptr, matrix_i, matrix_j, channels, some, C,
-    CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr,
+    TRANSPOSED: tl.constexpr, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``out + M[channels, some] x[some]``, the way round in which the data lie."""
-    x_at = row_pointers(x_ptr, x_strides, rows, P, some, CHANNELS_LAST, VECTOR, TRANSPOSED=not CHANNELS_LAST)
-    if CHANNELS_LAST:
-        x = tl.load(x_at, (rows < count)[:, None] & (some < C)[None, :], other=0.0).to(out.dtype)
-        at = matrix_ptr + (channels[None, :] * matrix_i + some[:, None] * matrix_j)
-        columns = tl.load(at, (channels < C)[None, :] & (some < C)[:, None], other=0.0)
-        return tl.dot(x, columns, out, input_precision=PRECISION, out_dtype=out.dtype)
-    else:
+    x_at = row_pointers(x_ptr, x_strides, rows, P, some, CHANNELS_LAST, VECTOR, TRANSPOSED)
+    if TRANSPOSED:
+        # Otherwise the matrix units of compute capability 8 would have x copied 4 bytes at a time.
         x = tl.load(x_at, (rows < count)[None, :] & (some < C)[:, None], other=0.0).to(out.dtype)
-        at = matrix_ptr + (channels[:, None] * matrix_i + some[None, :] * matrix_j)
-        columns = tl.load(at, (channels < C)[:, None] & (some < C)[None, :], other=0.0)
-        return tl.dot(columns, x, out, input_precision=PRECISION, out_dtype=out.dtype)
+    else:
+        x = tl.load(x_at, (rows < count)[:, None] & (some < C)[None, :], other=0.0).to(out.dtype)
+    at = channels[None, :] * matrix_i + some[:, None] * matrix_j
+    columns = tl.load(matrix_ptr + at, (channels < C)[None, :] & (some < C)[:, None], other=0.0)
+    if CHANNELS_LAST:
+        return tl.dot(x, columns, out, input_precision=PRECISION, out_dtype=out.dtype)
+    elif TRANSPOSED:
+        return tl.dot(tl.trans(columns), x, out, input_precision=PRECISION, out_dtype=out.dtype)
+    else:
+        return tl.dot(tl.trans(columns), tl.trans(x), out, input_precision=PRECISION, out_dtype=out.dtype)
 
 
 @triton.jit
