@@ -63,7 +63,9 @@ def current(target: str) -> list[tuple[Entry, list[Variant]]]:
 
 
 def recorded() -> list[Recorded]:
-    """The record."""
+    """The record; nothing before the first."""
+    if not RECORD.exists():
+        return []
     with RECORD.open(newline="") as file:
         rows = list(csv.DictReader(file))
     types = {"count": int, "registers": int, "spills": int, "shared_memory": int, "occupancy": float}
@@ -72,7 +74,7 @@ def recorded() -> list[Recorded]:
 
 def update(report: Path, again: bool) -> None:
     """Compile what is missing or has changed, or everything again; write the record, and a row each to a report."""
-    known = {} if again or not RECORD.exists() else {entry.key(): entry for entry in recorded()}
+    known = {} if again else {entry.key(): entry for entry in recorded()}
     rows: dict[tuple[str, str], Recorded] = {}
     kernels: list[Kernel] = []
     for target in TARGETS:

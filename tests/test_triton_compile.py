@@ -13,6 +13,7 @@ import datetime
 import functools
 import hashlib
 import inspect
+import json
 import os
 from unittest import mock
 
@@ -161,6 +162,15 @@ def test_every_variant_that_may_be_launched_is_listed(shape, dtypes, layouts):
     if shape[1] <= 64:
         calls.append(lambda: actnorm_conv1x1.fold_inverse(vector, vector, matrix, None))
     assert variants(calls).keys() - listed().keys() == set()
+
+
+def test_a_table_in_the_package_adds_what_it_chooses(monkeypatch, tmp_path):
+    from glow_kernels.backends.triton import launch
+
+    (tmp_path / "some_gpu.json").write_text(json.dumps({"statistics": {"elements": 4096, "num_warps": 8}}))
+    monkeypatch.setattr(launch, "TUNED", tmp_path)
+    added = variants(sample.call for sample in all_samples()).keys() - listed().keys()
+    assert {name for name, _ in added} == {"_chunk_kernel"}
 
 
 class _Calls(TorchDispatchMode):

@@ -14,8 +14,7 @@ reversible backward          g, z           x, dx
 
 and the matrices, and one partial sum of ``dM`` and ``dv`` per program; the backwards find ``g`` once more in the cache.
 More channels are matrix products, limited by arithmetic: in blocks of 64 channels, whose tiles of the input the cache
-serves again, and a launch for each of ``z`` or ``x``, ``dx`` and the sums; so are the backwards of
-other types than float32.
+serves again, and a launch for each of ``z`` or ``x``, ``dx`` and the sums; so are the backwards in float64.
 """
 
 from __future__ import annotations
@@ -116,8 +115,8 @@ def _gradients(
 
 
 def _fits_one_pass(x: Tensor) -> bool:
-    # The flow path is float32. In float64 the registers of some GPUs hold too little; half precision is rare here.
-    return x.shape[1] <= _BLOCK_C and x.dtype == torch.float32 and x.numel() > 0
+    # In float64, which is not for speed, the registers of some GPUs hold too little.
+    return x.shape[1] <= _BLOCK_C and x.dtype != torch.float64 and x.numel() > 0
 
 
 def _linear(x: Tensor, matrix: Tensor, shift: Tensor | None, out: Tensor) -> None:
