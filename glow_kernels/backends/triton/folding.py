@@ -146,7 +146,7 @@ def _launch(kernel: Any, like: Tensor, *args: object, **options: object) -> None
         return
     block = max(16, power_of_two(channels))
     # Those that spill on no GPU.
-    num_warps = min(16, block * block // 256)
+    num_warps = min(16, block * block // 64)
     launch(kernel, matrices, like, *args, channels, **options, BLOCK=block, num_warps=num_warps)
 
 

@@ -34,7 +34,7 @@ DEFAULTS: dict[str, dict[str, int]] = {
     "linear_backward_16": {"elements": 512, "num_warps": 4},
     "linear_backward_32": {"elements": 512, "num_warps": 4},
     "linear_backward_64": {"elements": 1024, "num_warps": 8},
-    "linear_sums_16": {"elements": 1024, "num_warps": 4},
+    "linear_sums_16": {"elements": 512, "num_warps": 4},
     "linear_sums_32": {"elements": 512, "num_warps": 4},
     "linear_sums_64": {"elements": 1024, "num_warps": 8},
 }
