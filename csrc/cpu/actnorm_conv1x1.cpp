@@ -113,7 +113,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_any, const Tensor
   check(x_any, matrix_any);
   const Tensor grad = with_planes(grad_any), x = with_planes(x_any), matrix = as_contiguous(matrix_any);
   Tensor grad_x = needs_grad_x ? empty_output(x_any) : empty_vector(0, x.scalar_type(), x);
-  Tensor grad_matrix = torch::stable::empty(matrix.sizes(), matrix.scalar_type(), std::nullopt, x.device());
+  Tensor grad_matrix = empty_contiguous(matrix);
   Tensor grad_shift = empty_vector(x.size(1), matrix.scalar_type(), x);
   return dispatch(x, [&]<typename T>() -> std::tuple<Tensor, Tensor, Tensor> {
     using A = compute_t<T>;
@@ -135,7 +135,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> reversible_backward(const Tensor& gra
   const Tensor grad = with_planes(grad_any), z = with_planes(z_any), matrix = as_contiguous(matrix_any);
   const Tensor inverse = as_contiguous(inverse_any), inverse_shift = as_contiguous(inverse_shift_any);
   Tensor x = empty_output(z_any), grad_x = empty_output(z_any);
-  Tensor grad_matrix = torch::stable::empty(matrix.sizes(), matrix.scalar_type(), std::nullopt, z.device());
+  Tensor grad_matrix = empty_contiguous(matrix);
   Tensor grad_shift = empty_vector(z.size(1), matrix.scalar_type(), z);
   return dispatch(z, [&]<typename T>() -> std::tuple<Tensor, Tensor, Tensor, Tensor> {
     using A = compute_t<T>;

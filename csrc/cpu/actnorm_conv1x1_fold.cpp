@@ -19,10 +19,6 @@ auto dispatch_parameters(const Tensor& x, const F& f) {
   return f.template operator()<double>();
 }
 
-Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, const Tensor& like) {
-  return torch::stable::empty(sizes, like.scalar_type(), std::nullopt, like.device());
-}
-
 // Sizes of a batch (*K, C, C).
 struct Sizes {
   int64_t steps, n;
@@ -37,7 +33,7 @@ struct Sizes {
 // An uninitialised tensor (*K) for a matrix (*K, C, C).
 Tensor empty_per_step(const Tensor& matrix) {
   const auto sizes = matrix.sizes();
-  return empty(std::vector<int64_t>{sizes.begin(), sizes.end() - 2}, matrix);
+  return empty(std::vector<int64_t>{sizes.begin(), sizes.end() - 2}, matrix.scalar_type(), matrix);
 }
 
 template <typename F>
@@ -54,7 +50,7 @@ std::tuple<Tensor, Tensor, Tensor> fold(const Tensor& log_scale, const Tensor& b
                                         std::optional<Tensor> weight_log_det) {
   const Sizes sizes(weight);
   const int64_t n = sizes.n;
-  Tensor matrix = empty(weight.sizes(), weight), shift = empty(bias.sizes(), weight);
+  Tensor matrix = empty_contiguous(weight), shift = empty_contiguous(bias);
   Tensor log_det = empty_per_step(weight);
   std::vector<char> is_singular(sizes.steps);
   dispatch_parameters(weight, [&]<typename A>() {
@@ -119,7 +115,7 @@ class InputFactors {
 std::tuple<Tensor, Tensor> lu_weight(const Tensor& permutation, const Tensor& lower, const Tensor& upper,
                                      const Tensor& log_diagonal, const Tensor& sign) {
   const Sizes sizes(lower);
-  Tensor weight = empty(lower.sizes(), lower), log_det = empty_per_step(lower);
+  Tensor weight = empty_contiguous(lower), log_det = empty_per_step(lower);
   dispatch_parameters(lower, [&]<typename A>() {
     const InputFactors<A> factors(permutation, lower, upper, log_diagonal, sign, sizes);
     const auto kernel = fold_kernels<A>().lu_weight;
@@ -137,8 +133,8 @@ std::tuple<Tensor, Tensor, Tensor> lu_weight_backward(const Tensor& grad_weight,
                                                       const Tensor& sign) {
   const Sizes sizes(lower);
   const int64_t n = sizes.n;
-  Tensor grad_lower = empty(lower.sizes(), lower), grad_upper = empty(upper.sizes(), lower);
-  Tensor grad_diagonal = empty(log_diagonal.sizes(), lower);
+  Tensor grad_lower = empty_contiguous(lower), grad_upper = empty_contiguous(upper);
+  Tensor grad_diagonal = empty_contiguous(log_diagonal);
   dispatch_parameters(lower, [&]<typename A>() {
     const InputFactors<A> factors(permutation, lower, upper, log_diagonal, sign, sizes);
     const Input<A> weights(grad_weight, sizes.steps, n * n), log_dets(grad_log_det, sizes.steps, 1);

@@ -61,10 +61,10 @@ class ParameterGradients {
 
   ParameterGradients(const Tensor& log_scale_like, const Tensor& bias_like, const Tensor& weight_like,
                      const std::optional<Tensor>& weight_log_det_like)
-      : log_scale(empty_like(log_scale_like)),
-        bias(empty_like(bias_like)),
-        weight(empty_like(weight_like)),
-        weight_log_det(weight_log_det_like ? empty_like(*weight_log_det_like)
+      : log_scale(empty_contiguous(log_scale_like)),
+        bias(empty_contiguous(bias_like)),
+        weight(empty_contiguous(weight_like)),
+        weight_log_det(weight_log_det_like ? empty_contiguous(*weight_log_det_like)
                                            : empty_vector(0, weight_like.scalar_type(), weight_like)),
         n_(weight_like.size(-1)),
         has_log_det_(weight_log_det_like.has_value()) {}
@@ -77,10 +77,6 @@ class ParameterGradients {
   }
 
  private:
-  static Tensor empty_like(const Tensor& x) {
-    return torch::stable::empty(x.sizes(), x.scalar_type(), std::nullopt, x.device());
-  }
-
   int64_t n_;
   bool has_log_det_;
 };
