@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from glow_kernels.ops import actnorm_conv1x1, actnorm_conv1x1_inverse, lu_weight
 from glow_kernels.ops._checks import check_channels, check_choice
-from glow_kernels.ops.actnorm_conv1x1 import lu_weight_backward
+from glow_kernels.ops.folding import lu_weight_backward
 
 
 class ChannelMixing(nn.Module):

@@ -4,7 +4,6 @@ from glow_kernels.ops.actnorm_conv1x1 import (
     actnorm_conv1x1,
     actnorm_conv1x1_inverse,
     actnorm_conv1x1_reversible_backward,
-    lu_weight,
 )
 from glow_kernels.ops.actnorm_statistics import actnorm_statistics
 from glow_kernels.ops.affine_coupling import (
@@ -16,6 +15,7 @@ from glow_kernels.ops.affine_coupling import (
     affine_coupling_inverse,
     affine_coupling_reversible_backward,
 )
+from glow_kernels.ops.folding import lu_weight
 from glow_kernels.ops.gaussian_log_prob import gaussian_log_prob, gaussian_sample, gaussian_standardize
 
 __all__ = [
