@@ -157,12 +157,20 @@ class InPlaceSequential(Patch):
     """
 
     dialect, kind = "network", "Sequential"
-    better = ("activations of coupling networks overwrite their input: half the hidden activations are kept",)
+
+    @classmethod
+    def improvements(cls, module: Any, options: Any) -> tuple[str, ...]:
+        # ReLU's backward needs its result alone.
+        kept = any(type(layer) is nn.LeakyReLU and not layer.inplace for layer in module)
+        return ("leaky ReLUs overwrite their input: half the hidden activations are kept",) if kept else ()
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
         plain = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
-        return plain and any(_may_overwrite(*pair) for pair in itertools.pairwise(module.children()))
+        pairs = itertools.pairwise(module.children())
+        return plain and any(
+            _may_overwrite(*pair) or (ActNormConv2d.matches(pair[0]) and _is_activation(pair[1])) for pair in pairs
+        )
 
     @classmethod
     def calls(cls, module: Any, options: Any) -> list[Call]:
@@ -186,8 +194,11 @@ class InPlaceSequential(Patch):
 
 def _may_overwrite(before: nn.Module, layer: nn.Module) -> bool:
     """Whether ``layer`` is an activation of a convolution that does not need its own result."""
-    activation = type(layer) is nn.ReLU or (type(layer) is nn.LeakyReLU and layer.negative_slope >= 0)
-    return activation and (type(before).forward is nn.Conv2d.forward or patch_of(before) is ActNormConv2d)
+    return _is_activation(layer) and (type(before).forward is nn.Conv2d.forward or patch_of(before) is ActNormConv2d)
+
+
+def _is_activation(layer: nn.Module) -> bool:
+    return type(layer) is nn.ReLU or (type(layer) is nn.LeakyReLU and layer.negative_slope >= 0)
 
 
 def _is_convolution(layer: nn.Module) -> bool:

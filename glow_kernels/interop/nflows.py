@@ -19,7 +19,6 @@ from glow_kernels.interop.steps import Parts
 from glow_kernels.interop.workshop import SPATIAL, Workshop, spatial_of
 from glow_kernels.ops import actnorm_conv1x1, actnorm_conv1x1_inverse
 
-DOUBLE = "the product of the triangular factors and its inverse are computed in float64"
 NO_SYNC = "ActNorm does not wait for the device to ask whether it is initialised"
 Result = tuple[Tensor, Tensor]
 
@@ -64,7 +63,6 @@ class OneByOneConvolution(Patch):
     """``L U x[permutation] + bias``."""
 
     dialect, kind = "nflows", "OneByOneConvolution"
-    better = (DOUBLE,)
     methods = ("forward", "inverse")
 
     @classmethod

@@ -67,8 +67,11 @@ class Invertible1x1Conv(Patch):
     """``W x`` in the density direction, with W a parameter or ``P L (U + diag(S))``."""
 
     dialect, kind = "normflows", "Invertible1x1Conv"
-    better = (DOUBLE,)
     methods = ("forward", "inverse")
+
+    @classmethod
+    def improvements(cls, module: Any, options: Any) -> tuple[str, ...]:
+        return () if module.use_lu else (DOUBLE,)
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
