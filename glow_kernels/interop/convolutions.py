@@ -14,10 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glow_kernels.interop.copies import faithful_copy
 from glow_kernels.interop.openai import ActNorm2d, is_initialized
 from glow_kernels.interop.patch import Call, Mismatch, Patch, has_hooks, options_of, own, patch_of
 from glow_kernels.interop.scale_map import round_number
-from glow_kernels.interop.workshop import SPATIAL, Workshop, faithful_copy
+from glow_kernels.interop.stand_ins import SPATIAL
+from glow_kernels.interop.workshop import Workshop
 
 
 @dataclass(frozen=True)
@@ -93,11 +95,13 @@ class ScaledConv2d(Patch):
         scale = (scaling.factor * getattr(self, scaling.name).flatten()).exp()
         if not scaling.border:
             return _scaled(convolution, x, scale, convolution.bias)
-        # A border of ones adds the same to every sample, so that the input need not be copied into a larger one.
+        # A border of ones adds the same to every sample, so that the input need not be copied into a larger one. That is
+        # a product of small matrices: of a single channel, PyTorch's convolution is slow.
         weight = convolution.weight * scale[:, None, None, None]
         border = F.pad(x.new_zeros(1, 1, *x.shape[2:]), [scaling.border] * 4, value=scaling.value)
-        at_border = F.conv2d(border, weight.sum(1, keepdim=True), convolution.bias * scale)
-        return F.conv2d(x, weight, padding=scaling.border).add_(at_border)
+        outside = F.unfold(border, convolution.kernel_size)[0]
+        at_border = torch.addmm((convolution.bias * scale)[:, None], weight.sum(1).flatten(1), outside)
+        return F.conv2d(x, weight, padding=scaling.border).add_(at_border.view(-1, *x.shape[2:]))
 
 
 class ActNormConv2d(Patch):

@@ -14,13 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from glow_kernels.interop import steps
+from glow_kernels.interop.copies import faithful_copy
 from glow_kernels.interop.memory import initialize, run
 from glow_kernels.interop.openai import DOUBLE, DOUBLE_INVERSE, STABLE
 from glow_kernels.interop.patch import Call, Mismatch, Patch, options_of, own
 from glow_kernels.interop.probe import Coupling
 from glow_kernels.interop.scale_map import round_number
+from glow_kernels.interop.stand_ins import SPATIAL
 from glow_kernels.interop.steps import Parts
-from glow_kernels.interop.workshop import SPATIAL, Workshop, faithful_copy
+from glow_kernels.interop.workshop import Workshop
 from glow_kernels.ops import actnorm_conv1x1, actnorm_conv1x1_inverse, gaussian_log_prob
 
 UNDERFLOW = "log|det W| is finite where det W underflows"

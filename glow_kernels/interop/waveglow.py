@@ -17,7 +17,8 @@ from glow_kernels.backends.reference.affine_coupling import split
 from glow_kernels.interop.memory import run_alone
 from glow_kernels.interop.patch import Call, Mismatch, Patch, has_hooks, options_of, own
 from glow_kernels.interop.probe import Coupling
-from glow_kernels.interop.workshop import StandIn, Workshop
+from glow_kernels.interop.stand_ins import StandIn
+from glow_kernels.interop.workshop import Workshop
 from glow_kernels.ops import ScaleMap, actnorm_conv1x1, actnorm_conv1x1_inverse
 
 # Of the sequences to try layers with.
