@@ -95,8 +95,8 @@ class ScaledConv2d(Patch):
         scale = (scaling.factor * getattr(self, scaling.name).flatten()).exp()
         if not scaling.border:
             return _scaled(convolution, x, scale, convolution.bias)
-        # A border of ones adds the same to every sample, so that the input need not be copied into a larger one. It is a
-        # product of small matrices: of a single channel, PyTorch's convolution is slow.
+        # A border of ones adds the same to every sample, so that the input need not be copied into a larger one: a
+        # product of small matrices, since PyTorch's convolution of a single channel is slow.
         weight = convolution.weight * scale[:, None, None, None]
         border = F.pad(x.new_zeros(1, 1, *x.shape[2:]), [scaling.border] * 4, value=scaling.value)
         outside = F.unfold(border, convolution.kernel_size)[0]
