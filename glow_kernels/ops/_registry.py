@@ -24,7 +24,7 @@ class Operator:
 
     The reference and Triton implement it as a function of this name in their file ``module``; the native backend in
     its shared library. In ``support.py`` of native and Triton, ``module(function, *args)`` says whether they take these
-    arguments; the reference takes all.
+    arguments, and is missing where they do not implement it; the reference takes all.
 
     Args:
         module: name of the file that implements it in each backend.
@@ -51,9 +51,10 @@ class Operator:
     ) -> None:
         self._name, self._function = f"{module}_{function}", function
         fast = [backend for backend in backends.PREFERENCE if backend != "reference"]
-        self._support = {name: getattr(backends.implementation(name, "support"), module) for name in fast}
+        found = {name: getattr(backends.implementation(name, "support"), module, None) for name in fast}
+        self._support = {name: takes for name, takes in found.items() if takes is not None}
         self._implementations: dict[str, _Implementation] = {}
-        for backend in backends.PREFERENCE:
+        for backend in (*self._support, "reference"):
             if backend == "reference" and plain_reference:
                 self._plain = getattr(backends.implementation(backend, module), function)
                 continue
@@ -74,7 +75,8 @@ class Operator:
         return self._run(backend if self._supports(backend, args) else "reference", args)
 
     def _supports(self, backend: str, args: tuple[Any, ...]) -> bool:
-        return backend == "reference" or bool(self._support[backend](self._function, *args))
+        takes = self._support.get(backend)
+        return backend == "reference" or (takes is not None and bool(takes(self._function, *args)))
 
     def _run(self, backend: str, args: tuple[Any, ...]) -> Any:
         implementation = self._implementations.get(backend)

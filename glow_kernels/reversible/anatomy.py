@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from glow_kernels.nn import ActNorm, AdditiveCoupling, AffineCoupling, CouplingNetwork, FlowStep
 from glow_kernels.nn.conv1x1 import ChannelPermutation, InvertibleConv1x1
-from glow_kernels.nn.network import ActNormConv2d, ZeroConv2d
+from glow_kernels.nn.network import HiddenConv2d, ZeroConv2d
 from glow_kernels.nn.step import LinearMap
 
 # What a step of a chain that folds all of its steps at once gets for a linear map; the inverse where it is needed.
@@ -20,7 +20,7 @@ LINEAR = ("matrix", "shift", "inverse", "inverse_shift")
 _COUPLINGS = (AffineCoupling, AdditiveCoupling)
 _OWN = {
     ActNorm,
-    ActNormConv2d,
+    HiddenConv2d,
     ChannelPermutation,
     CouplingNetwork,
     FlowStep,
