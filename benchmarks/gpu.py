@@ -20,7 +20,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 OLDEST = {"torch": (2, 10), "triton": (3, 4)}
-MODULES = ("actnorm_conv1x1", "actnorm_statistics", "affine_coupling", "gaussian_log_prob")
+MODULES = (
+    "actnorm_conv1x1",
+    "actnorm_statistics",
+    "affine_coupling",
+    "bias_relu",
+    "gaussian_log_prob",
+    "scale_filters",
+)
 OPERATOR_TESTS = [f"tests/test_{name}.py" for name in MODULES]
 SANITIZERS = {"memcheck": 25, "racecheck": 20, "initcheck": 20, "synccheck": 15}
 CUDA = "/usr/local/cuda/bin"

@@ -89,7 +89,14 @@ shapes = st.tuples(
 @given(shape=shapes, dtypes=st.sampled_from(list(DTYPES)), layouts=st.tuples(*[st.sampled_from(list(LAYOUTS))] * 3))
 @settings(max_examples=200, deadline=None, derandomize=True)
 def test_the_report_lists_every_kernel_that_may_be_launched(shape, dtypes, layouts):
-    from glow_kernels.backends.triton import actnorm_conv1x1, actnorm_statistics, affine_coupling, gaussian_log_prob
+    from glow_kernels.backends.triton import (
+        actnorm_conv1x1,
+        actnorm_statistics,
+        affine_coupling,
+        bias_relu,
+        gaussian_log_prob,
+        scale_filters,
+    )
 
     dtype, h_dtype = DTYPES[dtypes]
     x, grad, h = (
@@ -102,6 +109,8 @@ def test_the_report_lists_every_kernel_that_may_be_launched(shape, dtypes, layou
         torch.empty(size, dtype=compute_dtype(dtype), device="meta")
         for size in ((shape[1], shape[1]), shape[1:2], shape[:1])
     )
+    bias = vector.to(h_dtype)
+    weight, of_weight = torch.empty(shape[1:], dtype=dtype, device="meta"), vector.to(dtype)
     scale_map = ScaleMap("sigmoid", offset=2.0)
     options = (None, scale_map.kind, scale_map.parameters, "interleaved_shift_scale", "shift_scale")
     calls = [
@@ -116,6 +125,10 @@ def test_the_report_lists_every_kernel_that_may_be_launched(shape, dtypes, layou
         lambda: actnorm_conv1x1.apply_backward(grad, x, matrix, False),
         lambda: actnorm_conv1x1.apply_reversible_backward(grad, x, matrix, matrix, vector),
         lambda: actnorm_statistics.forward(x),
+        lambda: bias_relu.forward(x, bias),
+        lambda: bias_relu.backward(grad, x),
+        lambda: scale_filters.forward(weight, of_weight, of_weight, 3.0, h_dtype),
+        lambda: scale_filters.backward(weight.to(h_dtype), bias, weight, of_weight, of_weight, 1.0),
     ]
     if shape[1] <= 64:
         calls.append(lambda: actnorm_conv1x1.fold_inverse(vector, vector, matrix, None))

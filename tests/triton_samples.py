@@ -48,6 +48,7 @@ def all_samples() -> list[Sample]:
         *linear_samples(),
         *folding_samples(),
         *statistics_samples(),
+        *network_samples(),
     ]
 
 
@@ -228,20 +229,45 @@ def folding_samples() -> Iterator[Sample]:
             yield _sample(folding, name, f"4x{size}x{size} {str(dtype)[6:]}", arguments, core)
 
 
+def statistics_data() -> Iterator[Data]:
+    """Types, memory format and shape of every tile and vector; 2^30 positions need wider indices."""
+    for dtypes, channels_last in itertools.product(("float32", "bfloat16", "float16", "float64"), (False, True)):
+        yield dtypes, channels_last, BANDWIDTH_SHAPES[0], dtypes == "float32"
+        for block, samples in itertools.product((8, 16, 32, 64), (3, 2**30)):
+            for size in sizes(block, DTYPES[dtypes][0].itemsize):
+                shape = (samples, size, 3, 3) if channels_last else (samples, 12, size, 1)
+                yield dtypes, channels_last, shape, dtypes == "float32" and (size, samples) == (block, 3)
+
+
 def statistics_samples() -> Iterator[Sample]:
     """Every tile."""
     from glow_kernels.backends.triton import actnorm_statistics
 
-    for dtypes, channels_last in itertools.product(("float32", "bfloat16", "float16", "float64"), (False, True)):
-        dtype = DTYPES[dtypes][0]
-        shapes = [(BANDWIDTH_SHAPES[0], dtypes == "float32")]
-        for block, samples in itertools.product((8, 16, 32, 64), (3, 2**30)):
-            for size in sizes(block, dtype.itemsize):
-                shape = (samples, size, 3, 3) if channels_last else (samples, 12, size, 1)
-                shapes.append((shape, dtypes == "float32" and (size, samples) == (block, 3)))
-        for shape, core in shapes:
-            x = empty(*shape, dtype=dtype, channels_last=channels_last)
-            yield _sample(actnorm_statistics, "forward", describe(shape, dtypes, channels_last), (x,), core)
+    for dtypes, channels_last, shape, core in statistics_data():
+        x = empty(*shape, dtype=DTYPES[dtypes][0], channels_last=channels_last)
+        yield _sample(actnorm_statistics, "forward", describe(shape, dtypes, channels_last), (x,), core)
+
+
+def network_samples() -> Iterator[Sample]:
+    """Bias and ReLU with every tile, and filters of every size of block."""
+    from glow_kernels.backends.triton import bias_relu, scale_filters
+
+    for dtypes, channels_last, shape, core in elementwise_data():
+        dtype, bias_dtype = DTYPES[dtypes]
+        x = empty(*shape, dtype=dtype, channels_last=channels_last)
+        arguments = (x, empty(shape[1], dtype=bias_dtype))
+        yield _sample(bias_relu, "forward", describe(shape, dtypes, channels_last), arguments, core)
+    for dtypes, channels_last, shape, core in statistics_data():
+        y = empty(*shape, dtype=DTYPES[dtypes][0], channels_last=channels_last)
+        yield _sample(bias_relu, "backward", describe(shape, dtypes, channels_last), (y, y), core)
+    for dtypes, size, factor in itertools.product(DTYPES, powers_of_two(1, 1024), (1.0, 3.0)):
+        dtype, result = DTYPES[dtypes]
+        weight, vector = empty(16, size, 1, 1, dtype=dtype), empty(16, dtype=dtype)
+        grads = (empty(16, size, 1, 1, dtype=result), empty(16, dtype=result))
+        what = f"16x{size} {dtypes} {factor:g}"
+        core = dtypes in ("float32", "float32_with_bfloat16") and size in (64, 1024) and factor == 3.0
+        yield _sample(scale_filters, "forward", what, (weight, vector, vector, factor, result), core)
+        yield _sample(scale_filters, "backward", what, (*grads, weight, vector, vector, factor), core)
 
 
 def _sample(module: Any, name: str, what: str, arguments: tuple[Any, ...], core: bool = False) -> Sample:

@@ -24,7 +24,7 @@ class Operator:
 
     The reference and Triton implement it as a function of this name in their file ``module``; the native backend in
     its shared library. In ``support.py`` of native and Triton, ``module(function, *args)`` says whether they take these
-    arguments; the reference takes all.
+    arguments, and is missing where they do not implement it; the reference takes all.
 
     Args:
         module: name of the file that implements it in each backend.
@@ -55,9 +55,11 @@ class Operator:
         self._name, self._function = f"{module}_{function}", function
         self._plain = composed
         fast = [backend for backend in backends.PREFERENCE if backend != "reference"]
-        self._support = {name: getattr(backends.implementation(name, "support"), module) for name in fast}
+        self._support = {name: getattr(backends.implementation(name, "support"), module, _nothing) for name in fast}
         self._implementations: dict[str, _Implementation] = {}
         for backend in backends.PREFERENCE if composed is None else ("native",):
+            if self._support.get(backend) is _nothing:
+                continue
             if backend == "reference" and plain_reference:
                 self._plain = getattr(backends.implementation(backend, module), function)
                 continue
@@ -138,6 +140,10 @@ class _Implementation:
 
 def _call(backend: str, module: str, function: str, *args: Any) -> Any:
     return getattr(backends.implementation(backend, module), function)(*args)
+
+
+def _nothing(*_: Any) -> bool:
+    return False
 
 
 def _refuse(name: str, *_: Any) -> NoReturn:

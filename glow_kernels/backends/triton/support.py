@@ -42,6 +42,16 @@ def actnorm_statistics(function: str, x: Tensor) -> bool:
     return _on_device(x)
 
 
+def bias_relu(function: str, *args: Tensor) -> bool:
+    """Every shape."""
+    return _on_device(*args)
+
+
+def scale_filters(function: str, *args: Any) -> bool:
+    """Every shape."""
+    return _on_device(*(tensor for tensor in args if isinstance(tensor, Tensor)))
+
+
 def _on_device(*tensors: Tensor) -> bool:
     return all(
         tensor.dtype in _TYPES
