@@ -9,13 +9,14 @@ import copy
 
 import pytest
 import torch
-from dialects import chrischute, openai, pclucas14, rosinality, survae
+from dialects import audio, chrischute, openai, pclucas14, rosinality, survae
 from dialects.zoo import EXAMPLES, normflows_glow
 from normflows.flows.mixing import Invertible1x1Conv
 from test_interop import images, make
 from torch import Tensor, nn
 
 import glow_kernels as gk
+from glow_kernels.bench.live_storages import LiveStorages
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.lu is deprecated", "ignore:torch.triangular_solve is deprecated")
 
@@ -198,3 +199,32 @@ def uneven(channels: int, decades: float) -> Tensor:
         torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64, generator=generator)).Q for _ in range(2)
     )
     return (left * torch.logspace(0, -decades, channels, dtype=torch.float64) @ right).float()
+
+
+def test_leaky_activations_are_kept_once():
+    torch.manual_seed(0)
+    layer = normflows_glow(1, 1, hidden=128).flows[0][0].flows[0]
+    x = torch.randn(4, 12, 16, 16)
+    kept = []
+    for accelerated in (False, True):
+        if accelerated:
+            assert IN_PLACE in str(gk.accelerate(layer))
+        with LiveStorages([layer]) as storages:
+            results = layer.inverse(x)
+            kept.append(storages.now)
+        del results
+    hidden = 4 * 128 * 16 * 16 * 4
+    assert kept[0] > 4 * hidden
+    assert kept[1] < kept[0] - 1.7 * hidden
+
+
+def test_log_determinants_of_glow_tts_survive_a_negative_determinant():
+    layer = audio.InvConvNear(8)
+    gk.accelerate(layer)
+    original = audio.InvConvNear(8)
+    with torch.no_grad():
+        layer.weight[0] *= -1
+        original.weight.copy_(layer.weight)
+    x = torch.randn(2, 8, 5)
+    assert original(x)[1].isnan().all()
+    torch.testing.assert_close(layer(x)[1], torch.zeros(2), atol=1e-5, rtol=0.0)
