@@ -1,7 +1,7 @@
 """``make gpu-curve``: bits/dim of a real training against steps and seconds, plain reference and full stack.
 
-Both train on 32 x 32 patches of photographs from the same seed with the same settings, one after the other, each for five
-minutes or as long as is said; then their validations go to one file of results.
+Both train on 32 x 32 patches of photographs from the same seed with the same settings, one after the other, each for
+five minutes or as long as is said; then their validations go to one file of results.
 """
 
 from __future__ import annotations
