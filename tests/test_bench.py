@@ -323,7 +323,7 @@ def test_an_interrupted_run_keeps_what_was_measured(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(Session, "measure", interrupted)
     path = tmp_path / "r.jsonl"
     command = ["bench", "operators", "--operator", "affine_coupling", "--shape", "1x2x2x2", "--seconds", "0.01"]
-    assert main([*command, "--no-compile", "--output", str(path), "--threads", "1"]) == 130
+    assert main([*command, "--no-compile", "--output", str(path), "--threads", "1", "--allocator", "tuned"]) == 130
     assert [row["kind"] for row in results.read(path) if row["kind"] != "warning"] == ["environment", "operator"]
     assert f"what was measured until now is in {path}" in capsys.readouterr().out
 

@@ -94,10 +94,11 @@ def _operators(rows: Sequence[Row]) -> Iterator[Check]:
         chosen = [row for row in standard if (row["case"]["threads"], row["case"]["allocator"]) == (threads, allocator)]
         for operator, goals in (("actnorm_conv1x1", _LINEAR), ("affine_coupling", _COUPLING)):
             of_operator = [row for row in chosen if row["case"]["operator"] == operator]
-            for direction, goal in goals.items():
-                yield from _faster(group, operator, direction, goal, of_operator)
             yield _slowest(group, operator, of_operator)
+            # With the allocator as it is, only the largest shapes are measured: of them there are no means.
             if allocator == "tuned":
+                for direction, goal in goals.items():
+                    yield from _faster(group, operator, direction, goal, of_operator)
                 yield _large(group, operator, of_operator)
         for operator in ("gaussian_log_prob", "actnorm_statistics"):
             yield _slowest(group, operator, [row for row in chosen if row["case"]["operator"] == operator])

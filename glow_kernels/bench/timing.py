@@ -103,7 +103,7 @@ def measure(
 
 
 def _measure_cpu(candidates: Mapping[str, Sequence[Call]], seconds: float, ours: str | None) -> Times:
-    repeats = {name: _repeats(calls[0]) for name, calls in candidates.items()}
+    repeats = {name: _repeats(calls) for name, calls in candidates.items()}
     rounds: dict[str, list[float]] = {name: [] for name in candidates}
     probes = [_probe()]
     start = time.perf_counter()
@@ -163,11 +163,12 @@ def _undisturbed() -> Iterator[None]:
             gc.enable()
 
 
-def _repeats(call: Call) -> int:
+def _repeats(calls: Sequence[Call]) -> int:
     """Warm up, and find how many calls make a sample."""
-    call()
+    for call in calls:
+        call()
     start = time.perf_counter()
-    call()
+    calls[0]()
     elapsed = time.perf_counter() - start
     return max(1, math.ceil(_SHORTEST_SAMPLE / max(elapsed, 1e-7)))
 

@@ -148,7 +148,7 @@ def _tasks(
 
 
 def _selections(arguments: argparse.Namespace, device: torch.device) -> list[Selection]:
-    """What was asked for; in a full run also a few cases of other types and layouts than the usual."""
+    """What was asked for; in a full run also a few cases of other types, layouts and allocators than the usual."""
     from glow_kernels.bench import operators, suite
 
     full_on_cpu = device.type == "cpu" and not arguments.quick
@@ -161,7 +161,7 @@ def _selections(arguments: argparse.Namespace, device: torch.device) -> list[Sel
         memory_formats=arguments.memory_format or ["contiguous"],
         threads=arguments.threads
         or (sorted({1, min(2, os.cpu_count() or 1)}) if full_on_cpu else [torch.get_num_threads()]),
-        allocators=arguments.allocator or (suite.ALLOCATORS if full_on_cpu else ["tuned"]),
+        allocators=arguments.allocator or ["tuned"],
         device=str(device),
         seconds=arguments.seconds or (0.6 if arguments.quick else 0.8),
     )
@@ -175,7 +175,12 @@ def _selections(arguments: argparse.Namespace, device: torch.device) -> list[Sel
         allocators=["tuned"],
     )
     others = [dataclasses.replace(few, dtypes=[dtype]) for dtype in ("bfloat16", "float64")]
-    return [usual, *others, dataclasses.replace(few, memory_formats=["channels_last"])]
+    others.append(dataclasses.replace(few, memory_formats=["channels_last"]))
+    if full_on_cpu and not arguments.allocator:
+        # Where fresh memory costs most: tensors beyond every cache.
+        shapes = usual.shapes if arguments.shape else operators.STANDARD_SHAPES[-2:]
+        others.append(dataclasses.replace(usual, directions=few.directions, shapes=shapes, allocators=["default"]))
+    return [usual, *others]
 
 
 def _print_checks(rows: list[Row]) -> None:

@@ -164,9 +164,11 @@ double compute(const CouplingOptions& options, int64_t count, const Run<A>& run)
 
 // All runs with a sigmoid without a floor, in one pass.
 template <Direction direction, CouplingOrder order, Stores stores>
-SigmoidSums compute_sigmoid(const ScaleParameters<double>& parameters, const Runs<float>& runs) {
+SigmoidSums compute_sigmoid(const ScaleParameters<double>& parameters, const Runs<float>& given) {
   using V = Vector<float>;
   constexpr int64_t lanes = kLanes<float>;
+  // Vectors may alias anything: only what has no address elsewhere stays in registers.
+  const Runs<float> runs = given;
   const float slope = parameters.slope, offset = parameters.offset, gain = parameters.gain;
   const float inverse_gain = 1.0f / gain;
   const auto vector = [&](const Run<float>& at, int64_t i) __attribute__((always_inline)) {
@@ -203,7 +205,8 @@ SigmoidSums compute_sigmoid(const ScaleParameters<double>& parameters, const Run
       std::memcpy(targets[index] + i, to[index], rest * sizeof(float));
     }
   });
-  return sums;
+  const SigmoidSums returned = sums;
+  return returned;
 }
 
 template <typename T, typename H, Direction direction>
