@@ -27,7 +27,7 @@ from operators import (
 )
 from torch import Tensor
 
-from glow_kernels.backends.numerics import compute_dtype
+from glow_kernels.backends.numerics import compute_dtype, output_format
 from glow_kernels.ops import scale_filters
 
 
@@ -64,11 +64,32 @@ def backward_arguments(shape, lay):
     return torch.randn(tuple(shape)), grad_bias, weight, bias, log_scale, 3.0
 
 
+def dense(arguments):
+    """The native kernels take dense filters in float32 and float64, which ``support.py`` sees to."""
+
+    def of_shape(shape, lay):
+        found = arguments(shape, lay)
+        format_ = output_format(next(arg for arg in reversed(found) if isinstance(arg, Tensor) and arg.dim() > 1))
+        return tuple(
+            arg.detach().float().contiguous(memory_format=format_ if arg.dim() > 1 else torch.contiguous_format)
+            if isinstance(arg, Tensor)
+            else arg
+            for arg in found
+        )
+
+    return of_shape
+
+
 class TestProperties(DifferentiableProperties):
     """What holds for every differentiable operator."""
 
     module = "scale_filters"
-    arguments: ClassVar = {"forward": forward_arguments, "backward": backward_arguments}
+    arguments: ClassVar = {
+        "forward": forward_arguments,
+        "backward": backward_arguments,
+        "forward_native": dense(forward_arguments),
+        "backward_native": dense(backward_arguments),
+    }
     cases = CASES
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from glow_kernels.backends.native import cuda
-from glow_kernels.backends.numerics import compute_dtype
+from glow_kernels.backends.numerics import compute_dtype, output_format
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Types of x and of h; x float32 with h in half precision is the normal case of mixed precision.
@@ -73,6 +73,19 @@ def gaussian_log_prob(function: str, *args: Any) -> bool:
 def actnorm_statistics(function: str, x: Tensor) -> bool:
     """All of it."""
     return x.dtype in _TYPES and _takes("actnorm_statistics", function, x)
+
+
+def scale_filters(function: str, *args: Any) -> bool:
+    """Dense filters without a conversion, and gradients that lie as they do."""
+    tensors = [tensor for tensor in args if isinstance(tensor, Tensor)]
+    weight = tensors[0] if function == "forward" else tensors[2]
+    types = {tensor.dtype for tensor in tensors} | {arg for arg in args if isinstance(arg, torch.dtype)}
+    if types not in ({torch.float32}, {torch.float64}):
+        return False
+    format_ = output_format(weight)
+    whole = [tensor for tensor in tensors if tensor.dim() > 1]
+    dense = all(tensor.is_contiguous(memory_format=format_) for tensor in whole)
+    return dense and _takes("scale_filters", function, *tensors)
 
 
 def _takes(module: str, function: str, *tensors: Tensor) -> bool:
