@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from glow_kernels.ops.actnorm_conv1x1 import _apply, _fold, _invert, _reversible_backward
+from glow_kernels.ops.actnorm_conv1x1 import _apply, _reversible_backward
+from glow_kernels.ops.folding import _fold, _invert
 
 
 def fold(
