@@ -56,8 +56,8 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 def poisoned_memory() -> Iterator[None]:
     """Fill every ``torch.empty`` with NaN: an element that an operator forgets to write shows.
 
-    So does one of the native library, which allocates beneath that: the C library fills what it hands out with bytes that
-    are 3e38 in float32 and NaN in float16.
+    So does one of the native library, which allocates beneath that: the C library fills what it hands out with bytes
+    that are 3e38 in float32 and NaN in float16.
     """
     perturb = getattr(ctypes.CDLL(None), "mallopt", None)
     if perturb is not None:  # glibc, whose M_PERTURB is -6
