@@ -22,7 +22,14 @@ from glow_kernels.backends import BackendStatus
 from glow_kernels.errors import BackendUnavailableError, GlowKernelsError, UsageError
 
 UNKNOWN = "backend must be one of native, triton, reference, got 'cuda'"
-OPERATOR_MODULES = ("actnorm_conv1x1", "actnorm_statistics", "affine_coupling", "gaussian_log_prob")
+OPERATOR_MODULES = (
+    "actnorm_conv1x1",
+    "actnorm_statistics",
+    "affine_coupling",
+    "bias_relu",
+    "gaussian_log_prob",
+    "scale_filters",
+)
 
 
 @pytest.fixture(autouse=True)
