@@ -15,7 +15,7 @@ NATIVE := $(if $(shell command -v $(firstword $(CXX)) 2>/dev/null),$(LIBRARY),no
 
 # A process per core with one thread each: two processes of several threads wait for each other most of the time.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
-OPERATOR_TESTS := $(addprefix tests/test_,actnorm_conv1x1.py actnorm_statistics.py affine_coupling.py gaussian_log_prob.py)
+OPERATOR_TESTS := $(addprefix tests/test_,actnorm_conv1x1.py actnorm_statistics.py affine_coupling.py bias_relu.py gaussian_log_prob.py scale_filters.py)
 NATIVE_SOURCES := 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/cuda_host/*.h' 'tests/cuda_host/*.cpp'
 # Other targets run these.
 ELSEWHERE := $(addprefix tests/test_,triton_compile.py cuda_compile.py cuda_host.py)
@@ -29,7 +29,7 @@ PYTEST_SANITIZED = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) 
 # The CUDA sources as C++ on the CPU, checked likewise.
 CUDA_HOST := build/cuda_host
 
-.PHONY: help build build-cuda demo test test-triton test-sanitized test-cuda test-cuda-host bench gpu kernels-report lint format clean no-compiler
+.PHONY: help build build-cuda demo test test-triton test-sanitized test-cuda test-cuda-host bench gpu gpu-curve kernels-report lint format clean no-compiler
 
 help:
 	@echo "make build   compile the native CPU library, which needs a C++ compiler; CXX=clang++ chooses another"
@@ -42,6 +42,7 @@ help:
 	@echo "make test-cuda-host  run the operator tests on the CUDA kernels, compiled for the CPU with both sanitizers"
 	@echo "make bench   measure the operators and models here in 20 minutes, print the goals, draw runs/report/report.html"
 	@echo "make gpu     build, test and measure on an NVIDIA GPU with the torch and triton of PYTHON; installs nothing"
+	@echo "make gpu-curve  train twice for five minutes there, plain reference and full stack, bits/dim against seconds"
 	@echo "make kernels-report  compile every Triton kernel that has changed and every CUDA kernel, no GPU needed; reports/"
 	@echo "make lint    ruff, mypy and clang-format"
 	@echo "make format  let ruff and clang-format rewrite the sources"
@@ -92,6 +93,9 @@ bench: $(INSTALLED) $(NATIVE)
 # Not the .venv, whose torch may have no CUDA.
 gpu:
 	$(PYTHON) benchmarks/gpu.py
+
+gpu-curve:
+	$(PYTHON) -m benchmarks.gpu_curve
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

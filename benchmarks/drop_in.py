@@ -16,11 +16,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from dialects import chrischute, openai, rosinality, survae, zoo
+from dialects import audio, chrischute, openai, pclucas14, rosinality, survae, zoo
 
 import glow_kernels as gk
 from glow_kernels.bench.live_storages import LiveStorages
@@ -34,15 +35,32 @@ VARIANTS: dict[str, dict[str, str] | None] = {
     'memory="anchor"': {"memory": "anchor"},
 }
 
+
+def waveglow_loss(model: nn.Module, x: Tensor) -> Tensor:
+    """Of images as sound of 3072 samples, and as a spectrogram of 768 frames."""
+    spectrogram = x.repeat(1, 2, 1, 1).flatten(2)[:, :5, :768]
+    return audio.waveglow_loss(model, spectrogram, x.flatten(1))  # type: ignore[no-any-return]
+
+
+def glow_tts_loss(model: nn.Module, x: Tensor) -> Tensor:
+    """Of images as 256 frames of 12 channels."""
+    x = F.pixel_unshuffle(x, 2).flatten(2)
+    z, log_det = model(x, x.new_ones(len(x), 1, x.shape[2]))
+    return (0.5 * z.square().flatten(1).sum(1) - log_det).mean()  # type: ignore[no-any-return]
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], Loss]] = {
     "rosinality": (lambda: rosinality.Glow(3, STEPS, LEVELS, filter_size=WIDTH), rosinality.loss),
     "chaiyujin": (lambda: openai.Glow(3, WIDTH, STEPS, LEVELS), openai.loss),
     "y0ast": (lambda: openai.Glow(3, WIDTH, STEPS, LEVELS, style="y0ast", LU_decomposed=True), openai.loss),
+    "pclucas14": (lambda: pclucas14.Glow(3, WIDTH, STEPS, LEVELS), pclucas14.loss),
     "chrischute": (lambda: chrischute.Glow(12, WIDTH, STEPS), chrischute.loss),
     "normflows": (lambda: zoo.normflows_glow(STEPS, LEVELS, WIDTH, (3, SIZE, SIZE)), zoo.normflows_loss),
     "nflows": (lambda: zoo.nflows_glow(12, STEPS, WIDTH), zoo.standard_normal_loss),
     "FrEIA": (lambda: zoo.freia_steps(12, STEPS, WIDTH, SIZE), zoo.standard_normal_loss),
     "survae": (lambda: survae.Flow(12, WIDTH), zoo.standard_normal_loss),
+    "WaveGlow": (lambda: audio.WaveGlow(n_flows=STEPS, n_layers=4, width=WIDTH), waveglow_loss),
+    "Glow-TTS": (lambda: audio.FlowDecoder(12, WIDTH, STEPS), glow_tts_loss),
 }
 
 
@@ -55,7 +73,7 @@ def prepared(make: Callable[[], nn.Module], loss: Loss, x: Tensor, options: dict
     if options is not None:
         report = gk.accelerate(model, **options)
         for row in report.left_alone:
-            print(f"left alone: {row.path}: {row.reason}")
+            print(f"left alone: {row.path}: {row.reason}", file=sys.stderr)
     return model
 
 

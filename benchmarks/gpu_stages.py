@@ -36,7 +36,7 @@ from glow_kernels.nn import FlowStep
 Build = Callable[[], Call]
 
 # Steps, levels, width, image size and batch; the first are those of the goals.
-TRAINING = ((32, 3, 512, 32, 64), (32, 3, 512, 32, 256), (32, 4, 512, 64, 32), (32, 4, 512, 256, 4))
+TRAINING = ((32, 3, 512, 32, 64), (32, 3, 512, 32, 256), (32, 4, 512, 64, 32), (32, 6, 512, 256, 4))
 # InvertibleNetworks.jl, JOSS 9(99), 2024: figure 2 by depth at 256 x 256, figure 1 by image size at 16 steps.
 DEPTHS, SIZES, MEMORY_BATCH, MEMORY_HIDDEN = (4, 16, 32, 48, 80), (512, 1024), 8, 256
 MEMORY_POLICIES: dict[str, dict[str, Any]] = {
@@ -114,16 +114,16 @@ class Stages:
             return on(ours, self._build(case, x, low_precision=True))
 
         return {
-            ours: plain,
-            f"{ours} bfloat16": half,
             f"{ours} bfloat16, graph": lambda: self._graph(half()),
-            f"{ours} bfloat16, with optimizer, graph": lambda: on(ours, self._whole_step(self._glow(case), x)),
             "floor: bare convolutions, bfloat16, graph": lambda: self._graph(self._floor(case, x, low_precision=True)),
-            "floor: bare convolutions": lambda: self._floor(case, x),
-            f"{ours} anchor": lambda: plain(memory="anchor"),
+            ours: plain,
             "reference": lambda: on("reference", self._build(case, x)),
+            f"{ours} anchor": lambda: plain(memory="anchor"),
+            f"{ours} bfloat16, with optimizer, graph": lambda: on(ours, self._whole_step(self._glow(case), x)),
             "checkpoint per step": lambda: on(ours, self._step(checkpointed(self._glow(case)), x)),
             "normflows": lambda: self._build_normflows(case, x),
+            f"{ours} bfloat16": half,
+            "floor: bare convolutions": lambda: self._floor(case, x),
             "reference compiled": lambda: on("reference", self._step(models.compiled(self._glow(case), x), x)),
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterator
 
@@ -53,7 +54,14 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
-    """Fill every ``torch.empty`` with NaN: an element that an operator forgets to write shows."""
+    """Fill every ``torch.empty`` with NaN: an element that an operator forgets to write shows.
+
+    So does one of the native library, which allocates beneath that: the C library fills what it hands out with bytes
+    that are 3e38 in float32 and NaN in float16.
+    """
+    perturb = getattr(ctypes.CDLL(None), "mallopt", None)
+    if perturb is not None:  # glibc, whose M_PERTURB is -6
+        perturb(-6, 0x80)
     deterministic = torch.are_deterministic_algorithms_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
@@ -61,3 +69,5 @@ def poisoned_memory() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = fill
+    if perturb is not None:
+        perturb(-6, 0)

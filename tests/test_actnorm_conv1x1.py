@@ -220,6 +220,26 @@ def fold_backward_arguments(shape, lay):
     return *(torch.randn(shape, dtype=weight.dtype) for shape in (weight.shape, weight.shape[:-1], steps)), *inputs
 
 
+def whole_arguments(shape, lay):
+    """Arguments of folding and applying in one call."""
+    x = lay(torch.randn(tuple(shape))).requires_grad_()
+    dtype = compute_dtype(x)
+    parameters = [tensor.to(dtype).requires_grad_() for tensor in inputs_without_log_det(shape)[1:]]
+    weight_log_det = torch.randn((), dtype=dtype, requires_grad=True) if len(shape) == 4 else None
+    return x, *parameters, weight_log_det
+
+
+def whole_reversible_arguments(shape, lay):
+    """Arguments of the reversible backward of both."""
+    inputs = [None if tensor is None else tensor.detach() for tensor in whole_arguments(shape, lay)]
+    return torch.randn_like(inputs[0]), torch.randn(shape[0], dtype=inputs[1].dtype), *inputs
+
+
+def whole_backward_arguments(shape, lay):
+    """Arguments of the backward of both."""
+    return *whole_reversible_arguments(shape, lay), True
+
+
 def lu_arguments(shape, lay):
     """Arguments of the assembly of LU-decomposed weights."""
     steps, size = tuple(shape[:1]) if len(shape) > 2 else (), shape[1]
@@ -243,6 +263,11 @@ class TestProperties(DifferentiableProperties):
 
     module = "actnorm_conv1x1"
     arguments: ClassVar = {
+        "forward": whole_arguments,
+        "inverse": whole_arguments,
+        "backward": whole_backward_arguments,
+        "inverse_backward": whole_backward_arguments,
+        "reversible_backward": whole_reversible_arguments,
         "lu_weight": lu_arguments,
         "lu_weight_backward": lu_backward_arguments,
         "fold": fold_arguments,

@@ -21,6 +21,7 @@ from PIL import Image
 from test_cli import TINY, bytes_of, cli, save_images, train_two_runs
 from test_trainer import contents
 
+from glow_kernels import backends
 from glow_kernels.errors import GlowKernelsError
 from glow_kernels.training import checkpoint, gallery
 from glow_kernels.training.run_folder import BEST, CONFIG, LAST, METRICS
@@ -400,7 +401,7 @@ def test_device_that_cannot_be_used(device: str, command: str, harmless: Failing
 
 
 def test_backend_that_does_not_exist(harmless: Failing, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GLOW_KERNELS_BACKEND", "quantum")
+    monkeypatch.setattr(backends, "_chosen", "quantum")  # as importing the package does from GLOW_KERNELS_BACKEND
     harmless(2, "backend must be one of .*reference, got 'quantum'", "evaluate plain")
 
 

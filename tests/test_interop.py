@@ -130,8 +130,9 @@ def mark_initialized(*models: nn.Module) -> None:
     """As users of dialects whose flag is not saved must do after loading."""
     for model in models:
         for layer in model.modules():
-            if isinstance(getattr(layer, "inited", None), bool):
-                layer.inited = True
+            for flag in ("inited", "initialized"):
+                if isinstance(getattr(layer, flag, None), bool):
+                    setattr(layer, flag, True)
             if isinstance(getattr(layer, "init_on_next_batch", None), bool):
                 layer.init_on_next_batch = False
 

@@ -12,6 +12,7 @@ from dialects.zoo import EXAMPLES, Example, normflows_glow, normflows_loss
 from test_interop import can_be_pickled, images, make, mark_initialized, trained
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import glow_kernels as gk
 from glow_kernels.bench.live_storages import LiveStorages
@@ -26,6 +27,7 @@ CHOSEN = (
     "rosinality_additive",
     "chaiyujin",
     "y0ast_reverse",
+    "pclucas14",
     "normflows",
     "normflows_sigmoid_inv",
     "nflows",
@@ -445,3 +447,29 @@ def test_the_first_batch_initialises_without_keeping_activations():
     assert kept < original_kept / 10
     for (name, one), other in zip(model.state_dict().items(), original.state_dict().values(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("name", ["rosinality", "normflows"])
+def test_moving_averages_of_models_that_keep_little(name):
+    example = EXAMPLES[name]
+    model = prepared(example)
+    original = twin(example, model)
+    report = gk.accelerate(model, memory="anchor", anchor_every=2)
+    averages = [AveragedModel(trainee, multi_avg_fn=get_ema_multi_avg_fn(0.5)) for trainee in (original, model)]
+    x = images(example)
+    for trainee, average in zip((original, model), averages, strict=True):
+        optimizer = torch.optim.SGD(trainee.parameters(), 1e-4)
+        for _ in range(3):
+            optimizer.zero_grad()
+            example.loss(trainee, x).backward()
+            optimizer.step()
+            average.update_parameters(trainee)
+    kept, expected = averages[1].module, averages[0].module
+    assert len(gk.accelerate(kept, memory="anchor", anchor_every=2).patched) == len(report.patched)
+    assert {memory_of(layer) for layer in kept.modules()} == {memory_of(layer) for layer in model.modules()}
+    # The average has weights of its own, with which it computes.
+    with torch.no_grad():
+        losses = [example.loss(trained_or_averaged, x) for trained_or_averaged in (model, kept, expected)]
+    assert losses[0] != losses[1]
+    torch.testing.assert_close(losses[1], losses[2], rtol=1e-5, atol=0.0)
+    assert_equal(gradients(example, kept, x)[2:], gradients(example, expected, x)[2:])

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from dialects import openai, rosinality
+from dialects import openai, pclucas14, rosinality
 from dialects.zoo import nflows_glow, normflows_glow, normflows_loss
 from torch import Tensor, nn
 
@@ -78,6 +78,27 @@ def test_compiled_layers_are_left_alone():
     assert [row.reason for row in report.left_alone if row.kind == "AffineCoupling"] == [
         "it is compiled: accelerate before compile()"
     ]
+
+
+def test_layers_that_pytorch_refuses_to_differentiate_are_left_alone():
+    (row,) = gk.accelerate(nn.ModuleList([pclucas14.AffineCoupling(4, 4, in_place=True)])).layers[:1]
+    assert (row.kind, row.patched) == ("Coupling", False)
+    assert row.reason.startswith("forward_ does not run: ")
+    assert "modified inplace" in row.reason
+
+
+def test_actnorm_with_offsets_as_in_srflow_is_computed_by_the_original_where_it_gets_them():
+    class ActNormWithOffset(openai.ActNorm2d):
+        def forward(self, x, logdet=None, reverse=False, offset_mask=None, bias_offset=None):
+            y, logdet = super().forward(x, logdet, reverse)
+            return (y if bias_offset is None else y + bias_offset), logdet
+
+    actnorm = ActNormWithOffset(4)
+    x, log_det = torch.randn(2, 4, 6, 6), torch.zeros(2)
+    expected = [actnorm(x, log_det), actnorm(x, log_det, bias_offset=torch.ones(1, 4, 6, 6))]
+    assert len(gk.accelerate(actnorm).patched) == 1
+    actual = [actnorm(x, log_det), actnorm(x, log_det, bias_offset=torch.ones(1, 4, 6, 6))]
+    torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")

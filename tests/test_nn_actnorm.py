@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import glow_kernels as gk
 from glow_kernels.nn import ActNorm, AffineCoupling, FlowStep
-from glow_kernels.nn.network import ActNormConv2d
+from glow_kernels.nn.network import HiddenConv2d
 
 NOT_INITIALISED = (
     "^ActNorm of 4 channels is not initialised: run one forward in training mode, "
@@ -155,15 +155,18 @@ def test_every_actnorm_of_a_model_is_normalised_by_the_first_forward():
     networks, steps = [], []
 
     def check_network(convolution, inputs, output):
-        convolved = nn.functional.conv2d(inputs[0], convolution.weight, padding=convolution.padding)
-        assert_normalised(output, statistics(convolved)[1])
+        x, padding = inputs[0], convolution.padding
+        convolved = nn.functional.conv2d(x, convolution.weight, padding=padding)
+        normalised = nn.functional.conv2d(x, *convolution.folded(x), padding=padding)
+        assert_normalised(normalised, statistics(convolved)[1])
+        assert torch.equal(output, normalised.relu())
         networks.append(convolution)
 
     def keep_input(step, inputs):
         steps.append((step, inputs[0]))
 
     for module in model.modules():
-        if isinstance(module, ActNormConv2d):
+        if isinstance(module, HiddenConv2d):
             module.register_forward_hook(check_network)
         if isinstance(module, FlowStep):
             module.register_forward_pre_hook(keep_input)

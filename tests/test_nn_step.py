@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from test_nn import assert_close, ready
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from glow_kernels.nn import CouplingNetwork, FlowStep, ZeroConv2d
+from glow_kernels.nn import network as network_module
 from glow_kernels.nn.step import COUPLINGS, MIXINGS
 
 
@@ -60,6 +62,19 @@ def gradients(results: tuple[Tensor, Tensor], inputs: list[Tensor]) -> tuple[Ten
     return torch.autograd.grad(total, inputs)
 
 
+class Conversions(TorchDispatchMode):
+    """Notes the shapes of what is converted outside of this package's operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default:
+            self.shapes.append(tuple(args[0].shape))
+        return function(*args, **(kwargs or {}))
+
+
 class WithoutAutocast(nn.Module):
     """A network that autocast does not touch."""
 
@@ -90,6 +105,34 @@ def test_network_equals_the_formulas():
     x = torch.randn(3, 4, 5, 3, dtype=torch.float64)
     network = ready(CouplingNetwork(4, 6, 16), x)
     assert_close(network(x), plain_network(x, network), 1e-12)
+
+
+@pytest.mark.parametrize("frugal", [False, True])
+def test_network_is_the_same_where_bias_and_relu_are_one_pass(backend, monkeypatch, frugal):
+    monkeypatch.setattr(network_module, "_is_bias_apart", lambda x: True)
+    monkeypatch.setattr(network_module, "_LARGE_ON_GPU", 0)
+    x = torch.randn(3, 4, 5, 3, dtype=torch.float64, requires_grad=True)
+    network = ready(CouplingNetwork(4, 6, 16), x.detach())
+    network.frugal = frugal
+    inputs = [x, *network.parameters()]
+    actual, expected = network(x), plain_network(x, network)
+    assert_close(actual, expected, 1e-12)
+    grad = torch.randn_like(expected)
+    for one, other in zip(*(torch.autograd.grad(y, inputs, grad) for y in (actual, expected)), strict=True):
+        assert_close(one, other, 1e-9)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_autocast_converts_the_folded_weights_only(monkeypatch, apart):
+    monkeypatch.setattr(network_module, "_is_bias_apart", lambda x: apart)
+    network = ready(CouplingNetwork(4, 6, 16), torch.randn(3, 4, 5, 3))
+    expected = network(torch.ones(2, 4, 5, 3))
+    with torch.autocast("cpu", dtype=torch.bfloat16), Conversions() as conversions:
+        actual = network(torch.ones(2, 4, 5, 3))
+    assert actual.dtype == torch.bfloat16
+    torch.testing.assert_close(actual.float(), expected, rtol=0.05, atol=0.05)
+    # Of the input; the weights come in the type of the network.
+    assert conversions.shapes == [(2, 4, 5, 3)]
 
 
 def test_network_starts_small_and_ends_in_zero():

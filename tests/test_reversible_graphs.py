@@ -18,7 +18,14 @@ from glow_kernels import backends
 from glow_kernels.backends.reference import actnorm_conv1x1
 from glow_kernels.models import Glow
 
-MODULES = ("actnorm_conv1x1", "actnorm_statistics", "affine_coupling", "gaussian_log_prob")
+MODULES = (
+    "actnorm_conv1x1",
+    "actnorm_statistics",
+    "affine_coupling",
+    "bias_relu",
+    "gaussian_log_prob",
+    "scale_filters",
+)
 POLICIES = {
     "store": {"memory": "store"},
     "checkpoint": {"memory": "checkpoint"},

@@ -299,6 +299,8 @@ PASSES = {
     "actnorm_conv1x1.apply_backward (no dx)": 2,
     "actnorm_conv1x1.apply_reversible_backward": 2 + 2,
     "actnorm_statistics.forward": 1,
+    "bias_relu.forward": 1 + 1,
+    "bias_relu.backward": 2 + 1,
 }
 # In blocks of channels: z or x, dx, and the sums, one launch each.
 PASSES_OF_MANY_CHANNELS = {
@@ -336,6 +338,7 @@ def test_no_byte_is_moved_twice(name, passes, shape, channels_last):
             "apply_reversible_backward": (grad, x, matrix, matrix, shift),
         }.get(function, ()),
         "actnorm_statistics": (x,),
+        "bias_relu": (grad, x) if function == "backward" else (x, shift),
     }[module]
     if name == "gaussian_log_prob.backward":
         arguments = (grad_log_det, x, h, layout)
@@ -347,5 +350,6 @@ def test_no_byte_is_moved_twice(name, passes, shape, channels_last):
     beside = {
         "actnorm_conv1x1": 4 * (2 * matrix.numel() + 18 * (matrix.numel() + shape[1])),
         "actnorm_statistics": 4 * (16 * 3 * 2 + 2) * shape[1],
+        "bias_relu": 4 * (2 * 8 + 1) * shape[1],
     }
     assert minimum <= traffic.moved() <= 1.02 * minimum + beside.get(module, 0)

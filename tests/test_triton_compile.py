@@ -130,7 +130,14 @@ shapes = st.tuples(
 @given(shape=shapes, dtypes=st.sampled_from(list(DTYPES)), layouts=st.tuples(*[st.sampled_from(list(LAYOUTS))] * 3))
 @settings(max_examples=200, deadline=None, derandomize=True)
 def test_every_variant_that_may_be_launched_is_listed(shape, dtypes, layouts):
-    from glow_kernels.backends.triton import actnorm_conv1x1, actnorm_statistics, affine_coupling, gaussian_log_prob
+    from glow_kernels.backends.triton import (
+        actnorm_conv1x1,
+        actnorm_statistics,
+        affine_coupling,
+        bias_relu,
+        gaussian_log_prob,
+        scale_filters,
+    )
 
     dtype, h_dtype = DTYPES[dtypes]
     x, grad, h = (
@@ -145,6 +152,8 @@ def test_every_variant_that_may_be_launched_is_listed(shape, dtypes, layouts):
     )
     with mock.patch.object(support, "_on_device", return_value=True):
         assume(support.gaussian_log_prob("forward", x, h))
+    bias = vector.to(h_dtype)
+    weight, of_weight = torch.empty(shape[1:], dtype=dtype, device="meta"), vector.to(dtype)
     options = (None, SCALE_MAP.kind, SCALE_MAP.parameters, "interleaved_shift_scale", "shift_scale")
     calls = [
         lambda: affine_coupling.forward(x, h, *options),
@@ -158,6 +167,10 @@ def test_every_variant_that_may_be_launched_is_listed(shape, dtypes, layouts):
         lambda: actnorm_conv1x1.apply_backward(grad, x, matrix, False),
         lambda: actnorm_conv1x1.apply_reversible_backward(grad, x, matrix, matrix, vector),
         lambda: actnorm_statistics.forward(x),
+        lambda: bias_relu.forward(x, bias),
+        lambda: bias_relu.backward(grad, x),
+        lambda: scale_filters.forward(weight, of_weight, of_weight, 3.0, h_dtype),
+        lambda: scale_filters.backward(weight.to(h_dtype), bias, weight, of_weight, of_weight, 1.0),
     ]
     if shape[1] <= 64:
         calls.append(lambda: actnorm_conv1x1.fold_inverse(vector, vector, matrix, None))

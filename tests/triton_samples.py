@@ -53,6 +53,7 @@ def all_samples() -> list[Sample]:
         *linear_samples(),
         *folding_samples(),
         *statistics_samples(),
+        *network_samples(),
     ]
     tables = [json.loads(path.read_text()) for path in sorted(launch.TUNED.glob("*.json"))]
     return samples + [_tuned(sample, table) for table in tables for sample in samples]
@@ -225,15 +226,44 @@ def folding_samples() -> Iterator[Sample]:
             yield _sample(folding, name, f"4x{size}x{size} {str(dtype)[6:]}", arguments, core)
 
 
+def statistics_data() -> Iterator[tuple[str, bool, Sequence[int]]]:
+    """Types, memory format, and shapes of every block of channels that are read in vectors or not."""
+    for dtypes, channels_last in itertools.product(PLAIN, (False, True)):
+        for shape in (BANDWIDTH_SHAPES[0], (64, 16, 128, 128), BANDWIDTH_SHAPES[1], (4, 5, 5, 5), (4, 47, 5, 5)):
+            yield dtypes, channels_last, shape
+
+
 def statistics_samples() -> Iterator[Sample]:
     """Every type, format and block."""
     from glow_kernels.backends.triton import actnorm_statistics
 
-    for dtypes, channels_last in itertools.product(PLAIN, (False, True)):
-        for shape in (BANDWIDTH_SHAPES[0], (64, 16, 128, 128), BANDWIDTH_SHAPES[1], (4, 5, 5, 5), (4, 47, 5, 5)):
-            x = empty(*shape, dtype=DTYPES[dtypes][0], channels_last=channels_last)
-            core = dtypes == "float32" and shape in BANDWIDTH_SHAPES
-            yield _sample(actnorm_statistics, "forward", describe(shape, dtypes, channels_last), (x,), core)
+    for dtypes, channels_last, shape in statistics_data():
+        x = empty(*shape, dtype=DTYPES[dtypes][0], channels_last=channels_last)
+        core = dtypes == "float32" and shape in BANDWIDTH_SHAPES
+        yield _sample(actnorm_statistics, "forward", describe(shape, dtypes, channels_last), (x,), core)
+
+
+def network_samples() -> Iterator[Sample]:
+    """Every type, format and block of bias and ReLU; every type, factor of a network and block of filters."""
+    from glow_kernels.backends.triton import bias_relu, scale_filters
+
+    for dtypes, channels_last, shape in elementwise_data():
+        dtype, bias_dtype = DTYPES[dtypes]
+        arguments = (empty(*shape, dtype=dtype, channels_last=channels_last), empty(shape[1], dtype=bias_dtype))
+        core = dtypes == "float32" and shape == BANDWIDTH_SHAPES[0]
+        yield _sample(bias_relu, "forward", describe(shape, dtypes, channels_last), arguments, core)
+    for dtypes, channels_last, shape in statistics_data():
+        y = empty(*shape, dtype=DTYPES[dtypes][0], channels_last=channels_last)
+        core = dtypes == "float32" and shape in BANDWIDTH_SHAPES
+        yield _sample(bias_relu, "backward", describe(shape, dtypes, channels_last), (y, y), core)
+    for dtypes, size, factor in itertools.product(DTYPES, (54, 512), (1.0, 3.0)):
+        dtype, result = DTYPES[dtypes]
+        weight, vector = empty(16, size, 1, 1, dtype=dtype), empty(16, dtype=dtype)
+        grads = (empty(16, size, 1, 1, dtype=result), empty(16, dtype=result))
+        what = f"16x{size} {dtypes} {factor:g}"
+        core = dtypes in ("float32", "float32_with_bfloat16") and factor == 3.0
+        yield _sample(scale_filters, "forward", what, (weight, vector, vector, factor, result), core)
+        yield _sample(scale_filters, "backward", what, (*grads, weight, vector, vector, factor), core)
 
 
 def _sample(module: Any, name: str, what: str, arguments: tuple[Any, ...], core: bool = False) -> Sample:

@@ -1,13 +1,16 @@
-// The linear map of actnorm_conv1x1 on the CPU. The mathematics stands in glow_kernels/ops/actnorm_conv1x1.py, the
-// arithmetic in cpu/kernels/actnorm_conv1x1.cpp.
+// The linear map of actnorm_conv1x1 on the CPU, folded before or in the same call. The mathematics stands in
+// glow_kernels/ops/actnorm_conv1x1.py, the arithmetic in cpu/kernels.
 #include "cpu/actnorm_conv1x1.h"
 
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
+#include <cmath>
 #include <tuple>
 #include <vector>
 
-#include "cpu/dispatch.h"
+#include "cpu/kept_buffer.h"
+#include "cpu/step_parameters.h"
 
 namespace glow_kernels {
 namespace {
@@ -24,11 +27,15 @@ LinearKernels<T> kernels() {
   GLOW_KERNELS_RETURN_TABLE(linear_kernels<T>());
 }
 
-void check(const Tensor& x, const Tensor& matrix) {
+void check_data(const Tensor& x) {
   STD_TORCH_CHECK(x.dim() >= 2, "x must be (B, C, *spatial)");
+  STD_TORCH_CHECK(x.size(1) <= kMaxChannels, "the native backend takes at most ", kMaxChannels, " channels, got ",
+                  x.size(1));
+}
+
+void check(const Tensor& x, const Tensor& matrix) {
+  check_data(x);
   const int64_t channels = x.size(1);
-  STD_TORCH_CHECK(channels <= kMaxChannels, "the native backend takes at most ", kMaxChannels, " channels, got ",
-                  channels);
   STD_TORCH_CHECK(matrix.dim() == 2 && matrix.size(0) == channels && matrix.size(1) == channels,
                   "matrix must be (C, C)");
 }
@@ -38,28 +45,36 @@ Positions<T> positions(const Tensor& x, T* data) {
   return {data, planes_of(x)};
 }
 
+// P of x.
+double positions_of(const Tensor& x) { return static_cast<double>(planes_of(x).positions); }
+
 // Positions that a thread gets at least.
 int64_t grain(int64_t channels) { return std::max<int64_t>(kPositions, 16384 / channels); }
+
+// z = M x + v.
+template <typename T>
+void run_apply(const Tensor& x, const compute_t<T>* matrix, const compute_t<T>* shift, Tensor& z) {
+  const auto kernel = kernels<T>().apply;
+  const auto source = positions(x, x.const_data_ptr<T>());
+  const auto target = positions(z, z.mutable_data_ptr<T>());
+  const int64_t total = source.planes.batches * source.planes.positions;
+  const int64_t tiles = (total + kPositions - 1) / kPositions;
+  const int64_t tile_grain = std::max<int64_t>(1, grain(x.size(1)) / kPositions);
+  torch::stable::parallel_for(0, tiles, tile_grain, [&](int64_t begin, int64_t end) {
+    kernel(source, matrix, shift, target, begin * kPositions, std::min(end * kPositions, total));
+  });
+}
 
 Tensor apply(const Tensor& x_any, const Tensor& matrix_any, const Tensor& shift_any) {
   check(x_any, matrix_any);
   const Tensor x = with_planes(x_any);
   const Tensor matrix = as_contiguous(matrix_any), shift = as_contiguous(shift_any);
   Tensor z = empty_output(x_any);
-  return dispatch(x, [&]<typename T>() {
+  dispatch(x, [&]<typename T>() {
     using A = compute_t<T>;
-    const auto kernel = kernels<T>().apply;
-    const auto source = positions(x, x.const_data_ptr<T>());
-    const auto target = positions(z, z.mutable_data_ptr<T>());
-    const A *matrix_data = matrix.const_data_ptr<A>(), *shift_data = shift.const_data_ptr<A>();
-    const int64_t total = source.planes.batches * source.planes.positions;
-    const int64_t tiles = (total + kPositions - 1) / kPositions;
-    const int64_t tile_grain = std::max<int64_t>(1, grain(x.size(1)) / kPositions);
-    torch::stable::parallel_for(0, tiles, tile_grain, [&](int64_t begin, int64_t end) {
-      kernel(source, matrix_data, shift_data, target, begin * kPositions, std::min(end * kPositions, total));
-    });
-    return z;
+    run_apply<T>(x, matrix.const_data_ptr<A>(), shift.const_data_ptr<A>(), z);
   });
+  return z;
 }
 
 template <typename A>
@@ -98,7 +113,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_any, const Tensor
   check(x_any, matrix_any);
   const Tensor grad = with_planes(grad_any), x = with_planes(x_any), matrix = as_contiguous(matrix_any);
   Tensor grad_x = needs_grad_x ? empty_output(x_any) : empty_vector(0, x.scalar_type(), x);
-  Tensor grad_matrix = torch::stable::empty(matrix.sizes(), matrix.scalar_type(), std::nullopt, x.device());
+  Tensor grad_matrix = empty_contiguous(matrix);
   Tensor grad_shift = empty_vector(x.size(1), matrix.scalar_type(), x);
   return dispatch(x, [&]<typename T>() -> std::tuple<Tensor, Tensor, Tensor> {
     using A = compute_t<T>;
@@ -120,7 +135,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> reversible_backward(const Tensor& gra
   const Tensor grad = with_planes(grad_any), z = with_planes(z_any), matrix = as_contiguous(matrix_any);
   const Tensor inverse = as_contiguous(inverse_any), inverse_shift = as_contiguous(inverse_shift_any);
   Tensor x = empty_output(z_any), grad_x = empty_output(z_any);
-  Tensor grad_matrix = torch::stable::empty(matrix.sizes(), matrix.scalar_type(), std::nullopt, z.device());
+  Tensor grad_matrix = empty_contiguous(matrix);
   Tensor grad_shift = empty_vector(z.size(1), matrix.scalar_type(), z);
   return dispatch(z, [&]<typename T>() -> std::tuple<Tensor, Tensor, Tensor, Tensor> {
     using A = compute_t<T>;
@@ -132,12 +147,129 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> reversible_backward(const Tensor& gra
   });
 }
 
+// A step folded in memory that the thread keeps.
+template <typename A>
+struct FoldedStep {
+  Folded<A> map, inverse, sums;
+
+  explicit FoldedStep(int64_t n) {
+    static thread_local KeptBuffer<A> buffer;
+    A* data = buffer.reserve(3 * n * (n + 1));
+    for (Folded<A>* each : {&map, &inverse, &sums}) {
+      *each = {data, data + n * n};
+      data += n * (n + 1);
+    }
+  }
+};
+
+// x -> z or, for the inverse, z -> x, and its log-determinant.
+template <bool is_inverse>
+std::tuple<Tensor, Tensor> transform(const Tensor& x_any, const Tensor& log_scale, const Tensor& bias,
+                                     const Tensor& weight, std::optional<Tensor> weight_log_det) {
+  check_data(x_any);
+  const int64_t n = x_any.size(1), batches = x_any.size(0);
+  const Tensor x = with_planes(x_any);
+  Tensor z = empty_output(x_any);
+  return dispatch(x, [&]<typename T>() -> std::tuple<Tensor, Tensor> {
+    using A = compute_t<T>;
+    const InputParameters<A> parameters(log_scale, bias, weight, weight_log_det, 1, n);
+    const FoldedStep<A> folded(n);
+    double log_det;
+    if constexpr (is_inverse) {
+      log_det = fold_kernels<A>().fold_inverse(n, parameters.step(), folded.map);
+      check_invertible(!std::isnan(*folded.map.matrix), n);
+    } else {
+      log_det = fold_kernels<A>().fold(n, parameters.step(), true, folded.map);
+    }
+    run_apply<T>(x, folded.map.matrix, folded.map.shift, z);
+    Tensor log_dets = empty_vector(batches, kScalarType<A>, x);
+    std::fill_n(log_dets.mutable_data_ptr<A>(), batches, static_cast<A>(log_det) * positions_of(x));
+    return {z, log_dets};
+  });
+}
+
+// l of the parameters: P times the gradient of log_det, over all samples.
+template <typename A>
+double total_gradient(const Tensor& grad_log_det, const Tensor& x) {
+  const Tensor contiguous = as_contiguous(grad_log_det);
+  STD_TORCH_CHECK(contiguous.numel() == x.size(0), "grad_log_det must be (B,)");
+  const A* data = contiguous.const_data_ptr<A>();
+  double total = 0;
+  for (int64_t batch = 0; batch < x.size(0); ++batch) total += data[batch];
+  return total * positions_of(x);
+}
+
+// From the gradients of transform's results, and its input, to those of its arguments.
+template <bool is_inverse>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> transform_backward(
+    const Tensor& grad_any, const Tensor& grad_log_det, const Tensor& x_any, const Tensor& log_scale,
+    const Tensor& bias, const Tensor& weight, std::optional<Tensor> weight_log_det, bool needs_grad_x) {
+  check_data(x_any);
+  const int64_t n = x_any.size(1);
+  const Tensor grad = with_planes(grad_any), x = with_planes(x_any);
+  Tensor grad_x = needs_grad_x ? empty_output(x_any) : empty_vector(0, x.scalar_type(), x);
+  ParameterGradients grads(log_scale, bias, weight, weight_log_det);
+  dispatch(x, [&]<typename T>() {
+    using A = compute_t<T>;
+    const InputParameters<A> parameters(log_scale, bias, weight, weight_log_det, 1, n);
+    const FoldKernels<A> folding = fold_kernels<A>();
+    const FoldedStep<A> folded(n);
+    if constexpr (is_inverse) {
+      folding.fold_inverse(n, parameters.step(), folded.map);
+    } else {
+      folding.fold(n, parameters.step(), false, folded.map);
+    }
+    LinearBackward<T> arguments{};
+    arguments.grad = positions(grad, grad.const_data_ptr<T>());
+    arguments.data = positions(x, x.const_data_ptr<T>());
+    arguments.matrix = folded.map.matrix;
+    if (needs_grad_x) arguments.grad_x = positions(grad_x, grad_x.mutable_data_ptr<T>());
+    run_backward(arguments, folded.sums.matrix, folded.sums.shift);
+    const auto kernel = is_inverse ? folding.fold_inverse_backward : folding.fold_backward;
+    kernel(n, {folded.sums.matrix, folded.sums.shift}, total_gradient<A>(grad_log_det, x), parameters.step(),
+           is_inverse ? folded.map.matrix : nullptr, grads.step<A>());
+  });
+  return {grad_x, grads.log_scale, grads.bias, grads.weight, grads.weight_log_det};
+}
+
+// From the output z: the input x, and all gradients.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> transform_reversible_backward(
+    const Tensor& grad_any, const Tensor& grad_log_det, const Tensor& z_any, const Tensor& log_scale,
+    const Tensor& bias, const Tensor& weight, std::optional<Tensor> weight_log_det) {
+  check_data(z_any);
+  const int64_t n = z_any.size(1);
+  const Tensor grad = with_planes(grad_any), z = with_planes(z_any);
+  Tensor x = empty_output(z_any), grad_x = empty_output(z_any);
+  ParameterGradients grads(log_scale, bias, weight, weight_log_det);
+  dispatch(z, [&]<typename T>() {
+    using A = compute_t<T>;
+    const InputParameters<A> parameters(log_scale, bias, weight, weight_log_det, 1, n);
+    const FoldKernels<A> folding = fold_kernels<A>();
+    const FoldedStep<A> folded(n);
+    folding.fold(n, parameters.step(), false, folded.map);
+    folding.fold_inverse(n, parameters.step(), folded.inverse);
+    check_invertible(!std::isnan(*folded.inverse.matrix), n);
+    run_backward<T>({positions(grad, grad.const_data_ptr<T>()), positions(z, z.const_data_ptr<T>()), folded.map.matrix,
+                     folded.inverse.matrix, folded.inverse.shift, positions(x, x.mutable_data_ptr<T>()),
+                     positions(grad_x, grad_x.mutable_data_ptr<T>())},
+                    folded.sums.matrix, folded.sums.shift);
+    folding.fold_backward(n, {folded.sums.matrix, folded.sums.shift}, total_gradient<A>(grad_log_det, z),
+                          parameters.step(), folded.inverse.matrix, grads.step<A>());
+  });
+  return {x, grad_x, grads.log_scale, grads.bias, grads.weight, grads.weight_log_det};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(glow_kernels, CPU, m) {
   m.impl("actnorm_conv1x1_apply_native", TORCH_BOX(&apply));
   m.impl("actnorm_conv1x1_apply_backward_native", TORCH_BOX(&backward));
   m.impl("actnorm_conv1x1_apply_reversible_backward_native", TORCH_BOX(&reversible_backward));
+  m.impl("actnorm_conv1x1_forward_native", TORCH_BOX(&transform<false>));
+  m.impl("actnorm_conv1x1_inverse_native", TORCH_BOX(&transform<true>));
+  m.impl("actnorm_conv1x1_backward_native", TORCH_BOX(&transform_backward<false>));
+  m.impl("actnorm_conv1x1_inverse_backward_native", TORCH_BOX(&transform_backward<true>));
+  m.impl("actnorm_conv1x1_reversible_backward_native", TORCH_BOX(&transform_reversible_backward));
 }
 
 }  // namespace glow_kernels

@@ -7,9 +7,6 @@
 
 namespace glow_kernels {
 
-// Largest C of the kernels; beyond, the matrix leaves the caches and the product belongs to a BLAS.
-constexpr int64_t kMaxChannels = 512;
-
 // Positions that are worked on at a time. Sums over them stay in registers.
 constexpr int64_t kPositions = 256;
 

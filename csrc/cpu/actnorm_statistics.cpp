@@ -18,15 +18,21 @@ StatisticsKernels<T> kernels() {
   GLOW_KERNELS_RETURN_TABLE(statistics_kernels<T>());
 }
 
-// Statistics of the elements of a channel that were seen so far.
+// Statistics of the elements that were seen so far, of every channel.
 struct Statistics {
-  double count = 0, mean = 0, deviations = 0;
+  std::vector<double> counts, means, deviations;
 
-  void add(double other_count, double other_mean, double other_deviations) {
-    const double total = count + other_count, difference = other_mean - mean;
-    mean += difference * other_count / total;
-    deviations += other_deviations + difference * difference * count * other_count / total;
-    count = total;
+  explicit Statistics(int64_t channels) : counts(channels), means(channels), deviations(channels) {}
+
+  // Adds those of `count` elements each of channels from `first` on, of which the same number was seen before.
+  void add(int64_t first, int64_t channels, double count, const double* other_means, const double* other_deviations) {
+    const double before = counts[first], share = count / (before + count);
+    for (int64_t i = 0; i < channels; ++i) {
+      const double difference = other_means[i] - means[first + i];
+      means[first + i] += difference * share;
+      deviations[first + i] += other_deviations[i] + difference * difference * before * share;
+      counts[first + i] = before + count;
+    }
   }
 };
 
@@ -50,21 +56,18 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x_any) {
                &means[index * per_tile], &deviations[index * per_tile]);
       }
     });
-    std::vector<Statistics> totals(channels);
+    Statistics totals(channels);
     for (int64_t index = 0; index < tiling.size(); ++index) {
       const Tile tile = tiling[index];
       const double count = static_cast<double>(tile.rows * tile.columns / tiling.channels(tile));
-      for (int64_t i = 0; i < tiling.channels(tile); ++i) {
-        const int64_t at = index * per_tile + i;
-        totals[tiling.first_channel(tile) + i].add(count, means[at], deviations[at]);
-      }
+      totals.add(tiling.first_channel(tile), tiling.channels(tile), count, &means[index * per_tile],
+                 &deviations[index * per_tile]);
     }
     A *mean_data = mean.mutable_data_ptr<A>(), *variance_data = variance.mutable_data_ptr<A>();
     for (int64_t channel = 0; channel < channels; ++channel) {
-      const Statistics& total = totals[channel];
-      const double nothing = std::numeric_limits<double>::quiet_NaN();
-      mean_data[channel] = static_cast<A>(total.count > 0 ? total.mean : nothing);
-      variance_data[channel] = static_cast<A>(total.deviations / total.count);
+      const double nothing = std::numeric_limits<double>::quiet_NaN(), count = totals.counts[channel];
+      mean_data[channel] = static_cast<A>(count > 0 ? totals.means[channel] : nothing);
+      variance_data[channel] = static_cast<A>(totals.deviations[channel] / count);
     }
   });
   return {mean, variance};

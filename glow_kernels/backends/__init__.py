@@ -1,7 +1,7 @@
 """Which backend computes an operator, and why.
 
-An explicit choice (:func:`use_backend`, then the environment variable ``GLOW_KERNELS_BACKEND``) is obeyed or
-refused with a reason; without one, the first backend of :data:`PREFERENCE` that can run here is taken.
+An explicit choice (:func:`use_backend`, or the environment variable ``GLOW_KERNELS_BACKEND`` when this is imported) is
+obeyed or refused with a reason; without one, the first backend of :data:`PREFERENCE` that can run here is taken.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from glow_kernels.errors import BackendUnavailableError, UsageError
 PREFERENCE = ("native", "triton", "reference")
 ENVIRONMENT_VARIABLE = "GLOW_KERNELS_BACKEND"
 
-# A module global, not a contextvar: torch.compile traces and guards it, so that switching recompiles.
-_chosen: str | None = None
+# A module global, not a contextvar: torch.compile traces and guards it, so that switching recompiles. The environment
+# is asked once: asking costs more than all else that leads to the choice.
+_chosen: str | None = os.environ.get(ENVIRONMENT_VARIABLE) or None
 
 
 @dataclass(frozen=True)
@@ -78,10 +79,9 @@ def candidates() -> tuple[str, ...]:
         UsageError: ``GLOW_KERNELS_BACKEND`` names no backend of this package.
         BackendUnavailableError: ``GLOW_KERNELS_BACKEND`` names a backend that cannot run here.
     """
-    name = _chosen or os.environ.get(ENVIRONMENT_VARIABLE)
-    if not name:
+    if _chosen is None:
         return _default()
-    return (_require(name), "reference") if name != "reference" else ("reference",)
+    return (_require(_chosen), "reference") if _chosen != "reference" else ("reference",)
 
 
 def select() -> str:
@@ -102,6 +102,11 @@ def _require(name: str) -> str:
 
 
 def _default() -> tuple[str, ...]:
+    return _default_order()
+
+
+@functools.cache
+def _default_order() -> tuple[str, ...]:
     return available_backends()
 
 

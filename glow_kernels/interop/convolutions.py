@@ -14,10 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glow_kernels.interop.copies import faithful_copy
 from glow_kernels.interop.openai import ActNorm2d, is_initialized
 from glow_kernels.interop.patch import Call, Mismatch, Patch, has_hooks, options_of, own, patch_of
 from glow_kernels.interop.scale_map import round_number
-from glow_kernels.interop.workshop import SPATIAL, Workshop, faithful_copy
+from glow_kernels.interop.stand_ins import SPATIAL
+from glow_kernels.interop.workshop import Workshop
 
 
 @dataclass(frozen=True)
@@ -93,11 +95,13 @@ class ScaledConv2d(Patch):
         scale = (scaling.factor * getattr(self, scaling.name).flatten()).exp()
         if not scaling.border:
             return _scaled(convolution, x, scale, convolution.bias)
-        # A border of ones adds the same to every sample, so that the input need not be copied into a larger one.
+        # A border of ones adds the same to every sample, so that the input need not be copied into a larger one: a
+        # product of small matrices, since PyTorch's convolution of a single channel is slow.
         weight = convolution.weight * scale[:, None, None, None]
         border = F.pad(x.new_zeros(1, 1, *x.shape[2:]), [scaling.border] * 4, value=scaling.value)
-        at_border = F.conv2d(border, weight.sum(1, keepdim=True), convolution.bias * scale)
-        return F.conv2d(x, weight, padding=scaling.border).add_(at_border)
+        outside = F.unfold(border, convolution.kernel_size)[0]
+        at_border = torch.addmm((convolution.bias * scale)[:, None], weight.sum(1).flatten(1), outside)
+        return F.conv2d(x, weight, padding=scaling.border).add_(at_border.view(-1, *x.shape[2:]))
 
 
 class ActNormConv2d(Patch):
@@ -157,12 +161,20 @@ class InPlaceSequential(Patch):
     """
 
     dialect, kind = "network", "Sequential"
-    better = ("activations of coupling networks overwrite their input: half the hidden activations are kept",)
+
+    @classmethod
+    def improvements(cls, module: Any, options: Any) -> tuple[str, ...]:
+        # ReLU's backward needs its result alone.
+        kept = any(type(layer) is nn.LeakyReLU and not layer.inplace for layer in module)
+        return ("leaky ReLUs overwrite their input: half the hidden activations are kept",) if kept else ()
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
         plain = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
-        return plain and any(_may_overwrite(*pair) for pair in itertools.pairwise(module.children()))
+        pairs = itertools.pairwise(module.children())
+        return plain and any(
+            _may_overwrite(*pair) or (ActNormConv2d.matches(pair[0]) and _is_activation(pair[1])) for pair in pairs
+        )
 
     @classmethod
     def calls(cls, module: Any, options: Any) -> list[Call]:
@@ -186,8 +198,11 @@ class InPlaceSequential(Patch):
 
 def _may_overwrite(before: nn.Module, layer: nn.Module) -> bool:
     """Whether ``layer`` is an activation of a convolution that does not need its own result."""
-    activation = type(layer) is nn.ReLU or (type(layer) is nn.LeakyReLU and layer.negative_slope >= 0)
-    return activation and (type(before).forward is nn.Conv2d.forward or patch_of(before) is ActNormConv2d)
+    return _is_activation(layer) and (type(before).forward is nn.Conv2d.forward or patch_of(before) is ActNormConv2d)
+
+
+def _is_activation(layer: nn.Module) -> bool:
+    return type(layer) is nn.ReLU or (type(layer) is nn.LeakyReLU and layer.negative_slope >= 0)
 
 
 def _is_convolution(layer: nn.Module) -> bool:

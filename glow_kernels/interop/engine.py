@@ -21,6 +21,7 @@ from glow_kernels.interop import (
     nflows,
     normflows,
     openai,
+    pclucas14,
     rosinality,
     survae,
     waveglow,
@@ -43,7 +44,19 @@ from glow_kernels.ops._checks import check_choice
 from glow_kernels.reversible import POLICIES
 
 # Layers with more of a structure first: survae's convolution has an inverse, that of OpenAI's ports has none.
-DIALECTS = (convolutions, rosinality, survae, waveglow, glowtts, openai, chrischute, normflows, nflows, freia)
+DIALECTS = (
+    convolutions,
+    rosinality,
+    survae,
+    waveglow,
+    glowtts,
+    openai,
+    pclucas14,
+    chrischute,
+    normflows,
+    nflows,
+    freia,
+)
 
 
 def accelerate(

@@ -15,11 +15,11 @@ from glow_kernels.backends.numerics import wide_dtype
 from glow_kernels.interop import steps
 from glow_kernels.interop.memory import initialize, run
 from glow_kernels.interop.patch import Call, Mismatch, Patch, has_hooks, is_set, options_of, own, patch_of
+from glow_kernels.interop.stand_ins import SPATIAL, spatial_of
 from glow_kernels.interop.steps import Parts
-from glow_kernels.interop.workshop import SPATIAL, Workshop, spatial_of
+from glow_kernels.interop.workshop import Workshop
 from glow_kernels.ops import actnorm_conv1x1, actnorm_conv1x1_inverse
 
-DOUBLE = "the product of the triangular factors and its inverse are computed in float64"
 NO_SYNC = "ActNorm does not wait for the device to ask whether it is initialised"
 Result = tuple[Tensor, Tensor]
 
@@ -64,7 +64,6 @@ class OneByOneConvolution(Patch):
     """``L U x[permutation] + bias``."""
 
     dialect, kind = "nflows", "OneByOneConvolution"
-    better = (DOUBLE,)
     methods = ("forward", "inverse")
 
     @classmethod

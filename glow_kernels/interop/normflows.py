@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from glow_kernels.interop import steps
 from glow_kernels.interop.memory import initialize, run
 from glow_kernels.interop.patch import Call, Patch, has_hooks, is_set, once, options_of, own
+from glow_kernels.interop.stand_ins import SPATIAL
 from glow_kernels.interop.steps import Linear, Parts
-from glow_kernels.interop.workshop import SPATIAL, Workshop
+from glow_kernels.interop.workshop import Workshop
 from glow_kernels.ops import actnorm_conv1x1, actnorm_conv1x1_inverse, lu_weight
 
 DOUBLE = "log|det W| is computed in float64"
@@ -67,8 +68,11 @@ class Invertible1x1Conv(Patch):
     """``W x`` in the density direction, with W a parameter or ``P L (U + diag(S))``."""
 
     dialect, kind = "normflows", "Invertible1x1Conv"
-    better = (DOUBLE,)
     methods = ("forward", "inverse")
+
+    @classmethod
+    def improvements(cls, module: Any, options: Any) -> tuple[str, ...]:
+        return () if module.use_lu else (DOUBLE,)
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:

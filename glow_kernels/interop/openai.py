@@ -16,12 +16,15 @@ from torch import Tensor, nn
 from glow_kernels.interop import steps
 from glow_kernels.interop.memory import initialize, run
 from glow_kernels.interop.patch import Call, Patch, has_hooks, is_set, once, options_of, own, patch_of
+from glow_kernels.interop.stand_ins import SPATIAL
 from glow_kernels.interop.steps import Linear, Parts
-from glow_kernels.interop.workshop import SPATIAL, Workshop
+from glow_kernels.interop.workshop import Workshop
 from glow_kernels.ops import actnorm_conv1x1, actnorm_conv1x1_inverse, gaussian_log_prob, lu_weight
 
 STABLE = "log s is computed as log(sigmoid), not as the log of a sigmoid that may have underflowed"
-DOUBLE = "log|det W| and the inverse of W are computed in float64"
+NO_SYNC = "ActNorm does not wait for the device to ask whether it is initialised"
+DOUBLE = "log|det W| is computed in float64"
+DOUBLE_INVERSE = "the inverse of the 1x1 convolution is computed in float64"
 COPIES = "deep copies of a step use their own 1x1 convolution, also where a closure kept the original's"
 
 NETWORKS = ("f", "block")
@@ -72,6 +75,10 @@ class ActNorm2d(Patch):
     dialect, kind = "openai", "ActNorm2d"
 
     @classmethod
+    def improvements(cls, module: Any, options: Any) -> tuple[str, ...]:
+        return (NO_SYNC,) if isinstance(getattr(module, str(_flag(module))), Tensor) else ()
+
+    @classmethod
     def matches(cls, module: nn.Module) -> bool:
         shapes = {name: tuple(tensor.shape) for name, tensor in module.named_parameters(recurse=False)}
         shape = shapes.get("bias", ())
@@ -97,7 +104,12 @@ class InvertibleConv1x1(Patch):
     """``W x``, with W a parameter (C, C) or ``P L (U + diag(s))``."""
 
     dialect, kind = "openai", "InvertibleConv1x1"
-    better = (DOUBLE,)
+
+    @classmethod
+    def improvements(cls, module: Any, options: Any) -> tuple[str, ...]:
+        if "weight" in module._parameters:
+            return (DOUBLE,)
+        return (DOUBLE_INVERSE,) if hasattr(module, "lower") else ()  # chaiyujin's is already
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from glow_kernels.interop.copies import faithful_copy, randomised, with_flags
 from glow_kernels.interop.patch import Call, Mismatch, Patch
-from glow_kernels.interop.workshop import Workshop, faithful_copy, randomised, with_flags
+from glow_kernels.interop.workshop import Workshop
 
 if TYPE_CHECKING:
     from glow_kernels.interop.memory import Memory

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from glow_kernels.interop import steps
 from glow_kernels.interop.memory import initialize, run
 from glow_kernels.interop.patch import Call, Patch, has_hooks, is_set, once, options_of, own
+from glow_kernels.interop.stand_ins import SPATIAL
 from glow_kernels.interop.steps import Parts
-from glow_kernels.interop.workshop import SPATIAL, Workshop
+from glow_kernels.interop.workshop import Workshop
 from glow_kernels.ops import actnorm_conv1x1, actnorm_conv1x1_inverse, gaussian_log_prob, lu_weight
 
 NO_SYNC = "ActNorm does not wait for the device to ask whether it is initialised"

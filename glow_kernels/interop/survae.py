@@ -14,12 +14,15 @@ from glow_kernels.interop import steps
 from glow_kernels.interop.memory import initialize, run
 from glow_kernels.interop.patch import Call, Patch, is_set, options_of, own
 from glow_kernels.interop.probe import Coupling
+from glow_kernels.interop.stand_ins import SPATIAL
 from glow_kernels.interop.steps import Parts
-from glow_kernels.interop.workshop import SPATIAL, Workshop
+from glow_kernels.interop.workshop import Workshop
 from glow_kernels.ops import actnorm_conv1x1, actnorm_conv1x1_inverse
 
 NO_SYNC = "ActNorm does not wait for the device to ask whether it is initialised"
 DEVICE = "log|det W| is computed in float64 on the device of the data, not on the CPU"
+STABLE = "log s is computed without the scale itself, which may have underflowed"
+DOUBLE_INVERSE = "the inverse of the 1x1 convolution is computed in float64"
 
 
 def _calls(channels: int, spatial: tuple[int, ...]) -> list[Call]:
@@ -64,7 +67,7 @@ class Conv1x1(Patch):
     """``W x``."""
 
     dialect, kind = "survae", "Conv1x1"
-    better = (DEVICE,)
+    better = (DEVICE, DOUBLE_INVERSE)
     methods = ("forward", "inverse")
 
     @classmethod
@@ -107,6 +110,11 @@ class CouplingBijection(Patch):
     @classmethod
     def calls(cls, module: Any, options: Any) -> list[Call]:
         return _calls(options.channels, SPATIAL)
+
+    @classmethod
+    def improvements(cls, module: Any, options: Any) -> tuple[str, ...]:
+        unbounded = options.scale_map is not None and options.scale_map.kind in ("exp", "sigmoid")
+        return (STABLE,) if unbounded else ()
 
     @classmethod
     def parts(cls, module: Any) -> Parts:

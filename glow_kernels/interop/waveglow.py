@@ -1,20 +1,28 @@
 """The dialect of NVIDIA/waveglow: a 1x1 convolution of sequences, whose log-determinant covers the whole batch.
 
-WaveGlow's couplings are written out in the model's own ``forward``, with unreduced log-scales as its results, and stay
-as they are; their networks, which hold nearly all activations, need not keep them.
+WaveGlow's couplings are no layers but written out in the model's own ``forward``, with unreduced log-scales as its
+results, so it is the model that is recognised. Its ``infer`` stays its own: it asks for memory on a GPU by name.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from glow_kernels.backends.reference.affine_coupling import split
 from glow_kernels.interop.memory import run_alone
-from glow_kernels.interop.patch import Call, Mismatch, Patch, has_hooks, own
+from glow_kernels.interop.patch import Call, Mismatch, Patch, has_hooks, options_of, own
+from glow_kernels.interop.probe import Coupling
+from glow_kernels.interop.stand_ins import StandIn
 from glow_kernels.interop.workshop import Workshop
-from glow_kernels.ops import actnorm_conv1x1, actnorm_conv1x1_inverse
+from glow_kernels.ops import ScaleMap, actnorm_conv1x1, actnorm_conv1x1_inverse
+
+# Of the sequences to try layers with.
+LENGTH = 8
 
 
 class Invertible1x1Conv(Patch):
@@ -37,7 +45,7 @@ class Invertible1x1Conv(Patch):
 
     @classmethod
     def calls(cls, module: Any, options: Any) -> list[Call]:
-        shape = (2, module.conv.in_channels, 8)
+        shape = (2, module.conv.in_channels, LENGTH)
         return [
             Call("forward", lambda module, z: module(z), (shape,)),
             Call("reverse", _fresh_inverse, (shape,)),
@@ -79,7 +87,7 @@ class WN(Patch):
         conditions = getattr(module, "cond_layer", None)
         if conditions is None:
             conditions = module.cond_layers[0]
-        shapes = tuple((2, layer.in_channels, 8) for layer in (module.start, conditions))
+        shapes = tuple((2, layer.in_channels, LENGTH) for layer in (module.start, conditions))
         return [Call("forward", lambda module, x, condition: module((x, condition)), shapes)]
 
     def forward(self: Any, forward_input: Any) -> Any:
@@ -93,7 +101,7 @@ class WN(Patch):
 
 
 class WaveGlow(Patch):
-    """The model, for the report."""
+    """The model: audio (B, T) in groups becomes channels, some of which leave early; all steps share one formula."""
 
     dialect, kind = "waveglow", "WaveGlow"
 
@@ -102,8 +110,83 @@ class WaveGlow(Patch):
         return {"WN", "convinv"} <= set(dict(module.named_children())) and hasattr(module, "n_early_every")
 
     @classmethod
-    def examine(cls, module: Any, workshop: Workshop) -> None:
-        raise Mismatch("its couplings are written out in its forward, and return every log-scale")
+    def examine(cls, module: Any, workshop: Workshop) -> Coupling:
+        if not isinstance(getattr(module, "upsample", None), nn.ConvTranspose1d):
+            raise Mismatch("its spectrogram is not upsampled by a transposed convolution")
+        workshop.require(*((convolution, Invertible1x1Conv) for convolution in module.convinv))
+        for network in module.WN:
+            outputs = network.end.out_channels
+            workshop.stand_ins[network] = _PairStandIn(network.start.in_channels, outputs, False, False)
+
+        def run(copied: Any, x: Tensor) -> Tensor:
+            copied.n_flows = 1
+            audio = x.transpose(1, 2).flatten(1)
+            y: Tensor = copied((x.new_zeros(len(x), *_spectrogram(module)), audio))[0]
+            return y
+
+        channels, first = module.n_group, {module.convinv[0]: True}
+        found = workshop.find_coupling(
+            module, module.WN[0], run, channels=channels, spatial=(LENGTH,), skipped=first
+        ).require_halves()
+        if found.scale_map != ScaleMap("exp") or found.inverted:
+            raise Mismatch("its log-scales are not what its networks return")
+        return found
+
+    @classmethod
+    def calls(cls, module: Any, options: Any) -> list[Call]:
+        shapes = ((2, *_spectrogram(module)), (2, module.n_group * LENGTH))
+        return [Call("forward", lambda module, spectrogram, audio: module((spectrogram, audio)), shapes)]
+
+    def forward(self: Any, forward_input: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """``z`` (B, n_group, T / n_group), ``log_s`` (B, C / 2, T / n_group) and ``log_det`` () of every step."""
+        spectrogram, audio = forward_input
+        condition = self.upsample(spectrogram)
+        if condition.shape[2] < audio.shape[1]:  # which the original refuses in its own words
+            result: tuple[Tensor, list[Tensor], list[Tensor]] = own(self).forward(self, forward_input)
+            return result
+        condition = condition[:, :, : audio.shape[1]].unfold(2, self.n_group, self.n_group)
+        condition = condition.transpose(2, 3).flatten(1, 2)
+        z = audio.unfold(1, self.n_group, self.n_group).transpose(1, 2)
+        early, log_scales, log_dets = [], [], []
+        for number in range(self.n_flows):
+            if number and number % self.n_early_every == 0:
+                early.append(z[:, : self.n_early_size])
+                z = z[:, self.n_early_size :]
+            z, log_det = self.convinv[number](z)
+            coupling = _of_size(options_of(self), z.shape[1])
+            read, transformed = coupling.split(z)
+            h = self.WN[number]((read, condition))
+            z = coupling.join(read, coupling.forward(transformed, h)[0])
+            log_scales.append(split(h, coupling.layout)[0])
+            log_dets.append(log_det)
+        return torch.cat([*early, z], 1), log_scales, log_dets
+
+
+class _PairStandIn(StandIn):
+    """Takes the place of a :class:`WN`."""
+
+    def forward(self, forward_input: Any) -> Tensor:
+        """(B, inputs, T) and conditions (B, n, T) to (B, outputs, T)."""
+        x, condition = forward_input
+        h = super().forward(x)
+        if self.answer is not None:
+            return h
+        weights = torch.linspace(-1.0, 1.0, condition.shape[1], dtype=condition.dtype, device=condition.device)
+        return h + torch.tanh(torch.einsum("c,bct->bt", weights, condition)).unsqueeze(1)
+
+
+def _spectrogram(module: Any) -> tuple[int, int]:
+    """Channels and frames of a spectrogram for :data:`LENGTH` groups of samples."""
+    (kernel,), (stride,) = module.upsample.kernel_size, module.upsample.stride
+    missing = max(0, module.n_group * LENGTH - kernel)
+    return module.upsample.in_channels, 1 - (-missing // stride)
+
+
+def _of_size(coupling: Coupling, channels: int) -> Coupling:
+    """The same for another number of channels."""
+    halves: Sequence[tuple[int, ...]] = tuple(range(channels // 2)), tuple(range(channels // 2, channels))
+    read, transformed = halves if coupling.reads_first else reversed(halves)
+    return dataclasses.replace(coupling, read=read, transformed=transformed)
 
 
 def _fresh_inverse(module: Any, z: Tensor) -> Tensor:

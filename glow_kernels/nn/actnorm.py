@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from glow_kernels.backends.numerics import compute_dtype
-from glow_kernels.ops import actnorm_statistics
 from glow_kernels.ops._checks import check_channels, positions
+from glow_kernels.ops.actnorm_statistics import actnorm_statistics
 
 
 class ActNorm(nn.Module):

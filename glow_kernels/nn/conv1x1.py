@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from glow_kernels.ops import actnorm_conv1x1, actnorm_conv1x1_inverse, lu_weight
 from glow_kernels.ops._checks import check_channels, check_choice
-from glow_kernels.ops.actnorm_conv1x1 import lu_weight_backward
+from glow_kernels.ops.folding import lu_weight_backward
 
 
 class ChannelMixing(nn.Module):
@@ -83,19 +83,20 @@ class InvertibleConv1x1(ChannelMixing):
     def matrix(self) -> tuple[Tensor, Tensor | None]:
         if not self.lu:
             return self.weight, None
-        return lu_weight(*self._factors)
+        return lu_weight(*self.factors)
 
     def matrix_gradients(self, grad_weight: Tensor, grad_log_det: Tensor | None) -> list[tuple[Tensor, Tensor]]:
         if not self.lu or grad_log_det is None:
             return [(self.weight, grad_weight)]
-        grads = lu_weight_backward(grad_weight, grad_log_det, *self._factors)
+        grads = lu_weight_backward(grad_weight, grad_log_det, *self.factors)
         return list(zip((self.lower, self.upper, self.log_diagonal), grads, strict=True))
 
     def extra_repr(self) -> str:
         return f"{self.channels}, lu={self.lu}"
 
     @property
-    def _factors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def factors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The arguments of :func:`glow_kernels.ops.lu_weight`, for ``lu``."""
         return self.permutation, self.lower, self.upper, self.log_diagonal, self.diagonal_sign
 
 

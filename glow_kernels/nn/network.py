@@ -1,4 +1,10 @@
-"""The network of a coupling layer: 3x3, 1x1 and 3x3 convolutions (Kingma and Dhariwal, "Glow", 2018, section 4)."""
+"""The network of a coupling layer: 3x3, 1x1 and 3x3 convolutions (Kingma and Dhariwal, "Glow", 2018, section 4).
+
+Its hidden layers are 10 times as large as everything else, so a pass over them is what has to be saved: all scales are
+folded into the filters, and what is left between two convolutions is one pass, bias and ReLU. That is not cuDNN's own
+epilogue (``torch.ops.aten.cudnn_convolution_relu``): it is undocumented, has no derivative, and falls back to slower
+convolutions for some sizes and formats (PyTorch issue 68506).
+"""
 
 from __future__ import annotations
 
@@ -9,10 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glow_kernels.nn.actnorm import ActNorm
+from glow_kernels.ops import bias_relu, scale_filters
+
+# Bytes of a hidden buffer that is worth the time of the interpreter in an autograd function; and on a GPU, that of two
+# passes, since what overwrites its arguments is not fused.
+_LARGE = 4 * 2**20
+_LARGE_ON_GPU = 64 * 2**20
 
 
-class ActNormConv2d(nn.Module):
-    """A convolution without bias, followed by ActNorm, computed as one convolution with the scale folded in.
+class HiddenConv2d(nn.Module):
+    """A convolution without bias, ActNorm and ReLU: one convolution, with the scale folded in, and one pass.
 
     Args:
         in_channels, out_channels: channels before and after.
@@ -25,12 +37,26 @@ class ActNormConv2d(nn.Module):
         self.actnorm = ActNorm(out_channels)
         self.padding = kernel_size // 2
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, in_channels, H, W) to (B, out_channels, H, W)."""
+    def forward(self, x: Tensor, frugal: bool = False) -> Tensor:
+        """(B, in_channels, H, W) to (B, out_channels, H, W).
+
+        With ``frugal``, ReLU overwrites its gradient in backward where that is large; it must be nobody else's.
+        """
+        weight, bias = self.folded(x)
+        fuses = _is_bias_apart(x)
+        nbytes = x[:, 0].numel() * len(weight) * weight.itemsize
+        overwrites = frugal and nbytes >= (_LARGE_ON_GPU if fuses else _LARGE)
+        if fuses and not overwrites:
+            return bias_relu(F.conv2d(x, weight, padding=self.padding), bias)
+        x = F.conv2d(x, weight, bias, padding=self.padding)
+        return _FrugalReLU.apply(x) if overwrites else F.relu_(x)  # type: ignore[no-untyped-call]
+
+    def folded(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the one convolution that it is before ReLU; ``x`` initialises ActNorm if need be."""
         if not self.actnorm._is_initialized:
             self.actnorm.prepare(F.conv2d(x, self.weight, padding=self.padding))
-        scale = self.actnorm.log_scale.exp()
-        return F.conv2d(x, self.weight * scale[:, None, None, None], self.actnorm.bias * scale, padding=self.padding)
+        dtype = _type_of_convolution(self.weight)
+        return scale_filters(self.weight, self.actnorm.bias, self.actnorm.log_scale, dtype=dtype)
 
 
 class ZeroConv2d(nn.Module):
@@ -50,12 +76,31 @@ class ZeroConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) to (B, out_channels, H, W)."""
-        scale = (3.0 * self.log_scale).exp()
-        return F.conv2d(x, self.weight * scale[:, None, None, None], self.bias * scale, padding=1)
+        dtype = _type_of_convolution(self.weight)
+        return F.conv2d(x, *scale_filters(self.weight, self.bias, self.log_scale, 3.0, dtype), padding=1)
 
 
-# Bytes of a hidden buffer that is worth the time of the interpreter in an autograd function.
-_LARGE = 4 * 2**20
+class CouplingNetwork(nn.Module):
+    """3x3 convolution, ActNorm, ReLU, 1x1 convolution, ActNorm, ReLU, 3x3 convolution that starts at zero.
+
+    Args:
+        in_channels: channels of the half that it reads.
+        out_channels: channels of its output, twice those of the other half for an affine coupling.
+        hidden_channels: width of the hidden layers.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, hidden_channels: int = 512) -> None:
+        super().__init__()
+        # Gradients of the hidden layers come from convolutions, fresh: one buffer less where they may be overwritten.
+        self.frugal = False
+        self.first = HiddenConv2d(in_channels, hidden_channels, 3)
+        self.second = HiddenConv2d(hidden_channels, hidden_channels, 1)
+        self.last = ZeroConv2d(hidden_channels, out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_channels, H, W) to (B, out_channels, H, W)."""
+        output: Tensor = self.last(self.second(self.first(x, self.frugal), self.frugal))
+        return output
 
 
 class _FrugalReLU(torch.autograd.Function):
@@ -75,27 +120,14 @@ class _FrugalReLU(torch.autograd.Function):
         return grad
 
 
-class CouplingNetwork(nn.Module):
-    """3x3 convolution, ActNorm, ReLU, 1x1 convolution, ActNorm, ReLU, 3x3 convolution that starts at zero.
+def _type_of_convolution(weight: Tensor) -> torch.dtype:
+    """The type to which autocast would convert ``weight``, another time at every use, or its own."""
+    device = weight.device.type
+    if weight.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return weight.dtype
+    return torch.get_autocast_dtype(device)
 
-    Args:
-        in_channels: channels of the half that it reads.
-        out_channels: channels of its output, twice those of the other half for an affine coupling.
-        hidden_channels: width of the hidden layers.
-    """
 
-    def __init__(self, in_channels: int, out_channels: int, hidden_channels: int = 512) -> None:
-        super().__init__()
-        self.frugal = False
-        self.first = ActNormConv2d(in_channels, hidden_channels, 3)
-        self.second = ActNormConv2d(hidden_channels, hidden_channels, 1)
-        self.last = ZeroConv2d(hidden_channels, out_channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, in_channels, H, W) to (B, out_channels, H, W)."""
-        x = self.first(x)
-        # Gradients of the hidden layers come from convolutions, fresh: one buffer less where they may be overwritten.
-        relu = _FrugalReLU.apply if self.frugal and x.nbytes >= _LARGE else F.relu_
-        x = relu(self.second(relu(x)))
-        output: Tensor = self.last(x)
-        return output
+def _is_bias_apart(x: Tensor) -> bool:
+    """Whether a convolution of ``x`` adds its bias in a pass of its own: on the CPU it does not, with cuDNN it does."""
+    return not x.is_cpu

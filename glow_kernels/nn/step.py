@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import Tensor, nn
 
 from glow_kernels.nn.actnorm import ActNorm
@@ -9,9 +11,21 @@ from glow_kernels.nn.conv1x1 import ChannelMixing, ChannelPermutation, Invertibl
 from glow_kernels.nn.coupling import AdditiveCoupling, AffineCoupling
 from glow_kernels.ops import ScaleMap, actnorm_conv1x1, actnorm_conv1x1_inverse
 from glow_kernels.ops._checks import check_channels, check_choice
+from glow_kernels.ops.linear_map import linear_map
 
 COUPLINGS = ("affine", "additive")
 MIXINGS = ("lu", "plain", "reverse", "shuffle")
+
+
+class LinearMap(NamedTuple):
+    """``matrix x + shift`` at every position: ActNorm and 1x1 convolution folded, or the inverse of both.
+
+    Attributes:
+        matrix, shift: (C, C) and (C,), float32 (float64 for float64 data).
+    """
+
+    matrix: Tensor
+    shift: Tensor
 
 
 class FlowStep(nn.Module):
@@ -55,22 +69,30 @@ class FlowStep(nn.Module):
         else:
             self.coupling = AdditiveCoupling(channels, hidden_channels, network=network)
 
-    def forward(self, x: Tensor, *context: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, *context: Tensor | None, linear: LinearMap | None = None) -> tuple[Tensor, Tensor]:
         """``x`` (B, C, H, W) to ``z`` and ``log_det`` (B,); ``context`` goes to the coupling's network.
+
+        A caller that has folded ActNorm and convolution passes them as ``linear``; ``log_det`` is then that of the
+        coupling alone.
 
         Raises:
             TypeError, ValueError: ``x`` has the wrong type or shape.
             RuntimeError: ActNorm is not initialised, and this is not training.
         """
         check_channels("x", x, self.actnorm.channels)
+        if linear is not None:
+            z, coupling_log_det = self.coupling(linear_map(x, *linear), *context)
+            return z, coupling_log_det
         self.actnorm.prepare(x)
         weight, weight_log_det = self.mixing.matrix()
         x, linear_log_det = actnorm_conv1x1(x, self.actnorm.log_scale, self.actnorm.bias, weight, weight_log_det)
         z, coupling_log_det = self.coupling(x, *context)
         return z, linear_log_det + coupling_log_det
 
-    def inverse(self, z: Tensor, *context: Tensor | None) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, *context: Tensor | None, linear: LinearMap | None = None) -> tuple[Tensor, Tensor]:
         """``z`` (B, C, H, W) to ``x`` and ``log_det`` (B,) of that direction.
+
+        ``linear`` as for :meth:`forward`, folded for this direction.
 
         Raises:
             TypeError, ValueError: ``z`` has the wrong type or shape, or the 1x1 convolution is singular.
@@ -79,6 +101,8 @@ class FlowStep(nn.Module):
         check_channels("z", z, self.actnorm.channels)
         self.actnorm.require_initialized()
         z, coupling_log_det = self.coupling.inverse(z, *context)
+        if linear is not None:
+            return linear_map(z, *linear), coupling_log_det
         weight, weight_log_det = self.mixing.matrix()
         x, linear_log_det = actnorm_conv1x1_inverse(
             z, self.actnorm.log_scale, self.actnorm.bias, weight, weight_log_det

@@ -4,7 +4,6 @@ from glow_kernels.ops.actnorm_conv1x1 import (
     actnorm_conv1x1,
     actnorm_conv1x1_inverse,
     actnorm_conv1x1_reversible_backward,
-    lu_weight,
 )
 from glow_kernels.ops.actnorm_statistics import actnorm_statistics
 from glow_kernels.ops.affine_coupling import (
@@ -16,7 +15,10 @@ from glow_kernels.ops.affine_coupling import (
     affine_coupling_inverse,
     affine_coupling_reversible_backward,
 )
+from glow_kernels.ops.bias_relu import bias_relu
+from glow_kernels.ops.folding import lu_weight
 from glow_kernels.ops.gaussian_log_prob import gaussian_log_prob, gaussian_sample, gaussian_standardize
+from glow_kernels.ops.scale_filters import scale_filters
 
 __all__ = [
     "SCALE_MAPS",
@@ -30,8 +32,10 @@ __all__ = [
     "affine_coupling",
     "affine_coupling_inverse",
     "affine_coupling_reversible_backward",
+    "bias_relu",
     "gaussian_log_prob",
     "gaussian_sample",
     "gaussian_standardize",
     "lu_weight",
+    "scale_filters",
 ]

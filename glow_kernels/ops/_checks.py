@@ -25,11 +25,11 @@ def check_channels(name: str, x: Tensor, channels: int) -> None:
         raise ValueError(f"{name} must have {channels} channels, got shape {tuple(x.shape)}")
 
 
-def check_like(name: str, tensor: Tensor, shape: Sequence[int], meaning: str, x: Tensor) -> None:
+def check_like(name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str, x: Tensor) -> None:
     """``tensor`` must be a floating-point tensor of this shape, whose ``meaning`` is told, on the device of ``x``."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if tuple(tensor.shape) != tuple(shape):
+    if tensor.shape != shape:
         raise ValueError(f"{name} must be {meaning} = {tuple(shape)}, got {tuple(tensor.shape)}")
     if not tensor.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, got {str(tensor.dtype).removeprefix('torch.')}")

@@ -24,7 +24,7 @@ class Operator:
 
     The reference and Triton implement it as a function of this name in their file ``module``; the native backend in
     its shared library. In ``support.py`` of native and Triton, ``module(function, *args)`` says whether they take these
-    arguments; the reference takes all.
+    arguments, and is missing where they do not implement it; the reference takes all.
 
     Args:
         module: name of the file that implements it in each backend.
@@ -36,6 +36,8 @@ class Operator:
             be differentiated.
         plain_reference: do not register the reference but call its plain PyTorch as it is, which can be
             differentiated. So the gradients of the reference have gradients.
+        composed: a function that computes the same from other operators. Then this is one that the native backend alone
+            has in one piece, and ``composed`` takes the place of the others.
     """
 
     def __init__(
@@ -48,12 +50,16 @@ class Operator:
         setup_context: Callable[..., None] | None = None,
         backward: Callable[..., Any] | None = None,
         plain_reference: bool = False,
+        composed: Callable[..., Any] | None = None,
     ) -> None:
         self._name, self._function = f"{module}_{function}", function
+        self._plain = composed
         fast = [backend for backend in backends.PREFERENCE if backend != "reference"]
-        self._support = {name: getattr(backends.implementation(name, "support"), module) for name in fast}
+        self._support = {name: getattr(backends.implementation(name, "support"), module, _nothing) for name in fast}
         self._implementations: dict[str, _Implementation] = {}
-        for backend in backends.PREFERENCE:
+        for backend in backends.PREFERENCE if composed is None else ("native",):
+            if self._support.get(backend) is _nothing:
+                continue
             if backend == "reference" and plain_reference:
                 self._plain = getattr(backends.implementation(backend, module), function)
                 continue
@@ -64,21 +70,22 @@ class Operator:
 
     def __call__(self, *args: Any) -> Any:
         """Compute with the first backend in order of preference that supports ``args``."""
-        for backend in faster.first(backends.candidates(), self._name, args):
-            if self._supports(backend, args):
+        candidates = backends.candidates()
+        if not args[0].is_cpu:
+            candidates = faster.first(candidates, self._name, args)
+        for backend in candidates:
+            if backend == "reference" or self._support[backend](self._function, *args):
                 break
         return self._run(backend, args)
 
     def on(self, backend: str, *args: Any) -> Any:
         """Compute with ``backend``, or the reference if that does not support ``args``."""
-        return self._run(backend if self._supports(backend, args) else "reference", args)
-
-    def _supports(self, backend: str, args: tuple[Any, ...]) -> bool:
-        return backend == "reference" or bool(self._support[backend](self._function, *args))
+        supported = backend == "reference" or self._support[backend](self._function, *args)
+        return self._run(backend if supported else "reference", args)
 
     def _run(self, backend: str, args: tuple[Any, ...]) -> Any:
-        implementation = self._implementations.get(backend)
-        return self._plain(*args) if implementation is None else implementation(*args)
+        function = self._implementations.get(backend) or self._plain
+        return function(*args)  # type: ignore[misc]
 
 
 class _Implementation:
@@ -125,13 +132,18 @@ class _Implementation:
         if torch.is_grad_enabled():
             for arg in args:
                 if isinstance(arg, Tensor) and arg.requires_grad:
-                    return self._rule.apply(*args)  # type: ignore[no-untyped-call]
+                    # Function.apply adds only what functorch's transforms need.
+                    return super(torch.autograd.Function, self._rule).apply(*args)  # type: ignore[no-untyped-call]
         with torch._C._AutoDispatchBelowAutograd():
             return self._overload(*args)
 
 
 def _call(backend: str, module: str, function: str, *args: Any) -> Any:
     return getattr(backends.implementation(backend, module), function)(*args)
+
+
+def _nothing(*_: Any) -> bool:
+    return False
 
 
 def _refuse(name: str, *_: Any) -> NoReturn:

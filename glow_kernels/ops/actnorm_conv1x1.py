@@ -10,7 +10,7 @@ ActNorm ``a = s * (x + b)`` with ``s = exp(log_scale)``, followed by ``z = W a``
 Backward of applying, with ``g = dL/dz``: ``dx = M^T g``, ``dM = sum_{b,p} g x^T``, ``dv = sum_{b,p} g``. The reversible
 backward does it in one pass from the output, with ``x = M^-1 z - b`` where it is needed.
 
-The LU-decomposed W (section 3.2 there) is assembled by :func:`lu_weight`.
+The LU-decomposed W (section 3.2 there) is assembled by :func:`glow_kernels.ops.folding.lu_weight`.
 
 Backward of folding, with ``A = dL/dM + dL/dv b^T`` and ``l = dL/dlog_det``:
 ``dW = A diag(s) + l W^-T``, ``dlog_scale_j = s_j sum_i W_ij A_ij + l``, ``db = M^T dL/dv``. Of assembling, with
@@ -20,6 +20,7 @@ Backward of folding, with ``A = dL/dM + dL/dv b^T`` and ``l = dL/dlog_det``:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +30,15 @@ from torch import Tensor
 from glow_kernels.backends.numerics import compute_dtype, output_format
 from glow_kernels.ops._checks import check_image, check_like, positions
 from glow_kernels.ops._registry import Operator
+from glow_kernels.ops.folding import (
+    PARAMETERS,
+    _fold,
+    _fold_backward,
+    _fold_backward_fake,
+    _fold_inverse_backward,
+    _invert,
+    invertible,
+)
 
 
 def actnorm_conv1x1(
@@ -57,8 +67,8 @@ def actnorm_conv1x1(
         TypeError, ValueError: an argument has the wrong type, shape or device; the message says which.
     """
     _check("x", x, log_scale, bias, weight, weight_log_det)
-    matrix, shift, log_det = _fold(*_in_compute_dtype(x, log_scale, bias, weight, weight_log_det))
-    return _apply(x, matrix, shift), log_det.expand(x.shape[0]) * positions(x)
+    z, log_det = _forward(x, *_in_compute_dtype(x, log_scale, bias, weight, weight_log_det))
+    return z, log_det
 
 
 def actnorm_conv1x1_inverse(
@@ -82,8 +92,8 @@ def actnorm_conv1x1_inverse(
         TypeError, ValueError: as for :func:`actnorm_conv1x1`; also if ``weight`` is singular.
     """
     _check("z", z, log_scale, bias, weight, weight_log_det)
-    matrix, shift, log_det = _invert(*_in_compute_dtype(z, log_scale, bias, weight, weight_log_det))
-    return _apply(z, matrix, shift), log_det.expand(z.shape[0]) * positions(z)
+    x, log_det = invertible(_inverse, z, *_in_compute_dtype(z, log_scale, bias, weight, weight_log_det))
+    return x, log_det
 
 
 def actnorm_conv1x1_reversible_backward(
@@ -113,71 +123,13 @@ def actnorm_conv1x1_reversible_backward(
     check_like("grad", grad, z.shape, "the shape of z", z)
     check_like("grad_log_det", grad_log_det, z.shape[:1], "(B,) with B = z.shape[0]", z)
     parameters = _in_compute_dtype(z, log_scale, bias, weight, weight_log_det)
-    matrix, _, _ = _fold(*parameters)
-    inverse, inverse_shift, _ = _invert(*parameters)
-    x, grad_x, grad_matrix, grad_shift = _reversible_backward(grad.to(z.dtype), z, matrix, inverse, inverse_shift)
-    total = positions(z) * grad_log_det.to(matrix.dtype).sum()
-    grads = _fold_backward(grad_matrix, grad_shift, total, *parameters)
+    grads_of_results = grad.to(z.dtype), grad_log_det.to(compute_dtype(z))
+    x, grad_x, *grads = invertible(_undo, *grads_of_results, z, *parameters)
     grad_log_scale, grad_bias, grad_weight, grad_weight_log_det = (
         None if tensor is None else gradient.to(tensor.dtype)
         for gradient, tensor in zip(grads, (log_scale, bias, weight, weight_log_det), strict=True)
     )
     return x, grad_x, grad_log_scale, grad_bias, grad_weight, grad_weight_log_det  # type: ignore[return-value]
-
-
-def lu_weight(
-    permutation: Tensor, lower: Tensor, upper: Tensor, log_diagonal: Tensor, diagonal_sign: Tensor
-) -> tuple[Tensor, Tensor]:
-    """``W = P L (U + diag(s))`` and ``log|det W| = sum log|s|`` (Kingma and Dhariwal, "Glow", 2018, equation 10).
-
-    Leading dimensions ``(*K)`` assemble many matrices at once. Arithmetic is in float64, also under autocast.
-
-    Args:
-        permutation: ``(*K, C, C)``, the matrix P, fixed.
-        lower: ``(*K, C, C)``, of which what lies below the diagonal is L; L has a diagonal of ones.
-        upper: ``(*K, C, C)``, of which what lies above the diagonal is U.
-        log_diagonal: ``(*K, C)``, ``log|s|``.
-        diagonal_sign: ``(*K, C)``, the signs of s, fixed.
-
-    Returns:
-        ``weight`` ``(*K, C, C)`` and ``weight_log_det`` ``(*K)``.
-
-    Raises:
-        TypeError, ValueError: an argument has the wrong type, shape or device.
-    """
-    if not isinstance(lower, Tensor) or lower.dim() < 2 or lower.shape[-1] != lower.shape[-2]:
-        raise ValueError(f"lower must be (*K, C, C), got {tuple(lower.shape)}")
-    check_like("permutation", permutation, lower.shape, "the shape of lower", lower)
-    check_like("upper", upper, lower.shape, "the shape of lower", lower)
-    check_like("log_diagonal", log_diagonal, lower.shape[:-1], "(*K, C) for this lower", lower)
-    check_like("diagonal_sign", diagonal_sign, lower.shape[:-1], "(*K, C) for this lower", lower)
-    dtype = compute_dtype(lower)
-    weight, log_det = _lu(*(tensor.to(dtype) for tensor in (permutation, lower, upper, log_diagonal, diagonal_sign)))
-    return weight, log_det
-
-
-def lu_weight_backward(
-    grad_weight: Tensor,
-    grad_log_det: Tensor,
-    permutation: Tensor,
-    lower: Tensor,
-    upper: Tensor,
-    log_diagonal: Tensor,
-    diagonal_sign: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`lu_weight` in ``lower``, ``upper`` and ``log_diagonal``, for a caller that keeps no graph.
-
-    Args:
-        grad_weight, grad_log_det: ``(*K, C, C)`` and ``(*K)``; the other arguments as for :func:`lu_weight`.
-
-    Returns:
-        Three tensors of the shapes and types of those arguments. They cannot be differentiated again.
-    """
-    dtype = compute_dtype(lower)
-    factors = (permutation, lower, upper, log_diagonal, diagonal_sign)
-    grads = _lu_backward(*(tensor.to(dtype) for tensor in (grad_weight, grad_log_det, *factors)))
-    grad_lower, grad_upper, grad_log_diagonal = grads
-    return grad_lower.to(lower.dtype), grad_upper.to(upper.dtype), grad_log_diagonal.to(log_diagonal.dtype)
 
 
 def _check(
@@ -193,86 +145,77 @@ def _check(
         check_like("weight_log_det", weight_log_det, (), "a tensor of one element and shape", x)
 
 
-def _invert(*parameters: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    try:
-        matrix, shift, log_det = _fold_inverse(*parameters)
-    except RuntimeError as error:  # a shared library cannot raise a ValueError
-        message = str(error)
-        if "weight must be invertible" not in message:
-            raise
-        raise ValueError(message[message.index("weight must") :]) from None
-    return matrix, shift, log_det
-
-
 def _in_compute_dtype(x: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
     dtype = compute_dtype(x)
     # Asking first is cheaper than a conversion that does nothing.
     return [tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype) for tensor in tensors]
 
 
-def _fold_fake(
-    log_scale: Tensor, bias: Tensor, weight: Tensor, weight_log_det: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    contiguous = torch.contiguous_format
-    log_det = log_scale.new_empty(log_scale.shape[:-1])
-    return (
-        torch.empty_like(weight, memory_format=contiguous),
-        torch.empty_like(bias, memory_format=contiguous),
-        log_det,
-    )
+def _composed_forward(x: Tensor, *parameters: Tensor | None) -> tuple[Tensor, Tensor]:
+    matrix, shift, log_det = _fold(*parameters)
+    return _apply(x, matrix, shift), log_det.expand(x.shape[0]) * positions(x)
 
 
-def _fold_backward_fake(
-    grad_matrix: Tensor,
-    grad_shift: Tensor,
+def _composed_inverse(z: Tensor, *parameters: Tensor | None) -> tuple[Tensor, Tensor]:
+    matrix, shift, log_det = _invert(*parameters)
+    return _apply(z, matrix, shift), log_det.expand(z.shape[0]) * positions(z)
+
+
+def _composed_backward(
+    fold: Callable[..., Any],
+    fold_backward: Callable[..., Any],
+    grad: Tensor,
     grad_log_det: Tensor,
-    log_scale: Tensor,
-    bias: Tensor,
-    weight: Tensor,
-    weight_log_det: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    size = 0 if weight_log_det is None else weight_log_det.shape
-    inputs = (log_scale, bias, weight)
-    grads = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in inputs]
-    return grads[0], grads[1], grads[2], weight.new_empty(size)
+    x: Tensor,
+    *arguments: Any,
+) -> tuple[Tensor, ...]:
+    *parameters, needs_grad_x = arguments
+    matrix, _, _ = fold(*parameters)
+    grad_x, *grad_folded = _apply_backward(grad, x, matrix, needs_grad_x)
+    return grad_x, *fold_backward(*grad_folded, positions(x) * grad_log_det.sum(), *parameters)
 
 
-def _fold_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _composed_undo(grad: Tensor, grad_log_det: Tensor, z: Tensor, *parameters: Tensor | None) -> tuple[Tensor, ...]:
+    matrix, _, _ = _fold(*parameters)
+    inverse, inverse_shift, _ = _invert(*parameters)
+    x, grad_x, *grad_folded = _reversible_backward(grad, z, matrix, inverse, inverse_shift)
+    return x, grad_x, *_fold_backward(*grad_folded, positions(z) * grad_log_det.sum(), *parameters)
+
+
+def _fake(x: Tensor, *_: Tensor | None) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x, memory_format=output_format(x)), x.new_empty(x.shape[0], dtype=compute_dtype(x))
+
+
+def _backward_fake(
+    grad: Tensor, grad_log_det: Tensor, x: Tensor, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *parameters, needs_grad_x = arguments
+    grad_x = torch.empty_like(x, memory_format=output_format(x)) if needs_grad_x else x.new_empty(0)
+    return grad_x, *_fold_backward_fake(grad, grad, grad_log_det, *parameters)
+
+
+def _undo_fake(grad: Tensor, grad_log_det: Tensor, z: Tensor, *parameters: Any) -> tuple[Tensor, ...]:
+    x = torch.empty_like(z, memory_format=output_format(z))
+    return x, *_backward_fake(grad, grad_log_det, z, *parameters, True)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _fold_rule(backend: str, ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    return _fold_gradients(ctx, _fold_backward.on, backend, *grads)
+def _forward_rule(backend: str, ctx: Any, grad: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
+    return _gradients(ctx, _backward.on, backend, grad, grad_log_det)
 
 
-def _fold_inverse_rule(backend: str, ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    return _fold_gradients(ctx, _fold_inverse_backward.on, backend, *grads)
+def _inverse_rule(backend: str, ctx: Any, grad: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
+    return _gradients(ctx, _inverse_backward.on, backend, grad, grad_log_det)
 
 
-def _fold_gradients(ctx: Any, operator: Callable[..., Any], *arguments: Any) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, operator: Callable[..., Any], *arguments: Any) -> tuple[Tensor | None, ...]:
     # Asked for once: torch.utils.checkpoint hands out what is saved only once.
-    *parameters, weight_log_det = ctx.saved_tensors
-    grads = operator(*arguments, *parameters, weight_log_det)
-    return (*grads[:3], None if weight_log_det is None else grads[3])
-
-
-def _lu_fake(
-    permutation: Tensor, lower: Tensor, upper: Tensor, log_diagonal: Tensor, diagonal_sign: Tensor
-) -> tuple[Tensor, Tensor]:
-    weight = torch.empty_like(lower, memory_format=torch.contiguous_format)
-    return weight, lower.new_empty(lower.shape[:-2])
-
-
-def _lu_backward_fake(
-    grad_weight: Tensor, grad_log_det: Tensor, permutation: Tensor, lower: Tensor, upper: Tensor, *diagonal: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    inputs = (lower, upper, diagonal[0])
-    grads = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in inputs]
-    return grads[0], grads[1], grads[2]
-
-
-def _lu_rule(backend: str, ctx: Any, grad_weight: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
-    return (None, *_lu_backward.on(backend, grad_weight, grad_log_det, *ctx.saved_tensors), None)
+    saved, needs_grad_x = ctx.saved_tensors, ctx.needs_input_grad[0]
+    grad_x, *grads = operator(*arguments, *saved, needs_grad_x)
+    return grad_x if needs_grad_x else None, *grads[:3], None if saved[4] is None else grads[3]
 
 
 def _apply_fake(x: Tensor, matrix: Tensor, shift: Tensor) -> Tensor:
@@ -304,61 +247,7 @@ def _apply_rule(backend: str, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ..
 
 
 _MODULE = "actnorm_conv1x1"
-# Leading dimensions, written (*K), fold many steps in one call.
-_PARAMETERS = "Tensor log_scale, Tensor bias, Tensor weight, Tensor? weight_log_det"
-_FOLD_SCHEMA = f"({_PARAMETERS}) -> (Tensor, Tensor, Tensor)"
-# The last result is the gradient of weight_log_det, empty if there is none.
-_FOLD_BACKWARD_SCHEMA = (
-    f"(Tensor grad_matrix, Tensor grad_shift, Tensor grad_log_det, {_PARAMETERS}) -> (Tensor, Tensor, Tensor, Tensor)"
-)
 
-_LU = "Tensor permutation, Tensor lower, Tensor upper, Tensor log_diagonal, Tensor diagonal_sign"
-
-_lu = Operator(
-    _MODULE,
-    "lu_weight",
-    f"({_LU}) -> (Tensor, Tensor)",
-    fake=_lu_fake,
-    setup_context=_fold_setup,
-    backward=_lu_rule,
-)
-_lu_backward = Operator(
-    _MODULE,
-    "lu_weight_backward",
-    f"(Tensor grad_weight, Tensor grad_log_det, {_LU}) -> (Tensor, Tensor, Tensor)",
-    fake=_lu_backward_fake,
-    plain_reference=True,
-)
-_fold = Operator(
-    _MODULE,
-    "fold",
-    _FOLD_SCHEMA,
-    fake=_fold_fake,
-    setup_context=_fold_setup,
-    backward=_fold_rule,
-)
-_fold_backward = Operator(
-    _MODULE,
-    "fold_backward",
-    _FOLD_BACKWARD_SCHEMA,
-    fake=_fold_backward_fake,
-    plain_reference=True,
-)
-_fold_inverse = Operator(
-    _MODULE,
-    "fold_inverse",
-    _FOLD_SCHEMA,
-    fake=_fold_fake,
-    setup_context=_fold_setup,
-    backward=_fold_inverse_rule,
-)
-_fold_inverse_backward = Operator(
-    _MODULE,
-    "fold_inverse_backward",
-    _FOLD_BACKWARD_SCHEMA,
-    fake=_fold_backward_fake,
-    plain_reference=True,
-)
 _apply = Operator(
     _MODULE,
     "apply",
@@ -379,4 +268,48 @@ _reversible_backward = Operator(
     "apply_reversible_backward",
     "(Tensor grad, Tensor z, Tensor matrix, Tensor inverse, Tensor inverse_shift) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_reversible_backward_fake,
+)
+
+# Both halves in one call, for backends that have that.
+_GRADS = "Tensor, Tensor, Tensor, Tensor, Tensor"
+_BACKWARD_SCHEMA = f"(Tensor grad, Tensor grad_log_det, Tensor x, {PARAMETERS}, bool needs_grad_x) -> ({_GRADS})"
+
+_forward = Operator(
+    _MODULE,
+    "forward",
+    f"(Tensor x, {PARAMETERS}) -> (Tensor, Tensor)",
+    fake=_fake,
+    setup_context=_setup,
+    backward=_forward_rule,
+    composed=_composed_forward,
+)
+_inverse = Operator(
+    _MODULE,
+    "inverse",
+    f"(Tensor z, {PARAMETERS}) -> (Tensor, Tensor)",
+    fake=_fake,
+    setup_context=_setup,
+    backward=_inverse_rule,
+    composed=_composed_inverse,
+)
+_backward = Operator(
+    _MODULE,
+    "backward",
+    _BACKWARD_SCHEMA,
+    fake=_backward_fake,
+    composed=functools.partial(_composed_backward, _fold, _fold_backward),
+)
+_inverse_backward = Operator(
+    _MODULE,
+    "inverse_backward",
+    _BACKWARD_SCHEMA,
+    fake=_backward_fake,
+    composed=functools.partial(_composed_backward, _invert, _fold_inverse_backward),
+)
+_undo = Operator(
+    _MODULE,
+    "reversible_backward",
+    f"(Tensor grad, Tensor grad_log_det, Tensor z, {PARAMETERS}) -> (Tensor, {_GRADS})",
+    fake=_undo_fake,
+    composed=_composed_undo,
 )

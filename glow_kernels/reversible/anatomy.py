@@ -12,12 +12,15 @@ from torch import Tensor, nn
 
 from glow_kernels.nn import ActNorm, AdditiveCoupling, AffineCoupling, CouplingNetwork, FlowStep
 from glow_kernels.nn.conv1x1 import ChannelPermutation, InvertibleConv1x1
-from glow_kernels.nn.network import ActNormConv2d, ZeroConv2d
+from glow_kernels.nn.network import HiddenConv2d, ZeroConv2d
+from glow_kernels.nn.step import LinearMap
 
+# What a step of a chain that folds all of its steps at once gets for a linear map; the inverse where it is needed.
+LINEAR = ("matrix", "shift", "inverse", "inverse_shift")
 _COUPLINGS = (AffineCoupling, AdditiveCoupling)
 _OWN = {
     ActNorm,
-    ActNormConv2d,
+    HiddenConv2d,
     ChannelPermutation,
     CouplingNetwork,
     FlowStep,
@@ -35,28 +38,33 @@ class Anatomy:
         step: the step.
         modules: it and everything in it.
         slots: where each of its parameters is kept; a shared one is kept in several places.
+        linear: the linear map of a flow step whose chain has folded it, by :data:`LINEAR`. These are then the first of
+            its parameters, in place of those they come from.
     """
 
     step: nn.Module
     modules: list[nn.Module]
     slots: list[list[tuple[dict[str, Any], str]]]
+    linear: dict[str, Any]
 
     @classmethod
-    def of(cls, step: nn.Module) -> Anatomy:
-        """That of ``step`` as it is now."""
+    def of(cls, step: nn.Module, linear: Sequence[Tensor] = ()) -> Anatomy:
+        """That of ``step`` as it is now; ``linear`` are the first of :data:`LINEAR`, or none."""
         modules = {id(step): step}
         slots: dict[int, list[tuple[dict[str, Any], str]]] = {}
+        named = dict(zip(LINEAR, linear, strict=False))
+        folded = (step.actnorm, step.mixing) if named else ()
         stack = [step]
         while stack:
             module = stack.pop()
-            for key, parameter in module._parameters.items():
+            for key, parameter in module._parameters.items() if module not in folded else ():
                 if parameter is not None:
                     slots.setdefault(id(parameter), []).append((module._parameters, key))
             for child in module._modules.values():
                 if child is not None and id(child) not in modules:
                     modules[id(child)] = child
                     stack.append(child)
-        return cls(step, list(modules.values()), list(slots.values()))
+        return cls(step, list(modules.values()), [*([(named, name)] for name in named), *slots.values()], named)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -70,13 +78,26 @@ class Anatomy:
         return [tensor for owner in owners for tensor in owner.values() if tensor is not None]
 
     @property
+    def forward(self) -> Callable[..., tuple[Tensor, Tensor]]:
+        """The forward of the step, without its hooks; with :attr:`linear` the log-determinant leaves that map out."""
+        return self._with_linear_map(self.step.forward, "matrix", "shift")
+
+    @property
     def inverse(self) -> Callable[..., tuple[Tensor, Tensor]]:
         """The inverse of the step; under FSDP without gathering its weights, which its node of autograd does."""
+        return self._with_linear_map(self._inverse, "inverse", "inverse_shift")
+
+    @property
+    def _inverse(self) -> Any:
         inverse: Any = self.step.inverse
         if "inverse" in self.step.__dict__ and hasattr(self.step, "_get_fsdp_state"):
             inverse = inverse.__wrapped__
-        result: Callable[..., tuple[Tensor, Tensor]] = inverse
-        return result
+        return inverse
+
+    def _with_linear_map(self, function: Callable[..., Any], *names: str) -> Callable[..., tuple[Tensor, Tensor]]:
+        if not self.linear:
+            return function
+        return functools.partial(function, linear=LinearMap(*(self.linear[name] for name in names)))
 
     @functools.cached_property
     def is_flow_step(self) -> bool:
@@ -84,7 +105,7 @@ class Anatomy:
         step = self.step
         if not isinstance(step, FlowStep) or type(step.coupling) not in _COUPLINGS:
             return False
-        inverse = getattr(self.inverse, "__func__", None)
+        inverse = getattr(self._inverse, "__func__", None)
         own_forward = type(step).forward is FlowStep.forward and "forward" not in step.__dict__
         if not own_forward or inverse is not FlowStep.inverse:
             return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from glow_kernels.nn import ActNorm
+from glow_kernels.nn.folding import Folded, Stack
 from glow_kernels.ops._checks import check_choice
 from glow_kernels.reversible import budget, guards
 from glow_kernels.reversible.anatomy import Anatomy
@@ -27,6 +29,9 @@ class ReversibleSequential(nn.Sequential):
     Backward goes through the chain from its output: it reconstructs the state before every step by inverting the step,
     or takes it from an anchor, and evaluates the step again for its gradients. The network of a
     :class:`~glow_kernels.nn.FlowStep` is evaluated once for both, that of any other step twice where it is inverted.
+
+    The ActNorms and 1x1 convolutions of flow steps that are alike are folded in one call for the whole chain; their
+    matrices stay until backward. The gradients of those parameters are done when that of the first step is.
 
     Args:
         steps: the steps, at least one.
@@ -112,7 +117,8 @@ class ReversibleSequential(nn.Sequential):
         if getattr(self, "_is_replica", False):
             raise RuntimeError("a reversible chain cannot be used in DataParallel: use DistributedDataParallel")
         if self.memory == "store" or not torch.is_grad_enabled():
-            return self._store(x, context)
+            stack = Stack.of(list(self), x)
+            return _in_turn(list(self), None if stack is None else stack.fold(x), x, context)
         if not torch.compiler.is_compiling():
             guards.refuse_transforms()
             _check_batches(x, context)
@@ -120,17 +126,18 @@ class ReversibleSequential(nn.Sequential):
             raise RuntimeError("offload_anchors=True cannot be compiled: compile the networks, or do without it")
         shelf = Shelf(x.device) if self.offload_anchors else None
         mode = Mode.current(x.device, self._micro_batches(x, context))
-        log_det: Tensor | None = None
         ghost: Tensor | None = None
         steps = list(self)
+        linear, log_det = self._folded(x)
         for numbers in self._nodes():
-            anatomies = [Anatomy.of(steps[number]) for number in numbers]
+            anatomies = [Anatomy.of(steps[number], linear[number]) for number in numbers]
             _initialize(anatomies, x, context)
             place = Place(
                 self._handle,
                 numbers[0],
                 len(numbers),
                 len(context),
+                len(linear[0]),
                 self._is_anchor(numbers[0]),
                 numbers[-1] == len(self) - 1,
                 self.check != "off",
@@ -140,13 +147,14 @@ class ReversibleSequential(nn.Sequential):
         return x, log_det
 
     def inverse(self, z: Tensor, *context: Tensor | None) -> tuple[Tensor, Tensor]:
-        """``z`` (B, ...) to ``x`` and ``log_det`` (B,) of that direction; always with plain autograd."""
-        log_det: Tensor | None = None
-        for step in reversed(list(self)):
-            z, step_log_det = step.inverse(z, *context)  # type: ignore[operator]
-            log_det = step_log_det if log_det is None else log_det + step_log_det
-        assert log_det is not None
-        return z, log_det
+        """``z`` (B, ...) to ``x`` and ``log_det`` (B,) of that direction; always with plain autograd.
+
+        Raises:
+            ValueError: a 1x1 convolution is singular.
+        """
+        stack = Stack.of(list(self), z)
+        folded = None if stack is None else self._inverted(stack, z)
+        return _in_turn([step.inverse for step in self], folded, z, context, backwards=True)  # type: ignore[misc]
 
     def drift(self) -> dict[int, float]:
         """Relative errors of the states that arrived at the anchors in the last backward, by the index of the step.
@@ -162,13 +170,24 @@ class ReversibleSequential(nn.Sequential):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._handle = register(self)
 
-    def _store(self, x: Tensor, context: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor]:
-        log_det: Tensor | None = None
-        for step in self:
-            x, step_log_det = step(x, *context)
-            log_det = step_log_det if log_det is None else log_det + step_log_det
-        assert log_det is not None
-        return x, log_det
+    def _folded(self, x: Tensor) -> tuple[list[tuple[Tensor, ...]], Tensor | None]:
+        """What an :class:`Anatomy` of every step gets of its linear map, and the log-determinant of all of these."""
+        stack = Stack.of(list(self), x)
+        if stack is None:
+            return [()] * len(self), None
+        maps, log_det = stack.fold(x, frugal=True)
+        if not any(self._needs_inverse(index) for index in range(len(self))):
+            return list(maps), log_det
+        with torch.no_grad():
+            inverses, _ = self._inverted(stack, x)
+        return [(*there, *back) for there, back in zip(maps, inverses, strict=True)], log_det
+
+    def _inverted(self, stack: Stack, z: Tensor) -> Folded:
+        try:
+            return stack.fold_inverse(z)
+        except ValueError:
+            with guards.named(self, stack.singular()):
+                raise
 
     def _micro_batches(self, x: Tensor, context: tuple[Tensor | None, ...]) -> int:
         if not isinstance(self.micro_batches, str):
@@ -197,6 +216,25 @@ class ReversibleSequential(nn.Sequential):
 
     def _needs_inverse(self, index: int) -> bool:
         return not self._is_anchor(index)
+
+
+def _in_turn(
+    calls: Sequence[Callable[..., tuple[Tensor, Tensor]]],
+    folded: Folded | None,
+    x: Tensor,
+    context: tuple[Tensor | None, ...],
+    backwards: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """All ``calls`` one after the other, with their linear maps if those are ``folded``, and the sum of the rest."""
+    log_det: Tensor | None = None
+    if folded is not None:
+        calls = [functools.partial(call, linear=linear) for call, linear in zip(calls, folded.maps, strict=True)]
+        log_det = folded.log_det
+    for call in reversed(calls) if backwards else calls:
+        x, step_log_det = call(x, *context)
+        log_det = step_log_det if log_det is None else log_det + step_log_det
+    assert log_det is not None
+    return x, log_det
 
 
 def _initialize(anatomies: Sequence[Anatomy], x: Tensor, context: tuple[Tensor | None, ...]) -> None:

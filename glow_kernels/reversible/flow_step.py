@@ -12,6 +12,7 @@ from torch import Tensor
 
 from glow_kernels.nn import AdditiveCoupling, AffineCoupling, CouplingNetwork, FlowStep
 from glow_kernels.ops import actnorm_conv1x1_reversible_backward, affine_coupling_reversible_backward
+from glow_kernels.ops.linear_map import linear_map_reversible_backward
 from glow_kernels.reversible.anatomy import Anatomy
 from glow_kernels.reversible.tensors import differentiate, leaf, sum_of
 
@@ -75,6 +76,10 @@ def backward_from_output(
 def _undo_linear_map(
     anatomy: Anatomy, step: FlowStep, grad: Tensor, grad_log_det: Tensor, y: Tensor, parameters: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    if anatomy.linear:
+        matrices = (anatomy.linear[name].detach() for name in ("matrix", "inverse", "inverse_shift"))
+        x, grad_x, *found = linear_map_reversible_backward(grad, y, *matrices)
+        return x, grad_x, [*found, *[None] * (len(parameters) - len(found))]
     # Nothing of this package's own needs a graph between the parameters and what the operator takes.
     with torch.set_grad_enabled(not anatomy.is_standard):
         weight, weight_log_det = step.mixing.matrix()
@@ -86,11 +91,11 @@ def _undo_linear_map(
         pairs = [(tensor, grad) for tensor, grad in zip(inputs, grads, strict=True) if tensor is not None]
         outputs, output_grads = zip(*pairs, strict=True)
         return x, grad_x, differentiate(outputs, output_grads, parameters, closed=True)
-    found: dict[int, Tensor | None] = {}
+    of: dict[int, Tensor | None] = {}
     linear_grads = zip(inputs[:2], grads[:2], strict=True)
     for tensor, grad in (*linear_grads, *step.mixing.matrix_gradients(grads[2], grads[3])):
-        found[id(tensor)] = sum_of(found.get(id(tensor)), grad)
-    return x, grad_x, [found.get(id(parameter)) if parameter.requires_grad else None for parameter in parameters]
+        of[id(tensor)] = sum_of(of.get(id(tensor)), grad)
+    return x, grad_x, [of.get(id(parameter)) if parameter.requires_grad else None for parameter in parameters]
 
 
 def _undo_coupling(

@@ -45,7 +45,10 @@ def register(chain: ReversibleSequential) -> int:
 
 
 class Place(NamedTuple):
-    """Which steps of which chain, how many context tensors they get, what is kept of them, and whether to compare.
+    """Which steps of which chain, how many tensors they get, what is kept of them, and whether to compare.
+
+    Of the tensors, ``contexts`` are the context of all steps, and ``folded`` the linear map of each, by
+    :data:`~glow_kernels.reversible.anatomy.LINEAR`, if the chain has folded it.
 
     A node is one step, so that its gradients leave as soon as they are done; with ``check="replay"``, all from one
     anchor to the next, so that they can be thrown away.
@@ -55,6 +58,7 @@ class Place(NamedTuple):
     number: int
     length: int
     contexts: int
+    folded: int
     keeps_input: bool
     keeps_output: bool
     compares: bool
@@ -66,7 +70,7 @@ class Place(NamedTuple):
 
 
 class Link(torch.autograd.Function):
-    """``apply(place, mode, anatomies, shelf, x, log_det, ghost, *context, *parameters)``.
+    """``apply(place, mode, anatomies, shelf, x, log_det, ghost, *context, *parameters)``, those of the anatomies.
 
     Gives ``z``, the new ``log_det``, and its ghost. Compiled, it goes without ``anatomies``.
     """
@@ -171,10 +175,9 @@ def _backward(
     if not too_far:
         return result
     # Once more from the anchor, with every state exact.
-    for index, number in enumerate(place.numbers[:-1]):
+    for index, (anatomy, _) in enumerate(_anatomies(place, tensors)[:-1]):
         given = inputs[index]
         assert given is not None
-        anatomy = Anatomy.of(chain[number])
         inputs[index + 1] = recompute.forward(anatomy, given, tensors[: place.contexts], mode, states[index])[0]
     return _sweep(place, mode, inputs, None, grads, tensors, needs, states)[0]
 
@@ -194,11 +197,9 @@ def _sweep(
     context = tensors[: place.contexts]
     totals: list[Tensor | None] = [None] * len(tensors)
     state = reached = z
-    end = len(tensors)
     result: Recomputed | None = None
-    for index, number in reversed(list(enumerate(place.numbers))):
-        anatomy = Anatomy.of(chain[number])
-        start = end - len(anatomy.slots)
+    for index, (anatomy, own) in reversed(list(enumerate(_anatomies(place, tensors)))):
+        number = place.number + index
         reached = state
         given = state if inputs[index] is None else inputs[index]
         assert given is not None
@@ -210,18 +211,17 @@ def _sweep(
                 state,
                 grads,
                 context,
-                tensors[start:end],
-                [*needs[: place.contexts], *needs[start:end]],
+                tensors[own],
+                [*needs[: place.contexts], *needs[own]],
                 mode,
                 states[index],
                 anatomy.is_standard or key in chain._proven,
             )
         chain._proven.add(key)
         state, grads = result.x, (result.grad_x, grads[1])
-        totals[start:end] = result.grads[place.contexts :]
+        totals[own] = result.grads[place.contexts :]
         for position, grad in enumerate(result.grads[: place.contexts]):
             totals[position] = sum_of(totals[position], grad)
-        end = start
     assert result is not None
     return result._replace(grads=totals), reached
 
@@ -233,13 +233,26 @@ def _find(place: Place) -> ReversibleSequential:
     return chain
 
 
+def _anatomies(place: Place, tensors: Sequence[Any]) -> list[tuple[Anatomy, slice]]:
+    """The steps, and which of ``tensors`` are the parameters of each."""
+    chain = _find(place)
+    start = place.contexts
+    found = []
+    for number in place.numbers:
+        anatomy = Anatomy.of(chain[number], tensors[start : start + place.folded])
+        end = start + len(anatomy.slots)
+        found.append((anatomy, slice(start, end)))
+        start = end
+    return found
+
+
 def _plain(place: Place, mode: Mode) -> tuple[Any, ...]:
     return (*place, *mode)
 
 
 _SETTINGS = (
-    "int handle, int number, int length, int contexts, bool keeps_input, bool keeps_output, bool compares, "
-    "int micro_batches, ScalarType? autocast"
+    "int handle, int number, int length, int contexts, int folded, bool keeps_input, bool keeps_output, "
+    "bool compares, int micro_batches, ScalarType? autocast"
 )
 _SCHEMAS = (
     f"reversible_forward(Tensor x, Tensor?[] tensors, {_SETTINGS}) -> (Tensor, Tensor)",
@@ -253,7 +266,8 @@ _backward_operator = torch.ops.glow_kernels.reversible_backward.default
 
 
 def _split(settings: Sequence[Any]) -> tuple[Place, Mode]:
-    return Place(*settings[:7]), Mode(*settings[7:])
+    count = len(Place._fields)
+    return Place(*settings[:count]), Mode(*settings[count:])
 
 
 @contextmanager
@@ -275,7 +289,7 @@ def _own(tensor: Tensor, *inputs: Tensor | None) -> Tensor:
 
 def _run_forward(x: Tensor, tensors: Sequence[Tensor | None], *settings: Any) -> tuple[Tensor, Tensor]:
     place, mode = _split(settings)
-    anatomies = [Anatomy.of(_find(place)[number]) for number in place.numbers]
+    anatomies = [anatomy for anatomy, _ in _anatomies(place, tensors)]
     with _eager():
         z, log_det, states = _forward(place, mode, anatomies, x, tensors)
     drawing = [number for number, drawn in zip(place.numbers, states, strict=True) if drawn is not None]
@@ -294,8 +308,8 @@ def _fake_forward(x: Tensor, tensors: Sequence[Tensor | None], *settings: Any) -
     fake_mode.allow_non_fake_inputs = True
     z = x
     try:
-        for number in place.numbers:
-            z, log_det, _ = recompute.forward(Anatomy.of(_find(place)[number]), z, tensors[: place.contexts], mode)
+        for anatomy, _ in _anatomies(place, tensors):
+            z, log_det, _ = recompute.forward(anatomy, z, tensors[: place.contexts], mode)
     finally:
         fake_mode.allow_non_fake_inputs = allowed
     return torch.empty_like(z, memory_format=output_format(z)), log_det.new_empty(log_det.shape)

@@ -84,7 +84,7 @@ def forward(
         for number, part in enumerate(mode.parts(len(x))):
             state = RandomState(x.device) if may_draw else None
             with _replayed(None if states is None else states[number]):
-                part_z, part_log_det = anatomy.step.forward(part_of(x, part), *_parts(context, part))
+                part_z, part_log_det = anatomy.forward(part_of(x, part), *_parts(context, part))
             if state is not None:
                 drew = drew or state.has_moved()
                 drawn.append(state)
@@ -140,7 +140,7 @@ def backward(
                         part_x, _ = anatomy.inverse(part_x, *part_context)
                 with torch.enable_grad(), _replayed(state):
                     start = leaf(part_x, True)
-                    part_z, part_log_det = anatomy.step.forward(start, *part_context)
+                    part_z, part_log_det = anatomy.forward(start, *part_context)
                 if x is not None and z is not None:
                     joined_z.add(part, part_z.detach())
                 every_leaf = [start, *(t for t in part_context if t is not None), *leaves]

@@ -76,10 +76,18 @@ class WaveGlow(nn.Module):
             self.convinv.append(Invertible1x1Conv(channels))
             self.WN.append(WaveNet(channels // 2, n_mel_channels * n_group, n_layers, width))
 
+    def conditions(self, spect):
+        return spect.unfold(2, self.n_group, self.n_group).permute(0, 1, 3, 2).flatten(1, 2)
+
+    def couple(self, k, first, second, spect):
+        b, log_s = self.WN[k]((first, spect)).chunk(2, 1)
+        return torch.exp(log_s) * second + b, log_s
+
     def forward(self, forward_input):
         spect, audio = forward_input
-        spect = self.upsample(spect)[:, :, : audio.shape[1]]
-        spect = spect.unfold(2, self.n_group, self.n_group).permute(0, 1, 3, 2).flatten(1, 2)
+        spect = self.upsample(spect)
+        assert spect.shape[2] >= audio.shape[1], "the spectrogram is too short"
+        spect = self.conditions(spect[:, :, : audio.shape[1]])
         audio = audio.unfold(1, self.n_group, self.n_group).permute(0, 2, 1)
         outputs, log_s_list, log_det_list = [], [], []
         for k in range(self.n_flows):
@@ -88,11 +96,23 @@ class WaveGlow(nn.Module):
                 audio = audio[:, self.n_early_size :]
             audio, log_det = self.convinv[k](audio)
             first, second = audio.chunk(2, 1)
-            b, log_s = self.WN[k]((first, spect)).chunk(2, 1)
-            audio = torch.cat([first, torch.exp(log_s) * second + b], 1)
+            second, log_s = self.couple(k, first, second, spect)
+            audio = torch.cat([first, second], 1)
             log_s_list.append(log_s)
             log_det_list.append(log_det)
         return torch.cat([*outputs, audio], 1), log_s_list, log_det_list
+
+    def infer(self, spect, sigma=1.0):
+        spect = self.conditions(self.upsample(spect)[:, :, : -self.upsample.kernel_size[0] + self.upsample.stride[0]])
+        channels = self.convinv[-1].conv.in_channels
+        audio = sigma * torch.randn(len(spect), channels, spect.shape[2])
+        for k in reversed(range(self.n_flows)):
+            first, second = audio.chunk(2, 1)
+            b, log_s = self.WN[k]((first, spect)).chunk(2, 1)
+            audio = self.convinv[k](torch.cat([first, (second - b) / torch.exp(log_s)], 1), reverse=True)
+            if k % self.n_early_every == 0 and k > 0:
+                audio = torch.cat([sigma * torch.randn(len(spect), self.n_early_size, spect.shape[2]), audio], 1)
+        return audio.permute(0, 2, 1).flatten(1)
 
 
 def waveglow_loss(model, spect, audio):

@@ -30,6 +30,42 @@ class ActNorm(nn.Module):
         return ((x - self.loc) / self.log_scale.exp(),), -jacobian
 
 
+class Fixed1x1Conv(nn.Module):
+    """The matrix that it is given is applied from the right."""
+
+    def __init__(self, dims_in, M):
+        super().__init__()
+        self.dims_in, self.dims_c = dims_in, []
+        self.M = nn.Parameter(M.t()[:, :, None, None], requires_grad=False)
+        self.M_inv = nn.Parameter(M.t().inverse()[:, :, None, None], requires_grad=False)
+        self.logDetM = nn.Parameter(torch.slogdet(M)[1], requires_grad=False)
+
+    def forward(self, x, rev=False, jac=True):
+        jacobian = self.logDetM * x[0][0, 0].numel()
+        if rev:
+            return (F.conv2d(x[0], self.M_inv),), -jacobian
+        return (F.conv2d(x[0], self.M),), jacobian
+
+
+class AffineCouplingOneSided(nn.Module):
+    """The first part stays; the clamp is a function of its own."""
+
+    def __init__(self, dims_in, subnet_constructor, clamp=2.0, clamp_activation=torch.tanh):
+        super().__init__()
+        self.dims_in, self.dims_c, self.clamp, self.f_clamp = dims_in, [], clamp, clamp_activation
+        channels = dims_in[0][0]
+        self.split_len1, self.split_len2 = channels - channels // 2, channels // 2
+        self.subnet = subnet_constructor(self.split_len1, 2 * self.split_len2)
+
+    def forward(self, x, c=[], rev=False, jac=True):  # noqa: B006
+        x1, x2 = x[0].split([self.split_len1, self.split_len2], 1)
+        s, t = self.subnet(x1).chunk(2, 1)
+        log_s = self.clamp * self.f_clamp(s)
+        y2 = (x2 - t) * torch.exp(-log_s) if rev else x2 * torch.exp(log_s) + t
+        jacobian = log_s.flatten(1).sum(1)
+        return (torch.cat((x1, y2), 1),), -jacobian if rev else jacobian
+
+
 class GLOWCouplingBlock(nn.Module):
     """One half and then the other, each with a clamped scale."""
 
@@ -103,7 +139,13 @@ class Model(nn.Module):
     def __init__(self, channels, make_net):
         super().__init__()
         dims = [(channels, 4, 4)]
-        layers = [ActNorm(dims), GLOWCouplingBlock(dims, make_net), AllInOneBlock(dims, make_net)]
+        layers = [
+            ActNorm(dims),
+            Fixed1x1Conv(dims, 1.1 * torch.linalg.qr(torch.randn(channels, channels)).Q),
+            AffineCouplingOneSided(dims, make_net),
+            GLOWCouplingBlock(dims, make_net),
+            AllInOneBlock(dims, make_net),
+        ]
         self.module_list = nn.ModuleList(layers)
 
     def forward(self, x):

@@ -15,7 +15,7 @@ import normflows
 import torch
 from torch import Tensor, nn
 
-from dialects import chrischute, freia_later, openai, rosinality, survae
+from dialects import chrischute, freia_later, openai, pclucas14, rosinality, survae
 
 
 @dataclass(frozen=True)
@@ -140,13 +140,15 @@ EXAMPLES = {
     "rosinality_additive": Example(
         lambda: rosinality.Glow(3, 2, 2, filter_size=8, affine=False), rosinality.loss, 28, 40
     ),
-    "chaiyujin": Example(lambda: openai.Glow(3, 8, 2, 2), openai.loss, 34, 100),
-    "chaiyujin_lu": Example(lambda: openai.Glow(3, 8, 2, 2, LU_decomposed=True), openai.loss, 34),
+    "chaiyujin": Example(lambda: openai.Glow(3, 8, 2, 2), openai.loss, 38, 100),
+    "chaiyujin_lu": Example(lambda: openai.Glow(3, 8, 2, 2, LU_decomposed=True), openai.loss, 38),
     "chaiyujin_additive": Example(
-        lambda: openai.Glow(3, 8, 2, 2, coupling="additive", permutation="shuffle"), openai.loss, 30
+        lambda: openai.Glow(3, 8, 2, 2, coupling="additive", permutation="shuffle"), openai.loss, 34
     ),
-    "y0ast": Example(lambda: openai.Glow(3, 8, 2, 2, style="y0ast"), openai.loss, 34),
-    "y0ast_reverse": Example(lambda: openai.Glow(3, 8, 2, 2, style="y0ast", permutation="reverse"), openai.loss, 30),
+    "y0ast": Example(lambda: openai.Glow(3, 8, 2, 2, style="y0ast"), openai.loss, 38),
+    "y0ast_reverse": Example(lambda: openai.Glow(3, 8, 2, 2, style="y0ast", permutation="reverse"), openai.loss, 34),
+    "pclucas14": Example(pclucas14.Glow, pclucas14.loss, 26, 100),
+    "pclucas14_additive": Example(lambda: pclucas14.Glow(additive=True), pclucas14.loss, 26),
     "normflows": Example(normflows_glow, normflows_loss, 20, 100),
     "normflows_plain_exp": Example(lambda: normflows_glow(use_lu=False, scale_map="exp"), normflows_loss, 20),
     "normflows_sigmoid_inv": Example(
@@ -155,7 +157,7 @@ EXAMPLES = {
     "normflows_additive": Example(lambda: normflows_glow(scale=False, split_mode="channel_inv"), normflows_loss, 20),
     "nflows": Example(nflows_glow, standard_normal_loss, 10, 100),
     "FrEIA": Example(freia_glow, standard_normal_loss, 11, 100),
-    "FrEIA later": Example(lambda: freia_later.Model(12, small_net), standard_normal_loss, 6, 100),
+    "FrEIA later": Example(lambda: freia_later.Model(12, small_net), standard_normal_loss, 9, 100),
     "chrischute": Example(chrischute.Glow, chrischute.loss, 12, 100),
     "survae": Example(survae.Flow, standard_normal_loss, 8, 100),
 }

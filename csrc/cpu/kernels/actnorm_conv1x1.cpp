@@ -18,7 +18,7 @@ void apply_as(Positions<const T> x, const compute_t<T>* matrix, const compute_t<
   using A = compute_t<T>;
   const int64_t channels = x.planes.channels;
   static thread_local KeptBuffer<A> buffers[3];
-  const PaddedMatrix<A> map(buffers[0], matrix, true, shift, channels);
+  const PaddedMatrix<A> map(buffers[0], Rows<const A>{matrix, channels}, true, shift, channels);
   PositionsBuffer<A> x_buffer(buffers[1], channels), z_buffer(buffers[2], channels);
   const bool streamed = is_streamed(z);
   for (int64_t start = begin, stop; start < end; start = stop) {
@@ -45,9 +45,9 @@ void backward_as(const LinearBackward<T>& arguments, int64_t begin, int64_t end,
   using A = compute_t<T>;
   const int64_t channels = arguments.grad.planes.channels;
   static thread_local KeptBuffer<A> buffers[5];
-  const PaddedMatrix<A> matrix(buffers[0], arguments.matrix, false, nullptr, channels);
-  const PaddedMatrix<A> inverse(buffers[1], arguments.inverse ? arguments.inverse : arguments.matrix, true,
-                                arguments.inverse_shift, channels);
+  const PaddedMatrix<A> matrix(buffers[0], Rows<const A>{arguments.matrix, channels}, false, nullptr, channels);
+  const Rows<const A> restoring{arguments.inverse ? arguments.inverse : arguments.matrix, channels};
+  const PaddedMatrix<A> inverse(buffers[1], restoring, true, arguments.inverse_shift, channels);
   PositionsBuffer<A> g_buffer(buffers[2], channels), data_buffer(buffers[3], channels),
       result_buffer(buffers[4], channels);
   const bool streamed = is_streamed(arguments.grad_x);

@@ -5,67 +5,12 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
 
 #include "cpu/actnorm_conv1x1.h"
-#include "cpu/kernels/products.h"
+#include "cpu/kernels/padded_matrix.h"
 #include "cpu/kernels/tile_access.h"
 
 namespace glow_kernels::GLOW_KERNELS_ISA {
-
-// Memory that a thread keeps between calls, since fresh memory of this size costs page faults.
-template <typename A>
-class KeptBuffer {
- public:
-  A* reserve(int64_t size) {
-    if (size > size_) {
-      values_.reset(static_cast<A*>(
-          std::aligned_alloc(kVectorBytes, (size + kLanes<A>)*sizeof(A) / kVectorBytes * kVectorBytes)));
-      size_ = size;
-    }
-    return values_.get();
-  }
-
- private:
-  struct Free {
-    void operator()(A* values) const { std::free(values); }
-  };
-  std::unique_ptr<A, Free> values_;
-  int64_t size_ = 0;
-};
-
-inline int64_t padded(int64_t channels, int64_t lanes) { return (channels + lanes - 1) / lanes * lanes; }
-
-// A square matrix, or its transpose, and a shift, with their rows padded to whole vectors by zeros, so that products
-// may read beyond the last column.
-template <typename A>
-class PaddedMatrix {
- public:
-  PaddedMatrix(KeptBuffer<A>& buffer, const A* matrix, bool transpose, const A* shift, int64_t channels)
-      : stride_(padded(channels, kLanes<A>)), values_(buffer.reserve((channels + 1) * stride_)) {
-    std::memset(values_, 0, (channels + 1) * stride_ * sizeof(A));
-    // By blocks of columns, so that the cache lines that a transpose reads are still there for the next row.
-    for (int64_t first = 0; first < channels; first += kLanes<A>) {
-      const int64_t last = std::min(first + kLanes<A>, channels);
-      for (int64_t i = 0; i < channels; ++i) {
-        for (int64_t j = first; j < last; ++j) {
-          values_[i * stride_ + j] = transpose ? matrix[j * channels + i] : matrix[i * channels + j];
-        }
-      }
-    }
-    if (shift) std::copy_n(shift, channels, values_ + channels * stride_);
-    shift_ = shift ? values_ + channels * stride_ : nullptr;
-  }
-
-  Rows<const A> rows() const { return {values_, stride_}; }
-  const A* shift() const { return shift_; }
-
- private:
-  int64_t stride_;
-  A* values_;
-  const A* shift_;
-};
 
 // A tile of positions that is loaded from or stored to a tensor.
 template <typename A>

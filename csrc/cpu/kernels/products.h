@@ -25,16 +25,20 @@ struct Rows {
 // transpose, so that the factors of a step lie next to each other; the one at its right has its shift per column.
 enum class Small { left, right };
 
-// z[row + r][column + c] = shift + sum over k of a[row + r][k] b[k][column + c] for `rows` rows and `vectors` vectors
-// of columns; a shift of null is zero.
-template <int rows, int vectors, Small small, Stores stores, typename A>
+// What a product is added to: the shift, of which null is zero, or what stands where the result goes.
+enum class Start { shift, result };
+
+// z[row + r][column + c] = start + sum over k of a[row + r][k] b[k][column + c] for `rows` rows and `vectors` vectors
+// of columns.
+template <int rows, int vectors, Small small, Stores stores, Start start, typename A>
 inline __attribute__((always_inline)) void multiply_block(Rows<const A> a, Rows<const A> b, const A* shift, Rows<A> z,
                                                           int64_t inner, int64_t row, int64_t column) {
   constexpr bool transposed = small == Small::left;
   Vector<A> total[rows][vectors];
   for (int r = 0; r < rows; ++r) {
     for (int c = 0; c < vectors; ++c) {
-      total[r][c] = Vector<A>{};
+      const A* there = z.data + (row + r) * z.stride + column + c * kLanes<A>;
+      total[r][c] = start == Start::result ? vector_at(there) : Vector<A>{};
       if (shift) total[r][c] += transposed ? Vector<A>{} + shift[row + r] : vector_at(shift + column + c * kLanes<A>);
     }
   }
@@ -61,33 +65,34 @@ inline __attribute__((always_inline)) void multiply_block(Rows<const A> a, Rows<
   }
 }
 
-template <int rows, int vectors, Small small, Stores stores, typename A>
+template <int rows, int vectors, Small small, Stores stores, Start start, typename A>
 inline int64_t multiply_rows(Rows<const A> a, Rows<const A> b, const A* shift, Rows<A> z, int64_t inner, int64_t row,
                              int64_t end, int64_t column) {
   for (; row + rows <= end; row += rows) {
-    multiply_block<rows, vectors, small, stores>(a, b, shift, z, inner, row, column);
+    multiply_block<rows, vectors, small, stores, start>(a, b, shift, z, inner, row, column);
   }
   return row;
 }
 
 // The product for all `rows` rows and the columns of `vectors` vectors.
-template <int vectors, Small small, Stores stores, typename A>
+template <int vectors, Small small, Stores stores, Start start, typename A>
 inline void multiply_columns(Rows<const A> a, Rows<const A> b, const A* shift, Rows<A> z, int64_t rows, int64_t inner,
                              int64_t column) {
-  int64_t row = multiply_rows<kRows, vectors, small, stores>(a, b, shift, z, inner, 0, rows, column);
-  row = multiply_rows<2, vectors, small, stores>(a, b, shift, z, inner, row, rows, column);
-  multiply_rows<1, vectors, small, stores>(a, b, shift, z, inner, row, rows, column);
+  int64_t row = multiply_rows<kRows, vectors, small, stores, start>(a, b, shift, z, inner, 0, rows, column);
+  row = multiply_rows<2, vectors, small, stores, start>(a, b, shift, z, inner, row, rows, column);
+  multiply_rows<1, vectors, small, stores, start>(a, b, shift, z, inner, row, rows, column);
 }
 
 // The product for all rows and `columns` columns, rounded up to whole vectors.
-template <Small small, Stores stores = Stores::cached, typename A>
+template <Small small, Stores stores = Stores::cached, Start start = Start::shift, typename A>
 void multiply(Rows<const A> a, Rows<const A> b, const A* shift, Rows<A> z, int64_t rows, int64_t inner,
               int64_t columns) {
   int64_t column = 0;
   for (; column + (kVectors - 1) * kLanes<A> < columns; column += kVectors * kLanes<A>) {
-    multiply_columns<kVectors, small, stores>(a, b, shift, z, rows, inner, column);
+    multiply_columns<kVectors, small, stores, start>(a, b, shift, z, rows, inner, column);
   }
-  for (; column < columns; column += kLanes<A>) multiply_columns<1, small, stores>(a, b, shift, z, rows, inner, column);
+  for (; column < columns; column += kLanes<A>)
+    multiply_columns<1, small, stores, start>(a, b, shift, z, rows, inner, column);
 }
 
 // sums[row + r][column + c] += sum over i < count of g[row + r][i] x[column + c][i]: the columns are summed over.

@@ -1,20 +1,22 @@
 // Tensors as operators get and make them, on any device: (B, C, *spatial) as batches of C x P planes, and their types.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/device.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
+#include <vector>
 
 #include "glow_kernels/types.h"
 
 namespace glow_kernels {
 
-using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -44,17 +46,48 @@ inline Planes planes_of(const Tensor& x) { return *try_planes(x); }
 // x itself or, where it is not contiguous, a contiguous copy. Asking first is cheaper than a call that does nothing.
 inline Tensor as_contiguous(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
 
+// An uninitialised tensor. The C interface beneath torch::stable::empty, which looks its operator up by name at every
+// call and takes several times as long.
+inline Tensor empty_strided(int64_t dimensions, const int64_t* sizes, const int64_t* strides, ScalarType type,
+                            const Tensor& like) {
+  const torch::stable::Device device = like.device();
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dimensions, sizes, strides, static_cast<int32_t>(type),
+                                                  static_cast<int32_t>(device.type()), device.index(), &handle));
+  return Tensor(handle);
+}
+
+// An uninitialised contiguous tensor of these sizes on the device of `like`.
+inline Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType type, const Tensor& like) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t dimension = sizes.size(); dimension-- > 0;) {
+    strides[dimension] = stride;
+    stride *= std::max<int64_t>(sizes[dimension], 1);
+  }
+  return empty_strided(sizes.size(), sizes.data(), strides.data(), type, like);
+}
+
+// An uninitialised contiguous tensor of the sizes and the type of x.
+inline Tensor empty_contiguous(const Tensor& x) { return empty(x.sizes(), x.scalar_type(), x); }
+
+inline Tensor empty_vector(int64_t size, ScalarType type, const Tensor& like) { return empty({size}, type, like); }
+
 // An uninitialised tensor with the shape of x, channels last if x is and contiguous otherwise; the rule is that of
 // output_format in glow_kernels/backends/numerics.py.
 inline Tensor empty_output(const Tensor& x) {
-  MemoryFormat format = MemoryFormat::Contiguous;
+  const auto sizes = x.sizes();
   const bool channels_last = x.dim() >= 4 && x.size(1) > 1 && x.stride(1) == 1 && !x.is_contiguous();
-  if (channels_last) format = x.dim() == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::ChannelsLast3d;
-  return torch::stable::empty(x.sizes(), x.scalar_type(), std::nullopt, x.device(), std::nullopt, format);
-}
-
-inline Tensor empty_vector(int64_t size, ScalarType type, const Tensor& like) {
-  return torch::stable::empty({size}, type, std::nullopt, like.device());
+  if (!channels_last) return empty(sizes, x.scalar_type(), x);
+  std::vector<int64_t> strides(sizes.size());
+  strides[1] = 1;
+  int64_t stride = sizes[1];
+  for (size_t dimension = sizes.size(); --dimension >= 2;) {
+    strides[dimension] = stride;
+    stride *= sizes[dimension];
+  }
+  strides[0] = stride;
+  return empty_strided(sizes.size(), sizes.data(), strides.data(), x.scalar_type(), x);
 }
 
 // Calls f.operator()<T>() with the type of x.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from glow_kernels.backends.native import cuda
-from glow_kernels.backends.numerics import compute_dtype
+from glow_kernels.backends.numerics import compute_dtype, output_format
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Types of x and of h; x float32 with h in half precision is the normal case of mixed precision.
@@ -21,11 +21,13 @@ _TYPES_WITH_H = {
     (torch.float16, torch.float16),
     (torch.float64, torch.float64),
 }
-# kMaxChannels in csrc/cpu/actnorm_conv1x1.h: larger matrices are left to BLAS and LAPACK.
+# kMaxChannels in csrc/cpu/actnorm_conv1x1_fold.h: larger matrices are left to BLAS and LAPACK.
 _MAX_CHANNELS = 512
 # kMaxFoldChannels and kMaxChannels in csrc/cuda; more double channels than that do not fit into shared memory.
 _MAX_FOLD_CHANNELS_ON_GPU = 384
 _MAX_CHANNELS_ON_GPU = {torch.float64: 60}
+# Functions of actnorm_conv1x1 that fold and apply in one call, and where the data stands among their arguments.
+_IN_ONE_CALL = {"forward": 0, "inverse": 0, "backward": 2, "inverse_backward": 2, "reversible_backward": 2}
 
 
 def affine_coupling(function: str, *args: Any) -> bool:
@@ -40,6 +42,12 @@ def actnorm_conv1x1(function: str, *args: Any) -> bool:
     On a GPU that begins at 64 channels, where the map is limited by arithmetic: there cuBLAS is at its best, and what a
     kernel saves by reading the data once no longer counts. Folding is in these kernels for every size that flows have.
     """
+    if function in _IN_ONE_CALL:
+        first = _IN_ONE_CALL[function]
+        tensors = [tensor for tensor in args[first : first + 5] if tensor is not None]
+        x = tensors[0]
+        fits = x.dtype in _TYPES and x.shape[1] <= _MAX_CHANNELS
+        return fits and _takes("actnorm_conv1x1", function, *tensors)
     if function.startswith("apply"):
         x, matrix = args[1:3] if function.endswith("backward") else args[:2]
         most = _MAX_CHANNELS_ON_GPU.get(x.dtype, 64) if _runs_cuda_code(x) else _MAX_CHANNELS
@@ -65,6 +73,19 @@ def gaussian_log_prob(function: str, *args: Any) -> bool:
 def actnorm_statistics(function: str, x: Tensor) -> bool:
     """All of it."""
     return x.dtype in _TYPES and _takes("actnorm_statistics", function, x)
+
+
+def scale_filters(function: str, *args: Any) -> bool:
+    """Dense filters without a conversion, and gradients that lie as they do."""
+    tensors = [tensor for tensor in args if isinstance(tensor, Tensor)]
+    weight = tensors[0] if function == "forward" else tensors[2]
+    types = {tensor.dtype for tensor in tensors} | {arg for arg in args if isinstance(arg, torch.dtype)}
+    if types not in ({torch.float32}, {torch.float64}):
+        return False
+    format_ = output_format(weight)
+    whole = [tensor for tensor in tensors if tensor.dim() > 1]
+    dense = all(tensor.is_contiguous(memory_format=format_) for tensor in whole)
+    return dense and _takes("scale_filters", function, *tensors)
 
 
 def _takes(module: str, function: str, *tensors: Tensor) -> bool:

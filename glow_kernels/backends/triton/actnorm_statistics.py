@@ -12,7 +12,7 @@ from torch import Tensor
 
 from glow_kernels.backends.numerics import compute_dtype
 from glow_kernels.backends.triton.device_functions import kernel, row_pointers, row_sizes
-from glow_kernels.backends.triton.launch import is_channels_last, launch, multiprocessors, planes, rows_of, strided
+from glow_kernels.backends.triton.launch import channels_of_tile, launch, multiprocessors, rows_of, strided
 
 _MAX_CHUNKS = 64
 
@@ -24,7 +24,7 @@ def forward(x: Tensor) -> tuple[Tensor, Tensor]:
     if x.numel() == 0:
         mean.fill_(torch.nan)
         return mean, mean.clone()
-    block_c = (8 if channels <= 16 else 32) if is_channels_last(planes(x)) else 4
+    block_c = channels_of_tile(x)
     rows = rows_of("statistics", (x,), block_c)
     (view,) = rows.planes
     tiles_c = -(-channels // block_c)

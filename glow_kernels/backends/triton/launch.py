@@ -127,6 +127,11 @@ def rows_of(family: str, tensors: Sequence[Tensor], block_c: int) -> Rows:
     return Rows(views, samples * positions, options)
 
 
+def channels_of_tile(x: Tensor) -> int:
+    """Channels of a tile of rows of ``x`` (B, C, *spatial) in which channels do not mix."""
+    return (8 if x.shape[1] <= 16 else 32) if is_channels_last(planes(x)) else 4
+
+
 def is_channels_last(x: Tensor) -> bool:
     """Whether channels, rather than positions, lie next to each other in the planes ``x`` (B, C, P)."""
     return x.shape[1] > 1 and x.stride(1) == 1 and (x.shape[2] == 1 or x.stride(2) != 1)

@@ -50,6 +50,27 @@ def actnorm_statistics(function: str, x: Tensor) -> bool:
     return _on_device(x) and _countable(x)
 
 
+def bias_relu(function: str, *args: Tensor) -> bool:
+    """Every shape."""
+    x = args[-1] if function == "backward" else args[0]
+    bias_or_grad = args[0] if function == "backward" else args[1]
+    return _on_device(*args) and (x.dtype, bias_or_grad.dtype) in _PAIRS and _countable(x)
+
+
+def scale_filters(function: str, *args: Any) -> bool:
+    """Every shape; a weight whose bias and scale have its type."""
+    tensors = [tensor for tensor in args if isinstance(tensor, Tensor)]
+    weight, *vectors = tensors[-3:]
+    results = {grad.dtype for grad in tensors[:-3]} or {args[-1]}
+    return (
+        _on_device(*tensors)
+        and {vector.dtype for vector in vectors} == {weight.dtype}
+        and len(results) == 1
+        and (weight.dtype, *results) in _PAIRS
+        and _countable(weight)
+    )
+
+
 def _countable(x: Tensor) -> bool:
     """Whether the elements of a sample, and the positions of all samples, are not too many to count."""
     samples, channels = x.shape[:2]

@@ -1,0 +1,83 @@
+"""``make gpu-curve``: bits/dim of a real training against steps and seconds, plain reference and full stack.
+
+Both train on 32 x 32 patches of photographs from the same seed with the same settings, one after the other, each for
+five minutes or as long as is said; then their validations go to one file of results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from glow_kernels.bench import environment, results
+from glow_kernels.errors import GlowKernelsError
+from glow_kernels.training import metrics
+
+SETTINGS = ["--dataset", "patches", "--image-size", "32", "--seed", "0", "--validate-every", "200"]
+# By name: the backend, empty for the best that there is, and options of the training.
+RUNS: dict[str, tuple[str, list[str]]] = {
+    "reference": ("reference", []),
+    "full stack": ("", ["--precision", "bfloat16", "--cuda-graph"]),
+}
+
+
+def train(folder: Path, backend: str, options: list[str], seconds: float) -> None:
+    """Train for so long; what has been written by then stays."""
+    command = [sys.executable, "-m", "glow_kernels", "train", "--quiet", "--run", str(folder), *options]
+    environment_ = {**os.environ, **({"GLOW_KERNELS_BACKEND": backend} if backend else {})}
+    process = subprocess.Popen(command, env=environment_)
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)  # saves and stops
+        process.wait(60)
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def rows(name: str, folder: Path) -> Iterator[results.Row]:
+    """A row for every record of the run that has bits/dim."""
+    for record in metrics.read(folder):
+        values = {key: value for key, value in record.items() if "bits_per_dim" in key}
+        if values:
+            case = {"part": "curve", "implementation": name, "step": record["step"]}
+            yield {"kind": "curve", "case": case, "seconds": record["time"], **values}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train both and write their curves."""
+    parser = argparse.ArgumentParser(prog="make gpu-curve", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/gpu.jsonl"), help="file of results")
+    parser.add_argument("--seconds", type=float, default=300.0, help="of each training")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("options", nargs="*", help="more options of the training, after --")
+    arguments = parser.parse_args(argv)
+    import torch  # only here, so that --help is at once
+
+    try:
+        writer = results.Writer(arguments.output, environment.record(torch.zeros(0, device=arguments.device).device))
+        for name, (backend, options) in RUNS.items():
+            with tempfile.TemporaryDirectory() as folder:
+                run = Path(folder) / "run"
+                own = [*SETTINGS, "--device", arguments.device, *options, *arguments.options]
+                train(run, backend, own, arguments.seconds)
+                found = list(rows(name, run))
+            for row in found:
+                writer.write(row)
+            print(f"{name}: {len(found)} records")
+    except GlowKernelsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+// Filters times a learned scale on the CPU. The mathematics stands in glow_kernels/ops/scale_filters.py. PyTorch takes
+// a pass for every factor, and as many calls, which cost more than the passes over filters so small.
+#include <torch/csrc/stable/library.h>
+
+#include <array>
+#include <cmath>
+#include <tuple>
+
+#include "glow_kernels/tensors.h"
+
+namespace glow_kernels {
+namespace {
+
+constexpr int kSums = 16;  // independent ones, which the compiler adds in a vector
+
+// A filter lies in one piece of memory, in either memory format.
+int64_t size_of_filter(const Tensor& weight) { return weight.size(0) == 0 ? 0 : weight.numel() / weight.size(0); }
+
+template <typename A>
+struct Vectors {
+  const A *bias, *log_scale;
+  Vectors(const Tensor& bias_tensor, const Tensor& log_scale_tensor)
+      : bias(bias_tensor.const_data_ptr<A>()), log_scale(log_scale_tensor.const_data_ptr<A>()) {}
+  A scale(int64_t index, double factor) const { return std::exp(static_cast<A>(factor) * log_scale[index]); }
+};
+
+// Calls f.operator()<A>() with the type of x, which has no half precision here.
+template <typename F>
+void with_type(const Tensor& x, const F& f) {
+  if (x.scalar_type() == ScalarType::Double) return f.template operator()<double>();
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, "unsupported type of weight");
+  f.template operator()<float>();
+}
+
+// The tensor must have the type of weight and lie as result does, which is dense.
+void check_like(const char* name, const Tensor& tensor, const Tensor& result) {
+  bool same = tensor.dim() == result.dim() && tensor.scalar_type() == result.scalar_type();
+  for (int64_t i = 0; same && i < result.dim(); ++i) {
+    same = tensor.size(i) == result.size(i) &&
+           (result.numel() == 0 || result.size(i) == 1 || tensor.stride(i) == result.stride(i));
+  }
+  STD_TORCH_CHECK(same, name, " must have the type of weight, and be contiguous or channels last as it is");
+}
+
+std::tuple<Tensor, Tensor> forward(const Tensor& weight, const Tensor& bias, const Tensor& log_scale, double factor,
+                                   ScalarType dtype) {
+  STD_TORCH_CHECK(dtype == weight.scalar_type(), "dtype must be that of weight");
+  const int64_t filters = weight.size(0), size = size_of_filter(weight);
+  Tensor result = empty_output(weight), result_bias = empty_vector(filters, dtype, weight);
+  const Tensor bias_ = as_contiguous(bias), log_scale_ = as_contiguous(log_scale);
+  check_like("weight", weight, result);
+  check_like("bias", bias_, result_bias);
+  check_like("log_scale", log_scale_, result_bias);
+  with_type(weight, [&]<typename A>() {
+    const Vectors<A> vectors(bias_, log_scale_);
+    const A* from = weight.const_data_ptr<A>();
+    A *to = result.mutable_data_ptr<A>(), *to_bias = result_bias.mutable_data_ptr<A>();
+    for (int64_t index = 0; index < filters; ++index, from += size, to += size) {
+      const A scale = vectors.scale(index, factor);
+      for (int64_t i = 0; i < size; ++i) to[i] = scale * from[i];
+      to_bias[index] = scale * vectors.bias[index];
+    }
+  });
+  return {result, result_bias};
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_weight, const Tensor& grad_bias, const Tensor& weight,
+                                            const Tensor& bias, const Tensor& log_scale, double factor) {
+  const int64_t filters = weight.size(0), size = size_of_filter(weight);
+  const ScalarType type = weight.scalar_type();
+  Tensor result = empty_output(weight);
+  Tensor result_bias = empty_vector(filters, type, weight), result_log_scale = empty_vector(filters, type, weight);
+  const Tensor bias_ = as_contiguous(bias), log_scale_ = as_contiguous(log_scale);
+  const Tensor grad_bias_ = as_contiguous(grad_bias);
+  check_like("weight", weight, result);
+  check_like("grad_weight", grad_weight, result);
+  check_like("bias", bias_, result_bias);
+  check_like("log_scale", log_scale_, result_bias);
+  check_like("grad_bias", grad_bias_, result_bias);
+  with_type(weight, [&]<typename A>() {
+    const Vectors<A> vectors(bias_, log_scale_);
+    const A *data = weight.const_data_ptr<A>(), *grad = grad_weight.const_data_ptr<A>();
+    const A* of_bias = grad_bias_.const_data_ptr<A>();
+    A *to = result.mutable_data_ptr<A>(), *to_bias = result_bias.mutable_data_ptr<A>();
+    A* to_log_scale = result_log_scale.mutable_data_ptr<A>();
+    for (int64_t index = 0; index < filters; ++index, data += size, grad += size, to += size) {
+      const A scale = vectors.scale(index, factor);
+      std::array<A, kSums> sums{};
+      int64_t i = 0;
+      for (; i + kSums <= size; i += kSums) {
+        for (int lane = 0; lane < kSums; ++lane) {
+          to[i + lane] = scale * grad[i + lane];
+          sums[lane] += to[i + lane] * data[i + lane];
+        }
+      }
+      for (; i < size; ++i) {
+        to[i] = scale * grad[i];
+        sums[0] += to[i] * data[i];
+      }
+      to_bias[index] = scale * of_bias[index];
+      A total = to_bias[index] * vectors.bias[index];
+      for (const A sum : sums) total += sum;
+      to_log_scale[index] = static_cast<A>(factor) * total;
+    }
+  });
+  return {result, result_bias, result_log_scale};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(glow_kernels, CPU, m) {
+  m.impl("scale_filters_forward_native", TORCH_BOX(&forward));
+  m.impl("scale_filters_backward_native", TORCH_BOX(&backward));
+}
+
+}  // namespace glow_kernels

@@ -1,0 +1,101 @@
+"""Triton kernels of ``bias_relu``; the mathematics stands in ``glow_kernels.ops.bias_relu``.
+
+Forward reads x and writes y once. Backward reads the gradient and y and writes dx once; the gradient of the bias is
+summed in the same pass, in two stages and in a fixed order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from glow_kernels.backends.numerics import compute_dtype, output_format
+from glow_kernels.backends.triton.device_functions import (
+    kernel,
+    pointers,
+    row_pointers,
+    row_sizes,
+    store,
+    tile_of_program,
+)
+from glow_kernels.backends.triton.launch import (
+    channels_of_tile,
+    launch,
+    multiprocessors,
+    planes,
+    rows_of,
+    strided,
+    tiles_of,
+)
+from glow_kernels.backends.triton.sums import sum_partial
+
+_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+def forward(x: Tensor, bias: Tensor) -> Tensor:
+    """``max(x + bias, 0)``."""
+    y = torch.empty_like(x, memory_format=output_format(x))
+    if x.numel() == 0:
+        return y
+    data, out = planes(x), planes(y)
+    tiles = tiles_of((data, out), ())
+    args = (*strided(data, out), bias.contiguous(), *data.shape[1:])
+    launch(_bias_relu_kernel, tiles.count, x, *args, **tiles.options, DTYPE=_DTYPES[compute_dtype(x)])
+    return y
+
+
+def backward(grad: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of ``forward`` in x and in the bias, from its output."""
+    grad_x = torch.empty_like(y, memory_format=output_format(y))
+    channels, dtype = y.shape[1], compute_dtype(y)
+    if y.numel() == 0:
+        return grad_x, y.new_zeros(channels, dtype=dtype)
+    block_c = channels_of_tile(y)
+    rows = rows_of("statistics", (y, grad, grad_x), block_c)
+    tiles_c = -(-channels // block_c)
+    chunks = min(rows.tiles, -(-4 * multiprocessors(y.device) // tiles_c))
+    partial = y.new_empty((chunks, channels), dtype=dtype)
+    args = (*strided(*rows.planes), partial, channels, rows.planes[0].shape[2], rows.count, chunks)
+    launch(_bias_relu_backward_kernel, tiles_c * chunks, y, *args, **rows.options, DTYPE=_DTYPES[dtype])
+    return grad_x, sum_partial(partial, 0)
+
+
+@kernel
+def _bias_relu_kernel(
+    x_ptr, x_b, x_c, x_p, y_ptr, y_b, y_c, y_p, bias_ptr, C: tl.int32, P: tl.int32, DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """One tile of one sample: reads x once, writes y once."""
+    sample, outer, inner, mask = tile_of_program(C, P, BLOCK, CHANNELS_LAST, VECTOR)
+    x = tl.load(pointers(x_ptr, (x_b, x_c, x_p), sample, outer, inner, CHANNELS_LAST, VECTOR), mask, other=0.0)
+    channels = inner + tl.arange(0, VECTOR)[None, :] if CHANNELS_LAST else outer
+    total = x.to(DTYPE) + tl.load(bias_ptr + channels, mask, other=0.0).to(DTYPE)
+    # Not the maximum, which would lose NaN.
+    y = tl.where(total < 0.0, 0.0, total)
+    store(pointers(y_ptr, (y_b, y_c, y_p), sample, outer, inner, CHANNELS_LAST, VECTOR), y, mask)
+
+
+@kernel
+def _bias_relu_backward_kernel(
+    y_ptr, y_b, y_c, y_p, grad_ptr, grad_b, grad_c, grad_p, grad_x_ptr, grad_x_b, grad_x_c, grad_x_p, partial_ptr,
+    C: tl.int32, P: tl.int32, count: tl.int32, chunks: tl.int32, DTYPE: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Every ``chunks``-th tile of some channels: reads y and the gradient once, writes dx once."""
+    C, P, count = row_sizes(C, P, count, CHANNELS_LAST, VECTOR)
+    chunk = tl.program_id(0) % chunks
+    channels = tl.program_id(0) // chunks * BLOCK_C + tl.arange(0, BLOCK_C)
+    total = tl.zeros((BLOCK_P, BLOCK_C), DTYPE)
+    for tile in range(chunk, tl.cdiv(count, BLOCK_P), chunks):
+        rows = tile * BLOCK_P + tl.arange(0, BLOCK_P)
+        mask = (rows < count)[:, None] & (channels < C)[None, :]
+        y_at = row_pointers(y_ptr, (y_b, y_c, y_p), rows, P, channels, CHANNELS_LAST, VECTOR)
+        grad_at = row_pointers(grad_ptr, (grad_b, grad_c, grad_p), rows, P, channels, CHANNELS_LAST, VECTOR)
+        y = tl.load(y_at, mask, other=0.0)
+        grad = tl.load(grad_at, mask, other=0.0)
+        grad = tl.where(y > 0.0, grad, 0.0)
+        total += grad.to(DTYPE)
+        at = row_pointers(grad_x_ptr, (grad_x_b, grad_x_c, grad_x_p), rows, P, channels, CHANNELS_LAST, VECTOR)
+        store(at, grad, mask)
+    tl.store(partial_ptr + chunk.to(tl.int64) * C + channels, tl.sum(total, 0), channels < C)

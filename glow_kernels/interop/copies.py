@@ -1,0 +1,80 @@
+"""Faithful copies of layers, and copies whose parameters show what they do."""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glow_kernels.interop.patch import FLAG, INITIALIZED, Mismatch
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def faithful_copy(module: Any, copies: dict[int, Any] | None = None) -> Any:
+    """A deep copy of ``module`` without hooks, in which closures see the copy.
+
+    Args:
+        module: anything.
+        copies: by identity, what takes the place of parts of it.
+
+    Raises:
+        Mismatch: it cannot be copied.
+    """
+    copies = {} if copies is None else copies
+    for layer in module.modules():
+        copies |= {id(getattr(layer, name)): OrderedDict() for name in _HOOKS}
+        results = [value for value in vars(layer).values() if isinstance(value, Tensor) and not value.is_leaf]
+        copies |= {id(value): value.detach().clone() for value in results}  # which deepcopy refuses
+    try:
+        copied = copy.deepcopy(module, copies)
+    except Exception as error:
+        raise Mismatch(f"it cannot be copied to try things out: {error}") from error
+    for layer in copied.modules():
+        for name, value in list(layer.__dict__.items()):
+            if isinstance(value, types.FunctionType) and value.__closure__:
+                layer.__dict__[name] = _rebind(value, copies)
+    return copied
+
+
+@torch.no_grad()
+def randomised(module: Any) -> Any:
+    """``module``, a copy, with parameters moved away from values that hide what they do, and ActNorms initialised."""
+    generator = torch.Generator().manual_seed(1)
+    parameters = dict(module.named_parameters())
+    for name, parameter in parameters.items():
+        # What a layer keeps together with its inverse stays that.
+        kept = name.endswith("_inv") or f"{name}_inv" in parameters
+        if parameter.is_floating_point() and not kept:
+            width = max(parameter.shape) if parameter.dim() and parameter.numel() > max(parameter.shape) else 4
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.add_((0.2 / width**0.5 * noise).to(parameter))
+    return with_flags(module, True)
+
+
+@torch.no_grad()
+def with_flags(module: Any, initialized: bool) -> Any:
+    """``module``, a copy, whose ActNorms believe that they have been initialised, or that they have not."""
+    for layer in module.modules():
+        layer.__dict__.pop(FLAG, None)
+        for name, meaning in INITIALIZED.items():
+            flag = getattr(layer, name, None)
+            if isinstance(flag, Tensor):
+                flag.fill_(meaning == initialized)
+            elif isinstance(flag, bool):
+                setattr(layer, name, meaning == initialized)
+    return module
+
+
+def _rebind(function: types.FunctionType, copies: Mapping[int, Any]) -> types.FunctionType:
+    """``function`` whose closure holds the copies of what it held."""
+    cells = tuple(
+        types.CellType(copies.get(id(cell.cell_contents), cell.cell_contents)) for cell in function.__closure__ or ()
+    )
+    code, names = function.__code__, function.__globals__
+    return types.FunctionType(code, names, function.__name__, function.__defaults__, cells)

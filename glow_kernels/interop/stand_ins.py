@@ -1,0 +1,149 @@
+"""Stand-ins for the networks of couplings, and what must be known of a network."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from glow_kernels.interop.copies import faithful_copy, randomised
+from glow_kernels.interop.patch import Mismatch
+
+# Small, and the same for every position that a 3x3 network could see.
+SPATIAL = (4, 4)
+
+
+class StandIn(nn.Module):
+    """Takes the place of a network: a smooth function of the channels at each position, or a given ``answer``.
+
+    Args:
+        inputs, outputs: channels before and after.
+        channels_last: whether the network may be given images whose channels lie next to each other in memory.
+        pairs: the network returns halves of its channels as pairs in a last dimension.
+    """
+
+    mixing: Tensor
+
+    def __init__(self, inputs: int, outputs: int, channels_last: bool, pairs: bool) -> None:
+        super().__init__()
+        self.inputs, self.outputs, self.channels_last, self.pairs = inputs, outputs, channels_last, pairs
+        generator = torch.Generator().manual_seed(0)
+        mixing = torch.randn(outputs, inputs, generator=generator, dtype=torch.float64) / inputs**0.5
+        self.register_buffer("mixing", mixing)
+        self.answer: Tensor | None = None
+        self.seen: Tensor | None = None
+
+    def forward(self, x: Any, *_: Any, **__: Any) -> Tensor:
+        """(B, inputs, *spatial) to (B, outputs, *spatial); further arguments make no difference."""
+        if isinstance(x, (tuple, list)):
+            x = x[0]
+        self.seen = x
+        if self.answer is not None:
+            h = self.answer.to(x.dtype).expand(x.shape[0], self.outputs, *x.shape[2:]).clone()
+        else:
+            h = 1.5 * torch.tanh(torch.einsum("oc,bc...->bo...", self.mixing.to(x), x[:, : self.inputs]))
+        return torch.stack(h.chunk(2, 1), -1) if self.pairs else h
+
+
+class PassThrough(nn.Module):
+    """Takes the place of a layer that must not interfere.
+
+    Args:
+        with_log_det: return what was passed as the log-determinant too, as OpenAI's layers do.
+    """
+
+    def __init__(self, with_log_det: bool) -> None:
+        super().__init__()
+        self.with_log_det = with_log_det
+
+    def forward(self, x: Tensor, *args: Any, **options: Any) -> Any:
+        """``x`` as it is."""
+        if not self.with_log_det:
+            return x
+        return x, args[0] if args else next((options[name] for name in ("logdet", "sldj") if name in options), None)
+
+
+def spatial_of(network: nn.Module) -> tuple[int, ...]:
+    """Spatial sizes to try ``network`` with, by its first layer: of images, sequences or vectors."""
+    for layer in network.modules():
+        if isinstance(layer, nn.Linear):
+            return ()
+        if isinstance(layer, nn.Conv1d):
+            return (8,)
+        if isinstance(layer, nn.Conv2d):
+            return SPATIAL
+    return SPATIAL
+
+
+def input_channels(network: nn.Module) -> int:
+    """Of the first layer that says how many it takes.
+
+    Raises:
+        Mismatch: none does.
+    """
+    for layer in network.modules():
+        for name in ("in_channels", "in_features"):
+            if isinstance(getattr(layer, name, None), int):
+                return int(getattr(layer, name))
+    raise Mismatch("how many channels its network takes is not known")
+
+
+@torch.no_grad()
+def stand_in_for(network: nn.Module, channels: int, spatial: tuple[int, ...]) -> StandIn:
+    """A stand-in with as many outputs as a copy of ``network`` has when it is run."""
+    like = next((p for p in network.parameters() if p.is_floating_point()), torch.zeros(()))
+    x = torch.randn(2, channels, *spatial, dtype=like.dtype, device=like.device)
+    try:
+        output = faithful_copy(network)(x)
+    except Exception as error:
+        raise Mismatch(f"its network does not run on {channels} channels: {error}") from error
+    pairs = isinstance(output, Tensor) and output.dim() == x.dim() + 1 and output.shape[-1] == 2
+    if pairs:
+        output = output.movedim(-1, 1).flatten(1, 2)
+    if not isinstance(output, Tensor) or output.shape[:1] + output.shape[2:] != (2, *spatial):
+        raise Mismatch("its network does not map channels to channels at every position")
+    return StandIn(channels, output.shape[1], x.dim() == 4 and _takes_channels_last(network, x), pairs)
+
+
+def changes_buffers(network: nn.Module, stand_in: StandIn) -> bool:
+    """Whether a run of ``network`` changes its buffers.
+
+    Raises:
+        Mismatch: what it computes depends on that, on chance alone, or on parameters of others.
+    """
+    copied = randomised(faithful_copy(network)).train()
+    like = next((p for p in network.parameters() if p.is_floating_point()), torch.zeros(()))
+    x = torch.randn(2, stand_in.inputs, *spatial_of(network), dtype=like.dtype, device=like.device)
+    buffers = [buffer.clone() for buffer in copied.buffers()]
+    outputs = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        outputs.append(copied(x))
+    if not torch.equal(*outputs):
+        raise Mismatch("its network gives different results for the same input")
+    own, nodes = {id(parameter) for parameter in copied.parameters()}, [outputs[0].grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is not None:
+            variable = getattr(node, "variable", None)
+            if variable is not None and id(variable) not in own:
+                raise Mismatch("its network uses parameters that are not its own")
+            nodes.extend(following for following, _ in node.next_functions)
+    return any(not torch.equal(one, other) for one, other in zip(buffers, copied.buffers(), strict=True))
+
+
+def _takes_channels_last(network: nn.Module, x: Tensor) -> bool:
+    """Whether ``network``, with parameters that are not zero, says the same of ``x`` in another memory format."""
+    for training in (False, True):
+        copied = randomised(faithful_copy(network)).train(training)
+        outputs = []
+        for layout in (torch.contiguous_format, torch.channels_last):
+            torch.manual_seed(0)  # dropout must drop the same
+            try:
+                outputs.append(copied(x.contiguous(memory_format=layout)))
+            except Exception:  # as from a view() of what is not contiguous
+                return False
+        if not torch.allclose(outputs[0], outputs[1], rtol=1e-3, atol=1e-4):
+            return False
+    return True

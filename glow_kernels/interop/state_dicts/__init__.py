@@ -1,0 +1,17 @@
+"""What the ``state_dict`` of a Glow looks like in each dialect: read into ``Weights``, written from them."""
+
+from __future__ import annotations
+
+from glow_kernels.interop.state_dicts.common import Dialect
+from glow_kernels.interop.state_dicts.normflows import Normflows
+from glow_kernels.interop.state_dicts.openai import OpenAI
+from glow_kernels.interop.state_dicts.ours import Ours
+from glow_kernels.interop.state_dicts.rosinality import Rosinality
+
+DIALECTS: dict[str, Dialect] = {
+    "glow_kernels": Ours(),
+    "rosinality": Rosinality(),
+    "chaiyujin": OpenAI("f", "", ("l", "u"), "learn_top"),
+    "y0ast": OpenAI("block", "conv.", ("lower", "upper"), "learn_top_fn"),
+    "normflows": Normflows(),
+}

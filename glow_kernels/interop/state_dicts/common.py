@@ -1,0 +1,49 @@
+"""What the dialects have in common: how they are read and written, and what is noted on the way."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from glow_kernels.interop.weights import Convolution, Keys, State, Weights, constant
+
+# Lines about what of the source the target does not express, which begin with a name in the target.
+Inexact = list[str]
+
+
+class Dialect(Protocol):
+    """Names and spellings of one implementation."""
+
+    def read(self, keys: Keys, inexact: Inexact) -> Weights:
+        """The model; a KeyError names what is missing."""
+        ...
+
+    def write(self, weights: Weights, lu: bool | None, inexact: Inexact) -> State:
+        """The same under this dialect's names; ``lu`` as for :func:`glow_kernels.interop.convert`."""
+        ...
+
+
+def top_of(weights: Weights) -> Convolution:
+    """The top prior, or a standard normal."""
+    if weights.top is not None:
+        return weights.top
+    channels = len(weights.levels[-1][0].bias)
+    zeros = weights.levels[-1][0].bias.new_zeros(2 * channels)
+    return constant(zeros, zeros)
+
+
+def without_border(name: str, top: Convolution, inexact: Inexact) -> Convolution:
+    """A top prior that is the same at every position."""
+    if top.border and top.notices_border:
+        inexact.append(f"{name}: the source's prior differs at the border, which it pads with {top.border:g}")
+    return constant(top.bias, top.log_scale)
+
+
+def note_border(name: str, convolution: Convolution, border: float, inexact: Inexact) -> None:
+    if convolution.border != border and convolution.notices_border:
+        inexact.append(f"{name}: pads its input with {border:g}, the source with {convolution.border:g}")
+
+
+def per_channel(values: Tensor) -> Tensor:
+    return values.view(1, -1, 1, 1)

@@ -1,0 +1,167 @@
+"""The linear maps of the steps of a chain, folded in one call for all of them instead of one per step.
+
+A step has C x C work that does not depend on the batch: a few operators on tiny matrices. On a GPU each is a launch
+that hardly does anything, and a level of Glow has 32 steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from glow_kernels.backends.numerics import compute_dtype
+from glow_kernels.nn.actnorm import ActNorm
+from glow_kernels.nn.conv1x1 import ChannelPermutation, InvertibleConv1x1
+from glow_kernels.nn.step import FlowStep, LinearMap
+from glow_kernels.ops import lu_weight
+from glow_kernels.ops._checks import positions
+from glow_kernels.ops.linear_map import fold, fold_inverse
+
+Results = tuple[Tensor, Tensor, Tensor]
+
+
+class Folded(NamedTuple):
+    """The linear maps of K steps in one direction, and the sum of their log-determinants (B,)."""
+
+    maps: Sequence[LinearMap]
+    log_det: Tensor
+
+
+@dataclass
+class Stack:
+    """What the linear maps of K steps are folded from.
+
+    Attributes:
+        parameters: log_scale and bias of ActNorm, and the weight or the learned factors of it, of every step.
+        fixed: the fixed factors of a weight that has factors, permutation and sign, of every step.
+        is_permutation: whether the weights are, so that their determinant is known.
+        dtype: type of the maps.
+    """
+
+    parameters: Sequence[Sequence[Tensor]]
+    fixed: Sequence[Sequence[Tensor]]
+    is_permutation: bool
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, steps: Sequence[nn.Module], x: Tensor) -> Stack | None:
+        """That of ``steps`` for data ``x``; None where each has to fold for itself.
+
+        That is where they are not alike, or may compute something else than this package's layers, where hooks have
+        to run before their parameters are read (FSDP gathers them there), and before ActNorm is initialised.
+        """
+        if not _are_alike(steps, x):
+            return None
+        alike = cast("Sequence[FlowStep]", steps)
+        mixings: Any = [step.mixing for step in alike]
+        fixed: list[tuple[Tensor, ...]]
+        if getattr(mixings[0], "lu", False):
+            factors = [mixing.factors for mixing in mixings]
+            weights, fixed = [of[1:4] for of in factors], [(of[0], of[4]) for of in factors]
+        else:
+            weights, fixed = [(mixing.weight,) for mixing in mixings], [()] * len(mixings)
+        parameters = [
+            (step.actnorm.log_scale, step.actnorm.bias, *weight) for step, weight in zip(alike, weights, strict=True)
+        ]
+        return cls(parameters, fixed, isinstance(mixings[0], ChannelPermutation), compute_dtype(x))
+
+    def fold(self, x: Tensor, frugal: bool = False) -> Folded:
+        """The maps x -> z; if ``frugal``, backward keeps nothing but the maps and the parameters as they are."""
+        if frugal and not torch.compiler.is_compiling():
+            tensors = [tensor for parameters in self.parameters for tensor in parameters]
+            return _folded(_Frugal.apply(self, *tensors), x)  # type: ignore[no-untyped-call]
+        return _folded(fold(*self.stacked(self.parameters)), x)
+
+    def fold_inverse(self, z: Tensor) -> Folded:
+        """The maps z -> x.
+
+        Raises:
+            ValueError: a weight is singular.
+        """
+        return _folded(fold_inverse(*self.stacked(self.parameters)), z)
+
+    def singular(self) -> int:
+        """The first step of which :meth:`fold_inverse` says that its weight is singular."""
+        stacked = self.stacked(self.parameters)
+        for index in range(len(self.parameters)):
+            try:
+                fold_inverse(*(None if tensor is None else tensor[index] for tensor in stacked))  # type: ignore[arg-type]
+            except ValueError:
+                return index
+        raise AssertionError("no weight is singular")
+
+    def stacked(self, parameters: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """log_scale and bias (K, C), weight (K, C, C) and, where it is known, weight_log_det (K,), of one type."""
+        log_scale, bias, *weights = (torch.stack(kind) for kind in zip(*parameters, strict=True))
+        weight, log_det = weights[0], None
+        if self.fixed[0]:
+            permutation, sign = (torch.stack(kind) for kind in zip(*self.fixed, strict=True))
+            lower, upper, log_diagonal = weights
+            weight, log_det = lu_weight(permutation, lower, upper, log_diagonal, sign)
+        elif self.is_permutation:
+            log_det = weight.new_zeros(len(weight))
+        log_det = None if log_det is None else log_det.to(self.dtype)
+        return log_scale.to(self.dtype), bias.to(self.dtype), weight.to(self.dtype), log_det
+
+
+class _Frugal(torch.autograd.Function):
+    """``apply(stack, *parameters)``: :func:`fold`, which backward does again instead of keeping what it needs."""
+
+    @staticmethod
+    def forward(ctx: Any, stack: Stack, *parameters: Tensor) -> Results:
+        ctx.stack = stack
+        ctx.save_for_backward(*parameters)
+        return fold(*stack.stacked(_in_rows(parameters, len(stack.parameters))))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad[1:]
+        leaves = [t.detach().requires_grad_(need) for t, need in zip(ctx.saved_tensors, needs, strict=True)]
+        with torch.enable_grad():
+            results = fold(*ctx.stack.stacked(_in_rows(leaves, len(ctx.stack.parameters))))
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        found = iter(torch.autograd.grad(results, wanted, grads, allow_unused=True))
+        return None, *(next(found) if need else None for need in needs)
+
+
+def _in_rows(tensors: Sequence[Tensor], rows: int) -> list[Sequence[Tensor]]:
+    length = len(tensors) // rows
+    return [tensors[row * length : (row + 1) * length] for row in range(rows)]
+
+
+def _folded(results: Results, x: Tensor) -> Folded:
+    matrices, shifts, log_dets = results
+    maps = [LinearMap(*pair) for pair in zip(matrices.unbind(), shifts.unbind(), strict=True)]
+    return Folded(maps, log_dets.sum().expand(x.shape[0]) * positions(x))
+
+
+def _are_alike(steps: Sequence[nn.Module], x: Tensor) -> bool:
+    first = steps[0]
+    if len(steps) < 2 or not isinstance(first, FlowStep):
+        return False
+    like, mixing = first.actnorm.log_scale, first.mixing
+    if x.dim() < 2 or x.shape[1] != len(like) or x.device != like.device:
+        return False
+    return all(
+        type(step) is FlowStep
+        and not _is_altered(step)
+        and type(step.actnorm) is ActNorm
+        and step.actnorm._is_initialized
+        and type(step.mixing) is type(mixing)
+        and type(mixing) in (InvertibleConv1x1, ChannelPermutation)
+        and getattr(step.mixing, "lu", None) == getattr(mixing, "lu", None)
+        and step.actnorm.log_scale.shape == like.shape
+        and step.actnorm.log_scale.dtype == like.dtype
+        and step.actnorm.log_scale.device == like.device
+        for step in steps
+    )
+
+
+def _is_altered(step: FlowStep) -> bool:
+    hooks = (step._forward_hooks, step._forward_pre_hooks, step._backward_hooks, step._backward_pre_hooks)
+    own = step.__dict__
+    return any(hooks) or "forward" in own or "inverse" in own or "matrix" in step.mixing.__dict__

@@ -1,0 +1,88 @@
+"""Weight and bias of a convolution whose output is scaled by a learned number per channel.
+
+``s conv(x, W, b) = conv(x, s W, s b)`` with ``s = exp(factor * log_scale)``: what costs a pass over the output is
+folded into the filters, which are far smaller. So is ActNorm after a convolution, ``exp(log_scale) * (conv(x) + b)``,
+and the scale of the convolution that starts at zero, ``exp(3 log_scale) * conv(x)`` (Kingma and Dhariwal, "Glow", 2018,
+section 4 and its published code). The results have the type of the network, so that master weights are converted once.
+
+Backward, with ``g = dL/d(s W)`` and ``h = dL/d(s b)``: ``dW = s g``, ``db = s h``,
+``dlog_scale = factor s (sum W g + b h)``, summed over all but the first dimension.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glow_kernels.backends.numerics import compute_dtype, output_format
+from glow_kernels.ops._checks import check_image, check_like
+from glow_kernels.ops._registry import Operator
+
+
+def scale_filters(
+    weight: Tensor, bias: Tensor, log_scale: Tensor, factor: float = 1.0, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """``exp(factor * log_scale)`` times ``weight`` and ``bias``.
+
+    Args:
+        weight: ``(O, I, *kernel)`` of a convolution with 0 to 3 spatial dimensions, any floating-point type.
+        bias, log_scale: ``(O,)``, any floating-point type.
+        factor: of ``log_scale``.
+        dtype: type of the results, by default that of ``weight``.
+
+    Returns:
+        The scaled weight and bias, of their shapes.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape or device.
+    """
+    check_image("weight", weight)
+    check_like("bias", bias, weight.shape[:1], "(O,) with O = weight.shape[0]", weight)
+    check_like("log_scale", log_scale, weight.shape[:1], "(O,) with O = weight.shape[0]", weight)
+    scaled_weight, scaled_bias = _forward(weight, bias, log_scale, factor, dtype or weight.dtype)
+    return scaled_weight, scaled_bias
+
+
+def _fake(weight: Tensor, bias: Tensor, log_scale: Tensor, factor: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    result = torch.empty_like(weight, dtype=dtype, memory_format=output_format(weight))
+    return result, weight.new_empty(weight.shape[0], dtype=dtype)
+
+
+def _backward_fake(
+    grad_weight: Tensor, grad_bias: Tensor, weight: Tensor, bias: Tensor, log_scale: Tensor, factor: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    vectors = [weight.new_empty(weight.shape[0], dtype=compute_dtype(weight)) for _ in range(2)]
+    return torch.empty_like(weight, memory_format=output_format(weight)), vectors[0], vectors[1]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.factor, _ = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _rule(backend: str, ctx: Any, grad_weight: Tensor, grad_bias: Tensor) -> tuple[Tensor | None, ...]:
+    # Asked for once: torch.utils.checkpoint hands out what is saved only once.
+    weight, bias, log_scale = ctx.saved_tensors
+    arguments = (grad_weight, grad_bias, weight, bias, log_scale, ctx.factor)
+    grad_weight, grad_bias, grad_log_scale = _backward.on(backend, *arguments)
+    return grad_weight, grad_bias.to(bias.dtype), grad_log_scale.to(log_scale.dtype), None, None
+
+
+_forward = Operator(
+    "scale_filters",
+    "forward",
+    "(Tensor weight, Tensor bias, Tensor log_scale, float factor, ScalarType dtype) -> (Tensor, Tensor)",
+    fake=_fake,
+    setup_context=_setup,
+    backward=_rule,
+)
+_backward = Operator(
+    "scale_filters",
+    "backward",
+    "(Tensor grad_weight, Tensor grad_bias, Tensor weight, Tensor bias, Tensor log_scale, float factor)"
+    " -> (Tensor, Tensor, Tensor)",
+    fake=_backward_fake,
+    plain_reference=True,
+)

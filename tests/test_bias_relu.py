@@ -1,0 +1,122 @@
+"""Bias and ReLU in one pass, on every backend that can run here.
+
+Proven against ``torch.relu(x + bias)`` in float64, values and gradients.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from operators import (
+    DTYPES,
+    LARGE_DTYPES,
+    LARGE_SHAPES,
+    LAYOUTS,
+    PROPERTY,
+    Case,
+    DifferentiableProperties,
+    any_shape,
+    check_gradients,
+    check_results,
+    combinations,
+    in_layout,
+)
+from torch import Tensor
+
+from glow_kernels.ops import bias_relu
+
+
+def plain(x: Tensor, bias: Tensor) -> Tensor:
+    """Two passes."""
+    return torch.relu(x + bias.view(-1, *(1,) * (x.dim() - 2)))
+
+
+def inputs(shape) -> tuple[Tensor, Tensor]:
+    # Sums of multiples of 1/8 are exact in every type: never of the wrong sign, and 0 where the truth is.
+    x = torch.randint(-32, 33, tuple(shape), dtype=torch.float64) / 8
+    return x, torch.randint(-8, 9, (shape[1],), dtype=torch.float64) / 8
+
+
+CASE = Case("bias_relu", bias_relu, plain, inputs, types=(0,))
+
+
+def forward_arguments(shape, lay):
+    """Arguments of the registered operator."""
+    return lay(torch.randn(tuple(shape))).requires_grad_(), torch.randn(shape[1]).requires_grad_()
+
+
+def backward_arguments(shape, lay):
+    """Arguments of its backward, which has no derivative itself."""
+    y = lay(torch.randn(tuple(shape))).relu()
+    return torch.randn(tuple(shape)), y
+
+
+class TestProperties(DifferentiableProperties):
+    """What holds for every differentiable operator."""
+
+    module = "bias_relu"
+    arguments: ClassVar = {"forward": forward_arguments, "backward": backward_arguments}
+    cases: ClassVar = [CASE]
+
+
+@pytest.mark.parametrize("shape", LARGE_SHAPES, ids=str)
+@pytest.mark.parametrize("dtypes", LARGE_DTYPES)
+def test_several_tiles(backend, dtypes, shape):
+    check_results(CASE, CASE.draw(shape, DTYPES[dtypes]))
+    check_gradients(CASE, CASE.draw(shape, DTYPES[dtypes]))
+
+
+@pytest.mark.parametrize(("layout", "of_grad"), combinations(list(LAYOUTS), list(LAYOUTS)))
+def test_gradients_of_every_memory_layout(backend, layout, of_grad):
+    x, bias = CASE.draw((3, 4, 2, 5))
+    (x,) = in_layout([x], layout)
+    leaves = [x.detach().requires_grad_(), bias.requires_grad_()]
+    grad = LAYOUTS[of_grad](torch.randn(3, 4, 2, 5))
+    actual = torch.autograd.grad(bias_relu(*leaves), leaves, grad)
+    expected = torch.autograd.grad(plain(*leaves), leaves, grad)
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_gradient_of_the_bias_is_summed_wide(backend, dtype):
+    x = torch.ones(64, 3, 16, 16, dtype=dtype)
+    bias = torch.zeros(3, dtype=torch.float32, requires_grad=True)
+    (grad,) = torch.autograd.grad(bias_relu(x, bias).sum(dtype=torch.float32), bias)
+    assert torch.equal(grad, torch.full((3,), 64.0 * 16 * 16))
+
+
+def test_nan_comes_through_and_nothing_passes_at_zero(backend):
+    x = torch.tensor([[torch.nan, 0.0, -1.0, torch.inf]]).T.requires_grad_()
+    bias = torch.zeros(1, requires_grad=True)
+    y = bias_relu(x, bias)
+    assert torch.equal(y.detach().nan_to_num(7.0, posinf=8.0), torch.tensor([[7.0, 0.0, 0.0, 8.0]]).T)
+    assert torch.autograd.grad(y.sum(), x)[0].flatten()[1:].tolist() == [0.0, 0.0, 1.0]
+
+
+@given(data=st.data(), shape=any_shape())
+@PROPERTY
+def test_any_shape_layout_and_type(backend, data, shape):
+    dtypes = DTYPES[data.draw(st.sampled_from(sorted(DTYPES)))]
+    layout = data.draw(st.sampled_from(sorted(LAYOUTS))) if len(shape) > 2 else "contiguous"
+    drawn = in_layout(CASE.draw(shape, dtypes), layout)
+    check_results(CASE, drawn)
+    check_gradients(CASE, drawn)
+
+
+@pytest.mark.parametrize(
+    ("x", "bias", "message"),
+    [
+        (torch.zeros(2, 3, dtype=torch.int64), torch.zeros(3), r"x must be a floating-point tensor, got int64"),
+        (torch.zeros(2, 3, 4), torch.zeros(4), r"bias must be \(C,\) with C = x.shape\[1\] = \(3,\), got \(4,\)"),
+        (torch.zeros(2, 3), [0.0] * 3, r"bias must be a tensor, got list"),
+        (torch.zeros(3), torch.zeros(3), r"x must be \(B, C, \*spatial\)"),
+    ],
+)
+def test_bad_arguments(x, bias, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        bias_relu(x, bias)

@@ -1,0 +1,97 @@
+"""Accelerated models that keep no activations in DistributedDataParallel: two processes give the gradients of one.
+
+Two gloo processes on the CPU run every case of this file; the parent compares with the original in one process.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from dialects.zoo import EXAMPLES, Example
+from test_interop import make, trained
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import glow_kernels as gk
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.lu is deprecated")
+RANKS = 2
+MODES = {
+    "default": {},
+    "find-unused": {"find_unused_parameters": True},
+    "static-graph": {"static_graph": True},
+    "bucket-view": {"gradient_as_bucket_view": True},
+}
+DIALECTS = ("rosinality", "normflows")
+CASES = [("rosinality", mode) for mode in MODES] + [(name, "default") for name in DIALECTS[1:]]
+
+
+class Loss(nn.Module):
+    """What scripts put into DistributedDataParallel, whose forward must be what is called."""
+
+    def __init__(self, example: Example, model: nn.Module) -> None:
+        super().__init__()
+        self.example, self.model = example, model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.example.loss(self.model, x)
+
+
+def build(name: str) -> tuple[Loss, Tensor]:
+    """The same initialised model and batch in every process."""
+    model = make(EXAMPLES[name]).double()
+    trained(EXAMPLES[name], model, 2)
+    return Loss(EXAMPLES[name], model), torch.randn(4, 3, 8, 8, dtype=torch.float64)
+
+
+def gradients(module: nn.Module, loss: Loss, x: Tensor) -> dict[str, Tensor]:
+    """Of the second of two steps, so that what a first backward leaves behind shows."""
+    for _ in range(2):
+        module.zero_grad()
+        module(x).backward()
+    return {key: p.grad for key, p in loss.named_parameters() if p.grad is not None}
+
+
+def work(rank: int, port: int, folder: str) -> None:
+    """All cases in one process, which takes seconds to start."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=RANKS)
+    results = {}
+    for name, mode in CASES:
+        loss, x = build(name)
+        gk.accelerate(loss, memory="anchor", anchor_every=2, verify=False)
+        module = DistributedDataParallel(loss, **MODES[mode])
+        results[name, mode] = gradients(module, loss, x[rank::RANKS])
+    torch.save(results, Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> list[dict[tuple[str, str], dict[str, Tensor]]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(work, (port, str(folder)), nprocs=RANKS)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+
+
+@pytest.mark.parametrize("name", DIALECTS)
+def test_two_processes_give_the_gradients_of_one(results, name):
+    loss, x = build(name)
+    expected = gradients(loss, loss, x)
+    for result in results:
+        for case in CASES:
+            if case[0] != name:
+                continue
+            assert set(result[case]) == set(expected), case
+            for key, value in result[case].items():
+                # 1e-7: some layers round their log-determinant to float32 whatever their type.
+                assert (value - expected[key]).norm() <= 1e-7 * expected[key].norm() + 1e-12, (case, key)
