@@ -192,7 +192,8 @@ def _read_amd(asm: dict[str, Any]) -> tuple[int, int, list[int], list[int]]:
     def value(name: str) -> int:
         return int(re.search(rf"\.{name}:\s*(\d+)", code)[1])
 
-    spills = value("vgpr_spill_count") + value("sgpr_spill_count") + value("private_segment_fixed_size")
+    # Scalar registers are spilled to lanes of vector registers; the segment is what goes to memory of either.
+    spills = value("vgpr_spill_count") + value("private_segment_fixed_size")
     loads, stores = (re.findall(rf"(?:global|buffer)_{name}_(\w+)", code) for name in ("load", "store"))
     return value("vgpr_count"), spills, [_amd_bits(found) for found in loads], [_amd_bits(found) for found in stores]
 

@@ -110,6 +110,7 @@ def _gradients(
         UNDO=inverse is not None,
         PRECISION=_precision(matrix, rows),
         SUM_PRECISION=_sum_precision(matrix),
+        ALL_REGISTERS=True,
     )
     return _total(partial, matrix)
 
@@ -136,6 +137,8 @@ def _linear(x: Tensor, matrix: Tensor, shift: Tensor | None, out: Tensor) -> Non
         **rows.options,
         HAS_SHIFT=shift is not None,
         PRECISION=_precision(matrix, rows),
+        # Fewer are limited by memory, which wants many threads.
+        ALL_REGISTERS=rows.options["BLOCK_C"] == _BLOCK_C,
     )
 
 
@@ -157,6 +160,7 @@ def _sums(grad: Tensor, x: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
         rows.count,
         **rows.options,
         PRECISION=_sum_precision(matrix),
+        ALL_REGISTERS=True,
     )
     return _total(partial, matrix)
 

@@ -145,9 +145,8 @@ def _launch(kernel: Any, like: Tensor, *args: object, **options: object) -> None
     if matrices == 0 or channels == 0:
         return
     block = max(16, power_of_two(channels))
-    # Those that spill on no GPU.
     num_warps = min(16, block * block // 64)
-    launch(kernel, matrices, like, *args, channels, **options, BLOCK=block, num_warps=num_warps)
+    launch(kernel, matrices, like, *args, channels, **options, BLOCK=block, num_warps=num_warps, ALL_REGISTERS=True)
 
 
 def _flat(tensor: Tensor, dimensions: int) -> Tensor:

@@ -32,7 +32,7 @@ DEFAULTS: dict[str, dict[str, int]] = {
     "linear_64": {"elements": 2048, "num_warps": 4},
     # Operands of a dot product live in registers, so larger tiles spill.
     "linear_backward_16": {"elements": 512, "num_warps": 4},
-    "linear_backward_32": {"elements": 512, "num_warps": 4},
+    "linear_backward_32": {"elements": 512, "num_warps": 8},
     "linear_backward_64": {"elements": 1024, "num_warps": 8},
     "linear_sums_16": {"elements": 512, "num_warps": 4},
     "linear_sums_32": {"elements": 512, "num_warps": 4},
@@ -162,10 +162,14 @@ def multiprocessors(device: torch.device) -> int:
 def launch(kernel: Any, programs: int, like: Tensor, *args: Any, **options: Any) -> None:
     """Start ``programs`` programs of ``kernel`` on the device of ``like`` and its current stream.
 
-    ``num_warps`` counts warps of 32 threads.
+    ``num_warps`` counts warps of 32 threads. With ``ALL_REGISTERS`` a thread gets as many as one program leaves it.
     """
+    all_registers = options.pop("ALL_REGISTERS", False)
     if torch.version.hip:  # whose warps have 64
         options["num_warps"] = max(1, options["num_warps"] // 2)
+    elif all_registers and not INTERPRETED:
+        # Without a limit ptxas sets one of its own, and spills a register or two to stay within it.
+        options["maxnreg"] = min(255, 2048 // options["num_warps"])
     with _quiet_arithmetic() if INTERPRETED else torch.cuda.device_of(like):
         # Fused multiply-adds are no longer Triton's default from 3.10 on.
         kernel[(programs,)](*args, **options, enable_fp_fusion=True)
