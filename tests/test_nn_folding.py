@@ -36,6 +36,11 @@ class Calls(TorchDispatchMode):
             self.count[name] = self.count.get(name, 0) + 1
         return function(*args, **(kwargs or {}))
 
+    @property
+    def single_steps(self) -> int:
+        """Steps that fold for themselves, which the native backend does in the call that applies the map."""
+        return self.count.get("fold", 0) + self.count.get("forward", 0)
+
 
 def chain(memory: str = "store", count: int = 5, **options: Any) -> tuple[ReversibleSequential, Tensor]:
     x = torch.randn(3, 6, 4, 5, dtype=torch.float64)
@@ -130,7 +135,7 @@ def test_steps_that_are_not_alike_fold_for_themselves(change, memory):
     assert_equal_to_single_steps(model, x)
     with torch.no_grad(), Calls() as calls:
         model(x)
-    assert calls.count["fold"] == 5
+    assert calls.single_steps == 5
 
 
 @pytest.mark.parametrize("memory", ["store", "invert"])
@@ -149,7 +154,7 @@ def test_the_batch_that_initialises_goes_through_single_steps():
     expected = one_by_one(copy.deepcopy(model), x)
     with Calls() as calls:
         actual = model(x)
-    assert calls.count["fold"] == 3
+    assert calls.single_steps == 3
     assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
 
 
