@@ -13,6 +13,7 @@ import math
 import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -24,6 +25,10 @@ from torch import Tensor
 import glow_kernels as gk
 
 Function = Callable[..., Any]
+
+# Every operator has a file of its name in the reference.
+REFERENCE = Path(gk.__file__).parent / "backends" / "reference"
+MODULES = sorted(path.stem for path in REFERENCE.glob("[!_]*.py"))
 
 # Triton's interpreter takes a thousand times as long as a kernel: its run makes the same checks on fewer samples, of
 # types, layouts and options one after the other instead of in all combinations.

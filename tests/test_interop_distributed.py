@@ -5,15 +5,10 @@ Two gloo processes on the CPU run every case of this file; the parent compares w
 
 from __future__ import annotations
 
-import os
-import socket
-from pathlib import Path
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from dialects.zoo import EXAMPLES, Example
+from ranks import DDP, RANKS, run
 from test_interop import make, trained
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -21,15 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 import glow_kernels as gk
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.lu is deprecated")
-RANKS = 2
-MODES = {
-    "default": {},
-    "find-unused": {"find_unused_parameters": True},
-    "static-graph": {"static_graph": True},
-    "bucket-view": {"gradient_as_bucket_view": True},
-}
 DIALECTS = ("rosinality", "normflows")
-CASES = [("rosinality", mode) for mode in MODES] + [(name, "default") for name in DIALECTS[1:]]
+CASES = [("rosinality", mode) for mode in DDP] + [(name, "default") for name in DIALECTS[1:]]
 
 
 class Loss(nn.Module):
@@ -58,29 +46,20 @@ def gradients(module: nn.Module, loss: Loss, x: Tensor) -> dict[str, Tensor]:
     return {key: p.grad for key, p in loss.named_parameters() if p.grad is not None}
 
 
-def work(rank: int, port: int, folder: str) -> None:
-    """All cases in one process, which takes seconds to start."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=RANKS)
+def work(rank: int) -> dict[tuple[str, str], dict[str, Tensor]]:
+    """All cases in one process."""
     results = {}
     for name, mode in CASES:
         loss, x = build(name)
         gk.accelerate(loss, memory="anchor", anchor_every=2, verify=False)
-        module = DistributedDataParallel(loss, **MODES[mode])
+        module = DistributedDataParallel(loss, **DDP[mode])
         results[name, mode] = gradients(module, loss, x[rank::RANKS])
-    torch.save(results, Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
+    return results
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> list[dict[tuple[str, str], dict[str, Tensor]]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(work, (port, str(folder)), nprocs=RANKS)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+    return run(work, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("name", DIALECTS)

@@ -5,26 +5,15 @@ Two gloo processes on the CPU run every case of this file; the parent compares w
 
 from __future__ import annotations
 
-import os
-import socket
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import DDP, RANKS, run
 from test_nn import ready
 from torch import Tensor, nn
 
 from glow_kernels.models import Glow
 
-RANKS = 2
-DDP = {
-    "default": {},
-    "find-unused": {"find_unused_parameters": True},
-    "static-graph": {"static_graph": True},
-    "bucket-view": {"gradient_as_bucket_view": True},
-}
 FSDP = {
     "whole": (False, True),
     "whole-without-resharding": (False, False),
@@ -65,11 +54,8 @@ def gradients(module: nn.Module, model: Glow, x: Tensor) -> dict[str, Tensor]:
     return {name: grad.full_tensor() if hasattr(grad, "full_tensor") else grad for name, grad in grads.items()}
 
 
-def work(rank: int, port: int, folder: str) -> None:
-    """All cases in one process, which takes seconds to start."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=RANKS)
+def work(rank: int) -> dict[str, dict[str, Tensor]]:
+    """All cases in one process."""
     results: dict[str, dict[str, Tensor]] = {}
     half = slice(3 * rank, 3 * rank + 3)
     for name in CASES:
@@ -81,18 +67,12 @@ def work(rank: int, port: int, folder: str) -> None:
             results[name] = {key: value.clone() for key, value in model.state_dict().items()}
         else:
             results[name] = gradients(wrap(name, model), model, x[half])
-    torch.save(results, Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
+    return results
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> list[dict[str, dict[str, Tensor]]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(work, (port, str(folder)), nprocs=RANKS)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+    return run(work, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("name", [*DDP, *FSDP])

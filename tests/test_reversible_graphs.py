@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from operators import MODULES
 from test_nn import ready
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,14 +19,6 @@ from glow_kernels import backends
 from glow_kernels.backends.reference import actnorm_conv1x1
 from glow_kernels.models import Glow
 
-MODULES = (
-    "actnorm_conv1x1",
-    "actnorm_statistics",
-    "affine_coupling",
-    "bias_relu",
-    "gaussian_log_prob",
-    "scale_filters",
-)
 POLICIES = {
     "store": {"memory": "store"},
     "checkpoint": {"memory": "checkpoint"},

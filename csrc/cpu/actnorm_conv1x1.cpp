@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "cpu/kept_buffer.h"
-#include "cpu/step_parameters.h"
+#include "cpu/steps.h"
 
 namespace glow_kernels {
 namespace {

@@ -6,7 +6,7 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu/step_parameters.h"
+#include "cpu/steps.h"
 
 namespace glow_kernels {
 namespace {

@@ -19,7 +19,7 @@ from glow_kernels.nn.conv1x1 import ChannelPermutation, InvertibleConv1x1
 from glow_kernels.nn.step import FlowStep, LinearMap
 from glow_kernels.ops import lu_weight
 from glow_kernels.ops._checks import positions
-from glow_kernels.ops.linear_map import fold, fold_inverse
+from glow_kernels.ops.folding import fold, fold_inverse
 
 Results = tuple[Tensor, Tensor, Tensor]
 

@@ -11,7 +11,7 @@ from glow_kernels.nn.conv1x1 import ChannelMixing, ChannelPermutation, Invertibl
 from glow_kernels.nn.coupling import AdditiveCoupling, AffineCoupling
 from glow_kernels.ops import ScaleMap, actnorm_conv1x1, actnorm_conv1x1_inverse
 from glow_kernels.ops._checks import check_channels, check_choice
-from glow_kernels.ops.linear_map import linear_map
+from glow_kernels.ops.actnorm_conv1x1 import apply
 
 COUPLINGS = ("affine", "additive")
 MIXINGS = ("lu", "plain", "reverse", "shuffle")
@@ -81,7 +81,7 @@ class FlowStep(nn.Module):
         """
         check_channels("x", x, self.actnorm.channels)
         if linear is not None:
-            z, coupling_log_det = self.coupling(linear_map(x, *linear), *context)
+            z, coupling_log_det = self.coupling(apply(x, *linear), *context)
             return z, coupling_log_det
         self.actnorm.prepare(x)
         weight, weight_log_det = self.mixing.matrix()
@@ -102,7 +102,7 @@ class FlowStep(nn.Module):
         self.actnorm.require_initialized()
         z, coupling_log_det = self.coupling.inverse(z, *context)
         if linear is not None:
-            return linear_map(z, *linear), coupling_log_det
+            return apply(z, *linear), coupling_log_det
         weight, weight_log_det = self.mixing.matrix()
         x, linear_log_det = actnorm_conv1x1_inverse(
             z, self.actnorm.log_scale, self.actnorm.bias, weight, weight_log_det

@@ -32,11 +32,11 @@ from glow_kernels.ops._checks import check_image, check_like, positions
 from glow_kernels.ops._registry import Operator
 from glow_kernels.ops.folding import (
     PARAMETERS,
-    _fold,
     _fold_backward,
     _fold_backward_fake,
     _fold_inverse_backward,
-    _invert,
+    fold,
+    fold_inverse,
     invertible,
 )
 
@@ -124,12 +124,29 @@ def actnorm_conv1x1_reversible_backward(
     check_like("grad_log_det", grad_log_det, z.shape[:1], "(B,) with B = z.shape[0]", z)
     parameters = _in_compute_dtype(z, log_scale, bias, weight, weight_log_det)
     grads_of_results = grad.to(z.dtype), grad_log_det.to(compute_dtype(z))
-    x, grad_x, *grads = invertible(_undo, *grads_of_results, z, *parameters)
+    x, grad_x, *grads = invertible(_reversible_backward, *grads_of_results, z, *parameters)
     grad_log_scale, grad_bias, grad_weight, grad_weight_log_det = (
         None if tensor is None else gradient.to(tensor.dtype)
         for gradient, tensor in zip(grads, (log_scale, bias, weight, weight_log_det), strict=True)
     )
     return x, grad_x, grad_log_scale, grad_bias, grad_weight, grad_weight_log_det  # type: ignore[return-value]
+
+
+def apply(x: Tensor, matrix: Tensor, shift: Tensor) -> Tensor:
+    """``z = M x + v`` at every position of ``x`` (B, C, *spatial), for a caller that has folded M and v.
+
+    They are what :func:`glow_kernels.ops.folding.fold` gives for the type of ``x``; callers have checked that.
+    """
+    z: Tensor = _apply(x, matrix, shift)
+    return z
+
+
+def apply_reversible_backward(
+    grad: Tensor, z: Tensor, matrix: Tensor, inverse: Tensor, inverse_shift: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The input ``x`` of :func:`apply`, its gradient, and those of ``matrix`` and ``shift``, in one pass."""
+    x, grad_x, grad_matrix, grad_shift = _apply_reversible_backward(grad.to(z.dtype), z, matrix, inverse, inverse_shift)
+    return x, grad_x, grad_matrix, grad_shift
 
 
 def _check(
@@ -151,34 +168,36 @@ def _in_compute_dtype(x: Tensor, *tensors: Tensor | None) -> list[Tensor | None]
     return [tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype) for tensor in tensors]
 
 
-def _composed_forward(x: Tensor, *parameters: Tensor | None) -> tuple[Tensor, Tensor]:
-    matrix, shift, log_det = _fold(*parameters)
+def _composed_forward(x: Tensor, *parameters: Any) -> tuple[Tensor, Tensor]:
+    matrix, shift, log_det = fold(*parameters)
     return _apply(x, matrix, shift), log_det.expand(x.shape[0]) * positions(x)
 
 
-def _composed_inverse(z: Tensor, *parameters: Tensor | None) -> tuple[Tensor, Tensor]:
-    matrix, shift, log_det = _invert(*parameters)
+def _composed_inverse(z: Tensor, *parameters: Any) -> tuple[Tensor, Tensor]:
+    matrix, shift, log_det = fold_inverse(*parameters)
     return _apply(z, matrix, shift), log_det.expand(z.shape[0]) * positions(z)
 
 
 def _composed_backward(
-    fold: Callable[..., Any],
-    fold_backward: Callable[..., Any],
+    folding: Callable[..., Any],
+    folding_backward: Callable[..., Any],
     grad: Tensor,
     grad_log_det: Tensor,
     x: Tensor,
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
     *parameters, needs_grad_x = arguments
-    matrix, _, _ = fold(*parameters)
+    matrix, _, _ = folding(*parameters)
     grad_x, *grad_folded = _apply_backward(grad, x, matrix, needs_grad_x)
-    return grad_x, *fold_backward(*grad_folded, positions(x) * grad_log_det.sum(), *parameters)
+    return grad_x, *folding_backward(*grad_folded, positions(x) * grad_log_det.sum(), *parameters)
 
 
-def _composed_undo(grad: Tensor, grad_log_det: Tensor, z: Tensor, *parameters: Tensor | None) -> tuple[Tensor, ...]:
-    matrix, _, _ = _fold(*parameters)
-    inverse, inverse_shift, _ = _invert(*parameters)
-    x, grad_x, *grad_folded = _reversible_backward(grad, z, matrix, inverse, inverse_shift)
+def _composed_reversible_backward(
+    grad: Tensor, grad_log_det: Tensor, z: Tensor, *parameters: Any
+) -> tuple[Tensor, ...]:
+    matrix, _, _ = fold(*parameters)
+    inverse, inverse_shift, _ = fold_inverse(*parameters)
+    x, grad_x, *grad_folded = _apply_reversible_backward(grad, z, matrix, inverse, inverse_shift)
     return x, grad_x, *_fold_backward(*grad_folded, positions(z) * grad_log_det.sum(), *parameters)
 
 
@@ -194,7 +213,7 @@ def _backward_fake(
     return grad_x, *_fold_backward_fake(grad, grad, grad_log_det, *parameters)
 
 
-def _undo_fake(grad: Tensor, grad_log_det: Tensor, z: Tensor, *parameters: Any) -> tuple[Tensor, ...]:
+def _reversible_backward_fake(grad: Tensor, grad_log_det: Tensor, z: Tensor, *parameters: Any) -> tuple[Tensor, ...]:
     x = torch.empty_like(z, memory_format=output_format(z))
     return x, *_backward_fake(grad, grad_log_det, z, *parameters, True)
 
@@ -227,7 +246,7 @@ def _apply_backward_fake(grad: Tensor, x: Tensor, matrix: Tensor, needs_grad_x: 
     return grad_x, torch.empty_like(matrix, memory_format=torch.contiguous_format), matrix.new_empty(x.shape[1])
 
 
-def _reversible_backward_fake(
+def _apply_reversible_backward_fake(
     grad: Tensor, z: Tensor, matrix: Tensor, inverse: Tensor, inverse_shift: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x = torch.empty_like(z, memory_format=output_format(z))
@@ -263,11 +282,11 @@ _apply_backward = Operator(
     fake=_apply_backward_fake,
     plain_reference=True,
 )
-_reversible_backward = Operator(
+_apply_reversible_backward = Operator(
     _MODULE,
     "apply_reversible_backward",
     "(Tensor grad, Tensor z, Tensor matrix, Tensor inverse, Tensor inverse_shift) -> (Tensor, Tensor, Tensor, Tensor)",
-    fake=_reversible_backward_fake,
+    fake=_apply_reversible_backward_fake,
 )
 
 # Both halves in one call, for backends that have that.
@@ -297,19 +316,19 @@ _backward = Operator(
     "backward",
     _BACKWARD_SCHEMA,
     fake=_backward_fake,
-    composed=functools.partial(_composed_backward, _fold, _fold_backward),
+    composed=functools.partial(_composed_backward, fold, _fold_backward),
 )
 _inverse_backward = Operator(
     _MODULE,
     "inverse_backward",
     _BACKWARD_SCHEMA,
     fake=_backward_fake,
-    composed=functools.partial(_composed_backward, _invert, _fold_inverse_backward),
+    composed=functools.partial(_composed_backward, fold_inverse, _fold_inverse_backward),
 )
-_undo = Operator(
+_reversible_backward = Operator(
     _MODULE,
     "reversible_backward",
     f"(Tensor grad, Tensor grad_log_det, Tensor z, {PARAMETERS}) -> (Tensor, {_GRADS})",
-    fake=_undo_fake,
-    composed=_composed_undo,
+    fake=_reversible_backward_fake,
+    composed=_composed_reversible_backward,
 )

@@ -72,6 +72,31 @@ def lu_weight_backward(
     return grad_lower.to(lower.dtype), grad_upper.to(upper.dtype), grad_log_diagonal.to(log_diagonal.dtype)
 
 
+def fold(
+    log_scale: Tensor, bias: Tensor, weight: Tensor, weight_log_det: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Matrix M ``(*K, C, C)``, shift v ``(*K, C)`` and log-determinant per position ``(*K)`` of x -> z.
+
+    Args:
+        log_scale, bias, weight, weight_log_det: ``(*K, C)``, ``(*K, C)``, ``(*K, C, C)`` and ``(*K)``, of one type;
+            callers have checked them.
+    """
+    matrix, shift, log_det = _fold(log_scale, bias, weight, weight_log_det)
+    return matrix, shift, log_det
+
+
+def fold_inverse(
+    log_scale: Tensor, bias: Tensor, weight: Tensor, weight_log_det: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Matrix M^-1, shift -b and log-determinant of z -> x; arguments as for :func:`fold`.
+
+    Raises:
+        ValueError: a weight is singular.
+    """
+    matrix, shift, log_det = invertible(_fold_inverse, log_scale, bias, weight, weight_log_det)
+    return matrix, shift, log_det
+
+
 def invertible(operator: Callable[..., Any], *args: Any) -> Any:
     """``operator(*args)``, where it is a ValueError that a weight is singular."""
     try:
@@ -81,11 +106,6 @@ def invertible(operator: Callable[..., Any], *args: Any) -> Any:
         if "weight must be invertible" not in message:
             raise
         raise ValueError(message[message.index("weight must") :]) from None
-
-
-def _invert(*parameters: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    matrix, shift, log_det = invertible(_fold_inverse, *parameters)
-    return matrix, shift, log_det
 
 
 def _fold_fake(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from glow_kernels.nn import AdditiveCoupling, AffineCoupling, CouplingNetwork, FlowStep
 from glow_kernels.ops import actnorm_conv1x1_reversible_backward, affine_coupling_reversible_backward
-from glow_kernels.ops.linear_map import linear_map_reversible_backward
+from glow_kernels.ops.actnorm_conv1x1 import apply_reversible_backward
 from glow_kernels.reversible.anatomy import Anatomy
 from glow_kernels.reversible.tensors import differentiate, leaf, sum_of
 
@@ -78,7 +78,7 @@ def _undo_linear_map(
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     if anatomy.linear:
         matrices = (anatomy.linear[name].detach() for name in ("matrix", "inverse", "inverse_shift"))
-        x, grad_x, *found = linear_map_reversible_backward(grad, y, *matrices)
+        x, grad_x, *found = apply_reversible_backward(grad, y, *matrices)
         return x, grad_x, [*found, *[None] * (len(parameters) - len(found))]
     # Nothing of this package's own needs a graph between the parameters and what the operator takes.
     with torch.set_grad_enabled(not anatomy.is_standard):

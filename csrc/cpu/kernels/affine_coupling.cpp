@@ -167,7 +167,8 @@ template <Direction direction, CouplingOrder order, Stores stores>
 SigmoidSums compute_sigmoid(const ScaleParameters<double>& parameters, const Runs<float>& given) {
   using V = Vector<float>;
   constexpr int64_t lanes = kLanes<float>;
-  // Vectors may alias anything: only what has no address elsewhere stays in registers.
+  // Vectors may alias anything: only what has no address elsewhere stays in registers. So the arguments and, at the
+  // end, the sums are copied.
   const Runs<float> runs = given;
   const float slope = parameters.slope, offset = parameters.offset, gain = parameters.gain;
   const float inverse_gain = 1.0f / gain;

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from glow_kernels.backends.numerics import compute_dtype
-from glow_kernels.backends.triton.device_functions import kernel, row_pointers, row_sizes
+from glow_kernels.backends.triton.device_functions import ARITHMETIC, kernel, row_pointers, row_sizes
 from glow_kernels.backends.triton.launch import channels_of_tile, launch, multiprocessors, rows_of, strided
 
 _MAX_CHUNKS = 64
@@ -32,7 +32,7 @@ def forward(x: Tensor) -> tuple[Tensor, Tensor]:
     # Mean, sum of squared deviations and number of elements, of every chunk and channel.
     partial = x.new_empty((3, chunks, channels), dtype=torch.float64)
     args = (*strided(view), partial, channels, view.shape[2], rows.count, chunks)
-    launch(_chunk_kernel, tiles_c * chunks, x, *args, **rows.options, DTYPE=_DTYPES[mean.dtype])
+    launch(_chunk_kernel, tiles_c * chunks, x, *args, **rows.options, DTYPE=ARITHMETIC[mean.dtype])
 
     variance = torch.empty_like(mean)
     launch(
@@ -45,9 +45,6 @@ def forward(x: Tensor) -> tuple[Tensor, Tensor]:
         num_warps=1,
     )
     return mean, variance
-
-
-_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 @kernel

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from glow_kernels.backends.numerics import compute_dtype, output_format
 from glow_kernels.backends.triton.device_functions import (
+    ARITHMETIC,
     kernel,
     pointers,
     row_pointers,
@@ -30,8 +31,6 @@ from glow_kernels.backends.triton.launch import (
 )
 from glow_kernels.backends.triton.sums import sum_partial
 
-_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
-
 
 def forward(x: Tensor, bias: Tensor) -> Tensor:
     """``max(x + bias, 0)``."""
@@ -41,7 +40,7 @@ def forward(x: Tensor, bias: Tensor) -> Tensor:
     data, out = planes(x), planes(y)
     tiles = tiles_of((data, out), ())
     args = (*strided(data, out), bias.contiguous(), *data.shape[1:])
-    launch(_bias_relu_kernel, tiles.count, x, *args, **tiles.options, DTYPE=_DTYPES[compute_dtype(x)])
+    launch(_bias_relu_kernel, tiles.count, x, *args, **tiles.options, DTYPE=ARITHMETIC[compute_dtype(x)])
     return y
 
 
@@ -57,7 +56,8 @@ def backward(grad: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     chunks = min(rows.tiles, -(-4 * multiprocessors(y.device) // tiles_c))
     partial = y.new_empty((chunks, channels), dtype=dtype)
     args = (*strided(*rows.planes), partial, channels, rows.planes[0].shape[2], rows.count, chunks)
-    launch(_bias_relu_backward_kernel, tiles_c * chunks, y, *args, **rows.options, DTYPE=_DTYPES[dtype])
+    options = {**rows.options, "DTYPE": ARITHMETIC[dtype], "ALL_REGISTERS": True}
+    launch(_bias_relu_backward_kernel, tiles_c * chunks, y, *args, **options)
     return grad_x, sum_partial(partial, 0)
 
 

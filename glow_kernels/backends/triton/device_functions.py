@@ -10,10 +10,14 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 
 from glow_kernels.backends.triton import INTERPRETED
+
+# Triton's names of the types of arithmetic, which kernels take as DTYPE.
+ARITHMETIC = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from glow_kernels.backends.numerics import compute_dtype, output_format
 from glow_kernels.backends.triton.device_functions import (
+    ARITHMETIC,
     exp,
     kernel,
     load_pair,
@@ -89,7 +90,7 @@ def _map(data: Tensor, h: Tensor, layout: str, inverse: bool) -> Tensor:
         *x.shape[1:],
         INTERLEAVED=layout.startswith("interleaved"),
         INVERSE=inverse,
-        DTYPE=_DTYPES[compute_dtype(data)],
+        DTYPE=ARITHMETIC[compute_dtype(data)],
         **tiles.options,
     )
     return result
@@ -112,13 +113,10 @@ def _gradients(grad: Tensor, data: Tensor, h: Tensor, layout: str, function: tl.
         *x.shape[1:],
         INTERLEAVED=layout.startswith("interleaved"),
         FUNCTION=function.value,
-        DTYPE=_DTYPES[compute_dtype(data)],
+        DTYPE=ARITHMETIC[compute_dtype(data)],
         **tiles.options,
     )
     return grad_data, grad_h
-
-
-_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 @kernel

@@ -13,10 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from glow_kernels.backends.numerics import compute_dtype, output_format
-from glow_kernels.backends.triton.device_functions import exp, kernel, store
+from glow_kernels.backends.triton.device_functions import ARITHMETIC, exp, kernel, store
 from glow_kernels.backends.triton.launch import launch
-
-_DTYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 def forward(
@@ -56,7 +54,7 @@ def backward(
 def _options(weight: Tensor, factor: float) -> dict[str, Any]:
     # One warp for a filter of up to 28 channels and 3x3 positions, as the first convolutions have them.
     block = 256 if weight[:1].numel() <= 256 else 1024
-    return {"FACTOR": factor, "DTYPE": _DTYPES[compute_dtype(weight)], "BLOCK": block, "num_warps": block // 256}
+    return {"FACTOR": factor, "DTYPE": ARITHMETIC[compute_dtype(weight)], "BLOCK": block, "num_warps": block // 256}
 
 
 @kernel

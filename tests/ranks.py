@@ -1,0 +1,39 @@
+"""Two gloo processes on the CPU, which take seconds to start: each runs one function for all cases of a test file."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+RANKS = 2
+# Options of DistributedDataParallel.
+DDP = {
+    "default": {},
+    "find-unused": {"find_unused_parameters": True},
+    "static-graph": {"static_graph": True},
+    "bucket-view": {"gradient_as_bucket_view": True},
+}
+
+
+def run(work: Callable[[int], Any], folder: Path) -> list[Any]:
+    """What ``work(rank)``, a function of a module, returns in each process; ``folder`` is for the way back."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_process, (work, port, folder), nprocs=RANKS)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+
+
+def _process(rank: int, work: Callable[[int], Any], port: int, folder: Path) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=RANKS)
+    torch.save(work(rank), folder / f"{rank}.pt")
+    dist.destroy_process_group()
