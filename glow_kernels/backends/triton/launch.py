@@ -27,7 +27,7 @@ TUNED = Path(__file__).parent / "tuned"
 DEFAULTS: dict[str, dict[str, int]] = {
     "elementwise": {"elements": 512, "num_warps": 2},
     "statistics": {"elements": 2048, "num_warps": 4},
-    "linear_16": {"elements": 2048, "num_warps": 4},
+    "linear_16": {"elements": 2048, "num_warps": 8},
     "linear_32": {"elements": 2048, "num_warps": 8},
     "linear_64": {"elements": 2048, "num_warps": 4},
     # Operands of a dot product live in registers, so larger tiles spill.
