@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glow_kernels.interop import steps
+from glow_kernels.interop.claims import NO_SYNC
 from glow_kernels.interop.memory import initialize, run, run_alone
 from glow_kernels.interop.patch import Call, Mismatch, Patch, is_set, once, options_of, own
 from glow_kernels.interop.probe import Coupling
@@ -25,7 +26,6 @@ from glow_kernels.interop.steps import Parts
 from glow_kernels.interop.workshop import Workshop
 from glow_kernels.ops import actnorm_conv1x1
 
-NO_SYNC = "ActNorm does not wait for the device to ask whether it is initialised"
 Result = tuple[Any, Any]
 
 

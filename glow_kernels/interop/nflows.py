@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from glow_kernels.backends.numerics import wide_dtype
 from glow_kernels.interop import steps
+from glow_kernels.interop.claims import NO_SYNC
 from glow_kernels.interop.memory import initialize, run
 from glow_kernels.interop.patch import Call, Mismatch, Patch, has_hooks, is_set, options_of, own, patch_of
 from glow_kernels.interop.stand_ins import SPATIAL, spatial_of
@@ -20,7 +21,6 @@ from glow_kernels.interop.steps import Parts
 from glow_kernels.interop.workshop import Workshop
 from glow_kernels.ops import actnorm_conv1x1, actnorm_conv1x1_inverse
 
-NO_SYNC = "ActNorm does not wait for the device to ask whether it is initialised"
 Result = tuple[Tensor, Tensor]
 
 

@@ -12,16 +12,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from glow_kernels.interop import steps
+from glow_kernels.interop.claims import DOUBLE, NO_SYNC, STABLE
 from glow_kernels.interop.memory import initialize, run
 from glow_kernels.interop.patch import Call, Patch, has_hooks, is_set, once, options_of, own
 from glow_kernels.interop.stand_ins import SPATIAL
 from glow_kernels.interop.steps import Linear, Parts
 from glow_kernels.interop.workshop import Workshop
 from glow_kernels.ops import actnorm_conv1x1, actnorm_conv1x1_inverse, lu_weight
-
-DOUBLE = "log|det W| is computed in float64"
-NO_SYNC = "ActNorm does not wait for the device to ask whether it is initialised"
-STABLE = "log s is computed as log(sigmoid), not as the log of a sigmoid that may have underflowed"
 
 
 def _calls(*shape: int) -> list[Call]:

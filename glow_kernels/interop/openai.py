@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from glow_kernels.interop import steps
+from glow_kernels.interop.claims import DOUBLE, DOUBLE_INVERSE, NO_SYNC, STABLE
 from glow_kernels.interop.memory import initialize, run
 from glow_kernels.interop.patch import Call, Patch, has_hooks, is_set, once, options_of, own, patch_of
 from glow_kernels.interop.stand_ins import SPATIAL
@@ -21,10 +22,6 @@ from glow_kernels.interop.steps import Linear, Parts
 from glow_kernels.interop.workshop import Workshop
 from glow_kernels.ops import actnorm_conv1x1, actnorm_conv1x1_inverse, gaussian_log_prob, lu_weight
 
-STABLE = "log s is computed as log(sigmoid), not as the log of a sigmoid that may have underflowed"
-NO_SYNC = "ActNorm does not wait for the device to ask whether it is initialised"
-DOUBLE = "log|det W| is computed in float64"
-DOUBLE_INVERSE = "the inverse of the 1x1 convolution is computed in float64"
 COPIES = "deep copies of a step use their own 1x1 convolution, also where a closure kept the original's"
 
 NETWORKS = ("f", "block")

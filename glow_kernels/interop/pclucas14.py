@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from glow_kernels.interop import steps
+from glow_kernels.interop.claims import DOUBLE, DOUBLE_INVERSE, STABLE
 from glow_kernels.interop.copies import faithful_copy
 from glow_kernels.interop.memory import initialize, run
-from glow_kernels.interop.openai import DOUBLE, DOUBLE_INVERSE, STABLE
 from glow_kernels.interop.patch import Call, Mismatch, Patch, options_of, own
 from glow_kernels.interop.probe import Coupling
 from glow_kernels.interop.scale_map import round_number

@@ -13,16 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glow_kernels.interop import steps
+from glow_kernels.interop.claims import DOUBLE_INVERSE, NO_SYNC, STABLE
 from glow_kernels.interop.memory import initialize, run
 from glow_kernels.interop.patch import Call, Patch, has_hooks, is_set, once, options_of, own
 from glow_kernels.interop.stand_ins import SPATIAL
 from glow_kernels.interop.steps import Parts
 from glow_kernels.interop.workshop import Workshop
 from glow_kernels.ops import actnorm_conv1x1, actnorm_conv1x1_inverse, gaussian_log_prob, lu_weight
-
-NO_SYNC = "ActNorm does not wait for the device to ask whether it is initialised"
-STABLE = "log s is computed as log(sigmoid), not as the log of a sigmoid that may have underflowed"
-DOUBLE_INVERSE = "the inverse of the 1x1 convolution is computed in float64"
 
 
 def _calls(channels: int) -> list[Call]:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from glow_kernels.interop import steps
+from glow_kernels.interop.claims import DOUBLE_INVERSE, NO_SYNC
 from glow_kernels.interop.memory import initialize, run
 from glow_kernels.interop.patch import Call, Patch, is_set, options_of, own
 from glow_kernels.interop.probe import Coupling
@@ -19,10 +20,8 @@ from glow_kernels.interop.steps import Parts
 from glow_kernels.interop.workshop import Workshop
 from glow_kernels.ops import actnorm_conv1x1, actnorm_conv1x1_inverse
 
-NO_SYNC = "ActNorm does not wait for the device to ask whether it is initialised"
 DEVICE = "log|det W| is computed in float64 on the device of the data, not on the CPU"
 STABLE = "log s is computed without the scale itself, which may have underflowed"
-DOUBLE_INVERSE = "the inverse of the 1x1 convolution is computed in float64"
 
 
 def _calls(channels: int, spatial: tuple[int, ...]) -> list[Call]:
