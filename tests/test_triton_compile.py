@@ -209,6 +209,17 @@ def test_an_operator_only_allocates_and_launches():
     assert seen.names <= ALLOCATIONS | VIEWS | COPIES
 
 
+@pytest.mark.parametrize(("installed", "takes"), [((3, 4), False), ((3, 5), True)])
+def test_a_triton_that_cannot_multiply_float64_is_not_asked_to(installed, takes):
+    x, matrix = (torch.empty(shape, dtype=torch.float64, device="meta") for shape in ((2, 4, 3, 3), (4, 4)))
+    with (
+        mock.patch.object(support, "_on_device", return_value=True),
+        mock.patch.object(support, "version", return_value=installed),
+    ):
+        assert support.actnorm_conv1x1("apply", x, matrix, matrix[0]) == takes
+        assert support.actnorm_conv1x1("apply", x.float(), matrix.float(), matrix[0].float())
+
+
 @pytest.mark.parametrize("known", [True, False], ids=["known_log_det", "unknown_log_det"])
 def test_folding_large_matrices_does_not_wait_for_the_device(known):
     from glow_kernels.backends.reference import actnorm_conv1x1 as library

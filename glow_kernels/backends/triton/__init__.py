@@ -27,11 +27,22 @@ def status() -> BackendStatus:
             return BackendStatus("triton", False, missing, _INTERPRET)
     import triton
 
-    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 4):
+    if version() < (3, 4):
         reason = f"the kernels need Triton 3.4 or newer, this is {triton.__version__}"
         return BackendStatus("triton", False, reason, "run: pip install 'triton>=3.4'")
     where = "interpreted on the CPU, slow" if INTERPRETED else torch.cuda.get_device_name()
     return BackendStatus("triton", True, f"Triton {triton.__version__}, {where}")
+
+
+def version() -> tuple[int, ...]:
+    """Of Triton, major and minor."""
+    import triton
+
+    return tuple(map(int, triton.__version__.split(".")[:2]))
+
+
+# Constant while the process lives, and beyond what torch.compile can trace.
+version._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _missing_gpu() -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from glow_kernels.backends.numerics import compute_dtype
-from glow_kernels.backends.triton import INTERPRETED
+from glow_kernels.backends.triton import INTERPRETED, version
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Types of the data and of h: the same, or a network under autocast.
@@ -17,6 +17,8 @@ _PAIRS = {(dtype, dtype) for dtype in _TYPES} | {(torch.float32, torch.bfloat16)
 MAX_CHANNELS_OF_A_PROGRAM = 64
 # Numbers that are counted in 32 bits; addresses have 64.
 _MAX_COUNT = 2**30
+# The first Triton that multiplies matrices of float64.
+_MULTIPLIES_FLOAT64 = (3, 5)
 
 
 def actnorm_conv1x1(function: str, *args: Any) -> bool:
@@ -26,6 +28,8 @@ def actnorm_conv1x1(function: str, *args: Any) -> bool:
         return False
     if function.startswith("apply"):
         x, matrix = args[1:3] if function.endswith("backward") else args[:2]
+        if x.dtype == torch.float64 and version() < _MULTIPLIES_FLOAT64:
+            return False
         return bool(matrix.dtype == compute_dtype(x)) and _countable(x)
     # The inverse of the reference waits for the device to say that a matrix is singular.
     return function == "fold_inverse" or tensors[0].shape[-1] <= MAX_CHANNELS_OF_A_PROGRAM
