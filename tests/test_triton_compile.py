@@ -113,7 +113,7 @@ def test_numbers_and_addresses_choose_no_variant():
             if not parameter.is_constexpr:
                 assert parameter.do_not_specialize, (kernel.fn.__name__, parameter.name)
                 number = not parameter.name.endswith("_ptr")
-                assert parameter.annotation_type in (("i32", "i64") if number else ("",)), parameter.name
+                assert parameter.annotation_type in (("i32", "i64", "fp64") if number else ("",)), parameter.name
         launched = inspect.signature(kernel.fn).parameters
         assert all(given.default is inspect.Parameter.empty for given in launched.values())
 
@@ -152,6 +152,7 @@ def test_every_variant_that_may_be_launched_is_listed(shape, dtypes, layouts):
         assume(support.gaussian_log_prob("forward", x, h))
     bias = vector.to(h_dtype)
     weight, of_weight = torch.empty(shape[1:], dtype=dtype, device="meta"), vector.to(dtype)
+    several = ([weight] * 2, [of_weight] * 2, [of_weight] * 2)
     options = (None, SCALE_MAP.kind, SCALE_MAP.parameters, "interleaved_shift_scale", "shift_scale")
     calls = [
         lambda: affine_coupling.forward(x, h, *options),
@@ -169,6 +170,10 @@ def test_every_variant_that_may_be_launched_is_listed(shape, dtypes, layouts):
         lambda: bias_relu.backward(grad, x),
         lambda: scale_filters.forward(weight, of_weight, of_weight, 3.0, h_dtype),
         lambda: scale_filters.backward(weight.to(h_dtype), bias, weight, of_weight, of_weight, 1.0),
+        lambda: scale_filters.forward_all(*several, [1.0, 3.0], h_dtype),
+        lambda: scale_filters.backward_all(
+            [weight.to(h_dtype), vector, weight.to(h_dtype), bias], *several, [1.0, 3.0]
+        ),
     ]
     if shape[1] <= 64:
         calls.append(lambda: actnorm_conv1x1.fold_inverse(vector, vector, matrix, None))
