@@ -20,7 +20,7 @@ from unittest import mock
 import kernel_record
 import pytest
 import torch
-from ahead_of_time import TARGETS, Variant, compile_all, variants
+from ahead_of_time import TARGETS, Variant, compile_all, pretending, variants
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from operators import LAYOUTS
@@ -187,6 +187,19 @@ def test_a_table_in_the_package_adds_what_it_chooses(monkeypatch, tmp_path):
     monkeypatch.setattr(launch, "TUNED", tmp_path)
     added = variants(sample.call for sample in all_samples()).keys() - listed().keys()
     assert {name for name, _ in added} == {"_chunk_kernel", "_bias_relu_backward_kernel"}
+
+
+def test_filters_of_three_convolutions_take_one_launch():
+    from glow_kernels.backends.triton import scale_filters
+
+    names: list[str] = []
+    with pretending("sm_90", lambda kernel, *_, **__: names.append(kernel.fn.__name__)):
+        for count in (1, 3, 7):
+            weights, vectors = [torch.empty(4, 3, 3, 3, device="meta")] * count, [torch.empty(4, device="meta")] * count
+            scaled = scale_filters.forward_all(weights, vectors, vectors, [1.0] * count, torch.float32)
+            scale_filters.backward_all(scaled, weights, vectors, vectors, [1.0] * count)
+    one, three = ["_scale_kernel", "_scale_backward_kernel"], ["_scale_three_kernel", "_scale_backward_three_kernel"]
+    assert names == [*one, *three, *[three[0]] * 2, one[0], *[three[1]] * 2, one[1]]
 
 
 class _Calls(TorchDispatchMode):

@@ -18,7 +18,7 @@ from glow_kernels.backends.numerics import compute_dtype, output_format
 from glow_kernels.backends.triton.device_functions import ARITHMETIC, exp, kernel, store
 from glow_kernels.backends.triton.launch import launch
 
-# Elements that a program scales. Where they are summed, so many filters of up to NARROW elements at a time, others alone.
+# Elements that a program scales; and where it sums, so many filters of up to NARROW elements at a time, others alone.
 BLOCK = tl.constexpr(1024)
 FILTERS = tl.constexpr(8)
 NARROW = tl.constexpr(512)
