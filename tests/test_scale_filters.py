@@ -257,3 +257,17 @@ def test_of_several_all_must_be_as_many(backend):
             scale_all(weights, [vector], [vector], factors, torch.float32)
     with pytest.raises(ValueError, match="grads must be two for every one of 1 weights, got 1"):
         scale_all_backward([weight], [weight], [vector], [vector], [1.0])
+
+
+def test_several_convolutions_compile_into_one_graph(backend):
+    torch._dynamo.reset()
+
+    def there_and_back(weights, biases, log_scales):
+        scaled = scale_all(weights, biases, log_scales, [1.0, 3.0], torch.float32)
+        return scale_all_backward(scaled, weights, biases, log_scales, [1.0, 3.0])
+
+    drawn = [[tensor.float() for tensor in inputs(shape)] for shape in [(4, 3, 3, 3), (2, 5)]]
+    lists = [list(each) for each in zip(*drawn, strict=True)]
+    compiled = torch.compile(there_and_back, fullgraph=True, backend="aot_eager")
+    for one, other in zip(compiled(*lists), there_and_back(*lists), strict=True):
+        assert torch.equal(one, other)

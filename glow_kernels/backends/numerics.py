@@ -48,9 +48,8 @@ def filters_of(
         args = ([args[0], args[1]], *([arg] for arg in args[2:]))
     grads, weights, biases, log_scales = args[:4] if function.startswith("backward") else ([], *args[:3])
     dtype, scaled = weights[0].dtype, grads[0].dtype if grads else args[4]
-    of_bias = (scaled, compute_dtype(weights[0]))
     for index, grad in enumerate(grads):
-        if grad.dtype != scaled and (index % 2 == 0 or grad.dtype not in of_bias):
+        if grad.dtype != scaled and (index % 2 == 0 or grad.dtype != compute_dtype(weights[0])):
             return grads, weights, biases, log_scales, None
     for tensor in (*weights, *biases, *log_scales):
         if tensor.dtype != dtype:

@@ -79,7 +79,7 @@ def actnorm_statistics(function: str, x: Tensor) -> bool:
 def scale_filters(function: str, *args: Any) -> bool:
     """Dense filters, and gradients that lie as they do; on the CPU without a conversion."""
     grads, weights, biases, log_scales, types = filters_of(function, args)
-    if types not in (_TYPES_WITH_H if _runs_cuda_code(weights[0]) else _TYPES_OF_FILTERS):
+    if types not in _TYPES_OF_FILTERS and not (types in _TYPES_WITH_H and _runs_cuda_code(weights[0])):
         return False
     for index, weight in enumerate(weights):
         format_ = output_format(weight)
