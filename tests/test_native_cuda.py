@@ -200,6 +200,20 @@ def test_cuda_tensors_are_taken_where_the_library_has_the_operator(gpu: SimpleNa
     assert not support.gaussian_log_prob("forward", x, h, "")
 
 
+def test_filters_are_converted_on_a_gpu_and_not_on_the_cpu(gpu: SimpleNamespace, registered: set[str]) -> None:
+    registered.update({("scale_filters", "backward_all", key) for key in ("CPU", "CUDA")})
+    half = torch.bfloat16
+    for make, takes in ((cuda_tensor, True), (torch.empty, False)):
+        weight, vector = make(4, 3, 3, 3), make(4)
+        grad, filters = make(4, 3, 3, 3, dtype=half), ([weight], [vector], [vector], [1.0])
+        assert support.scale_filters("backward_all", [weight, vector], *filters)
+        assert support.scale_filters("backward_all", [grad, vector], *filters) == takes
+        assert support.scale_filters("backward_all", [grad, make(4, dtype=half)], *filters) == takes
+        assert not support.scale_filters("backward_all", [grad, make(4, dtype=torch.float16)], *filters)
+        assert not support.scale_filters("backward_all", [grad.transpose(2, 3), vector], *filters)
+        assert not support.scale_filters("backward_all", [weight, vector], [weight], [vector.double()], *filters[2:])
+
+
 ALL = ("native", "triton", "reference")
 
 
