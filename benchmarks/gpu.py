@@ -49,11 +49,12 @@ def stages(results: Path, dry_run: bool = False) -> list[Stage]:
     small += ["--threads", "1", "--allocator", "tuned"]
     measure = [*python, "benchmarks.gpu_stages"]
     options = [*device, *output, *(["--toy"] if dry_run else [])]
-    tests = [*python, "pytest", "-q", "-p", "no:cacheprovider", "--maxfail", "10", "-k"]
+    pytest = [*python, "pytest", "-q", "-p", "no:cacheprovider", "--maxfail", "10"]
+    tests = [*pytest, *_workers(), "-k"]
     plain = "and not opcheck and not compiles"
     cuda_tests = [*tests, f"native {plain}", *OPERATOR_TESTS, "tests/test_cuda_gpu.py"]
     triton_tests = [*tests, f"triton {plain}", *OPERATOR_TESTS, "tests/test_triton_gpu.py"]
-    sanitized = [*tests, f"native and of_every_shape {plain}", "-x", *OPERATOR_TESTS]
+    sanitized = [*pytest, "-k", f"native and of_every_shape {plain}", "-x", *OPERATOR_TESTS]
     untested = "it needs a GPU" if dry_run else _missing("pytest", "hypothesis")
     no_library = _no_cuda_library()
     build = {"GLOW_KERNELS_BUILD": "none" if dry_run else "auto"}
@@ -165,6 +166,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{name:12}{outcome}")
     print(f"results in {output}")
     return 0 if all(outcome.startswith(("ok", "skipped")) for outcome in outcomes.values()) else 1
+
+
+def _workers() -> list[str]:
+    """Options that run tests side by side, where pytest can do that: most of their time is the host's."""
+    return [] if _missing("xdist") else ["-n", str(min(12, os.cpu_count() or 1))]
 
 
 def _missing(*packages: str) -> str:

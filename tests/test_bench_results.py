@@ -416,7 +416,16 @@ def test_what_the_gpu_stages_measure_runs_on_a_cpu(tmp_path, monkeypatch):
     rows = list(results.of_kind(results.read(path), "model"))
     assert {row["case"]["part"] for row in rows} == {"training_step", "memory", "sampling"}
     assert not any("failed" in row for row in rows)
-    assert all(row["peak_extra_bytes"] > 0 for row in rows)
+    replayed = [row["case"]["implementation"].endswith("graph") for row in rows]
+    assert any(replayed)
+    assert all(
+        "peak_extra_bytes" not in row if replay else row["peak_extra_bytes"] > 0
+        for replay, row in zip(replayed, rows, strict=True)
+    )
+    document.write([path], tmp_path / "performance.md")
+    assert "glow_kernels bfloat16, graph" in (tmp_path / "performance.md").read_text()
+    trained = [row["case"]["implementation"] for row in rows if row["case"]["part"] == "training_step"]
+    assert set(gpu_stages.TELLING) <= set(trained)
 
 
 def test_a_model_that_does_not_fit_is_noted_and_the_others_go_on(tmp_path):
@@ -427,6 +436,7 @@ def test_a_model_that_does_not_fit_is_noted_and_the_others_go_on(tmp_path):
     stages = gpu_stages.Stages(torch.device("cpu"), writer, toy=True)
     stages._measure("memory", {"steps": 80}, "store", too_large, 1)
     assert writer.rows[-1]["failed"] == "OutOfMemoryError: CUDA out of memory"
+    assert "OutOfMemoryError: CUDA out of memory" in document.markdown([tmp_path / "r.jsonl"])
 
 
 def test_the_floor_is_made_of_all_convolutions_of_the_networks():

@@ -116,6 +116,22 @@ def title(case: Row) -> str:
     return f"{case['part'].replace('_', ' ')}: {sizes}"
 
 
+def models(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows of models by part and sizes; of models that failed only their name and the reason are known."""
+    groups: dict[str, list[Row]] = {}
+    for row in results.of_kind(rows, "model"):
+        groups.setdefault(title(row["case"]), []).append(row)
+    return groups
+
+
+def model_cells(row: Row) -> tuple[str, str, str, str]:
+    """Images a second, the time in ours where both took turns, the peak in MB where it was counted, and a note."""
+    images = f"{row['images_per_second']:.4g}" if "seconds" in row else ""
+    ratio = f"{row['ratio_to_ours'][0]:.2f}" if "ratio_to_ours" in row else ""
+    peak = f"{row['peak_extra_bytes'] / 1e6:.3g}" if "peak_extra_bytes" in row else ""
+    return images, ratio, peak, row.get("failed") or row["note"]
+
+
 def ratio(row: Row, name: str) -> float:
     """How many times longer ``name`` took than ours."""
     return float(row["candidates"][name]["ratio_to_ours"][0])
