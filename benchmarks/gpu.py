@@ -55,22 +55,23 @@ def stages(results: Path, dry_run: bool = False) -> list[Stage]:
     cuda_tests = [*tests, f"native {plain}", *OPERATOR_TESTS, "tests/test_cuda_gpu.py"]
     triton_tests = [*tests, f"triton {plain}", *OPERATOR_TESTS, "tests/test_triton_gpu.py"]
     sanitized = [*pytest, "-k", f"native and of_every_shape {plain}", "-x", *OPERATOR_TESTS]
+    bandwidth = ["--shape", BANDWIDTH_SHAPES, "--dtype", "float32", "--minutes", "0.75"]
     untested = "it needs a GPU" if dry_run else _missing("pytest", "hypothesis")
     no_library = _no_cuda_library()
     build = {"GLOW_KERNELS_BUILD": "none" if dry_run else "auto"}
     if not dry_run:  # the CUDA library for this GPU alone, which takes less than a minute
         build["GLOW_KERNELS_CUDA_ARCHS"] = os.environ.get("GLOW_KERNELS_CUDA_ARCHS") or _architecture()
     return [
-        Stage("build", [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], 85, environment=build),
+        Stage("build", [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], 75, environment=build),
         Stage("info", [*python, "glow_kernels", "info"], 8),
         Stage("cuda tests", cuda_tests, 40, untested or no_library),
-        Stage("triton tests", triton_tests, 45, untested),
+        Stage("triton tests", triton_tests, 60, untested),
         Stage("training", [*measure, "training", *options], 80),
-        Stage("bandwidth", [*bench, *(small if dry_run else ["--shape", BANDWIDTH_SHAPES, "--minutes", "0.7"])], 48),
-        Stage("kernels", [*bench, *(small if dry_run else ["--no-compile", "--minutes", "0.4"])], 30),
+        Stage("bandwidth", [*bench, *(small if dry_run else bandwidth)], 52),
+        Stage("kernels", [*bench, *(small if dry_run else ["--no-compile", "--minutes", "0.35"])], 26),
         Stage("memory", [*measure, "memory", *options], 30),
         Stage("sampling", [*measure, "sampling", *options], 14),
-        Stage("tune", [*python, "glow_kernels", "tune"], 40, "it needs a GPU" if dry_run else ""),
+        Stage("tune", [*python, "glow_kernels", "tune"], 35, "it needs a GPU" if dry_run else ""),
         *(
             Stage(tool, _sanitizer(tool, sanitized), limit, untested or no_library or _no_sanitizer())
             for tool, limit in SANITIZERS.items()

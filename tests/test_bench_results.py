@@ -203,6 +203,23 @@ def test_large_shapes_are_held_against_a_copy():
     assert (goals(large)[name].figure, goals(large)[name].verdict) == (pytest.approx(2.0), "reached")
 
 
+def test_goals_of_a_gpu_are_of_its_own_rows():
+    shapes = ((64, 12, 128, 128), (32, 48, 64, 64))
+    rows = [operator_row(ratio, shape=shape, device="cuda") for ratio, shape in zip((5.0, 3.0), shapes, strict=True)]
+    training = {"steps": 32, "levels": 3, "hidden": 512, "image_size": 32, "batch": 64}
+    for name, seconds in (("glow_kernels", 0.5), ("reference", 1.6), ("glow_kernels anchor", 0.7)):
+        rows.append(model_row("training_step", name, seconds, **training))
+        rows[-1]["case"]["device"] = "cuda"
+    found = [(goal.name, goal.figure, goal.verdict) for goal in check.checks(rows) if goal.group.startswith("GPU, ")]
+    assert [goal for goal in found if goal[1] == goal[1]] == [
+        ("affine_coupling forward: % of a copy of the same bytes", pytest.approx(50), "missed"),
+        ("affine_coupling forward: times faster than eager", pytest.approx(3), "missed"),
+        ("affine_coupling forward: times faster than compile", pytest.approx(2), "reached"),
+        ("times faster than reference", pytest.approx(3.2), "reached"),
+        ("reversible, times plain autograd", pytest.approx(1.4), "missed"),
+    ]
+
+
 def test_goals_of_models():
     sizes = {"steps": 8, "levels": 2, "hidden": 64, "image_size": 32, "batch": 16}
     found = goals(

@@ -67,7 +67,7 @@ document.querySelectorAll("th").forEach(head => head.addEventListener("click", (
 """
 _CASE_HEADER = (
     *("direction", "shape", "condition", "copy us", "eager us", "compile us", "ours us", "p20 us", "p80 us"),
-    *("eager / ours", "compile / ours", "MB moved", "GB/s", "% of limit", "extra MB"),
+    *("call us", "eager / ours", "compile / ours", "MB moved", "GB/s", "% of limit", "extra MB"),
 )
 _MODEL_HEADER = ("implementation", "ms", "p20", "p80", "images/s", "time / ours", "peak MB", "note")
 
@@ -173,6 +173,7 @@ def _case(row: Row) -> list[str]:
         table.condition(case),
         *("" if time is None else f"{1e6 * time['seconds'][0]:.1f}" for time in times),
         *(f"{1e6 * seconds:.1f}" for seconds in ours["seconds"][1:]),
+        f"{1e6 * ours['call'][0]:.1f}" if "call" in ours else "",
         *(f"{table.ratio(row, other):.2f}" if other in candidates else "" for other in ("eager", "compile")),
         f"{row['bytes'] / 1e6:.2f}",
         f"{row['bytes'] / ours['seconds'][0] / 1e9:.1f}",
