@@ -39,11 +39,12 @@ def started():
             utils=utils,
             launcher_cls=launcher,
             get_current_target=lambda: GPUTarget("cuda", 90, 32),
-            get_current_device=lambda: 0,
+            get_current_device=lambda: 99,  # whose compiled kernels no other test gets
             get_current_stream=lambda device: 0,
         )
     )
-    return found
+    yield found
+    driver.reset_active()
 
 
 def test_what_is_compiled_is_started_without_looking_it_up_again(started, monkeypatch):
