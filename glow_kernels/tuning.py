@@ -180,7 +180,22 @@ def _arguments(samples: int, side: int, device: torch.device) -> dict[str, tuple
         arguments[f"gaussian_log_prob_{function}"] = (x, h, "interleaved_mean_log_sd")
     for function in ("sample_backward", "standardize_backward"):
         arguments[f"gaussian_log_prob_{function}"] = (x, x, h, "interleaved_mean_log_sd")
-    return arguments | _folding_arguments(samples, device)
+    return arguments | _folding_arguments(samples, device) | _filter_arguments(8 * side, device)
+
+
+def _filter_arguments(width: int, device: torch.device) -> dict[str, tuple[Any, ...]]:
+    """Of the network that reads 6 of the channels; convolutions in half precision."""
+    shapes = ((width, 6, 3, 3), (width, width, 1, 1), (12, width, 3, 3))
+    weights = [torch.randn(shape, device=device) for shape in shapes]
+    vectors, factors = [weight.new_zeros(len(weight)) for weight in weights], [1.0, 1.0, 3.0]
+    scaled = [tensor.bfloat16() for pair in zip(weights, vectors, strict=True) for tensor in pair]
+    one = (weights[1], vectors[1], vectors[1], 1.0)
+    return {
+        "scale_filters_forward": (*one, torch.bfloat16),
+        "scale_filters_backward": (*scaled[2:4], *one),
+        "scale_filters_forward_all": (weights, vectors, vectors, factors, torch.bfloat16),
+        "scale_filters_backward_all": (scaled, weights, vectors, vectors, factors),
+    }
 
 
 def _folding_arguments(steps: int, device: torch.device) -> dict[str, tuple[Any, ...]]:

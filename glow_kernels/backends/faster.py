@@ -33,8 +33,8 @@ def first(candidates: tuple[str, ...], operator: str, args: tuple[Any, ...]) -> 
 
 def first_tensor(args: tuple[Any, ...]) -> Tensor:
     """The first argument, or its first element where that is a list."""
-    first = args[0]
-    return first[0] if isinstance(first, list) else first
+    tensor: Tensor = args[0][0] if isinstance(args[0], list) else args[0]
+    return tensor
 
 
 def elements(args: tuple[Any, ...]) -> int:

@@ -60,7 +60,11 @@ def scale_all(
 
     Returns:
         Scaled weight and bias of the first convolution, of the second, and so on.
+
+    Raises:
+        ValueError: the lists are empty or not of the same length.
     """
+    _check_counts(weights, biases, log_scales, factors)
     results: list[Tensor] = _forward_all(weights, biases, log_scales, factors, dtype)
     return results
 
@@ -77,9 +81,21 @@ def scale_all_backward(
     Returns:
         Gradients of the first weight, in its type, of its bias and of its ``log_scale``, in the type of arithmetic,
         float32 or float64; those of the second, and so on.
+
+    Raises:
+        ValueError: as :func:`scale_all`, or ``grads`` are not two for every weight.
     """
+    _check_counts(weights, biases, log_scales, factors)
+    if len(grads) != 2 * len(weights):
+        raise ValueError(f"grads must be two for every one of {len(weights)} weights, got {len(grads)}")
     results: list[Tensor] = _backward_all(grads, weights, biases, log_scales, factors)
     return results
+
+
+def _check_counts(*lists: list[Any]) -> None:
+    counts = [len(each) for each in lists]
+    if min(counts) == 0 or min(counts) != max(counts):
+        raise ValueError(f"weights, biases, log_scales and factors must be as many, at least one of each, got {counts}")
 
 
 def _fake(weight: Tensor, bias: Tensor, log_scale: Tensor, factor: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
