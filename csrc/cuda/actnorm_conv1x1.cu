@@ -10,6 +10,7 @@
 
 #include "cuda/actnorm_conv1x1_tile.h"
 #include "cuda/launch.h"
+#include "cuda/sums.h"
 
 namespace glow_kernels {
 namespace {
@@ -210,28 +211,6 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(compute_t<T>) == 8 ? 1 : 2
   sums.write(work, x, arguments.parts + int64_t{blockIdx.x} * work.channels * (work.channels + 1));
 }
 
-// The sums over the rows of parts (rows, C (C + 1)); a block for 32 columns, whose warps take turns at the rows.
-template <typename A>
-__global__ void __launch_bounds__(kThreads)
-    sum_parts_kernel(const A* parts, unsigned rows, unsigned channels, A* grad_matrix, A* grad_shift) {
-  constexpr unsigned kWarps = kThreads / 32;
-  GLOW_KERNELS_SHARED(double, sums, [kWarps][32]);
-  const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, column = blockIdx.x * 32 + lane;
-  const unsigned square = channels * channels, columns = square + channels;
-  double total = 0;
-  if (column < columns) {
-#pragma unroll 8
-    for (unsigned row = warp; row < rows; row += kWarps) {
-      total += static_cast<double>(parts[int64_t{row} * columns + column]);
-    }
-  }
-  sums[warp][lane] = total;
-  __syncthreads();
-  if (warp != 0 || column >= columns) return;
-  for (unsigned other = 1; other < kWarps; ++other) total += sums[other][lane];
-  (column < square ? grad_matrix[column] : grad_shift[column - square]) = static_cast<A>(total);
-}
-
 void check(const Tensor& x, const Tensor& matrix) {
   STD_TORCH_CHECK(x.dim() >= 2, "x must be (B, C, *spatial)");
   const int64_t channels = x.size(1);
@@ -270,8 +249,7 @@ void run_backward(const Launcher& launch, Backward<T> arguments, const Tensor& l
   arguments.tiles = static_cast<unsigned>(tiles);
   arguments.parts = parts.mutable_data_ptr<A>();
   launch(blocks, work.threads(), bytes, backward_kernel<T>, arguments);
-  launch((columns + 31) / 32, sum_parts_kernel<A>, parts.const_data_ptr<A>(), static_cast<unsigned>(blocks),
-         work.channels, grad_matrix.mutable_data_ptr<A>(), grad_shift.mutable_data_ptr<A>());
+  sum_columns<A>(launch, parts, blocks, grad_matrix, &grad_shift);
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_any, const Tensor& x_any, const Tensor& matrix_any,

@@ -203,14 +203,6 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocks<H>) gradient_kernel(
   sum_channels(views.tiling, tile, grad_gain, views.grad_gain);
 }
 
-// One value for every channel.
-template <typename A>
-View<const A> view_of_gain(const std::optional<Tensor>& gain, const Tiling& tiling) {
-  if (!gain) return {};
-  const Planes planes{0, gain->size(0), 1, 0, gain->stride(0), 0};
-  return detail::view(gain->const_data_ptr<A>(), planes, tiling, 0, 1);
-}
-
 struct Arguments {
   Tensor data, h;
   std::optional<Tensor> gain, grad = {}, grad_log_det = {}, result = {}, grad_data = {}, grad_h = {};
@@ -237,7 +229,7 @@ Views<T, H> views_of(const Arguments& arguments, const Tiling& tiling, const Opt
           options,
           readable<N, T>(arguments.data, tiling),
           readable_pair<N, H>(arguments.h, tiling, layout.scale_first, layout.shift_first, layout.step),
-          view_of_gain<A>(arguments.gain, tiling),
+          per_channel<N, A>(arguments.gain, tiling),
           readable<N, T>(arguments.grad, tiling),
           lambda ? lambda->const_data_ptr<A>() : nullptr,
           writable<N, T>(arguments.result, tiling),

@@ -8,6 +8,7 @@
 #include <limits>
 #include <optional>
 
+#include "cuda/launch.h"
 #include "glow_kernels/math.h"
 #include "glow_kernels/tensors.h"
 
@@ -61,6 +62,11 @@ struct Tiling {
   }
 
   int64_t size() const { return int64_t{batches} * per_sample; }
+  // Threads of a block that takes N columns at a time: no more than have something to do, in whole warps.
+  int threads(int N) const {
+    const int64_t spots = int64_t{rows} * ((columns + N - 1) / N);
+    return static_cast<int>(std::min<int64_t>(kThreads, (spots + 31) / 32 * 32));
+  }
   // Tiles that share a channel.
   int64_t per_channel() const { return int64_t{batches} * (channels_inside ? row_tiles : column_tiles); }
 
@@ -205,6 +211,14 @@ Pair<T> writable_pair(const std::optional<Tensor>& h, const Tiling& tiling, int6
                       int64_t step) {
   if (!h) return {};
   return detail::pair<N>(h->mutable_data_ptr<T>(), planes_of(*h), tiling, first, second, step);
+}
+
+// A value for every channel, whatever the sample and the position.
+template <int N, typename T>
+View<const T> per_channel(const std::optional<Tensor>& vector, const Tiling& tiling) {
+  if (!vector) return {};
+  const Planes planes{0, vector->size(0), 1, 0, vector->stride(0), 0};
+  return detail::with_vectors<N>(detail::view(vector->const_data_ptr<T>(), planes, tiling, 0, 1), tiling);
 }
 
 // The elements at a spot; 0 beyond its count. A thread that fetches all it needs before it widens any waits once.
