@@ -160,16 +160,20 @@ def compare(folder: Path | None = None) -> tuple[Path, faster.Table]:
 
 
 def _arguments(samples: int, side: int, device: torch.device) -> dict[str, tuple[Any, ...]]:
-    """Arguments of every operator for float32 data of 12 channels."""
+    """Arguments of every operator for float32 data of 12 channels, or in bfloat16 for hidden layers of 128."""
     x = torch.randn(samples, 12, side, side, device=device)
     h, lam = torch.randn(samples, 24, side, side, device=device), torch.randn(samples, device=device)
     matrix, vector = torch.eye(12, device=device), torch.zeros(12, device=device)
+    hidden = torch.randn(samples, 128, side, side, dtype=torch.bfloat16, device=device)
+    hidden = hidden.contiguous(memory_format=torch.channels_last)
     coupling = (h, None, "sigmoid", [1.0, 2.0, 1.0, 0.0, 0.0, 0.0], "interleaved_shift_scale", "shift_scale")
     arguments: dict[str, tuple[Any, ...]] = {
         "actnorm_statistics_forward": (x,),
         "actnorm_conv1x1_apply": (x, matrix, vector),
         "actnorm_conv1x1_apply_backward": (x, x, matrix, True),
         "actnorm_conv1x1_apply_reversible_backward": (x, x, matrix, matrix, vector),
+        "bias_relu_forward": (hidden, hidden[0, :, 0, 0].contiguous()),
+        "bias_relu_backward": (hidden, hidden),
         "gaussian_log_prob_backward": (lam, x, h, "interleaved_mean_log_sd"),
     }
     for function in ("forward", "inverse"):
@@ -180,7 +184,22 @@ def _arguments(samples: int, side: int, device: torch.device) -> dict[str, tuple
         arguments[f"gaussian_log_prob_{function}"] = (x, h, "interleaved_mean_log_sd")
     for function in ("sample_backward", "standardize_backward"):
         arguments[f"gaussian_log_prob_{function}"] = (x, x, h, "interleaved_mean_log_sd")
-    return arguments | _folding_arguments(samples, device)
+    return arguments | _folding_arguments(samples, device) | _filter_arguments(8 * side, device)
+
+
+def _filter_arguments(width: int, device: torch.device) -> dict[str, tuple[Any, ...]]:
+    """Of the network that reads 6 of the channels; convolutions in half precision."""
+    shapes = ((width, 6, 3, 3), (width, width, 1, 1), (12, width, 3, 3))
+    weights = [torch.randn(shape, device=device) for shape in shapes]
+    vectors, factors = [weight.new_zeros(len(weight)) for weight in weights], [1.0, 1.0, 3.0]
+    scaled = [tensor.bfloat16() for pair in zip(weights, vectors, strict=True) for tensor in pair]
+    one = (weights[1], vectors[1], vectors[1], 1.0)
+    return {
+        "scale_filters_forward": (*one, torch.bfloat16),
+        "scale_filters_backward": (*scaled[2:4], *one),
+        "scale_filters_forward_all": (weights, vectors, vectors, factors, torch.bfloat16),
+        "scale_filters_backward_all": (scaled, weights, vectors, vectors, factors),
+    }
 
 
 def _folding_arguments(steps: int, device: torch.device) -> dict[str, tuple[Any, ...]]:

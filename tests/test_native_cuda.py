@@ -227,6 +227,9 @@ def test_a_table_chooses_by_operator_and_size(gpu: SimpleNamespace, monkeypatch:
         *("native", "native", "triton", "triton", "native", "native", "triton"),
     ]
     assert first(1, "gaussian_log_prob_forward") == "triton"
+    of_lists = ([cuda_tensor(60), cuda_tensor(40)], [weight], [weight])
+    assert faster.first(ALL, "gaussian_log_prob_backward", of_lists)[0] == "native"
+    assert faster.elements(of_lists) == 100
 
 
 def test_every_shipped_table_names_operators_and_backends() -> None:
@@ -252,15 +255,12 @@ def test_comparing_writes_the_table_that_the_choice_reads(
     path, table = tuning.compare(tmp_path)
     assert path == tmp_path / "nvidia_h100_80gb_hbm3.json"
     assert json.loads(path.read_text()).keys() == table.keys()
-    # Every operator that both have: filters are scaled by C++ on the CPU alone.
+    # Every operator that both have.
     every = torch._C._dispatch_get_all_op_names()
     ours = {
         name.removesuffix("_native")
         for name in every
-        if name.startswith("glow_kernels::")
-        and name.endswith("_native")
-        and f"{name[:-6]}triton" in every
-        and "::scale_filters" not in name
+        if name.startswith("glow_kernels::") and name.endswith("_native") and f"{name[:-6]}triton" in every
     }
     assert {f"glow_kernels::{operator}" for operator in table} == ours
     monkeypatch.setattr(faster, "TABLES", tmp_path)

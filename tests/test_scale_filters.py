@@ -20,15 +20,19 @@ from operators import (
     Case,
     DifferentiableProperties,
     any_shape,
+    assert_accurate,
     check_gradients,
     check_results,
     combinations,
     in_layout,
+    unit_of_sum,
 )
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 from glow_kernels.backends.numerics import compute_dtype, output_format
 from glow_kernels.ops import scale_filters
+from glow_kernels.ops.scale_filters import scale_all, scale_all_backward
 
 
 def plain(weight: Tensor, bias: Tensor, log_scale: Tensor, factor: float) -> tuple[Tensor, Tensor]:
@@ -64,18 +68,37 @@ def backward_arguments(shape, lay):
     return torch.randn(tuple(shape)), grad_bias, weight, bias, log_scale, 3.0
 
 
+def forward_all_arguments(shape, lay):
+    """Arguments for two convolutions, the second of them plain."""
+    weights = [lay(torch.randn(tuple(shape))), torch.randn(5, 3, 2).to(lay(torch.zeros(1, 1)).dtype)]
+    biases, log_scales = ([torch.randn(len(weight)).to(weight.dtype) for weight in weights] for _ in range(2))
+    return weights, biases, log_scales, [3.0, 1.0], weights[0].dtype
+
+
+def backward_all_arguments(shape, lay):
+    """The same with gradients."""
+    *filters, factors, dtype = forward_all_arguments(shape, lay)
+    grads = [grad for weight in filters[0] for grad in (weight.clone(), torch.randn(len(weight)).to(dtype))]
+    return grads, *filters, factors
+
+
 def dense(arguments):
-    """The native kernels take dense filters in float32 and float64, which ``support.py`` sees to."""
+    """The native kernels take dense filters, in float32 and float64 on the CPU, which ``support.py`` sees to."""
 
     def of_shape(shape, lay):
         found = arguments(shape, lay)
-        format_ = output_format(next(arg for arg in reversed(found) if isinstance(arg, Tensor) and arg.dim() > 1))
-        return tuple(
-            arg.detach().float().contiguous(memory_format=format_ if arg.dim() > 1 else torch.contiguous_format)
-            if isinstance(arg, Tensor)
-            else arg
-            for arg in found
-        )
+        whole = [arg for arg in tree_leaves(found) if isinstance(arg, Tensor) and arg.dim() > 1]
+        format_ = output_format(next(arg for arg in reversed(whole) if arg.shape == torch.Size(shape)))
+
+        def prepare(arg):
+            if isinstance(arg, torch.dtype):
+                return torch.float32
+            if not isinstance(arg, Tensor):
+                return arg
+            like_data = arg.shape == torch.Size(shape) and arg.dim() > 1
+            return arg.detach().float().contiguous(memory_format=format_ if like_data else torch.contiguous_format)
+
+        return tree_map(prepare, found)
 
     return of_shape
 
@@ -87,8 +110,12 @@ class TestProperties(DifferentiableProperties):
     arguments: ClassVar = {
         "forward": forward_arguments,
         "backward": backward_arguments,
+        "forward_all": forward_all_arguments,
+        "backward_all": backward_all_arguments,
         "forward_native": dense(forward_arguments),
         "backward_native": dense(backward_arguments),
+        "forward_all_native": dense(forward_all_arguments),
+        "backward_all_native": dense(backward_all_arguments),
     }
     cases = CASES
 
@@ -152,3 +179,81 @@ def test_any_shape_layout_and_type(backend, data, shape):
 def test_bad_arguments(arguments, message):
     with pytest.raises((TypeError, ValueError), match=message):
         scale_filters(*arguments)
+
+
+# One convolution, the three of a network whose last has large filters, and seven: vectors, nothing, odd sizes.
+SEVERAL = {
+    "one": [(7, 5, 3, 3)],
+    "network": [(16, 6, 3, 3), (16, 64, 1, 1), (3, 512, 3, 3)],
+    "seven": [(5, 2), (3, 0, 2, 2), (0, 3, 3, 3), (4, 5, 3, 3), (2, 601, 3), (1, 1, 1, 1), (9, 33, 2, 1, 1)],
+}
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize(
+    ("shapes", "types", "channels_last"), combinations(list(SEVERAL), list(DTYPES), [False, True]), ids=str
+)
+def test_several_convolutions_at_once(backend, shapes, types, channels_last):
+    dtype, result = DTYPES[types]
+    drawn = [inputs(shape) for shape in SEVERAL[shapes]]
+    if channels_last:
+        drawn = [(weight.to(memory_format=torch.channels_last) if weight.dim() == 4 else weight, *vectors)
+                 for weight, *vectors in drawn]  # fmt: skip
+    filters = [[tensor.to(dtype) for tensor in each] for each in drawn]
+    factors = [1.0, 3.0, 0.3, -1.0, 2.0, 1.0, 3.0][: len(filters)]
+    lists = [list(each) for each in zip(*filters, strict=True)]
+    results = scale_all(*lists, factors, result)
+    assert len(results) == 2 * len(filters)
+    grads = [torch.randn_like(each) for each in results]
+    grads[1::4] = [grad.to(compute_dtype(lists[0][0])) for grad in grads[1::4]]
+    actual = scale_all_backward(grads, *lists, factors)
+    assert len(actual) == 3 * len(filters)
+    for index, (each, factor) in enumerate(zip(filters, factors, strict=True)):
+        format_, weight = output_format(each[0]), each[0]
+        ours, of_ours = results[2 * index :][:2], grads[2 * index :][:2]
+        assert ours[0].is_contiguous(memory_format=format_)
+        truths = plain(*(tensor.double() for tensor in each), factor)
+        for one, truth, eager in zip(ours, truths, plain(*(tensor.to(result) for tensor in each), factor), strict=True):
+            assert one.dtype == result
+            assert_accurate(one, truth, eager, f"result of {index}")
+        derived = actual[3 * index :][:3]
+        assert derived[0].is_contiguous(memory_format=format_)
+        assert [grad.dtype for grad in derived] == [dtype, *[compute_dtype(weight)] * 2]
+        wide, eager = (
+            derivatives(each, of_ours, factor, precision) for precision in (torch.float64, compute_dtype(weight))
+        )
+        for grad, truth, naive in zip(derived, wide, eager, strict=True):
+            assert_accurate(grad, truth, naive.to(grad.dtype), f"gradient of {index}", unit_of_sum(grad, weight, 1.0))
+
+
+def derivatives(filters, grads, factor, dtype):
+    """Gradients of the plain formula at a precision."""
+    leaves = [tensor.to(dtype).requires_grad_() for tensor in filters]
+    return torch.autograd.grad(plain(*leaves, factor), leaves, [grad.to(dtype) for grad in grads])
+
+
+def test_of_several_the_reference_alone_is_differentiated(backend):
+    lists = [
+        [tensor.float().requires_grad_() for tensor in each]
+        for each in zip(*map(inputs, [(3, 4), (2, 5)]), strict=True)
+    ]
+    results = scale_all(*lists, [1.0, 3.0], torch.float32)
+    grads = [torch.randn_like(result) for result in results]
+    leaves = [tensor for each in zip(*lists, strict=True) for tensor in each]
+    if backend != "reference":
+        with pytest.raises(RuntimeError, match="cannot be differentiated"):
+            torch.autograd.grad(results, leaves, grads)
+        return
+    with torch.no_grad():
+        expected = scale_all_backward(grads, *lists, [1.0, 3.0])
+    for one, other in zip(torch.autograd.grad(results, leaves, grads), expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_of_several_all_must_be_as_many(backend):
+    weight, vector = torch.zeros(2, 3), torch.zeros(2)
+    for weights, factors in (([], []), ([weight], []), ([weight, weight], [1.0])):
+        with pytest.raises(ValueError, match="factors must be as many, at least one"):
+            scale_all(weights, [vector], [vector], factors, torch.float32)
+    with pytest.raises(ValueError, match="grads must be two for every one of 1 weights, got 1"):
+        scale_all_backward([weight], [weight], [vector], [vector], [1.0])

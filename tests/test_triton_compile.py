@@ -20,7 +20,7 @@ from unittest import mock
 import kernel_record
 import pytest
 import torch
-from ahead_of_time import TARGETS, Variant, compile_all, variants
+from ahead_of_time import TARGETS, Variant, compile_all, pretending, variants
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from operators import LAYOUTS
@@ -113,7 +113,7 @@ def test_numbers_and_addresses_choose_no_variant():
             if not parameter.is_constexpr:
                 assert parameter.do_not_specialize, (kernel.fn.__name__, parameter.name)
                 number = not parameter.name.endswith("_ptr")
-                assert parameter.annotation_type in (("i32", "i64") if number else ("",)), parameter.name
+                assert parameter.annotation_type in (("i32", "i64", "fp64") if number else ("",)), parameter.name
         launched = inspect.signature(kernel.fn).parameters
         assert all(given.default is inspect.Parameter.empty for given in launched.values())
 
@@ -152,6 +152,7 @@ def test_every_variant_that_may_be_launched_is_listed(shape, dtypes, layouts):
         assume(support.gaussian_log_prob("forward", x, h))
     bias = vector.to(h_dtype)
     weight, of_weight = torch.empty(shape[1:], dtype=dtype, device="meta"), vector.to(dtype)
+    several = ([weight] * 2, [of_weight] * 2, [of_weight] * 2)
     options = (None, SCALE_MAP.kind, SCALE_MAP.parameters, "interleaved_shift_scale", "shift_scale")
     calls = [
         lambda: affine_coupling.forward(x, h, *options),
@@ -169,6 +170,10 @@ def test_every_variant_that_may_be_launched_is_listed(shape, dtypes, layouts):
         lambda: bias_relu.backward(grad, x),
         lambda: scale_filters.forward(weight, of_weight, of_weight, 3.0, h_dtype),
         lambda: scale_filters.backward(weight.to(h_dtype), bias, weight, of_weight, of_weight, 1.0),
+        lambda: scale_filters.forward_all(*several, [1.0, 3.0], h_dtype),
+        lambda: scale_filters.backward_all(
+            [weight.to(h_dtype), vector, weight.to(h_dtype), bias], *several, [1.0, 3.0]
+        ),
     ]
     if shape[1] <= 64:
         calls.append(lambda: actnorm_conv1x1.fold_inverse(vector, vector, matrix, None))
@@ -182,6 +187,19 @@ def test_a_table_in_the_package_adds_what_it_chooses(monkeypatch, tmp_path):
     monkeypatch.setattr(launch, "TUNED", tmp_path)
     added = variants(sample.call for sample in all_samples()).keys() - listed().keys()
     assert {name for name, _ in added} == {"_chunk_kernel", "_bias_relu_backward_kernel"}
+
+
+def test_filters_of_three_convolutions_take_one_launch():
+    from glow_kernels.backends.triton import scale_filters
+
+    names: list[str] = []
+    with pretending("sm_90", lambda kernel, *_, **__: names.append(kernel.fn.__name__)):
+        for count in (1, 3, 7):
+            weights, vectors = [torch.empty(4, 3, 3, 3, device="meta")] * count, [torch.empty(4, device="meta")] * count
+            scaled = scale_filters.forward_all(weights, vectors, vectors, [1.0] * count, torch.float32)
+            scale_filters.backward_all(scaled, weights, vectors, vectors, [1.0] * count)
+    one, three = ["_scale_kernel", "_scale_backward_kernel"], ["_scale_three_kernel", "_scale_backward_three_kernel"]
+    assert names == [*one, *three, *[three[0]] * 2, one[0], *[three[1]] * 2, one[1]]
 
 
 class _Calls(TorchDispatchMode):

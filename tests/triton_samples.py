@@ -244,8 +244,8 @@ def statistics_samples() -> Iterator[Sample]:
 
 
 def network_samples() -> Iterator[Sample]:
-    """Every type, format and block of bias and ReLU; every type, factor of a network and block of filters."""
-    from glow_kernels.backends.triton import bias_relu, scale_filters
+    """Every type, format and block of bias and ReLU; filters."""
+    from glow_kernels.backends.triton import bias_relu
 
     for dtypes, channels_last, shape in elementwise_data():
         dtype, bias_dtype = DTYPES[dtypes]
@@ -256,14 +256,28 @@ def network_samples() -> Iterator[Sample]:
         y = empty(*shape, dtype=DTYPES[dtypes][0], channels_last=channels_last)
         core = dtypes == "float32" and shape in BANDWIDTH_SHAPES
         yield _sample(bias_relu, "backward", describe(shape, dtypes, channels_last), (y, y), core)
-    for dtypes, size, factor in itertools.product(DTYPES, (54, 512), (1.0, 3.0)):
+    yield from _filter_samples()
+
+
+def _filter_samples() -> Iterator[Sample]:
+    """One convolution and three, every type; each gradient of a bias may have the type of arithmetic."""
+    from glow_kernels.backends.triton import scale_filters
+
+    for dtypes, count in itertools.product(DTYPES, (1, 3)):
         dtype, result = DTYPES[dtypes]
-        weight, vector = empty(16, size, 1, 1, dtype=dtype), empty(16, dtype=dtype)
-        grads = (empty(16, size, 1, 1, dtype=result), empty(16, dtype=result))
-        what = f"16x{size} {dtypes} {factor:g}"
-        core = dtypes in ("float32", "float32_with_bfloat16") and factor == 3.0
-        yield _sample(scale_filters, "forward", what, (weight, vector, vector, factor, result), core)
-        yield _sample(scale_filters, "backward", what, (*grads, weight, vector, vector, factor), core)
+        compute = compute_dtype(dtype)
+        weights, vectors = ([empty(*shape, dtype=dtype) for _ in range(count)] for shape in ((16, 54, 3, 3), (16,)))
+        factors = [3.0] * count
+        core = dtypes in ("float32", "float32_with_bfloat16")
+        what = f"{count}x16x54x3x3 {dtypes}"
+        yield _sample(scale_filters, "forward_all", what, (weights, vectors, vectors, factors, result), core)
+        for types in itertools.product({result: 0, compute: 0}, repeat=count):
+            grads = [
+                grad for of_bias in types for grad in (empty(16, 54, 3, 3, dtype=result), empty(16, dtype=of_bias))
+            ]
+            arguments = (grads, weights, vectors, vectors, factors)
+            what_types = " ".join(str(of_bias)[6:] for of_bias in types)
+            yield _sample(scale_filters, "backward_all", f"{what} {what_types}", arguments, core and len({*types}) == 1)
 
 
 def _sample(module: Any, name: str, what: str, arguments: tuple[Any, ...], core: bool = False) -> Sample:

@@ -1,10 +1,13 @@
 // Filters times a learned scale on the CPU. The mathematics stands in glow_kernels/ops/scale_filters.py. PyTorch takes
 // a pass for every factor, and as many calls, which cost more than the passes over filters so small.
+#include "glow_kernels/scale_filters.h"
+
 #include <torch/csrc/stable/library.h>
 
 #include <array>
 #include <cmath>
 #include <tuple>
+#include <vector>
 
 #include "glow_kernels/tensors.h"
 
@@ -12,9 +15,6 @@ namespace glow_kernels {
 namespace {
 
 constexpr int kSums = 16;  // independent ones, which the compiler adds in a vector
-
-// A filter lies in one piece of memory, in either memory format.
-int64_t size_of_filter(const Tensor& weight) { return weight.size(0) == 0 ? 0 : weight.numel() / weight.size(0); }
 
 template <typename A>
 struct Vectors {
@@ -32,25 +32,15 @@ void with_type(const Tensor& x, const F& f) {
   f.template operator()<float>();
 }
 
-// The tensor must have the type of weight and lie as result does, which is dense.
-void check_like(const char* name, const Tensor& tensor, const Tensor& result) {
-  bool same = tensor.dim() == result.dim() && tensor.scalar_type() == result.scalar_type();
-  for (int64_t i = 0; same && i < result.dim(); ++i) {
-    same = tensor.size(i) == result.size(i) &&
-           (result.numel() == 0 || result.size(i) == 1 || tensor.stride(i) == result.stride(i));
-  }
-  STD_TORCH_CHECK(same, name, " must have the type of weight, and be contiguous or channels last as it is");
-}
-
 std::tuple<Tensor, Tensor> forward(const Tensor& weight, const Tensor& bias, const Tensor& log_scale, double factor,
                                    ScalarType dtype) {
   STD_TORCH_CHECK(dtype == weight.scalar_type(), "dtype must be that of weight");
   const int64_t filters = weight.size(0), size = size_of_filter(weight);
   Tensor result = empty_output(weight), result_bias = empty_vector(filters, dtype, weight);
   const Tensor bias_ = as_contiguous(bias), log_scale_ = as_contiguous(log_scale);
-  check_like("weight", weight, result);
-  check_like("bias", bias_, result_bias);
-  check_like("log_scale", log_scale_, result_bias);
+  check_like("weight", weight, dtype, result);
+  check_like("bias", bias_, dtype, result_bias);
+  check_like("log_scale", log_scale_, dtype, result_bias);
   with_type(weight, [&]<typename A>() {
     const Vectors<A> vectors(bias_, log_scale_);
     const A* from = weight.const_data_ptr<A>();
@@ -72,11 +62,11 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_weight, const Ten
   Tensor result_bias = empty_vector(filters, type, weight), result_log_scale = empty_vector(filters, type, weight);
   const Tensor bias_ = as_contiguous(bias), log_scale_ = as_contiguous(log_scale);
   const Tensor grad_bias_ = as_contiguous(grad_bias);
-  check_like("weight", weight, result);
-  check_like("grad_weight", grad_weight, result);
-  check_like("bias", bias_, result_bias);
-  check_like("log_scale", log_scale_, result_bias);
-  check_like("grad_bias", grad_bias_, result_bias);
+  check_like("weight", weight, type, result);
+  check_like("grad_weight", grad_weight, type, result);
+  check_like("bias", bias_, type, result_bias);
+  check_like("log_scale", log_scale_, type, result_bias);
+  check_like("grad_bias", grad_bias_, type, result_bias);
   with_type(weight, [&]<typename A>() {
     const Vectors<A> vectors(bias_, log_scale_);
     const A *data = weight.const_data_ptr<A>(), *grad = grad_weight.const_data_ptr<A>();
@@ -106,11 +96,38 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_weight, const Ten
   return {result, result_bias, result_log_scale};
 }
 
+std::vector<Tensor> forward_all(const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
+                                const std::vector<Tensor>& log_scales, const std::vector<double>& factors,
+                                ScalarType dtype) {
+  check_counts(weights, biases, log_scales, factors);
+  std::vector<Tensor> results;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    auto [weight, bias] = forward(weights[i], biases[i], log_scales[i], factors[i], dtype);
+    results.insert(results.end(), {weight, bias});
+  }
+  return results;
+}
+
+std::vector<Tensor> backward_all(const std::vector<Tensor>& grads, const std::vector<Tensor>& weights,
+                                 const std::vector<Tensor>& biases, const std::vector<Tensor>& log_scales,
+                                 const std::vector<double>& factors) {
+  check_counts(grads, weights, biases, log_scales, factors);
+  std::vector<Tensor> results;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    auto [weight, bias, log_scale] =
+        backward(grads[2 * i], grads[2 * i + 1], weights[i], biases[i], log_scales[i], factors[i]);
+    results.insert(results.end(), {weight, bias, log_scale});
+  }
+  return results;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(glow_kernels, CPU, m) {
   m.impl("scale_filters_forward_native", TORCH_BOX(&forward));
   m.impl("scale_filters_backward_native", TORCH_BOX(&backward));
+  m.impl("scale_filters_forward_all_native", TORCH_BOX(&forward_all));
+  m.impl("scale_filters_backward_all_native", TORCH_BOX(&backward_all));
 }
 
 }  // namespace glow_kernels

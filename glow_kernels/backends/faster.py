@@ -23,7 +23,7 @@ Table = dict[str, list[tuple[int, str]]]
 
 def first(candidates: tuple[str, ...], operator: str, args: tuple[Any, ...]) -> tuple[str, ...]:
     """``candidates`` for these arguments, with the faster of CUDA C++ and Triton first if both are among them."""
-    x = args[0]
+    x = first_tensor(args)
     if x.is_cpu or not x.is_cuda or "native" not in candidates or "triton" not in candidates:
         return candidates
     size = elements(args)
@@ -31,9 +31,16 @@ def first(candidates: tuple[str, ...], operator: str, args: tuple[Any, ...]) -> 
     return (backend, *(name for name in candidates if name != backend))
 
 
+def first_tensor(args: tuple[Any, ...]) -> Tensor:
+    """The first argument, or its first element where that is a list."""
+    tensor: Tensor = args[0][0] if isinstance(args[0], list) else args[0]
+    return tensor
+
+
 def elements(args: tuple[Any, ...]) -> int:
-    """What tables count: the elements of the largest tensor among the first three arguments."""
-    return max(x.numel() for x in args[:3] if isinstance(x, Tensor))
+    """What tables count: the elements of the largest among the first three arguments, tensors or lists of them."""
+    lists = (x if isinstance(x, list) else [x] for x in args[:3])
+    return max(sum(x.numel() for x in each if isinstance(x, Tensor)) for each in lists)
 
 
 def _measured(operator: str, index: int) -> tuple[tuple[int, str], ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,6 +33,29 @@ def output_format(x: Tensor) -> torch.memory_format:
     if not is_channels_last(x):
         return torch.contiguous_format
     return torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+
+
+def filters_of(
+    function: str, args: tuple[Any, ...]
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], tuple[torch.dtype, torch.dtype] | None]:
+    """What a call of a function of ``scale_filters`` is about: gradients, weights, biases, scales, all as lists.
+
+    Last the types of the weights and of the scaled ones; None where other tensors have types that do not go with them.
+    """
+    if function == "forward":
+        args = (*([arg] for arg in args[:4]), args[4])
+    elif function == "backward":
+        args = ([args[0], args[1]], *([arg] for arg in args[2:]))
+    grads, weights, biases, log_scales = args[:4] if function.startswith("backward") else ([], *args[:3])
+    dtype, scaled = weights[0].dtype, grads[0].dtype if grads else args[4]
+    of_bias = (scaled, compute_dtype(weights[0]))
+    for index, grad in enumerate(grads):
+        if grad.dtype != scaled and (index % 2 == 0 or grad.dtype not in of_bias):
+            return grads, weights, biases, log_scales, None
+    for tensor in (*weights, *biases, *log_scales):
+        if tensor.dtype != dtype:
+            return grads, weights, biases, log_scales, None
+    return grads, weights, biases, log_scales, (dtype, scaled)
 
 
 def without_autocast(function: Callable[P, R]) -> Callable[P, R]:

@@ -71,7 +71,7 @@ class Operator:
     def __call__(self, *args: Any) -> Any:
         """Compute with the first backend in order of preference that supports ``args``."""
         candidates = backends.candidates()
-        if not args[0].is_cpu:
+        if not faster.first_tensor(args).is_cpu:
             candidates = faster.first(candidates, self._name, args)
         for backend in candidates:
             if backend == "reference" or self._support[backend](self._function, *args):
@@ -131,7 +131,10 @@ class _Implementation:
             return self._overload(*args)
         if torch.is_grad_enabled():
             for arg in args:
-                if isinstance(arg, Tensor) and arg.requires_grad:
+                if isinstance(arg, list):
+                    if any(isinstance(each, Tensor) and each.requires_grad for each in arg):
+                        return self._overload(*args)  # whose rule looks into lists
+                elif isinstance(arg, Tensor) and arg.requires_grad:
                     # Function.apply adds only what functorch's transforms need.
                     return super(torch.autograd.Function, self._rule).apply(*args)  # type: ignore[no-untyped-call]
         with torch._C._AutoDispatchBelowAutograd():

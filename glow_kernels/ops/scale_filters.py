@@ -45,6 +45,59 @@ def scale_filters(
     return scaled_weight, scaled_bias
 
 
+def scale_all(
+    weights: list[Tensor], biases: list[Tensor], log_scales: list[Tensor], factors: list[float], dtype: torch.dtype
+) -> list[Tensor]:
+    """:func:`scale_filters` of several convolutions at once; not differentiable.
+
+    For functions that have derivatives of their own and parameters that have been checked.
+
+    Args:
+        weights: ``(O, I, *kernel)`` of every convolution, at least one; all of one type.
+        biases, log_scales: ``(O,)`` of every convolution, of the type of the weights.
+        factors: of ``log_scales``.
+        dtype: type of the results.
+
+    Returns:
+        Scaled weight and bias of the first convolution, of the second, and so on.
+
+    Raises:
+        ValueError: the lists are empty or not of the same length.
+    """
+    _check_counts(weights, biases, log_scales, factors)
+    results: list[Tensor] = _forward_all(weights, biases, log_scales, factors, dtype)
+    return results
+
+
+def scale_all_backward(
+    grads: list[Tensor], weights: list[Tensor], biases: list[Tensor], log_scales: list[Tensor], factors: list[float]
+) -> list[Tensor]:
+    """Gradients of :func:`scale_all`; the other arguments are its own.
+
+    Args:
+        grads: gradients of all its results, in their order. Those of the weights have the type of the results; that of
+            a bias may have the type of arithmetic instead.
+
+    Returns:
+        Gradients of the first weight, in its type, of its bias and of its ``log_scale``, in the type of arithmetic,
+        float32 or float64; those of the second, and so on.
+
+    Raises:
+        ValueError: as :func:`scale_all`, or ``grads`` are not two for every weight.
+    """
+    _check_counts(weights, biases, log_scales, factors)
+    if len(grads) != 2 * len(weights):
+        raise ValueError(f"grads must be two for every one of {len(weights)} weights, got {len(grads)}")
+    results: list[Tensor] = _backward_all(grads, weights, biases, log_scales, factors)
+    return results
+
+
+def _check_counts(*lists: list[Any]) -> None:
+    counts = [len(each) for each in lists]
+    if min(counts) == 0 or min(counts) != max(counts):
+        raise ValueError(f"weights, biases, log_scales and factors must be as many, at least one of each, got {counts}")
+
+
 def _fake(weight: Tensor, bias: Tensor, log_scale: Tensor, factor: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     result = torch.empty_like(weight, dtype=dtype, memory_format=output_format(weight))
     return result, weight.new_empty(weight.shape[0], dtype=dtype)
@@ -55,6 +108,20 @@ def _backward_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     vectors = [weight.new_empty(weight.shape[0], dtype=compute_dtype(weight)) for _ in range(2)]
     return torch.empty_like(weight, memory_format=output_format(weight)), vectors[0], vectors[1]
+
+
+def _fake_all(
+    weights: list[Tensor], biases: list[Tensor], log_scales: list[Tensor], factors: list[float], dtype: torch.dtype
+) -> list[Tensor]:
+    filters = zip(weights, biases, log_scales, factors, strict=True)
+    return [result for each in filters for result in _fake(*each, dtype)]
+
+
+def _backward_fake_all(
+    grads: list[Tensor], weights: list[Tensor], biases: list[Tensor], log_scales: list[Tensor], factors: list[float]
+) -> list[Tensor]:
+    filters = zip(grads[::2], grads[1::2], weights, biases, log_scales, factors, strict=True)
+    return [result for each in filters for result in _backward_fake(*each)]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -84,5 +151,19 @@ _backward = Operator(
     "(Tensor grad_weight, Tensor grad_bias, Tensor weight, Tensor bias, Tensor log_scale, float factor)"
     " -> (Tensor, Tensor, Tensor)",
     fake=_backward_fake,
+    plain_reference=True,
+)
+_forward_all = Operator(
+    "scale_filters",
+    "forward_all",
+    "(Tensor[] weights, Tensor[] biases, Tensor[] log_scales, float[] factors, ScalarType dtype) -> Tensor[]",
+    fake=_fake_all,
+    plain_reference=True,
+)
+_backward_all = Operator(
+    "scale_filters",
+    "backward_all",
+    "(Tensor[] grads, Tensor[] weights, Tensor[] biases, Tensor[] log_scales, float[] factors) -> Tensor[]",
+    fake=_backward_fake_all,
     plain_reference=True,
 )

@@ -75,10 +75,10 @@ inline Tensor empty_vector(int64_t size, ScalarType type, const Tensor& like) { 
 
 // An uninitialised tensor with the shape of x, channels last if x is and contiguous otherwise; the rule is that of
 // output_format in glow_kernels/backends/numerics.py.
-inline Tensor empty_output(const Tensor& x) {
+inline Tensor empty_output(const Tensor& x, ScalarType type) {
   const auto sizes = x.sizes();
   const bool channels_last = x.dim() >= 4 && x.size(1) > 1 && x.stride(1) == 1 && !x.is_contiguous();
-  if (!channels_last) return empty(sizes, x.scalar_type(), x);
+  if (!channels_last) return empty(sizes, type, x);
   std::vector<int64_t> strides(sizes.size());
   strides[1] = 1;
   int64_t stride = sizes[1];
@@ -87,8 +87,10 @@ inline Tensor empty_output(const Tensor& x) {
     stride *= sizes[dimension];
   }
   strides[0] = stride;
-  return empty_strided(sizes.size(), sizes.data(), strides.data(), x.scalar_type(), x);
+  return empty_strided(sizes.size(), sizes.data(), strides.data(), type, x);
 }
+
+inline Tensor empty_output(const Tensor& x) { return empty_output(x, x.scalar_type()); }
 
 // Calls f.operator()<T>() with the type of x.
 template <typename F>

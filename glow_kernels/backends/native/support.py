@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from glow_kernels.backends.native import cuda
-from glow_kernels.backends.numerics import compute_dtype, output_format
+from glow_kernels.backends.numerics import compute_dtype, filters_of, output_format
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Types of x and of h; x float32 with h in half precision is the normal case of mixed precision.
@@ -21,6 +21,7 @@ _TYPES_WITH_H = {
     (torch.float16, torch.float16),
     (torch.float64, torch.float64),
 }
+_TYPES_OF_FILTERS = {(torch.float32, torch.float32), (torch.float64, torch.float64)}
 # kMaxChannels in csrc/cpu/actnorm_conv1x1_fold.h: larger matrices are left to BLAS and LAPACK.
 _MAX_CHANNELS = 512
 # kMaxFoldChannels and kMaxChannels in csrc/cuda; more double channels than that do not fit into shared memory.
@@ -75,17 +76,25 @@ def actnorm_statistics(function: str, x: Tensor) -> bool:
     return x.dtype in _TYPES and _takes("actnorm_statistics", function, x)
 
 
+def bias_relu(function: str, *args: Tensor) -> bool:
+    """On CUDA only: on the CPU the reference computes it."""
+    x, other = args[::-1] if function == "backward" else args
+    types = (x.dtype, other.dtype)
+    fits = x.dtype in _TYPES and other.dtype == x.dtype if function == "backward" else types in _TYPES_WITH_H
+    return fits and _takes("bias_relu", function, x, other)
+
+
 def scale_filters(function: str, *args: Any) -> bool:
-    """Dense filters without a conversion, and gradients that lie as they do."""
-    tensors = [tensor for tensor in args if isinstance(tensor, Tensor)]
-    weight = tensors[0] if function == "forward" else tensors[2]
-    types = {tensor.dtype for tensor in tensors} | {arg for arg in args if isinstance(arg, torch.dtype)}
-    if types not in ({torch.float32}, {torch.float64}):
+    """Dense filters, and gradients that lie as they do; on the CPU without a conversion."""
+    grads, weights, biases, log_scales, types = filters_of(function, args)
+    if types not in (_TYPES_WITH_H if _runs_cuda_code(weights[0]) else _TYPES_OF_FILTERS):
         return False
-    format_ = output_format(weight)
-    whole = [tensor for tensor in tensors if tensor.dim() > 1]
-    dense = all(tensor.is_contiguous(memory_format=format_) for tensor in whole)
-    return dense and _takes("scale_filters", function, *tensors)
+    for index, weight in enumerate(weights):
+        format_ = output_format(weight)
+        for tensor in (weight, *grads[2 * index : 2 * index + 1]):
+            if not tensor.is_contiguous(memory_format=format_):
+                return False
+    return _takes("scale_filters", function, *grads, *weights, *biases, *log_scales)
 
 
 def _takes(module: str, function: str, *tensors: Tensor) -> bool:

@@ -30,6 +30,22 @@ def backward(
     return wide.to(weight.dtype).contiguous(memory_format=output_format(weight)), grad_bias, grad_log_scale
 
 
+def forward_all(
+    weights: list[Tensor], biases: list[Tensor], log_scales: list[Tensor], factors: list[float], dtype: torch.dtype
+) -> list[Tensor]:
+    """``forward`` of several convolutions."""
+    filters = zip(weights, biases, log_scales, factors, strict=True)
+    return [scaled for each in filters for scaled in forward(*each, dtype)]
+
+
+def backward_all(
+    grads: list[Tensor], weights: list[Tensor], biases: list[Tensor], log_scales: list[Tensor], factors: list[float]
+) -> list[Tensor]:
+    """``backward`` of several convolutions."""
+    filters = zip(grads[::2], grads[1::2], weights, biases, log_scales, factors, strict=True)
+    return [grad for each in filters for grad in backward(*each)]
+
+
 def _scale(log_scale: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
     return (factor * log_scale.to(dtype)).exp()
 

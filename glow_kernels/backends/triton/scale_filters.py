@@ -1,14 +1,16 @@
 """Triton kernels of ``scale_filters``; the mathematics stands in ``glow_kernels.ops.scale_filters``.
 
-A filter lies in one piece of memory, in either memory format; a program covers a part of one, or all of it where it is
-summed.
+A filter lies in one piece of memory, in either memory format, and so do all of a convolution, one after the other. The
+three convolutions of a coupling network take one launch.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -16,82 +18,220 @@ from glow_kernels.backends.numerics import compute_dtype, output_format
 from glow_kernels.backends.triton.device_functions import ARITHMETIC, exp, kernel, store
 from glow_kernels.backends.triton.launch import launch
 
+# Elements that a program scales; and where it sums, so many filters of up to NARROW elements at a time, others alone.
+BLOCK = tl.constexpr(1024)
+FILTERS = tl.constexpr(8)
+NARROW = tl.constexpr(512)
+WIDE = tl.constexpr(4096)
+
 
 def forward(
     weight: Tensor, bias: Tensor, log_scale: Tensor, factor: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """``exp(factor * log_scale)`` times weight and bias."""
-    format_ = output_format(weight)
-    scaled = torch.empty_like(weight, dtype=dtype, memory_format=format_)
-    scaled_bias = weight.new_empty(weight.shape[0], dtype=dtype)
-    filters, size = weight.shape[0], weight[:1].numel()
-    if filters == 0:
-        return scaled, scaled_bias
-    options = _options(weight, factor)
-    parts = max(1, -(-size // options["BLOCK"]))
-    tensors = (weight.contiguous(memory_format=format_), bias.contiguous(), log_scale.contiguous())
-    launch(_scale_kernel, filters * parts, weight, *tensors, scaled, scaled_bias, size, parts, **options)
-    return scaled, scaled_bias
+    scaled_weight, scaled_bias = forward_all([weight], [bias], [log_scale], [factor], dtype)
+    return scaled_weight, scaled_bias
+
+
+def forward_all(
+    weights: list[Tensor], biases: list[Tensor], log_scales: list[Tensor], factors: list[float], dtype: torch.dtype
+) -> list[Tensor]:
+    """``forward`` of several convolutions."""
+    results: list[Tensor] = []
+    calls = []
+    for weight, bias, log_scale, factor in zip(weights, biases, log_scales, factors, strict=True):
+        format_, count = output_format(weight), weight.shape[0]
+        scaled = torch.empty_like(weight, dtype=dtype, memory_format=format_)
+        results += [scaled, weight.new_empty(count, dtype=dtype)]
+        tensors = (weight.contiguous(memory_format=format_), bias.contiguous(), log_scale.contiguous(), *results[-2:])
+        programs = -(-max(count, weight.numel()) // BLOCK.value)
+        calls.append((programs, *tensors, count, weight[:1].numel(), factor))
+    _launch(_scale_kernel, _scale_three_kernel, calls, weights[0], num_warps=4)
+    return results
 
 
 def backward(
     grad_weight: Tensor, grad_bias: Tensor, weight: Tensor, bias: Tensor, log_scale: Tensor, factor: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``forward`` in weight, bias and log_scale."""
-    format_, compute = output_format(weight), compute_dtype(weight)
-    result = torch.empty_like(weight, memory_format=format_)
-    vectors = [weight.new_empty(weight.shape[0], dtype=compute) for _ in range(2)]
-    filters, size = weight.shape[0], weight[:1].numel()
-    if filters == 0:
-        return result, vectors[0], vectors[1]
-    grads = (grad_weight.contiguous(memory_format=format_), grad_bias.contiguous())
-    tensors = (weight.contiguous(memory_format=format_), bias.contiguous(), log_scale.contiguous())
-    args = (*grads, *tensors, result, *vectors, size)
-    launch(_scale_backward_kernel, filters, weight, *args, **_options(weight, factor))
-    return result, vectors[0], vectors[1]
+    grads = backward_all([grad_weight, grad_bias], [weight], [bias], [log_scale], [factor])
+    return grads[0], grads[1], grads[2]
 
 
-def _options(weight: Tensor, factor: float) -> dict[str, Any]:
-    # One warp for a filter of up to 28 channels and 3x3 positions, as the first convolutions have them.
-    block = 256 if weight[:1].numel() <= 256 else 1024
-    return {"FACTOR": factor, "DTYPE": ARITHMETIC[compute_dtype(weight)], "BLOCK": block, "num_warps": block // 256}
+def backward_all(
+    grads: list[Tensor], weights: list[Tensor], biases: list[Tensor], log_scales: list[Tensor], factors: list[float]
+) -> list[Tensor]:
+    """``backward`` of several convolutions."""
+    results: list[Tensor] = []
+    calls = []
+    for grad_weight, grad_bias, weight, bias, log_scale, factor in zip(
+        grads[::2], grads[1::2], weights, biases, log_scales, factors, strict=True
+    ):
+        format_, count, size = output_format(weight), weight.shape[0], weight[:1].numel()
+        vectors = [weight.new_empty(count, dtype=compute_dtype(weight)) for _ in range(2)]
+        results += [torch.empty_like(weight, memory_format=format_), *vectors]
+        of_forward = (weight.contiguous(memory_format=format_), bias.contiguous(), log_scale.contiguous())
+        tensors = (grad_weight.contiguous(memory_format=format_), grad_bias.contiguous(), *of_forward, *results[-3:])
+        filters = FILTERS.value if size <= NARROW.value else 1
+        calls.append((-(-count // filters), *tensors, count, size, factor))
+    _launch(_scale_backward_kernel, _scale_backward_three_kernel, calls, weights[0], num_warps=8)
+    return results
+
+
+def _launch(one: Any, three: Any, calls: list[tuple[Any, ...]], like: Tensor, **options: Any) -> None:
+    """Launch a kernel for every three convolutions; ``calls`` has programs and arguments of each."""
+    for first in range(0, len(calls), 3):
+        group = calls[first : first + 3]
+        programs = sum(call[0] for call in group)
+        if len(group) > 1:  # what is missing is the first again, without programs
+            group += [(0, *group[0][1:])] * (3 - len(group))
+        if programs > 0:
+            args = itertools.chain.from_iterable(group)
+            options["DTYPE"] = ARITHMETIC[compute_dtype(like)]
+            launch(one if len(group) == 1 else three, programs, like, *args, **options)
+
+
+@triton.jit
+def _scale(
+    program, weight_ptr, bias_ptr, log_scale_ptr, scaled_ptr, scaled_bias_ptr, count, size, factor, DTYPE: tl.constexpr
+):
+    """BLOCK elements of all filters one after the other, and as many biases."""
+    factor = tl.full((), factor, DTYPE)
+    start = program.to(tl.int64) * BLOCK
+    lane = tl.arange(0, BLOCK)
+    at = start + lane
+    bias = tl.load(bias_ptr + at, at < count, other=0.0).to(DTYPE)
+    log_scale = tl.load(log_scale_ptr + at, at < count, other=0.0).to(DTYPE)
+    store(scaled_bias_ptr + at, bias * exp(log_scale * factor), at < count)
+    # 64 bits for the first filter and 32 for those after it, since all elements divide.
+    mask = at < size.to(tl.int64) * count
+    width = tl.maximum(size, 1)
+    first = start // width
+    index = first + ((start - first * width).to(tl.int32) + lane) // width
+    log_scale = tl.load(log_scale_ptr + index, mask, other=0.0).to(DTYPE)
+    weight = tl.load(weight_ptr + at, mask, other=0.0).to(DTYPE)
+    store(scaled_ptr + at, weight * exp(log_scale * factor), mask)
+
+
+@triton.jit
+def _sum(
+    program, grad_ptr, grad_bias_ptr, weight_ptr, bias_ptr, log_scale_ptr, result_ptr, result_bias_ptr,
+    result_log_scale_ptr, count, size, factor, DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """ROWS filters: reads them and their gradients once, writes the gradients once."""
+    factor = tl.full((), factor, DTYPE)
+    rows = program * ROWS + tl.arange(0, ROWS)
+    inside = rows < count
+    scale = exp(tl.load(log_scale_ptr + rows, inside, other=0.0).to(DTYPE) * factor)
+    bias = tl.load(bias_ptr + rows, inside, other=0.0).to(DTYPE)
+    grad_bias = tl.load(grad_bias_ptr + rows, inside, other=0.0).to(DTYPE) * scale
+    total = tl.zeros((ROWS, COLUMNS), DTYPE)
+    for first in range(0, size, COLUMNS):
+        columns = first + tl.arange(0, COLUMNS)
+        mask = inside[:, None] & (columns < size)[None, :]
+        at = rows.to(tl.int64)[:, None] * size + columns[None, :]
+        grad = tl.load(grad_ptr + at, mask, other=0.0).to(DTYPE) * scale[:, None]
+        weight = tl.load(weight_ptr + at, mask, other=0.0).to(DTYPE)
+        total += grad * weight
+        store(result_ptr + at, grad, mask)
+    tl.store(result_bias_ptr + rows, grad_bias, inside)
+    tl.store(result_log_scale_ptr + rows, factor * (tl.sum(total, 1) + grad_bias * bias), inside)
+
+
+@triton.jit
+def _scale_backward(
+    program, grad_ptr, grad_bias_ptr, weight_ptr, bias_ptr, log_scale_ptr, result_ptr, result_bias_ptr,
+    result_log_scale_ptr, count, size, factor, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """FILTERS small filters or a large one."""
+    if size <= NARROW:
+        _sum(
+            program, grad_ptr, grad_bias_ptr, weight_ptr, bias_ptr, log_scale_ptr, result_ptr, result_bias_ptr,
+            result_log_scale_ptr, count, size, factor, DTYPE, FILTERS, NARROW,
+        )  # fmt: skip
+    else:
+        _sum(
+            program, grad_ptr, grad_bias_ptr, weight_ptr, bias_ptr, log_scale_ptr, result_ptr, result_bias_ptr,
+            result_log_scale_ptr, count, size, factor, DTYPE, 1, WIDE,
+        )  # fmt: skip
 
 
 @kernel
 def _scale_kernel(
-    weight_ptr, bias_ptr, log_scale_ptr, scaled_ptr, scaled_bias_ptr, size: tl.int32, parts: tl.int32,
-    FACTOR: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+    programs: tl.int32, weight_ptr, bias_ptr, log_scale_ptr, scaled_ptr, scaled_bias_ptr, count: tl.int32,
+    size: tl.int32, factor: tl.float64, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """One part of a filter, and its bias with the first."""
-    index = tl.program_id(0) // parts
-    part = tl.program_id(0) % parts
-    scale = exp(tl.load(log_scale_ptr + index).to(DTYPE) * FACTOR)
-    at = part * BLOCK + tl.arange(0, BLOCK)
-    start = index.to(tl.int64) * size
-    weight = tl.load(weight_ptr + start + at, at < size, other=0.0).to(DTYPE)
-    store(scaled_ptr + start + at, weight * scale, at < size)
-    bias = tl.load(bias_ptr + index).to(DTYPE)
-    store(scaled_bias_ptr + index, bias * scale, part == 0)
+    """One convolution."""
+    _scale(
+        tl.program_id(0), weight_ptr, bias_ptr, log_scale_ptr, scaled_ptr, scaled_bias_ptr, count, size, factor, DTYPE
+    )
+
+
+@kernel
+def _scale_three_kernel(
+    programs_0: tl.int32, weight_0_ptr, bias_0_ptr, log_scale_0_ptr, scaled_0_ptr, scaled_bias_0_ptr,
+    count_0: tl.int32, size_0: tl.int32, factor_0: tl.float64,
+    programs_1: tl.int32, weight_1_ptr, bias_1_ptr, log_scale_1_ptr, scaled_1_ptr, scaled_bias_1_ptr,
+    count_1: tl.int32, size_1: tl.int32, factor_1: tl.float64,
+    programs_2: tl.int32, weight_2_ptr, bias_2_ptr, log_scale_2_ptr, scaled_2_ptr, scaled_bias_2_ptr,
+    count_2: tl.int32, size_2: tl.int32, factor_2: tl.float64,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Three, one after the other."""
+    program = tl.program_id(0)
+    if program < programs_0:
+        _scale(
+            program, weight_0_ptr, bias_0_ptr, log_scale_0_ptr, scaled_0_ptr, scaled_bias_0_ptr, count_0, size_0,
+            factor_0, DTYPE,
+        )  # fmt: skip
+    elif program < programs_0 + programs_1:
+        _scale(
+            program - programs_0, weight_1_ptr, bias_1_ptr, log_scale_1_ptr, scaled_1_ptr, scaled_bias_1_ptr, count_1,
+            size_1, factor_1, DTYPE,
+        )  # fmt: skip
+    else:
+        _scale(
+            program - programs_0 - programs_1, weight_2_ptr, bias_2_ptr, log_scale_2_ptr, scaled_2_ptr,
+            scaled_bias_2_ptr, count_2, size_2, factor_2, DTYPE,
+        )  # fmt: skip
 
 
 @kernel
 def _scale_backward_kernel(
-    grad_weight_ptr, grad_bias_ptr, weight_ptr, bias_ptr, log_scale_ptr,
-    result_ptr, result_bias_ptr, result_log_scale_ptr, size: tl.int32,
-    FACTOR: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+    programs: tl.int32, grad_ptr, grad_bias_ptr, weight_ptr, bias_ptr, log_scale_ptr, result_ptr, result_bias_ptr,
+    result_log_scale_ptr, count: tl.int32, size: tl.int32, factor: tl.float64, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """A filter: reads it and its gradient once, writes the gradient once."""
-    index = tl.program_id(0)
-    scale = exp(tl.load(log_scale_ptr + index).to(DTYPE) * FACTOR)
-    start = index.to(tl.int64) * size
-    total = tl.zeros((BLOCK,), DTYPE)
-    for first in range(0, size, BLOCK):
-        at = first + tl.arange(0, BLOCK)
-        grad = tl.load(grad_weight_ptr + start + at, at < size, other=0.0).to(DTYPE) * scale
-        weight = tl.load(weight_ptr + start + at, at < size, other=0.0).to(DTYPE)
-        total += grad * weight
-        store(result_ptr + start + at, grad, at < size)
-    grad_bias = tl.load(grad_bias_ptr + index).to(DTYPE) * scale
-    bias = tl.load(bias_ptr + index).to(DTYPE)
-    tl.store(result_bias_ptr + index, grad_bias)
-    tl.store(result_log_scale_ptr + index, FACTOR * (tl.sum(total) + grad_bias * bias))
+    """One convolution."""
+    _scale_backward(
+        tl.program_id(0), grad_ptr, grad_bias_ptr, weight_ptr, bias_ptr, log_scale_ptr, result_ptr, result_bias_ptr,
+        result_log_scale_ptr, count, size, factor, DTYPE,
+    )  # fmt: skip
+
+
+@kernel
+def _scale_backward_three_kernel(
+    programs_0: tl.int32, grad_0_ptr, grad_bias_0_ptr, weight_0_ptr, bias_0_ptr, log_scale_0_ptr, result_0_ptr,
+    result_bias_0_ptr, result_log_scale_0_ptr, count_0: tl.int32, size_0: tl.int32, factor_0: tl.float64,
+    programs_1: tl.int32, grad_1_ptr, grad_bias_1_ptr, weight_1_ptr, bias_1_ptr, log_scale_1_ptr, result_1_ptr,
+    result_bias_1_ptr, result_log_scale_1_ptr, count_1: tl.int32, size_1: tl.int32, factor_1: tl.float64,
+    programs_2: tl.int32, grad_2_ptr, grad_bias_2_ptr, weight_2_ptr, bias_2_ptr, log_scale_2_ptr, result_2_ptr,
+    result_bias_2_ptr, result_log_scale_2_ptr, count_2: tl.int32, size_2: tl.int32, factor_2: tl.float64,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Three, one after the other."""
+    program = tl.program_id(0)
+    if program < programs_0:
+        _scale_backward(
+            program, grad_0_ptr, grad_bias_0_ptr, weight_0_ptr, bias_0_ptr, log_scale_0_ptr, result_0_ptr,
+            result_bias_0_ptr, result_log_scale_0_ptr, count_0, size_0, factor_0, DTYPE,
+        )  # fmt: skip
+    elif program < programs_0 + programs_1:
+        _scale_backward(
+            program - programs_0, grad_1_ptr, grad_bias_1_ptr, weight_1_ptr, bias_1_ptr, log_scale_1_ptr, result_1_ptr,
+            result_bias_1_ptr, result_log_scale_1_ptr, count_1, size_1, factor_1, DTYPE,
+        )  # fmt: skip
+    else:
+        _scale_backward(
+            program - programs_0 - programs_1, grad_2_ptr, grad_bias_2_ptr, weight_2_ptr, bias_2_ptr, log_scale_2_ptr,
+            result_2_ptr, result_bias_2_ptr, result_log_scale_2_ptr, count_2, size_2, factor_2, DTYPE,
+        )  # fmt: skip

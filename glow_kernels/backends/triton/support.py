@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glow_kernels.backends.numerics import compute_dtype
+from glow_kernels.backends.numerics import compute_dtype, filters_of
 from glow_kernels.backends.triton import INTERPRETED, version
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -62,16 +62,12 @@ def bias_relu(function: str, *args: Tensor) -> bool:
 
 
 def scale_filters(function: str, *args: Any) -> bool:
-    """Every shape; a weight whose bias and scale have its type."""
-    tensors = [tensor for tensor in args if isinstance(tensor, Tensor)]
-    weight, *vectors = tensors[-3:]
-    results = {grad.dtype for grad in tensors[:-3]} or {args[-1]}
+    """Every shape; weights whose biases and scales have their type."""
+    grads, weights, biases, log_scales, types = filters_of(function, args)
     return (
-        _on_device(*tensors)
-        and {vector.dtype for vector in vectors} == {weight.dtype}
-        and len(results) == 1
-        and (weight.dtype, *results) in _PAIRS
-        and _countable(weight)
+        types in _PAIRS
+        and _on_device(*grads, *weights, *biases, *log_scales)
+        and all(_countable(weight) for weight in weights)
     )
 
 
