@@ -49,27 +49,29 @@ def stages(results: Path, dry_run: bool = False) -> list[Stage]:
     small += ["--threads", "1", "--allocator", "tuned"]
     measure = [*python, "benchmarks.gpu_stages"]
     options = [*device, *output, *(["--toy"] if dry_run else [])]
-    tests = [*python, "pytest", "-q", "-p", "no:cacheprovider", "--maxfail", "10", "-k"]
+    pytest = [*python, "pytest", "-q", "-p", "no:cacheprovider", "--maxfail", "10"]
+    tests = [*pytest, *_workers(), "-k"]
     plain = "and not opcheck and not compiles"
     cuda_tests = [*tests, f"native {plain}", *OPERATOR_TESTS, "tests/test_cuda_gpu.py"]
     triton_tests = [*tests, f"triton {plain}", *OPERATOR_TESTS, "tests/test_triton_gpu.py"]
-    sanitized = [*tests, f"native and of_every_shape {plain}", "-x", *OPERATOR_TESTS]
+    sanitized = [*pytest, "-k", f"native and of_every_shape {plain}", "-x", *OPERATOR_TESTS]
+    bandwidth = ["--shape", BANDWIDTH_SHAPES, "--dtype", "float32", "--minutes", "0.75"]
     untested = "it needs a GPU" if dry_run else _missing("pytest", "hypothesis")
     no_library = _no_cuda_library()
     build = {"GLOW_KERNELS_BUILD": "none" if dry_run else "auto"}
     if not dry_run:  # the CUDA library for this GPU alone, which takes less than a minute
         build["GLOW_KERNELS_CUDA_ARCHS"] = os.environ.get("GLOW_KERNELS_CUDA_ARCHS") or _architecture()
     return [
-        Stage("build", [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], 85, environment=build),
+        Stage("build", [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], 75, environment=build),
         Stage("info", [*python, "glow_kernels", "info"], 8),
         Stage("cuda tests", cuda_tests, 40, untested or no_library),
-        Stage("triton tests", triton_tests, 45, untested),
+        Stage("triton tests", triton_tests, 60, untested),
         Stage("training", [*measure, "training", *options], 80),
-        Stage("bandwidth", [*bench, *(small if dry_run else ["--shape", BANDWIDTH_SHAPES, "--minutes", "0.7"])], 48),
-        Stage("kernels", [*bench, *(small if dry_run else ["--no-compile", "--minutes", "0.4"])], 30),
+        Stage("bandwidth", [*bench, *(small if dry_run else bandwidth)], 52),
+        Stage("kernels", [*bench, *(small if dry_run else ["--no-compile", "--minutes", "0.35"])], 26),
         Stage("memory", [*measure, "memory", *options], 30),
         Stage("sampling", [*measure, "sampling", *options], 14),
-        Stage("tune", [*python, "glow_kernels", "tune"], 40, "it needs a GPU" if dry_run else ""),
+        Stage("tune", [*python, "glow_kernels", "tune"], 35, "it needs a GPU" if dry_run else ""),
         *(
             Stage(tool, _sanitizer(tool, sanitized), limit, untested or no_library or _no_sanitizer())
             for tool, limit in SANITIZERS.items()
@@ -165,6 +167,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{name:12}{outcome}")
     print(f"results in {output}")
     return 0 if all(outcome.startswith(("ok", "skipped")) for outcome in outcomes.values()) else 1
+
+
+def _workers() -> list[str]:
+    """Options that run tests side by side, where pytest can do that: most of their time is the host's."""
+    return [] if _missing("xdist") else ["-n", str(min(12, os.cpu_count() or 1))]
 
 
 def _missing(*packages: str) -> str:

@@ -160,16 +160,20 @@ def compare(folder: Path | None = None) -> tuple[Path, faster.Table]:
 
 
 def _arguments(samples: int, side: int, device: torch.device) -> dict[str, tuple[Any, ...]]:
-    """Arguments of every operator for float32 data of 12 channels."""
+    """Arguments of every operator for float32 data of 12 channels, or in bfloat16 for hidden layers of 128."""
     x = torch.randn(samples, 12, side, side, device=device)
     h, lam = torch.randn(samples, 24, side, side, device=device), torch.randn(samples, device=device)
     matrix, vector = torch.eye(12, device=device), torch.zeros(12, device=device)
+    hidden = torch.randn(samples, 128, side, side, dtype=torch.bfloat16, device=device)
+    hidden = hidden.contiguous(memory_format=torch.channels_last)
     coupling = (h, None, "sigmoid", [1.0, 2.0, 1.0, 0.0, 0.0, 0.0], "interleaved_shift_scale", "shift_scale")
     arguments: dict[str, tuple[Any, ...]] = {
         "actnorm_statistics_forward": (x,),
         "actnorm_conv1x1_apply": (x, matrix, vector),
         "actnorm_conv1x1_apply_backward": (x, x, matrix, True),
         "actnorm_conv1x1_apply_reversible_backward": (x, x, matrix, matrix, vector),
+        "bias_relu_forward": (hidden, hidden[0, :, 0, 0].contiguous()),
+        "bias_relu_backward": (hidden, hidden),
         "gaussian_log_prob_backward": (lam, x, h, "interleaved_mean_log_sd"),
     }
     for function in ("forward", "inverse"):

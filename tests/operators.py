@@ -31,13 +31,14 @@ REFERENCE = Path(gk.__file__).parent / "backends" / "reference"
 MODULES = sorted(path.stem for path in REFERENCE.glob("[!_]*.py"))
 
 # Triton's interpreter takes a thousand times as long as a kernel: its run makes the same checks on fewer samples, of
-# types, layouts and options one after the other instead of in all combinations.
+# types, layouts and options one after the other instead of in all combinations. So does its run on a GPU where each
+# would be compiled anew, for a third of a second; ``test_triton_compile.py`` is about those.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def combinations(*values: Sequence[Any]) -> list[tuple[Any, ...]]:
-    """All combinations of one of each of ``values``; in the interpreter only so many that each is among them."""
-    if not INTERPRETED:
+def combinations(*values: Sequence[Any], few: bool = INTERPRETED) -> list[tuple[Any, ...]]:
+    """All combinations of one of each of ``values``, or only so ``few`` that each is among them."""
+    if not few:
         return list(itertools.product(*values))
     return [tuple(each[index % len(each)] for each in values) for index in range(max(map(len, values), default=0))]
 

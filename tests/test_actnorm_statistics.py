@@ -111,9 +111,10 @@ RANKS = {
 
 
 def rank_data(question: str) -> list[torch.Tensor]:
-    """The same data in every process."""
+    """The same data in every process, on the CPU, whose tensors gloo sends."""
     torch.manual_seed(0)
-    return RANKS[question]()
+    with torch.device("cpu"):
+        return RANKS[question]()
 
 
 def run_rank(rank: int, folder: str) -> None:

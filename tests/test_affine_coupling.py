@@ -218,7 +218,8 @@ class TestReversibleBackward(OperatorProperties):
 @pytest.mark.parametrize("name", MAPS)
 def test_reversible_backward_of_every_map_in_every_layout_and_order(backend, name):
     gains = (False,) if MAPS[name].kind == "sigmoid" else (False, True)
-    for layout, order, learned_gain, dtypes in combinations(CHANNEL_LAYOUTS, ORDERS, gains, list(DTYPES.values())):
+    options = (CHANNEL_LAYOUTS, ORDERS, gains, list(DTYPES.values()))
+    for layout, order, learned_gain, dtypes in combinations(*options, few=backend == "triton"):
         case = reversible_case(MAPS[name], layout, order, learned_gain)
         check_results(case, case.draw((3, 4, 5, 2), dtypes))
 
@@ -231,7 +232,8 @@ def test_large_samples(backend, size):
         affine_case("inverse", everything, "chunk_scale_shift", "scale_shift", learned_gain=True),
         reversible_case(everything, "interleaved_scale_shift", "unshift_scale", learned_gain=True),
     )
-    for case, layout, dtypes in combinations(cases, ("contiguous", "channels_last"), LARGE_DTYPES):
+    options = (cases, ("contiguous", "channels_last"), LARGE_DTYPES)
+    for case, layout, dtypes in combinations(*options, few=backend == "triton"):
         inputs = in_layout(case.draw(size, DTYPES[dtypes]), *[layout] * case.batched)
         check_results(case, inputs)
         if case.undo:
@@ -239,27 +241,23 @@ def test_large_samples(backend, size):
 
 
 def all_options():
-    """Every map with every layout and order, in both directions."""
+    """Every map in both directions, without and with a learned gain."""
     for (name, scale_map), learned_gain in itertools.product(MAPS.items(), (False, True)):
         if scale_map.kind == "sigmoid" and learned_gain:
             continue
         for direction in ("forward", "inverse"):
-            yield pytest.param(
-                [
-                    affine_case(direction, scale_map, layout, order, learned_gain)
-                    for layout, order in combinations(CHANNEL_LAYOUTS, ORDERS)
-                ],
-                id=f"{direction}_{name}" + "_learned_gain" * learned_gain,
-            )
+            label = f"{direction}_{name}" + "_learned_gain" * learned_gain
+            yield pytest.param(direction, scale_map, learned_gain, id=label)
 
 
-@pytest.mark.parametrize("cases", list(all_options()))
-def test_every_map_in_every_layout_and_order(backend, cases):
-    for case in cases:
-        for dtypes in (DTYPES["float32"], DTYPES["float64"]):
-            inputs = case.draw((3, 4, 5, 2), dtypes)
-            check_results(case, inputs)
-            check_gradients(case, inputs)
+@pytest.mark.parametrize(("direction", "scale_map", "learned_gain"), list(all_options()))
+def test_every_map_in_every_layout_and_order(backend, direction, scale_map, learned_gain):
+    options = (CHANNEL_LAYOUTS, ORDERS, ("float32", "float64"))
+    for layout, order, dtypes in combinations(*options, few=backend == "triton"):
+        case = affine_case(direction, scale_map, layout, order, learned_gain)
+        inputs = case.draw((3, 4, 5, 2), DTYPES[dtypes])
+        check_results(case, inputs)
+        check_gradients(case, inputs)
 
 
 @pytest.mark.parametrize("direction", ["forward", "inverse"])

@@ -93,6 +93,26 @@ def test_a_case_becomes_a_row(case):
     assert table.operator_line(row).startswith(case.operator)
 
 
+def test_on_a_gpu_the_figures_are_of_replays_where_they_can_be_captured(monkeypatch):
+    calls = {
+        "copy": [lambda: time.sleep(2e-3)],
+        "eager": [lambda: time.sleep(9e-3)],
+        "ours": [lambda: time.sleep(8e-3)],
+    }
+    replays = {"copy": [lambda: time.sleep(2e-3)], "ours": [lambda: time.sleep(3e-3)]}
+    monkeypatch.setattr(timing, "as_graphs", lambda candidates: dict(replays))
+    device = torch.device("cpu")
+    times = timing.measure(calls, 0.05, device)
+    row = measurement._replays(calls, times, 0.05, device, ["copy"], dict.fromkeys(calls, 1), "ours")
+    found = row["candidates"]
+    assert found["ours"]["seconds"][0] < 6e-3 < found["ours"]["call"][0]
+    assert found["eager"]["ratio_to_ours"][0] == pytest.approx(3, rel=0.2)
+    assert found["ours"]["percent_of_limit"] == pytest.approx(67, rel=0.2)
+    assert [found[name]["replayed"] for name in calls] == [True, False, True]
+    row |= {"case": Case("affine_coupling", "forward", SHAPE).as_dict(), "ours": "ours", "bytes": 1000}
+    assert re.search(r" 9\d+\.\d\* ", table.operator_line(row))
+
+
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")  # PyTorch's own, at import
 def test_compiled_code_is_a_candidate():
     session = Session()
@@ -208,7 +228,7 @@ def test_call_overhead(tmp_path):
     for task in overhead.tasks(torch.device("cpu"), writer, lambda line: None):
         task.run(0.01)
     rows = writer.rows[1:]
-    assert len(rows) == 7
+    assert len(rows) == 8
     assert all(row["ratio"][0] > 0 for row in rows)
 
 
@@ -269,6 +289,20 @@ def test_a_plan_shares_its_time():
     plan.run(tasks, 100.0, shown.append)
     assert allowed == pytest.approx({"a": 1.0, "b": 3.0}, rel=0.01)
     assert plan.duration(150.0) == "2.5 min"
+
+
+def test_a_strict_plan_leaves_out_what_comes_too_late():
+    done, shown = [], []
+
+    def slow(allowed):
+        done.append(allowed)
+        time.sleep(0.02)
+
+    plan.run([Task(name, 0.01, slow) for name in "abc"], 0.01, shown.append, strict=True)
+    assert len(done) == 1
+    assert shown[-1].endswith("; 2 measurements were left out for lack of time")
+    plan.run([Task(name, 0.01, slow) for name in "abc"], 0.01, shown.append)
+    assert len(done) == 4
 
 
 @pytest.fixture

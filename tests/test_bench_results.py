@@ -203,6 +203,23 @@ def test_large_shapes_are_held_against_a_copy():
     assert (goals(large)[name].figure, goals(large)[name].verdict) == (pytest.approx(2.0), "reached")
 
 
+def test_goals_of_a_gpu_are_of_its_own_rows():
+    shapes = ((64, 12, 128, 128), (32, 48, 64, 64))
+    rows = [operator_row(ratio, shape=shape, device="cuda") for ratio, shape in zip((5.0, 3.0), shapes, strict=True)]
+    training = {"steps": 32, "levels": 3, "hidden": 512, "image_size": 32, "batch": 64}
+    for name, seconds in (("glow_kernels", 0.5), ("reference", 1.6), ("glow_kernels anchor", 0.7)):
+        rows.append(model_row("training_step", name, seconds, **training))
+        rows[-1]["case"]["device"] = "cuda"
+    found = [(goal.name, goal.figure, goal.verdict) for goal in check.checks(rows) if goal.group.startswith("GPU, ")]
+    assert [goal for goal in found if goal[1] == goal[1]] == [
+        ("affine_coupling forward: % of a copy of the same bytes", pytest.approx(50), "missed"),
+        ("affine_coupling forward: times faster than eager", pytest.approx(3), "missed"),
+        ("affine_coupling forward: times faster than compile", pytest.approx(2), "reached"),
+        ("times faster than reference", pytest.approx(3.2), "reached"),
+        ("reversible, times plain autograd", pytest.approx(1.4), "missed"),
+    ]
+
+
 def test_goals_of_models():
     sizes = {"steps": 8, "levels": 2, "hidden": 64, "image_size": 32, "batch": 16}
     found = goals(
@@ -416,7 +433,16 @@ def test_what_the_gpu_stages_measure_runs_on_a_cpu(tmp_path, monkeypatch):
     rows = list(results.of_kind(results.read(path), "model"))
     assert {row["case"]["part"] for row in rows} == {"training_step", "memory", "sampling"}
     assert not any("failed" in row for row in rows)
-    assert all(row["peak_extra_bytes"] > 0 for row in rows)
+    replayed = [row["case"]["implementation"].endswith("graph") for row in rows]
+    assert any(replayed)
+    assert all(
+        "peak_extra_bytes" not in row if replay else row["peak_extra_bytes"] > 0
+        for replay, row in zip(replayed, rows, strict=True)
+    )
+    document.write([path], tmp_path / "performance.md")
+    assert "glow_kernels bfloat16, graph" in (tmp_path / "performance.md").read_text()
+    trained = [row["case"]["implementation"] for row in rows if row["case"]["part"] == "training_step"]
+    assert set(gpu_stages.TELLING) <= set(trained)
 
 
 def test_a_model_that_does_not_fit_is_noted_and_the_others_go_on(tmp_path):
@@ -427,6 +453,7 @@ def test_a_model_that_does_not_fit_is_noted_and_the_others_go_on(tmp_path):
     stages = gpu_stages.Stages(torch.device("cpu"), writer, toy=True)
     stages._measure("memory", {"steps": 80}, "store", too_large, 1)
     assert writer.rows[-1]["failed"] == "OutOfMemoryError: CUDA out of memory"
+    assert "OutOfMemoryError: CUDA out of memory" in document.markdown([tmp_path / "r.jsonl"])
 
 
 def test_the_floor_is_made_of_all_convolutions_of_the_networks():

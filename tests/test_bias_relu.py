@@ -52,7 +52,7 @@ def forward_arguments(shape, lay):
 def backward_arguments(shape, lay):
     """Arguments of its backward, which has no derivative itself."""
     y = lay(torch.randn(tuple(shape))).relu()
-    return torch.randn(tuple(shape)), y
+    return torch.randn(tuple(shape), dtype=y.dtype), y
 
 
 class TestProperties(DifferentiableProperties):

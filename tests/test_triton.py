@@ -93,6 +93,7 @@ def test_a_table_replaces_the_defaults_on_its_model(monkeypatch, tmp_path):
     assert launch.tuned("statistics", data) == launch.DEFAULTS["statistics"]
     assert launch.tuned("elementwise", torch.empty(1)) == launch.DEFAULTS["elementwise"]
     launch._table.cache_clear()
+    launch._parameters.cache_clear()
 
 
 def test_every_shipped_table_has_known_families_and_powers_of_two():

@@ -2,14 +2,15 @@
 // glow_kernels/ops/actnorm_conv1x1.py.
 //
 // A block has a tile of positions in shared memory, a row for each channel, and a matrix. A thread of a product takes
-// 12 channels of V neighbouring positions, 16 bytes: V V multiply-adds for each 16 bytes of the matrix that it reads,
-// and 12 V for each of the tile. A thread of the gradient of the matrix takes 6 by 6 elements and adds over positions,
+// R channels of V neighbouring positions, 16 bytes: V V multiply-adds for each 16 bytes of the matrix that it reads,
+// and R V for each of the tile. A thread of the gradient of the matrix takes 6 by 6 elements and adds over positions,
 // in registers from tile to tile.
 #include <algorithm>
 #include <tuple>
 
 #include "cuda/actnorm_conv1x1_tile.h"
 #include "cuda/launch.h"
+#include "cuda/sums.h"
 
 namespace glow_kernels {
 namespace {
@@ -17,13 +18,14 @@ namespace {
 using namespace linear;  // NOLINT: what the tile header is for
 
 // M x + v of a tile, or M^T x, with the matrix and the shift in shared memory.
-template <bool transposed, typename A>
-__device__ void multiply(const Work<A>& work, const A* matrix, const A* tile, Values<A>& total) {
-  constexpr unsigned V = kWide<A>;
+template <bool transposed, unsigned R, typename A>
+__device__ void multiply(const Work<A, R>& work, const A* matrix, const A* tile, typename Work<A, R>::Values& total) {
+  constexpr unsigned V = Work<A, R>::V;
   using Vector = detail::Registers<A, V>;
+  if (!work.has_row()) return;
   const unsigned row = work.row();
 #pragma unroll
-  for (unsigned i = 0; i < kRows; ++i) {
+  for (unsigned i = 0; i < R; ++i) {
     const A start = transposed ? A(0) : matrix[work.side * work.side + row + i];
 #pragma unroll
     for (unsigned v = 0; v < V; ++v) total[i][v] = start;
@@ -34,11 +36,11 @@ __device__ void multiply(const Work<A>& work, const A* matrix, const A* tile, Va
   for (unsigned k = 0; k < work.channels; k += V) {
     Vector values[V];
 #pragma unroll
-    for (unsigned j = 0; j < V; ++j) detail::copy<V>(values[j].values, x + j * kStride<A>);
+    for (unsigned j = 0; j < V; ++j) detail::copy<V>(values[j].values, x + j * work.kStride);
 #pragma unroll
-    for (unsigned i = 0; i < kRows; ++i) {
+    for (unsigned i = 0; i < R; ++i) {
       // V factors: of one channel of the result, or transposed of V of them and one of x.
-      const unsigned first = i % (kRows / V) * V, j = i / (kRows / V);
+      const unsigned first = i % (R / V) * V, j = i / (R / V);
       Vector m;
       detail::copy<V>(m.values, factors + (transposed ? j * work.side + first : i * work.side));
 #pragma unroll
@@ -53,36 +55,43 @@ __device__ void multiply(const Work<A>& work, const A* matrix, const A* tile, Va
         }
       }
     }
-    x += V * kStride<A>;
+    x += V * work.kStride;
     factors += transposed ? V * work.side : V;
   }
 }
 
 // Elements (i + e, j + f) of sum g x^T, and of sum g, that a thread adds over some positions of its tiles.
-template <typename A>
+template <typename W>
 class OuterSum {
+  using A = typename W::A;
+
  public:
-  __device__ explicit OuterSum(const Work<A>& work) : cells_(work.side / kEdge * (work.side / kEdge)) {
+  __device__ explicit OuterSum(const W& work) : cells_(cells(work)), splits_(splits(work, blockDim.x)) {
     const unsigned cell = threadIdx.x % cells_;
     split_ = threadIdx.x / cells_;
     i_ = cell % (work.side / kEdge) * kEdge;
     j_ = cell / (work.side / kEdge) * kEdge;
   }
 
-  __device__ void add(const Work<A>& work, const A* g, const A* x) {
-    constexpr unsigned V = kWide<A>;
+  // Bytes that write() needs.
+  static int64_t scratch_bytes(const W& work) {
+    return int64_t{splits(work, work.threads())} * work.channels * (work.channels + 1) * sizeof(A);
+  }
+
+  __device__ void add(const W& work, const A* g, const A* x) {
+    constexpr unsigned V = W::V;
     using Vector = detail::Registers<A, V>;
-    if (split_ >= splits()) return;
+    if (split_ >= splits_) return;
 #pragma unroll 1
-    for (unsigned column = split_ * V; column < work.positions(); column += splits() * V) {
+    for (unsigned column = split_ * V; column < work.positions(); column += splits_ * V) {
       const A *const rows = g + work.at(i_, column), *const columns = x + work.at(j_, column);
       Vector left[kEdge];
 #pragma unroll
-      for (unsigned e = 0; e < kEdge; ++e) detail::copy<V>(left[e].values, rows + e * kStride<A>);
+      for (unsigned e = 0; e < kEdge; ++e) detail::copy<V>(left[e].values, rows + e * W::kStride);
 #pragma unroll
       for (unsigned f = 0; f < kEdge; ++f) {
         Vector right;
-        detail::copy<V>(right.values, columns + f * kStride<A>);
+        detail::copy<V>(right.values, columns + f * W::kStride);
 #pragma unroll
         for (unsigned e = 0; e < kEdge; ++e) {
 #pragma unroll
@@ -100,9 +109,9 @@ class OuterSum {
   }
 
   // Adds what the threads have and writes it to `parts`: C x C, then C. Nobody else may use `scratch`, shared memory.
-  __device__ void write(const Work<A>& work, A* scratch, A* parts) const {
+  __device__ void write(const W& work, A* scratch, A* parts) const {
     const unsigned channels = work.channels, size = channels * (channels + 1);
-    if (split_ < splits()) {
+    if (split_ < splits_) {
       A* const own = scratch + split_ * size;
 #pragma unroll
       for (unsigned e = 0; e < kEdge; ++e) {
@@ -117,48 +126,54 @@ class OuterSum {
     __syncthreads();
     for (unsigned index = threadIdx.x; index < size; index += blockDim.x) {
       A sum = 0;
-      for (unsigned split = 0; split < splits(); ++split) sum += scratch[split * size + index];
+      for (unsigned split = 0; split < splits_; ++split) sum += scratch[split * size + index];
       parts[index] = sum;
     }
   }
 
  private:
-  static constexpr unsigned kEdge = kRows / 2;
-  __device__ unsigned splits() const { return blockDim.x / cells_; }
+  static constexpr unsigned kEdge = kManyRows / 2;
+  static __host__ __device__ unsigned cells(const W& work) { return work.side / kEdge * (work.side / kEdge); }
+  // Threads that share the positions for the same elements.
+  static __host__ __device__ unsigned splits(const W& work, unsigned threads) {
+    const unsigned all = threads / cells(work), most = work.positions() / W::V;
+    return all < most ? all : most;
+  }
 
-  unsigned cells_, split_, i_, j_;
+  unsigned cells_, splits_, split_, i_, j_;
   A matrix_[kEdge][kEdge] = {}, shift_[kEdge] = {};
 };
 
 // All matrices are C x C, row by row.
-template <typename T>
+template <typename T, unsigned R>
 struct Apply {
   using A = compute_t<T>;
-  Work<A> work;
+  Work<A, R> work;
   Positions<const T> x;
   const A *matrix, *shift;
   Positions<T> z;
 };
 
-template <typename T>
-__global__ void __launch_bounds__(256, 2) apply_kernel(const Apply<T> arguments) {
+template <typename T, unsigned R>
+__global__ void __launch_bounds__(256, R == kFewRows ? 4 : 2) apply_kernel(const Apply<T, R> arguments) {
   using A = compute_t<T>;
-  const Work<A>& work = arguments.work;
+  const Work<A, R>& work = arguments.work;
   GLOW_KERNELS_DYNAMIC_SHARED(A, x);
   A* const matrix = x + work.tile_size();
   const Span span = work.span(blockIdx.x);
-  Values<A> total;
-  load_tile(arguments.x, work, span, x);
+  typename Work<A, R>::Values total;
   load_matrix(arguments.matrix, arguments.shift, work, matrix);
+  load_tile(arguments.x, work, span, x);
+  wait_for_copies();
   __syncthreads();
   multiply<false>(work, matrix, x, total);
   store_tile(arguments.z, work, span, total, x);
 }
 
-template <typename T>
+template <typename T, unsigned R>
 struct Backward {
   using A = compute_t<T>;
-  Work<A> work;
+  Work<A, R> work;
   unsigned tiles = 0;
   Positions<const T> grad = {}, data = {};  // g, and x, or z for the reversible backward
   const A* matrix = nullptr;                // M
@@ -169,18 +184,21 @@ struct Backward {
   A* parts = nullptr;        // sum g x^T and sum g of every block
 };
 
-// Every gridDim.x-th tile.
-template <typename T>
+// Every gridDim.x-th tile. Of large tensors, M and its inverse take turns in shared memory.
+template <typename T, unsigned R>
 __global__ void __launch_bounds__(kMaxThreads, sizeof(compute_t<T>) == 8 ? 1 : 2)
-    backward_kernel(const Backward<T> arguments) {
+    backward_kernel(const Backward<T, R> arguments) {
   using A = compute_t<T>;
-  const Work<A>& work = arguments.work;
+  using W = Work<A, R>;
+  const W& work = arguments.work;
   GLOW_KERNELS_DYNAMIC_SHARED(A, x);
   A *const g = x + work.tile_size(), *const matrix = g + work.tile_size();
+  A* const inverse = W::kSmall ? matrix + work.matrix_size() : matrix;
   const bool reversible = arguments.inverse != nullptr;
   const A* const no_shift = nullptr;
-  OuterSum<A> sums(work);
-  if (!reversible) load_matrix(arguments.matrix, no_shift, work, matrix);
+  OuterSum<W> sums(work);
+  if (W::kSmall || !reversible) load_matrix(arguments.matrix, no_shift, work, matrix);
+  if (W::kSmall && reversible) load_matrix(arguments.inverse, arguments.inverse_shift, work, inverse);
   for (unsigned index = blockIdx.x; index < arguments.tiles; index += gridDim.x) {
     const Span span = work.span(index);
 #pragma unroll 1  // the registers hold one tile on its way
@@ -188,48 +206,28 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(compute_t<T>) == 8 ? 1 : 2
       const Positions<const T> from = input == 0 ? arguments.data : arguments.grad;
       load_tile(from, work, span, input == 0 ? x : g);
     }
-    if (reversible) load_matrix(arguments.inverse, arguments.inverse_shift, work, matrix);
+    if (!W::kSmall && reversible) load_matrix(arguments.inverse, arguments.inverse_shift, work, inverse);
+    wait_for_copies();
     __syncthreads();
     if (reversible) {
-      Values<A> total;
-      multiply<false>(work, matrix, x, total);
+      typename W::Values total;
+      multiply<false>(work, inverse, x, total);
       __syncthreads();
       put_tile(work, total, x);
-      load_matrix(arguments.matrix, no_shift, work, matrix);
+      if (!W::kSmall) load_matrix(arguments.matrix, no_shift, work, matrix);
       store_tile(arguments.x, work, span, total, x);
+      wait_for_copies();
       __syncthreads();
     }
     sums.add(work, g, x);
     if (arguments.grad_x.data != nullptr) {
-      Values<A> total;
+      typename W::Values total;
       multiply<true>(work, matrix, g, total);
       store_tile(arguments.grad_x, work, span, total, g);
     }
     __syncthreads();
   }
   sums.write(work, x, arguments.parts + int64_t{blockIdx.x} * work.channels * (work.channels + 1));
-}
-
-// The sums over the rows of parts (rows, C (C + 1)); a block for 32 columns, whose warps take turns at the rows.
-template <typename A>
-__global__ void __launch_bounds__(kThreads)
-    sum_parts_kernel(const A* parts, unsigned rows, unsigned channels, A* grad_matrix, A* grad_shift) {
-  constexpr unsigned kWarps = kThreads / 32;
-  GLOW_KERNELS_SHARED(double, sums, [kWarps][32]);
-  const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, column = blockIdx.x * 32 + lane;
-  const unsigned square = channels * channels, columns = square + channels;
-  double total = 0;
-  if (column < columns) {
-#pragma unroll 8
-    for (unsigned row = warp; row < rows; row += kWarps) {
-      total += static_cast<double>(parts[int64_t{row} * columns + column]);
-    }
-  }
-  sums[warp][lane] = total;
-  __syncthreads();
-  if (warp != 0 || column >= columns) return;
-  for (unsigned other = 1; other < kWarps; ++other) total += sums[other][lane];
-  (column < square ? grad_matrix[column] : grad_shift[column - square]) = static_cast<A>(total);
 }
 
 void check(const Tensor& x, const Tensor& matrix) {
@@ -242,6 +240,18 @@ void check(const Tensor& x, const Tensor& matrix) {
                   "matrix must be (C, C)");
 }
 
+// Calls f(work): with few channels a thread where many would leave a multiprocessor less than two blocks.
+template <typename A, typename F>
+void with_work(const Launcher& launch, const Tensor& x, const F& f) {
+  const int64_t multiprocessors = launch.multiprocessors();
+  const Work<A, kManyRows> large(x, multiprocessors);
+  if (large.tiles() < 2 * multiprocessors) {
+    f(Work<A, kFewRows>(x, multiprocessors));
+  } else {
+    f(large);
+  }
+}
+
 Tensor apply(const Tensor& x_any, const Tensor& matrix_any, const Tensor& shift_any) {
   check(x_any, matrix_any);
   const Launcher launch(x_any);
@@ -249,29 +259,33 @@ Tensor apply(const Tensor& x_any, const Tensor& matrix_any, const Tensor& shift_
   Tensor z = empty_output(x_any);
   dispatch(x, [&]<typename T>() {
     using A = compute_t<T>;
-    const Work<A> work(x);
-    const Apply<T> arguments{work, readable<T>(x), matrix.const_data_ptr<A>(), shift.const_data_ptr<A>(),
-                             writable<T>(z)};
-    launch(work.tiles(), work.threads(), work.shared_bytes(1), apply_kernel<T>, arguments);
+    with_work<A>(launch, x, [&]<unsigned R>(const Work<A, R>& work) {
+      const Apply<T, R> arguments{work, readable<T>(x), matrix.const_data_ptr<A>(), shift.const_data_ptr<A>(),
+                                  writable<T>(z)};
+      launch(work.tiles(), work.threads(), work.shared_bytes(1, 1), apply_kernel<T, R>, arguments);
+    });
   });
   return z;
 }
 
-// Runs the kernel over all tiles and adds the sums of its blocks.
-template <typename T>
-void run_backward(const Launcher& launch, Backward<T> arguments, const Tensor& like, Tensor& grad_matrix,
-                  Tensor& grad_shift) {
+// Runs the kernel over all tiles and adds the sums of its blocks. `fill` completes the arguments.
+template <typename T, typename F>
+void run_backward(const Launcher& launch, const Tensor& like, Tensor& grad_matrix, Tensor& grad_shift, const F& fill) {
   using A = compute_t<T>;
-  const Work<A>& work = arguments.work;
-  const int64_t tiles = work.tiles(), bytes = work.shared_bytes(2), channels = work.channels;
-  STD_TORCH_CHECK(tiles < (int64_t{1} << 31), "the tensor is too large");
-  const int64_t blocks = std::min(tiles, launch.resident_blocks(bytes, 3)), columns = channels * (channels + 1);
-  Tensor parts = empty_vector(blocks * columns, grad_matrix.scalar_type(), like);
-  arguments.tiles = static_cast<unsigned>(tiles);
-  arguments.parts = parts.mutable_data_ptr<A>();
-  launch(blocks, work.threads(), bytes, backward_kernel<T>, arguments);
-  launch((columns + 31) / 32, sum_parts_kernel<A>, parts.const_data_ptr<A>(), static_cast<unsigned>(blocks),
-         work.channels, grad_matrix.mutable_data_ptr<A>(), grad_shift.mutable_data_ptr<A>());
+  with_work<A>(launch, like, [&]<unsigned R>(const Work<A, R>& work) {
+    using W = Work<A, R>;
+    const int64_t tiles = work.tiles(), channels = work.channels;
+    const int64_t bytes = std::max(work.shared_bytes(2, W::kSmall ? 2 : 1), OuterSum<W>::scratch_bytes(work));
+    STD_TORCH_CHECK(tiles < (int64_t{1} << 31), "the tensor is too large");
+    const int64_t blocks = std::min(tiles, launch.resident_blocks(bytes, 3));
+    Tensor parts = empty_vector(blocks * channels * (channels + 1), grad_matrix.scalar_type(), like);
+    Backward<T, R> arguments{work};
+    arguments.tiles = static_cast<unsigned>(tiles);
+    arguments.parts = parts.mutable_data_ptr<A>();
+    fill(arguments);
+    launch(blocks, work.threads(), bytes, backward_kernel<T, R>, arguments);
+    sum_columns<A>(launch, parts, blocks, grad_matrix, &grad_shift);
+  });
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_any, const Tensor& x_any, const Tensor& matrix_any,
@@ -284,12 +298,12 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_any, const Tensor
   Tensor grad_shift = empty_vector(x.size(1), matrix.scalar_type(), x);
   dispatch(x, [&]<typename T>() {
     using A = compute_t<T>;
-    Backward<T> arguments{Work<A>(x)};
-    arguments.grad = readable<T>(grad);
-    arguments.data = readable<T>(x);
-    arguments.matrix = matrix.const_data_ptr<A>();
-    if (needs_grad_x) arguments.grad_x = writable<T>(grad_x);
-    run_backward<T>(launch, arguments, x, grad_matrix, grad_shift);
+    run_backward<T>(launch, x, grad_matrix, grad_shift, [&](auto& arguments) {
+      arguments.grad = readable<T>(grad);
+      arguments.data = readable<T>(x);
+      arguments.matrix = matrix.const_data_ptr<A>();
+      if (needs_grad_x) arguments.grad_x = writable<T>(grad_x);
+    });
   });
   return {grad_x, grad_matrix, grad_shift};
 }
@@ -307,15 +321,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> reversible_backward(const Tensor& gra
   Tensor grad_shift = empty_vector(z.size(1), matrix.scalar_type(), z);
   dispatch(z, [&]<typename T>() {
     using A = compute_t<T>;
-    Backward<T> arguments{Work<A>(z)};
-    arguments.grad = readable<T>(grad);
-    arguments.data = readable<T>(z);
-    arguments.matrix = matrix.const_data_ptr<A>();
-    arguments.inverse = inverse.const_data_ptr<A>();
-    arguments.inverse_shift = inverse_shift.const_data_ptr<A>();
-    arguments.x = writable<T>(x);
-    arguments.grad_x = writable<T>(grad_x);
-    run_backward<T>(launch, arguments, z, grad_matrix, grad_shift);
+    run_backward<T>(launch, z, grad_matrix, grad_shift, [&](auto& arguments) {
+      arguments.grad = readable<T>(grad);
+      arguments.data = readable<T>(z);
+      arguments.matrix = matrix.const_data_ptr<A>();
+      arguments.inverse = inverse.const_data_ptr<A>();
+      arguments.inverse_shift = inverse_shift.const_data_ptr<A>();
+      arguments.x = writable<T>(x);
+      arguments.grad_x = writable<T>(grad_x);
+    });
   });
   return {x, grad_x, grad_matrix, grad_shift};
 }

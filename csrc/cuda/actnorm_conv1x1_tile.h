@@ -2,6 +2,9 @@
 // positions or the channels lie next to each other, and shared memory, where the positions do.
 #pragma once
 
+#include <cuda_pipeline_primitives.h>
+
+#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
@@ -16,21 +19,10 @@ namespace glow_kernels::linear {
 template <typename A>
 constexpr int64_t kMaxChannels = sizeof(A) == 8 ? 60 : 64;
 
-// A thread has 12 channels, since Glow's tensors have 12, 24 and 48, and V positions, 16 bytes of the type of
-// arithmetic; a warp has 32 V neighbouring positions.
-constexpr unsigned kRows = 12, kMaxThreads = 192;
-template <typename A>
-constexpr unsigned kWide = 16 / sizeof(A);
-template <typename A>
-constexpr unsigned kStripBits = sizeof(A) == 8 ? 6 : 7;
-template <typename A>
-constexpr unsigned kStrip = 1u << kStripBits<A>;
-// Elements from a channel of a strip to the next: V more than its positions, so that they lie in different banks.
-template <typename A>
-constexpr unsigned kStride = kStrip<A> + kWide<A>;
-
-template <typename A>
-using Values = A[kRows][kWide<A>];
+// Channels of a thread: 12 in large tensors, since Glow's have 12, 24 and 48. Small ones leave a multiprocessor too few
+// threads for that, which wait for memory and for each other's results.
+constexpr unsigned kManyRows = 12, kFewRows = 4;
+constexpr unsigned kMaxThreads = 192;
 
 // The positions of a tile: `count` of them from one of a sample on, which may reach into the next samples.
 struct Span {
@@ -38,33 +30,52 @@ struct Span {
   unsigned count;
 };
 
-// How a block works: on `strips` strips of positions, with warps for the channels of each.
-template <typename A>
+// How a block works: on `strips` strips of positions, with threads for the channels of each. A thread has R channels
+// and V neighbouring positions, 16 bytes of the type of arithmetic.
+template <typename Arithmetic, unsigned R>
 struct Work {
+  using A = Arithmetic;
+  static constexpr bool kSmall = R == kFewRows;
+  static constexpr unsigned V = 16 / sizeof(A), kLanes = kSmall ? 8 : 32, kStrip = kLanes * V;
+  // Elements from a channel of a strip to the next: V more than its positions, so that they lie in different banks.
+  static constexpr unsigned kStride = kStrip + V;
+  using Values = A[R][V];
+
   unsigned channels, strips;
-  unsigned side;  // the channels, rounded up to those of whole warps
+  unsigned side;  // the channels, rounded up to those of whole threads
   int64_t batches, per_sample;
 
-  explicit Work(const Tensor& x)
+  Work(const Tensor& x, int64_t multiprocessors)
       : channels(static_cast<unsigned>(x.size(1))), batches(x.size(0)), per_sample(planes_of(x).positions) {
-    const unsigned rows = (channels + kRows - 1) / kRows;
-    strips = rows < 4 ? 4 / rows : 1;
-    side = rows * kRows;
+    side = (channels + kManyRows - 1) / kManyRows * kManyRows;
+    const unsigned rows = side / R;
+    if (kSmall) {
+      const int64_t most = std::min(4u, kMaxThreads / (rows * kLanes));
+      strips = static_cast<unsigned>(std::clamp<int64_t>(batches * per_sample / kStrip / multiprocessors, 1, most));
+    } else {
+      strips = rows < 4 ? 4 / rows : 1;
+    }
   }
-  int threads() const { return static_cast<int>(side / kRows * strips * 32); }
+  // For small tensors four warps at least, of which some only help to load and to add.
+  int threads() const {
+    const unsigned with_rows = side / R * strips * kLanes;
+    return static_cast<int>(kSmall ? std::max(128u, (with_rows + 31) / 32 * 32) : with_rows);
+  }
   int64_t tiles() const { return (batches * per_sample + positions() - 1) / positions(); }
-  // Of `count` tiles, a matrix and a shift.
-  int64_t shared_bytes(int64_t count) const {
-    return (count * tile_size() + int64_t{side} * (side + 1)) * static_cast<int64_t>(sizeof(A));
+  // Of tiles, and of matrices with a shift.
+  int64_t shared_bytes(int64_t tile_count, int64_t matrix_count) const {
+    return (tile_count * tile_size() + matrix_count * matrix_size()) * static_cast<int64_t>(sizeof(A));
   }
-  __host__ __device__ unsigned positions() const { return strips * kStrip<A>; }
-  __host__ __device__ unsigned tile_size() const { return strips * side * kStride<A>; }
+  __host__ __device__ unsigned positions() const { return strips * kStrip; }
+  __host__ __device__ unsigned tile_size() const { return strips * side * kStride; }
+  __host__ __device__ unsigned matrix_size() const { return side * (side + 1); }
 
-  // Of this thread: its first channel, its first position in the tile, and where both stand in memory.
-  __device__ unsigned row() const { return threadIdx.x / 32 / strips * kRows; }
-  __device__ unsigned column() const { return threadIdx.x / 32 % strips * kStrip<A> + threadIdx.x % 32 * kWide<A>; }
+  // Of this thread: its first channel, if it has any, its first position in the tile, and where both stand in memory.
+  __device__ bool has_row() const { return !kSmall || row() < side; }
+  __device__ unsigned row() const { return threadIdx.x / kLanes / strips * R; }
+  __device__ unsigned column() const { return threadIdx.x / kLanes % strips * kStrip + threadIdx.x % kLanes * V; }
   __device__ unsigned at(unsigned channel, unsigned position) const {
-    return (position / kStrip<A> * side + channel) * kStride<A> + position % kStrip<A>;
+    return (position / kStrip * side + channel) * kStride + position % kStrip;
   }
   __device__ Span span(unsigned tile) const {
     const int64_t first = int64_t{tile} * positions(), batch = first / per_sample;
@@ -96,7 +107,7 @@ struct Positions {
 
 template <typename T>
 Positions<T> positions_of(const Tensor& x, T* data) {
-  constexpr int64_t V = kWide<compute_t<std::remove_const_t<T>>>;
+  constexpr int64_t V = 16 / sizeof(compute_t<std::remove_const_t<T>>);
   const Planes p = planes_of(x);
   const bool inside = p.channels > 1 && p.channel_stride == 1 && (p.positions == 1 || p.position_stride != 1);
   const int64_t inner = inside ? p.channels : p.positions, outer = inside ? p.positions : p.channels;
@@ -118,35 +129,51 @@ Positions<T> writable(const Tensor& x) {
   return positions_of(x, x.mutable_data_ptr<T>());
 }
 
-// A matrix C x C with zeros around it, `side` squared, and after it a shift, zeros where there is none.
-template <typename A>
-__device__ void load_matrix(const A* from, const A* shift, const Work<A>& work, A* matrix) {
-  constexpr unsigned V = kWide<A>;
-  const unsigned size = work.side * work.side;
-  for (unsigned i = threadIdx.x; i < work.side; i += blockDim.x) {
-    matrix[size + i] = shift != nullptr && i < work.channels ? shift[i] : A(0);
-  }
-  if (work.channels == work.side && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
-#pragma unroll 2
-    for (unsigned index = threadIdx.x * V; index < size; index += blockDim.x * V) {
-      detail::copy<V>(matrix + index, from + index);
+// Copies N elements to shared memory, where they are after wait_for_copies() and a barrier. No register holds them, so
+// that a thread can have many on their way.
+template <int N, typename A>
+__device__ void start_copy(A* to, const A* from) {
+  __pipeline_memcpy_async(to, from, N * sizeof(A));
+}
+
+inline __device__ void wait_for_copies() {
+  __pipeline_commit();
+  __pipeline_wait_prior(0);
+}
+
+// Starts to load a matrix C x C with zeros around it, `side` squared, and after it a shift if there is one.
+template <typename W, typename A = typename W::A>
+__device__ void load_matrix(const A* from, const A* shift, const W& work, A* matrix) {
+  const unsigned channels = work.channels, side = work.side;
+  const auto load = [](A* to, const A* from, bool exists) {
+    if (exists) {
+      start_copy<1>(to, from);
+    } else {
+      *to = 0;
     }
-    return;
+  };
+  if (channels == side && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
+    for (unsigned index = threadIdx.x * W::V; index < side * side; index += blockDim.x * W::V) {
+      start_copy<W::V>(matrix + index, from + index);
+    }
+  } else {
+    for (unsigned index = threadIdx.x; index < side * side; index += blockDim.x) {
+      const unsigned i = index / side, j = index - i * side;
+      load(matrix + index, from + i * channels + j, i < channels && j < channels);
+    }
   }
-#pragma unroll 2
-  for (unsigned index = threadIdx.x; index < size; index += blockDim.x) {
-    const unsigned i = index / work.side, j = index - i * work.side;
-    matrix[index] = i < work.channels && j < work.channels ? from[i * work.channels + j] : A(0);
-  }
+  if (shift == nullptr) return;
+  for (unsigned i = threadIdx.x; i < side; i += blockDim.x) load(matrix + side * side + i, shift + i, i < channels);
 }
 
 // Calls f(channel, position) for all elements of a tile, `step` channels at a time. Where the channels lie together,
 // 8 neighbouring threads have neighbouring positions, which lie in different banks, and 32 threads 64 bytes and more of
 // each; otherwise neighbouring threads have neighbouring positions.
-template <typename A, typename F>
-__device__ void for_each_chunk(const Work<A>& work, unsigned channels, bool channels_inside, unsigned step,
-                               const F& f) {
-  const unsigned bits = channels_inside ? 3 : kStripBits<A>, chunks = channels / step;
+template <typename W, typename F>
+__device__ void for_each_chunk(const W& work, unsigned channels, bool channels_inside, unsigned step, const F& f) {
+  constexpr unsigned of_strip = W::kStrip == 128 ? 7 : W::kStrip == 64 ? 6 : W::kStrip == 32 ? 5 : 4;
+  static_assert(W::kStrip == 1u << of_strip);
+  const unsigned bits = channels_inside ? 3 : of_strip, chunks = channels / step;
 #pragma unroll 4
   for (unsigned index = threadIdx.x; index < chunks * work.positions(); index += blockDim.x) {
     const unsigned rest = index >> bits, high = rest / chunks;
@@ -154,28 +181,41 @@ __device__ void for_each_chunk(const Work<A>& work, unsigned channels, bool chan
   }
 }
 
-// A tile, with zeros for the positions and the channels that do not exist.
-template <typename T, typename A>
-__device__ void load_tile(const Positions<const T>& x, const Work<A>& work, const Span& span, A* tile) {
-  constexpr unsigned V = kWide<A>;
+// Starts to load a tile, with zeros for the positions and the channels that do not exist.
+template <typename T, unsigned R, typename A>
+__device__ void load_tile(const Positions<const T>& x, const Work<A, R>& work, const Span& span, A* tile) {
+  using W = Work<A, R>;
+  constexpr unsigned V = W::V;
   using Vector = detail::Registers<T, V>;
   if (x.vectors && !x.channels_inside) {
+    if (!work.has_row()) return;
     const unsigned row = work.row(), column = work.column();
     const T* const from = x.at(span, column) + row * x.channel_stride;
     A* const to = tile + work.at(row, column);
-    const unsigned channels = column < span.count ? work.channels - row : 0;
-    Vector values[kRows];  // all on their way before the first is waited for
+    const unsigned channels = column < span.count && row < work.channels ? work.channels - row : 0;
+    if constexpr (std::is_same_v<T, A>) {
 #pragma unroll
-    for (unsigned r = 0; r < kRows; ++r) {
-      values[r] = Vector{};
-      if (r < channels) detail::copy<V>(values[r].values, from + r * x.channel_stride);
-    }
+      for (unsigned r = 0; r < R; ++r) {
+        if (r < channels) {
+          start_copy<V>(to + r * W::kStride, from + r * x.channel_stride);
+        } else {
+          detail::copy<V>(to + r * W::kStride, Vector{}.values);
+        }
+      }
+    } else {
+      Vector values[R];  // all on their way before the first is waited for
 #pragma unroll
-    for (unsigned r = 0; r < kRows; ++r) {
-      detail::Registers<A, V> wide;
+      for (unsigned r = 0; r < R; ++r) {
+        values[r] = Vector{};
+        if (r < channels) detail::copy<V>(values[r].values, from + r * x.channel_stride);
+      }
 #pragma unroll
-      for (unsigned v = 0; v < V; ++v) wide.values[v] = static_cast<A>(values[r].values[v]);
-      detail::copy<V>(to + r * kStride<A>, wide.values);
+      for (unsigned r = 0; r < R; ++r) {
+        detail::Registers<A, V> wide;
+#pragma unroll
+        for (unsigned v = 0; v < V; ++v) wide.values[v] = static_cast<A>(values[r].values[v]);
+        detail::copy<V>(to + r * W::kStride, wide.values);
+      }
     }
   } else if (x.vectors) {
     for_each_chunk(work, work.side, true, V, [&](unsigned channel, unsigned position) {
@@ -185,7 +225,7 @@ __device__ void load_tile(const Positions<const T>& x, const Work<A>& work, cons
       }
       A* const to = tile + work.at(channel, position);
 #pragma unroll
-      for (unsigned v = 0; v < V; ++v) to[v * kStride<A>] = static_cast<A>(values.values[v]);
+      for (unsigned v = 0; v < V; ++v) to[v * W::kStride] = static_cast<A>(values.values[v]);
     });
   } else {
     for_each_chunk(work, work.side, x.channels_inside, 1, [&](unsigned channel, unsigned position) {
@@ -197,32 +237,36 @@ __device__ void load_tile(const Positions<const T>& x, const Work<A>& work, cons
 }
 
 // Writes what the threads have to a tile.
-template <typename A>
-__device__ void put_tile(const Work<A>& work, const Values<A>& values, A* tile) {
-  constexpr unsigned V = kWide<A>;
+template <typename W>
+__device__ void put_tile(const W& work, const typename W::Values& values, typename W::A* tile) {
+  using A = typename W::A;
+  constexpr unsigned V = W::V;
+  if (!work.has_row()) return;
   A* const to = tile + work.at(work.row(), work.column());
 #pragma unroll
-  for (unsigned r = 0; r < kRows; ++r) {
+  for (unsigned r = 0; r < sizeof(values) / sizeof(values[0]); ++r) {
     detail::Registers<A, V> vector;
 #pragma unroll
     for (unsigned v = 0; v < V; ++v) vector.values[v] = values[r][v];
-    detail::copy<V>(to + r * kStride<A>, vector.values);
+    detail::copy<V>(to + r * W::kStride, vector.values);
   }
 }
 
 // Writes what the threads have to a tensor, by way of a tile that other threads may still read, unless they can write
 // it themselves. All threads must call it.
-template <typename T, typename A>
-__device__ void store_tile(const Positions<T>& z, const Work<A>& work, const Span& span, const Values<A>& values,
-                           A* tile) {
-  constexpr unsigned V = kWide<A>;
+template <typename T, unsigned R, typename A>
+__device__ void store_tile(const Positions<T>& z, const Work<A, R>& work, const Span& span,
+                           const typename Work<A, R>::Values& values, A* tile) {
+  using W = Work<A, R>;
+  constexpr unsigned V = W::V;
   using Vector = detail::Registers<T, V>;
   if (z.vectors && !z.channels_inside) {
+    if (!work.has_row()) return;
     const unsigned row = work.row(), column = work.column();
-    const unsigned channels = column < span.count ? work.channels - row : 0;
+    const unsigned channels = column < span.count && row < work.channels ? work.channels - row : 0;
     T* const to = z.at(span, column) + row * z.channel_stride;
 #pragma unroll
-    for (unsigned r = 0; r < kRows; ++r) {
+    for (unsigned r = 0; r < R; ++r) {
       Vector vector;
 #pragma unroll
       for (unsigned v = 0; v < V; ++v) vector.values[v] = static_cast<T>(values[r][v]);
@@ -238,7 +282,7 @@ __device__ void store_tile(const Positions<T>& z, const Work<A>& work, const Spa
       const A* const from = tile + work.at(channel, position);
       Vector vector;
 #pragma unroll
-      for (unsigned v = 0; v < V; ++v) vector.values[v] = static_cast<T>(from[v * kStride<A>]);
+      for (unsigned v = 0; v < V; ++v) vector.values[v] = static_cast<T>(from[v * W::kStride]);
       if (position < span.count) detail::copy<V>(z.at(span, position) + channel, vector.values);
     });
   } else {

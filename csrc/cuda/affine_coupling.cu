@@ -15,11 +15,16 @@
 namespace glow_kernels {
 namespace {
 
+// Threads of a block that maps N columns at a time, at most.
+template <int N>
+constexpr int kMapThreads = N == 1 ? kMostThreads : kThreads;
 // Blocks that a multiprocessor holds at least: as many as leave a thread the registers for its part of H.
-template <typename H>
-constexpr int kTransformBlocks = std::is_same_v<H, double> ? 3 : 4;
-template <typename H>
-constexpr int kGradientBlocks = std::is_same_v<H, float> ? 4 : 3;
+template <typename H, int N>
+constexpr int kMapBlocks = N == 1                      ? 1
+                           : std::is_same_v<H, double> ? 3
+                                                       : 4;
+template <typename H, int N>
+constexpr int kGradientBlocks = N == 1 || std::is_same_v<H, float> ? 4 : 3;
 
 // CouplingOptions in the type of arithmetic.
 template <typename A>
@@ -113,10 +118,9 @@ __device__ LogScales<A, N> log_scales(const Views<T, H>& views, const Tile& tile
   return log_s;
 }
 
-template <typename T, typename H>
-__global__ void __launch_bounds__(kThreads, kTransformBlocks<H>) transform_kernel(const Views<T, H> views) {
+template <int N, typename T, typename H>
+__global__ void __launch_bounds__(kMapThreads<N>, kMapBlocks<H, N>) transform_kernel(const Views<T, H> views) {
   using A = compute_t<T>;
-  constexpr int N = kVector<T, H>;
   const Tile tile = views.tiling[blockIdx.x];
   A total = 0;
   for_each_spot<N>(tile, [&](const Spot& spot) {
@@ -162,10 +166,9 @@ __device__ void sum_channels(const Tiling& tiling, const Tile& tile, const A* va
 }
 
 // The gradients; where there is a result to write, that is x.
-template <typename T, typename H>
-__global__ void __launch_bounds__(kThreads, kGradientBlocks<H>) gradient_kernel(const Views<T, H> views) {
+template <int N, typename T, typename H>
+__global__ void __launch_bounds__(kThreads, kGradientBlocks<H, N>) gradient_kernel(const Views<T, H> views) {
   using A = compute_t<T>;
-  constexpr int N = kVector<T, H>;
   GLOW_KERNELS_DYNAMIC_SHARED(A, grad_gain);  // of every element of the tile
   const Tile tile = views.tiling[blockIdx.x];
   const Shift shift = views.options.shift, back = views.options.back;
@@ -203,14 +206,6 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocks<H>) gradient_kernel(
   sum_channels(views.tiling, tile, grad_gain, views.grad_gain);
 }
 
-// One value for every channel.
-template <typename A>
-View<const A> view_of_gain(const std::optional<Tensor>& gain, const Tiling& tiling) {
-  if (!gain) return {};
-  const Planes planes{0, gain->size(0), 1, 0, gain->stride(0), 0};
-  return detail::view(gain->const_data_ptr<A>(), planes, tiling, 0, 1);
-}
-
 struct Arguments {
   Tensor data, h;
   std::optional<Tensor> gain, grad = {}, grad_log_det = {}, result = {}, grad_data = {}, grad_h = {};
@@ -227,17 +222,16 @@ Options<A> options_of(const CouplingOptions& options, bool inverse) {
           shift_of(options.order, true)};
 }
 
-template <typename T, typename H>
+template <int N, typename T, typename H>
 Views<T, H> views_of(const Arguments& arguments, const Tiling& tiling, const Options<compute_t<T>>& options,
                      const CouplingLayout& layout) {
-  constexpr int N = kVector<T, H>;
   using A = compute_t<T>;
   const auto& lambda = arguments.grad_log_det;
   return {tiling,
           options,
           readable<N, T>(arguments.data, tiling),
           readable_pair<N, H>(arguments.h, tiling, layout.scale_first, layout.shift_first, layout.step),
-          view_of_gain<A>(arguments.gain, tiling),
+          per_channel<N, A>(arguments.gain, tiling),
           readable<N, T>(arguments.grad, tiling),
           lambda ? lambda->const_data_ptr<A>() : nullptr,
           writable<N, T>(arguments.result, tiling),
@@ -245,6 +239,15 @@ Views<T, H> views_of(const Arguments& arguments, const Tiling& tiling, const Opt
           writable_pair<N, H>(arguments.grad_h, tiling, layout.scale_first, layout.shift_first, layout.step),
           {},
           nullptr};
+}
+
+// Calls f.operator()<T, H, N>() with the types of x and h and the columns that a thread takes at a time.
+template <typename F>
+auto dispatch_vectors(const Tensor& x, const Tensor& h, const F& f) {
+  return dispatch(x, h, [&]<typename T, typename H>() {
+    if (x.numel() < kFewElements) return f.template operator()<T, H, 1>();
+    return f.template operator()<T, H, kVector<T, H>>();
+  });
 }
 
 template <bool is_inverse>
@@ -258,13 +261,13 @@ std::tuple<Tensor, Tensor> transform(const Tensor& x, const Tensor& h, std::opti
   Tensor y = empty_output(x);
   Arguments arguments{with_planes(x), with_planes(h), log_scale_gain};
   arguments.result = y;
-  const Tiling tiling(planes_of(y), /*whole_samples=*/true);
-  return dispatch(x, h, [&]<typename T, typename H>() -> std::tuple<Tensor, Tensor> {
+  const Tiling tiling(planes_of(y), /*whole_samples=*/true, x.numel() < kFewElements ? kTileOfFew : kSmallTile);
+  return dispatch_vectors(x, h, [&]<typename T, typename H, int N>() -> std::tuple<Tensor, Tensor> {
     using A = compute_t<T>;
-    Views<T, H> views = views_of<T, H>(arguments, tiling, options_of<A>(options, is_inverse), channels);
+    Views<T, H> views = views_of<N, T, H>(arguments, tiling, options_of<A>(options, is_inverse), channels);
     Tensor log_det = sum_samples<A>(launch, x, tiling, [&](const SampleSums<A>& sums) {
       views.log_det = sums;
-      launch(tiling.size(), transform_kernel<T, H>, views);
+      launch(tiling.size(), tiling.threads(N), 0, transform_kernel<N, T, H>, views);
     });
     return {y, log_det};
   });
@@ -286,16 +289,16 @@ auto gradients(const Tensor& grad, const Tensor& grad_log_det, const Tensor& y, 
   arguments.grad_data = grad_x;
   arguments.grad_h = grad_h;
   if constexpr (direction == Direction::reversible_backward) arguments.result = empty_output(y);
-  const Tiling tiling(planes_of(grad_x));
-  dispatch(y, h, [&]<typename T, typename H>() {
+  const Tiling tiling(planes_of(grad_x), /*whole_samples=*/false, y.numel() < kFewElements ? kTileOfFew : kSmallTile);
+  dispatch_vectors(y, h, [&]<typename T, typename H, int N>() {
     using A = compute_t<T>;
     constexpr bool is_inverse = direction == Direction::inverse_backward;
-    Views<T, H> views = views_of<T, H>(arguments, tiling, options_of<A>(options, is_inverse), channels);
-    if (!log_scale_gain) return launch(tiling.size(), gradient_kernel<T, H>, views);
+    Views<T, H> views = views_of<N, T, H>(arguments, tiling, options_of<A>(options, is_inverse), channels);
+    if (!log_scale_gain) return launch(tiling.size(), gradient_kernel<N, T, H>, views);
     const int64_t shared = int64_t{tiling.rows} * tiling.columns * sizeof(A);
     const Tensor parts = empty_parts(y.size(1) * tiling.per_channel(), y);
     views.grad_gain = parts.mutable_data_ptr<double>();
-    launch(tiling.size(), kThreads, shared, gradient_kernel<T, H>, views);
+    launch(tiling.size(), kThreads, shared, gradient_kernel<N, T, H>, views);
     sum_rows(launch, parts, y.size(1), tiling.per_channel(), grad_gain.mutable_data_ptr<A>());
   });
   if constexpr (direction == Direction::reversible_backward) {

@@ -78,17 +78,20 @@ class Launcher {
     (*this)(blocks, kThreads, 0, kernel, arguments...);
   }
 
+  int64_t multiprocessors() const {
+#if defined(__CUDACC__)
+    return attribute(cudaDevAttrMultiProcessorCount);
+#else
+    return 1;
+#endif
+  }
+
   // Blocks that the device runs at the same time: on each multiprocessor `most`, or fewer with this much shared memory.
   int64_t resident_blocks([[maybe_unused]] int64_t shared_bytes, int64_t most) const {
 #if defined(__CUDACC__)
-    int device = 0, multiprocessors = 0, room = 0;
-    check_cuda(cudaGetDevice(&device), "asking for the device");
-    check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
-               "asking for multiprocessors");
-    check_cuda(cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
-               "asking for shared memory");
-    const int64_t fit = room / (shared_bytes + 1024);  // every block takes 1 KiB more
-    return multiprocessors * (fit < 1 ? 1 : fit < most ? fit : most);
+    // Every block takes 1 KiB more.
+    const int64_t fit = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / (shared_bytes + 1024);
+    return multiprocessors() * (fit < 1 ? 1 : fit < most ? fit : most);
 #else
     return most;
 #endif
@@ -96,6 +99,13 @@ class Launcher {
 
  private:
 #if defined(__CUDACC__)
+  static int attribute(cudaDeviceAttr which) {
+    int device = 0, value = 0;
+    check_cuda(cudaGetDevice(&device), "asking for the device");
+    check_cuda(cudaDeviceGetAttribute(&value, which, device), "asking for an attribute of the device");
+    return value;
+  }
+
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_;
 #endif

@@ -2,6 +2,8 @@
 // No floating-point atomics, so that a result is the same to the last bit at every run.
 #pragma once
 
+#include <algorithm>
+
 #include "cuda/launch.h"
 #include "cuda/tile.h"
 #include "glow_kernels/tensors.h"
@@ -50,6 +52,38 @@ template <typename A>
 void sum_rows(const Launcher& launch, const Tensor& parts, int64_t rows, int64_t columns, A* sums) {
   launch((rows + kThreads / 32 - 1) / (kThreads / 32), sum_rows_kernel<A>, parts.const_data_ptr<double>(),
          static_cast<unsigned>(rows), static_cast<unsigned>(columns), sums);
+}
+
+// The sums over the rows of parts (rows, columns): the first `split` of them to `first`, the others to `second`. A
+// block for 32 columns, whose warps take turns at the rows.
+template <typename A>
+__global__ void __launch_bounds__(1024)
+    sum_columns_kernel(const A* parts, unsigned rows, unsigned columns, unsigned split, A* first, A* second) {
+  GLOW_KERNELS_SHARED(double, sums, [32][32]);
+  const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
+  const unsigned column = blockIdx.x * 32 + lane;
+  double total = 0;
+  if (column < columns) {
+#pragma unroll 8
+    for (unsigned row = warp; row < rows; row += warps) {
+      total += static_cast<double>(parts[int64_t{row} * columns + column]);
+    }
+  }
+  sums[warp][lane] = total;
+  __syncthreads();
+  if (warp != 0 || column >= columns) return;
+  for (unsigned other = 1; other < warps; ++other) total += sums[other][lane];
+  (column < split ? first[column] : second[column - split]) = static_cast<A>(total);
+}
+
+// From parts (rows, columns) to the sums of the first columns and, if there is a second result, of the others.
+template <typename A>
+void sum_columns(const Launcher& launch, const Tensor& parts, int64_t rows, Tensor& first, Tensor* second = nullptr) {
+  const int64_t split = first.numel(), columns = split + (second == nullptr ? 0 : second->numel());
+  const int64_t warps = std::clamp<int64_t>(rows / 4, 1, 32);  // with some loads of each on their way at once
+  launch((columns + 31) / 32, static_cast<int>(32 * warps), 0, sum_columns_kernel<A>, parts.const_data_ptr<A>(),
+         static_cast<unsigned>(rows), static_cast<unsigned>(columns), static_cast<unsigned>(split),
+         first.mutable_data_ptr<A>(), second == nullptr ? nullptr : second->mutable_data_ptr<A>());
 }
 
 // Where the blocks of a kernel leave what samples sum to: the sums where a tile is a whole sample, parts elsewhere.

@@ -5,9 +5,11 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <limits>
 #include <optional>
 
+#include "cuda/launch.h"
 #include "glow_kernels/math.h"
 #include "glow_kernels/tensors.h"
 
@@ -16,6 +18,8 @@ namespace glow_kernels {
 // Elements of a tile: many in large tensors, few in small ones, which would leave multiprocessors idle otherwise.
 constexpr int64_t kLargeTile = 4096, kSmallTile = 1024;
 constexpr int64_t kManyTiles = 1024;
+// Tensors of fewer elements may be taken one by one, by more threads that wait at the same time, in tiles of these.
+constexpr int64_t kFewElements = int64_t{1} << 19, kTileOfFew = 256, kMostThreads = 1024;
 
 // Columns that a thread takes at a time: 16 bytes of the narrowest type.
 template <typename... T>
@@ -37,14 +41,15 @@ struct Tiling {
   unsigned outer, inner, batches;
   unsigned rows, columns, row_tiles, column_tiles, per_sample;
 
-  // With `whole_samples` a tile is a sample wherever that fits, so that a sum over a sample takes no second kernel.
-  explicit Tiling(const Planes& planes, bool whole_samples = false)
+  // With `whole_samples` a tile is a sample wherever that fits, so that a sum over a sample takes no second kernel;
+  // otherwise it has `small` elements in a small tensor.
+  explicit Tiling(const Planes& planes, bool whole_samples = false, int64_t small = kSmallTile)
       : channels_inside(planes.positions == 1 || planes.position_stride != 1) {
     const int64_t down = channels_inside ? planes.positions : planes.channels;
     const int64_t across = channels_inside ? planes.channels : planes.positions;
     const bool many = planes.batches * down * across >= kManyTiles * kLargeTile;
     const bool whole = whole_samples && down * across <= kLargeTile;
-    const int64_t tile = many || whole ? kLargeTile : kSmallTile;
+    const int64_t tile = many || whole ? kLargeTile : small;
     columns = static_cast<unsigned>(std::clamp<int64_t>(across, 1, tile));
     rows = static_cast<unsigned>(std::clamp<int64_t>(down, 1, tile / columns));
     const int64_t row_count = (down + rows - 1) / rows, column_count = (across + columns - 1) / columns;
@@ -61,6 +66,11 @@ struct Tiling {
   }
 
   int64_t size() const { return int64_t{batches} * per_sample; }
+  // Threads of a block that takes N columns at a time: no more than have something to do, in whole warps.
+  int threads(int N) const {
+    const int64_t spots = int64_t{rows} * ((columns + N - 1) / N);
+    return static_cast<int>(std::min<int64_t>(N == 1 ? kMostThreads : kThreads, (spots + 31) / 32 * 32));
+  }
   // Tiles that share a channel.
   int64_t per_channel() const { return int64_t{batches} * (channels_inside ? row_tiles : column_tiles); }
 
@@ -115,8 +125,8 @@ struct View {
 template <typename T>
 struct Pair {
   View<T> first, second;
-  int together =
-      0;  // 1 where both alternate and 2 N columns at a time lie together and are aligned; -1 the second first
+  // 1 where both alternate and N columns of both at a time lie together and are aligned; -1 the second first.
+  int together = 0;
 };
 
 namespace detail {
@@ -153,8 +163,9 @@ template <int N, typename T>
 Pair<T> pair(T* data, const Planes& planes, const Tiling& tiling, int64_t first, int64_t second, int64_t step) {
   Pair<T> pair{view(data, planes, tiling, first, step), view(data, planes, tiling, second, step), 0};
   const View<T>& lower = first < second ? pair.first : pair.second;
-  if (step == 2 && lower.column_stride == 2 && planes.channel_stride == 1 &&
-      starts_vectors(lower.data, lower.batch_stride, lower.row_stride, tiling, 2 * N)) {
+  const bool neighbours = planes.channel_stride == 1 && std::abs(second - first) == 1;
+  const bool in_step = N == 1 ? lower.column_stride % 2 == 0 : lower.column_stride == 2;
+  if (neighbours && in_step && starts_vectors(lower.data, lower.batch_stride, lower.row_stride, tiling, 2 * N)) {
     pair.together = first < second ? 1 : -1;
   }
   pair.first = with_vectors<N>(pair.first, tiling);
@@ -166,7 +177,8 @@ Pair<T> pair(T* data, const Planes& planes, const Tiling& tiling, int64_t first,
 template <int N, typename T>
 __device__ void copy(T* to, const T* from) {
   constexpr int bytes = N * static_cast<int>(sizeof(T));
-  using Chunk = std::conditional_t<bytes % 16 == 0, uint4, std::conditional_t<bytes % 8 == 0, uint2, unsigned>>;
+  using Small = std::conditional_t<bytes % 4 == 0, unsigned, unsigned short>;
+  using Chunk = std::conditional_t<bytes % 16 == 0, uint4, std::conditional_t<bytes % 8 == 0, uint2, Small>>;
   static_assert(bytes % sizeof(Chunk) == 0);
 #pragma unroll
   for (unsigned i = 0; i < bytes / sizeof(Chunk); ++i) {
@@ -205,6 +217,14 @@ Pair<T> writable_pair(const std::optional<Tensor>& h, const Tiling& tiling, int6
                       int64_t step) {
   if (!h) return {};
   return detail::pair<N>(h->mutable_data_ptr<T>(), planes_of(*h), tiling, first, second, step);
+}
+
+// A value for every channel, whatever the sample and the position.
+template <int N, typename T>
+View<const T> per_channel(const std::optional<Tensor>& vector, const Tiling& tiling) {
+  if (!vector) return {};
+  const Planes planes{0, vector->size(0), 1, 0, vector->stride(0), 0};
+  return detail::with_vectors<N>(detail::view(vector->const_data_ptr<T>(), planes, tiling, 0, 1), tiling);
 }
 
 // The elements at a spot; 0 beyond its count. A thread that fetches all it needs before it widens any waits once.
@@ -254,7 +274,7 @@ __device__ void load(const Pair<const T>& pair, const Tile& tile, const Spot& sp
   if (pair.together != 0 && spot.count == N) {
     const View<const T>& lower = pair.together > 0 ? pair.first : pair.second;
     detail::Registers<T, 2 * N> raw;
-    detail::copy<2 * N>(raw.values, lower.at(tile, spot, 2));
+    detail::copy<2 * N>(raw.values, lower.at(tile, spot, N == 1 ? lower.column_stride : 2));
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       const A even = static_cast<A>(raw.values[2 * i]), odd = static_cast<A>(raw.values[2 * i + 1]);
@@ -280,7 +300,7 @@ __device__ void store(const Pair<T>& pair, const Tile& tile, const Spot& spot, c
       raw.values[2 * i] = static_cast<T>(pair.together > 0 ? first[i] : second[i]);
       raw.values[2 * i + 1] = static_cast<T>(pair.together > 0 ? second[i] : first[i]);
     }
-    detail::copy<2 * N>(lower.at(tile, spot, 2), raw.values);
+    detail::copy<2 * N>(lower.at(tile, spot, N == 1 ? lower.column_stride : 2), raw.values);
     return;
   }
   store(pair.first, tile, spot, first);

@@ -72,6 +72,23 @@ def use_backend(name: str) -> Iterator[None]:
         _chosen = previous
 
 
+def choice() -> str | None:
+    """What is chosen explicitly at the moment, for :func:`restored`."""
+    return _chosen
+
+
+@contextmanager
+def restored(choice: str | None) -> Iterator[None]:
+    """Compute inside the ``with`` block with what was chosen when :func:`choice` was asked."""
+    global _chosen
+    previous = _chosen
+    _chosen = choice
+    try:
+        yield
+    finally:
+        _chosen = previous
+
+
 def candidates() -> tuple[str, ...]:
     """The backends to try for the next operator, in order; the last one, the reference, takes everything.
 

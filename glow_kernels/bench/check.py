@@ -1,4 +1,4 @@
-"""The numbers to reach that can be measured on a CPU, each with a name: reached, missed or not measured."""
+"""The numbers to reach, on a CPU and on a GPU, each with a name: reached, missed or not measured."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 from glow_kernels.bench import results, reversible, table
 from glow_kernels.bench.models import GLOWS
-from glow_kernels.bench.operators import LARGEST_MEMORY_BOUND_CHANNELS
+from glow_kernels.bench.operators import BANDWIDTH_SHAPES, LARGEST_MEMORY_BOUND_CHANNELS
 from glow_kernels.bench.results import Row
 
+# What ``make gpu`` trains first.
+GPU_GLOW = {"steps": 32, "levels": 3, "hidden": 512, "image_size": 32, "batch": 64}
 _LARGE_BYTES = 8 * 2**20
 _CONDITIONS = tuple((threads, allocator) for threads in (1, 2) for allocator in ("tuned", "default"))
 _LINEAR = {"forward": 4, "no_grad": 4, "inverse": 4, "backward": 4, "reversible_backward": 4}
@@ -60,11 +62,13 @@ class Check:
 
 
 def checks(rows: Sequence[Row]) -> list[Check]:
-    """All goals, from the last measurement of every case on a CPU by the native backend."""
+    """All goals, from the last measurement of every case; on a CPU by the native backend."""
     return [
         *_operators(rows),
+        *_operators_on_gpu(rows),
         *_overhead(rows),
         *_training(rows),
+        *_training_on_gpu(rows),
         *_activations(rows),
         *_accuracy(rows),
         *_whole_run(rows),
@@ -142,6 +146,28 @@ def _large(group: str, operator: str, rows: Sequence[Row]) -> Check:
     return Check(group, name, 4, worst, False, where)
 
 
+def _operators_on_gpu(rows: Sequence[Row]) -> Iterator[Check]:
+    """Every operator and direction on the shapes that no cache holds, of replayed graphs."""
+    group = "GPU, bandwidth shapes, float32"
+    measured = [
+        row
+        for row in table.measured(rows)
+        if row["case"]["device"] != "cpu"
+        and _is_standard(row["case"])
+        and tuple(row["case"]["shape"]) in BANDWIDTH_SHAPES
+    ]
+    for operator, direction in dict.fromkeys((row["case"]["operator"], row["case"]["direction"]) for row in measured):
+        chosen = [
+            row for row in measured if (row["case"]["operator"], row["case"]["direction"]) == (operator, direction)
+        ]
+        limit, where = min((row["candidates"][row["ours"]]["percent_of_limit"], _place(row)) for row in chosen)
+        yield Check(group, f"{operator} {direction}: % of a copy of the same bytes", 85, limit, True, where)
+        for other, goal in (("eager", 4), ("compile", 1.2)):
+            ratios = [(table.ratio(row, other), _place(row)) for row in chosen if _has(row, other)]
+            worst, where = min(ratios, default=(math.nan, ""))
+            yield Check(group, f"{operator} {direction}: times faster than {other}", goal, worst, True, where)
+
+
 def _overhead(rows: Sequence[Row]) -> Iterator[Check]:
     ratios = [
         (row["ratio"][0], f"{row['case']['operator']} {row['case']['direction']}")
@@ -165,6 +191,24 @@ def _training(rows: Sequence[Row]) -> Iterator[Check]:
     yield Check("Training", name, 1.15, found.get("reference", math.nan))
     name = f"{title}: reversible, times plain autograd"
     yield Check("Training", name, 1.33, found.get("native anchor", math.nan), at_least=False)
+
+
+def _training_on_gpu(rows: Sequence[Row]) -> Iterator[Check]:
+    """Each was measured alone, one after the other, so these are ratios of medians."""
+    found = {
+        row["case"]["implementation"]: row["seconds"][0]
+        for row in results.of_kind(rows, "model")
+        if row["case"]["part"] == "training_step"
+        and row["case"]["device"] != "cpu"
+        and "seconds" in row
+        and all(row["case"][name] == value for name, value in GPU_GLOW.items())
+    }
+    ours = found.get("glow_kernels", math.nan)
+    group = "GPU, training step of Glow, K=32, L=3, width 512, batch 64, 32x32"
+    for other, goal in (("reference", 3), ("reference compiled", 1.3)):
+        yield Check(group, f"times faster than {other}", goal, found.get(other, math.nan) / ours)
+    reversible = found.get("glow_kernels anchor", math.nan) / ours
+    yield Check(group, "reversible, times plain autograd", 1.33, reversible, at_least=False)
 
 
 def _activations(rows: Sequence[Row]) -> Iterator[Check]:

@@ -66,7 +66,8 @@ def name(row: Row) -> str:
 
 def _compare(old: Row, new: Row) -> Iterator[Change]:
     if "candidates" not in old or "candidates" not in new:
-        if "seconds" in old and old["case"].get("implementation") == "reference":
+        measured = "ratio_to_ours" in old and "ratio_to_ours" in new
+        if measured and old["case"].get("implementation") == "reference":
             yield _change(name(new), old["ratio_to_ours"], new["ratio_to_ours"])
         return
     if "eager" in old["candidates"] and "eager" in new["candidates"]:

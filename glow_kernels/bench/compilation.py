@@ -23,16 +23,21 @@ class Compiler:
     """Keeps what it compiled; a case that differs in the allocator only gets it back."""
 
     def __init__(self) -> None:
-        self._compiled: dict[Case, Functions] = {}
+        self._compiled: dict[Case, Function] = {}
         # A backward alone is measured again and again on one graph, whose tensors may therefore not be overwritten.
         torch._functorch.config.donated_buffer = False
 
     def functions(self, case: Case) -> Functions:
         """The textbook's functions for this case, compiled when they are first called."""
-        key = unit(case)
+        plain = operators.operator(case.operator).plain
+        direction = "no_grad" if case.direction == "no_grad" else "forward_backward"
+        forward = self._function(plain.forward, replace(case, direction=direction))
+        return Functions(forward, plain.inverse and self._function(plain.inverse, replace(case, direction="inverse")))
+
+    def _function(self, function: Function, case: Case) -> Function:
+        key = replace(case, allocator="tuned")
         if key not in self._compiled:
-            plain = operators.operator(case.operator).plain
-            self._compiled[key] = Functions(_compiled(plain.forward), plain.inverse and _compiled(plain.inverse))
+            self._compiled[key] = _compiled(function)
         return self._compiled[key]
 
 

@@ -90,19 +90,14 @@ def _goals(rows: Sequence[Row]) -> list[str]:
 
 
 def _models(rows: Sequence[Row]) -> list[str]:
-    groups: dict[str, list[Row]] = {}
-    for row in results.of_kind(rows, "model"):
-        groups.setdefault(table.title(row["case"]), []).append(row)
+    groups = table.models(rows)
     lines = ["### Models", ""] if groups else []
     for title, group in groups.items():
         cells = [
             [
                 row["case"]["implementation"],
-                f"{1e3 * row['seconds'][0]:.4g}",
-                f"{row['images_per_second']:.4g}",
-                f"{row['ratio_to_ours'][0]:.2f}",
-                f"{row['peak_extra_bytes'] / 1e6:.3g}",
-                row["note"],
+                f"{1e3 * row['seconds'][0]:.4g}" if "seconds" in row else "",
+                *table.model_cells(row),
             ]
             for row in group
         ]

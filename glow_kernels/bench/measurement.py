@@ -24,7 +24,6 @@ from glow_kernels.bench.timing import Call, Times
 # decides. Of tensors beyond every cache one is enough.
 _ROTATION = 3
 _ROTATED_BYTES = 16 << 20
-_LAUNCH_BOUND_SECONDS = 50e-6
 
 
 class Session:
@@ -51,7 +50,7 @@ class Session:
         device = torch.device(case.device)
         backends = self._wanted or operators.backends_on(device)
         ours = backends[0]
-        with threads(case.threads):
+        with threads(case.threads), timing.capturable(device):
             torch.manual_seed(0)
             rotated = device.type == "cuda" or case.data_bytes <= _ROTATED_BYTES
             copies = [operator.arguments(case) for _ in range(_ROTATION if rotated else 1)]
@@ -68,9 +67,10 @@ class Session:
                 return row
             times = timing.measure(candidates, seconds, device, ours)
             row |= {"bytes": operators.moved_bytes(case), "calm": times.calm_share, "disturbed": not times.is_calm}
-            row |= _figures(times, list(limits), peaks, ours)
-            if device.type == "cuda" and times.spread(ours).median < _LAUNCH_BOUND_SECONDS:
-                row |= _graph_replays(candidates, seconds, device, ours)
+            if device.type == "cuda":
+                row |= _replays(candidates, times, seconds, device, list(limits), peaks, ours)
+            else:
+                row |= _figures(times, list(limits), peaks, ours)
         return row
 
     def _contenders(
@@ -136,18 +136,28 @@ def _figures(times: Times, limits: Sequence[str], peaks: dict[str, int], ours: s
     }
 
 
-def _graph_replays(candidates: Mapping[str, Sequence[Call]], seconds: float, device: torch.device, ours: str) -> Row:
-    """The same without the cost of launching, where ours can be captured."""
+def _replays(
+    candidates: Mapping[str, Sequence[Call]],
+    calls: Times,
+    seconds: float,
+    device: torch.device,
+    limits: Sequence[str],
+    peaks: dict[str, int],
+    ours: str,
+) -> Row:
+    """The figures of CUDA graphs, which the host's cost of launching is not in, with the time of a ``call`` beside.
+
+    What cannot be captured is called among the replays.
+    """
     graphs = timing.as_graphs(candidates)
-    if ours not in graphs:
-        return {}
-    times = timing.measure(graphs, seconds / 2, device)
-    return {
-        "graph_replays": {
-            name: {"seconds": times.spread(name).as_row(), "ratio_to_ours": times.ratio(name, ours).as_row()}
-            for name in graphs
-        }
-    }
+    times = timing.measure({name: graphs.get(name, call) for name, call in candidates.items()}, seconds, device)
+    row = _figures(times, limits, peaks, ours)
+    for name, candidate in row["candidates"].items():
+        candidate |= {"call": calls.spread(name).as_row(), "replayed": name in graphs}
+    # The graphs' memory, which no other allocation can have.
+    graphs.clear()
+    torch.cuda.empty_cache()
+    return row
 
 
 def _limit(operator: Operator, case: Case) -> dict[str, Call]:

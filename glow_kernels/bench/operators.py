@@ -14,16 +14,18 @@ from glow_kernels import available_backends, ops
 from glow_kernels.backends import implementation
 from glow_kernels.bench import textbook
 from glow_kernels.errors import UsageError
+from glow_kernels.ops.actnorm_conv1x1 import apply as apply_folded
 
 Function = Callable[..., Any]
 Shape = tuple[int, int, int, int]
 
 # (B, C, H, W) at the levels of a Glow for images of 32, 64 and 256 pixels, and two that no cache holds.
+BANDWIDTH_SHAPES: tuple[Shape, ...] = ((64, 12, 128, 128), (32, 48, 64, 64))
 STANDARD_SHAPES: tuple[Shape, ...] = (
     *((64, 12, 16, 16), (64, 24, 8, 8), (64, 48, 4, 4)),
     *((32, 12, 32, 32), (32, 24, 16, 16), (32, 48, 8, 8)),
     *((4, 12, 128, 128), (4, 24, 64, 64), (4, 48, 32, 32), (4, 96, 16, 16), (4, 192, 8, 8)),
-    *((64, 12, 128, 128), (32, 48, 64, 64)),
+    *BANDWIDTH_SHAPES,
 )
 QUICK_SHAPES: tuple[Shape, ...] = ((64, 12, 16, 16), (4, 12, 128, 128), (4, 96, 16, 16))
 # forward and backward record a graph, no_grad and inverse do not.
@@ -100,6 +102,12 @@ def _linear_arguments(case: Case) -> list[Tensor]:
     return [_random(case.shape, case), *(tensor.to(dtype) for tensor in (*scale_and_bias.unbind(), weight))]
 
 
+def _folded_arguments(case: Case) -> list[Tensor]:
+    """Data, M and v."""
+    x, _, bias, weight = _linear_arguments(case)
+    return [x, weight, bias]
+
+
 def _half_arguments(case: Case) -> list[Tensor]:
     """The second half of the channels of a tensor of this shape, as a view, and the network's output."""
     return [_random(case.shape, case)[:, case.shape[1] // 2 :], _random(case.shape, case)]
@@ -129,6 +137,14 @@ OPERATORS = {
                 "forward_backward": 3,
                 "reversible_backward": 3,
             },
+        ),
+        Operator(
+            "folded_conv1x1",  # what a chain of steps runs, which folds all of them beforehand
+            Functions(apply_folded),
+            Functions(textbook.folded_conv1x1),
+            _folded_arguments,
+            moved={"forward": 2, "no_grad": 2, "backward": 3, "forward_backward": 5},
+            products={"forward": 1, "no_grad": 1, "backward": 2, "forward_backward": 3},
         ),
         # The data of the next two is half a tensor: 1/2; h is 1.
         Operator(

@@ -7,10 +7,9 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 
-from glow_kernels.bench import check, plots, results, table
+from glow_kernels.bench import check, plots, table
 from glow_kernels.bench.check import Check
 from glow_kernels.bench.results import Row
-from glow_kernels.bench.timing import Spread
 from glow_kernels.errors import DataError
 
 _CAPTIONS = {
@@ -68,7 +67,7 @@ document.querySelectorAll("th").forEach(head => head.addEventListener("click", (
 """
 _CASE_HEADER = (
     *("direction", "shape", "condition", "copy us", "eager us", "compile us", "ours us", "p20 us", "p80 us"),
-    *("eager / ours", "compile / ours", "MB moved", "GB/s", "% of limit", "extra MB"),
+    *("call us", "eager / ours", "compile / ours", "MB moved", "GB/s", "% of limit", "extra MB"),
 )
 _MODEL_HEADER = ("implementation", "ms", "p20", "p80", "images/s", "time / ours", "peak MB", "note")
 
@@ -174,6 +173,7 @@ def _case(row: Row) -> list[str]:
         table.condition(case),
         *("" if time is None else f"{1e6 * time['seconds'][0]:.1f}" for time in times),
         *(f"{1e6 * seconds:.1f}" for seconds in ours["seconds"][1:]),
+        f"{1e6 * ours['call'][0]:.1f}" if "call" in ours else "",
         *(f"{table.ratio(row, other):.2f}" if other in candidates else "" for other in ("eager", "compile")),
         f"{row['bytes'] / 1e6:.2f}",
         f"{row['bytes'] / ours['seconds'][0] / 1e9:.1f}",
@@ -183,19 +183,12 @@ def _case(row: Row) -> list[str]:
 
 
 def _models(rows: Sequence[Row]) -> str:
-    groups: dict[str, list[Row]] = {}
-    for row in results.of_kind(rows, "model"):
-        groups.setdefault(table.title(row["case"]), []).append(row)
     parts = []
-    for title, group in groups.items():
+    for title, group in table.models(rows).items():
         lines = []
         for row in group:
-            time, ratio = Spread(*row["seconds"]), Spread(*row["ratio_to_ours"])
-            milliseconds = [f"{1e3 * value:.2f}" for value in (time.median, time.low, time.high)]
-            images, peak = f"{row['images_per_second']:.1f}", f"{row['peak_extra_bytes'] / 1e6:.1f}"
-            lines.append(
-                [row["case"]["implementation"], *milliseconds, images, f"{ratio.median:.2f}", peak, row["note"]]
-            )
+            milliseconds = [f"{1e3 * value:.2f}" for value in row["seconds"]] if "seconds" in row else [""] * 3
+            lines.append([row["case"]["implementation"], *milliseconds, *table.model_cells(row)])
         parts.append(_folded(title, _table(_MODEL_HEADER, lines, text=(0, 7))))
     return "".join(parts)
 

@@ -19,23 +19,28 @@ class Task:
     run: Callable[[float], None]
 
 
-def run(tasks: Sequence[Task], limit: float, show: Show) -> None:
+def run(tasks: Sequence[Task], limit: float, show: Show, *, strict: bool = False) -> None:
     """Run all tasks; where they need more than ``limit`` seconds together, each gets its share of what is left.
 
-    What a task saves, or takes too much, goes to those after it. A terminal shows a bar with the time left.
+    What a task saves, or takes too much, goes to those after it; if nothing is left, each takes the least that it can,
+    or with ``strict`` is left out. A terminal shows a bar with the time left.
     """
     planned = sum(task.seconds for task in tasks)
     limit = min(limit, planned)
     show(f"{len(tasks)} measurements, planned to take {duration(limit)}")
     start = time.monotonic()
-    left = planned
+    left, left_out = planned, 0
     with _bar(limit) as update:
         for task in tasks:
             time_left = start + limit - time.monotonic()
             update(time_left, task.name)
+            if strict and time_left <= 0:
+                left_out += 1
+                continue
             task.run(max(0.0, min(1.0, time_left / left) * task.seconds))
             left -= task.seconds
-    show(f"\nmeasured in {duration(time.monotonic() - start)}")
+    missing = f"; {left_out} measurements were left out for lack of time" if left_out else ""
+    show(f"\nmeasured in {duration(time.monotonic() - start)}{missing}")
 
 
 def duration(seconds: float) -> str:

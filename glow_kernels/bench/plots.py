@@ -130,22 +130,21 @@ def _roofs(axis: Any, rows: Sequence[Row]) -> None:
 
 def training(rows: Sequence[Row]) -> Figure | None:
     """Bars: time and peak memory of a training step of a Glow, and of the same chain in other packages."""
-    groups: dict[str, list[Row]] = {}
-    for row in results.of_kind(rows, "model"):
-        if row["case"]["part"] in ("training_step", "chain"):
-            groups.setdefault(table.title(row["case"]), []).append(row)
+    parts = ("training_step", "chain")
+    measured = [row for row in results.of_kind(rows, "model") if "seconds" in row and row["case"]["part"] in parts]
+    groups = table.models(measured)
     if not groups:
         return None
     figure, axes = _subplots(2 * len(groups), 2, 3.0, 14.0)
     for index, (title, group) in enumerate(groups.items()):
         names = [row["case"]["implementation"] for row in group]
         times = [1e3 * row["seconds"][0] for row in group]
-        peaks = [row["peak_extra_bytes"] / 1e6 for row in group]
+        peaks = [row.get("peak_extra_bytes", 0) / 1e6 for row in group]  # which a replayed graph has not
         for axis, values, unit in zip(
             axes[2 * index :], (times, peaks), ("milliseconds", "peak memory, MB"), strict=False
         ):
             bars = axis.barh(names, values, color=[_OURS if name in _ours(group) else "#9db4cc" for name in names])
-            axis.bar_label(bars, [f"{value:.3g}" for value in values], padding=3, fontsize=9)
+            axis.bar_label(bars, [f"{value:.3g}" if value else "" for value in values], padding=3, fontsize=9)
             axis.margins(x=0.12)
             axis.invert_yaxis()
             axis.set_xlabel(unit)

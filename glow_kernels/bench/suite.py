@@ -19,8 +19,8 @@ from glow_kernels.bench.results import Row, Writer
 from glow_kernels.errors import BackendUnavailableError, UsageError
 
 ALLOCATORS = ("default", "tuned")
-# So many cases of a condition are measured a second time, after all others.
-_AGAIN = 20
+# So many cases of a condition are measured a second time, after all others, on a CPU and on a GPU.
+_AGAIN, _AGAIN_ON_GPU = 20, 6
 # Part of the time of a condition that is kept for cases that were disturbed.
 _SPARE = 0.1
 _COMPILE_SECONDS = 1.6
@@ -105,7 +105,7 @@ class Suite:
             found = [self._task(case, seconds[case]) for case in group]
             spare = _SPARE * sum(task.seconds for task in found)
             tasks += [*found, Task("disturbed cases", spare, functools.partial(self._retry, group))]
-            every = max(1, len(group) // _AGAIN)
+            every = max(1, len(group) // (_AGAIN if group[0].device == "cpu" else _AGAIN_ON_GPU))
             tasks += [self._task(case, seconds[case], again=True) for case in group[every // 2 :: every]]
         return tasks
 

@@ -15,13 +15,17 @@ from glow_kernels.bench.timing import Spread
 _SAME = 0.1
 
 HEADER = (
-    f"{'operator':18} {'direction':20} {'shape':16} {'copy':>9} {'eager':>9} {'compile':>9} {'ours':>9}  "
+    f"{'operator':18} {'direction':20} {'shape':16} {'copy':>9} {'eager':>9} {'compile':>9} {'ours':>9} {'call':>9}  "
     f"{'eager/ours':>17} {'compile/ours':>19} {'% of limit':>11} {'GB/s':>6} {'MB extra':>8}"
 )
 
 
 def operator_line(row: Row) -> str:
-    """One case: microseconds of the candidates, ratios with their 20th and 80th percentile."""
+    """One case: microseconds of the candidates, ratios with their 20th and 80th percentile.
+
+    On a GPU those are of replayed CUDA graphs, an asterisk at what could not be captured, and ``call`` is the time of a
+    call of ours, which the host may take longer to launch than the device to compute.
+    """
     case = row["case"]
     name = f"{case['operator']:18} {case['direction']:20} {shape(case['shape']):16}"
     if "candidates" not in row:
@@ -31,7 +35,8 @@ def operator_line(row: Row) -> str:
     ratios = [_ratio(candidates.get(column)) for column in ("eager", "compile")]
     ours = candidates[row["ours"]]
     line = (
-        f"{name} {' '.join(columns)}  {ratios[0]:>17} {ratios[1]:>19} {ours['percent_of_limit']:10.0f}% "
+        f"{name} {' '.join(columns)} {_microseconds(ours, 'call')}  {ratios[0]:>17} {ratios[1]:>19} "
+        f"{ours['percent_of_limit']:10.0f}% "
         f"{row['bytes'] / ours['seconds'][0] / 1e9:6.1f} {ours['peak_extra_bytes'] / 1e6:8.1f}"
     )
     others = [other for other in candidates if other not in ("copy", "matmul", "eager", "compile", row["ours"])]
@@ -116,6 +121,22 @@ def title(case: Row) -> str:
     return f"{case['part'].replace('_', ' ')}: {sizes}"
 
 
+def models(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows of models by part and sizes; of models that failed only their name and the reason are known."""
+    groups: dict[str, list[Row]] = {}
+    for row in results.of_kind(rows, "model"):
+        groups.setdefault(title(row["case"]), []).append(row)
+    return groups
+
+
+def model_cells(row: Row) -> tuple[str, str, str, str]:
+    """Images a second, the time in ours where both took turns, the peak in MB where it was counted, and a note."""
+    images = f"{row['images_per_second']:.4g}" if "seconds" in row else ""
+    ratio = f"{row['ratio_to_ours'][0]:.2f}" if "ratio_to_ours" in row else ""
+    peak = f"{row['peak_extra_bytes'] / 1e6:.3g}" if "peak_extra_bytes" in row else ""
+    return images, ratio, peak, row.get("failed") or row["note"]
+
+
 def ratio(row: Row, name: str) -> float:
     """How many times longer ``name`` took than ours."""
     return float(row["candidates"][name]["ratio_to_ours"][0])
@@ -142,8 +163,11 @@ def geometric_mean(values: Iterable[float]) -> float:
     return math.exp(statistics.fmean(map(math.log, values)))
 
 
-def _microseconds(candidate: Row | None) -> str:
-    return f"{'-':>9}" if candidate is None else f"{1e6 * candidate['seconds'][0]:9.1f}"
+def _microseconds(candidate: Row | None, what: str = "seconds") -> str:
+    if candidate is None or what not in candidate:
+        return f"{'-':>9}"
+    mark = "*" if what == "seconds" and not candidate.get("replayed", True) else ""
+    return f"{f'{1e6 * candidate[what][0]:.1f}{mark}':>9}"
 
 
 def _ratio(candidate: Row | None) -> str:

@@ -30,6 +30,11 @@ def actnorm_conv1x1_inverse(z: Tensor, log_scale: Tensor, bias: Tensor, weight: 
     return x, log_det.expand(z.shape[0])
 
 
+def folded_conv1x1(x: Tensor, matrix: Tensor, shift: Tensor) -> Tensor:
+    """What is left of :func:`actnorm_conv1x1` where somebody has folded its parameters beforehand."""
+    return F.conv2d(x.to(matrix.dtype), matrix[:, :, None, None], shift)
+
+
 def affine_coupling(x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     """Shift in the even channels of ``h``, raw scale in the odd ones."""
     shift, scale = h[:, 0::2], torch.sigmoid(h[:, 1::2] + 2.0)

@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
+from typing import Any
 
 import torch
 
@@ -26,6 +27,8 @@ Call = Callable[[], object]
 _SHORTEST_SAMPLE = 1e-4
 _FEWEST_ROUNDS = 5
 _MOST_ROUNDS = 1000
+# A GPU's times hardly vary.
+_MOST_CUDA_ROUNDS = 20
 _CALM = 1.2
 # Enough is measured when a ratio's median is known to this standard error.
 _PRECISE = 0.004
@@ -92,7 +95,8 @@ def measure(
     Args:
         candidates: for every name the same computation on one or more copies of its inputs, used in rotation, so that
             a cache does not hold what the next call reads.
-        seconds: for all candidates together, but at least five rounds are measured. A CPU that is calm needs half.
+        seconds: for all candidates together, but at least five rounds are measured. A CPU that is calm needs half, and
+            of a GPU at most 20 rounds are.
         device: where they compute.
         ours: on a CPU, measure no longer than it takes to know all ratios to this one.
     """
@@ -176,23 +180,16 @@ def _repeats(calls: Sequence[Call]) -> int:
 def _measure_cuda(candidates: Mapping[str, Sequence[Call]], seconds: float, device: torch.device) -> Times:
     with torch.cuda.device(device):
         flush = _flush_buffer(device)
-        calls = [call for rotated in candidates.values() for call in rotated]
-        for call in calls:  # compiles, tunes, fills the allocator's cache
-            call()
-            call()
-        torch.cuda.synchronize()
-        start = time.perf_counter()
         for rotated in candidates.values():
-            flush.zero_()
-            rotated[0]()
-        torch.cuda.synchronize()
-        one_round = max(time.perf_counter() - start, 1e-6)
-        count = min(_MOST_ROUNDS, max(_FEWEST_ROUNDS, int(seconds / one_round)))
+            for call in rotated:  # compiles, tunes, fills the allocator's cache
+                call()
+        one_round = min(_round(candidates, flush) for _ in range(2))
+        count = min(_MOST_CUDA_ROUNDS, max(_FEWEST_ROUNDS, int(seconds / one_round)))
         events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in candidates}
         for index in range(count):
             for name, rotated in candidates.items():
                 # The flush also keeps the device busy while the host queues the call, so no launch gap is timed
-                # unless the call itself waits.
+                # unless the call itself waits or takes longer to queue, as operators of many launches do.
                 flush.zero_()
                 pair = _event(), _event()
                 pair[0].record()
@@ -205,6 +202,17 @@ def _measure_cuda(candidates: Mapping[str, Sequence[Call]], seconds: float, devi
         )
 
 
+def _round(candidates: Mapping[str, Sequence[Call]], flush: torch.Tensor) -> float:
+    """Seconds of the host for one round."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for rotated in candidates.values():
+        flush.zero_()
+        rotated[0]()
+    torch.cuda.synchronize()
+    return max(time.perf_counter() - start, 1e-6)
+
+
 def _event() -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
@@ -215,28 +223,53 @@ def _flush_buffer(device: torch.device) -> torch.Tensor:
     return torch.empty(max(2 * cache, 1 << 29), dtype=torch.uint8, device=device)
 
 
+@contextlib.contextmanager
+def capturable(device: torch.device) -> Iterator[None]:
+    """On a GPU, work on a stream that a CUDA graph can capture: a backward runs where its forward ran."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream(device))
+    try:
+        with torch.cuda.device(device), torch.cuda.stream(stream):
+            yield
+    finally:
+        torch.cuda.current_stream(device).wait_stream(stream)
+
+
 def as_graphs(candidates: Mapping[str, Sequence[Call]]) -> dict[str, list[Call]]:
     """Every candidate as the replay of a CUDA graph, without launch costs; those that cannot be captured are left out.
 
-    A candidate that waits for the device, as ``torch.inverse`` may, cannot be captured.
+    A candidate that waits for the device, as ``torch.inverse`` may, cannot be captured. The graphs of one candidate
+    share their memory, so what one returned is lost with the next. To be called inside :func:`capturable`, where all
+    candidates have run before.
     """
     graphs: dict[str, list[Call]] = {}
     for name, calls in candidates.items():
+        pool = torch.cuda.graph_pool_handle()
         try:
-            graphs[name] = [_capture(call) for call in calls]
+            graphs[name] = [capture(call, pool) for call in calls]
         except RuntimeError:
             torch.cuda.synchronize()
     return graphs
 
 
-def _capture(call: Call) -> Call:
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
+def capture(call: Call, pool: Any = None) -> Call:
+    """Replays of a CUDA graph of a call that has run before, inside :func:`capturable`; graphs may share a ``pool``.
+
+    Raises:
+        RuntimeError: it cannot be captured.
+    """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Not torch.cuda.graph, which collects garbage and empties the allocator's cache, for a tenth of a second each.
+    torch.cuda.synchronize()
+    graph.capture_begin(pool)
+    try:
         call()
+    except BaseException:
+        with contextlib.suppress(RuntimeError):  # that the capture is invalid
+            graph.capture_end()
+        raise
+    graph.capture_end()
     return graph.replay

@@ -117,7 +117,9 @@ def _measure(arguments: argparse.Namespace) -> list[Row]:
         writer.write({"kind": "warning", "text": warning})
     limit = 60.0 * arguments.minutes if arguments.minutes else QUICK_LIMIT if arguments.quick else FULL_LIMIT
     try:
-        plan.run(_tasks(arguments, selections, device, writer), limit, _show)
+        # A GPU is lent; a CPU is there.
+        strict = device.type == "cuda" and arguments.minutes is not None
+        plan.run(_tasks(arguments, selections, device, writer), limit, _show, strict=strict)
     except KeyboardInterrupt:
         _show(f"what was measured until now is in {path}")
         raise
@@ -178,7 +180,7 @@ def _selections(arguments: argparse.Namespace, device: torch.device) -> list[Sel
     others.append(dataclasses.replace(few, memory_formats=["channels_last"]))
     if full_on_cpu and not arguments.allocator:
         # Where fresh memory costs most: tensors beyond every cache.
-        shapes = usual.shapes if arguments.shape else operators.STANDARD_SHAPES[-2:]
+        shapes = usual.shapes if arguments.shape else operators.BANDWIDTH_SHAPES
         others.append(dataclasses.replace(usual, directions=few.directions, shapes=shapes, allocators=["default"]))
     return [usual, *others]
 

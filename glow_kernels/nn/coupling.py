@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from glow_kernels.nn.coupling_node import Kind, coupling_node, is_one_node
 from glow_kernels.nn.network import CouplingNetwork
 from glow_kernels.ops import (
     ScaleMap,
@@ -38,6 +39,10 @@ class _Coupling(nn.Module):
     def forward(self, x: Tensor, *context: Tensor | None) -> tuple[Tensor, Tensor]:
         """``x`` (B, C, H, W) to ``y`` and ``log_det`` (B,); ``context`` goes to the network after its half of ``x``."""
         conditioning, transformed = self._split("x", x)
+        if not context and type(self) in (AffineCoupling, AdditiveCoupling) and self.condition_on == "first":
+            kind = self._kind()
+            if is_one_node(x, kind, self.network):
+                return coupling_node(x, kind, self.network)
         y, log_det = self._transform(transformed, self.network(conditioning, *context))
         return self._merge(conditioning, y), log_det
 
@@ -52,12 +57,16 @@ class _Coupling(nn.Module):
 
     def _split(self, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
         check_channels(name, x, self.channels)
-        first, second = x[:, : self.first_channels], x[:, self.first_channels :]
+        # Not two slices: their gradients would be padded with zeros and added.
+        first, second = x.split((self.first_channels, self.channels - self.first_channels), dim=1)
         return (first, second) if self.condition_on == "first" else (second, first)
 
     def _merge(self, conditioning: Tensor, transformed: Tensor) -> Tensor:
         halves = (conditioning, transformed) if self.condition_on == "first" else (transformed, conditioning)
         return torch.cat(halves, dim=1)
+
+    def _kind(self) -> Kind:
+        raise NotImplementedError
 
     def _transform(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
@@ -101,6 +110,9 @@ class AffineCoupling(_Coupling):
         self.layout = layout
         self.order = order
 
+    def _kind(self) -> Kind:
+        return Kind(self.first_channels, self.scale_map, self.layout, self.order)
+
     def _transform(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         return affine_coupling(x, h, self.scale_map, self.layout, self.order)
 
@@ -130,6 +142,9 @@ class AdditiveCoupling(_Coupling):
         condition_on: str = "first",
     ) -> None:
         super().__init__(channels, hidden_channels, network, condition_on)
+
+    def _kind(self) -> Kind:
+        return Kind(self.first_channels, None)
 
     def _transform(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         return additive_coupling(x, h)

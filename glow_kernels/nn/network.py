@@ -43,7 +43,7 @@ class HiddenConv2d(nn.Module):
         With ``frugal``, ReLU overwrites its gradient in backward where that is large; it must be nobody else's.
         """
         weight, bias = self.folded(x)
-        fuses = _is_bias_apart(x)
+        fuses = is_bias_apart(x)
         nbytes = x[:, 0].numel() * len(weight) * weight.itemsize
         overwrites = frugal and nbytes >= (_LARGE_ON_GPU if fuses else _LARGE)
         if fuses and not overwrites:
@@ -55,7 +55,7 @@ class HiddenConv2d(nn.Module):
         """Weight and bias of the one convolution that it is before ReLU; ``x`` initialises ActNorm if need be."""
         if not self.actnorm._is_initialized:
             self.actnorm.prepare(F.conv2d(x, self.weight, padding=self.padding))
-        dtype = _type_of_convolution(self.weight)
+        dtype = type_of_convolution(self.weight)
         return scale_filters(self.weight, self.actnorm.bias, self.actnorm.log_scale, dtype=dtype)
 
 
@@ -76,7 +76,7 @@ class ZeroConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) to (B, out_channels, H, W)."""
-        dtype = _type_of_convolution(self.weight)
+        dtype = type_of_convolution(self.weight)
         return F.conv2d(x, *scale_filters(self.weight, self.bias, self.log_scale, 3.0, dtype), padding=1)
 
 
@@ -120,7 +120,7 @@ class _FrugalReLU(torch.autograd.Function):
         return grad
 
 
-def _type_of_convolution(weight: Tensor) -> torch.dtype:
+def type_of_convolution(weight: Tensor) -> torch.dtype:
     """The type to which autocast would convert ``weight``, another time at every use, or its own."""
     device = weight.device.type
     if weight.dtype == torch.float64 or not torch.is_autocast_enabled(device):
@@ -128,6 +128,6 @@ def _type_of_convolution(weight: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device)
 
 
-def _is_bias_apart(x: Tensor) -> bool:
+def is_bias_apart(x: Tensor) -> bool:
     """Whether a convolution of ``x`` adds its bias in a pass of its own: on the CPU it does not, with cuDNN it does."""
     return not x.is_cpu

@@ -89,7 +89,8 @@ def actnorm_conv1x1_inverse(
         ``x`` with the shape and type of ``z``, and ``log_det`` ``(B,)`` of the map z -> x.
 
     Raises:
-        TypeError, ValueError: as for :func:`actnorm_conv1x1`; also if ``weight`` is singular.
+        TypeError, ValueError: as for :func:`actnorm_conv1x1`; also if ``weight`` is singular, but not by
+            a kernel on a GPU, which waits for nothing: there ``log_det`` is infinite and ``x`` not finite.
     """
     _check("z", z, log_scale, bias, weight, weight_log_det)
     x, log_det = invertible(_inverse, z, *_in_compute_dtype(z, log_scale, bias, weight, weight_log_det))
@@ -117,7 +118,8 @@ def actnorm_conv1x1_reversible_backward(
         ``weight_log_det``. They cannot be differentiated again.
 
     Raises:
-        TypeError, ValueError: as for :func:`actnorm_conv1x1`; also if ``weight`` is singular.
+        TypeError, ValueError: as for :func:`actnorm_conv1x1`; also if ``weight`` is singular, but not by
+            a kernel on a GPU, which waits for nothing: there ``x`` is not finite.
     """
     _check("z", z, log_scale, bias, weight, weight_log_det)
     check_like("grad", grad, z.shape, "the shape of z", z)

@@ -123,7 +123,7 @@ def affine_coupling(
     """
     map_ = _check("x", x, h, scale_map, layout, order, log_scale_gain)
     gain = _in_compute_dtype(x, log_scale_gain)
-    y, log_det = _forward(x, h, gain, map_.kind, map_.parameters, layout, order)
+    y, log_det = forward(x, h, gain, map_.kind, map_.parameters, layout, order)
     return y, log_det
 
 
@@ -284,7 +284,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _forward_rule(backend: str, ctx: Any, grad: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
-    return _gradients(ctx, _backward.on, backend, grad, grad_log_det)
+    return _gradients(ctx, backward.on, backend, grad, grad_log_det)
 
 
 def _inverse_rule(backend: str, ctx: Any, grad: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
@@ -303,7 +303,7 @@ _OPTIONS = "Tensor h, Tensor? log_scale_gain, str kind, float[] scale_parameters
 # The last result is the gradient of log_scale_gain, empty if there is none.
 _BACKWARD_SCHEMA = f"(Tensor grad, Tensor grad_log_det, Tensor y, {_OPTIONS}) -> (Tensor, Tensor, Tensor)"
 
-_forward = Operator(
+forward = Operator(
     _MODULE,
     "forward",
     f"(Tensor x, {_OPTIONS}) -> (Tensor, Tensor)",
@@ -319,7 +319,7 @@ _inverse = Operator(
     setup_context=_setup_context,
     backward=_inverse_rule,
 )
-_backward = Operator(_MODULE, "backward", _BACKWARD_SCHEMA, fake=_backward_fake, plain_reference=True)
+backward = Operator(_MODULE, "backward", _BACKWARD_SCHEMA, fake=_backward_fake, plain_reference=True)
 _inverse_backward = Operator(_MODULE, "inverse_backward", _BACKWARD_SCHEMA, fake=_backward_fake, plain_reference=True)
 _reversible_backward = Operator(
     _MODULE,

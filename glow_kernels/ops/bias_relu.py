@@ -31,7 +31,7 @@ def bias_relu(x: Tensor, bias: Tensor) -> Tensor:
     """
     check_image("x", x)
     check_like("bias", bias, x.shape[1:2], "(C,) with C = x.shape[1]", x)
-    y: Tensor = _forward(x, bias)
+    y: Tensor = forward(x, bias)
     return y
 
 
@@ -49,13 +49,13 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _rule(backend: str, ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-    grad_x, grad_bias = _backward.on(backend, grad, *ctx.saved_tensors)
+    grad_x, grad_bias = backward.on(backend, grad, *ctx.saved_tensors)
     return grad_x, grad_bias.to(ctx.bias_dtype)
 
 
-_forward = Operator(
+forward = Operator(
     "bias_relu", "forward", "(Tensor x, Tensor bias) -> Tensor", fake=_fake, setup_context=_setup, backward=_rule
 )
-_backward = Operator(
+backward = Operator(
     "bias_relu", "backward", "(Tensor grad, Tensor y) -> (Tensor, Tensor)", fake=_backward_fake, plain_reference=True
 )

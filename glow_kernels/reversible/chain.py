@@ -226,15 +226,16 @@ def _in_turn(
     backwards: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """All ``calls`` one after the other, with their linear maps if those are ``folded``, and the sum of the rest."""
-    log_det: Tensor | None = None
+    log_dets = []
     if folded is not None:
         calls = [functools.partial(call, linear=linear) for call, linear in zip(calls, folded.maps, strict=True)]
-        log_det = folded.log_det
+        log_dets = [folded.log_det]
     for call in reversed(calls) if backwards else calls:
-        x, step_log_det = call(x, *context)
-        log_det = step_log_det if log_det is None else log_det + step_log_det
-    assert log_det is not None
-    return x, log_det
+        x, log_det = call(x, *context)
+        log_dets.append(log_det)
+    if x.is_cuda and not torch.compiler.is_compiling():  # where every addition is a launch of its own
+        return x, torch.stack(log_dets).sum(0)
+    return x, functools.reduce(torch.add, log_dets)
 
 
 def _initialize(anatomies: Sequence[Anatomy], x: Tensor, context: tuple[Tensor | None, ...]) -> None:

@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda_pipeline_primitives.h"
 #include "cuda_runtime.h"
 #include "fibre.h"
 
@@ -24,6 +25,12 @@ constexpr unsigned kWarp = 32;
 
 enum class State { ready, at_barrier, exchanging, done };
 
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
+
 struct Thread {
   State state = State::ready;
   Fibre* fibre = nullptr;
@@ -31,6 +38,7 @@ struct Thread {
   Exchange exchange{};
   unsigned mask = 0, source = 0;
   uint64_t value = 0;  // what it gives, then what it gets
+  std::vector<Copy> copies = {};
 };
 
 // The order in which blocks and threads run: as they are numbered (0), backwards (1) or any (2 and more).
@@ -88,6 +96,7 @@ class Block {
     return memory.get();
   }
   size_t shared_bytes() const { return shared_bytes_; }
+  std::vector<Copy>& copies() { return threads_[threadIdx.x].copies; }
 
  private:
   void go_on(unsigned index);
@@ -236,6 +245,11 @@ void launch(unsigned blocks, unsigned threads, size_t shared_bytes, const std::f
 
 void* shared_memory(const void* key, size_t bytes) { return running->shared_memory(key, bytes); }
 void* dynamic_shared() { return running->shared_memory(nullptr, running->shared_bytes()); }
+void start_copy(void* to, const void* from, size_t bytes) { running->copies().push_back({to, from, bytes}); }
+void finish_copies() {
+  for (const Copy& copy : running->copies()) std::memcpy(copy.to, copy.from, copy.bytes);
+  running->copies().clear();
+}
 void barrier(Place place) { running->wait(place, State::at_barrier); }
 uint64_t exchange(Place place, Exchange exchange, unsigned mask, uint64_t value, unsigned source) {
   return running->exchange(place, exchange, mask, value, source);

@@ -76,6 +76,14 @@ def actnorm_statistics(function: str, x: Tensor) -> bool:
     return x.dtype in _TYPES and _takes("actnorm_statistics", function, x)
 
 
+def bias_relu(function: str, *args: Tensor) -> bool:
+    """On CUDA only: on the CPU the reference computes it."""
+    x, other = args[::-1] if function == "backward" else args
+    types = (x.dtype, other.dtype)
+    fits = x.dtype in _TYPES and other.dtype == x.dtype if function == "backward" else types in _TYPES_WITH_H
+    return fits and _takes("bias_relu", function, x, other)
+
+
 def scale_filters(function: str, *args: Any) -> bool:
     """Dense filters, and gradients that lie as they do; on the CPU without a conversion."""
     grads, weights, biases, log_scales, types = filters_of(function, args)

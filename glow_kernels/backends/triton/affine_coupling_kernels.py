@@ -15,6 +15,7 @@ from glow_kernels.backends.triton.device_functions import (
     load_pair,
     log1p_of_fraction,
     pointers,
+    reciprocal,
     store,
     store_pair,
     tanh,
@@ -200,7 +201,7 @@ def _scale_map(u, learned, SCALE_MAP: tl.constexpr, HAS_GAIN: tl.constexpr):
         # exp(-|v|) never overflows, and log(1 + exp(-|v|)) loses nothing where sigmoid(v) is next to 0 or 1.
         e = exp(-tl.abs(v))
         log_scale = tl.where(v < 0.0, v, 0.0) - log1p_of_fraction(e) + LOG_GAIN
-        of_u = SLOPE * tl.where(v < 0.0, 1.0, e) / (1.0 + e)
+        of_u = SLOPE * tl.where(v < 0.0, 1.0, e) * reciprocal(1.0 + e)
         of_gain = log_scale
     else:
         value, derivative = _bound(v, KIND, SCALE_MAP[7], SCALE_MAP[8])
@@ -215,7 +216,7 @@ def _scale_map(u, learned, SCALE_MAP: tl.constexpr, HAS_GAIN: tl.constexpr):
         above = log_scale - LOG_FLOOR
         e = exp(-tl.abs(above))
         log_scale = tl.where(above < 0.0, LOG_FLOOR, log_scale) + log1p_of_fraction(e)
-        share = tl.where(above < 0.0, e, 1.0) / (1.0 + e)
+        share = tl.where(above < 0.0, e, 1.0) * reciprocal(1.0 + e)
         of_u = of_u * share
         of_gain = of_gain * share
     return log_scale, of_u, of_gain
@@ -230,9 +231,9 @@ def _bound(v, KIND: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr):
         value = atan(v)
         derivative = 1.0 / (1.0 + v * v)
     elif KIND == "softsign":
-        denominator = 1.0 + tl.abs(v)
-        value = v / denominator
-        derivative = 1.0 / (denominator * denominator)
+        inverse = reciprocal(1.0 + tl.abs(v))
+        value = v * inverse
+        derivative = inverse * inverse
     elif KIND == "clip":
         outside = (v < LOW) | (v > HIGH)
         value = tl.where(v < LOW, LOW, tl.where(v > HIGH, HIGH, v))

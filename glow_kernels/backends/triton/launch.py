@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -140,13 +139,16 @@ def is_channels_last(x: Tensor) -> bool:
 def vector(tensors: Sequence[Tensor], inner_size: int, channels_last: bool) -> int:
     """Elements that are read at once: 16 bytes of the smallest type if all that enters an address allows it, else 1."""
     inner, outer = (1, 2) if channels_last else (2, 1)
-    elements = 16 // min(x.element_size() for x in tensors)
-    strides = (x.stride(dimension) for x in tensors for dimension in (0, outer) if x.shape[dimension] > 1)
-    fits = (
-        all(x.stride(inner) == 1 and x.data_ptr() % 16 == 0 for x in tensors)
-        and math.gcd(elements, inner_size, *strides) == elements
-    )
-    return elements if fits else 1
+    elements = 16 // min([x.element_size() for x in tensors])
+    if inner_size % elements:
+        return 1
+    for x in tensors:
+        shape, strides = x.shape, x.stride()
+        apart = (strides[0] if shape[0] > 1 else 0) | (strides[outer] if shape[outer] > 1 else 0)
+        # A power of two divides both if it divides the bits of either.
+        if strides[inner] != 1 or apart % elements or x.data_ptr() % 16:
+            return 1
+    return elements
 
 
 def power_of_two(n: int) -> int:
@@ -154,6 +156,7 @@ def power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
+@functools.cache
 def multiprocessors(device: torch.device) -> int:
     """Number of programs that fill the device at least once."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
@@ -170,9 +173,39 @@ def launch(kernel: Any, programs: int, like: Tensor, *args: Any, **options: Any)
     elif all_registers and not INTERPRETED:
         # Without a limit ptxas sets one of its own, and spills a register or two to stay within it.
         options["maxnreg"] = min(255, 2048 // options["num_warps"])
-    with _quiet_arithmetic() if INTERPRETED else torch.cuda.device_of(like):
-        # Fused multiply-adds are no longer Triton's default from 3.10 on.
-        kernel[(programs,)](*args, **options, enable_fp_fusion=True)
+    # Fused multiply-adds are no longer Triton's default from 3.10 on.
+    options["enable_fp_fusion"] = True
+    if INTERPRETED:
+        with _quiet_arithmetic():
+            kernel[(programs,)](*args, **options)
+    elif like.is_cuda and like.device.index != torch.cuda.current_device():
+        with torch.cuda.device_of(like):
+            _start(kernel, programs, like.device, args, options)
+    else:
+        _start(kernel, programs, like.device, args, options)
+
+
+# What was compiled for a kernel, a device, types and options, and the options that are the kernel's last arguments.
+_COMPILED: dict[tuple[Any, ...], tuple[Any, list[Any]]] = {}
+
+
+def _start(kernel: Any, programs: int, device: torch.device, args: Sequence[Any], options: dict[str, Any]) -> None:
+    """``kernel[(programs,)](*args, **options)``, which takes Triton the time of several operators to look up.
+
+    It looks at every argument for what our kernels are not compiled for, see ``device_functions.kernel``.
+    """
+    types = [arg.dtype for arg in args if type(arg) is not int]
+    key = (id(kernel), device, *types, *options.items())
+    found = _COMPILED.get(key)
+    if found is not None and not kernel.pre_run_hooks:
+        compiled, constants = found
+        compiled[(programs, 1, 1)](*args, *constants)
+        return
+    compiled = kernel[(programs,)](*args, **options)
+    names = [parameter.name for parameter in kernel.params[len(args) :]]
+    # None where something else than a GPU was asked for, as by tests.
+    if compiled is not None and options.keys() >= set(names):
+        _COMPILED[key] = compiled, [options[name] for name in names]
 
 
 def _quiet_arithmetic() -> AbstractContextManager[Any]:
@@ -184,11 +217,18 @@ def _quiet_arithmetic() -> AbstractContextManager[Any]:
 
 def tuned(family: str, like: Tensor) -> dict[str, int]:
     """Launch parameters of a family of kernels for data like a tensor."""
-    table = _table(torch.cuda.get_device_name(like.device)) if like.device.type == "cuda" else {}
-    parameters = DEFAULTS[family] | table.get(family, {}) | MEASURED.get(family, {})
+    parameters = _parameters(family, like.device)
+    if MEASURED:
+        parameters = parameters | MEASURED.get(family, {})
     # A thread has no more registers for wider types.
     share = 2 if like.dtype == torch.float64 else 1
     return {**parameters, "elements": parameters["elements"] // share}
+
+
+@functools.cache
+def _parameters(family: str, device: torch.device) -> dict[str, int]:
+    table = _table(torch.cuda.get_device_name(device)) if device.type == "cuda" else {}
+    return DEFAULTS[family] | table.get(family, {})
 
 
 @functools.cache

@@ -1,0 +1,198 @@
+// Bias and ReLU on NVIDIA GPUs. The mathematics stands in glow_kernels/ops/bias_relu.py.
+//
+// Each kernel reads and writes every element once. Backward sums in the same pass: a thread has the same channels all
+// the way, and adds over positions in registers.
+#include <algorithm>
+#include <tuple>
+#include <type_traits>
+
+#include "cuda/launch.h"
+#include "cuda/sums.h"
+#include "cuda/tile.h"
+#include "glow_kernels/tensors.h"
+
+namespace glow_kernels {
+namespace {
+
+// Blocks of backward that a multiprocessor holds: with 32 bytes of every thread on their way, enough to wait for
+// memory.
+constexpr int kBackwardBlocks = 6;
+
+// T is the type of the data, H that of the bias.
+template <typename T, typename H>
+struct Forward {
+  Tiling tiling;
+  View<const T> x;
+  View<const H> bias;
+  View<T> y;
+};
+
+template <typename T, typename H>
+__global__ void __launch_bounds__(kThreads) forward_kernel(const Forward<T, H> views) {
+  using A = compute_t<T>;
+  constexpr int N = kVector<T, H>;
+  const Tile tile = views.tiling[blockIdx.x];
+  for_each_spot<N>(tile, [&](const Spot& spot) {
+    const auto raw = fetch<N>(views.x, tile, spot);
+    A bias[N], y[N];
+    if (views.tiling.channels_inside) {
+      load(views.bias, tile, spot, bias);
+    } else {
+      const A of_row = static_cast<A>(*views.bias.at(tile, spot, 0));
+#pragma unroll
+      for (int i = 0; i < N; ++i) bias[i] = of_row;
+    }
+    widen(raw, y);
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const A total = y[i] + bias[i];
+      y[i] = total < A(0) ? A(0) : total;  // NaN stays
+    }
+    store(views.y, tile, spot, y);
+  });
+}
+
+// How backward is cut: a block has the channels of `width` threads side by side, one channel where the positions lie
+// together, and one of `parts` parts of what `rows` count: positions, or there N of them. Its threads are `groups`
+// groups, which take turns at the rows of all samples.
+struct Cut {
+  unsigned width, groups, across, rows, parts;
+  unsigned batch_step, row_step;  // from a row of a group to its next
+
+  // In up to `blocks` blocks, as many as that leaves each the same number of turns.
+  Cut(const Tiling& tiling, int vector, int64_t blocks) {
+    const auto vectors = (tiling.inner + vector - 1) / vector;
+    width = 1;
+    while (tiling.channels_inside && width < 32 && width < vectors) width *= 2;
+    groups = kThreads / width;
+    across = tiling.channels_inside ? (vectors + width - 1) / width : tiling.outer;
+    rows = tiling.channels_inside ? tiling.outer : vectors;
+    const int64_t turns = (int64_t{tiling.batches} * rows + groups - 1) / groups;
+    const int64_t most = std::max<int64_t>(1, blocks / std::max(1u, across)), each = (turns + most - 1) / most;
+    parts = turns == 0 ? 1 : static_cast<unsigned>((turns + each - 1) / each);
+    batch_step = groups * parts / std::max(1u, rows);
+    row_step = groups * parts % std::max(1u, rows);
+  }
+};
+
+template <typename T>
+struct Backward {
+  Tiling tiling;
+  Cut cut;
+  View<const T> y, grad;
+  View<T> grad_x;
+  compute_t<T>* parts;  // (cut.parts, channels): what blocks add to the gradient of the bias
+};
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads, kBackwardBlocks) backward_kernel(const Backward<T> views) {
+  using A = compute_t<T>;
+  constexpr int N = kVector<T>;
+  const Tiling& tiling = views.tiling;
+  const Cut& cut = views.cut;
+  const bool inside = tiling.channels_inside;
+  const unsigned part = blockIdx.x / cut.across, block = blockIdx.x - part * cut.across;
+  const unsigned group = threadIdx.x / cut.width, lane = threadIdx.x - group * cut.width;
+  const unsigned channel = inside ? (block * cut.width + lane) * N : block;
+  const unsigned channels = inside ? tiling.inner : tiling.outer;
+
+  A total[N] = {};
+  const unsigned start = part * cut.groups + group;
+  unsigned batch = channel < channels && cut.rows > 0 ? start / cut.rows : tiling.batches;
+  unsigned row = cut.rows > 0 ? start % cut.rows : 0;
+  while (batch < tiling.batches) {
+    const Tile sample{batch, 0, 0, tiling.outer, tiling.inner};
+    Spot spot = inside ? Spot{row, channel, N} : Spot{channel, row * N, N};
+    if (spot.column + N > tiling.inner) spot.count = static_cast<int>(tiling.inner - spot.column);
+    const auto raw_y = fetch<N>(views.y, sample, spot), raw_grad = fetch<N>(views.grad, sample, spot);
+    A y[N], grad[N];
+    widen(raw_y, y);
+    widen(raw_grad, grad);
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      if (!(y[i] > A(0))) grad[i] = A(0);
+      total[i] += grad[i];
+    }
+    store(views.grad_x, sample, spot, grad);
+    batch += cut.batch_step;
+    row += cut.row_step;
+    if (row >= cut.rows) {
+      row -= cut.rows;
+      ++batch;
+    }
+  }
+
+  if (!inside) {
+#pragma unroll
+    for (int i = 1; i < N; ++i) total[0] += total[i];
+    const A sum = block_sum(total[0]);
+    if (threadIdx.x == 0) views.parts[part * channels + channel] = sum;
+    return;
+  }
+  GLOW_KERNELS_SHARED(A, sums, [N][kThreads]);
+#pragma unroll
+  for (int i = 0; i < N; ++i) sums[i][threadIdx.x] = total[i];
+  for (unsigned half = cut.groups / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (group >= half) continue;
+#pragma unroll
+    for (int i = 0; i < N; ++i) sums[i][threadIdx.x] += sums[i][threadIdx.x + half * cut.width];
+  }
+  if (group != 0) return;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    if (channel + i < channels) views.parts[part * channels + channel + i] = sums[i][threadIdx.x];
+  }
+}
+
+Tensor forward(const Tensor& x_any, const Tensor& bias) {
+  STD_TORCH_CHECK(x_any.dim() >= 2, "x must be (B, C, *spatial)");
+  STD_TORCH_CHECK(bias.dim() == 1 && bias.size(0) == x_any.size(1), "bias must be (C,)");
+  const Launcher launch(x_any);
+  const Tensor x = with_planes(x_any);
+  Tensor y = empty_output(x_any);
+  const Tiling tiling(planes_of(y));
+  dispatch(x, bias, [&]<typename T, typename H>() {
+    constexpr int N = kVector<T, H>;
+    const Forward<T, H> views{tiling, readable<N, T>(x, tiling), per_channel<N, H>(bias, tiling),
+                              writable<N, T>(y, tiling)};
+    launch(tiling.size(), tiling.threads(N), 0, forward_kernel<T, H>, views);
+  });
+  return y;
+}
+
+std::tuple<Tensor, Tensor> backward(const Tensor& grad_any, const Tensor& y_any) {
+  STD_TORCH_CHECK(
+      y_any.dim() >= 2 && grad_any.sizes() == y_any.sizes() && grad_any.scalar_type() == y_any.scalar_type(),
+      "grad and y must be (B, C, *spatial), of one shape and type");
+  const Launcher launch(y_any);
+  const Tensor grad = with_planes(grad_any), y = with_planes(y_any);
+  Tensor grad_x = empty_output(y_any);
+  const Tiling tiling(planes_of(grad_x));
+  return dispatch(y, [&]<typename T>() -> std::tuple<Tensor, Tensor> {
+    using A = compute_t<T>;
+    constexpr int N = kVector<T>;
+    constexpr ScalarType type = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
+    const int64_t channels = y.size(1);
+    const Cut cut(tiling, N, launch.resident_blocks(N * kThreads * sizeof(A), kBackwardBlocks));
+    Tensor grad_bias = empty_vector(channels, type, y), parts = empty_vector(cut.parts * channels, type, y);
+    const Backward<T> views{tiling,
+                            cut,
+                            readable<N, T>(y, tiling),
+                            readable<N, T>(grad, tiling),
+                            writable<N, T>(grad_x, tiling),
+                            parts.mutable_data_ptr<A>()};
+    launch(int64_t{cut.across} * cut.parts, backward_kernel<T>, views);
+    sum_columns<A>(launch, parts, cut.parts, grad_bias);
+    return {grad_x, grad_bias};
+  });
+}
+
+}  // namespace
+
+GLOW_KERNELS_CUDA_LIBRARY(m) {
+  m.impl("bias_relu_forward_native", TORCH_BOX(&forward));
+  m.impl("bias_relu_backward_native", TORCH_BOX(&backward));
+}
+
+}  // namespace glow_kernels

@@ -1,0 +1,220 @@
+"""A coupling with its own network as one node of autograd.
+
+Composed of operators it is some twenty nodes, and what autograd does between them costs more than the coupling: halves
+of a gradient are padded with zeros and added, small gradients are converted one by one, every node takes the host its
+time. Here every pass is one that the mathematics asks for. What backward keeps is the same, and so is every result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from glow_kernels import backends
+from glow_kernels.backends.numerics import compute_dtype
+from glow_kernels.nn import network as networks
+from glow_kernels.nn.actnorm import ActNorm
+from glow_kernels.nn.network import CouplingNetwork, HiddenConv2d, ZeroConv2d
+from glow_kernels.ops import ScaleMap
+from glow_kernels.ops.affine_coupling import backward as affine_backward
+from glow_kernels.ops.affine_coupling import forward as affine_forward
+from glow_kernels.ops.bias_relu import backward as bias_relu_backward
+from glow_kernels.ops.bias_relu import forward as bias_relu_forward
+from glow_kernels.ops.scale_filters import scale_all, scale_all_backward
+
+# Of log_scale in the three convolutions.
+_FACTORS = [1.0, 1.0, 3.0]
+_TYPES: tuple[tuple[str, type[nn.Module]], ...] = (
+    ("first", HiddenConv2d),
+    ("second", HiddenConv2d),
+    ("last", ZeroConv2d),
+)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a coupling does with the network's output: additive without a scale map.
+
+    Attributes:
+        channels: of the half that conditions.
+        scale_map, layout, order: of :func:`glow_kernels.affine_coupling`.
+    """
+
+    channels: int
+    scale_map: ScaleMap | None
+    layout: str = ""
+    order: str = ""
+
+    @property
+    def options(self) -> tuple[Any, ...]:
+        """The last arguments of the operators."""
+        assert self.scale_map is not None
+        return None, self.scale_map.kind, self.scale_map.parameters, self.layout, self.order
+
+
+def coupling_node(x: Tensor, kind: Kind, network: CouplingNetwork) -> tuple[Tensor, Tensor]:
+    """``y`` and ``log_det`` (B,) of ``x`` (B, C, H, W), whose first ``kind.channels`` channels condition the others."""
+    hidden = (network.first, network.second)
+    last = network.last
+    weights = [*(layer.weight for layer in hidden), last.weight]
+    biases = [*(layer.actnorm.bias for layer in hidden), last.bias]
+    log_scales = [*(layer.actnorm.log_scale for layer in hidden), last.log_scale]
+    y, log_det = _CouplingNode.apply(x, kind, *weights, *biases, *log_scales)  # type: ignore[no-untyped-call]
+    return y, log_det
+
+
+def is_one_node(x: Tensor, kind: Kind, network: nn.Module) -> bool:
+    """Whether a coupling of ``x`` (B, C, H, W) with this network can be :func:`coupling_node`.
+
+    It must be differentiated, by a backend that is not the reference, whose gradients have gradients; not traced or
+    transformed; and the network must be this package's own, initialised, and nobody's who waits for its modules to be
+    called.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    if type(network) is not CouplingNetwork or backends.select() == "reference" or x.dim() != 4:
+        return False
+    if _has_any_global_hook() or _is_altered(network):
+        return False
+    for name, expected in _TYPES:
+        layer = network._modules[name]
+        if type(layer) is not expected or _is_altered(layer):
+            return False
+        actnorm = layer._modules.get("actnorm")
+        if actnorm is not None and (
+            type(actnorm) is not ActNorm or not actnorm._is_initialized or _is_altered(actnorm)
+        ):
+            return False
+    weight = network.first.weight
+    outputs = (x.shape[1] - kind.channels) * (1 if kind.scale_map is None else 2)
+    return (
+        x.device == weight.device
+        and (x.dtype == weight.dtype or (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)))
+        and (weight.shape[1], network.last.weight.shape[0]) == (kind.channels, outputs)
+    )
+
+
+def _is_altered(module: nn.Module) -> bool:
+    own = module.__dict__
+    return bool(
+        "forward" in own
+        or own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+    )
+
+
+class _CouplingNode(torch.autograd.Function):
+    """``apply(x, kind, weights, biases, log_scales)``, three of each."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kind: Kind, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+        weights, biases, log_scales = (list(parameters[start : start + 3]) for start in (0, 3, 6))
+        dtype = networks.type_of_convolution(weights[0])
+        scaled = scale_all(weights, biases, log_scales, _FACTORS, dtype)
+        conditioning, transformed = x[:, : kind.channels], x[:, kind.channels :]
+        inputs = [conditioning.to(dtype, memory_format=_memory_format(weights[0]))]  # one pass for both
+        for weight, bias in (scaled[:2], scaled[2:4]):
+            inputs.append(_hidden(inputs[-1], weight, bias))
+        h = _convolve(inputs[-1], *scaled[4:])
+        if kind.scale_map is None:
+            y, log_det = (transformed + h).to(x.dtype), x.new_zeros(x.shape[0], dtype=compute_dtype(x))
+        else:
+            y, log_det = affine_forward(transformed, h, *kind.options)
+        y = torch.cat((conditioning, y), 1)
+        ctx.kind, ctx.backend = kind, backends.choice()
+        ctx.save_for_backward(y, h, *inputs, *scaled[::2], *parameters)
+        return y, log_det
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        y, h, *saved = ctx.saved_tensors
+        inputs, scaled, parameters = saved[:3], saved[3:6], saved[6:]
+        with backends.restored(ctx.backend):
+            return _gradients(ctx, *grads, y, h, inputs, scaled, parameters)
+
+
+def _gradients(
+    ctx: Any,
+    grad: Tensor,
+    grad_log_det: Tensor,
+    y: Tensor,
+    h: Tensor,
+    inputs: Sequence[Tensor],
+    scaled: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+) -> tuple[Tensor | None, ...]:
+    kind: Kind = ctx.kind
+    needs_x, needs = ctx.needs_input_grad[0], any(ctx.needs_input_grad[2:])
+    grad_conditioning, grad_transformed = grad[:, : kind.channels], grad[:, kind.channels :]
+    if kind.scale_map is None:
+        grad_h = grad_transformed.to(h.dtype)
+    else:
+        grad_transformed, grad_h, _ = affine_backward(
+            grad_transformed, grad_log_det, y[:, kind.channels :], h, *kind.options
+        )
+    below: Tensor | None = grad_h
+    filters: list[Tensor] = []
+    for index in (2, 1, 0):
+        assert below is not None
+        wants = needs_x or index > 0
+        apart = index < 2 and networks.is_bias_apart(y)
+        if index < 2:
+            result = inputs[index + 1]
+            if apart:
+                below, grad_bias = bias_relu_backward(below, result)
+            else:
+                below = torch.ops.aten.threshold_backward(below, result, 0)
+        mask = [wants, needs, needs and not apart]
+        below, grad_weight, of_bias = _convolve_backward(below, inputs[index], scaled[index], mask)
+        if needs:
+            filters = [grad_weight, grad_bias if apart else of_bias, *filters]
+    grad_x = None
+    if needs_x:
+        assert below is not None
+        grad_x = torch.cat((grad_conditioning + below, grad_transformed), 1)
+    found: list[Tensor | None] = [None] * 9
+    if needs:
+        weights, biases, log_scales = parameters[:3], parameters[3:6], parameters[6:]
+        flat = scale_all_backward(filters, weights, biases, log_scales, _FACTORS)
+        by_kind = [*flat[::3], *flat[1::3], *flat[2::3]]
+        found = [g.to(p.dtype) for g, p in zip(by_kind, parameters, strict=True)]
+    return grad_x, None, *(g if n else None for g, n in zip(found, ctx.needs_input_grad[2:], strict=True))
+
+
+def _hidden(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    if networks.is_bias_apart(x):
+        return bias_relu_forward(_convolve(x, weight, None), bias)
+    return torch.relu_(_convolve(x, weight, bias))
+
+
+def _memory_format(weight: Tensor) -> torch.memory_format:
+    """That in which the convolution computes: it would convert its input otherwise."""
+    last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+    return torch.channels_last if last else torch.preserve_format
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    result: Tensor = torch.ops.aten.convolution(x, weight, bias, *_geometry(weight))
+    return result
+
+
+def _convolve_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, mask: Sequence[bool]
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Gradients in x, weight and bias, as far as ``mask`` asks for them."""
+    filters = weight.shape[:1]
+    found = torch.ops.aten.convolution_backward(grad, x, weight, filters, *_geometry(weight), mask)
+    return found[0], found[1], found[2]
+
+
+def _geometry(weight: Tensor) -> tuple[Any, ...]:
+    """Stride, padding, dilation, no transposition, output padding and groups of a convolution that keeps the size."""
+    padding = [size // 2 for size in weight.shape[2:]]
+    return (1, 1), padding, (1, 1), False, (0, 0), 1

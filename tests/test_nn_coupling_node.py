@@ -1,0 +1,196 @@
+"""A coupling as one node of autograd: the same numbers as of its parts, and its parts wherever somebody may look."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import glow_kernels as gk
+from glow_kernels.nn import AdditiveCoupling, AffineCoupling
+from glow_kernels.nn import coupling as coupling_module
+from glow_kernels.nn import network as network_module
+
+COUPLINGS = {"affine": AffineCoupling, "additive": AdditiveCoupling}
+every_coupling = pytest.mark.parametrize("kind", COUPLINGS)
+
+
+@pytest.fixture
+def nodes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one with every coupling that is one node."""
+    made: list[int] = []
+    original = coupling_module.coupling_node
+
+    def counted(*args):
+        made.append(1)
+        return original(*args)
+
+    monkeypatch.setattr(coupling_module, "coupling_node", counted)
+    return made
+
+
+def ready(kind: str, channels: int, hidden: int = 8, dtype: torch.dtype = torch.float64, **options) -> nn.Module:
+    """A coupling that does something, with initialised ActNorms."""
+    module = COUPLINGS[kind](channels, hidden, **options).to(dtype)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+        module(torch.randn(4, channels, 3, 5, dtype=dtype))
+    return module
+
+
+def differentiated(module: nn.Module, x: Tensor) -> list[Tensor]:
+    """Results and all gradients."""
+    x = x.detach().requires_grad_()
+    y, log_det = module(x)
+    generator = torch.Generator(x.device).manual_seed(1)
+    grads = [torch.randn(t.shape, generator=generator, dtype=t.dtype, device=t.device) for t in (y, log_det)]
+    total = sum((t * g).sum() for t, g in zip((y, log_det), grads, strict=True))
+    found = torch.autograd.grad(total, [x, *module.parameters()])
+    return [y, log_det, *found]
+
+
+@every_coupling
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("channels", [2, 5, 12])
+def test_the_node_equals_the_formulas(backend, monkeypatch, nodes, kind, channels, apart):
+    monkeypatch.setattr(network_module, "is_bias_apart", lambda x: apart)
+    module = ready(kind, channels)
+    x = torch.randn(3, channels, 4, 6, dtype=torch.float64)
+    actual = differentiated(module, x)
+    assert len(nodes) == (backend != "reference")
+    with gk.use_backend("reference"):
+        expected = differentiated(module, x)
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+@every_coupling
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_the_node_is_as_accurate_as_its_parts_under_autocast(backend, monkeypatch, nodes, kind, memory_format):
+    monkeypatch.setattr(network_module, "is_bias_apart", lambda x: True)
+    module = ready(kind, 6, dtype=torch.float32).to(memory_format=memory_format)
+    x = torch.randn(3, 6, 4, 6)
+    with gk.use_backend("reference"):
+        truth = differentiated(copy.deepcopy(module).double(), x.double())
+    with torch.autocast(x.device.type, dtype=torch.bfloat16):
+        actual = differentiated(module, x)
+        made = len(nodes)
+        module.network.register_forward_hook(lambda *_: None)
+        parts = differentiated(module, x)
+    assert made == len(nodes) == (backend != "reference")
+    for one, other, true in zip(actual, parts, truth, strict=True):
+        assert one.dtype == other.dtype
+        assert (one - true).norm() <= 1.1 * (other - true).norm() + 1e-6 * true.norm()
+
+
+def test_frozen_parameters_get_no_gradient(backend, nodes):
+    module = ready("affine", 6)
+    module.network.second.requires_grad_(False)
+    x = torch.randn(3, 6, 4, 6, dtype=torch.float64)
+    y, log_det = module(x)
+    (y.sum() + log_det.sum()).backward()
+    assert all((p.grad is None) != p.requires_grad for p in module.parameters())
+    everything = copy.deepcopy(module).requires_grad_()
+    results = differentiated(everything, x)
+    for parameter in module.network.requires_grad_(False).parameters():
+        parameter.grad = None
+    x.requires_grad_()
+    (grad,) = torch.autograd.grad(module(x)[0], x, torch.ones_like(x))
+    (expected,) = torch.autograd.grad(everything(x)[0], x, torch.ones_like(x))
+    torch.testing.assert_close(grad, expected)
+    assert len(results) == 2 + 1 + 9
+
+
+def test_only_one_result_may_be_used(backend):
+    module = ready("affine", 6)
+    x = torch.randn(3, 6, 4, 6, dtype=torch.float64, requires_grad=True)
+    with gk.use_backend("reference"):
+        expected = [torch.autograd.grad(module(x)[index].sum(), x)[0] for index in range(2)]
+    for index in range(2):
+        (actual,) = torch.autograd.grad(module(x)[index].sum(), x)
+        torch.testing.assert_close(actual, expected[index])
+
+
+def test_backward_computes_with_the_backend_of_forward(nodes):
+    module = ready("affine", 6)
+    x = torch.randn(3, 6, 4, 6, dtype=torch.float64, requires_grad=True)
+    y, _ = module(x)
+    with gk.use_backend("reference"):
+        y.sum().backward()
+    assert len(nodes) == (gk.available_backends()[0] != "reference")
+
+
+def _hooked(module: nn.Module) -> None:
+    module.network.first.actnorm.register_forward_hook(lambda *_: None)
+
+
+def _hooked_before(module: nn.Module) -> None:
+    module.network.last.register_forward_pre_hook(lambda *_: None)
+
+
+def _hooked_in_backward(module: nn.Module) -> None:
+    module.network.second.register_full_backward_hook(lambda *_: None)
+
+
+def _replaced(module: nn.Module) -> None:
+    original = module.network.second.forward
+    module.network.second.forward = lambda *args: original(*args)
+
+
+def _parametrized(module: nn.Module) -> None:
+    nn.utils.parametrizations.weight_norm(module.network.first)
+
+
+def _of_a_subclass(module: nn.Module) -> None:
+    class Mine(AffineCoupling):
+        pass
+
+    module.__class__ = Mine
+
+
+def _not_initialized(module: nn.Module) -> None:
+    module.network.first.actnorm._is_initialized = False
+
+
+ALTERATIONS = (
+    *(_hooked, _hooked_before, _hooked_in_backward),
+    *(_replaced, _parametrized, _of_a_subclass, _not_initialized),
+)
+
+
+@pytest.mark.parametrize("alter", ALTERATIONS, ids=lambda alter: alter.__name__.strip("_"))
+def test_parts_compute_where_somebody_may_look(nodes, alter):
+    module = ready("affine", 6)
+    alter(module)
+    y, _ = module(torch.randn(3, 6, 4, 6, dtype=torch.float64))
+    y.sum().backward()
+    assert not nodes
+
+
+def test_parts_compute_where_gradients_have_gradients(nodes):
+    module = ready("affine", 6)
+    with gk.use_backend("reference"):
+        x = torch.randn(3, 6, 4, 6, dtype=torch.float64, requires_grad=True)
+        (grad,) = torch.autograd.grad(module(x)[0].sum(), x, create_graph=True)
+        grad.square().sum().backward()
+    assert not nodes
+
+
+def test_second_derivatives_are_refused(backend):
+    if backend == "reference":
+        pytest.skip("the reference has them")
+    module = ready("affine", 6)
+    x = torch.randn(3, 6, 4, 6, dtype=torch.float64, requires_grad=True)
+    (grad,) = torch.autograd.grad(module(x)[0].sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="memory='store'"):
+        grad.square().sum().backward()
+
+
+def test_a_network_that_does_not_fit_is_named(backend):
+    module = ready("affine", 6)
+    module.network = gk.nn.CouplingNetwork(3, 4, 8).double()
+    with pytest.raises(ValueError, match="h must be"):
+        module(torch.randn(3, 6, 4, 6, dtype=torch.float64))

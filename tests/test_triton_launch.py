@@ -1,0 +1,80 @@
+"""How Triton's kernels are started: what is compiled once is found again without Triton's own look-up.
+
+Proven on a stub of its driver that notes what would be launched, against what Triton itself passes.
+"""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+from triton_samples import empty
+
+triton = pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="compiled by the run without the interpreter"
+)
+
+
+@pytest.fixture
+def started():
+    """Grid and arguments of every launch on a GPU that is not here."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    found = []
+
+    def launcher(source, metadata):
+        # Stream, function, metadata and hooks stand between.
+        return lambda *args: found.append((args[:3], args[9:]))
+
+    utils = SimpleNamespace(
+        load_binary=lambda *_: (object(), 1, 32, 0, 1024), get_device_properties=lambda _: {"max_shared_mem": 232_448}
+    )
+    driver.set_active(
+        SimpleNamespace(
+            utils=utils,
+            launcher_cls=launcher,
+            get_current_target=lambda: GPUTarget("cuda", 90, 32),
+            get_current_device=lambda: 99,  # whose compiled kernels no other test gets
+            get_current_stream=lambda device: 0,
+        )
+    )
+    yield found
+    if torch.cuda.is_available():  # Triton has no driver to go back to otherwise
+        driver.reset_active()
+
+
+def test_what_is_compiled_is_started_without_looking_it_up_again(started, monkeypatch):
+    from glow_kernels.backends.triton import launch, sums
+
+    monkeypatch.setattr(launch, "_COMPILED", {})
+    with mock.patch.object(triton.JITFunction, "run", autospec=True, side_effect=triton.JITFunction.run) as looked_up:
+        for size in (7, 300):
+            sums.sum_partial(empty(2, size), 1)
+        assert looked_up.call_count == 1
+        sums.sum_partial(empty(2, 7, dtype=torch.float64), 1)
+        assert looked_up.call_count == 2
+        monkeypatch.setattr(launch, "_COMPILED", {})
+        sums.sum_partial(empty(2, 300), 1)
+        assert looked_up.call_count == 3
+    _, (grid, ours), _, (expected_grid, expected) = started
+    assert grid == expected_grid
+    assert len(ours) == len(expected)
+    for one, other in zip(ours, expected, strict=True):
+        same = one.shape == other.shape if isinstance(one, torch.Tensor) else one == other
+        assert same, (one, other)
+
+
+def test_hooks_before_a_run_are_called(started, monkeypatch):
+    from glow_kernels.backends.triton import launch, sums
+
+    hook = mock.Mock()
+    monkeypatch.setattr(launch, "_COMPILED", {})
+    sums.sum_partial(empty(2, 7), 1)
+    with mock.patch.object(sums._sum_kernel, "pre_run_hooks", [hook]):
+        sums.sum_partial(empty(2, 7), 1)
+    hook.assert_called_once()
