@@ -69,6 +69,17 @@ def test_what_is_compiled_is_started_without_looking_it_up_again(started, monkey
         assert same, (one, other)
 
 
+def test_numbers_with_a_fraction_choose_no_variant(started, monkeypatch):
+    from glow_kernels.backends.triton import launch, scale_filters
+
+    monkeypatch.setattr(launch, "_COMPILED", {})
+    filters = [empty(4, 3, 3, 3)], [empty(4)], [empty(4)]
+    for factor in (1.0, 0.3):
+        scale_filters.forward_all(*filters, [factor], torch.float32)
+    assert len(launch._COMPILED) == 1
+    assert [args[8] for _, args in started] == [1.0, 0.3]
+
+
 def test_hooks_before_a_run_are_called(started, monkeypatch):
     from glow_kernels.backends.triton import launch, sums
 

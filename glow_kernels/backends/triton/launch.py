@@ -194,7 +194,7 @@ def _start(kernel: Any, programs: int, device: torch.device, args: Sequence[Any]
 
     It looks at every argument for what our kernels are not compiled for, see ``device_functions.kernel``.
     """
-    types = [arg.dtype for arg in args if type(arg) is not int]
+    types = [arg.dtype for arg in args if type(arg) not in (int, float)]
     key = (id(kernel), device, *types, *options.items())
     found = _COMPILED.get(key)
     if found is not None and not kernel.pre_run_hooks:

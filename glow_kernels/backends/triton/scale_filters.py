@@ -74,11 +74,12 @@ def backward_all(
         tensors = (grad_weight.contiguous(memory_format=format_), grad_bias.contiguous(), *of_forward, *results[-3:])
         filters = FILTERS.value if size <= NARROW.value else 1
         calls.append((-(-count // filters), *tensors, count, size, factor))
-    _launch(_scale_backward_kernel, _scale_backward_three_kernel, calls, weights[0], num_warps=8)
+    options = {"num_warps": 8, "ALL_REGISTERS": True}
+    _launch(_scale_backward_kernel, _scale_backward_three_kernel, calls, weights[0], **options)
     return results
 
 
-def _launch(one: Any, three: Any, calls: list[tuple[Any, ...]], like: Tensor, **options: Any) -> None:
+def _launch(one: Any, three: Any, calls: list[tuple[Any, ...]], like: Tensor, **options: int) -> None:
     """Launch a kernel for every three convolutions; ``calls`` has programs and arguments of each."""
     for first in range(0, len(calls), 3):
         group = calls[first : first + 3]
@@ -87,8 +88,8 @@ def _launch(one: Any, three: Any, calls: list[tuple[Any, ...]], like: Tensor, **
             group += [(0, *group[0][1:])] * (3 - len(group))
         if programs > 0:
             args = itertools.chain.from_iterable(group)
-            options["DTYPE"] = ARITHMETIC[compute_dtype(like)]
-            launch(one if len(group) == 1 else three, programs, like, *args, **options)
+            dtype = ARITHMETIC[compute_dtype(like)]
+            launch(one if len(group) == 1 else three, programs, like, *args, DTYPE=dtype, **options)
 
 
 @triton.jit
