@@ -206,7 +206,7 @@ def test_several_convolutions_at_once(backend, shapes, types, channels_last):
     assert len(results) == 2 * len(filters)
     grads = [torch.randn_like(each) for each in results]
     grads[1::4] = [grad.to(compute_dtype(lists[0][0])) for grad in grads[1::4]]
-    actual = scale_all_backward(grads, *lists, factors)
+    actual = scale_all_backward(tuple(grads), *map(tuple, lists), factors)
     assert len(actual) == 3 * len(filters)
     for index, (each, factor) in enumerate(zip(filters, factors, strict=True)):
         format_, weight = output_format(each[0]), each[0]

@@ -11,6 +11,7 @@ Backward, with ``g = dL/d(s W)`` and ``h = dL/d(s b)``: ``dW = s g``, ``db = s h
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -46,7 +47,11 @@ def scale_filters(
 
 
 def scale_all(
-    weights: list[Tensor], biases: list[Tensor], log_scales: list[Tensor], factors: list[float], dtype: torch.dtype
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    log_scales: Sequence[Tensor],
+    factors: Sequence[float],
+    dtype: torch.dtype,
 ) -> list[Tensor]:
     """:func:`scale_filters` of several convolutions at once; not differentiable.
 
@@ -65,12 +70,16 @@ def scale_all(
         ValueError: the lists are empty or not of the same length.
     """
     _check_counts(weights, biases, log_scales, factors)
-    results: list[Tensor] = _forward_all(weights, biases, log_scales, factors, dtype)
+    results: list[Tensor] = _forward_all(list(weights), list(biases), list(log_scales), list(factors), dtype)
     return results
 
 
 def scale_all_backward(
-    grads: list[Tensor], weights: list[Tensor], biases: list[Tensor], log_scales: list[Tensor], factors: list[float]
+    grads: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    log_scales: Sequence[Tensor],
+    factors: Sequence[float],
 ) -> list[Tensor]:
     """Gradients of :func:`scale_all`; the other arguments are its own.
 
@@ -88,11 +97,12 @@ def scale_all_backward(
     _check_counts(weights, biases, log_scales, factors)
     if len(grads) != 2 * len(weights):
         raise ValueError(f"grads must be two for every one of {len(weights)} weights, got {len(grads)}")
-    results: list[Tensor] = _backward_all(grads, weights, biases, log_scales, factors)
+    filters = (list(weights), list(biases), list(log_scales), list(factors))
+    results: list[Tensor] = _backward_all(list(grads), *filters)
     return results
 
 
-def _check_counts(*lists: list[Any]) -> None:
+def _check_counts(*lists: Sequence[Any]) -> None:
     counts = [len(each) for each in lists]
     if min(counts) == 0 or min(counts) != max(counts):
         raise ValueError(f"weights, biases, log_scales and factors must be as many, at least one of each, got {counts}")
