@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import glow_kernels as gk
 from glow_kernels.nn import AdditiveCoupling, AffineCoupling
 from glow_kernels.nn import coupling as coupling_module
+from glow_kernels.nn import coupling_node as node_module
 from glow_kernels.nn import network as network_module
 
 COUPLINGS = {"affine": AffineCoupling, "additive": AdditiveCoupling}
@@ -84,6 +85,23 @@ def test_the_node_is_as_accurate_as_its_parts_under_autocast(backend, monkeypatc
     for one, other, true in zip(actual, parts, truth, strict=True):
         assert one.dtype == other.dtype
         assert (one - true).norm() <= 1.1 * (other - true).norm() + 1e-6 * true.norm()
+
+
+@every_coupling
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("channels", [5, 12])
+def test_padding_and_epilogues_of_matrix_units_change_nothing(
+    backend, monkeypatch, nodes, kind, channels, memory_format
+):
+    monkeypatch.setattr(node_module, "has_tensor_cores", lambda *_: True)
+    monkeypatch.setattr(network_module, "is_bias_apart", lambda x: True)
+    module = ready(kind, channels).to(memory_format=memory_format)
+    x = torch.randn(3, channels, 4, 6, dtype=torch.float64)
+    actual = differentiated(module, x)
+    with gk.use_backend("reference"):
+        expected = differentiated(module, x)
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
 def test_frozen_parameters_get_no_gradient(backend, nodes):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -117,19 +118,29 @@ class _CouplingNode(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, kind: Kind, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         weights, biases, log_scales = (list(parameters[start : start + 3]) for start in (0, 3, 6))
         dtype = networks.type_of_convolution(weights[0])
-        scaled = scale_all(weights, biases, log_scales, _FACTORS, dtype)
+        filters = scale_all(weights, biases, log_scales, _FACTORS, dtype)
+        scaled, added = filters[::2], filters[1::2]
         conditioning, transformed = x[:, : kind.channels], x[:, kind.channels :]
-        inputs = [conditioning.to(dtype, memory_format=_memory_format(weights[0]))]  # one pass for both
-        for weight, bias in (scaled[:2], scaled[2:4]):
+        outputs = len(added[2])
+        format_ = _memory_format(weights[0])
+        if has_tensor_cores(x.device, dtype):
+            first, last = aligned(kind.channels), aligned(outputs)
+            scaled[0] = _padded(scaled[0], scaled[0].shape[0], first, dtype, format_)
+            scaled[2] = _padded(scaled[2], last, scaled[2].shape[1], dtype, format_)
+            added[2] = F.pad(added[2], (0, last - outputs)) if last > outputs else added[2]
+            inputs = [_padded(conditioning, x.shape[0], first, dtype, format_)]
+        else:
+            inputs = [conditioning.to(dtype, memory_format=format_)]
+        for weight, bias in zip(scaled[:2], added[:2], strict=True):
             inputs.append(_hidden(inputs[-1], weight, bias))
-        h = _convolve(inputs[-1], *scaled[4:])
+        h = _convolve(inputs[-1], scaled[2], added[2])[:, :outputs]
         if kind.scale_map is None:
             y, log_det = (transformed + h).to(x.dtype), x.new_zeros(x.shape[0], dtype=compute_dtype(x))
         else:
             y, log_det = affine_forward(transformed, h, *kind.options)
         y = torch.cat((conditioning, y), 1)
         ctx.kind, ctx.backend = kind, backends.choice()
-        ctx.save_for_backward(y, h, *inputs, *scaled[::2], *parameters)
+        ctx.save_for_backward(y, h, *inputs, *scaled, *parameters)
         return y, log_det
 
     @staticmethod
@@ -159,7 +170,11 @@ def _gradients(
         grad_transformed, grad_h, _ = affine_backward(
             grad_transformed, grad_log_det, y[:, kind.channels :], h, *kind.options
         )
+    weights = list(parameters[:3])
     below: Tensor | None = grad_h
+    if len(scaled[2]) > grad_h.shape[1]:
+        format_ = torch.channels_last if is_channels_last(inputs[2]) else torch.contiguous_format
+        below = _padded(grad_h, grad_h.shape[0], len(scaled[2]), grad_h.dtype, format_)
     filters: list[Tensor] = []
     for index in (2, 1, 0):
         assert below is not None
@@ -174,14 +189,18 @@ def _gradients(
         mask = [wants, needs, needs and not apart]
         below, grad_weight, of_bias = _convolve_backward(below, inputs[index], scaled[index], mask)
         if needs:
-            filters = [grad_weight, grad_bias if apart else of_bias, *filters]
+            # What was padded has no gradient; the rest lies as the weight does.
+            own = grad_weight[: weights[index].shape[0], : weights[index].shape[1]]
+            format_ = torch.channels_last if is_channels_last(weights[index]) else torch.contiguous_format
+            grad_bias = grad_bias if apart else of_bias[: len(own)]
+            filters = [own.contiguous(memory_format=format_), grad_bias, *filters]
     grad_x = None
     if needs_x:
         assert below is not None
-        grad_x = torch.cat((grad_conditioning + below, grad_transformed), 1)
+        grad_x = torch.cat((grad_conditioning + below[:, : kind.channels], grad_transformed), 1)
     found: list[Tensor | None] = [None] * 9
     if needs:
-        weights, biases, log_scales = parameters[:3], parameters[3:6], parameters[6:]
+        biases, log_scales = list(parameters[3:6]), list(parameters[6:])
         flat = scale_all_backward(filters, weights, biases, log_scales, _FACTORS)
         by_kind = [*flat[::3], *flat[1::3], *flat[2::3]]
         found = [g.to(p.dtype) for g, p in zip(by_kind, parameters, strict=True)]
@@ -189,15 +208,51 @@ def _gradients(
 
 
 def _hidden(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    if has_tensor_cores(x.device, x.dtype) and weight.shape[2:] == (1, 1) and is_channels_last(x):
+        # A matrix product of all positions, whose library adds the bias and cuts off at zero before it stores.
+        batch, channels, height, width = x.shape
+        rows = x.permute(0, 2, 3, 1).reshape(-1, channels)
+        result: Tensor = torch.ops.aten._addmm_activation(bias, rows, weight.flatten(1).t())
+        return result.view(batch, height, width, -1).permute(0, 3, 1, 2)
     if networks.is_bias_apart(x):
-        return bias_relu_forward(_convolve(x, weight, None), bias)
+        hidden: Tensor = bias_relu_forward(_convolve(x, weight, None), bias)
+        return hidden
     return torch.relu_(_convolve(x, weight, bias))
+
+
+def has_tensor_cores(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether convolutions run on matrix units, to which numbers of channels matter and that have epilogues."""
+    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+
+
+def aligned(channels: int) -> int:
+    """Channels with which a convolution is fast; cuDNN pads others to 8 itself, in passes of their own.
+
+    Measured on an H100: 3x3 from 12 to 512 channels at 8x8 positions takes 28 us, from 16 to 512 it takes 8 us.
+    """
+    return channels if channels % 8 == 0 else -(-channels // 16) * 16
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether it is, and not as well in the other order."""
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def _memory_format(weight: Tensor) -> torch.memory_format:
     """That in which the convolution computes: it would convert its input otherwise."""
-    last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
-    return torch.channels_last if last else torch.preserve_format
+    return torch.channels_last if is_channels_last(weight) else torch.preserve_format
+
+
+def _padded(
+    x: Tensor, rows: int, columns: int, dtype: torch.dtype, memory_format: torch.memory_format
+) -> Tensor:
+    """``x`` with zeros up to these sizes of its first two dimensions, converted in the same pass."""
+    if x.shape[:2] == (rows, columns):
+        return x.to(dtype, memory_format=memory_format)
+    format_ = torch.contiguous_format if memory_format is torch.preserve_format else memory_format
+    result = torch.empty((rows, columns, *x.shape[2:]), dtype=dtype, device=x.device, memory_format=format_).zero_()
+    result[: x.shape[0], : x.shape[1]].copy_(x)
+    return result
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
