@@ -155,7 +155,8 @@ struct Apply {
 };
 
 template <typename T, unsigned R>
-__global__ void __launch_bounds__(256, R == kFewRows ? 4 : 2) apply_kernel(const Apply<T, R> arguments) {
+__global__ void __launch_bounds__(R == kFewRows ? kMaxThreads : 256, R == kFewRows ? 4 : 2)
+    apply_kernel(const Apply<T, R> arguments) {
   using A = compute_t<T>;
   const Work<A, R>& work = arguments.work;
   GLOW_KERNELS_DYNAMIC_SHARED(A, x);

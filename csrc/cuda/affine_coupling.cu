@@ -243,9 +243,9 @@ Views<T, H> views_of(const Arguments& arguments, const Tiling& tiling, const Opt
 
 // Calls f.operator()<T, H, N>() with the types of x and h and the columns that a thread takes at a time.
 template <typename F>
-auto dispatch_vectors(const Tensor& x, const Tensor& h, const F& f) {
+auto dispatch_vectors(const Tensor& x, const Tensor& h, bool few, const F& f) {
   return dispatch(x, h, [&]<typename T, typename H>() {
-    if (x.numel() < kFewElements) return f.template operator()<T, H, 1>();
+    if (few) return f.template operator()<T, H, 1>();
     return f.template operator()<T, H, kVector<T, H>>();
   });
 }
@@ -261,8 +261,9 @@ std::tuple<Tensor, Tensor> transform(const Tensor& x, const Tensor& h, std::opti
   Tensor y = empty_output(x);
   Arguments arguments{with_planes(x), with_planes(h), log_scale_gain};
   arguments.result = y;
-  const Tiling tiling(planes_of(y), /*whole_samples=*/true, x.numel() < kFewElements ? kTileOfFew : kSmallTile);
-  return dispatch_vectors(x, h, [&]<typename T, typename H, int N>() -> std::tuple<Tensor, Tensor> {
+  const bool few = has_few_elements(launch, x);
+  const Tiling tiling(planes_of(y), /*whole_samples=*/true, few ? kTileOfFew : kSmallTile);
+  return dispatch_vectors(x, h, few, [&]<typename T, typename H, int N>() -> std::tuple<Tensor, Tensor> {
     using A = compute_t<T>;
     Views<T, H> views = views_of<N, T, H>(arguments, tiling, options_of<A>(options, is_inverse), channels);
     Tensor log_det = sum_samples<A>(launch, x, tiling, [&](const SampleSums<A>& sums) {
@@ -289,8 +290,9 @@ auto gradients(const Tensor& grad, const Tensor& grad_log_det, const Tensor& y, 
   arguments.grad_data = grad_x;
   arguments.grad_h = grad_h;
   if constexpr (direction == Direction::reversible_backward) arguments.result = empty_output(y);
-  const Tiling tiling(planes_of(grad_x), /*whole_samples=*/false, y.numel() < kFewElements ? kTileOfFew : kSmallTile);
-  dispatch_vectors(y, h, [&]<typename T, typename H, int N>() {
+  const bool few = has_few_elements(launch, y);
+  const Tiling tiling(planes_of(grad_x), /*whole_samples=*/false, few ? kTileOfFew : kSmallTile);
+  dispatch_vectors(y, h, few, [&]<typename T, typename H, int N>() {
     using A = compute_t<T>;
     constexpr bool is_inverse = direction == Direction::inverse_backward;
     Views<T, H> views = views_of<N, T, H>(arguments, tiling, options_of<A>(options, is_inverse), channels);

@@ -163,7 +163,7 @@ Tensor forward(const Tensor& x_any, const Tensor& bias) {
 
 std::tuple<Tensor, Tensor> backward(const Tensor& grad_any, const Tensor& y_any) {
   STD_TORCH_CHECK(
-      y_any.dim() >= 2 && grad_any.sizes() == y_any.sizes() && grad_any.scalar_type() == y_any.scalar_type(),
+      y_any.dim() >= 2 && grad_any.sizes().equals(y_any.sizes()) && grad_any.scalar_type() == y_any.scalar_type(),
       "grad and y must be (B, C, *spatial), of one shape and type");
   const Launcher launch(y_any);
   const Tensor grad = with_planes(grad_any), y = with_planes(y_any);

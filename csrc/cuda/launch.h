@@ -82,7 +82,7 @@ class Launcher {
 #if defined(__CUDACC__)
     return attribute(cudaDevAttrMultiProcessorCount);
 #else
-    return 1;
+    return cuda_host::multiprocessors();
 #endif
   }
 

@@ -18,8 +18,13 @@ namespace glow_kernels {
 // Elements of a tile: many in large tensors, few in small ones, which would leave multiprocessors idle otherwise.
 constexpr int64_t kLargeTile = 4096, kSmallTile = 1024;
 constexpr int64_t kManyTiles = 1024;
-// Tensors of fewer elements may be taken one by one, by more threads that wait at the same time, in tiles of these.
-constexpr int64_t kFewElements = int64_t{1} << 19, kTileOfFew = 256, kMostThreads = 1024;
+// Where a multiprocessor has fewer elements than that, threads may take them one by one, so that more of them wait at
+// the same time, in smaller tiles and in blocks of more threads.
+constexpr int64_t kFewElements = 4096, kTileOfFew = 256, kMostThreads = 1024;
+
+inline bool has_few_elements(const Launcher& launch, const Tensor& x) {
+  return x.numel() < kFewElements * launch.multiprocessors();
+}
 
 // Columns that a thread takes at a time: 16 bytes of the narrowest type.
 template <typename... T>

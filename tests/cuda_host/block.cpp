@@ -243,6 +243,11 @@ void launch(unsigned blocks, unsigned threads, size_t shared_bytes, const std::f
   }
 }
 
+int multiprocessors() {
+  const char* text = std::getenv("GLOW_KERNELS_MULTIPROCESSORS");
+  return text ? std::atoi(text) : 1;
+}
+
 void* shared_memory(const void* key, size_t bytes) { return running->shared_memory(key, bytes); }
 void* dynamic_shared() { return running->shared_memory(nullptr, running->shared_bytes()); }
 void start_copy(void* to, const void* from, size_t bytes) { running->copies().push_back({to, from, bytes}); }

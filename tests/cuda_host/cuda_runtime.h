@@ -52,6 +52,9 @@ namespace cuda_host {
 // Runs `thread` once for every thread of every block. Throws where threads of a block wait for ever.
 void launch(unsigned blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& thread);
 
+// GLOW_KERNELS_MULTIPROCESSORS, 1 without it: with 0, which no device has, no tensor is small.
+int multiprocessors();
+
 // Memory that the threads of a block share: one piece for every `key`, of this size, until the block ends.
 void* shared_memory(const void* key, size_t bytes);
 void* dynamic_shared();
