@@ -177,4 +177,6 @@ def test_a_flow_step_becomes_one_graph():
         for _ in range(3):
             given = arguments((4, 12, 8, 8))
             actual, expected = (_differentiated(function, *names)(given) for function in (compiled, flow_step))
-            assert_equal(actual, expected)
+            # The compiler fuses a product and a sum of log-determinants, with one rounding instead of two.
+            for one, other in zip(actual, expected, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)

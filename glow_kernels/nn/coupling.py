@@ -58,7 +58,7 @@ class _Coupling(nn.Module):
     def _split(self, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
         check_channels(name, x, self.channels)
         # Not two slices: their gradients would be padded with zeros and added.
-        first, second = x.split((self.first_channels, self.channels - self.first_channels), dim=1)
+        first, second = torch.split(x, [self.first_channels, self.channels - self.first_channels], dim=1)
         return (first, second) if self.condition_on == "first" else (second, first)
 
     def _merge(self, conditioning: Tensor, transformed: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -58,10 +58,10 @@ class Kind:
         return None, self.scale_map.kind, self.scale_map.parameters, self.layout, self.order
 
 
-def coupling_node(x: Tensor, kind: Kind, network: CouplingNetwork) -> tuple[Tensor, Tensor]:
+def coupling_node(x: Tensor, kind: Kind, network: nn.Module) -> tuple[Tensor, Tensor]:
     """``y`` and ``log_det`` (B,) of ``x`` (B, C, H, W), whose first ``kind.channels`` channels condition the others."""
-    hidden = (network.first, network.second)
-    last = network.last
+    layers = cast(CouplingNetwork, network)
+    hidden, last = (layers.first, layers.second), layers.last
     weights = [*(layer.weight for layer in hidden), last.weight]
     biases = [*(layer.actnorm.bias for layer in hidden), last.bias]
     log_scales = [*(layer.actnorm.log_scale for layer in hidden), last.log_scale]
@@ -80,7 +80,7 @@ def is_one_node(x: Tensor, kind: Kind, network: nn.Module) -> bool:
         return False
     if type(network) is not CouplingNetwork or backends.select() == "reference" or x.dim() != 4:
         return False
-    if _has_any_global_hook() or _is_altered(network):
+    if _has_any_global_hook() or _is_altered(network):  # type: ignore[no-untyped-call]
         return False
     for name, expected in _TYPES:
         layer = network._modules[name]
@@ -116,24 +116,11 @@ class _CouplingNode(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, kind: Kind, *parameters: Tensor) -> tuple[Tensor, Tensor]:
-        weights, biases, log_scales = (list(parameters[start : start + 3]) for start in (0, 3, 6))
+        weights, biases, log_scales = parameters[:3], parameters[3:6], parameters[6:]
         dtype = networks.type_of_convolution(weights[0])
         filters = scale_all(weights, biases, log_scales, _FACTORS, dtype)
-        scaled, added = filters[::2], filters[1::2]
         conditioning, transformed = x[:, : kind.channels], x[:, kind.channels :]
-        outputs = len(added[2])
-        format_ = _memory_format(weights[0])
-        if has_tensor_cores(x.device, dtype):
-            first, last = aligned(kind.channels), aligned(outputs)
-            scaled[0] = _padded(scaled[0], scaled[0].shape[0], first, dtype, format_)
-            scaled[2] = _padded(scaled[2], last, scaled[2].shape[1], dtype, format_)
-            added[2] = F.pad(added[2], (0, last - outputs)) if last > outputs else added[2]
-            inputs = [_padded(conditioning, x.shape[0], first, dtype, format_)]
-        else:
-            inputs = [conditioning.to(dtype, memory_format=format_)]
-        for weight, bias in zip(scaled[:2], added[:2], strict=True):
-            inputs.append(_hidden(inputs[-1], weight, bias))
-        h = _convolve(inputs[-1], scaled[2], added[2])[:, :outputs]
+        h, inputs, scaled = _network(conditioning, filters[::2], filters[1::2])
         if kind.scale_map is None:
             y, log_det = (transformed + h).to(x.dtype), x.new_zeros(x.shape[0], dtype=compute_dtype(x))
         else:
@@ -145,70 +132,80 @@ class _CouplingNode(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        kind: Kind = ctx.kind
+        grad, grad_log_det = grads
+        # Asked for once: torch.utils.checkpoint hands out what is saved only once.
         y, h, *saved = ctx.saved_tensors
         inputs, scaled, parameters = saved[:3], saved[3:6], saved[6:]
+        needs_x, needs = ctx.needs_input_grad[0], any(ctx.needs_input_grad[2:])
+        grad_conditioning, grad_transformed = grad[:, : kind.channels], grad[:, kind.channels :]
+        found: list[Tensor | None] = [None] * len(parameters)
         with backends.restored(ctx.backend):
-            return _gradients(ctx, *grads, y, h, inputs, scaled, parameters)
+            if kind.scale_map is None:
+                grad_h = grad_transformed.to(h.dtype)
+            else:
+                of_y = y[:, kind.channels :]
+                grad_transformed, grad_h, _ = affine_backward(grad_transformed, grad_log_det, of_y, h, *kind.options)
+            weights, biases, log_scales = parameters[:3], parameters[3:6], parameters[6:]
+            below, filters = _network_backward(grad_h, inputs, scaled, weights, needs_x, needs)
+            if needs:
+                flat = scale_all_backward(filters, weights, biases, log_scales, _FACTORS)
+                by_kind = [*flat[::3], *flat[1::3], *flat[2::3]]
+                found = [found.to(of.dtype) for found, of in zip(by_kind, parameters, strict=True)]
+        grad_x = None if below is None else torch.cat((grad_conditioning + below, grad_transformed), 1)
+        return grad_x, None, *(g if need else None for g, need in zip(found, ctx.needs_input_grad[2:], strict=True))
 
 
-def _gradients(
-    ctx: Any,
+def _network(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Output of the network, the inputs of its convolutions, and the weights as they computed with them."""
+    (first, second, last), bias = weights, biases[2]
+    outputs, format_ = len(last), memory_format_of(first)
+    if has_tensor_cores(x.device, first.dtype):
+        inner, outer = aligned(first.shape[1]), aligned(outputs)
+        x = _padded(x, len(x), inner, first.dtype, format_)
+        first = _padded(first, len(first), inner, first.dtype, format_)
+        last = _padded(last, outer, last.shape[1], last.dtype, memory_format_of(last))
+        bias = F.pad(bias, (0, outer - outputs)) if outer > outputs else bias
+    elif x.dtype != first.dtype or format_ == torch.channels_last:
+        x = x.to(first.dtype, memory_format=format_)  # one pass for both
+    inputs = [x]
+    for weight, hidden_bias in zip((first, second), biases[:2], strict=True):
+        inputs.append(_hidden(inputs[-1], weight, hidden_bias))
+    return _convolve(inputs[-1], last, bias)[:, :outputs], inputs, [first, second, last]
+
+
+def _network_backward(
     grad: Tensor,
-    grad_log_det: Tensor,
-    y: Tensor,
-    h: Tensor,
     inputs: Sequence[Tensor],
     scaled: Sequence[Tensor],
-    parameters: Sequence[Tensor],
-) -> tuple[Tensor | None, ...]:
-    kind: Kind = ctx.kind
-    needs_x, needs = ctx.needs_input_grad[0], any(ctx.needs_input_grad[2:])
-    grad_conditioning, grad_transformed = grad[:, : kind.channels], grad[:, kind.channels :]
-    if kind.scale_map is None:
-        grad_h = grad_transformed.to(h.dtype)
-    else:
-        grad_transformed, grad_h, _ = affine_backward(
-            grad_transformed, grad_log_det, y[:, kind.channels :], h, *kind.options
-        )
-    weights = list(parameters[:3])
-    below: Tensor | None = grad_h
-    if len(scaled[2]) > grad_h.shape[1]:
-        format_ = torch.channels_last if is_channels_last(inputs[2]) else torch.contiguous_format
-        below = _padded(grad_h, grad_h.shape[0], len(scaled[2]), grad_h.dtype, format_)
+    weights: Sequence[Tensor],
+    needs_x: bool,
+    needs_filters: bool,
+) -> tuple[Tensor | None, list[Tensor]]:
+    """Gradients in the input and in the scaled filters, weight and bias of each; none of what was padded."""
+    if len(scaled[2]) > grad.shape[1]:
+        grad = _padded(grad, len(grad), len(scaled[2]), grad.dtype, memory_format_of(inputs[2]))
     filters: list[Tensor] = []
     for index in (2, 1, 0):
-        assert below is not None
-        wants = needs_x or index > 0
-        apart = index < 2 and networks.is_bias_apart(y)
-        if index < 2:
-            result = inputs[index + 1]
-            if apart:
-                below, grad_bias = bias_relu_backward(below, result)
-            else:
-                below = torch.ops.aten.threshold_backward(below, result, 0)
-        mask = [wants, needs, needs and not apart]
-        below, grad_weight, of_bias = _convolve_backward(below, inputs[index], scaled[index], mask)
-        if needs:
-            # What was padded has no gradient; the rest lies as the weight does.
-            own = grad_weight[: weights[index].shape[0], : weights[index].shape[1]]
-            format_ = torch.channels_last if is_channels_last(weights[index]) else torch.contiguous_format
-            grad_bias = grad_bias if apart else of_bias[: len(own)]
-            filters = [own.contiguous(memory_format=format_), grad_bias, *filters]
-    grad_x = None
-    if needs_x:
-        assert below is not None
-        grad_x = torch.cat((grad_conditioning + below[:, : kind.channels], grad_transformed), 1)
-    found: list[Tensor | None] = [None] * 9
-    if needs:
-        biases, log_scales = list(parameters[3:6]), list(parameters[6:])
-        flat = scale_all_backward(filters, weights, biases, log_scales, _FACTORS)
-        by_kind = [*flat[::3], *flat[1::3], *flat[2::3]]
-        found = [g.to(p.dtype) for g, p in zip(by_kind, parameters, strict=True)]
-    return grad_x, None, *(g if n else None for g, n in zip(found, ctx.needs_input_grad[2:], strict=True))
+        apart = index < 2 and networks.is_bias_apart(grad)
+        if apart:
+            grad, grad_bias = bias_relu_backward(grad, inputs[index + 1])
+        elif index < 2:
+            grad = torch.ops.aten.threshold_backward(grad, inputs[index + 1], 0)
+        mask = [needs_x or index > 0, needs_filters, needs_filters and not apart]
+        grad, grad_weight, of_bias = _convolve_backward(grad, inputs[index], scaled[index], mask)
+        if needs_filters:
+            like = weights[index]
+            own = grad_weight[: like.shape[0], : like.shape[1]].contiguous(memory_format=memory_format_of(like))
+            filters = [own, grad_bias if apart else of_bias[: len(like)], *filters]
+    return grad[:, : weights[0].shape[1]] if needs_x else None, filters
 
 
 def _hidden(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    if has_tensor_cores(x.device, x.dtype) and weight.shape[2:] == (1, 1) and is_channels_last(x):
+    in_rows = weight.shape[2:] == (1, 1) and x.is_contiguous(memory_format=torch.channels_last)
+    if in_rows and has_tensor_cores(x.device, x.dtype):
         # A matrix product of all positions, whose library adds the bias and cuts off at zero before it stores.
         batch, channels, height, width = x.shape
         rows = x.permute(0, 2, 3, 1).reshape(-1, channels)
@@ -233,24 +230,18 @@ def aligned(channels: int) -> int:
     return channels if channels % 8 == 0 else -(-channels // 16) * 16
 
 
-def is_channels_last(x: Tensor) -> bool:
-    """Whether it is, and not as well in the other order."""
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+def memory_format_of(x: Tensor) -> torch.memory_format:
+    """Channels last where that is the only one: a convolution computes in that of its weight."""
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
 
 
-def _memory_format(weight: Tensor) -> torch.memory_format:
-    """That in which the convolution computes: it would convert its input otherwise."""
-    return torch.channels_last if is_channels_last(weight) else torch.preserve_format
-
-
-def _padded(
-    x: Tensor, rows: int, columns: int, dtype: torch.dtype, memory_format: torch.memory_format
-) -> Tensor:
+def _padded(x: Tensor, rows: int, columns: int, dtype: torch.dtype, memory_format: torch.memory_format) -> Tensor:
     """``x`` with zeros up to these sizes of its first two dimensions, converted in the same pass."""
     if x.shape[:2] == (rows, columns):
         return x.to(dtype, memory_format=memory_format)
-    format_ = torch.contiguous_format if memory_format is torch.preserve_format else memory_format
-    result = torch.empty((rows, columns, *x.shape[2:]), dtype=dtype, device=x.device, memory_format=format_).zero_()
+    shape = (rows, columns, *x.shape[2:])
+    result = torch.empty(shape, dtype=dtype, device=x.device, memory_format=memory_format).zero_()
     result[: x.shape[0], : x.shape[1]].copy_(x)
     return result
 
@@ -260,13 +251,13 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return result
 
 
-def _convolve_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, mask: Sequence[bool]
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Gradients in x, weight and bias, as far as ``mask`` asks for them."""
-    filters = weight.shape[:1]
-    found = torch.ops.aten.convolution_backward(grad, x, weight, filters, *_geometry(weight), mask)
-    return found[0], found[1], found[2]
+def _convolve_backward(grad: Tensor, x: Tensor, weight: Tensor, mask: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients in x, weight and bias; None where ``mask`` does not ask for one."""
+    filters, geometry = weight.shape[:1], _geometry(weight)
+    found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
+        grad, x, weight, filters, *geometry, mask
+    )
+    return found
 
 
 def _geometry(weight: Tensor) -> tuple[Any, ...]:
