@@ -248,10 +248,17 @@ def assert_same_bits(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> No
 
 
 def registered_operators(module: str = "") -> list[str]:
-    """Names of the operators of ``module`` in ``torch.ops.glow_kernels``, of the backends that can run here."""
+    """Names of the operators of ``module`` in ``torch.ops.glow_kernels`` that can run here."""
     names = [name.partition("::") for name in torch._C._dispatch_get_all_op_names()]
     ours = [name for library, _, name in names if library == "glow_kernels" and name.startswith(module)]
-    return sorted(name for name in ours if name.endswith(gk.available_backends()))
+    return sorted(name for name in ours if name.endswith(gk.available_backends()) and _runs_on_cpu(name))
+
+
+def _runs_on_cpu(name: str) -> bool:
+    # The native library has an operator for one device, for the other, or for both.
+    return not name.endswith("_native") or torch._C._dispatch_has_kernel_for_dispatch_key(
+        f"glow_kernels::{name}", "CPU"
+    )
 
 
 # Shape and memory layout of the data for opcheck: every layout, and 2 to 5 dimensions.
