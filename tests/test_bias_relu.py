@@ -28,6 +28,7 @@ from operators import (
 from torch import Tensor
 
 from glow_kernels.ops import bias_relu
+from glow_kernels.ops.bias_relu import bias_backward
 
 
 def plain(x: Tensor, bias: Tensor) -> Tensor:
@@ -59,7 +60,11 @@ class TestProperties(DifferentiableProperties):
     """What holds for every differentiable operator."""
 
     module = "bias_relu"
-    arguments: ClassVar = {"forward": forward_arguments, "backward": backward_arguments}
+    arguments: ClassVar = {
+        "forward": forward_arguments,
+        "backward": backward_arguments,
+        "bias_backward": lambda shape, lay: (lay(torch.randn(tuple(shape))),),
+    }
     cases: ClassVar = [CASE]
 
 
@@ -88,6 +93,19 @@ def test_the_gradient_of_the_bias_is_summed_wide(backend, dtype):
     bias = torch.zeros(3, dtype=torch.float32, requires_grad=True)
     (grad,) = torch.autograd.grad(bias_relu(x, bias).sum(dtype=torch.float32), bias)
     assert torch.equal(grad, torch.full((3,), 64.0 * 16 * 16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [*(((2, 33, 9, 7), layout) for layout in LAYOUTS), ((5, 3), "contiguous"), ((0, 4, 2, 2), "contiguous")],
+    ids=str,
+)
+def test_gradient_of_a_bias_without_relu(backend, shape, layout, dtype):
+    # Multiples of 1/8, whose sums are exact in float32.
+    grad = LAYOUTS[layout](torch.randint(-32, 33, shape).to(dtype) / 8)
+    actual = bias_backward(grad)
+    assert torch.equal(actual.double(), grad.double().sum([d for d in range(grad.dim()) if d != 1]))
 
 
 def test_nan_comes_through_and_nothing_passes_at_zero(backend):

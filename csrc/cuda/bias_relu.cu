@@ -3,6 +3,7 @@
 // Each kernel reads and writes every element once. Backward sums in the same pass: a thread has the same channels all
 // the way, and adds over positions in registers.
 #include <algorithm>
+#include <optional>
 #include <tuple>
 #include <type_traits>
 
@@ -79,12 +80,12 @@ template <typename T>
 struct Backward {
   Tiling tiling;
   Cut cut;
-  View<const T> y, grad;
+  View<const T> y, grad;  // no y where there was no ReLU: then there is nothing but the sum
   View<T> grad_x;
   compute_t<T>* parts;  // (cut.parts, channels): what blocks add to the gradient of the bias
 };
 
-template <typename T>
+template <bool has_relu, typename T>
 __global__ void __launch_bounds__(kThreads, kBackwardBlocks) backward_kernel(const Backward<T> views) {
   using A = compute_t<T>;
   constexpr int N = kVector<T>;
@@ -104,16 +105,22 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks) backward_kernel(con
     const Tile sample{batch, 0, 0, tiling.outer, tiling.inner};
     Spot spot = inside ? Spot{row, channel, N} : Spot{channel, row * N, N};
     if (spot.column + N > tiling.inner) spot.count = static_cast<int>(tiling.inner - spot.column);
-    const auto raw_y = fetch<N>(views.y, sample, spot), raw_grad = fetch<N>(views.grad, sample, spot);
-    A y[N], grad[N];
-    widen(raw_y, y);
-    widen(raw_grad, grad);
+    A grad[N];
+    if constexpr (has_relu) {
+      const auto raw_y = fetch<N>(views.y, sample, spot), raw_grad = fetch<N>(views.grad, sample, spot);
+      A y[N];
+      widen(raw_y, y);
+      widen(raw_grad, grad);
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-      if (!(y[i] > A(0))) grad[i] = A(0);
-      total[i] += grad[i];
+      for (int i = 0; i < N; ++i) {
+        if (!(y[i] > A(0))) grad[i] = A(0);
+      }
+      store(views.grad_x, sample, spot, grad);
+    } else {
+      load(views.grad, sample, spot, grad);
     }
-    store(views.grad_x, sample, spot, grad);
+#pragma unroll
+    for (int i = 0; i < N; ++i) total[i] += grad[i];
     batch += cut.batch_step;
     row += cut.row_step;
     if (row >= cut.rows) {
@@ -161,31 +168,42 @@ Tensor forward(const Tensor& x_any, const Tensor& bias) {
   return y;
 }
 
-std::tuple<Tensor, Tensor> backward(const Tensor& grad_any, const Tensor& y_any) {
-  STD_TORCH_CHECK(
-      y_any.dim() >= 2 && grad_any.sizes().equals(y_any.sizes()) && grad_any.scalar_type() == y_any.scalar_type(),
-      "grad and y must be (B, C, *spatial), of one shape and type");
-  const Launcher launch(y_any);
-  const Tensor grad = with_planes(grad_any), y = with_planes(y_any);
-  Tensor grad_x = empty_output(y_any);
-  const Tiling tiling(planes_of(grad_x));
-  return dispatch(y, [&]<typename T>() -> std::tuple<Tensor, Tensor> {
+// The gradient of the bias; with a y, that in x as well.
+template <bool has_relu>
+Tensor run_backward(const Launcher& launch, const Tensor& grad, const std::optional<Tensor>& y,
+                    const std::optional<Tensor>& grad_x) {
+  const Tiling tiling(planes_of(has_relu ? *grad_x : grad));
+  return dispatch(grad, [&]<typename T>() -> Tensor {
     using A = compute_t<T>;
     constexpr int N = kVector<T>;
     constexpr ScalarType type = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
-    const int64_t channels = y.size(1);
+    const int64_t channels = grad.size(1);
     const Cut cut(tiling, N, launch.resident_blocks(N * kThreads * sizeof(A), kBackwardBlocks));
-    Tensor grad_bias = empty_vector(channels, type, y), parts = empty_vector(cut.parts * channels, type, y);
+    Tensor grad_bias = empty_vector(channels, type, grad), parts = empty_vector(cut.parts * channels, type, grad);
     const Backward<T> views{tiling,
                             cut,
                             readable<N, T>(y, tiling),
                             readable<N, T>(grad, tiling),
                             writable<N, T>(grad_x, tiling),
                             parts.mutable_data_ptr<A>()};
-    launch(int64_t{cut.across} * cut.parts, backward_kernel<T>, views);
+    launch(int64_t{cut.across} * cut.parts, backward_kernel<has_relu, T>, views);
     sum_columns<A>(launch, parts, cut.parts, grad_bias);
-    return {grad_x, grad_bias};
+    return grad_bias;
   });
+}
+
+std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& y) {
+  STD_TORCH_CHECK(y.dim() >= 2 && grad.sizes().equals(y.sizes()) && grad.scalar_type() == y.scalar_type(),
+                  "grad and y must be (B, C, *spatial), of one shape and type");
+  const Launcher launch(y);
+  Tensor grad_x = empty_output(y);
+  Tensor grad_bias = run_backward<true>(launch, with_planes(grad), with_planes(y), grad_x);
+  return {grad_x, grad_bias};
+}
+
+Tensor bias_backward(const Tensor& grad) {
+  STD_TORCH_CHECK(grad.dim() >= 2, "grad must be (B, C, *spatial)");
+  return run_backward<false>(Launcher(grad), with_planes(grad), std::nullopt, std::nullopt);
 }
 
 }  // namespace
@@ -193,6 +211,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_any, const Tensor& y_any)
 GLOW_KERNELS_CUDA_LIBRARY(m) {
   m.impl("bias_relu_forward_native", TORCH_BOX(&forward));
   m.impl("bias_relu_backward_native", TORCH_BOX(&backward));
+  m.impl("bias_relu_bias_backward_native", TORCH_BOX(&bias_backward));
 }
 
 }  // namespace glow_kernels

@@ -25,6 +25,7 @@ from glow_kernels.ops import ScaleMap
 from glow_kernels.ops.affine_coupling import backward as affine_backward
 from glow_kernels.ops.affine_coupling import forward as affine_forward
 from glow_kernels.ops.bias_relu import backward as bias_relu_backward
+from glow_kernels.ops.bias_relu import bias_backward
 from glow_kernels.ops.bias_relu import forward as bias_relu_forward
 from glow_kernels.ops.scale_filters import scale_all, scale_all_backward
 
@@ -185,12 +186,13 @@ def _network_backward(
     needs_filters: bool,
 ) -> tuple[Tensor | None, list[Tensor]]:
     """Gradients in the input and in the scaled filters, weight and bias of each; none of what was padded."""
+    apart = networks.is_bias_apart(grad)
+    grad_bias = bias_backward(grad) if apart and needs_filters else None
     if len(scaled[2]) > grad.shape[1]:
         grad = _padded(grad, len(grad), len(scaled[2]), grad.dtype, memory_format_of(inputs[2]))
     filters: list[Tensor] = []
     for index in (2, 1, 0):
-        apart = index < 2 and networks.is_bias_apart(grad)
-        if apart:
+        if apart and index < 2:
             grad, grad_bias = bias_relu_backward(grad, inputs[index + 1])
         elif index < 2:
             grad = torch.ops.aten.threshold_backward(grad, inputs[index + 1], 0)
@@ -199,7 +201,7 @@ def _network_backward(
         if needs_filters:
             like = weights[index]
             own = grad_weight[: like.shape[0], : like.shape[1]].contiguous(memory_format=memory_format_of(like))
-            filters = [own, grad_bias if apart else of_bias[: len(like)], *filters]
+            filters = [own, of_bias if grad_bias is None else grad_bias, *filters]
     return grad[:, : weights[0].shape[1]] if needs_x else None, filters
 
 

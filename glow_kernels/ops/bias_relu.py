@@ -1,7 +1,8 @@
 """Bias and ReLU after a hidden convolution of a coupling network: one pass over the largest tensors there are.
 
 ``y = max(x + b, 0)`` with b a number per channel. Backward, with ``g = dL/dy``: ``dx = g`` where ``y > 0`` and 0
-elsewhere, ``db = sum_{b,p} dx``, from the output alone and in one pass.
+elsewhere, ``db = sum_{b,p} dx``, from the output alone and in one pass. Without a ReLU there is only
+``db = sum_{b,p} g``: :data:`bias_backward`.
 """
 
 from __future__ import annotations
@@ -58,4 +59,11 @@ forward = Operator(
 )
 backward = Operator(
     "bias_relu", "backward", "(Tensor grad, Tensor y) -> (Tensor, Tensor)", fake=_backward_fake, plain_reference=True
+)
+bias_backward = Operator(
+    "bias_relu",
+    "bias_backward",
+    "(Tensor grad) -> Tensor",
+    fake=lambda grad: grad.new_empty(grad.shape[1], dtype=compute_dtype(grad)),
+    plain_reference=True,
 )

@@ -78,6 +78,8 @@ def actnorm_statistics(function: str, x: Tensor) -> bool:
 
 def bias_relu(function: str, *args: Tensor) -> bool:
     """On CUDA only: on the CPU the reference computes it."""
+    if function == "bias_backward":
+        return args[0].dtype in _TYPES and _takes("bias_relu", function, args[0])
     x, other = args[::-1] if function == "backward" else args
     types = (x.dtype, other.dtype)
     fits = x.dtype in _TYPES and other.dtype == x.dtype if function == "backward" else types in _TYPES_WITH_H

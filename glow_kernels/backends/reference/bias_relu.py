@@ -21,3 +21,8 @@ def backward(grad: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     others = [dimension for dimension in range(y.dim()) if dimension != 1]
     grad_bias = grad_x.to(compute_dtype(y)).sum(others)
     return grad_x.contiguous(memory_format=output_format(y)), grad_bias
+
+
+def bias_backward(grad: Tensor) -> Tensor:
+    """Gradient in a bias that was added without ReLU."""
+    return grad.sum([dimension for dimension in range(grad.dim()) if dimension != 1], dtype=compute_dtype(grad))
