@@ -11,8 +11,8 @@ from torch import Tensor, nn
 import glow_kernels as gk
 from glow_kernels.nn import AdditiveCoupling, AffineCoupling
 from glow_kernels.nn import coupling as coupling_module
-from glow_kernels.nn import coupling_node as node_module
 from glow_kernels.nn import network as network_module
+from glow_kernels.nn import network_passes as passes_module
 
 COUPLINGS = {"affine": AffineCoupling, "additive": AdditiveCoupling}
 every_coupling = pytest.mark.parametrize("kind", COUPLINGS)
@@ -93,7 +93,7 @@ def test_the_node_is_as_accurate_as_its_parts_under_autocast(backend, monkeypatc
 def test_padding_and_epilogues_of_matrix_units_change_nothing(
     backend, monkeypatch, nodes, kind, channels, memory_format
 ):
-    monkeypatch.setattr(node_module, "has_tensor_cores", lambda *_: True)
+    monkeypatch.setattr(passes_module, "has_tensor_cores", lambda *_: True)
     monkeypatch.setattr(network_module, "is_bias_apart", lambda x: True)
     module = ready(kind, channels).to(memory_format=memory_format)
     x = torch.randn(3, channels, 4, 6, dtype=torch.float64)

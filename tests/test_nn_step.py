@@ -110,7 +110,7 @@ def test_network_equals_the_formulas():
 @pytest.mark.parametrize("frugal", [False, True])
 def test_network_is_the_same_where_bias_and_relu_are_one_pass(backend, monkeypatch, frugal):
     monkeypatch.setattr(network_module, "is_bias_apart", lambda x: True)
-    monkeypatch.setattr(network_module, "_LARGE_ON_GPU", 0)
+    monkeypatch.setattr(network_module, "LARGE_ON_GPU", 0)
     x = torch.randn(3, 4, 5, 3, dtype=torch.float64, requires_grad=True)
     network = ready(CouplingNetwork(4, 6, 16), x.detach())
     network.frugal = frugal

@@ -20,7 +20,7 @@ from glow_kernels.ops import bias_relu, scale_filters
 # Bytes of a hidden buffer that is worth the time of the interpreter in an autograd function; and on a GPU, that of two
 # passes, since what overwrites its arguments is not fused.
 _LARGE = 4 * 2**20
-_LARGE_ON_GPU = 64 * 2**20
+LARGE_ON_GPU = 64 * 2**20
 
 
 class HiddenConv2d(nn.Module):
@@ -45,7 +45,7 @@ class HiddenConv2d(nn.Module):
         weight, bias = self.folded(x)
         fuses = is_bias_apart(x)
         nbytes = x[:, 0].numel() * len(weight) * weight.itemsize
-        overwrites = frugal and nbytes >= (_LARGE_ON_GPU if fuses else _LARGE)
+        overwrites = frugal and nbytes >= (LARGE_ON_GPU if fuses else _LARGE)
         if fuses and not overwrites:
             return bias_relu(F.conv2d(x, weight, padding=self.padding), bias)
         x = F.conv2d(x, weight, bias, padding=self.padding)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from glow_kernels.nn import AdditiveCoupling, AffineCoupling, CouplingNetwork, FlowStep
+from glow_kernels.nn import network_passes as passes
 from glow_kernels.ops import actnorm_conv1x1_reversible_backward, affine_coupling_reversible_backward
 from glow_kernels.ops.actnorm_conv1x1 import apply_reversible_backward
 from glow_kernels.reversible.anatomy import Anatomy
@@ -55,6 +56,8 @@ def backward_from_output(
     conditioning, transformed = coupling._split("z", z)
     grad_conditioning, grad_transformed = coupling._split("z", grad_z)
     tensors = [tensor for tensor in context if tensor is not None]
+    if not context and anatomy.is_standard and passes.has_passes(coupling.network):
+        return _backward_by_passes(anatomy, step, z, grad_z, grad_log_det, parameters)
     with torch.enable_grad():
         conditioning = leaf(conditioning, True)
         h = coupling.network(conditioning, *context)
@@ -71,6 +74,37 @@ def backward_from_output(
     for number, grad in enumerate(linear_grads, start=len(tensors)):
         grads[number] = sum_of(grads[number], grad)
     return x, grad_x, grads
+
+
+def _backward_by_passes(
+    anatomy: Anatomy, step: FlowStep, z: Tensor, grad_z: Tensor, grad_log_det: Tensor, parameters: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """The same without autograd, where the network is this package's own."""
+    coupling, network = step.coupling, cast(CouplingNetwork, step.coupling.network)
+    conditioning, transformed = coupling._split("z", z)
+    grad_conditioning, grad_transformed = coupling._split("z", grad_z)
+    own = passes.parameters_of(network)
+    needed = any(parameter.requires_grad for parameter in own)
+    h, kept = passes.forward(conditioning, own, network.frugal)
+    transformed, grad_transformed, grad_h = _undo_coupling(coupling, grad_transformed, grad_log_det, transformed, h)
+    del h
+    below, found = passes.backward(grad_h, kept, own, True, needed, network.frugal)
+    del grad_h, kept
+    assert below is not None
+    y = coupling._merge(conditioning, transformed)
+    grad_y = coupling._merge(grad_conditioning + below, grad_transformed)
+    x, grad_x, grads = _undo_linear_map(anatomy, step, grad_y, grad_log_det, y, parameters)
+    of: dict[int, Tensor | None] = {}
+    for parameter, grad in zip(own, found, strict=True):
+        of[id(parameter)] = sum_of(of.get(id(parameter)), grad)
+    return (
+        x,
+        grad_x,
+        [
+            sum_of(grad, of.get(id(parameter))) if parameter.requires_grad else grad
+            for parameter, grad in zip(parameters, grads, strict=True)
+        ],
+    )
 
 
 def _undo_linear_map(
