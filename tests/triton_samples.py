@@ -179,7 +179,7 @@ def linear_data() -> Iterator[tuple[str, bool, Sequence[int]]]:
     """Types, memory format, and shapes of every block of channels that are read in vectors or not."""
     for dtype, channels_last in itertools.product(PLAIN, (False, True)):
         yield dtype, channels_last, BANDWIDTH_SHAPES[0]
-        for channels in (16, 24, 48, 192):
+        for channels in (16, 24, 48, 64, 192):
             yield dtype, channels_last, (32, channels, 64, 64)
             yield dtype, channels_last, (32, channels - 1, 5, 5)
 

@@ -8,16 +8,18 @@ kernel                       reads          writes
 ===========================  =============  ==============
 apply                        x              z
 backward                     g, x           dx
-backward without dx          g, x
+sums                         g, x
 reversible backward          g, z           x, dx
 ===========================  =============  ==============
 
-and the matrices, and one partial sum of ``dM`` and ``dv`` per program; the backwards find ``g`` once more in the cache.
-More channels are matrix products, limited by arithmetic: in blocks of 64 channels, whose tiles of the input the cache
-serves again, and a launch for each of ``z`` or ``x``, ``dx`` and the sums; so are the backwards in float64.
+and the matrices, and one partial sum of ``dM`` and ``dv`` per program. From 33 channels on the sums fill the registers:
+one launch for each of ``x``, ``dx`` and the sums. More than 64 channels are matrix products, limited by arithmetic: in
+blocks of 64 channels, whose tiles of the input the cache serves again; float64 takes these too.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +40,7 @@ from glow_kernels.backends.triton.linear_kernels import (
     sums_kernel,
 )
 from glow_kernels.backends.triton.sums import sum_partial
+from glow_kernels.backends.triton.wide_linear_kernels import wide_apply_kernel, wide_sums_kernel
 
 __all__ = [
     "apply",
@@ -51,7 +54,7 @@ __all__ = [
     "lu_weight_backward",
 ]
 
-# Channels of a block of a product: what a program can hold together with the sums over its positions.
+# Channels that a program can hold.
 _BLOCK_C = 64
 
 
@@ -65,11 +68,11 @@ def apply(x: Tensor, matrix: Tensor, shift: Tensor) -> Tensor:
 def apply_backward(grad: Tensor, x: Tensor, matrix: Tensor, needs_grad_x: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``apply``: ``M^T g`` (or nothing), ``sum g x^T``, ``sum g`` (sums over samples and positions)."""
     grad_x = torch.empty_like(x, memory_format=output_format(x)) if needs_grad_x else x.new_empty(0)
-    if not (needs_grad_x and _fits_one_pass(x)):
-        if needs_grad_x:
-            _linear(grad, matrix.mT, None, grad_x)
-        return grad_x, *_sums(grad, x, matrix)
-    return grad_x, *_gradients(grad, x, matrix, None, None, grad_x, grad_x)
+    if needs_grad_x and _fits_one_pass(x):
+        return grad_x, *_one_pass(grad, x, matrix, None, None, grad_x, grad_x)
+    if needs_grad_x:
+        _linear(grad, matrix.mT, None, grad_x)
+    return grad_x, *_sums(grad, x, matrix)
 
 
 def apply_reversible_backward(
@@ -77,14 +80,14 @@ def apply_reversible_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The input ``x = M^-1 z - b`` of ``apply`` and its gradients in x, matrix and shift."""
     x, grad_x = (torch.empty_like(z, memory_format=output_format(z)) for _ in range(2))
-    if not _fits_one_pass(z):
-        _linear(z, inverse, inverse_shift, x)
-        _linear(grad, matrix.mT, None, grad_x)
-        return x, grad_x, *_sums(grad, x, matrix)
-    return x, grad_x, *_gradients(grad, z, matrix, inverse, inverse_shift, x, grad_x)
+    if _fits_one_pass(z):
+        return x, grad_x, *_one_pass(grad, z, matrix, inverse, inverse_shift, x, grad_x)
+    _linear(z, inverse, inverse_shift, x)
+    _linear(grad, matrix.mT, None, grad_x)
+    return x, grad_x, *_sums(grad, x, matrix)
 
 
-def _gradients(
+def _one_pass(
     grad: Tensor,
     data: Tensor,
     matrix: Tensor,
@@ -96,7 +99,9 @@ def _gradients(
     """Write ``M^T g``, and ``M^-1 z - b`` if there is an inverse, in one pass; sums as of ``apply_backward``."""
     rows = _rows_of("linear_backward", data, grad, undone, grad_x)
     x, g, input_, dx = rows.planes
-    partial = _partial_sums(rows, matrix, blocks=1)
+    # As many as the registers of an H100 hold.
+    resident = 2 if data.shape[1] > 16 else 4 if inverse is None else 3
+    partial = _partial_sums(rows, matrix, 1, resident)
     # A kernel without an inverse does not touch it.
     inverse_of, shift = (matrix, matrix[0]) if inverse is None or inverse_shift is None else (inverse, inverse_shift)
     launch(
@@ -106,63 +111,75 @@ def _gradients(
         *(*strided(g, x), input_, *strided(dx), partial, *strided(shift, inverse_of, matrix)),
         *x.shape[1:],
         rows.count,
-        **rows.options,
         UNDO=inverse is not None,
-        PRECISION=_precision(matrix, rows),
-        SUM_PRECISION=_sum_precision(matrix),
+        PRECISION=_precision(matrix),
+        PARTS=_parts(rows),
+        **_in_blocks(rows, data),
         ALL_REGISTERS=True,
     )
     return _total(partial, matrix)
 
 
+def _sums(grad: Tensor, x: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """``sum g x^T`` and ``sum g``."""
+    if x.numel() == 0:
+        return matrix.new_zeros(matrix.shape), matrix.new_zeros(len(matrix))
+    in_registers = _in_registers(x)
+    rows = _rows_of("linear_sums" if in_registers else "wide_sums", x, grad)
+    data, g = rows.planes
+    options = rows.options
+    blocks = _tiles_c(rows, x) ** 2
+    if in_registers:
+        options = _in_blocks(rows, x)
+        # With more, the registers hold the sums of one block of channels of g.
+        of_grad = options["BLOCKS"] if options["BLOCKS"] <= 2 else 1
+        options |= {"PARTS": _parts(rows), "ROWS": of_grad}
+        blocks = options["BLOCKS"] // of_grad
+    partial = _partial_sums(rows, matrix, blocks, 3 if in_registers else 4)
+    launch(
+        sums_kernel if in_registers else wide_sums_kernel,
+        len(partial) * blocks,
+        x,
+        *(*strided(g, data), partial),
+        *data.shape[1:],
+        rows.count,
+        PRECISION=_precision(matrix),
+        **options,
+        ALL_REGISTERS=True,
+    )
+    return _total(partial, matrix)
+
+
+def _in_registers(x: Tensor) -> bool:
+    """Whether a program holds all channels. In float64, which is not for speed, some GPUs have too little room."""
+    return x.shape[1] <= _BLOCK_C and x.dtype != torch.float64
+
+
 def _fits_one_pass(x: Tensor) -> bool:
-    # In float64, which is not for speed, the registers of some GPUs hold too little.
-    return x.shape[1] <= _BLOCK_C and x.dtype != torch.float64 and x.numel() > 0
+    # With more, the sums leave the registers no room for a product.
+    return x.shape[1] <= 32 and _in_registers(x) and x.numel() > 0
 
 
 def _linear(x: Tensor, matrix: Tensor, shift: Tensor | None, out: Tensor) -> None:
     """Write ``M x_p + shift`` to ``out``."""
     if x.numel() == 0:
         return
-    rows = _rows_of("linear", x, out)
+    in_registers = _in_registers(x)
+    rows = _rows_of("linear" if in_registers else "wide", x, out)
     data, result = rows.planes
     vector = matrix[0] if shift is None else shift  # which a kernel without a shift does not touch
     launch(
-        apply_kernel,
-        rows.tiles * _tiles_c(rows, x),
+        apply_kernel if in_registers else wide_apply_kernel,
+        rows.tiles * (1 if in_registers else _tiles_c(rows, x)),
         x,
         *strided(data, result, vector, matrix),
         *data.shape[1:],
         rows.count,
-        **rows.options,
         HAS_SHIFT=shift is not None,
-        PRECISION=_precision(matrix, rows),
-        # Fewer are limited by memory, which wants many threads.
-        ALL_REGISTERS=rows.options["BLOCK_C"] == _BLOCK_C,
-    )
-
-
-def _sums(grad: Tensor, x: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """``sum g x^T`` and ``sum g``."""
-    channels = x.shape[1]
-    if x.numel() == 0:
-        return matrix.new_zeros(channels, channels), matrix.new_zeros(channels)
-    rows = _rows_of("linear_sums", x, grad)
-    data, g = rows.planes
-    blocks = _tiles_c(rows, x) ** 2
-    partial = _partial_sums(rows, matrix, blocks)
-    launch(
-        sums_kernel,
-        len(partial) * blocks,
-        x,
-        *(*strided(g, data), partial),
-        *data.shape[1:],
-        rows.count,
-        **rows.options,
-        PRECISION=_sum_precision(matrix),
+        PRECISION=_precision(matrix),
+        **(_in_blocks(rows, x) if in_registers else rows.options),
         ALL_REGISTERS=True,
     )
-    return _total(partial, matrix)
 
 
 def _rows_of(family: str, x: Tensor, *others: Tensor) -> Rows:
@@ -171,13 +188,31 @@ def _rows_of(family: str, x: Tensor, *others: Tensor) -> Rows:
     return rows_of(f"{family}_{block_c}", (x, *others), block_c)
 
 
+def _in_blocks(rows: Rows, x: Tensor) -> dict[str, Any]:
+    """Options of a kernel that holds all channels in blocks of 16."""
+    options = {name: value for name, value in rows.options.items() if name != "BLOCK_C"}
+    blocks = -(-x.shape[1] // 16)
+    # Single elements need more registers, for their addresses, and so do channels that come last beside 4 sums.
+    more = options["VECTOR"] == 1 or (options["CHANNELS_LAST"] and blocks == 2)
+    return {**options, "BLOCKS": blocks, "num_warps": options["num_warps"] * (2 if more else 1)}
+
+
+def _parts(rows: Rows) -> int:
+    """Warps that have sums of their own, of 16 positions of a tile or more."""
+    warps = int(rows.options["num_warps"]) // (2 if torch.version.hip else 1)
+    return max(1, min(warps, int(rows.options["BLOCK_P"]) // 16))
+
+
 def _tiles_c(rows: Rows, x: Tensor) -> int:
     return -(-x.shape[1] // int(rows.options["BLOCK_C"]))
 
 
-def _partial_sums(rows: Rows, matrix: Tensor, blocks: int) -> Tensor:
-    """Room for the sums of so many parts of the positions that all blocks of them fill the device."""
-    parts = min(rows.tiles, -(-4 * multiprocessors(matrix.device) // blocks))
+def _partial_sums(rows: Rows, matrix: Tensor, blocks: int, resident: int = 4) -> Tensor:
+    """Room for the sums of so many parts of the positions that all blocks of them fill the device.
+
+    ``resident`` programs find room on a multiprocessor at a time, and no more are started.
+    """
+    parts = min(rows.tiles, -(-resident * multiprocessors(matrix.device) // blocks))
     channels = matrix.shape[0]
     return matrix.new_empty(parts, channels * (channels + 1))
 
@@ -188,12 +223,7 @@ def _total(partial: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
     return total[:size].view(matrix.shape), total[size:].clone()
 
 
-def _precision(matrix: Tensor, rows: Rows) -> str:
-    # With 48 channels an H200 at its peak of float32 arithmetic takes longer than its memory; three passes of TF32 on
-    # the matrix units take a third of that, and with that many terms they are no less accurate.
-    return "ieee" if int(rows.options["BLOCK_C"]) < _BLOCK_C else _sum_precision(matrix)
-
-
-def _sum_precision(matrix: Tensor) -> str:
-    # AMD's matrix units have IEEE float32; NVIDIA's reach its accuracy in three passes of TF32.
+def _precision(matrix: Tensor) -> str:
+    # AMD's matrix units have IEEE float32; NVIDIA's reach its accuracy in three passes of TF32. The arithmetic units
+    # would read every operand from shared memory.
     return "ieee" if torch.version.hip or matrix.dtype == torch.float64 else "tf32x3"

@@ -58,7 +58,7 @@ def _eliminate(left, C, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
     step_of_row = tl.full((BLOCK,), BLOCK, tl.int32)
     row_of_step = tl.full((BLOCK,), BLOCK, tl.int32)
-    log_det = tl.zeros((), tl.float64)
+    pivots = tl.full((BLOCK,), 1.0, tl.float64)
     for k in range(C):
         in_column = (i == k)[None, :]
         column = tl.sum(tl.where(in_column, left, 0.0), 1)
@@ -66,14 +66,16 @@ def _eliminate(left, C, BLOCK: tl.constexpr):
         row = tl.argmax(candidates, 0)
         in_row = (i == row)[:, None]
         pivot_row = tl.sum(tl.where(in_row, left, 0.0), 0)
-        pivot = tl.sum(tl.where(i == k, pivot_row, 0.0), 0)
-        # A pivot of zero stays the whole determinant, whatever the infinities that follow say.
-        log_det = tl.where(log_det == float("-inf"), log_det, log_det + tl.log(tl.abs(pivot)))
-        scaled = tl.where(i == k, 1.0, pivot_row) / pivot
+        pivot = tl.sum(tl.where(i == row, column, 0.0), 0)
+        pivots = tl.where(i == k, pivot, pivots)
+        scaled = tl.where(i == k, 1.0, pivot_row) * (1.0 / pivot)
         left = tl.where(in_row, 0.0, tl.where(in_column, 0.0, left) - column[:, None] * scaled[None, :])
         left = tl.where(in_row, scaled[None, :], left)
         step_of_row = tl.where(i == row, k, step_of_row)
         row_of_step = tl.where(i == k, row, row_of_step)
+    # A pivot of zero is the whole determinant, whatever the infinities that follow say.
+    singular = tl.max((pivots == 0.0).to(tl.int32), 0) > 0
+    log_det = tl.where(singular, float("-inf"), tl.sum(tl.log(tl.abs(pivots)), 0))
     return left, step_of_row, row_of_step, log_det
 
 

@@ -26,16 +26,22 @@ TUNED = Path(__file__).parent / "tuned"
 DEFAULTS: dict[str, dict[str, int]] = {
     "elementwise": {"elements": 512, "num_warps": 2},
     "statistics": {"elements": 2048, "num_warps": 4},
-    "linear_16": {"elements": 2048, "num_warps": 8},
-    "linear_32": {"elements": 2048, "num_warps": 8},
-    "linear_64": {"elements": 2048, "num_warps": 4},
+    "linear_16": {"elements": 2048, "num_warps": 4},
+    "linear_32": {"elements": 4096, "num_warps": 4},
+    "linear_64": {"elements": 8192, "num_warps": 4},
+    # Each warp has the sums of 16 positions of a tile or more.
+    "linear_backward_16": {"elements": 1024, "num_warps": 4},
+    "linear_backward_32": {"elements": 2048, "num_warps": 4},
+    "linear_sums_16": {"elements": 1024, "num_warps": 4},
+    "linear_sums_32": {"elements": 2048, "num_warps": 4},
+    "linear_sums_64": {"elements": 4096, "num_warps": 4},
     # Operands of a dot product live in registers, so larger tiles spill.
-    "linear_backward_16": {"elements": 512, "num_warps": 4},
-    "linear_backward_32": {"elements": 512, "num_warps": 8},
-    "linear_backward_64": {"elements": 1024, "num_warps": 8},
-    "linear_sums_16": {"elements": 512, "num_warps": 4},
-    "linear_sums_32": {"elements": 512, "num_warps": 4},
-    "linear_sums_64": {"elements": 1024, "num_warps": 8},
+    "wide_16": {"elements": 2048, "num_warps": 8},
+    "wide_32": {"elements": 2048, "num_warps": 8},
+    "wide_64": {"elements": 2048, "num_warps": 4},
+    "wide_sums_16": {"elements": 512, "num_warps": 4},
+    "wide_sums_32": {"elements": 512, "num_warps": 4},
+    "wide_sums_64": {"elements": 1024, "num_warps": 8},
 }
 
 

@@ -1,7 +1,7 @@
 """Kernels of the linear map ``z = M x + v`` and of its gradients, which ``actnorm_conv1x1.py`` launches.
 
-A tile is ``(positions, channels)``. Products are computed the way round in which the data lie, so that what the matrix
-units leave in the registers of a thread are neighbours in memory.
+A program holds all channels of a tile of positions, in tuples of tiles ``(16 channels, positions)``, so that 48
+channels take 9 products of blocks and not 16.
 """
 
 from __future__ import annotations
@@ -17,51 +17,39 @@ def apply_kernel(
     x_ptr, x_b, x_c, x_p, out_ptr, out_b, out_c, out_p, shift_ptr, shift_i,
     matrix_ptr, matrix_i: tl.int32, matrix_j: tl.int32, C: tl.int32, P: tl.int32, count: tl.int32,
     HAS_SHIFT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCKS: tl.constexpr, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """One tile of positions and of channels of z: reads all channels of x once, writes z once."""
+    """One tile of positions: reads x once, writes z once."""
     C, P, count = row_sizes(C, P, count, CHANNELS_LAST, VECTOR)
-    tiles_c = tl.cdiv(C, BLOCK_C)
-    # Neighbours share the tile of x, which the second finds in the cache.
-    rows = tl.program_id(0) // tiles_c * BLOCK_P + tl.arange(0, BLOCK_P)
-    channels = tl.program_id(0) % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    shift = tl.zeros((BLOCK_C,), matrix_ptr.dtype.element_ty)
-    if HAS_SHIFT:
-        shift = tl.load(shift_ptr + channels * shift_i, channels < C, other=0.0)
-    z = _product(
-        x_ptr, (x_b, x_c, x_p), rows, P, count, matrix_ptr, matrix_i, matrix_j, shift, channels, C,
-        False, not CHANNELS_LAST, CHANNELS_LAST, VECTOR, PRECISION,
+    dtype: tl.constexpr = matrix_ptr.dtype.element_ty
+    rows = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    x = _blocks(x_ptr, (x_b, x_c, x_p), rows, P, count, 0, C, BLOCKS, dtype, CHANNELS_LAST, VECTOR)
+    _products(
+        x, matrix_ptr, matrix_i, matrix_j, shift_ptr, shift_i, HAS_SHIFT,
+        out_ptr, (out_b, out_c, out_p), rows, P, count, C, BLOCKS, CHANNELS_LAST, VECTOR, PRECISION,
     )  # fmt: skip
-    at = row_pointers(out_ptr, (out_b, out_c, out_p), rows, P, channels, CHANNELS_LAST, VECTOR)
-    store(at, z, (rows < count)[:, None] & (channels < C)[None, :])
 
 
 @kernel
 def sums_kernel(
     grad_ptr, grad_b, grad_c, grad_p, x_ptr, x_b, x_c, x_p, partial_ptr,
     C: tl.int32, P: tl.int32, count: tl.int32,
-    PRECISION: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr,
+    PRECISION: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCKS: tl.constexpr, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """A share of the positions, for one block of dM: reads the channels of g and of x that it needs once."""
+    """A share of the tiles of positions, for ROWS blocks of channels of g: reads these and x once."""
     C, P, count = row_sizes(C, P, count, CHANNELS_LAST, VECTOR)
-    tiles_c = tl.cdiv(C, BLOCK_C)
-    block = tl.program_id(0) % (tiles_c * tiles_c)
-    share = tl.program_id(0) // (tiles_c * tiles_c)
-    grad_channels = block // tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    x_channels = block % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    zero = tl.zeros((BLOCK_C,), partial_ptr.dtype.element_ty)
-    grad_matrix = tl.zeros((BLOCK_C, BLOCK_C), zero.dtype)
-    grad_shift = zero
-    for tile in range(share, tl.cdiv(count, BLOCK_P), tl.num_programs(0) // (tiles_c * tiles_c)):
-        rows = tile * BLOCK_P + tl.arange(0, BLOCK_P)
-        grad = _tile(
-            grad_ptr, (grad_b, grad_c, grad_p), rows, P, count, grad_channels, C, zero.dtype, CHANNELS_LAST, VECTOR
-        )
-        x = _tile(x_ptr, (x_b, x_c, x_p), rows, P, count, x_channels, C, zero.dtype, CHANNELS_LAST, VECTOR)
-        grad_matrix = tl.dot(tl.trans(grad), x, grad_matrix, input_precision=PRECISION, out_dtype=zero.dtype)
-        grad_shift += tl.sum(grad, 0)
-    _store_partial(partial_ptr, share, grad_matrix, grad_shift, grad_channels, x_channels, C)
+    dtype: tl.constexpr = partial_ptr.dtype.element_ty
+    # Neighbours share the tile of x, which the second finds in the cache.
+    first = tl.program_id(0) % (BLOCKS // ROWS) * ROWS
+    share = tl.program_id(0) // (BLOCKS // ROWS)
+    grad_matrix, grad_shift = _zero_sums(dtype, PARTS, ROWS, BLOCKS)
+    for tile in range(share, tl.cdiv(count, BLOCK_P), tl.num_programs(0) // (BLOCKS // ROWS)):
+        at = tile * BLOCK_P + tl.arange(0, BLOCK_P)
+        grad = _blocks(grad_ptr, (grad_b, grad_c, grad_p), at, P, count, first, C, ROWS, dtype, CHANNELS_LAST, VECTOR)
+        x = _blocks(x_ptr, (x_b, x_c, x_p), at, P, count, 0, C, BLOCKS, dtype, CHANNELS_LAST, VECTOR)
+        grad_matrix, grad_shift = _add_to_sums(grad_matrix, grad_shift, grad, x, PARTS, ROWS, BLOCKS, PRECISION)
+    _store_sums(partial_ptr, share, grad_matrix, grad_shift, first, C, ROWS, BLOCKS)
 
 
 @kernel
@@ -70,114 +58,139 @@ def backward_kernel(
     undone_ptr, grad_x_ptr, out_b, out_c, out_p, partial_ptr, inverse_shift_ptr, inverse_shift_i,
     inverse_ptr, inverse_i: tl.int32, inverse_j: tl.int32, matrix_ptr, matrix_i: tl.int32, matrix_j: tl.int32,
     C: tl.int32, P: tl.int32, count: tl.int32,
-    UNDO: tl.constexpr, PRECISION: tl.constexpr, SUM_PRECISION: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr,
+    UNDO: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCKS: tl.constexpr, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Every ``num_programs``-th tile of positions: reads g and x once, writes dx once; with UNDO z, and x too."""
+    """The same, and writes dx once; with UNDO reads z instead of x, and writes x too."""
     C, P, count = row_sizes(C, P, count, CHANNELS_LAST, VECTOR)
     data_strides = (data_b, data_c, data_p)
     grad_strides = (grad_b, grad_c, grad_p)
     out_strides = (out_b, out_c, out_p)
-    channels = tl.arange(0, BLOCK_C)
-    zero = tl.zeros((BLOCK_C,), matrix_ptr.dtype.element_ty)
-    inverse_shift = zero
-    if UNDO:
-        inverse_shift = tl.load(inverse_shift_ptr + channels * inverse_shift_i, channels < C, other=0.0)
-    grad_matrix = tl.zeros((BLOCK_C, BLOCK_C), zero.dtype)
-    grad_shift = zero
+    dtype: tl.constexpr = matrix_ptr.dtype.element_ty
+    grad_matrix, grad_shift = _zero_sums(dtype, PARTS, BLOCKS, BLOCKS)
     for tile in range(tl.program_id(0), tl.cdiv(count, BLOCK_P), tl.num_programs(0)):
         rows = tile * BLOCK_P + tl.arange(0, BLOCK_P)
-        mask = (rows < count)[:, None] & (channels < C)[None, :]
+        grad = _blocks(grad_ptr, grad_strides, rows, P, count, 0, C, BLOCKS, dtype, CHANNELS_LAST, VECTOR)
+        x = _blocks(data_ptr, data_strides, rows, P, count, 0, C, BLOCKS, dtype, CHANNELS_LAST, VECTOR)
         if UNDO:
             # Outside the data, where this is the shift, the gradient is zero.
-            x = _product(
-                data_ptr, data_strides, rows, P, count, inverse_ptr, inverse_i, inverse_j, inverse_shift, channels, C,
-                BLOCK_C <= 32, False, CHANNELS_LAST, VECTOR, PRECISION,
+            x = _products(
+                x, inverse_ptr, inverse_i, inverse_j, inverse_shift_ptr, inverse_shift_i, True,
+                undone_ptr, out_strides, rows, P, count, C, BLOCKS, CHANNELS_LAST, VECTOR, PRECISION,
             )  # fmt: skip
-        grad_x = _product(
-            grad_ptr, grad_strides, rows, P, count, matrix_ptr, matrix_j, matrix_i, zero, channels, C,
-            BLOCK_C <= 32, False, CHANNELS_LAST, VECTOR, PRECISION,
+        grad_matrix, grad_shift = _add_to_sums(grad_matrix, grad_shift, grad, x, PARTS, BLOCKS, BLOCKS, PRECISION)
+        _products(
+            grad, matrix_ptr, matrix_j, matrix_i, matrix_ptr, 0, False,
+            grad_x_ptr, out_strides, rows, P, count, C, BLOCKS, CHANNELS_LAST, VECTOR, PRECISION,
         )  # fmt: skip
-        grad = _tile(grad_ptr, grad_strides, rows, P, count, channels, C, zero.dtype, CHANNELS_LAST, VECTOR)
-        if UNDO:
-            store(row_pointers(undone_ptr, out_strides, rows, P, channels, CHANNELS_LAST, VECTOR), x, mask)
-        else:
-            x = _tile(data_ptr, data_strides, rows, P, count, channels, C, zero.dtype, CHANNELS_LAST, VECTOR)
-        store(row_pointers(grad_x_ptr, out_strides, rows, P, channels, CHANNELS_LAST, VECTOR), grad_x, mask)
-        grad_matrix = tl.dot(tl.trans(grad), x, grad_matrix, input_precision=SUM_PRECISION, out_dtype=zero.dtype)
-        grad_shift += tl.sum(grad, 0)
-    _store_partial(partial_ptr, tl.program_id(0), grad_matrix, grad_shift, channels, channels, C)
+    _store_sums(partial_ptr, tl.program_id(0), grad_matrix, grad_shift, 0, C, BLOCKS, BLOCKS)
 
 
 @triton.jit
-def _tile(
-    ptr, strides, rows, P, count, channels, C, dtype: tl.constexpr, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr
-):
-    at = row_pointers(ptr, strides, rows, P, channels, CHANNELS_LAST, VECTOR)
-    return tl.load(at, (rows < count)[:, None] & (channels < C)[None, :], other=0.0).to(dtype)
-
-
-@triton.jit
-def _product(
-    x_ptr, x_strides, rows, P, count, matrix_ptr, matrix_i, matrix_j, shift, channels, C,
-    UNROLLED: tl.constexpr, TRANSPOSED: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr,
+def _blocks(
+    ptr, strides, rows, P, count, first, C,
+    BLOCKS: tl.constexpr, dtype: tl.constexpr, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """``sum_j M[channels, j] x[j] + shift``, read 16 channels of x at a time, as (channels, positions) if TRANSPOSED.
+    """Blocks of channels from the first on at these rows, as a tuple of tiles (16 channels, rows)."""
+    tiles = ()
+    for block in tl.static_range(BLOCKS):
+        channels = (first + block) * 16 + tl.arange(0, 16)
+        at = row_pointers(ptr, strides, rows, P, channels, CHANNELS_LAST, VECTOR, True)
+        tiles += (tl.load(at, (channels < C)[:, None] & (rows < count)[None, :], other=0.0).to(dtype),)
+    return tiles
 
-    So a dot product on the arithmetic units has room in the registers, and one on the matrix units, which cut off what
-    does not fit, rounds its sum of 16 terms to the nearest.
+
+@triton.jit
+def _products(
+    x, matrix_ptr, matrix_i, matrix_j, shift_ptr, shift_i, HAS_SHIFT: tl.constexpr,
+    out_ptr, out_strides, rows, P, count, C,
+    BLOCKS: tl.constexpr, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Store ``M x + v`` of tiles (16 channels, rows), and return it."""
+    results = ()
+    for i in tl.static_range(BLOCKS):
+        to = i * 16 + tl.arange(0, 16)
+        z = tl.zeros(x[0].shape, x[0].dtype)
+        if HAS_SHIFT:
+            z += tl.load(shift_ptr + to * shift_i, to < C, other=0.0)[:, None]
+        for j in tl.static_range(BLOCKS):
+            of = j * 16 + tl.arange(0, 16)
+            at = matrix_ptr + (to[:, None] * matrix_i + of[None, :] * matrix_j)
+            z = _dot(tl.load(at, (to < C)[:, None] & (of < C)[None, :], other=0.0), x[j], z, PRECISION)
+        out_at = row_pointers(out_ptr, out_strides, rows, P, to, CHANNELS_LAST, VECTOR, True)
+        store(out_at, z, (to < C)[:, None] & (rows < count)[None, :])
+        results += (z,)
+    return results
+
+
+@triton.jit
+def _zero_sums(dtype: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr):
+    """Of ``sum g x^T`` for every pair of blocks, a part for each warp, and of ``sum g`` for every block of g."""
+    grad_matrix = ()
+    grad_shift = ()
+    for _ in tl.static_range(ROWS * BLOCKS):
+        grad_matrix += (tl.zeros((PARTS, 16, 16), dtype),)
+    for _ in tl.static_range(ROWS):
+        grad_shift += (tl.zeros((16,), dtype),)
+    return grad_matrix, grad_shift
+
+
+@triton.jit
+def _add_to_sums(
+    grad_matrix, grad_shift, grad, x,
+    PARTS: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The sums with those of one tile."""
+    matrix_sums = ()
+    shift_sums = ()
+    for i in tl.static_range(ROWS):
+        part = _parts(grad[i], PARTS)
+        for j in tl.static_range(BLOCKS):
+            x_part = tl.permute(_parts(x[j], PARTS), (0, 2, 1))
+            # Added here, and so rounded to the nearest: matrix units round a sum towards zero, step by step.
+            of_tile = _dot(part, x_part, tl.zeros((PARTS, 16, 16), grad[i].dtype), PRECISION)
+            matrix_sums += (grad_matrix[i * BLOCKS + j] + of_tile,)
+        shift_sums += (grad_shift[i] + tl.sum(grad[i], 1),)
+    return matrix_sums, shift_sums
+
+
+@triton.jit
+def _store_sums(partial_ptr, share, grad_matrix, grad_shift, first, C, ROWS: tl.constexpr, BLOCKS: tl.constexpr):
+    """``dM``, then ``dv``, of a share; its blocks from the first on."""
+    at = partial_ptr + share.to(tl.int64) * (C * (C + 1))
+    for i in tl.static_range(ROWS):
+        to = (first + i) * 16 + tl.arange(0, 16)
+        for j in tl.static_range(BLOCKS):
+            of = j * 16 + tl.arange(0, 16)
+            total = tl.sum(grad_matrix[i * BLOCKS + j], 0)
+            tl.store(at + to[:, None] * C + of[None, :], total, (to < C)[:, None] & (of < C)[None, :])
+        tl.store(at + C * C + to, grad_shift[i], to < C)
+
+
+@triton.jit
+def _parts(tile, PARTS: tl.constexpr):
+    """A tile (16, rows) as a batch of tiles, one for each warp, which so has no work in common with another."""
+    return tl.permute(tl.reshape(tile, (16, PARTS, tile.shape[1] // PARTS)), (1, 0, 2))
+
+
+@triton.jit
+def _dot(a, b, out, PRECISION: tl.constexpr):
+    """``out + a b``; Triton's own TF32 in three passes splits with three times the instructions, for infinities.
+
+    They become NaN here. What the matrix units cut off the low parts has either sign.
     """
-    if CHANNELS_LAST:
-        out = tl.zeros((rows.shape[0], channels.shape[0]), shift.dtype) + shift[None, :]
+    if PRECISION == "tf32x3":
+        a_high = _high(a)
+        b_high = _high(b)
+        out = tl.dot(a_high, b - b_high, out, input_precision="tf32")
+        out = tl.dot(a - a_high, b_high, out, input_precision="tf32")
+        return tl.dot(a_high, b_high, out, input_precision="tf32")
     else:
-        out = tl.zeros((channels.shape[0], rows.shape[0]), shift.dtype) + shift[:, None]
-    # Unrolled, so that a loop over tiles is the innermost one: the compiler issues loads ahead of that one only.
-    if UNROLLED:
-        for first in tl.static_range(0, channels.shape[0], 16):
-            some = first + tl.arange(0, 16)
-            out = _add_product(
-                out, x_ptr, x_strides, rows, P, count, matrix_ptr, matrix_i, matrix_j, channels, some, C,
-                TRANSPOSED, CHANNELS_LAST, VECTOR, PRECISION,
-            )  # fmt: skip
-    else:
-        for first in range(0, C, 16):
-            some = first + tl.arange(0, 16)
-            out = _add_product(
-                out, x_ptr, x_strides, rows, P, count, matrix_ptr, matrix_i, matrix_j, channels, some, C,
-                TRANSPOSED, CHANNELS_LAST, VECTOR, PRECISION,
-            )  # fmt: skip
-    return out if CHANNELS_LAST else tl.trans(out)
+        return tl.dot(a, b, out, input_precision=PRECISION, out_dtype=out.dtype)
 
 
 @triton.jit
-def _add_product(
-    out, x_ptr, x_strides, rows, P, count, matrix_ptr, matrix_i, matrix_j, channels, some, C,
-    TRANSPOSED: tl.constexpr, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """``out + M[channels, some] x[some]``, the way round in which the data lie."""
-    x_at = row_pointers(x_ptr, x_strides, rows, P, some, CHANNELS_LAST, VECTOR, TRANSPOSED)
-    if TRANSPOSED:
-        # Otherwise the matrix units of compute capability 8 would have x copied 4 bytes at a time.
-        x = tl.load(x_at, (rows < count)[None, :] & (some < C)[:, None], other=0.0).to(out.dtype)
-    else:
-        x = tl.load(x_at, (rows < count)[:, None] & (some < C)[None, :], other=0.0).to(out.dtype)
-    at = channels[None, :] * matrix_i + some[:, None] * matrix_j
-    columns = tl.load(matrix_ptr + at, (channels < C)[None, :] & (some < C)[:, None], other=0.0)
-    if CHANNELS_LAST:
-        return tl.dot(x, columns, out, input_precision=PRECISION, out_dtype=out.dtype)
-    elif TRANSPOSED:
-        return tl.dot(tl.trans(columns), x, out, input_precision=PRECISION, out_dtype=out.dtype)
-    else:
-        return tl.dot(tl.trans(columns), tl.trans(x), out, input_precision=PRECISION, out_dtype=out.dtype)
-
-
-@triton.jit
-def _store_partial(partial_ptr, part, grad_matrix, grad_shift, grad_channels, x_channels, C):
-    """A block of ``dM``, then ``dv``, in the sums of one part."""
-    at = partial_ptr + part.to(tl.int64) * (C * (C + 1))
-    block = (grad_channels < C)[:, None] & (x_channels < C)[None, :]
-    tl.store(at + grad_channels[:, None] * C + x_channels[None, :], grad_matrix, block)
-    # The first of a row of blocks writes the sums of g, which all of them have.
-    end = tl.where(tl.min(x_channels, 0) == 0, C, 0)
-    tl.store(at + C * C + grad_channels, grad_shift, grad_channels < end)
+def _high(x):
+    """``x`` rounded to the 11 bits of TF32."""
+    bits = x.to(tl.uint32, bitcast=True)
+    return ((bits + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
