@@ -84,7 +84,8 @@ def test_the_node_is_as_accurate_as_its_parts_under_autocast(backend, monkeypatc
     assert made == len(nodes) == (backend != "reference")
     for one, other, true in zip(actual, parts, truth, strict=True):
         assert one.dtype == other.dtype
-        assert (one - true).norm() <= 1.5 * (other - true).norm() + 1e-6 * true.norm()
+        # The sums of few samples vary by as much as bfloat16 rounds.
+        assert (one - true).norm() <= 1.5 * (other - true).norm() + 2**-9 * true.norm()
 
 
 @every_coupling

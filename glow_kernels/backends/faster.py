@@ -1,8 +1,8 @@
 """CUDA C++ or Triton for a tensor on a GPU: whichever was measured to be faster for this operator and size.
 
 ``faster/<model>.json`` beside this file, which ``glow-kernels tune`` writes, has for every operator a list of pairs: a
-number of elements and the faster backend up to there. Beyond, and without a table, Triton is first, and CUDA C++
-computes what Triton does not take.
+number of elements and the faster backend up to there. Beyond, and without a table, CUDA C++ is first, which on an H100
+was faster for all but one of 135 pairs of operator and size, since its launches take the host less time.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def first(candidates: tuple[str, ...], operator: str, args: tuple[Any, ...]) -> 
     if x.is_cpu or not x.is_cuda or "native" not in candidates or "triton" not in candidates:
         return candidates
     size = elements(args)
-    backend = next((name for limit, name in _measured(operator, x.get_device()) if size <= limit), "triton")
+    backend = next((name for limit, name in _measured(operator, x.get_device()) if size <= limit), "native")
     return (backend, *(name for name in candidates if name != backend))
 
 

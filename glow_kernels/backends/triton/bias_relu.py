@@ -61,6 +61,11 @@ def backward(grad: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return grad_x, sum_partial(partial, 0)
 
 
+def bias_backward(grad: Tensor) -> Tensor:
+    """Gradient in a bias that was added without ReLU, by PyTorch: nothing is to be written beside the sum."""
+    return grad.sum([dimension for dimension in range(grad.dim()) if dimension != 1], dtype=compute_dtype(grad))
+
+
 @kernel
 def _bias_relu_kernel(
     x_ptr, x_b, x_c, x_p, y_ptr, y_b, y_c, y_p, bias_ptr, C: tl.int32, P: tl.int32, DTYPE: tl.constexpr,

@@ -55,9 +55,9 @@ def actnorm_statistics(function: str, x: Tensor) -> bool:
 
 
 def bias_relu(function: str, *args: Tensor) -> bool:
-    """Every shape; PyTorch sums as well as a kernel of ours would where there is no ReLU."""
+    """Every shape."""
     if function == "bias_backward":
-        return False
+        return _on_device(*args)
     x = args[-1] if function == "backward" else args[0]
     bias_or_grad = args[0] if function == "backward" else args[1]
     return _on_device(*args) and (x.dtype, bias_or_grad.dtype) in _PAIRS and _countable(x)
