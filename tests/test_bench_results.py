@@ -207,16 +207,27 @@ def test_goals_of_a_gpu_are_of_its_own_rows():
     shapes = ((64, 12, 128, 128), (32, 48, 64, 64))
     rows = [operator_row(ratio, shape=shape, device="cuda") for ratio, shape in zip((5.0, 3.0), shapes, strict=True)]
     training = {"steps": 32, "levels": 3, "hidden": 512, "image_size": 32, "batch": 64}
-    for name, seconds in (("glow_kernels", 0.5), ("reference", 1.6), ("glow_kernels anchor", 0.7)):
+    for name, seconds in (
+        ("glow_kernels", 0.5),
+        ("reference", 1.6),
+        ("glow_kernels anchor", 0.7),
+        ("glow_kernels bfloat16, graph", 0.1),
+        ("glow_kernels anchor, bfloat16, graph", 0.13),
+        ("floor: bare convolutions, bfloat16, graph", 0.08),
+    ):
         rows.append(model_row("training_step", name, seconds, **training))
         rows[-1]["case"]["device"] = "cuda"
     found = [(goal.name, goal.figure, goal.verdict) for goal in check.checks(rows) if goal.group.startswith("GPU, ")]
+    by_host, graph = "float32, launched by the host", "networks in bfloat16, a graph"
     assert [goal for goal in found if goal[1] == goal[1]] == [
         ("affine_coupling forward: % of a copy of the same bytes", pytest.approx(50), "missed"),
         ("affine_coupling forward: times faster than eager", pytest.approx(3), "missed"),
         ("affine_coupling forward: times faster than compile", pytest.approx(2), "reached"),
-        ("times faster than reference", pytest.approx(3.2), "reached"),
-        ("reversible, times plain autograd", pytest.approx(1.4), "missed"),
+        (f"{by_host}: times faster than reference in float32", pytest.approx(3.2), "reached"),
+        (f"{by_host}: reversible, times plain autograd", pytest.approx(1.4), "missed"),
+        (f"{graph}: times faster than reference in float32", pytest.approx(16), "reached"),
+        (f"{graph}: reversible, times plain autograd", pytest.approx(1.3), "reached"),
+        (f"{graph}: times the bare convolutions alone", pytest.approx(1.25), "reached"),
     ]
 
 
