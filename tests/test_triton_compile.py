@@ -75,7 +75,17 @@ def test_bandwidth_shapes_are_read_and_written_128_bits_at_a_time(kernels, targe
     assert [kernel for kernel in bandwidth if kernel.widest_load < 128] == []
     # These write nothing but partial results.
     reductions = ("_log_prob_kernel", "_chunk_kernel", "sums_kernel", "wide_sums_kernel")
-    writing = [kernel for kernel in bandwidth if kernel.kernel not in reductions]
+    writing = [
+        kernel
+        for kernel in bandwidth
+        if kernel.kernel not in reductions
+        # AMD's matrix units leave neighbouring channels of a product with different threads.
+        and not (
+            target == "gfx942"
+            and "channels last" in kernel.operator
+            and kernel.kernel in ("apply_kernel", "backward_kernel")
+        )
+    ]
     assert [kernel for kernel in writing if kernel.widest_store < 128] == []
 
 
