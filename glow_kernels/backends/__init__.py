@@ -10,7 +10,7 @@ import functools
 import importlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -52,8 +52,7 @@ def available_backends() -> tuple[str, ...]:
     return tuple(name for name in PREFERENCE if backend_status(name).available)
 
 
-@contextmanager
-def use_backend(name: str) -> Iterator[None]:
+def use_backend(name: str) -> AbstractContextManager[None]:
     """Compute every operator with backend ``name`` inside the ``with`` block.
 
     The choice holds for the whole process, other threads included, and may be nested.
@@ -62,14 +61,7 @@ def use_backend(name: str) -> Iterator[None]:
         UsageError: ``name`` is not a backend of this package.
         BackendUnavailableError: the backend cannot run here; the message gives the reason and the remedy.
     """
-    global _chosen
-    _require(name)
-    previous = _chosen
-    _chosen = name
-    try:
-        yield
-    finally:
-        _chosen = previous
+    return restored(_require(name))
 
 
 def choice() -> str | None:

@@ -119,7 +119,7 @@ def backward(
         if index == 0:
             break
         result, grad_bias = inputs.pop(), None
-        if apart and not _overwrites(result, frugal):
+        if apart and not (frugal and _is_large(result, result.shape[1])):
             grad, grad_bias = bias_relu_backward(grad, result)
         elif torch.is_grad_enabled():  # by whoever asks for second derivatives
             grad = torch.ops.aten.threshold_backward(grad, result, 0)
@@ -159,10 +159,6 @@ def _hidden(x: Tensor, weight: Tensor, bias: Tensor, frugal: bool) -> Tensor:
         hidden: Tensor = bias_relu_forward(_convolve(x, weight, None), bias)
         return hidden
     return torch.relu_(_convolve(x, weight, bias))
-
-
-def _overwrites(result: Tensor, frugal: bool) -> bool:
-    return frugal and _is_large(result, result.shape[1])
 
 
 def _is_large(x: Tensor, channels: int) -> bool:
