@@ -43,7 +43,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         _add_options(part)
     comparison = actions.add_parser("compare", help="what became slower between two files, or two git revisions")
     comparison.set_defaults(action=compare)
-    comparison.add_argument("before", metavar="A", help="file of results, or git revision of results in --folder")
+    comparison.add_argument(
+        "before", metavar="A", help="file of results, or git revision: what was committed in --folder then"
+    )
     comparison.add_argument("after", metavar="B", help="likewise")
     comparison.add_argument("--fail", action="store_true", help="exit with code 1 if there is a regression")
     _add_folder(comparison)
