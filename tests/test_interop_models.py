@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from dialects import openai, pclucas14, rosinality
 from dialects.zoo import nflows_glow, normflows_glow, normflows_loss
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import glow_kernels as gk
 
@@ -69,6 +70,12 @@ def test_parameters_on_several_devices_are_left_alone():
     reasons = {row.kind: row.reason for row in report.left_alone}
     assert reasons["AffineCoupling"] == "its parameters have no data yet"
     assert reasons["Flow"] == "its parameters are on several devices"
+
+
+def test_layers_of_fake_tensors_are_left_alone():
+    with FakeTensorMode():
+        layer = openai.ActNorm2d(4)
+    assert [row.reason for row in gk.accelerate(layer).left_alone] == ["its parameters have no data yet"]
 
 
 def test_compiled_layers_are_left_alone():
@@ -339,7 +346,8 @@ def test_report_is_a_table_and_plain_values():
     assert "better: log s is computed as log(sigmoid)" in text
     row = next(row for row in report.as_dict()["patched"] if row["kind"] == "AffineCoupling")
     assert row["path"] == "coupling"
-    assert set(row["agreement"]["values"]) == {"forward", "reverse"}
+    assert set(row["agreement"]["values"]) == set(row["agreement"]["gradients"]) == {"forward", "reverse"}
+    assert set(row["agreement"]["log_dets"]) == {"forward"}  # this dialect's reverse returns the data alone
     assert row["agreement"]["values"]["forward"] < 1e-12
 
 

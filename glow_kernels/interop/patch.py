@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 if TYPE_CHECKING:
     from glow_kernels.interop.memory import Memory
@@ -164,7 +165,7 @@ def why_not_patchable(module: nn.Module) -> str | None:
     tensors = [*module.parameters(), *module.buffers()]
     if len({tensor.device for tensor in module.parameters()}) > 1:
         return "its parameters are on several devices"
-    if any(tensor.is_meta for tensor in tensors):
+    if any(tensor.is_meta or isinstance(tensor, FakeTensor) for tensor in tensors):
         return "its parameters have no data yet"
     if any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in tensors):
         return "it has half-precision weights: the flow needs float32, the networks may use autocast"

@@ -38,11 +38,13 @@ class Agreement:
     """Largest differences that were measured, relative to the size of the values.
 
     Attributes:
-        values, gradients: in float64, by call: ``{"forward": ...}``.
+        values, log_dets, gradients: in float64 where the layer runs in it, by call: ``{"forward": ...}``. Results of
+            at most one number a sample are log-determinants.
         rounding: largest error in the layer's own precision, in units in the last place; and that of the original.
     """
 
     values: dict[str, float] = field(default_factory=dict)
+    log_dets: dict[str, float] = field(default_factory=dict)
     gradients: dict[str, float] = field(default_factory=dict)
     rounding: tuple[float, float] = (0.0, 0.0)
 
@@ -117,16 +119,18 @@ def _same_formula(call: Call, before: Any, after: Any, training: bool, agreement
             raise Mismatch(f"{call.name} does not run: {error}") from error
     actual = _run(call, pair[1], dtype)
     _same_structure(call.name, expected, actual)
-    values = [
-        _difference(f"{call.name}: result {index}", *results, _tolerance(dtype, results[0]))
-        for index, results in enumerate(zip(expected.tensors, actual.tensors, strict=True))
-    ]
-    gradients = [
-        _difference(f"{call.name}: gradient of {name}", gradient, actual.gradients[name], _tolerance(dtype))
-        for name, gradient in expected.gradients.items()
-    ]
-    agreement.values[call.name] = max([*values, agreement.values.get(call.name, 0.0)])
-    agreement.gradients[call.name] = max([*gradients, agreement.gradients.get(call.name, 0.0)])
+    for index, results in enumerate(zip(expected.tensors, actual.tensors, strict=True)):
+        difference = _difference(f"{call.name}: result {index}", *results, _tolerance(dtype, results[0]))
+        _note(agreement.values if results[0].dim() > 1 else agreement.log_dets, call, difference)
+    for name, gradient in expected.gradients.items():
+        difference = _difference(
+            f"{call.name}: gradient of {name}", gradient, actual.gradients[name], _tolerance(dtype)
+        )
+        _note(agreement.gradients, call, difference)
+
+
+def _note(largest: dict[str, float], call: Call, difference: float) -> None:
+    largest[call.name] = max(difference, largest.get(call.name, 0.0))
 
 
 def _as_accurate(call: Call, before: Any, after: Any, agreement: Agreement) -> None:
