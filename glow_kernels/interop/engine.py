@@ -31,6 +31,7 @@ from glow_kernels.interop.patch import (
     Mismatch,
     Patch,
     apply,
+    is_uninitialised,
     memory_of,
     options_of,
     patch_of,
@@ -108,6 +109,7 @@ def accelerate(
     for module, (patch, options) in workshop.decisions.items():
         if patch_of(module) is None:
             apply(module, patch, options, workshop.memories[module])
+        is_uninitialised(module)  # remembers a flag that is set, which compilers cannot read
     ordered = tuple(rows[module] for _, module in model.named_modules() if module in rows)
     note = "" if ordered else "no flow layers were recognised: the model is as it was"
     return Report(ordered, note)

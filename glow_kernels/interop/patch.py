@@ -194,6 +194,15 @@ def is_set(module: nn.Module, flag: Any) -> bool:
     return False
 
 
+def is_uninitialised(layer: nn.Module) -> bool:
+    """Whether ``layer`` is an ActNorm that has not been initialised; as :func:`is_set`, it remembers a set flag."""
+    for name, meaning in INITIALIZED.items():
+        flag = layer.__dict__.get(name, layer._buffers.get(name))
+        if flag is not None:
+            return is_set(layer, flag) is not meaning
+    return False
+
+
 def has_hooks(*modules: nn.Module) -> bool:
     """Whether something watches calls of ``modules``, so that they must be called and not be computed together."""
     return any_hooks(None, *modules)
