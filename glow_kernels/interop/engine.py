@@ -176,7 +176,7 @@ def _look_at(
         workshop.decisions[module], workshop.memories[module] = (patch, options), memory
         kept = "" if not patch.has_network else "store" if memory is None else memory.policy
         better = patch.improvements(module, options)
-        described = options.describe() if options else ""
+        described = "; ".join(filter(None, (options.describe() if options else "", patch.note)))
         row = dataclasses.replace(row, options=described, memory=kept, memory_reason=memory_reason, better=better)
     rows[module] = row
 

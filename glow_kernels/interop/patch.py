@@ -69,6 +69,7 @@ class Patch:
     Attributes:
         dialect, kind: what the layer is recognised as.
         better: what is improved in every such layer.
+        note: what of the layer stays as it was, and why, for the report.
         methods: names of the methods that replace those of the layer.
         has_network: it runs a network by :func:`glow_kernels.interop.memory.run` or ``run_alone``, whose activations
             need not be kept.
@@ -77,6 +78,7 @@ class Patch:
     dialect: ClassVar[str]
     kind: ClassVar[str]
     better: ClassVar[tuple[str, ...]] = ()
+    note: ClassVar[str] = ""
     methods: ClassVar[tuple[str, ...]] = ("forward",)
     has_network: ClassVar[bool] = False
 
