@@ -1,8 +1,8 @@
 """The dialect of NVIDIA/waveglow: a 1x1 convolution of sequences, whose log-determinant covers the whole batch.
 
 WaveGlow's couplings are no layers but written out in the model's own ``forward``, with unreduced log-scales as its
-results, so it is the model that is recognised. Its ``infer`` stays its own: it asks for memory on a GPU by name, so that where
-there is none nothing can be compared.
+results, so it is the model that is recognised. Its ``infer`` stays its own: it asks for memory on a GPU by name, and
+where there is none nothing can be compared.
 """
 
 from __future__ import annotations
