@@ -147,7 +147,7 @@ class AffineCouplingTransform(Patch):
         if inputs.dim() not in (2, 4) or inputs.shape[1] != options_of(self).channels:
             result: Result = own(self).forward(self, inputs, context)
             return result
-        initialize(self, lambda: own(self).forward(self, inputs, context))
+        initialize(self, "forward", inputs, context)
         return run(self, inputs, context)
 
     def inverse(self: Any, inputs: Tensor, context: Any = None) -> Result:

@@ -135,7 +135,7 @@ class AffineCouplingBlock(Patch):
 
     def inverse(self: Any, z: Tensor) -> tuple[Tensor, Tensor]:
         """``z`` and ``log_det`` (B,)."""
-        initialize(self, lambda: own(self).inverse(self, z))
+        initialize(self, "inverse", z)
         return run(self, z)
 
 
@@ -174,7 +174,7 @@ class GlowBlock(Patch):
 
     def inverse(self: Any, z: Tensor) -> tuple[Tensor, Tensor]:
         """``z`` and ``log_det`` (B,)."""
-        initialize(self, lambda: own(self).inverse(self, z))
+        initialize(self, "inverse", z)
         if not _can_fuse(self.flows[2]):
             result: tuple[Tensor, Tensor] = own(self).inverse(self, z)
             return result
