@@ -127,7 +127,9 @@ class Workshop:
             Mismatch: it cannot be copied.
         """
         copies: dict[int, Any] = {
-            id(net): copy.deepcopy(stand_in) for net, stand_in in self.stand_ins.items() if net is not module
+            id(part): copy.deepcopy(self.stand_ins[part])
+            for part in module.modules()
+            if part in self.stand_ins and part is not module
         }
         copies |= {id(old): new for old, new in (replaced or {}).items()}
         return faithful_copy(module, copies)
