@@ -370,7 +370,7 @@ def test_committed_page_is_that_of_the_committed_results():
 
 
 def test_numbers_are_rounded_and_files_small(tmp_path):
-    path = written(tmp_path / "r.jsonl", operator_row(1.23456789) | {"calm": 2 / 3, "disturbed": False})
+    path = written(tmp_path / "r.jsonl", operator_row(1.23456789))
     (row,) = (row for row in results.read(path) if row["kind"] == "operator")
     assert row["candidates"]["eager"]["ratio_to_ours"][0] == 1.235
     assert len(path.read_text().splitlines()[1]) < 900, "a thousand rows make a file of less than a megabyte"
