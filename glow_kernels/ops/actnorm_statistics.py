@@ -17,7 +17,6 @@ from glow_kernels.ops._checks import check_image, positions
 from glow_kernels.ops._registry import Operator
 
 
-@torch.no_grad()
 def actnorm_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and population standard deviation of every channel. Not differentiable.
 
@@ -36,10 +35,10 @@ def actnorm_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     count = x.shape[0] * positions(x)
     if count == 0 and not distributed:
         raise ValueError(f"x must have at least one sample and one position, got shape {tuple(x.shape)}")
-    mean, variance = _forward(x)
+    mean, variance = _forward(x.detach())
     if distributed:
         mean, variance = _over_all_ranks(mean, variance, count)
-    return mean, variance.sqrt()
+    return mean, variance.sqrt_()
 
 
 def _over_all_ranks(mean: Tensor, variance: Tensor, count: int) -> tuple[Tensor, Tensor]:

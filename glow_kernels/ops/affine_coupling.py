@@ -234,7 +234,8 @@ def _check(
     log_scale_gain: Tensor | None,
 ) -> ScaleMap:
     check_image(name, x)
-    check_like("h", h, (x.shape[0], 2 * x.shape[1], *x.shape[2:]), f"(B, 2 C, *spatial) for this {name}", x)
+    batch, channels, *spatial = x.shape
+    check_like("h", h, (batch, 2 * channels, *spatial), f"(B, 2 C, *spatial) for this {name}", x)
     check_choice("layout", layout, LAYOUTS)
     check_choice("order", order, ORDERS)
     map_ = resolve_scale_map(scale_map)

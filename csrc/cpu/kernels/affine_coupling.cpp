@@ -163,17 +163,17 @@ double compute(const CouplingOptions& options, int64_t count, const Run<A>& run)
 }
 
 // All runs with a sigmoid without a floor, in one pass.
-template <Direction direction, CouplingOrder order, Stores stores>
-SigmoidSums compute_sigmoid(const ScaleParameters<double>& parameters, const Runs<float>& given) {
-  using V = Vector<float>;
-  constexpr int64_t lanes = kLanes<float>;
+template <Direction direction, CouplingOrder order, Stores stores, typename A>
+SigmoidSums<A> compute_sigmoid(const ScaleParameters<double>& parameters, const Runs<A>& given) {
+  using V = Vector<A>;
+  constexpr int64_t lanes = kLanes<A>;
   // Vectors may alias anything: only what has no address elsewhere stays in registers. So the arguments and, at the
   // end, the sums are copied.
-  const Runs<float> runs = given;
-  const float slope = parameters.slope, offset = parameters.offset, gain = parameters.gain;
-  const float inverse_gain = 1.0f / gain;
-  const auto vector = [&](const Run<float>& at, int64_t i) __attribute__((always_inline)) {
-    const Sigmoid of_v = sigmoid(vector_at(at.u + i) * slope + offset);
+  const Runs<A> runs = given;
+  const A slope = parameters.slope, offset = parameters.offset, gain = parameters.gain;
+  const A inverse_gain = A(1) / gain;
+  const auto vector = [&](const Run<A>& at, int64_t i) __attribute__((always_inline)) {
+    const Sigmoid<A> of_v = sigmoid<A>(vector_at(at.u + i) * slope + offset);
     const V scale = of_v.s * gain, reciprocal = of_v.w * inverse_gain;
     const V g = is_gradient(direction) ? vector_at(at.g + i) : V{};
     const auto results = results_of<direction, order>(vector_at(at.data + i), vector_at(at.t + i), g, at.lambda,
@@ -186,27 +186,27 @@ SigmoidSums compute_sigmoid(const ScaleParameters<double>& parameters, const Run
     }
     return of_v.w;
   };
-  SigmoidSums sums;
-  runs.for_each([&](const Run<float>& run) __attribute__((always_inline)) {
+  SigmoidSums<A> sums;
+  runs.for_each([&](const Run<A>& run) __attribute__((always_inline)) {
     int64_t i = 0;
     for (; i + lanes <= runs.count; i += lanes) sums.add(vector(run, i));
     if (i == runs.count) return;
     // The rest in vectors of their own, whose other lanes have w = 1.
     const int64_t rest = runs.count - i;
-    float from[4][lanes] = {}, to[4][lanes];
-    const float* sources[] = {run.data, run.u, run.t, run.g};
+    A from[4][lanes] = {}, to[4][lanes];
+    const A* sources[] = {run.data, run.u, run.t, run.g};
     for (int index = 0; index < (is_gradient(direction) ? 4 : 3); ++index) {
-      std::memcpy(from[index], sources[index] + i, rest * sizeof(float));
+      std::memcpy(from[index], sources[index] + i, rest * sizeof(A));
     }
     V w = vector({from[0], from[1], from[2], nullptr, from[3], run.lambda, to[0], to[1], to[2], to[3], nullptr}, 0);
-    for (int64_t lane = rest; lane < lanes; ++lane) w[lane] = 1.0f;
+    for (int64_t lane = rest; lane < lanes; ++lane) w[lane] = 1;
     sums.add(w);
-    float* targets[] = {run.result, run.grad_data, run.grad_u, run.grad_t};
+    A* targets[] = {run.result, run.grad_data, run.grad_u, run.grad_t};
     for (int index = has_result(direction) ? 0 : 1; index < (is_gradient(direction) ? 4 : 1); ++index) {
-      std::memcpy(targets[index] + i, to[index], rest * sizeof(float));
+      std::memcpy(targets[index] + i, to[index], rest * sizeof(A));
     }
   });
-  const SigmoidSums returned = sums;
+  const SigmoidSums<A> returned = sums;
   return returned;
 }
 
@@ -217,17 +217,15 @@ double compute_tile(const CouplingTile<T, H>& tile, const CouplingOptions& optio
   const Runs<A> runs = members.runs();
   double total = 0;
   bool is_done = false;
-  if constexpr (std::is_same_v<A, float>) {
-    if (options.kind == ScaleKind::sigmoid && options.map.floor == 0) {
-      SigmoidSums sums;
-      with_order(options.order, [&](auto order) {
-        with_stores(tile.streamed && members.is_aligned(),
-                    [&](auto stores) { sums = compute_sigmoid<direction, order(), stores()>(options.map, runs); });
-      });
-      is_done = !sums.out_of_range();
-      const double gain = options.map.gain;
-      total = -sums.total() + (gain == 1 ? 0.0 : tile.rows * tile.columns * std::log(gain));
-    }
+  if (options.kind == ScaleKind::sigmoid && options.map.floor == 0) {
+    SigmoidSums<A> sums;
+    with_order(options.order, [&](auto order) {
+      with_stores(tile.streamed && members.is_aligned(),
+                  [&](auto stores) { sums = compute_sigmoid<direction, order(), stores()>(options.map, runs); });
+    });
+    is_done = !sums.out_of_range();
+    const double gain = options.map.gain;
+    total = -sums.total() + (gain == 1 ? 0.0 : tile.rows * tile.columns * std::log(gain));
   }
   if (!is_done) {
     total = 0;

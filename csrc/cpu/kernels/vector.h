@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 #if defined(__AVX__)
 #include <immintrin.h>
@@ -85,13 +86,19 @@ inline Vector<To> bits_as(const From& value) {
 }
 
 // 1 / x to within 2 ulp, for x whose reciprocal is normal.
-inline Vector<float> reciprocal(Vector<float> x) {
+template <typename A>
+inline __attribute__((always_inline)) Vector<A> reciprocal(Vector<A> x) {
 #if defined(__AVX512F__)
-  // An estimate of 14 bits and a step of Newton's method take half as long as a division.
-  const Vector<float> estimate = _mm512_maskz_rcp14_ps(0xFFFF, x);
-  return estimate + estimate * (1.0f - x * estimate);
+  // An estimate of 14 bits and steps of Newton's method take half as long as a division.
+  if constexpr (std::is_same_v<A, float>) {
+    const Vector<A> estimate = _mm512_maskz_rcp14_ps(0xFFFF, x);
+    return estimate + estimate * (A(1) - x * estimate);
+  } else {
+    const Vector<A> first = _mm512_maskz_rcp14_pd(0xFF, x), estimate = first + first * (A(1) - x * first);
+    return estimate + estimate * (A(1) - x * estimate);
+  }
 #else
-  return 1.0f / x;
+  return A(1) / x;
 #endif
 }
 

@@ -18,7 +18,7 @@ constexpr Shift shift_of(CouplingOrder order, bool inverse) {
   return inverse ? Shift{!forward.first, -forward.sign} : forward;
 }
 
-// V is a number or, on the host, a vector of floats, which takes no factor but a float.
+// V is a number or, on the host, a vector of numbers, which takes a float as a factor.
 template <typename V>
 GLOW_KERNELS_INLINE V mapped(Shift shift, V data, V factor, V t) {
   const V signed_t = static_cast<float>(shift.sign) * t;
