@@ -112,7 +112,8 @@ class Link(torch.autograd.Function):
         if not torch.compiler.is_compiling():
             ctx.chain = _chains[place.handle]  # alive until its backward
         total = step_log_det if log_det is None else log_det + step_log_det
-        return z, total, z.new_zeros(()).expand(z.shape)
+        # One element that nobody reads; not a view, of which FSDP would warn.
+        return z, total, z.new_empty_strided(z.shape, [0] * z.dim())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
