@@ -60,6 +60,8 @@ def warmup(model: nn.Module, shape: Sequence[int]) -> None:
 def tune(folder: Path | None = None) -> tuple[Path, dict[str, dict[str, int]]]:
     """Measure the launch parameters of every family of Triton kernels on the current GPU, and write its table.
 
+    It is written after every family, over what it had of that one, so that an interruption loses one measurement.
+
     Args:
         folder: where to write, by default where the package looks.
 
@@ -74,10 +76,12 @@ def tune(folder: Path | None = None) -> tuple[Path, dict[str, dict[str, int]]]:
         reason = status.reason if not status.available else "the interpreter is on and there is no GPU"
         raise BackendUnavailableError(f"tuning needs a GPU that Triton supports: {reason}; run it on such a machine")
     launch = implementation("triton", "launch")
-    table = {family: _fastest(family, calls) for family, calls in _families(torch.device("cuda")).items()}
     path: Path = (folder or launch.TUNED) / f"{launch.table_name(torch.cuda.get_device_name())}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(table, indent=2) + "\n")
+    table: dict[str, dict[str, int]] = json.loads(path.read_text()) if path.exists() else {}
+    for family, calls in _families(torch.device("cuda")).items():
+        table[family] = _fastest(family, calls)
+        path.write_text(json.dumps(table, indent=2) + "\n")
     return path, table
 
 
@@ -121,7 +125,7 @@ def _fastest(family: str, calls: Sequence[Call]) -> dict[str, int]:
     for parameters in _candidates():
         measured[family] = parameters
         try:
-            times.append((sum(do_bench(call, return_mode="median") for call in calls), parameters))
+            times.append((sum(do_bench(call, warmup=5, rep=20, return_mode="median") for call in calls), parameters))
         except OutOfResources:  # a tile that does not fit this GPU
             continue
         finally:

@@ -164,9 +164,22 @@ def test_wrong_results_are_not_timed(monkeypatch):
 @pytest.mark.parametrize("broken", [lambda x: x * torch.nan, lambda x: x[:1], lambda x: x + 1e-3])
 def test_inaccuracy_is_found(broken):
     truth = torch.randn(3, 4, dtype=torch.float64)
-    assert measurement.inaccuracy([truth.float()], [truth], [truth.float()]) is None
-    assert measurement.inaccuracy([broken(truth.float())], [truth], [truth.float()])
-    assert measurement.inaccuracy([], [truth], [truth.float()]) == "0 results, not 1"
+    assert measurement.inaccuracy([truth.float()], [truth], [1e-7]) is None
+    assert measurement.inaccuracy([broken(truth.float())], [truth], [1e-7])
+    assert measurement.inaccuracy([], [truth], [1e-7]) == "0 results, not 1"
+
+
+def test_float64_may_be_off_by_rounding_errors(monkeypatch):
+    """Sums of many terms, in which the truth is off as well."""
+    case = Case("folded_conv1x1", "backward", (64, 12, 16, 16), dtype="float64")
+    assert "wrong" not in Session(with_compile=False, backends=["reference"]).measure(case, 0.01)
+    operator = OPERATORS[case.operator]
+    slightly_off = Functions(lambda x, matrix, shift: operator.ours.forward(x, matrix * (1 + 1e-12), shift))
+    broken = operators.Operator(
+        operator.name, slightly_off, operator.plain, operator.arguments, operator.moved, operator.products
+    )
+    monkeypatch.setitem(OPERATORS, case.operator, broken)
+    assert "wrong" in Session(with_compile=False, backends=["reference"]).measure(case, 0.01)
 
 
 def test_candidates_take_turns():
@@ -179,41 +192,23 @@ def test_candidates_take_turns():
     assert turns[0][1] != turns[2][1], "copies of the inputs rotate"
 
 
-def test_disturbed_rounds_are_left_out_as_long_as_five_are_calm():
-    rounds = {"slow": [2.0] * 5 + [9.0] * 10, "fast": [1.0] * 15}
-    calm = [True] * 5 + [False] * 10
-    times = Times(rounds, calm)
-    assert (times.spread("slow").high, times.calm_share, times.is_calm) == (2.0, 1 / 3, True)
-    times = Times(rounds, [False, *calm[1:]])
-    assert (times.spread("slow").median, times.is_calm) == (9.0, False)
-
-
-def test_a_busy_machine_shows_in_the_probe(monkeypatch):
-    probes = itertools.cycle([1.0, 1.1, 1.5, 1.5])  # of three rounds in four one end is slow
-    monkeypatch.setattr(timing, "_probe", lambda: next(probes))
-    monkeypatch.setitem(timing._fastest_probe, torch.get_num_threads(), 1.0)
-    calls = {"a": [lambda: None]}
-    times = timing.measure(calls, 1e-6, torch.device("cpu"))
-    assert 0.2 < times.calm_share < 0.5
-
-
-def test_measuring_ends_when_the_ratio_is_known(monkeypatch):
-    noise = itertools.cycle([1.0, 1.001])
-    rounds = {"slow": [2.0 * next(noise) for _ in range(32)], "fast": [1.0] * 32}
-    assert 0.0 < Times(rounds).error("slow", "fast") < 1e-3
+def test_measuring_takes_the_time_it_is_given(monkeypatch):
     ticks = itertools.count()
     monkeypatch.setattr(time, "perf_counter", lambda: 1e-3 * next(ticks))  # every call takes as long as the other
-    monkeypatch.setattr(timing, "_probe", lambda: 1.0)
-    monkeypatch.setitem(timing._fastest_probe, torch.get_num_threads(), 1.0)
     calls = {"a": [lambda: None], "b": [lambda: None]}
-    assert len(timing.measure(calls, 1.0, torch.device("cpu"), "b").rounds["a"]) == 16
-    # Half of the time on a calm machine; a round reads the clock five times.
-    assert 90 < len(timing.measure(calls, 1.0, torch.device("cpu")).rounds["a"]) < 110
+    # A round reads the clock five times.
+    assert 190 < len(timing.measure(calls, 1.0, torch.device("cpu")).rounds["a"]) < 210
 
 
-def test_ratios_are_taken_round_by_round():
-    times = Times({"slow": [2.0, 20.0, 2.0], "fast": [1.0, 10.0, 1.0]})  # another load hit the second round
-    assert times.ratio("slow", "fast") == Spread(2.0, 2.0, 2.0)
+def test_ratios_are_those_of_undisturbed_rounds():
+    # Another load hit all but three rounds of each, and one candidate more than the other.
+    times = Times({"slow": [9.0, 2.0, 2.0, 2.0, 30.0, 9.0], "fast": [1.0, 1.0, 1.0, 5.0, 5.0, 5.0]})
+    assert times.fastest("slow") == 2.0
+    assert times.ratio("slow", "fast") == (2.0, 1.8, 6.0)
+    later = Times({"slow": [2.0], "fast": [0.7]})
+    joined = times.joined(later)
+    assert (joined.rounds["fast"][-1], joined.fastest("fast")) == (0.7, pytest.approx(0.9))
+    assert Times({"slow": [4.0], "fast": [1.0]}).ratio("slow", "fast") == (4.0, 4.0, 4.0)
     assert Spread.of([float(value) for value in range(11)]) == Spread(5.0, 2.0, 8.0)
 
 
@@ -247,7 +242,7 @@ def test_allocators_are_measured_in_the_order_that_can_be(tmp_path):
     writer = results.Writer(tmp_path / "r.jsonl", {"kind": "environment", "run": "a"})
     measured = []
     measure = Suite(writer, lambda line: None, with_compile=False)
-    measure._session.measure = lambda case, seconds: (
+    measure._session.measure = lambda case, seconds, series="": (
         measured.append(case.allocator)
         or {  # in place of measuring
             "kind": "operator",
@@ -261,19 +256,19 @@ def test_allocators_are_measured_in_the_order_that_can_be(tmp_path):
     assert measured.count("tuned") >= len(CASES)
 
 
-def test_cases_are_measured_twice_and_disturbed_ones_once_more(tmp_path):
+def test_cases_are_visited_twice_and_some_measured_again(tmp_path):
     writer = results.Writer(tmp_path / "r.jsonl", {"kind": "environment", "run": "a"})
     measure = Suite(writer, lambda line: None, with_compile=False)
     selection = Selection(operators=["gaussian_log_prob"], directions=["no_grad"], shapes=[SHAPE], seconds=0.01)
-    ordinary = measure._session.measure
-    disturbed = iter([True, False, False])
-    measure._session.measure = lambda case, seconds: ordinary(case, seconds) | {"disturbed": next(disturbed)}
     for task in measure.tasks([selection]):
-        task.run(1.0)
-    assert [row["kind"] for row in writer.rows] == ["environment", "operator", "operator", "repeat"]
-    repeat, last = writer.rows[-1], writer.rows[-2]
+        task.run(1e-6)
+    assert [row["kind"] for row in writer.rows] == ["environment", *2 * ["operator", "repeat"]]
+    *_, last, repeat = writer.rows
     assert repeat["first"]["eager"] == last["candidates"]["eager"]["ratio_to_ours"][0]
     assert repeat["again"]["eager"] > 0
+    case = next(iter(selection.cases()))
+    # Five rounds a visit; what is measured again is kept apart.
+    assert [len(measure._session._times[case, series].rounds["eager"]) for series in ("", "again")] == [10, 10]
 
 
 def test_a_plan_shares_its_time():

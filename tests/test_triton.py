@@ -17,6 +17,7 @@ import torch
 
 import glow_kernels as gk
 from glow_kernels import cli
+from glow_kernels.backends import BackendStatus
 from glow_kernels.backends import triton as backend
 from glow_kernels.errors import BackendUnavailableError, UsageError
 
@@ -135,6 +136,27 @@ def test_tuning_without_a_gpu_names_the_reason():
         pytest.skip("there is a GPU")
     with pytest.raises(BackendUnavailableError, match="no GPU"):
         gk.tuning.tune()
+
+
+def test_tuning_keeps_what_it_has_when_it_is_interrupted(tmp_path, monkeypatch):
+    from glow_kernels.backends.triton import launch
+
+    def fastest(family, calls):
+        if family == "statistics":
+            raise KeyboardInterrupt
+        return {"elements": 512, "num_warps": 2}
+
+    monkeypatch.setattr(gk.tuning, "backend_status", lambda name: BackendStatus(name, True, "there is a GPU"))
+    monkeypatch.setattr(gk.tuning, "_families", lambda device: {"elementwise": [], "statistics": []})
+    monkeypatch.setattr(gk.tuning, "_fastest", fastest)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+    before = {"elementwise": {"elements": 1, "num_warps": 1}, "linear_16": {"elements": 2048, "num_warps": 4}}
+    path = tmp_path / f"{launch.table_name('Some GPU')}.json"
+    path.write_text(json.dumps(before))
+    with pytest.raises(KeyboardInterrupt):
+        gk.tuning.tune(tmp_path)
+    assert json.loads(path.read_text()) == {**before, "elementwise": {"elements": 512, "num_warps": 2}}
 
 
 ELEMENTARY = {

@@ -7,13 +7,16 @@
 
 #include "cuda/launch.h"
 #include "cuda/sums.h"
+#include "cuda/tile.h"
 #include "glow_kernels/tensors.h"
 
 namespace glow_kernels {
 namespace {
 
-// Elements that a thread looks at, and blocks of the whole launch, at least and at most.
-constexpr int64_t kElements = 16, kBlocks = 1024;
+// What a thread looks at, and blocks of the whole launch, at least and at most.
+constexpr int64_t kSteps = 16, kBlocks = 1024;
+// Elements that a thread loads at a time where they lie together.
+constexpr int kTogether = 4;
 
 // Statistics of some elements of a channel.
 struct Statistics {
@@ -43,55 +46,87 @@ __device__ Statistics combine(const Statistics& mine, int groups, int width) {
   return all[thread];
 }
 
-// How the work is cut: a block looks at `width` neighbouring channels and at one of `parts` parts of the positions of
-// all samples. Its threads are `groups` groups that share the positions, with one thread for every channel.
-struct Cut {
-  int64_t channels, width, groups, parts;
+// What lies together in memory and is loaded at a time: a single element, positions of a channel, or channels.
+enum class Together { nothing, positions, channels };
 
-  explicit Cut(const Planes& planes) : channels(planes.channels) {
+// How the work is cut: a block looks at `width` neighbouring columns, each a channel or some that lie together, and at
+// one of `parts` parts of the rows of all samples, each a position or some that lie together. Its threads are `groups`
+// groups that share the rows, with one thread for every column.
+struct Cut {
+  Together together;
+  int64_t columns, rows, width, groups, parts;
+
+  Cut(const Planes& planes, const void* data, int64_t element_size) : together(Together::nothing) {
     const bool channels_inside = planes.positions == 1 || planes.position_stride != 1;
-    width = channels_inside ? std::clamp<int64_t>(channels, 1, kThreads) : 1;
+    const int64_t inner_stride = channels_inside ? planes.channel_stride : planes.position_stride;
+    const int64_t outer_stride = channels_inside ? planes.position_stride : planes.channel_stride;
+    const int64_t inner = channels_inside ? planes.channels : planes.positions;
+    const auto address = static_cast<int64_t>(reinterpret_cast<uintptr_t>(data));
+    if (inner_stride == 1 && address % std::min<int64_t>(16, kTogether * element_size) == 0 && inner % kTogether == 0 &&
+        outer_stride % kTogether == 0 && planes.batch_stride % kTogether == 0) {
+      together = channels_inside ? Together::channels : Together::positions;
+    }
+    columns = planes.channels / (together == Together::channels ? kTogether : 1);
+    rows = planes.positions / (together == Together::positions ? kTogether : 1);
+    width = channels_inside ? std::clamp<int64_t>(columns, 1, kThreads) : 1;
     groups = kThreads / width;
-    const int64_t per_block = groups * kElements, total = planes.batches * planes.positions;
+    const int64_t per_block = groups * kSteps, total = planes.batches * rows;
     const int64_t most = std::clamp<int64_t>(kBlocks / std::max<int64_t>(1, across()), 1, kThreads);
     parts = std::clamp<int64_t>((total + per_block - 1) / per_block, 1, most);
   }
-  __host__ __device__ int64_t across() const { return (channels + width - 1) / width; }
+  __host__ __device__ int64_t across() const { return (columns + width - 1) / width; }
 };
 
-template <typename T>
+template <typename T, Together together>
 __global__ void __launch_bounds__(kThreads) parts_kernel(const T* x, Planes planes, Cut cut, Statistics* parts) {
-  const int64_t part = blockIdx.x / cut.across(), first_channel = blockIdx.x % cut.across() * cut.width;
-  const int64_t group = threadIdx.x / cut.width, channel = first_channel + threadIdx.x % cut.width;
-  const int64_t stride = cut.groups * cut.parts, start = part * cut.groups + group;
-  Statistics mine{0, 0, 0};
-  if (group < cut.groups && channel < cut.channels && start < planes.batches * planes.positions) {
-    const T* data = x + channel * planes.channel_stride;
-    int64_t batch = start / planes.positions, position = start % planes.positions;
-    const int64_t batches = stride / planes.positions, positions = stride % planes.positions;
-    // Deviations from the first element, which is never further from the mean than the root of all squares together:
-    // so the difference below loses little.
-    const double first = static_cast<double>(data[batch * planes.batch_stride + position * planes.position_stride]);
-    double sum = 0, squares = 0;
-    while (batch < planes.batches) {
-      const T value = data[batch * planes.batch_stride + position * planes.position_stride];
-      const double deviation = static_cast<double>(value) - first;
-      sum += deviation;
-      squares += deviation * deviation;
-      mine.count += 1;
-      batch += batches;
-      position += positions;
-      if (position >= planes.positions) {
-        position -= planes.positions;
-        ++batch;
+  constexpr int elements = together == Together::nothing ? 1 : kTogether;
+  constexpr int channels = together == Together::channels ? elements : 1, positions = elements / channels;
+  const int64_t part = blockIdx.x / cut.across(), first_column = blockIdx.x % cut.across() * cut.width;
+  const int64_t group = threadIdx.x / cut.width, column = first_column + threadIdx.x % cut.width;
+  const int64_t stride = cut.groups * cut.parts, start = part * cut.groups + group, total = planes.batches * cut.rows;
+  int64_t left = 0;
+  // Deviations from the first element, which is never further from the mean than the root of all squares together: so
+  // the difference below loses little.
+  double first[channels]{}, sums[channels]{}, squares[channels]{};
+  if (group < cut.groups && column < cut.columns && start < total) {
+    left = (total - start + stride - 1) / stride;
+    const int64_t row_stride = positions * planes.position_stride, rows = stride % cut.rows;
+    const int64_t step = stride / cut.rows * planes.batch_stride + rows * row_stride;
+    const int64_t wrap = planes.batch_stride - cut.rows * row_stride;
+    int64_t row = start % cut.rows;
+    const T* at =
+        x + column * channels * planes.channel_stride + start / cut.rows * planes.batch_stride + row * row_stride;
+#pragma unroll
+    for (int i = 0; i < channels; ++i) first[i] = static_cast<double>(at[i]);
+    for (int64_t i = 0; i < left; ++i) {
+      detail::Registers<T, elements> values;
+      detail::copy<elements>(values.values, at);
+#pragma unroll
+      for (int j = 0; j < elements; ++j) {
+        const int channel = j % channels;
+        const double deviation = static_cast<double>(values.values[j]) - first[channel];
+        sums[channel] += deviation;
+        squares[channel] += deviation * deviation;
+      }
+      at += step;
+      row += rows;
+      if (row >= cut.rows) {
+        row -= cut.rows;
+        at += wrap;
       }
     }
-    const double deviations = squares - sum * (sum / mine.count);
-    mine.mean = first + sum / mine.count;
-    mine.deviations = deviations < 0 ? 0 : deviations;  // NaN stays
   }
-  mine = combine(mine, static_cast<int>(cut.groups), static_cast<int>(cut.width));
-  if (group == 0 && channel < cut.channels) parts[channel * cut.parts + part] = mine;
+#pragma unroll
+  for (int i = 0; i < channels; ++i) {
+    const double count = static_cast<double>(left * positions);
+    Statistics mine{0, 0, 0};
+    if (left > 0) {
+      const double deviations = squares[i] - sums[i] * (sums[i] / count);
+      mine = {count, first[i] + sums[i] / count, deviations < 0 ? 0 : deviations};  // NaN stays
+    }
+    mine = combine(mine, static_cast<int>(cut.groups), static_cast<int>(cut.width));
+    if (group == 0 && column < cut.columns) parts[(column * channels + i) * cut.parts + part] = mine;
+  }
 }
 
 template <typename A>
@@ -112,12 +147,15 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x_any) {
   const Planes planes = planes_of(x);
   const ScalarType type = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   Tensor mean = empty_vector(planes.channels, type, x), variance = empty_vector(planes.channels, type, x);
-  const Cut cut(planes);
+  const Cut cut(planes, x.const_data_ptr(), x.element_size());
   const Tensor memory = empty_parts(3 * planes.channels * cut.parts, x);
   auto* parts = reinterpret_cast<Statistics*>(memory.mutable_data_ptr<double>());
   dispatch(x, [&]<typename T>() {
     using A = compute_t<T>;
-    launch(cut.across() * cut.parts, parts_kernel<T>, x.const_data_ptr<T>(), planes, cut, parts);
+    const auto kernel = cut.together == Together::channels    ? parts_kernel<T, Together::channels>
+                        : cut.together == Together::positions ? parts_kernel<T, Together::positions>
+                                                              : parts_kernel<T, Together::nothing>;
+    launch(cut.across() * cut.parts, kernel, x.const_data_ptr<T>(), planes, cut, parts);
     launch(planes.channels, total_kernel<A>, parts, static_cast<int>(cut.parts), mean.mutable_data_ptr<A>(),
            variance.mutable_data_ptr<A>());
   });

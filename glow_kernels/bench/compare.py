@@ -7,17 +7,16 @@ from dataclasses import dataclass
 
 from glow_kernels.bench import results
 from glow_kernels.bench.results import Row
-from glow_kernels.bench.timing import Spread
 
-# A smaller change of a median is noise, whatever the spreads say.
+# A smaller change is noise, whatever the ranges say.
 LEAST_CHANGE = 0.1
 
 
 @dataclass(frozen=True)
 class Change:
-    """Ours against eager or a copy in two sets of results; ``factor`` above 1 is slower in the second.
+    """Ours against eager in two sets of results; ``factor`` above 1 is slower in the second.
 
-    ``certain`` where the ranges from the 20th to the 80th percentile do not meet.
+    ``certain`` where the ranges of the two ratios do not meet.
     """
 
     name: str
@@ -76,6 +75,6 @@ def _compare(old: Row, new: Row) -> Iterator[Change]:
 
 
 def _change(what: str, old: Sequence[float], new: Sequence[float]) -> Change:
-    before, after = Spread(*old), Spread(*new)
-    apart = before.low > after.high or after.low > before.high
-    return Change(what, before.median, after.median, apart)
+    (before, *before_range), (after, *after_range) = old, new
+    apart = before_range[0] > after_range[1] or after_range[0] > before_range[1]
+    return Change(what, before, after, apart)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from glow_kernels import use_backend
-from glow_kernels.bench import chains, operators, timing
+from glow_kernels.bench import chains, operators, table, timing
 from glow_kernels.bench.memory import peak_extra_bytes
 from glow_kernels.bench.plan import Show, Task
 from glow_kernels.bench.results import Writer
@@ -118,7 +118,7 @@ class Models:
         ours = next(iter(calls))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            times = timing.measure({name: [call] for name, call in calls.items()}, seconds, self._device, ours)
+            times = timing.measure({name: [call] for name, call in calls.items()}, seconds, self._device)
             peaks = {name: peak_extra_bytes(call, self._device) for name, call in calls.items()}
         self._show(f"\n{part}: {_title(sizes)}")
         for name in calls:
@@ -132,14 +132,14 @@ class Models:
                     "ours": ours,
                     "seconds": spread.as_row(),
                     "images_per_second": sizes["batch"] / spread.median,
-                    "ratio_to_ours": ratio.as_row(),
+                    "ratio_to_ours": list(ratio),
                     "peak_extra_bytes": peaks[name],
                     "note": note,
                 }
             )
             self._show(
                 f"  {name:20} {sizes['batch'] / spread.median:9.1f} images/s {1e3 * spread.median:9.2f} ms  "
-                f"{ratio.median:5.2f} times {ours} ({ratio.low:.2f}-{ratio.high:.2f})  "
+                f"{table.in_range(*ratio)} times {ours}  "
                 f"peak {peaks[name] / 1e6:8.1f} MB" + (f"  ({note})" if note else "")
             )
 

@@ -10,7 +10,6 @@ from glow_kernels.bench import operators, table, timing
 from glow_kernels.bench.operators import OPERATORS, Case
 from glow_kernels.bench.plan import Show, Task
 from glow_kernels.bench.results import Row, Writer
-from glow_kernels.bench.timing import Spread
 
 SHAPE = (1, 12, 8, 8)
 
@@ -21,7 +20,7 @@ def tasks(device: torch.device, writer: Writer, show: Show) -> list[Task]:
     def measure(case: Case, seconds: float) -> None:
         row = _measure(case, seconds, device)
         writer.write(row)
-        show(f"{case.operator:18} {case.direction:20} {table.spread(Spread(*row['ratio']))}")
+        show(f"{case.operator:18} {case.direction:20} {table.in_range(*row['ratio'])}")
 
     title = f"call overhead, shape {table.shape(SHAPE)}: times one elementwise operation"
     found = [Task("call overhead", 0.0, lambda _: show(f"\n{title}"))]
@@ -48,6 +47,6 @@ def _measure(case: Case, seconds: float, device: torch.device) -> Row:
         "kind": "overhead",
         "case": case.as_dict(),
         "ours": operators.backends_on(device)[0],
-        "ratio": times.ratio("ours", "elementwise").as_row(),
+        "ratio": list(times.ratio("ours", "elementwise")),
         "seconds": {name: times.spread(name).as_row() for name in candidates},
     }

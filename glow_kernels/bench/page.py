@@ -21,7 +21,7 @@ _CAPTIONS = {
     "activations": "Activations of a deep Glow",
 }
 _EXPLAINED = {
-    "speedups": "Blue is faster than the other, red slower; medians over rounds in which all candidates take turns.",
+    "speedups": "Blue is faster than the other, red slower; all candidates take turns.",
     "percent_of_limit": "The limit is a copy that reads and writes as many bytes as the operator must, or the matrix "
     "product where that takes longer.",
     "roofline": "Left: the linear map, which a copy limits for few channels and the matrix product for many.",

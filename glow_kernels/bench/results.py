@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,60 +67,67 @@ def append(path: Path, row: Row) -> None:
 
 
 def read(path: Path) -> list[Row]:
-    """All rows of a file. A last line cut short, by an interruption, is left out.
+    """All rows of a file. A last line cut short, by an interruption, is left out with a warning.
 
     Raises:
         DataError: the file cannot be read, is damaged, or was written by a newer version.
     """
     try:
-        lines = path.read_text().splitlines()
+        text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not text"
         raise DataError(f"results {path} cannot be read: {reason}") from error
+    return _parse(text, str(path))
+
+
+def _parse(text: str, name: str) -> list[Row]:
     rows = []
+    lines = text.splitlines()
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
         except ValueError as error:
             if number == len(lines):
+                warnings.warn(f"results {name}: the last line is cut short and left out", stacklevel=3)
                 continue
-            raise DataError(f"results {path}, line {number}: not JSON ({error})") from error
+            raise DataError(f"results {name}, line {number}: not JSON ({error})") from error
         if not isinstance(row, dict) or not isinstance(row.get("version"), int):
-            raise DataError(f"results {path}, line {number}: not a row of benchmark results")
+            raise DataError(f"results {name}, line {number}: not a row of benchmark results")
         if row["version"] > VERSION:
             raise DataError(
-                f"results {path}, line {number}: format {row['version']} is newer than {VERSION}, which this version "
+                f"results {name}, line {number}: format {row['version']} is newer than {VERSION}, which this version "
                 "of glow_kernels reads; install a newer one"
             )
         if row["version"] < VERSION:
             raise DataError(
-                f"results {path}, line {number}: format {row['version']} is older than {VERSION}; move the file away "
+                f"results {name}, line {number}: format {row['version']} is older than {VERSION}; move the file away "
                 "and measure again"
             )
         rows.append(row)
     if not rows:
-        raise DataError(f"results {path} has no rows")
+        raise DataError(f"results {name} has no rows")
     return rows
 
 
 def select(name: str, folder: Path = FOLDER) -> list[Row]:
-    """Rows of a file, or, if ``name`` is a git revision, all rows in ``folder`` measured at that commit.
+    """Rows of a file, or, if ``name`` is a git revision, of all files in ``folder`` as they were committed then.
 
     Raises:
         UsageError: ``name`` is neither.
-        DataError: as for :func:`read`, or nothing in ``folder`` was measured at that commit.
+        DataError: as for :func:`read`, or ``folder`` had no results at that revision.
     """
     if Path(name).is_file():
         return read(Path(name))
     commit = environment.git("rev-parse", "--verify", "--quiet", f"{name}^{{commit}}")
     if not commit:
         raise UsageError(f"{name!r} is neither a file of results nor a git revision")
-    rows = [row for path in sorted(folder.glob("*.jsonl")) for row in read(path)]
-    runs = {row["run"] for row in rows if row["kind"] == "environment" and row["commit"] == commit}
-    found = [row for row in rows if row["run"] in runs]
-    if not found:
-        raise DataError(f"nothing in {folder} was measured at {name} ({commit[:12]})")
-    return found
+    listed = environment.git("ls-tree", "-r", "--name-only", commit, "--", str(folder)) or ""
+    files = [file for file in listed.splitlines() if file.endswith(".jsonl")]
+    if not files:
+        raise DataError(f"there are no results in {folder} at {name} ({commit[:12]})")
+    return [
+        row for file in files for row in _parse(environment.git("show", f"{commit}:{file}") or "", f"{name}:{file}")
+    ]
 
 
 def of_kind(rows: Sequence[Row], kind: str) -> Iterator[Row]:

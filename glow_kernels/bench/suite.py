@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import os
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -19,10 +17,10 @@ from glow_kernels.bench.results import Row, Writer
 from glow_kernels.errors import BackendUnavailableError, UsageError
 
 ALLOCATORS = ("default", "tuned")
-# So many cases of a condition are measured a second time, after all others, on a CPU and on a GPU.
+# On a CPU every case is visited twice, some minutes apart, since other programs and virtual machines come and go.
+_VISITS, _VISITS_ON_GPU = 2, 1
+# So many cases of a condition are measured a second time for themselves, as a proof.
 _AGAIN, _AGAIN_ON_GPU = 20, 6
-# Part of the time of a condition that is kept for cases that were disturbed.
-_SPARE = 0.1
 _COMPILE_SECONDS = 1.6
 _CHECK_SECONDS = 0.1
 # What the slowest candidates reach, for planning only.
@@ -102,11 +100,14 @@ class Suite:
         for heading, grouped in itertools.groupby(cases, key=_heading):
             group = list(grouped)
             tasks.append(Task(heading, 0.0, lambda _, heading=heading: self._begin(heading)))  # type: ignore[misc]
-            found = [self._task(case, seconds[case]) for case in group]
-            spare = _SPARE * sum(task.seconds for task in found)
-            tasks += [*found, Task("disturbed cases", spare, functools.partial(self._retry, group))]
-            every = max(1, len(group) // (_AGAIN if group[0].device == "cpu" else _AGAIN_ON_GPU))
-            tasks += [self._task(case, seconds[case], again=True) for case in group[every // 2 :: every]]
+            on_cpu = group[0].device == "cpu"
+            visits = _VISITS if on_cpu else _VISITS_ON_GPU
+            every = max(1, len(group) // (_AGAIN if on_cpu else _AGAIN_ON_GPU))
+            for visit in range(visits):
+                if visit:
+                    tasks.append(Task(heading, 0.0, lambda _: self._show("\nonce more; what follows counts both")))
+                tasks += [self._task(case, seconds[case] / visits) for case in group]
+                tasks += [self._task(case, seconds[case] / visits, again=True) for case in group[every // 2 :: every]]
         return tasks
 
     def _compile(self, cases: Sequence[Case]) -> None:
@@ -137,15 +138,8 @@ class Suite:
         self._writer.write(row)
         self._show(table.operator_line(row))
 
-    def _retry(self, cases: Sequence[Case], seconds: float) -> None:
-        """Measure cases again that had no calm rounds, as long as there is time; the last measurement counts."""
-        end = time.monotonic() + seconds
-        for case in cases:
-            if self._row(case).get("disturbed") and time.monotonic() < end:
-                self._measure(case, end - time.monotonic())
-
     def _measure_again(self, case: Case, seconds: float) -> None:
-        first, again = self._row(case), self._session.measure(case, seconds)
+        first, again = self._row(case), self._session.measure(case, seconds, "again")
         if "candidates" in first and "candidates" in again:
             names = [name for name in ("eager", "compile") if name in again["candidates"]]
             ratios = {

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from glow_kernels.bench import results
 from glow_kernels.bench.results import Row
-from glow_kernels.bench.timing import Spread
 
 # Two measurements of a ratio agree within this.
 _SAME = 0.1
@@ -21,7 +20,7 @@ HEADER = (
 
 
 def operator_line(row: Row) -> str:
-    """One case: microseconds of the candidates, ratios with their 20th and 80th percentile.
+    """One case: medians of the candidates in microseconds, ratios undisturbed, with a range.
 
     On a GPU those are of replayed CUDA graphs, an asterisk at what could not be captured, and ``call`` is the time of a
     call of ours, which the host may take longer to launch than the device to compute.
@@ -60,9 +59,6 @@ def summary(rows: Sequence[Row]) -> Iterator[str]:
     share, count = repeatability(rows)
     if count:
         yield f"measured twice in this run: {100 * share:.0f}% of {count} ratios differ by less than 10%"
-    calm = [row["calm"] for row in rows if "calm" in row]
-    if calm:
-        yield f"rounds that were calm, on average: {100 * statistics.fmean(calm):.0f}%"
 
 
 @dataclass(frozen=True)
@@ -173,9 +169,9 @@ def _microseconds(candidate: Row | None, what: str = "seconds") -> str:
 def _ratio(candidate: Row | None) -> str:
     if candidate is None:
         return "-"
-    return spread(Spread(*candidate["ratio_to_ours"]))
+    return in_range(*candidate["ratio_to_ours"])
 
 
-def spread(ratio: Spread) -> str:
-    """A ratio with its 20th and 80th percentile."""
-    return f"{ratio.median:.2f} ({ratio.low:.2f}-{ratio.high:.2f})"
+def in_range(ratio: float, low: float, high: float) -> str:
+    """A ratio with its range, as :meth:`glow_kernels.bench.timing.Times.ratio` gives them."""
+    return f"{ratio:.2f} ({low:.2f}-{high:.2f})"

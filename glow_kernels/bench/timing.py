@@ -1,16 +1,14 @@
 """Times of candidates side by side, so that whatever disturbs the machine disturbs all of them alike.
 
-On a CPU a *probe*, a small fixed computation with the same number of threads, is timed before and after every round.
-A round counts as calm if both took at most a fifth longer than the fastest probe of this process: clocks that move,
-other programs, and other virtual machines on the same cores show in it. Only calm rounds are kept, unless there are
-too few of them. Python's garbage collector is off meanwhile, and a single thread stays on one core.
+Other programs, other virtual machines on the same cores and clocks that move only ever make a computation slower. So a
+ratio is that of the fastest rounds of each candidate, which is the same when measured again where the median is not.
+On a CPU Python's garbage collector is off meanwhile, and a single thread stays on one core.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
-import itertools
 import math
 import os
 import statistics
@@ -29,9 +27,8 @@ _FEWEST_ROUNDS = 5
 _MOST_ROUNDS = 1000
 # A GPU's times hardly vary.
 _MOST_CUDA_ROUNDS = 20
-_CALM = 1.2
-# Enough is measured when a ratio's median is known to this standard error.
-_PRECISE = 0.004
+# So many rounds are the fastest ones.
+_FASTEST = 3
 
 
 @dataclass(frozen=True)
@@ -55,99 +52,62 @@ class Spread:
 
 
 class Times:
-    """Seconds of every candidate in every round that counts: ``rounds[name][i]``.
+    """Seconds of every candidate in every round: ``rounds[name][i]``."""
 
-    Args:
-        rounds: as they were measured.
-        calm: which of them are; all unless told. Fewer than five do not make a measurement, and then all count.
-    """
+    def __init__(self, rounds: Mapping[str, Sequence[float]]) -> None:
+        self.rounds = rounds
 
-    def __init__(self, rounds: Mapping[str, Sequence[float]], calm: Sequence[bool] | None = None) -> None:
-        count = len(next(iter(rounds.values())))
-        calm = calm if calm is not None else [True] * count
-        self.calm_share = sum(calm) / count
-        self.is_calm = sum(calm) >= min(count, _FEWEST_ROUNDS)
-        kept = calm if self.is_calm else [True] * count
-        self.rounds = {
-            name: [value for value, keep in zip(values, kept, strict=True) if keep] for name, values in rounds.items()
-        }
+    def joined(self, others: Times) -> Times:
+        """With the rounds of another measurement of the same candidates."""
+        return Times({name: [*values, *others.rounds[name]] for name, values in self.rounds.items()})
 
     def spread(self, name: str) -> Spread:
         """Seconds of one candidate."""
         return Spread.of(self.rounds[name])
 
-    def ratio(self, slow: str, fast: str) -> Spread:
-        """How many times longer ``slow`` took than ``fast``, round by round."""
-        return Spread.of([one / other for one, other in zip(self.rounds[slow], self.rounds[fast], strict=True)])
+    def fastest(self, name: str) -> float:
+        """Seconds of one candidate that nothing disturbs: the mean of its three fastest rounds."""
+        return statistics.fmean(sorted(self.rounds[name])[:_FASTEST])
 
-    def error(self, slow: str, fast: str) -> float:
-        """Relative standard error of the median of their ratio, as for a normal distribution."""
-        ratio = self.ratio(slow, fast)
-        deviation = (ratio.high - ratio.low) / (2 * statistics.NormalDist().inv_cdf(0.8))
-        return math.sqrt(math.pi / 2 / len(self.rounds[slow])) * deviation / ratio.median
+    def ratio(self, slow: str, fast: str) -> tuple[float, float, float]:
+        """How many times longer ``slow`` takes than ``fast``, undisturbed, and a range for it.
+
+        The range is from the 20th to the 80th percentile of the ratios round by round, widened to hold the first.
+        """
+        ratio = self.fastest(slow) / self.fastest(fast)
+        by_round = Spread.of([one / other for one, other in zip(self.rounds[slow], self.rounds[fast], strict=True)])
+        return ratio, min(ratio, by_round.low), max(ratio, by_round.high)
 
 
-def measure(
-    candidates: Mapping[str, Sequence[Call]], seconds: float, device: torch.device, ours: str | None = None
-) -> Times:
+def measure(candidates: Mapping[str, Sequence[Call]], seconds: float, device: torch.device) -> Times:
     """Run the candidates in turn, A B C A B C.
 
     Args:
         candidates: for every name the same computation on one or more copies of its inputs, used in rotation, so that
             a cache does not hold what the next call reads.
-        seconds: for all candidates together, but at least five rounds are measured. A CPU that is calm needs half, and
-            of a GPU at most 20 rounds are.
+        seconds: for all candidates together, but at least five rounds are measured, and of a GPU at most 20.
         device: where they compute.
-        ours: on a CPU, measure no longer than it takes to know all ratios to this one.
     """
     if device.type == "cuda":
         return _measure_cuda(candidates, seconds, device)
     with _undisturbed():
-        return _measure_cpu(candidates, seconds, ours)
+        return _measure_cpu(candidates, seconds)
 
 
-def _measure_cpu(candidates: Mapping[str, Sequence[Call]], seconds: float, ours: str | None) -> Times:
+def _measure_cpu(candidates: Mapping[str, Sequence[Call]], seconds: float) -> Times:
     repeats = {name: _repeats(calls) for name, calls in candidates.items()}
     rounds: dict[str, list[float]] = {name: [] for name in candidates}
-    probes = [_probe()]
     start = time.perf_counter()
-    while True:
-        index = len(probes) - 1
+    for index in range(_MOST_ROUNDS):
         for name, calls in candidates.items():
             call, count = calls[index % len(calls)], repeats[name]
             begin = time.perf_counter()
             for _ in range(count):
                 call()
             rounds[name].append((time.perf_counter() - begin) / count)
-        probes.append(_probe())
-        limit = _CALM * _fastest_probe[torch.get_num_threads()]
-        calm = [max(pair) <= limit for pair in itertools.pairwise(probes)]
-        elapsed = time.perf_counter() - start
-        if index + 1 >= _FEWEST_ROUNDS and (
-            elapsed > (seconds / 2 if sum(calm) >= _FEWEST_ROUNDS else seconds) or index + 1 == _MOST_ROUNDS
-        ):
-            return Times(rounds, calm)
-        # A power of two, so that looking takes no time beside measuring.
-        if ours is not None and index + 1 >= 16 and (index + 1) & index == 0 and sum(calm) >= 16:
-            times = Times(rounds, calm)
-            if all(times.error(name, ours) < _PRECISE for name in candidates if name != ours):
-                return times
-
-
-_fastest_probe: dict[int, float] = {}
-_probe_data = torch.zeros(1 << 17)
-
-
-def _probe() -> float:
-    """Seconds of the fixed computation, which also go into the fastest of this number of threads."""
-    times = []
-    for _ in range(2):
-        start = time.perf_counter()
-        torch.exp(_probe_data)
-        times.append(time.perf_counter() - start)
-    threads = torch.get_num_threads()
-    _fastest_probe[threads] = min(_fastest_probe.get(threads, math.inf), *times)
-    return min(times)
+        if index + 1 >= _FEWEST_ROUNDS and time.perf_counter() - start > seconds:
+            break
+    return Times(rounds)
 
 
 @contextlib.contextmanager

@@ -43,7 +43,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         _add_options(part)
     comparison = actions.add_parser("compare", help="what became slower between two files, or two git revisions")
     comparison.set_defaults(action=compare)
-    comparison.add_argument("before", metavar="A", help="file of results, or git revision of results in --folder")
+    comparison.add_argument(
+        "before", metavar="A", help="file of results, or git revision: what was committed in --folder then"
+    )
     comparison.add_argument("after", metavar="B", help="likewise")
     comparison.add_argument("--fail", action="store_true", help="exit with code 1 if there is a regression")
     _add_folder(comparison)
@@ -77,7 +79,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--threads", None, "numbers of threads, with commas between", type=_numbers)
     add("--allocator", None, "default, tuned: the C library's as it is or as tune_allocator() sets it", type=_names)
     add("--backend", [], "ours to measure, with commas between; the first is compared", type=_names)
-    add("--seconds", None, "time for every case of an operator, of which a calm machine takes half", type=_positive)
+    add("--seconds", None, "time for every case of an operator, in two visits on a CPU", type=_positive)
     add("--no-compile", False, "leave torch.compile out, which takes most of the time", action="store_true")
     add("--check", False, "then print the goals: reached or missed", action="store_true")
     add("--results", None, "with --check: measure nothing, look at this file", type=Path)
@@ -165,7 +167,7 @@ def _selections(arguments: argparse.Namespace, device: torch.device) -> list[Sel
         or (sorted({1, min(2, os.cpu_count() or 1)}) if full_on_cpu else [torch.get_num_threads()]),
         allocators=arguments.allocator or ["tuned"],
         device=str(device),
-        seconds=arguments.seconds or (0.6 if arguments.quick else 0.8),
+        seconds=arguments.seconds or (0.4 if arguments.quick else 0.6),
     )
     if arguments.quick or arguments.dtype or arguments.memory_format:
         return [usual]

@@ -14,7 +14,8 @@ from glow_kernels.backends.numerics import compute_dtype
 from glow_kernels.backends.triton.device_functions import ARITHMETIC, kernel, row_pointers, row_sizes
 from glow_kernels.backends.triton.launch import channels_of_tile, launch, multiprocessors, rows_of, strided
 
-_MAX_CHUNKS = 64
+# Enough for every multiprocessor where few channels make one tile.
+_MAX_CHUNKS = 512
 
 
 def forward(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,12 +38,12 @@ def forward(x: Tensor) -> tuple[Tensor, Tensor]:
     variance = torch.empty_like(mean)
     launch(
         _combine_kernel,
-        -(-channels // 8),
+        channels,
         x,
         *(partial, mean, variance, channels, chunks),
         BLOCK_N=_MAX_CHUNKS,
-        BLOCK_C=8,
-        num_warps=1,
+        BLOCK_C=1,
+        num_warps=4,
     )
     return mean, variance
 
