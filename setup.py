@@ -8,8 +8,10 @@ The environment variable ``GLOW_KERNELS_BUILD`` says which of them to compile:
 - ``auto``: both where that works; elsewhere say why not and go on without.
 
 ``CXX`` chooses the compiler, ``CXXFLAGS`` adds options, ``MAX_JOBS`` says how many compilers run at once, ``CUDA_HOME``
-where nvcc is and ``GLOW_KERNELS_CUDA_ARCHS``, such as ``80,90``, for which GPUs it compiles. The libraries have no
-Python symbols and keep to torch's stable ABI, so that one build serves every Python and every torch from 2.10 on.
+where nvcc is and ``GLOW_KERNELS_CUDA_ARCHS``, such as ``80,90``, for which GPUs it compiles. With
+``GLOW_KERNELS_ISAS=baseline`` the CPU library has none but the kernels for every processor, in a third of the time. The
+libraries have no Python symbols and keep to torch's stable ABI, so that one build serves every Python and every torch
+from 2.10 on.
 """
 
 import hashlib
@@ -49,12 +51,15 @@ COMPILE = (
 LINK = ["-shared"] if sys.platform == "darwin" else ["-shared", "-Wl,--no-undefined"]
 # What csrc/cpu/kernels is compiled for, the lowest first: build() needs this order.
 ISAS = {"baseline": ""}
-if platform.machine() in ("x86_64", "AMD64"):
+if platform.machine() in ("x86_64", "AMD64") and os.environ.get("GLOW_KERNELS_ISAS") != "baseline":
     ISAS["avx2"] = "-mavx2 -mfma -mf16c"
     ISAS["avx512"] = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512"
 
 # What _C_cuda.so has machine code for; later GPUs compile the intermediate code of the last at the first start.
 CUDA_ARCHS = (80, 86, 89, 90, 100, 120)
+# Where the intermediate code of our kernels changes: that of the architectures between is the same but for its name,
+# so that each of these is made once, half of the build.
+CUDA_GENERATIONS = (80, 90, 100)
 OLDEST_NVCC = (12, 8)  # the first that knows the newest of them
 CUDA_COMPILE = (
     "-std=c++20 -O3 -Werror all-warnings -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra,-Werror "
@@ -150,9 +155,11 @@ def build_cuda(tools: Toolchain, nvcc: Nvcc, root: Path) -> None:
     """The same for the CUDA library."""
     host, *options = tools.compiler
     compiler = [nvcc.path, "-ccbin", host, *(f"-Xcompiler={option}" for option in options)]
-    for arch in nvcc.archs:
-        compiler += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
-    compiler += ["-gencode", f"arch=compute_{nvcc.archs[-1]},code=compute_{nvcc.archs[-1]}"]
+    generations = [max((each for each in CUDA_GENERATIONS if each <= arch), default=arch) for arch in nvcc.archs]
+    for generation in dict.fromkeys(generations):
+        code = [f"sm_{arch}" for arch, its in zip(nvcc.archs, generations, strict=True) if its == generation]
+        code += [f"compute_{generation}"] * (generation == generations[-1])
+        compiler += ["-gencode", f"arch=compute_{generation},code=[{','.join(code)}]"]
     units = [Unit(path, CUDA_COMPILE.split()) for path in sorted(CSRC.glob("cuda/*.cu"))]
     objects = compile_all(tools, compiler, [CSRC / "cuda"], units)
     stub = OBJECTS / "libtorch_cuda.so"
@@ -232,9 +239,10 @@ def compile_unit(tools: Toolchain, compiler: list[str], headers: list[Path], uni
         of_host = [f"-Xcompiler={option}" for option in of_host]
     command = [*compiler, *unit.flags, *of_host, "-isystem", str(include), "-c", str(unit.source)]
     key = hashlib.sha256(repr((command, tools, platform.machine())).encode())
+    # Builds with other options, such as a sanitizer's, keep their objects beside these.
+    name = ".".join((*unit.source.parts[1:], unit.variant, key.hexdigest()[:8]))
     for path in (unit.source, *headers):
         key.update(path.read_bytes())
-    name = ".".join((*unit.source.parts[1:], unit.variant))
     made = OBJECTS / f"{name}.{key.hexdigest()[:16]}.o"
     if not made.exists():
         for outdated in OBJECTS.glob(f"{name}.*.o"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import os
 from collections.abc import Iterator
 
@@ -14,18 +15,26 @@ import glow_kernels as gk
 pytest.register_assert_rewrite("operators")
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    # The interpreter prepares triton.language at a launch, and again for every function that a kernel calls, which
-    # takes half of the time. Once is enough for functions that see the same module as the kernels.
+    # What takes half of the interpreter's time and computes nothing. It prepares triton.language at a launch, and again
+    # for every function that a kernel calls: once is enough for Triton's own, and the others see the kernels' module.
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpretedFunction
 
-    _prepare_and_call = InterpretedFunction.__call__
+    _prepare_and_call, _prepared = InterpretedFunction.__call__, set()
 
     def _call(function, *args, **kwargs):
-        if function.fn.__module__.startswith("triton."):
+        module = function.fn.__module__
+        if module.startswith("triton.") and module not in _prepared:
+            _prepared.add(module)
             return _prepare_and_call(function, *args, **kwargs)
         return function.rewrite()(*args, **kwargs)
 
     InterpretedFunction.__call__ = _call
+
+    # It computes of every sum and product of integers whether they overflow, and asserts that only in debug mode.
+    _builder = interpreter.interpreter_builder
+    assert not _builder.options.debug
+    _builder.options = dataclasses.replace(_builder.options, sanitize_overflow=False)
 
 
 @pytest.fixture(autouse=True)

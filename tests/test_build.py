@@ -440,6 +440,17 @@ def test_building_in_place_compiles_only_what_changed(built_tree: Path) -> None:
 
 
 @needs_compiler
+def test_builds_with_other_options_leave_each_other_what_they_compiled(tmp_path: Path) -> None:
+    tree = source_tree(tmp_path / "tree", {"cpu/a.cpp": "", "cpu/kernels/a.cpp": ""})
+    plain = {"GLOW_KERNELS_BUILD": "cpu"}
+    other = plain | {"CXXFLAGS": "-O1", "GLOW_KERNELS_ISAS": "baseline"}
+    for environment, compiles in ((plain, True), (other, True), (plain, False), (other, False)):
+        code, said = setup(tree, "build_ext", "--inplace", environment=environment)
+        assert (code, "compiling" in said) == (0, compiles)
+    assert json.loads((tree / "glow_kernels" / "_C.json").read_text())["isas"] == ["baseline"]
+
+
+@needs_compiler
 @pytest.mark.parametrize("mode", ["cpu", "auto"])
 def test_a_source_that_does_not_compile(tmp_path: Path, mode: str) -> None:
     tree = source_tree(tmp_path / "tree", {"cpu/broken.cpp": "int a = nonsense;\n"})

@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from cuda_resources import kernels
+from ahead_of_time import nvidia_tool
+from cuda_resources import LIBRARY, kernels
 
 REPOSITORY = Path(__file__).parents[1]
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
@@ -41,3 +43,7 @@ def test_nothing_is_in_local_memory_and_every_block_fits(built, target):
 def test_every_target_has_the_same_kernels(built):
     names = [sorted(kernel.kernel for kernel in built if kernel.target == target) for target in ARCHS]
     assert all(ours == names[0] for ours in names)
+
+
+def test_later_gpus_have_intermediate_code_of_the_newest_generation(built):
+    assert set(re.findall(r"\.(sm_\d+)\.ptx", nvidia_tool("cuobjdump", "--list-ptx", str(LIBRARY)))) == {"sm_100"}

@@ -19,6 +19,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -29,8 +30,8 @@ from test_trainer import before_step, make_config, make_data, send, steps_of, va
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from glow_kernels.errors import DataError, UsageError
-from glow_kernels.training import checkpoint, gallery, metrics
+from glow_kernels.errors import DataError, GlowKernelsError, UsageError
+from glow_kernels.training import checkpoint, distributed, gallery, metrics
 from glow_kernels.training.config import TrainingConfig
 from glow_kernels.training.distributed import ALONE, Ranks, joined, local_device, whole
 from glow_kernels.training.run_folder import BEST, LAST
@@ -473,6 +474,24 @@ def test_launcher_that_does_not_say_how_to_connect_is_named(
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert cli("train", *TINY) == 2
     assert "did not set MASTER_ADDR, MASTER_PORT" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("failed", [True, False])
+def test_a_rank_that_cannot_connect_leaves_the_word_to_one_that_has_failed(
+    failed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The first rank may be through with connecting, find its error and go before the second has all of its sockets.
+    store = dist.HashStore()
+    if failed:
+        store.set(distributed.FAILURE, "0 2")
+    for name, value in environment(1, 0).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed, "rendezvous", lambda *_, **__: iter([(store, 1, RANKS)]))
+    monkeypatch.setattr(dist, "init_process_group", mock.Mock(side_effect=RuntimeError("Gloo: closed by peer")))
+    monkeypatch.setattr(signal, "signal", mock.Mock())
+    with pytest.raises(SystemExit if failed else GlowKernelsError) as caught, joined():
+        pass
+    assert str(caught.value) == ("2" if failed else "rank 1: cannot reach the other ranks: Gloo: closed by peer")
 
 
 def test_torchrun_trains_a_sharded_model_and_leaves_a_complete_run(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import normflows
 import pytest
 import torch
-from dialects import openai, rosinality
+from dialects import openai, rosinality, tensorflow
 from test_interop import mark_initialized
 from torch import Tensor, nn
 
@@ -49,6 +49,8 @@ def build(dialect: str, lu: bool) -> nn.Module:
         return Glow(3, 8, STEPS, LEVELS, HIDDEN, mixing="lu" if lu else "plain")
     if dialect == "rosinality":
         return rosinality.Glow(3, STEPS, LEVELS, filter_size=HIDDEN, conv_lu=lu)
+    if dialect == "openai":
+        return tensorflow.Glow(3, STEPS, LEVELS, HIDDEN)
     return normflows_glow(lu) if dialect == "normflows" else LearnedTop(dialect, lu)
 
 
@@ -58,7 +60,7 @@ def log_prob(model: nn.Module, x: Tensor) -> Tensor:
         return log_p + log_det
     if isinstance(model, openai.Glow):
         return -model(x)[1]
-    return model.log_prob(x) if isinstance(model, Glow) else model.log_prob(x, None)
+    return model.log_prob(x) if isinstance(model, (Glow, tensorflow.Glow)) else model.log_prob(x, None)
 
 
 def trained(dialect: str, lu: bool = True, conditional: bool = True) -> nn.Module:
@@ -164,6 +166,41 @@ def test_the_convolution_may_change_its_form(source, lu):
     conversion = convert(model.state_dict(), source=source, target="chaiyujin", lu=lu)
     assert conversion.exact
     same(model, loaded("chaiyujin", lu, conversion.state_dict))
+
+
+@pytest.mark.parametrize("source", [*EXACT, "rosinality"])
+def test_the_tensorflow_original_expresses_the_others(source):
+    model = trained(source)  # rosinality's border is a channel of the original's convolutions
+    conversion = convert(model.state_dict(), source=source, target="openai")
+    assert conversion.exact
+    assert conversion.ignored == ()
+    same(model, loaded("openai", False, conversion.state_dict))
+
+
+@pytest.mark.parametrize("target", EXACT)
+def test_the_tensorflow_original_is_read_but_for_its_border(target):
+    model = trained("openai")
+    lossy = convert(model.state_dict(), source="openai", target=target)
+    marked = [name for name, parameter in model.named_parameters() if parameter.shape[:2] == (3, 3)]
+    expected = [f"{name}: its last input channel, which marks the border, is left out" for name in marked]
+    assert sorted(lossy.inexact) == sorted(expected)
+    with torch.no_grad():
+        for name in marked:
+            model.get(name)[:, :, -1] = 0
+    conversion = convert(model.state_dict(), source="openai", target=target)
+    assert conversion.exact
+    assert conversion.ignored == ()
+    same(model, loaded(target, False, conversion.state_dict))
+    back = convert(conversion.state_dict, source=target, target="openai").state_dict
+    for name, tensor in model.state_dict().items():
+        if name != "model/prior/p/W":  # which looks at zeros
+            torch.testing.assert_close(back[name], tensor, msg=name)
+
+
+def test_the_tensorflow_original_has_no_factors():
+    state = Glow(3, 8, 1, 1, 4).state_dict()
+    with pytest.raises(ValueError, match=r"lu must not be True for target='openai'"):
+        convert(state, source="glow_kernels", target="openai", lu=True)
 
 
 def test_additive_couplings():

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from dialects import openai, pclucas14, rosinality
 from dialects.zoo import nflows_glow, normflows_glow, normflows_loss
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import glow_kernels as gk
 
@@ -71,6 +72,12 @@ def test_parameters_on_several_devices_are_left_alone():
     assert reasons["Flow"] == "its parameters are on several devices"
 
 
+def test_layers_of_fake_tensors_are_left_alone():
+    with FakeTensorMode():
+        layer = openai.ActNorm2d(4)
+    assert [row.reason for row in gk.accelerate(layer).left_alone] == ["its parameters have no data yet"]
+
+
 def test_compiled_layers_are_left_alone():
     flow = step()
     flow.coupling.compile(backend="eager")
@@ -110,11 +117,11 @@ def test_scripted_layers_are_not_touched():
     assert type(model["scripted"]) is type(scripted)
 
 
-def test_accelerated_model_compiles():
+def test_accelerated_model_compiles_at_once():
     flow = step()
-    gk.accelerate(flow)
     x = torch.randn(2, 4, 6, 6)
     expected, expected_log_det = flow(x)
+    gk.accelerate(flow)
     torch._dynamo.reset()
     y, log_det = torch.compile(flow, backend="aot_eager", fullgraph=True)(x)
     torch.testing.assert_close(y, expected)
@@ -339,7 +346,8 @@ def test_report_is_a_table_and_plain_values():
     assert "better: log s is computed as log(sigmoid)" in text
     row = next(row for row in report.as_dict()["patched"] if row["kind"] == "AffineCoupling")
     assert row["path"] == "coupling"
-    assert set(row["agreement"]["values"]) == {"forward", "reverse"}
+    assert set(row["agreement"]["values"]) == set(row["agreement"]["gradients"]) == {"forward", "reverse"}
+    assert set(row["agreement"]["log_dets"]) == {"forward"}  # this dialect's reverse returns the data alone
     assert row["agreement"]["values"]["forward"] < 1e-12
 
 

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 import glow_kernels as gk
 from glow_kernels.interop import workshop
-from glow_kernels.interop.patch import options_of
+from glow_kernels.interop.patch import Call, Mismatch, options_of
 from glow_kernels.interop.probe import Coupling
+from glow_kernels.interop.proof import Agreement, _as_accurate
 from glow_kernels.interop.scale_map import RAW_VALUES, fit_scale_map
 
 # Scale functions by name: of the operators' kinds with drawn numbers, and some that are none of them.
@@ -209,6 +210,29 @@ def test_without_verify_a_planted_wrong_patch_is_not_noticed(monkeypatch):
     monkeypatch.setattr(workshop, "find_coupling", lambda *args: WRONG["offset"](find(*args)))
     layer = rosinality.AffineCoupling(6, 4)
     assert [row.kind for row in gk.accelerate(layer, verify=False).patched].count("AffineCoupling") == 1
+
+
+class Rounding(nn.Module):
+    """A multiplication with an error in float32, of its own in every call."""
+
+    def __init__(self, *errors: float) -> None:
+        super().__init__()
+        self.errors, self.weight, self.count = errors, nn.Parameter(torch.ones(())), 0
+
+    def forward(self, x):
+        self.count += 1
+        return self.weight * x + (self.errors[self.count - 1] if x.dtype == torch.float32 else 0.0)
+
+
+def test_accuracy_is_judged_by_more_than_one_draw_of_inputs():
+    call = Call("forward", lambda module, x: module(x), ((2, 3),))
+    agreement = Agreement(values={"forward": 0.0})
+    _as_accurate(call, Rounding(0.0, 1e-4), Rounding(1e-4, 0.0), agreement)  # by turns
+    assert min(agreement.rounding) > 100
+    exact = (0.0,) * 8
+    for errors in ((1e-5,) * 8, (1e-3, *exact[1:]), (float("nan"), *exact[1:])):
+        with pytest.raises(Mismatch, match="forward: result 0 is"):
+            _as_accurate(call, Rounding(*exact), Rounding(*errors), Agreement(values={"forward": 0.0}))
 
 
 def test_a_step_whose_order_of_layers_was_changed_is_left_alone():

@@ -71,7 +71,7 @@ class AffineCoupling(Patch):
         log_det, reverse, known = arguments(self, args, options)
         if not known:
             return own(self).forward(self, x, *args, **options)
-        initialize(self, lambda: own(self).forward(self, x, *args, **options))
+        initialize(self, "forward", x, *args, **options)
         y, change = steps.inverse(AffineCoupling.parts(self), x) if reverse else run(self, x)
         return y, added(log_det, change)
 
@@ -104,7 +104,7 @@ class FlowStep(Patch):
     def forward(self: Any, x: Tensor, *args: Any, **options: Any) -> Any:
         """``y`` and the new log-determinant."""
         log_det, reverse, known = arguments(self, args, options)
-        initialize(self, lambda: own(self).forward(self, x, *args, **options))
+        initialize(self, "forward", x, *args, **options)
         if not known or has_hooks(self.norm, self.conv, self.coup) or not is_initialized(self.norm):
             return own(self).forward(self, x, *args, **options)
         y, change = steps.inverse(FlowStep.parts(self), x) if reverse else run(self, x)

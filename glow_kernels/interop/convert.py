@@ -47,12 +47,15 @@ def convert(state_dict: Mapping[str, Tensor], *, source: str, target: str, lu: b
 
     Args:
         state_dict: of the source.
-        source, target: ``"glow_kernels"`` (:class:`glow_kernels.models.Glow`), ``"rosinality"``, ``"chaiyujin"``,
-            ``"y0ast"`` or ``"normflows"`` (a ``MultiscaleFlow`` of ``GlowBlock``, with ``GlowBase`` densities).
-        lu: whether the 1x1 convolutions of the target are LU-decomposed; as in the source by default.
+        source, target: ``"glow_kernels"`` (:class:`glow_kernels.models.Glow`), ``"openai"`` (the variables of the
+            TensorFlow original as tensors), ``"rosinality"``, ``"chaiyujin"``, ``"y0ast"`` or ``"normflows"`` (a
+            ``MultiscaleFlow`` of ``GlowBlock``, with ``GlowBase`` densities).
+        lu: whether the 1x1 convolutions of the target are LU-decomposed; as in the source by default. Never for
+            ``"openai"``.
 
     Raises:
-        ValueError: an unknown dialect, or a state dict of something else; the message names the first missing tensor.
+        ValueError: an unknown dialect, ``lu`` for ``"openai"``, or a state dict of something else; the message names
+            the first missing tensor.
     """
     check_choice("source", source, tuple(DIALECTS))
     check_choice("target", target, tuple(DIALECTS))

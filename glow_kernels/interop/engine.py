@@ -31,6 +31,7 @@ from glow_kernels.interop.patch import (
     Mismatch,
     Patch,
     apply,
+    is_uninitialised,
     memory_of,
     options_of,
     patch_of,
@@ -108,6 +109,7 @@ def accelerate(
     for module, (patch, options) in workshop.decisions.items():
         if patch_of(module) is None:
             apply(module, patch, options, workshop.memories[module])
+        is_uninitialised(module)  # remembers a flag that is set, which compilers cannot read
     ordered = tuple(rows[module] for _, module in model.named_modules() if module in rows)
     note = "" if ordered else "no flow layers were recognised: the model is as it was"
     return Report(ordered, note)
@@ -174,7 +176,7 @@ def _look_at(
         workshop.decisions[module], workshop.memories[module] = (patch, options), memory
         kept = "" if not patch.has_network else "store" if memory is None else memory.policy
         better = patch.improvements(module, options)
-        described = options.describe() if options else ""
+        described = "; ".join(filter(None, (options.describe() if options else "", patch.note)))
         row = dataclasses.replace(row, options=described, memory=kept, memory_reason=memory_reason, better=better)
     rows[module] = row
 

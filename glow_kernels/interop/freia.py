@@ -149,7 +149,7 @@ class AffineCouplingOneSided(Patch):
         if rev:
             y, log_det = steps.inverse(AffineCouplingOneSided.parts(self), x[0], *c)
         else:
-            initialize(self, lambda: own(self).forward(self, x, c=c, rev=rev, jac=jac))
+            initialize(self, "forward", x, c=c, rev=rev, jac=jac)
             y, log_det = run(self, x[0], *c)
         return (y,), log_det
 
@@ -203,7 +203,7 @@ class GLOWCouplingBlock(Patch):
 
     def forward(self: Any, x: Any, c: Any = (), rev: bool = False, jac: bool = True) -> Result:
         """``(y,)`` and J (B,)."""
-        initialize(self, lambda: own(self).forward(self, x, c=c, rev=rev, jac=jac))
+        initialize(self, "forward", x, c=c, rev=rev, jac=jac)
         y, log_det = run_alone(self, functools.partial(_couple_halves, self, rev), x[0], *c)
         return (y,), log_det
 
@@ -238,7 +238,7 @@ class AllInOneBlock(Patch):
 
     def forward(self: Any, x: Any, c: Any = (), rev: bool = False, jac: bool = True) -> Result:
         """``(y,)`` and J (B,)."""
-        initialize(self, lambda: own(self).forward(self, x, c=c, rev=rev, jac=jac))
+        initialize(self, "forward", x, c=c, rev=rev, jac=jac)
         y, log_det = run_alone(self, functools.partial(_all_in_one, self, rev), x[0], *c)
         return (y,), log_det
 

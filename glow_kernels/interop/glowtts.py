@@ -108,7 +108,7 @@ class CouplingBlock(Patch):
 
     def forward(self: Any, x: Tensor, x_mask: Any = None, reverse: bool = False, g: Any = None, **options: Any) -> Any:
         """``z`` and ``logdet`` (B,); None in reverse."""
-        initialize(self, lambda: own(self).forward(self, x, x_mask, reverse, g, **options))
+        initialize(self, "forward", x, x_mask, reverse, g, **options)
         y, log_det = run_alone(self, functools.partial(_couple, self, reverse), x, x_mask, g)
         return y, None if reverse else log_det
 

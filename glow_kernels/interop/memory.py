@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.weight_norm import WeightNorm
+from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from glow_kernels.interop import steps
-from glow_kernels.interop.patch import INITIALIZED, any_hooks, is_set, memory_of, patch_of
+from glow_kernels.interop.patch import any_hooks, is_uninitialised, memory_of, own, patch_of
 from glow_kernels.reversible import guards, recompute
 from glow_kernels.reversible.anatomy import Anatomy
 from glow_kernels.reversible.randomness import RandomState
@@ -160,15 +161,19 @@ def run_alone(module: nn.Module, function: Callable[..., Any], x: Tensor, *conte
     return z, log_det
 
 
-def initialize(module: nn.Module, call: Callable[[], Any]) -> None:
-    """Let ActNorms in a step that keeps little initialise themselves by ``call``, without a graph."""
+def initialize(module: nn.Module, method: str, *arguments: Any, **options: Any) -> None:
+    """Let ActNorms in a step that keeps little initialise themselves by the original's ``method``, without a graph.
+
+    The original gets copies of what it may add to in place.
+    """
     if torch.compiler.is_compiling() or _active(module) is None:
         return
-    if not any(_is_uninitialised(layer) for layer in Anatomy.of(module).modules):
+    if not any(is_uninitialised(layer) for layer in Anatomy.of(module).modules):
         return
     device = next(module.parameters()).device
     with torch.no_grad(), RandomState(device).replayed():
-        call()
+        arguments, options = pytree.tree_map_only(Tensor, Tensor.clone, (arguments, options))
+        getattr(own(module), method)(module, *arguments, **options)
 
 
 def _apply(
@@ -272,11 +277,3 @@ def _is_foreign(module: nn.Module) -> bool:
     """Whether parameters cannot be told from the module: a replica of DataParallel; or nobody runs the code, but a
     compiler reads it."""
     return torch.compiler.is_compiling() or getattr(module, "_is_replica", False)
-
-
-def _is_uninitialised(layer: nn.Module) -> bool:
-    for name, meaning in INITIALIZED.items():
-        flag = layer.__dict__.get(name, layer._buffers.get(name))
-        if flag is not None:
-            return is_set(layer, flag) is not meaning
-    return False

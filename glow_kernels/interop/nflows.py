@@ -27,11 +27,16 @@ Result = tuple[Tensor, Tensor]
 def _calls(channels: int, *spatials: tuple[int, ...]) -> list[Call]:
     calls = []
     for spatial in spatials:
-        suffix = "" if spatial else " of vectors"
         shape = (2, channels, *spatial)
-        calls.append(Call("forward" + suffix, lambda module, x: module(x), (shape,)))
-        calls.append(Call("inverse" + suffix, lambda module, z: module.inverse(z), (shape,)))
+        calls += _both_directions(shape, shape, "" if spatial else " of vectors")
     return calls
+
+
+def _both_directions(before: tuple[int, ...], after: tuple[int, ...], suffix: str = "") -> list[Call]:
+    return [
+        Call("forward" + suffix, lambda module, x: module(x), (before,)),
+        Call("inverse" + suffix, lambda module, z: module.inverse(z), (after,)),
+    ]
 
 
 class ActNorm(Patch):
@@ -113,12 +118,17 @@ class AffineCouplingTransform(Patch):
     def examine(cls, module: Any, workshop: Workshop) -> Any:
         if getattr(module, "unconditional_transform", None) is not None:
             raise Mismatch("the channels that the network reads are transformed too")
+        network = module.transform_net
+        # As the networks of nflows itself say how much context they take.
+        contexts = (getattr(network, name, None) for name in ("context_features", "context_channels"))
         found = workshop.find_coupling(
             module,
-            module.transform_net,
+            network,
             lambda copied, x: copied(x)[0],
             channels=len(module.identity_features) + len(module.transform_features),
-            spatial=spatial_of(module.transform_net),
+            inputs=len(module.identity_features),
+            context=next((size for size in contexts if size), 0),
+            spatial=spatial_of(network),
         )
         if list(found.read) != module.identity_features.tolist():
             raise Mismatch("its network does not read identity_features in their order")
@@ -137,7 +147,7 @@ class AffineCouplingTransform(Patch):
         if inputs.dim() not in (2, 4) or inputs.shape[1] != options_of(self).channels:
             result: Result = own(self).forward(self, inputs, context)
             return result
-        initialize(self, lambda: own(self).forward(self, inputs, context))
+        initialize(self, "forward", inputs, context)
         return run(self, inputs, context)
 
     def inverse(self: Any, inputs: Tensor, context: Any = None) -> Result:
@@ -168,8 +178,15 @@ class CompositeTransform(Patch):
 
     @classmethod
     def calls(cls, module: Any, options: Any) -> list[Call]:
-        first = next(layer for layer in module._transforms if ActNorm.matches(layer))
-        return _calls(len(first.shift), SPATIAL)
+        transforms = list(module._transforms)
+        first = next(index for index, layer in enumerate(transforms) if ActNorm.matches(layer))
+        before: tuple[int, ...] = (len(transforms[first].shift), *SPATIAL)
+        after = before
+        for squeeze in filter(_is_squeeze, transforms[:first]):
+            before = _squeezed(before, 1 / squeeze.factor)
+        for squeeze in filter(_is_squeeze, transforms[first:]):
+            after = _squeezed(after, squeeze.factor)
+        return _both_directions((2, *before), (2, *after))
 
     def forward(self: Any, inputs: Tensor, context: Any = None) -> Result:
         """``outputs`` and ``logabsdet`` (B,)."""
@@ -208,6 +225,16 @@ def _fused(transforms: list[Any], inputs: Tensor) -> list[Any]:
         fusable = isinstance(before, nn.Module) and _is_pair(before, transform) and _can_fuse(before, transform, inputs)
         steps[-1 if fusable else len(steps) :] = [_Pair(before, transform) if fusable else transform]
     return steps
+
+
+def _is_squeeze(transform: Any) -> bool:
+    return isinstance(getattr(transform, "factor", None), int) and hasattr(transform, "get_output_shape")
+
+
+def _squeezed(shape: tuple[int, ...], factor: float) -> tuple[int, ...]:
+    """(C, H, W) after a squeeze by ``factor``, or before it by one over that."""
+    channels, *sizes = shape
+    return round(channels * factor**2), *(round(size / factor) for size in sizes)
 
 
 def _is_pair(first: Any, second: Any) -> bool:

@@ -15,7 +15,7 @@ from glow_kernels.interop import steps
 from glow_kernels.interop.claims import DOUBLE, NO_SYNC, STABLE
 from glow_kernels.interop.memory import initialize, run
 from glow_kernels.interop.patch import Call, Patch, has_hooks, is_set, once, options_of, own
-from glow_kernels.interop.stand_ins import SPATIAL
+from glow_kernels.interop.stand_ins import SPATIAL, spatial_of
 from glow_kernels.interop.steps import Linear, Parts
 from glow_kernels.interop.workshop import Workshop
 from glow_kernels.ops import actnorm_conv1x1, actnorm_conv1x1_inverse, lu_weight
@@ -110,7 +110,9 @@ class AffineCouplingBlock(Patch):
     @classmethod
     def examine(cls, module: Any, workshop: Workshop) -> Any:
         network = module.flows[1].param_map
-        return workshop.find_coupling(module, network, lambda copied, x: copied.inverse(x)[0]).require_halves()
+        spatial = spatial_of(network)
+        found = workshop.find_coupling(module, network, lambda copied, x: copied.inverse(x)[0], spatial=spatial)
+        return found.require_halves()
 
     @classmethod
     def improvements(cls, module: Any, options: Any) -> tuple[str, ...]:
@@ -118,7 +120,7 @@ class AffineCouplingBlock(Patch):
 
     @classmethod
     def calls(cls, module: Any, options: Any) -> list[Call]:
-        return _calls(options.channels, *SPATIAL)
+        return _calls(options.channels, *spatial_of(module.flows[1].param_map))
 
     @classmethod
     def parts(cls, module: Any) -> Parts:
@@ -133,7 +135,7 @@ class AffineCouplingBlock(Patch):
 
     def inverse(self: Any, z: Tensor) -> tuple[Tensor, Tensor]:
         """``z`` and ``log_det`` (B,)."""
-        initialize(self, lambda: own(self).inverse(self, z))
+        initialize(self, "inverse", z)
         return run(self, z)
 
 
@@ -172,7 +174,7 @@ class GlowBlock(Patch):
 
     def inverse(self: Any, z: Tensor) -> tuple[Tensor, Tensor]:
         """``z`` and ``log_det`` (B,)."""
-        initialize(self, lambda: own(self).inverse(self, z))
+        initialize(self, "inverse", z)
         if not _can_fuse(self.flows[2]):
             result: tuple[Tensor, Tensor] = own(self).inverse(self, z)
             return result

@@ -180,7 +180,7 @@ class FlowStep(Patch):
     def forward(self: Any, x: Tensor, *args: Any, **options: Any) -> Any:
         """``y`` and the new log-determinant."""
         logdet, reverse, known = arguments(self, args, options)
-        initialize(self, lambda: own(self).forward(self, x, *args, **options))
+        initialize(self, "forward", x, *args, **options)
         watched = has_hooks(self.actnorm, _child(self, PERMUTATIONS))
         if not known or logdet is None or watched or not is_initialized(self.actnorm):
             return own(self).forward(self, x, *args, **options)

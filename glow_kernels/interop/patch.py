@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 if TYPE_CHECKING:
     from glow_kernels.interop.memory import Memory
@@ -68,6 +69,7 @@ class Patch:
     Attributes:
         dialect, kind: what the layer is recognised as.
         better: what is improved in every such layer.
+        note: what of the layer stays as it was, and why, for the report.
         methods: names of the methods that replace those of the layer.
         has_network: it runs a network by :func:`glow_kernels.interop.memory.run` or ``run_alone``, whose activations
             need not be kept.
@@ -76,6 +78,7 @@ class Patch:
     dialect: ClassVar[str]
     kind: ClassVar[str]
     better: ClassVar[tuple[str, ...]] = ()
+    note: ClassVar[str] = ""
     methods: ClassVar[tuple[str, ...]] = ("forward",)
     has_network: ClassVar[bool] = False
 
@@ -164,7 +167,7 @@ def why_not_patchable(module: nn.Module) -> str | None:
     tensors = [*module.parameters(), *module.buffers()]
     if len({tensor.device for tensor in module.parameters()}) > 1:
         return "its parameters are on several devices"
-    if any(tensor.is_meta for tensor in tensors):
+    if any(tensor.is_meta or isinstance(tensor, FakeTensor) for tensor in tensors):
         return "its parameters have no data yet"
     if any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in tensors):
         return "it has half-precision weights: the flow needs float32, the networks may use autocast"
@@ -190,6 +193,15 @@ def is_set(module: nn.Module, flag: Any) -> bool:
         module.__dict__[FLAG] = (flag, flag._version)
         return True
     module.__dict__.pop(FLAG, None)
+    return False
+
+
+def is_uninitialised(layer: nn.Module) -> bool:
+    """Whether ``layer`` is an ActNorm that has not been initialised; as :func:`is_set`, it remembers a set flag."""
+    for name, meaning in INITIALIZED.items():
+        flag = layer.__dict__.get(name, layer._buffers.get(name))
+        if flag is not None:
+            return is_set(layer, flag) is not meaning
     return False
 
 

@@ -163,7 +163,7 @@ class CouplingLayer(_Layer):
 
     def forward_(self: Any, x: Tensor, objective: Any) -> Result:
         """``y`` and the new objective."""
-        initialize(self, lambda: own(self).forward_(self, x, objective))
+        initialize(self, "forward_", x, objective)
         y, log_det = run(self, x)
         return y, objective if options_of(self).scale_map is None else objective + log_det
 

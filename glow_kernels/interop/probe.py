@@ -154,7 +154,7 @@ class Coupling:
 
 def describe_scale_map(scale_map: ScaleMap) -> str:
     """For the report: ``sigmoid(u + 2) + 0.001``."""
-    inner = "u" if scale_map.slope == 1.0 else f"{scale_map.slope:g} u"
+    inner = {1.0: "u", -1.0: "-u"}.get(scale_map.slope, f"{scale_map.slope:g} u")
     inner += f" {'+' if scale_map.offset > 0 else '-'} {abs(scale_map.offset):g}" if scale_map.offset else ""
     gain = "" if scale_map.gain == 1.0 else f"{scale_map.gain:g} "
     floor = f" + {scale_map.floor:g}" if scale_map.floor else ""

@@ -65,28 +65,36 @@ class Report:
 
     def __str__(self) -> str:
         lines = [self.note] if self.note else []
-        rows = [("layer", "recognised as", "agreement", "options, or why it was left alone")]
+        rows: list[tuple[str, ...]] = [
+            ("layer", "recognised as", "data", "log-det", "gradient", "options, or why it was left alone")
+        ]
         rows += [_row(layer) for layer in self.layers]
         if self.layers:
-            widths = [max(len(row[column]) for row in rows) for column in range(3)]
+            widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
             for row in rows:
                 cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
-                lines.append("  ".join([*cells, row[3]]).rstrip())
+                lines.append("  ".join([*cells, row[-1]]).rstrip())
         lines.append(f"{len(self.patched)} of {len(self.layers)} flow layers accelerated")
+        if any(layer.agreement for layer in self.patched):
+            lines.append("data, log-det, gradient: largest difference between before and after, relative to the values")
         better = dict.fromkeys(line for layer in self.patched for line in layer.better)
         lines += [f"better: {line}" for line in better]
         return "\n".join(lines)
 
 
-def _row(layer: LayerReport) -> tuple[str, str, str, str]:
-    agreement = "left alone" if not layer.patched else "not measured"
-    if layer.patched and layer.agreement is not None:
-        values = [*layer.agreement.values.values(), *layer.agreement.gradients.values()]
-        agreement = f"{max(values):.0e}"
-    text = [layer.reason or layer.options]
+def _row(layer: LayerReport) -> tuple[str, ...]:
+    measured: list[dict[str, float]] = [{}, {}, {}]
+    if layer.agreement is not None:
+        measured = [layer.agreement.values, layer.agreement.log_dets, layer.agreement.gradients]
+    text = [layer.options if layer.patched else f"left alone: {layer.reason}"]
     if layer.memory not in ("", "store"):
         text.append(f"keeps no activations ({layer.memory})")
     if layer.memory_reason:
         text.append(f"keeps its activations: {layer.memory_reason}")
     described = "; ".join(part for part in text if part)
-    return layer.path or "(model)", f"{layer.dialect} {layer.kind}", agreement, described
+    name = f"{layer.dialect} {layer.kind}"
+    return (layer.path or "(model)", name, *map(_largest, measured), described)
+
+
+def _largest(differences: dict[str, float]) -> str:
+    return f"{max(differences.values()):.0e}" if differences else "-"

@@ -139,7 +139,7 @@ class AffineCoupling(Patch):
 
     def forward(self: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """``y`` and ``log_det`` (B,), or None if the coupling is additive."""
-        initialize(self, lambda: own(self).forward(self, x))
+        initialize(self, "forward", x)
         y, log_det = run(self, x)
         return y, None if options_of(self).scale_map is None else log_det
 
@@ -174,7 +174,7 @@ class Flow(Patch):
 
     def forward(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         """``y`` and ``log_det`` (B,); () with an additive coupling."""
-        initialize(self, lambda: own(self).forward(self, x))
+        initialize(self, "forward", x)
         if not _can_fuse(self):
             result: tuple[Tensor, Tensor] = own(self).forward(self, x)
             return result

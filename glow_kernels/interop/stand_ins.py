@@ -21,13 +21,15 @@ class StandIn(nn.Module):
         inputs, outputs: channels before and after.
         channels_last: whether the network may be given images whose channels lie next to each other in memory.
         pairs: the network returns halves of its channels as pairs in a last dimension.
+        context: channels of what the network is given beside; 0 if it is given nothing.
     """
 
     mixing: Tensor
 
-    def __init__(self, inputs: int, outputs: int, channels_last: bool, pairs: bool) -> None:
+    def __init__(self, inputs: int, outputs: int, channels_last: bool, pairs: bool, context: int = 0) -> None:
         super().__init__()
         self.inputs, self.outputs, self.channels_last, self.pairs = inputs, outputs, channels_last, pairs
+        self.context = context
         generator = torch.Generator().manual_seed(0)
         mixing = torch.randn(outputs, inputs, generator=generator, dtype=torch.float64) / inputs**0.5
         self.register_buffer("mixing", mixing)
@@ -90,12 +92,11 @@ def input_channels(network: nn.Module) -> int:
 
 
 @torch.no_grad()
-def stand_in_for(network: nn.Module, channels: int, spatial: tuple[int, ...]) -> StandIn:
+def stand_in_for(network: nn.Module, channels: int, spatial: tuple[int, ...], context: int = 0) -> StandIn:
     """A stand-in with as many outputs as a copy of ``network`` has when it is run."""
-    like = next((p for p in network.parameters() if p.is_floating_point()), torch.zeros(()))
-    x = torch.randn(2, channels, *spatial, dtype=like.dtype, device=like.device)
+    x, *others = _random_inputs(network, channels, spatial, context)
     try:
-        output = faithful_copy(network)(x)
+        output = faithful_copy(network)(x, *others)
     except Exception as error:
         raise Mismatch(f"its network does not run on {channels} channels: {error}") from error
     pairs = isinstance(output, Tensor) and output.dim() == x.dim() + 1 and output.shape[-1] == 2
@@ -103,7 +104,8 @@ def stand_in_for(network: nn.Module, channels: int, spatial: tuple[int, ...]) ->
         output = output.movedim(-1, 1).flatten(1, 2)
     if not isinstance(output, Tensor) or output.shape[:1] + output.shape[2:] != (2, *spatial):
         raise Mismatch("its network does not map channels to channels at every position")
-    return StandIn(channels, output.shape[1], x.dim() == 4 and _takes_channels_last(network, x), pairs)
+    channels_last = x.dim() == 4 and _takes_channels_last(network, x, *others)
+    return StandIn(channels, output.shape[1], channels_last, pairs, context)
 
 
 def changes_buffers(network: nn.Module, stand_in: StandIn) -> bool:
@@ -113,13 +115,12 @@ def changes_buffers(network: nn.Module, stand_in: StandIn) -> bool:
         Mismatch: what it computes depends on that, on chance alone, or on parameters of others.
     """
     copied = randomised(faithful_copy(network)).train()
-    like = next((p for p in network.parameters() if p.is_floating_point()), torch.zeros(()))
-    x = torch.randn(2, stand_in.inputs, *spatial_of(network), dtype=like.dtype, device=like.device)
+    inputs = _random_inputs(network, stand_in.inputs, spatial_of(network), stand_in.context)
     buffers = [buffer.clone() for buffer in copied.buffers()]
     outputs = []
     for _ in range(2):
         torch.manual_seed(0)
-        outputs.append(copied(x))
+        outputs.append(copied(*inputs))
     if not torch.equal(*outputs):
         raise Mismatch("its network gives different results for the same input")
     own, nodes = {id(parameter) for parameter in copied.parameters()}, [outputs[0].grad_fn]
@@ -133,7 +134,14 @@ def changes_buffers(network: nn.Module, stand_in: StandIn) -> bool:
     return any(not torch.equal(one, other) for one, other in zip(buffers, copied.buffers(), strict=True))
 
 
-def _takes_channels_last(network: nn.Module, x: Tensor) -> bool:
+def _random_inputs(network: nn.Module, channels: int, spatial: tuple[int, ...], context: int) -> list[Tensor]:
+    """What ``network`` is given: data, and a context if it has channels."""
+    like = next((p for p in network.parameters() if p.is_floating_point()), torch.zeros(()))
+    sizes = [channels, context] if context else [channels]
+    return [torch.randn(2, size, *spatial, dtype=like.dtype, device=like.device) for size in sizes]
+
+
+def _takes_channels_last(network: nn.Module, x: Tensor, *others: Tensor) -> bool:
     """Whether ``network``, with parameters that are not zero, says the same of ``x`` in another memory format."""
     for training in (False, True):
         copied = randomised(faithful_copy(network)).train(training)
@@ -141,7 +149,7 @@ def _takes_channels_last(network: nn.Module, x: Tensor) -> bool:
         for layout in (torch.contiguous_format, torch.channels_last):
             torch.manual_seed(0)  # dropout must drop the same
             try:
-                outputs.append(copied(x.contiguous(memory_format=layout)))
+                outputs.append(copied(x.contiguous(memory_format=layout), *others))
             except Exception:  # as from a view() of what is not contiguous
                 return False
         if not torch.allclose(outputs[0], outputs[1], rtol=1e-3, atol=1e-4):

@@ -121,7 +121,7 @@ class CouplingBijection(Patch):
 
     def forward(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         """``z`` and ``ldj`` (B,)."""
-        initialize(self, lambda: own(self).forward(self, x))
+        initialize(self, "forward", x)
         return run(self, x)
 
     def inverse(self: Any, z: Tensor) -> Tensor:

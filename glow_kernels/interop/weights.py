@@ -7,6 +7,7 @@ shift and scale stand as halves, the shift first, and those that predict a Gauss
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -173,7 +174,7 @@ class Keys:
         for key in self.tensors:
             name = key.removeprefix("module.")
             if name.startswith(prefix):
-                number = name[len(prefix) :].partition(".")[0]
+                number = re.split(r"[./]", name[len(prefix) :], maxsplit=1)[0]
                 if number.isdigit():
                     found.add(int(number))
         return sorted(found)

@@ -67,6 +67,8 @@ class Workshop:
         run: Callable[[Any, Tensor], Tensor],
         *,
         channels: int | None = None,
+        inputs: int | None = None,
+        context: int = 0,
         spatial: tuple[int, ...] = SPATIAL,
         skipped: Mapping[nn.Module, bool] | None = None,
         silenced: Sequence[nn.Module] = (),
@@ -79,6 +81,8 @@ class Workshop:
             network: its submodule that predicts scale and shift.
             run: calls a copy of the layer and returns the transformed input.
             channels: C, if something else than the network's own sizes tells.
+            inputs: channels that the network reads, likewise.
+            context: channels that it is given beside.
             spatial: sizes to probe with.
             skipped: submodules that must do nothing meanwhile, and whether they return a log-determinant.
             silenced: other networks, which must return zeros meanwhile.
@@ -87,8 +91,8 @@ class Workshop:
         Raises:
             Mismatch: it is no coupling that the operators know, or it cannot be run.
         """
-        inputs = input_channels(network)
-        stand_in = self._stand_in(network, inputs, spatial)
+        inputs = input_channels(network) if inputs is None else inputs
+        stand_in = self._stand_in(network, inputs, spatial, context)
         options = [channels] if channels else [inputs + stand_in.outputs // 2, inputs + stand_in.outputs]
         replaced: dict[nn.Module, nn.Module] = {network: stand_in}
         replaced |= {other: PassThrough(with_log_det) for other, with_log_det in (skipped or {}).items()}
@@ -123,7 +127,9 @@ class Workshop:
             Mismatch: it cannot be copied.
         """
         copies: dict[int, Any] = {
-            id(net): copy.deepcopy(stand_in) for net, stand_in in self.stand_ins.items() if net is not module
+            id(part): copy.deepcopy(self.stand_ins[part])
+            for part in module.modules()
+            if part in self.stand_ins and part is not module
         }
         copies |= {id(old): new for old, new in (replaced or {}).items()}
         return faithful_copy(module, copies)
@@ -155,9 +161,9 @@ class Workshop:
             return dataclasses.replace(self.memory, restores_buffers=True)
         return self.memory
 
-    def _stand_in(self, network: nn.Module, channels: int, spatial: tuple[int, ...]) -> StandIn:
+    def _stand_in(self, network: nn.Module, channels: int, spatial: tuple[int, ...], context: int = 0) -> StandIn:
         if network not in self.stand_ins:
-            self.stand_ins[network] = stand_in_for(network, channels, spatial)
+            self.stand_ins[network] = stand_in_for(network, channels, spatial, context)
         return self.stand_ins[network]
 
 

@@ -224,10 +224,14 @@ def _connect() -> tuple[Any, int, int]:
     nccl = torch.cuda.is_available() and dist.is_nccl_available()
     try:
         store, rank, size = next(rendezvous("env://", timeout=CONNECT_TIMEOUT))
+    except (dist.DistError, RuntimeError, ValueError) as error:
+        raise TrainingError(f"rank {os.environ['RANK']} cannot reach the other ranks: {error}") from error
+    try:
         # What is agreed on is on the host, whatever computes: no waiting for a device.
         dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", store=store, rank=rank, world_size=size)
     except (dist.DistError, RuntimeError, ValueError) as error:
-        raise TrainingError(f"rank {os.environ['RANK']} cannot reach the other ranks: {error}") from error
+        # Another rank may have connected first, failed and gone; then that is what there is to say.
+        raise _joint(TrainingError(f"cannot reach the other ranks: {error}"), store, rank) from error
     return store, rank, size
 
 
