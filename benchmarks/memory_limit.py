@@ -13,7 +13,7 @@ import resource
 import subprocess
 import sys
 
-STEPS, LEVELS, HIDDEN, SIZE, BATCH = 48, 2, 128, 128, 8
+STEPS, LEVELS, HIDDEN, SIZE, BATCH = 72, 2, 128, 128, 8
 
 
 def train(memory: str, limit: float) -> None:

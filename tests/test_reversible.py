@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 import glow_kernels as gk
 from glow_kernels import ReversibleSequential
+from glow_kernels.backends import select
 from glow_kernels.nn import CouplingNetwork, FlowStep, Squeeze
 from glow_kernels.reversible.offload import Shelf
+from glow_kernels.reversible.plain_step import PlainStep
 from glow_kernels.training.ema import MovingAverage
 
 FORGETFUL = ["checkpoint", "anchor", "invert"]
@@ -363,6 +365,40 @@ def test_hooks_of_steps_run():
         step.register_full_backward_hook(lambda module, grad_input, grad_output: seen.append("backward"))
     assert_same(gradients(model, x), expected, 1e-9)
     assert seen == ["before", "after"] * 5 + ["backward"] * 5
+
+
+@pytest.mark.parametrize("memory", FORGETFUL)
+@pytest.mark.parametrize("network", [None, Conditioned])
+def test_backward_computes_with_the_backend_of_forward(backend, monkeypatch, memory, network):
+    asked = []
+    owner, name = (network, "forward") if network else (PlainStep, "backward")
+    original = getattr(owner, name)
+
+    def watched(*args):
+        asked.append(select())
+        return original(*args)
+
+    x = torch.randn(3, 6, 4, 5)
+    options = {"network": network(3, 6)} if network else {}
+    z, log_det = forgetting(chain(flow_steps(3, **options), x), memory)(x)
+    monkeypatch.setattr(owner, name, watched)
+    with gk.use_backend("reference" if backend != "reference" else gk.available_backends()[0]):
+        weighted((z, log_det)).backward()
+    assert set(asked) == {backend}
+
+
+@pytest.mark.parametrize("memory", FORGETFUL)
+def test_modules_changed_between_forward_and_backward_do_not_matter(memory):
+    x = torch.randn(3, 6, 4, 5, dtype=torch.float64)
+    plain = chain(flow_steps(5), x)
+    model = forgetting(plain, memory)
+    parameters = list(model.parameters())
+    expected = torch.autograd.grad(weighted(plain(x)), parameters)
+    loss = weighted(model(x))
+    model[1].coupling.network.register_forward_hook(lambda *_: None)
+    model[2].coupling.network = CouplingNetwork(3, 6, 8)
+    model[3].coupling.network.second.weight = nn.Parameter(torch.zeros(8, 8, 1, 1, dtype=torch.float64))
+    assert_same(list(torch.autograd.grad(loss, parameters)), list(expected), 1e-9)
 
 
 def test_a_dropped_output_is_freed_at_once():

@@ -7,8 +7,9 @@ time. Here every pass is one that the mathematics asks for. What backward keeps 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from glow_kernels.nn import network_passes as passes
 from glow_kernels.ops import ScaleMap
 from glow_kernels.ops.affine_coupling import backward as affine_backward
 from glow_kernels.ops.affine_coupling import forward as affine_forward
+from glow_kernels.ops.affine_coupling import reversible_backward as affine_reversible_backward
 
 
 @dataclass(frozen=True)
@@ -41,30 +43,119 @@ class Kind:
         assert self.scale_map is not None
         return None, self.scale_map.kind, self.scale_map.parameters, self.layout, self.order
 
+    def outputs(self, channels: int) -> int:
+        """Channels of the network's output in a coupling of so many channels."""
+        return (channels - self.channels) * (1 if self.scale_map is None else 2)
+
+
+class Coupled(NamedTuple):
+    """What :func:`couple` computes.
+
+    Attributes:
+        y: the whole result (B, C, H, W).
+        log_det: (B,).
+        h: the network's output.
+        kept: of the network, for its backward.
+    """
+
+    y: Tensor
+    log_det: Tensor
+    h: Tensor
+    kept: passes.Kept
+
 
 def coupling_node(x: Tensor, kind: Kind, network: nn.Module) -> tuple[Tensor, Tensor]:
     """``y`` and ``log_det`` (B,) of ``x`` (B, C, H, W), whose first ``kind.channels`` channels condition the others."""
-    y, log_det = _CouplingNode.apply(x, kind, *passes.parameters_of(network))  # type: ignore[no-untyped-call]
+    parameters = passes.parameters_of(network)
+    if not torch.is_grad_enabled():
+        return couple(x, kind, parameters)[:2]
+    y, log_det = _CouplingNode.apply(x, kind, *parameters)  # type: ignore[no-untyped-call]
     return y, log_det
 
 
 def is_one_node(x: Tensor, kind: Kind, network: nn.Module) -> bool:
     """Whether a coupling of ``x`` (B, C, H, W) with this network can be :func:`coupling_node`.
 
-    It must be differentiated, by a backend that is not the reference, whose gradients have gradients; not traced or
-    transformed; and the network must have passes.
+    It must be computed by a backend that is not the reference, whose gradients have gradients, and not be traced or
+    transformed.
     """
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    if backends.select() == "reference" or x.dim() != 4 or not passes.has_passes(network):
+    return backends.select() != "reference" and has_passes(x, kind, network)
+
+
+def has_passes(x: Tensor, kind: Kind, network: nn.Module) -> bool:
+    """Whether :func:`couple` and its backward compute what a coupling of ``x`` with this network does."""
+    if x.dim() != 4 or not passes.has_passes(network):
         return False
     weight, _, last, *_ = passes.parameters_of(network)
-    outputs = (x.shape[1] - kind.channels) * (1 if kind.scale_map is None else 2)
     return (
         x.device == weight.device
         and (x.dtype == weight.dtype or (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)))
-        and (weight.shape[1], last.shape[0]) == (kind.channels, outputs)
+        and (weight.shape[1], last.shape[0]) == (kind.channels, kind.outputs(x.shape[1]))
     )
+
+
+def couple(x: Tensor, kind: Kind, parameters: Sequence[Tensor], frugal: bool = False) -> Coupled:
+    """The coupling of ``x`` (B, C, H, W), by a network with these ``parameters``, without autograd.
+
+    Here and below, ``frugal`` is that of :class:`~glow_kernels.nn.CouplingNetwork`.
+    """
+    conditioning, transformed = x[:, : kind.channels], x[:, kind.channels :]
+    h, kept = passes.forward(conditioning, parameters, frugal)
+    if kind.scale_map is None:
+        y, log_det = (transformed + h).to(x.dtype), x.new_zeros(x.shape[0], dtype=compute_dtype(x))
+    else:
+        y, log_det = affine_forward(transformed, h, *kind.options)
+    return Coupled(torch.cat((conditioning, y), 1), log_det, h, kept)
+
+
+def couple_backward(
+    grad: Tensor,
+    grad_log_det: Tensor,
+    kind: Kind,
+    of: tuple[Tensor, Tensor, passes.Kept],
+    parameters: Sequence[Tensor],
+    needs_x: bool,
+    needs_parameters: bool,
+    frugal: bool = False,
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Gradients of :func:`couple` in ``x`` and ``parameters``, None where none is needed; ``of`` is its y, h, kept."""
+    y, h, kept = of
+    grad_conditioning, grad_transformed = grad[:, : kind.channels], grad[:, kind.channels :]
+    if kind.scale_map is None:
+        grad_h = grad_transformed.to(h.dtype)
+    else:
+        y = y[:, kind.channels :]
+        grad_transformed, grad_h, _ = affine_backward(grad_transformed, grad_log_det, y, h, *kind.options)
+    below, found = passes.backward(grad_h, kept, parameters, needs_x, needs_parameters, frugal)
+    return None if below is None else torch.cat((grad_conditioning + below, grad_transformed), 1), found
+
+
+def uncouple(
+    grad: Tensor,
+    grad_log_det: Tensor,
+    y: Tensor,
+    kind: Kind,
+    parameters: Sequence[Tensor],
+    needs_parameters: bool,
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """The ``x`` of :func:`couple`, its gradient and those of ``parameters``; the network is evaluated once."""
+    conditioning, transformed = y[:, : kind.channels], y[:, kind.channels :]
+    grad_conditioning, grad_transformed = grad[:, : kind.channels], grad[:, kind.channels :]
+    h, kept = passes.forward(conditioning, parameters, frugal=True)
+    if kind.scale_map is None:
+        transformed, grad_h = (transformed - h).to(y.dtype), grad_transformed.to(h.dtype)
+    else:
+        transformed, grad_transformed, grad_h, _ = affine_reversible_backward(
+            grad_transformed, grad_log_det, transformed, h, *kind.options
+        )
+    del h
+    below, found = passes.backward(grad_h, kept, parameters, True, needs_parameters, frugal=True)
+    del grad_h, kept
+    assert below is not None
+    x = torch.cat((conditioning, transformed), 1)
+    return x, torch.cat((grad_conditioning + below, grad_transformed), 1), found
 
 
 class _CouplingNode(torch.autograd.Function):
@@ -72,32 +163,18 @@ class _CouplingNode(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, kind: Kind, *parameters: Tensor) -> tuple[Tensor, Tensor]:
-        conditioning, transformed = x[:, : kind.channels], x[:, kind.channels :]
-        h, kept = passes.forward(conditioning, parameters)
-        if kind.scale_map is None:
-            y, log_det = (transformed + h).to(x.dtype), x.new_zeros(x.shape[0], dtype=compute_dtype(x))
-        else:
-            y, log_det = affine_forward(transformed, h, *kind.options)
-        y = torch.cat((conditioning, y), 1)
+        y, log_det, h, kept = couple(x, kind, parameters)
         ctx.kind, ctx.backend = kind, backends.choice()
         ctx.save_for_backward(y, h, *kept.inputs, *kept.weights, *parameters)
         return y, log_det
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        kind: Kind = ctx.kind
-        grad, grad_log_det = grads
         # Asked for once: torch.utils.checkpoint hands out what is saved only once.
         y, h, *saved = ctx.saved_tensors
         kept, parameters = passes.Kept(saved[:3], saved[3:6]), saved[6:]
         needs_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[2:]
-        grad_conditioning, grad_transformed = grad[:, : kind.channels], grad[:, kind.channels :]
+        grad, grad_log_det = grads
         with backends.restored(ctx.backend):
-            if kind.scale_map is None:
-                grad_h = grad_transformed.to(h.dtype)
-            else:
-                of_y = y[:, kind.channels :]
-                grad_transformed, grad_h, _ = affine_backward(grad_transformed, grad_log_det, of_y, h, *kind.options)
-            below, found = passes.backward(grad_h, kept, parameters, needs_x, any(needs))
-        grad_x = None if below is None else torch.cat((grad_conditioning + below, grad_transformed), 1)
+            grad_x, found = couple_backward(grad, grad_log_det, ctx.kind, (y, h, kept), parameters, needs_x, any(needs))
         return grad_x, None, *(value if need else None for value, need in zip(found, needs, strict=True))

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from glow_kernels import backends
 from glow_kernels.backends.numerics import compute_dtype
 from glow_kernels.nn.actnorm import ActNorm
 from glow_kernels.nn.conv1x1 import ChannelPermutation, InvertibleConv1x1
@@ -70,8 +71,8 @@ class Stack:
         return cls(parameters, fixed, isinstance(mixings[0], ChannelPermutation), compute_dtype(x))
 
     def fold(self, x: Tensor, frugal: bool = False) -> Folded:
-        """The maps x -> z; if ``frugal``, backward keeps nothing but the maps and the parameters as they are."""
-        if frugal and not torch.compiler.is_compiling():
+        """The maps x -> z; if ``frugal``, backward keeps nothing but the parameters as they are."""
+        if frugal:
             tensors = [tensor for parameters in self.parameters for tensor in parameters]
             return _folded(_Frugal.apply(self, *tensors), x)  # type: ignore[no-untyped-call]
         return _folded(fold(*self.stacked(self.parameters)), x)
@@ -83,6 +84,18 @@ class Stack:
             ValueError: a weight is singular.
         """
         return _folded(fold_inverse(*self.stacked(self.parameters)), z)
+
+    @torch.no_grad()
+    def fold_both(self, inverted: bool) -> list[tuple[LinearMap, LinearMap | None]]:
+        """The map x -> z of every step and, if ``inverted``, the map z -> x; without gradients.
+
+        Raises:
+            ValueError: a weight is singular.
+        """
+        stacked = self.stacked(self.parameters)
+        there = _maps(fold(*stacked))
+        back = _maps(fold_inverse(*stacked)) if inverted else [None] * len(there)
+        return list(zip(there, back, strict=True))
 
     def singular(self) -> int:
         """The first step of which :meth:`fold_inverse` says that its weight is singular."""
@@ -113,7 +126,7 @@ class _Frugal(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, stack: Stack, *parameters: Tensor) -> Results:
-        ctx.stack = stack
+        ctx.stack, ctx.backend = stack, backends.choice()
         ctx.save_for_backward(*parameters)
         return fold(*stack.stacked(_in_rows(parameters, len(stack.parameters))))
 
@@ -121,7 +134,7 @@ class _Frugal(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[1:]
         leaves = [t.detach().requires_grad_(need) for t, need in zip(ctx.saved_tensors, needs, strict=True)]
-        with torch.enable_grad():
+        with backends.restored(ctx.backend), torch.enable_grad():
             results = fold(*ctx.stack.stacked(_in_rows(leaves, len(ctx.stack.parameters))))
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
         found = iter(torch.autograd.grad(results, wanted, grads, allow_unused=True))
@@ -134,9 +147,12 @@ def _in_rows(tensors: Sequence[Tensor], rows: int) -> list[Sequence[Tensor]]:
 
 
 def _folded(results: Results, x: Tensor) -> Folded:
-    matrices, shifts, log_dets = results
-    maps = [LinearMap(*pair) for pair in zip(matrices.unbind(), shifts.unbind(), strict=True)]
-    return Folded(maps, log_dets.sum().expand(x.shape[0]) * positions(x))
+    return Folded(_maps(results), results[2].sum().expand(x.shape[0]) * positions(x))
+
+
+def _maps(results: Results) -> list[LinearMap]:
+    matrices, shifts, _ = results
+    return [LinearMap(*pair) for pair in zip(matrices.unbind(), shifts.unbind(), strict=True)]
 
 
 def _are_alike(steps: Sequence[nn.Module], x: Tensor) -> bool:

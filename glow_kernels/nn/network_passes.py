@@ -43,16 +43,14 @@ def has_passes(network: nn.Module) -> bool:
 
     It must be this package's own, initialised, and nobody's who waits for its modules to be called.
     """
-    if type(network) is not CouplingNetwork or _has_any_global_hook() or _is_altered(network):  # type: ignore[no-untyped-call]
+    if type(network) is not CouplingNetwork or _has_any_global_hook() or is_altered(network):  # type: ignore[no-untyped-call]
         return False
     for name, expected in _LAYERS:
         layer = network._modules[name]
-        if type(layer) is not expected or _is_altered(layer):
+        if type(layer) is not expected or is_altered(layer):
             return False
         actnorm = layer._modules.get("actnorm")
-        if actnorm is not None and (
-            type(actnorm) is not ActNorm or not actnorm._is_initialized or _is_altered(actnorm)
-        ):
+        if actnorm is not None and (type(actnorm) is not ActNorm or not actnorm._is_initialized or is_altered(actnorm)):
             return False
     return True
 
@@ -202,7 +200,8 @@ def _geometry(weight: Tensor) -> tuple[Any, ...]:
     return (1, 1), padding, (1, 1), False, (0, 0), 1
 
 
-def _is_altered(module: nn.Module) -> bool:
+def is_altered(module: nn.Module) -> bool:
+    """Whether calling ``module`` does something else, or something more, than what its class says."""
     own = module.__dict__
     return bool(
         "forward" in own

@@ -143,6 +143,12 @@ def apply(x: Tensor, matrix: Tensor, shift: Tensor) -> Tensor:
     return z
 
 
+def apply_backward(grad: Tensor, x: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`apply` in ``x``, ``matrix`` and ``shift``, without a graph."""
+    grad_x, grad_matrix, grad_shift = _apply_backward(grad.to(x.dtype), x, matrix, True)
+    return grad_x, grad_matrix, grad_shift
+
+
 def apply_reversible_backward(
     grad: Tensor, z: Tensor, matrix: Tensor, inverse: Tensor, inverse_shift: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -182,7 +182,7 @@ def affine_coupling_reversible_backward(
     gain = _in_compute_dtype(y, log_scale_gain)
     grad, grad_log_det = grad.to(y.dtype), grad_log_det.to(compute_dtype(y))
     options = (map_.kind, map_.parameters, layout, order)
-    x, grad_x, grad_h, grad_gain = _reversible_backward(grad, grad_log_det, y, h, gain, *options)
+    x, grad_x, grad_h, grad_gain = reversible_backward(grad, grad_log_det, y, h, gain, *options)
     return x, grad_x, grad_h, None if log_scale_gain is None else grad_gain.to(log_scale_gain.dtype)
 
 
@@ -322,7 +322,7 @@ _inverse = Operator(
 )
 backward = Operator(_MODULE, "backward", _BACKWARD_SCHEMA, fake=_backward_fake, plain_reference=True)
 _inverse_backward = Operator(_MODULE, "inverse_backward", _BACKWARD_SCHEMA, fake=_backward_fake, plain_reference=True)
-_reversible_backward = Operator(
+reversible_backward = Operator(
     _MODULE,
     "reversible_backward",
     f"(Tensor grad, Tensor grad_log_det, Tensor y, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",

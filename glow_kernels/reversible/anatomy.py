@@ -15,8 +15,6 @@ from glow_kernels.nn.conv1x1 import ChannelPermutation, InvertibleConv1x1
 from glow_kernels.nn.network import HiddenConv2d, ZeroConv2d
 from glow_kernels.nn.step import LinearMap
 
-# What a step of a chain that folds all of its steps at once gets for a linear map; the inverse where it is needed.
-LINEAR = ("matrix", "shift", "inverse", "inverse_shift")
 _COUPLINGS = (AffineCoupling, AdditiveCoupling)
 _OWN = {
     ActNorm,
@@ -38,21 +36,24 @@ class Anatomy:
         step: the step.
         modules: it and everything in it.
         slots: where each of its parameters is kept; a shared one is kept in several places.
-        linear: the linear map of a flow step whose chain has folded it, by :data:`LINEAR`. These are then the first of
-            its parameters, in place of those they come from.
+        linear: the linear map of a flow step whose chain has folded it, by the names of
+            :class:`~glow_kernels.nn.step.LinearMap`. Matrix and shift are then the first of its parameters, in place of
+            those they come from.
+        inverse_map: the linear map back, where backward needs it.
     """
 
     step: nn.Module
     modules: list[nn.Module]
     slots: list[list[tuple[dict[str, Any], str]]]
     linear: dict[str, Any]
+    inverse_map: LinearMap | None = None
 
     @classmethod
-    def of(cls, step: nn.Module, linear: Sequence[Tensor] = ()) -> Anatomy:
-        """That of ``step`` as it is now; ``linear`` are the first of :data:`LINEAR`, or none."""
+    def of(cls, step: nn.Module, linear: Sequence[Tensor] = (), inverse: LinearMap | None = None) -> Anatomy:
+        """That of ``step`` as it is now; ``linear`` are matrix and shift, or none."""
         modules = {id(step): step}
         slots: dict[int, list[tuple[dict[str, Any], str]]] = {}
-        named = dict(zip(LINEAR, linear, strict=False))
+        named = dict(zip(LinearMap._fields, linear, strict=False))
         folded = (step.actnorm, step.mixing) if named else ()
         stack = [step]
         while stack:
@@ -64,7 +65,9 @@ class Anatomy:
                 if child is not None and id(child) not in modules:
                     modules[id(child)] = child
                     stack.append(child)
-        return cls(step, list(modules.values()), [*([(named, name)] for name in named), *slots.values()], named)
+        return cls(
+            step, list(modules.values()), [*([(named, name)] for name in named), *slots.values()], named, inverse
+        )
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -80,12 +83,13 @@ class Anatomy:
     @property
     def forward(self) -> Callable[..., tuple[Tensor, Tensor]]:
         """The forward of the step, without its hooks; with :attr:`linear` the log-determinant leaves that map out."""
-        return self._with_linear_map(self.step.forward, "matrix", "shift")
+        function = self.step.forward
+        return functools.partial(function, linear=LinearMap(**self.linear)) if self.linear else function
 
     @property
     def inverse(self) -> Callable[..., tuple[Tensor, Tensor]]:
         """The inverse of the step; under FSDP without gathering its weights, which its node of autograd does."""
-        return self._with_linear_map(self._inverse, "inverse", "inverse_shift")
+        return functools.partial(self._inverse, linear=self.inverse_map) if self.linear else self._inverse
 
     @property
     def _inverse(self) -> Any:
@@ -93,11 +97,6 @@ class Anatomy:
         if "inverse" in self.step.__dict__ and hasattr(self.step, "_get_fsdp_state"):
             inverse = inverse.__wrapped__
         return inverse
-
-    def _with_linear_map(self, function: Callable[..., Any], *names: str) -> Callable[..., tuple[Tensor, Tensor]]:
-        if not self.linear:
-            return function
-        return functools.partial(function, linear=LinearMap(*(self.linear[name] for name in names)))
 
     @functools.cached_property
     def is_flow_step(self) -> bool:

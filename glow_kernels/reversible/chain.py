@@ -12,11 +12,14 @@ from torch import Tensor, nn
 
 from glow_kernels.nn import ActNorm
 from glow_kernels.nn.folding import Folded, Stack
+from glow_kernels.nn.step import LinearMap
 from glow_kernels.ops._checks import check_choice
 from glow_kernels.reversible import budget, guards
 from glow_kernels.reversible.anatomy import Anatomy
+from glow_kernels.reversible.linear_maps import LinearMaps
 from glow_kernels.reversible.link import Link, Place, register
 from glow_kernels.reversible.offload import Shelf
+from glow_kernels.reversible.plain_step import PlainStep
 from glow_kernels.reversible.recompute import Mode
 
 POLICIES = ("store", "checkpoint", "anchor", "invert")
@@ -30,8 +33,8 @@ class ReversibleSequential(nn.Sequential):
     or takes it from an anchor, and evaluates the step again for its gradients. The network of a
     :class:`~glow_kernels.nn.FlowStep` is evaluated once for both, that of any other step twice where it is inverted.
 
-    The ActNorms and 1x1 convolutions of flow steps that are alike are folded in one call for the whole chain; their
-    matrices stay until backward. The gradients of those parameters are done when that of the first step is.
+    The ActNorms and 1x1 convolutions of flow steps that are alike are folded in one call for the whole chain, and again
+    in backward. The gradients of those parameters are done when that of the first step is.
 
     Args:
         steps: the steps, at least one.
@@ -127,22 +130,21 @@ class ReversibleSequential(nn.Sequential):
         shelf = Shelf(x.device) if self.offload_anchors else None
         mode = Mode.current(x.device, self._micro_batches(x, context))
         ghost: Tensor | None = None
-        steps = list(self)
-        linear, log_det = self._folded(x)
+        modules = list(self)
+        linear, log_det, maps = self._folded(x)
         for numbers in self._nodes():
-            anatomies = [Anatomy.of(steps[number], linear[number]) for number in numbers]
-            _initialize(anatomies, x, context)
+            steps = [_taken_apart(modules[number], linear[number], x, context) for number in numbers]
+            _initialize([modules[number] for number in numbers], steps, x, context)
             place = Place(
                 self._handle,
                 numbers[0],
                 len(numbers),
                 len(context),
-                len(linear[0]),
                 self._is_anchor(numbers[0]),
                 numbers[-1] == len(self) - 1,
                 self.check != "off",
             )
-            x, log_det, ghost = _linked(anatomies, place, mode, shelf, x, log_det, ghost, context)
+            x, log_det, ghost = _linked(steps, place, mode, maps, shelf, x, log_det, ghost, context)
         assert log_det is not None
         return x, log_det
 
@@ -170,17 +172,16 @@ class ReversibleSequential(nn.Sequential):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._handle = register(self)
 
-    def _folded(self, x: Tensor) -> tuple[list[tuple[Tensor, ...]], Tensor | None]:
-        """What an :class:`Anatomy` of every step gets of its linear map, and the log-determinant of all of these."""
-        stack = Stack.of(list(self), x)
+    def _folded(self, x: Tensor) -> tuple[Sequence[LinearMap | None], Tensor | None, LinearMaps | None]:
+        """The linear map of every step, the log-determinant of all of them, and where backward gets them from.
+
+        Nothing where the steps fold for themselves, as they do inside the opaque operators of a compiled chain.
+        """
+        stack = None if torch.compiler.is_compiling() else Stack.of(list(self), x)
         if stack is None:
-            return [()] * len(self), None
+            return [None] * len(self), None, None
         maps, log_det = stack.fold(x, frugal=True)
-        if not any(self._needs_inverse(index) for index in range(len(self))):
-            return list(maps), log_det
-        with torch.no_grad():
-            inverses, _ = self._inverted(stack, x)
-        return [(*there, *back) for there, back in zip(maps, inverses, strict=True)], log_det
+        return maps, log_det, LinearMaps(self, stack, any(self._needs_inverse(index) for index in range(len(self))))
 
     def _inverted(self, stack: Stack, z: Tensor) -> Folded:
         try:
@@ -197,7 +198,7 @@ class ReversibleSequential(nn.Sequential):
         if key not in self._parts:
             if torch.compiler.is_compiling():
                 raise RuntimeError("micro_batches='auto' needs one training step of these shapes before torch.compile")
-            _initialize([Anatomy.of(step) for step in self], x, context)
+            _initialize(list(self), [Anatomy.of(step) for step in self], x, context)
             self._parts[key] = budget.micro_batches(self, x, context, self.memory_budget)
         return self._parts[key]
 
@@ -238,12 +239,25 @@ def _in_turn(
     return x, functools.reduce(torch.add, log_dets)
 
 
-def _initialize(anatomies: Sequence[Anatomy], x: Tensor, context: tuple[Tensor | None, ...]) -> None:
-    modules = [module for anatomy in anatomies if anatomy.step.training for module in anatomy.modules]
-    if any(isinstance(module, ActNorm) and not module._is_initialized for module in modules):
+def _taken_apart(
+    step: nn.Module, linear: LinearMap | None, x: Tensor, context: tuple[Tensor | None, ...]
+) -> Anatomy | PlainStep:
+    plain = None if linear is None or context else PlainStep.of(step, linear, x)
+    return Anatomy.of(step, linear or ()) if plain is None else plain
+
+
+def _initialize(
+    modules: Sequence[nn.Module],
+    steps: Sequence[Anatomy | PlainStep],
+    x: Tensor,
+    context: tuple[Tensor | None, ...],
+) -> None:
+    """Run ``modules``, which ``steps`` are made of, if one of them has an ActNorm that waits for data."""
+    parts = [part for module, step in zip(modules, steps, strict=True) if module.training for part in step.modules]
+    if any(isinstance(part, ActNorm) and not part._is_initialized for part in parts):
         with torch.no_grad():
-            for anatomy in anatomies:
-                x, _ = anatomy.step(x, *context)
+            for module in modules:
+                x, _ = module(x, *context)
 
 
 def _check_batches(x: Tensor, context: tuple[Tensor | None, ...]) -> None:
@@ -254,9 +268,10 @@ def _check_batches(x: Tensor, context: tuple[Tensor | None, ...]) -> None:
 
 
 def _linked(
-    anatomies: Sequence[Anatomy],
+    steps: Sequence[Anatomy | PlainStep],
     place: Place,
     mode: Mode,
+    maps: LinearMaps | None,
     shelf: Shelf | None,
     x: Tensor,
     log_det: Tensor | None,
@@ -265,16 +280,19 @@ def _linked(
 ) -> Any:
     def link(x: Tensor, log_det: Tensor | None, ghost: Tensor | None, *context: Tensor | None) -> Any:
         # Asked for inside of the hooks, where FSDP has gathered them.
-        parameters = [parameter for anatomy in anatomies for parameter in anatomy.parameters]
-        seen = None if torch.compiler.is_compiling() else anatomies
-        states = (x, log_det, ghost)
-        return Link.apply(place, mode, seen, shelf, *states, *context, *parameters)  # type: ignore[no-untyped-call]
+        parameters = [parameter for step in steps for parameter in step.parameters]
+        arguments = (maps, shelf, x, log_det, ghost, *context, *parameters)
+        if torch.compiler.is_compiling():
+            return Link.apply(place, mode, None, *arguments)  # type: ignore[no-untyped-call]
+        # Function.apply adds only what functorch's transforms need, which are refused.
+        return super(torch.autograd.Function, Link).apply(place, mode, steps, *arguments)  # type: ignore[no-untyped-call]
 
-    if torch.compiler.is_compiling() or not any(_has_hooks(anatomy.step) for anatomy in anatomies):
+    hooked = [step.step for step in steps if isinstance(step, Anatomy) and _has_hooks(step.step)]
+    if torch.compiler.is_compiling() or not hooked:
         return link(x, log_det, ghost, *context)
-    if len(anatomies) > 1:
+    if len(steps) > 1:
         raise RuntimeError("check='replay' runs several steps as one, without their hooks (FSDP): use check='raise'")
-    return _through_hooks(anatomies[0].step, link, x, log_det, ghost, *context)
+    return _through_hooks(hooked[0], link, x, log_det, ghost, *context)
 
 
 def _has_hooks(step: nn.Module) -> bool:

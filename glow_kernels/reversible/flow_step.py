@@ -12,6 +12,7 @@ from torch import Tensor
 
 from glow_kernels.nn import AdditiveCoupling, AffineCoupling, CouplingNetwork, FlowStep
 from glow_kernels.nn import network_passes as passes
+from glow_kernels.nn.coupling_node import has_passes, uncouple
 from glow_kernels.ops import actnorm_conv1x1_reversible_backward, affine_coupling_reversible_backward
 from glow_kernels.ops.actnorm_conv1x1 import apply_reversible_backward
 from glow_kernels.reversible.anatomy import Anatomy
@@ -56,7 +57,12 @@ def backward_from_output(
     conditioning, transformed = coupling._split("z", z)
     grad_conditioning, grad_transformed = coupling._split("z", grad_z)
     tensors = [tensor for tensor in context if tensor is not None]
-    if not context and anatomy.is_standard and passes.has_passes(coupling.network):
+    if (
+        not context
+        and anatomy.is_standard
+        and coupling.condition_on == "first"
+        and has_passes(z, coupling._kind(), coupling.network)
+    ):
         return _backward_by_passes(anatomy, step, z, grad_z, grad_log_det, parameters)
     with torch.enable_grad():
         conditioning = leaf(conditioning, True)
@@ -80,39 +86,23 @@ def _backward_by_passes(
     anatomy: Anatomy, step: FlowStep, z: Tensor, grad_z: Tensor, grad_log_det: Tensor, parameters: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     """The same without autograd, where the network is this package's own."""
-    coupling, network = step.coupling, cast(CouplingNetwork, step.coupling.network)
-    conditioning, transformed = coupling._split("z", z)
-    grad_conditioning, grad_transformed = coupling._split("z", grad_z)
-    own = passes.parameters_of(network)
+    own = passes.parameters_of(step.coupling.network)
     needed = any(parameter.requires_grad for parameter in own)
-    h, kept = passes.forward(conditioning, own, network.frugal)
-    transformed, grad_transformed, grad_h = _undo_coupling(coupling, grad_transformed, grad_log_det, transformed, h)
-    del h
-    below, found = passes.backward(grad_h, kept, own, True, needed, network.frugal)
-    del grad_h, kept
-    assert below is not None
-    y = coupling._merge(conditioning, transformed)
-    grad_y = coupling._merge(grad_conditioning + below, grad_transformed)
+    y, grad_y, found = uncouple(grad_z, grad_log_det, z, step.coupling._kind(), own, needed)
     x, grad_x, grads = _undo_linear_map(anatomy, step, grad_y, grad_log_det, y, parameters)
     of: dict[int, Tensor | None] = {}
     for parameter, grad in zip(own, found, strict=True):
         of[id(parameter)] = sum_of(of.get(id(parameter)), grad)
-    return (
-        x,
-        grad_x,
-        [
-            sum_of(grad, of.get(id(parameter))) if parameter.requires_grad else grad
-            for parameter, grad in zip(parameters, grads, strict=True)
-        ],
-    )
+    both = [sum_of(grad, of.get(id(p))) if p.requires_grad else grad for p, grad in zip(parameters, grads, strict=True)]
+    return x, grad_x, both
 
 
 def _undo_linear_map(
     anatomy: Anatomy, step: FlowStep, grad: Tensor, grad_log_det: Tensor, y: Tensor, parameters: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     if anatomy.linear:
-        matrices = (anatomy.linear[name].detach() for name in ("matrix", "inverse", "inverse_shift"))
-        x, grad_x, *found = apply_reversible_backward(grad, y, *matrices)
+        assert anatomy.inverse_map is not None
+        x, grad_x, *found = apply_reversible_backward(grad, y, anatomy.linear["matrix"].detach(), *anatomy.inverse_map)
         return x, grad_x, [*found, *[None] * (len(parameters) - len(found))]
     # Nothing of this package's own needs a graph between the parameters and what the operator takes.
     with torch.set_grad_enabled(not anatomy.is_standard):

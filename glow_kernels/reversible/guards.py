@@ -8,7 +8,7 @@ anchored step computes, which costs one pass over the state.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from glow_kernels.reversible.anatomy import Anatomy
+from glow_kernels.reversible.plain_step import PlainStep
 from glow_kernels.reversible.randomness import RandomState
 
 if TYPE_CHECKING:
@@ -50,16 +51,19 @@ def versions(tensors: Sequence[Tensor | None]) -> list[int]:
     return [0 if tensor is None or tensor.is_inference() else tensor._version for tensor in tensors]
 
 
-@contextmanager
-def unchanged(anatomy: Anatomy, state: Tensor, direction: str) -> Iterator[None]:
+def unchanged(anatomy: Anatomy | PlainStep, state: Tensor, direction: str) -> AbstractContextManager[None]:
     """Watch a call of a step, unless it is known to have no side effects.
 
     Raises:
         RuntimeError: ``state``, or a parameter or buffer of the step, was modified in place.
     """
-    if anatomy.is_standard:
-        yield
-        return
+    if isinstance(anatomy, PlainStep) or anatomy.is_standard:
+        return nullcontext()
+    return _watched(anatomy, state, direction)
+
+
+@contextmanager
+def _watched(anatomy: Anatomy, state: Tensor, direction: str) -> Iterator[None]:
     owned = anatomy.tensors
     before = versions([state, *owned])
     yield
@@ -82,11 +86,16 @@ def saved_tensors(ctx: Any, chain: ReversibleSequential, index: int) -> tuple[Te
     except RuntimeError as error:
         if "inplace operation" not in str(error):
             raise
-        raise RuntimeError(
-            f"{step_name(chain, index)}: its parameters, its context or the state kept for it were modified in place "
-            f"between forward and backward: {error}"
-        ) from error
+        raise RuntimeError(f"{modified(chain, index)}: {error}") from error
     return tensors
+
+
+def modified(chain: ReversibleSequential, index: int) -> str:
+    """The message about a step of which something that backward needs has changed."""
+    return (
+        f"{step_name(chain, index)}: its parameters, its context or the state kept for it were modified in place "
+        "between forward and backward"
+    )
 
 
 def refuse_second_derivatives(chain: ReversibleSequential, index: int) -> None:
@@ -106,7 +115,7 @@ def refuse_transforms() -> None:
 def prove(
     chain: ReversibleSequential,
     index: int,
-    anatomy: Anatomy,
+    anatomy: Anatomy | PlainStep,
     x: Tensor,
     context: Sequence[Tensor | None],
     mode: Mode,
@@ -117,8 +126,10 @@ def prove(
         RuntimeError: it is not a function of its input and its parameters, or its inverse does not lead back.
         TypeError: its result is not ``(z, log_det)``.
     """
+    if isinstance(anatomy, PlainStep) or anatomy.is_standard or isinstance(x, FakeTensor) or len(x) == 0:
+        return
     key = (index, anatomy.step.training)
-    if key in chain._proven or isinstance(x, FakeTensor) or len(x) == 0 or anatomy.is_standard:
+    if key in chain._proven:
         return
     sample = x[:2].detach().clone()
     sample_context = [None if tensor is None else tensor[:2] for tensor in context]

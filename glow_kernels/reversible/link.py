@@ -22,9 +22,12 @@ from torch import Tensor
 from torch._guards import detect_fake_mode
 
 from glow_kernels.backends.numerics import output_format
+from glow_kernels.nn.coupling_node import Kind
 from glow_kernels.reversible import guards, recompute
 from glow_kernels.reversible.anatomy import Anatomy
+from glow_kernels.reversible.linear_maps import LinearMaps
 from glow_kernels.reversible.offload import Shelf
+from glow_kernels.reversible.plain_step import PlainStep
 from glow_kernels.reversible.randomness import RandomState
 from glow_kernels.reversible.recompute import Mode, Recomputed
 from glow_kernels.reversible.tensors import sum_of
@@ -47,8 +50,7 @@ def register(chain: ReversibleSequential) -> int:
 class Place(NamedTuple):
     """Which steps of which chain, how many tensors they get, what is kept of them, and whether to compare.
 
-    Of the tensors, ``contexts`` are the context of all steps, and ``folded`` the linear map of each, by
-    :data:`~glow_kernels.reversible.anatomy.LINEAR`, if the chain has folded it.
+    Of the tensors, the first ``contexts`` are the context of all steps; the parameters of each follow.
 
     A node is one step, so that its gradients leave as soon as they are done; with ``check="replay"``, all from one
     anchor to the next, so that they can be thrown away.
@@ -58,7 +60,6 @@ class Place(NamedTuple):
     number: int
     length: int
     contexts: int
-    folded: int
     keeps_input: bool
     keeps_output: bool
     compares: bool
@@ -69,10 +70,14 @@ class Place(NamedTuple):
         return range(self.number, self.number + self.length)
 
 
-class Link(torch.autograd.Function):
-    """``apply(place, mode, anatomies, shelf, x, log_det, ghost, *context, *parameters)``, those of the anatomies.
+Step = Anatomy | PlainStep
 
-    Gives ``z``, the new ``log_det``, and its ghost. Compiled, it goes without ``anatomies``.
+
+class Link(torch.autograd.Function):
+    """``apply(place, mode, steps, maps, shelf, x, log_det, ghost, *context, *parameters)``, those of the steps.
+
+    Gives ``z``, the new ``log_det``, and its ghost. Compiled, it goes without ``steps``. With ``maps``, the first two
+    parameters of every step are its linear map, which is not kept.
     """
 
     @staticmethod
@@ -80,7 +85,8 @@ class Link(torch.autograd.Function):
         ctx: Any,
         place: Place,
         mode: Mode,
-        anatomies: Sequence[Anatomy] | None,
+        steps: Sequence[Step] | None,
+        maps: LinearMaps | None,
         shelf: Shelf | None,
         x: Tensor,
         log_det: Tensor | None,
@@ -88,22 +94,26 @@ class Link(torch.autograd.Function):
         *tensors: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.place, ctx.mode, ctx.shape, ctx.states = place, mode, x.shape, None
-        if anatomies is None:
+        ctx.place, ctx.mode, ctx.shape, ctx.maps, ctx.states = place, mode, x.shape, maps, None
+        if steps is None:
             z, step_log_det = _forward_operator(x, list(tensors), *_plain(place, mode))
         else:
-            z, step_log_det, ctx.states = _forward(place, mode, anatomies, x, tensors)
+            z, step_log_det, ctx.states = _forward(place, mode, steps, x, tensors)
+            ctx.kinds = [step.kind if isinstance(step, PlainStep) else None for step in steps]
+            ctx.bounds = _bounds(place, steps)
         # Backward through a single step needs its input or its output, through several both.
         keeps_output = place.keeps_output and not (place.keeps_input and place.length == 1)
         ctx.shelf = shelf if place.keeps_input else None
         kept = x if place.keeps_input and shelf is None else None
-        ctx.save_for_backward(kept, z if keeps_output else None, *tensors)
+        remembered = tensors if maps is None else _with_maps(tensors, ctx.bounds, [(None, None)] * place.length)
+        ctx.save_for_backward(kept, z if keeps_output else None, *remembered)
         if ctx.shelf is not None:
             ctx.on_shelf = ctx.shelf.put(x)
         if not torch.compiler.is_compiling():
             ctx.chain = _chains[place.handle]  # alive until its backward
         total = step_log_det if log_det is None else log_det + step_log_det
-        return z, total, z.new_zeros(()).expand(z.shape)
+        # One element that nobody reads; not a view, of which FSDP would warn.
+        return z, total, z.new_empty_strided(z.shape, [0] * z.dim())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
@@ -111,7 +121,7 @@ class Link(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             guards.refuse_second_derivatives(ctx.chain, place.number)
         grad_z, grad_log_det, reconstructed = grads
-        needs = ctx.needs_input_grad[7:]
+        needs = ctx.needs_input_grad[8:]
         if torch.compiler.is_compiling():
             x, z, *tensors = ctx.saved_tensors
         else:
@@ -126,28 +136,33 @@ class Link(torch.autograd.Function):
             reached, grad_x, *tensor_grads = _backward_operator(*arguments, *_plain(place, mode))
             tensor_grads = [grad if need else None for grad, need in zip(tensor_grads, needs, strict=True)]
         else:
-            result = _backward(place, mode, x, z, (grad_z, grad_log_det), tensors, needs, ctx.states)
+            maps = [(None, None)] * place.length
+            if ctx.maps is not None:
+                maps = ctx.maps.of(place.numbers)
+                tensors = _with_maps(tensors, ctx.bounds, [there for there, _ in maps])
+            steps = _steps(place, tensors, ctx.kinds, ctx.bounds, maps)
+            result = _backward(place, mode, steps, x, z, (grad_z, grad_log_det), tensors, needs, ctx.states)
             reached, grad_x, tensor_grads = result.x, result.grad_x, result.grads
-        ghost_grad = (reached if x is None else x) if ctx.needs_input_grad[6] else None
-        total_grad = grad_log_det if ctx.needs_input_grad[5] else None
-        return None, None, None, None, grad_x, total_grad, ghost_grad, *tensor_grads
+        ghost_grad = (reached if x is None else x) if ctx.needs_input_grad[7] else None
+        total_grad = grad_log_det if ctx.needs_input_grad[6] else None
+        return None, None, None, None, None, grad_x, total_grad, ghost_grad, *tensor_grads
 
 
 States = list[list[RandomState] | None]
 
 
 def _forward(
-    place: Place, mode: Mode, anatomies: Sequence[Anatomy], x: Tensor, tensors: Sequence[Any]
+    place: Place, mode: Mode, steps: Sequence[Step], x: Tensor, tensors: Sequence[Any]
 ) -> tuple[Tensor, Tensor, States]:
     chain = _find(place)
     context = tensors[: place.contexts]
     total: Tensor | None = None
     states: States = []
-    for number, anatomy in zip(place.numbers, anatomies, strict=True):
+    for number, step in zip(place.numbers, steps, strict=True):
         with guards.named(chain, number):
-            guards.prove(chain, number, anatomy, x, context, mode)
-            with guards.unchanged(anatomy, x, "forward"):
-                x, log_det, drawn = recompute.forward(anatomy, x, context, mode)
+            guards.prove(chain, number, step, x, context, mode)
+            with guards.unchanged(step, x, "forward"):
+                x, log_det, drawn = recompute.forward(step, x, context, mode)
         total = log_det if total is None else total + log_det
         states.append(drawn)
     assert total is not None
@@ -157,6 +172,7 @@ def _forward(
 def _backward(
     place: Place,
     mode: Mode,
+    steps: Sequence[Step],
     x: Tensor | None,
     z: Tensor | None,
     grads: tuple[Tensor | None, Tensor | None],
@@ -167,7 +183,7 @@ def _backward(
     chain = _find(place)
     states = [None] * place.length if states is None else states
     inputs = [x, *[None] * (place.length - 1)]
-    result, reached = _sweep(place, mode, inputs, z, grads, tensors, needs, states)
+    result, reached = _sweep(place, mode, steps, inputs, z, grads, tensors, needs, states)
     if result.z is None or reached is None:
         return result
     with guards.named(chain, place.number):
@@ -175,16 +191,17 @@ def _backward(
     if not too_far:
         return result
     # Once more from the anchor, with every state exact.
-    for index, (anatomy, _) in enumerate(_anatomies(place, tensors)[:-1]):
+    for index, step in enumerate(steps[:-1]):
         given = inputs[index]
         assert given is not None
-        inputs[index + 1] = recompute.forward(anatomy, given, tensors[: place.contexts], mode, states[index])[0]
-    return _sweep(place, mode, inputs, None, grads, tensors, needs, states)[0]
+        inputs[index + 1] = recompute.forward(step, given, tensors[: place.contexts], mode, states[index])[0]
+    return _sweep(place, mode, steps, inputs, None, grads, tensors, needs, states)[0]
 
 
 def _sweep(
     place: Place,
     mode: Mode,
+    steps: Sequence[Step],
     inputs: Sequence[Tensor | None],
     z: Tensor | None,
     grads: tuple[Tensor | None, Tensor | None],
@@ -198,15 +215,16 @@ def _sweep(
     totals: list[Tensor | None] = [None] * len(tensors)
     state = reached = z
     result: Recomputed | None = None
-    for index, (anatomy, own) in reversed(list(enumerate(_anatomies(place, tensors)))):
-        number = place.number + index
+    bounds = _bounds(place, steps)
+    for index in reversed(range(place.length)):
+        step, own, number = steps[index], slice(bounds[index], bounds[index + 1]), place.number + index
         reached = state
         given = state if inputs[index] is None else inputs[index]
         assert given is not None
         key = (number, "closed")
-        with guards.named(chain, number), guards.unchanged(anatomy, given, "backward"):
+        with guards.named(chain, number), guards.unchanged(step, given, "backward"):
             result = recompute.backward(
-                anatomy,
+                step,
                 inputs[index],
                 state,
                 grads,
@@ -215,7 +233,7 @@ def _sweep(
                 [*needs[: place.contexts], *needs[own]],
                 mode,
                 states[index],
-                anatomy.is_standard or key in chain._proven,
+                step.is_standard or key in chain._proven,
             )
         chain._proven.add(key)
         state, grads = result.x, (result.grad_x, grads[1])
@@ -233,17 +251,38 @@ def _find(place: Place) -> ReversibleSequential:
     return chain
 
 
-def _anatomies(place: Place, tensors: Sequence[Any]) -> list[tuple[Anatomy, slice]]:
-    """The steps, and which of ``tensors`` are the parameters of each."""
+def _bounds(place: Place, steps: Sequence[Step]) -> list[int]:
+    """Where the parameters of each step begin among the tensors, and where those of the last end."""
+    return list(itertools.accumulate([len(step.slots) for step in steps], initial=place.contexts))
+
+
+def _with_maps(tensors: Sequence[Any], bounds: Sequence[int], maps: Sequence[Any]) -> list[Any]:
+    """``tensors`` with another matrix and shift for every step."""
+    result = list(tensors)
+    for start, linear in zip(bounds, maps, strict=False):
+        result[start : start + 2] = linear
+    return result
+
+
+def _steps(
+    place: Place, tensors: Sequence[Any], kinds: Sequence[Kind | None], bounds: Sequence[int], maps: Sequence[Any]
+) -> list[Step]:
+    """The steps as forward saw them, with what it has computed with."""
     chain = _find(place)
-    start = place.contexts
-    found = []
-    for number in place.numbers:
-        anatomy = Anatomy.of(chain[number], tensors[start : start + place.folded])
-        end = start + len(anatomy.slots)
-        found.append((anatomy, slice(start, end)))
-        start = end
-    return found
+    steps: list[Step] = []
+    for number, kind, (start, end), (there, back) in zip(
+        place.numbers, kinds, itertools.pairwise(bounds), maps, strict=True
+    ):
+        if kind is None:
+            steps.append(Anatomy.of(chain[number], there or (), back))
+        else:
+            steps.append(PlainStep(kind, tensors[start:end], back))
+    return steps
+
+
+def _anatomies(place: Place) -> list[Step]:
+    chain = _find(place)
+    return [Anatomy.of(chain[number]) for number in place.numbers]
 
 
 def _plain(place: Place, mode: Mode) -> tuple[Any, ...]:
@@ -251,8 +290,8 @@ def _plain(place: Place, mode: Mode) -> tuple[Any, ...]:
 
 
 _SETTINGS = (
-    "int handle, int number, int length, int contexts, int folded, bool keeps_input, bool keeps_output, "
-    "bool compares, int micro_batches, ScalarType? autocast"
+    "int handle, int number, int length, int contexts, bool keeps_input, bool keeps_output, "
+    "bool compares, int micro_batches, ScalarType? autocast, str? backend"
 )
 _SCHEMAS = (
     f"reversible_forward(Tensor x, Tensor?[] tensors, {_SETTINGS}) -> (Tensor, Tensor)",
@@ -289,9 +328,8 @@ def _own(tensor: Tensor, *inputs: Tensor | None) -> Tensor:
 
 def _run_forward(x: Tensor, tensors: Sequence[Tensor | None], *settings: Any) -> tuple[Tensor, Tensor]:
     place, mode = _split(settings)
-    anatomies = [anatomy for anatomy, _ in _anatomies(place, tensors)]
     with _eager():
-        z, log_det, states = _forward(place, mode, anatomies, x, tensors)
+        z, log_det, states = _forward(place, mode, _anatomies(place), x, tensors)
     drawing = [number for number, drawn in zip(place.numbers, states, strict=True) if drawn is not None]
     if drawing:
         name = guards.step_name(_find(place), drawing[0])
@@ -308,7 +346,7 @@ def _fake_forward(x: Tensor, tensors: Sequence[Tensor | None], *settings: Any) -
     fake_mode.allow_non_fake_inputs = True
     z = x
     try:
-        for anatomy, _ in _anatomies(place, tensors):
+        for anatomy in _anatomies(place):
             z, log_det, _ = recompute.forward(anatomy, z, tensors[: place.contexts], mode)
     finally:
         fake_mode.allow_non_fake_inputs = allowed
@@ -327,7 +365,7 @@ def _run_backward(
 ) -> list[Tensor]:
     place, mode = _split(settings)
     with _eager():
-        result = _backward(place, mode, x, z, (grad_z, grad_log_det), tensors, needs, None)
+        result = _backward(place, mode, _anatomies(place), x, z, (grad_z, grad_log_det), tensors, needs, None)
     inputs = (x, z, grad_z)
     grads = [
         tensor.new_zeros(tensor.shape) if grad is None else grad.clone(memory_format=torch.contiguous_format)

@@ -7,16 +7,18 @@ flow step that is one pass per operator, with one evaluation of its network, and
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from glow_kernels import backends
 from glow_kernels.reversible import flow_step
 from glow_kernels.reversible.anatomy import Anatomy
+from glow_kernels.reversible.plain_step import PlainStep
 from glow_kernels.reversible.randomness import RandomState, refuse_while_capturing
 from glow_kernels.reversible.tensors import Joined, differentiate, leaf, part_of, sum_of
 
@@ -27,23 +29,35 @@ class Mode(NamedTuple):
     Attributes:
         micro_batches: how many parts of the batch the step is evaluated in, one after the other.
         autocast: type of the networks under autocast, None without.
+        backend: the one that is chosen explicitly, if any.
     """
 
     micro_batches: int
     autocast: torch.dtype | None
+    backend: str | None
 
     @classmethod
     def current(cls, device: torch.device, micro_batches: int) -> Mode:
         """That of the code that runs now."""
         enabled = torch.is_autocast_enabled(device.type)
-        return cls(micro_batches, torch.get_autocast_dtype(device.type) if enabled else None)
+        autocast = torch.get_autocast_dtype(device.type) if enabled else None
+        return cls(micro_batches, autocast, backends.choice())
 
     def applied(self, device: torch.device) -> AbstractContextManager[Any]:
-        """Autocast as recorded. Without its cache, which would hand out weights that were cast without a graph."""
-        if self.autocast is not None:
-            return torch.autocast(device.type, self.autocast, cache_enabled=False)
+        """Backend and autocast as recorded, without the cache, which has weights that were cast without a graph."""
         enabled = torch.is_autocast_enabled(device.type)
-        return torch.autocast(device.type, enabled=False) if enabled else nullcontext()
+        if self.autocast is None and not enabled and self.backend == backends.choice():
+            return nullcontext()
+        return self._changed(device)
+
+    @contextmanager
+    def _changed(self, device: torch.device) -> Iterator[None]:
+        on = self.autocast is not None
+        with (
+            backends.restored(self.backend),
+            torch.autocast(device.type, self.autocast, enabled=on, cache_enabled=not on),
+        ):
+            yield
 
     def parts(self, batch: int) -> list[slice | None]:
         """Slices of the batch, of sizes that differ by at most one; a single None for all of it."""
@@ -64,7 +78,7 @@ class Recomputed(NamedTuple):
 
 
 def forward(
-    anatomy: Anatomy,
+    anatomy: Anatomy | PlainStep,
     x: Tensor,
     context: Sequence[Tensor | None],
     mode: Mode,
@@ -74,14 +88,15 @@ def forward(
 
     With such ``states`` of an earlier call, the numbers of that call are drawn again.
     """
-    z, log_det = Joined(len(x)), Joined(len(x))
+    batch = x.shape[0]
+    z, log_det = Joined(batch), Joined(batch)
     may_draw = not isinstance(x, FakeTensor) and not anatomy.is_standard
     if may_draw and x.is_cuda:
         refuse_while_capturing(anatomy.modules, x.device)
     drawn = []
     drew = False
     with torch.no_grad(), mode.applied(x.device):
-        for number, part in enumerate(mode.parts(len(x))):
+        for number, part in enumerate(mode.parts(batch)):
             state = RandomState(x.device) if may_draw else None
             with _replayed(None if states is None else states[number]):
                 part_z, part_log_det = anatomy.forward(part_of(x, part), *_parts(context, part))
@@ -94,7 +109,7 @@ def forward(
 
 
 def backward(
-    anatomy: Anatomy,
+    anatomy: Anatomy | PlainStep,
     x: Tensor | None,
     z: Tensor | None,
     grads: tuple[Tensor | None, Tensor | None],
@@ -113,6 +128,8 @@ def backward(
         states: as :func:`forward` returned them.
         closed: as for :func:`~glow_kernels.reversible.tensors.differentiate`.
     """
+    if isinstance(anatomy, PlainStep):
+        return _backward_of_plain(anatomy, x, z, grads, needs, mode)
     given = cast(Tensor, z if x is None else x)
     batch = len(given)
     way_back = flow_step.way_back(anatomy) if x is None else None
@@ -159,6 +176,30 @@ def backward(
     return Recomputed(
         joined_x.tensor if x is None else x, joined_z.tensor_or_none, joined_grad.tensor, [*every_grad, *totals]
     )
+
+
+def _backward_of_plain(
+    step: PlainStep,
+    x: Tensor | None,
+    z: Tensor | None,
+    grads: tuple[Tensor | None, Tensor | None],
+    needs: Sequence[bool],
+    mode: Mode,
+) -> Recomputed:
+    given = cast(Tensor, z if x is None else x)
+    batch = given.shape[0]
+    joined = [Joined(batch) for _ in range(3)]
+    totals: list[Tensor | None] = [None] * len(step.parameters)
+    with mode.applied(given.device):
+        for part in mode.parts(batch):
+            parts = (None if tensor is None else part_of(tensor, part) for tensor in (x, z, *grads))
+            *states, found = step.backward(needs, *parts)
+            for join, state in zip(joined, states, strict=True):
+                if state is not None:
+                    join.add(part, state)
+            totals = [sum_of(total, grad) for total, grad in zip(totals, found, strict=True)]
+    joined_x, joined_z, joined_grad = joined
+    return Recomputed(joined_x.tensor if x is None else x, joined_z.tensor_or_none, joined_grad.tensor, totals)
 
 
 def _parts(context: Sequence[Tensor | None], part: slice | None) -> list[Tensor | None]:
