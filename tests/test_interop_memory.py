@@ -343,8 +343,8 @@ def test_the_last_call_decides_and_the_same_call_changes_nothing():
     ("options", "message"),
     [
         ({"memory": "none"}, "memory must be one of"),
-        ({"memory": "anchor", "anchor_every": 0}, "anchor_every must be at least 1, got 0"),
-        ({"memory": "anchor", "micro_batches": 0}, "micro_batches must be at least 1, got 0"),
+        ({"memory": "anchor", "anchor_every": 0}, "anchor_every must be a whole number of at least 1, got 0"),
+        ({"memory": "anchor", "micro_batches": 0.5}, "micro_batches must be a whole number of at least 1, got 0.5"),
         ({"micro_batches": 2}, "micro_batches must be 1 with memory='store', got 2"),
     ],
 )

@@ -235,8 +235,8 @@ def _prove_chains(model: nn.Module, workshop: Workshop, rows: dict[nn.Module, La
 def _memory(policy: str, anchor_every: int, micro_batches: int) -> Memory | None:
     check_choice("memory", policy, POLICIES)
     for name, value in (("anchor_every", anchor_every), ("micro_batches", micro_batches)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, got {value}")
     if policy == "store" and micro_batches > 1:
         raise ValueError(f"micro_batches must be 1 with memory='store', got {micro_batches}")
     return None if policy == "store" else Memory(policy, anchor_every, micro_batches)

@@ -80,10 +80,10 @@ class ReversibleSequential(nn.Sequential):
             raise ValueError("steps must be at least one, got none")
         check_choice("memory", memory, POLICIES)
         check_choice("check", check, guards.CHECKS)
-        if anchor_every < 1:
-            raise ValueError(f"anchor_every must be at least 1, got {anchor_every}")
-        if micro_batches != "auto" and (isinstance(micro_batches, str) or micro_batches < 1):
-            raise ValueError(f"micro_batches must be at least 1, or 'auto', got {micro_batches!r}")
+        if not isinstance(anchor_every, int) or anchor_every < 1:
+            raise ValueError(f"anchor_every must be a whole number of at least 1, got {anchor_every}")
+        if micro_batches != "auto" and (not isinstance(micro_batches, int) or micro_batches < 1):
+            raise ValueError(f"micro_batches must be a whole number of at least 1, or 'auto', got {micro_batches!r}")
         if (micro_batches == "auto") != (memory_budget is not None):
             raise ValueError(
                 f"memory_budget must be given with micro_batches='auto' and only then, got {memory_budget}"
