@@ -49,7 +49,7 @@ FAULTS = {
     "no barrier after the first store": ("= mine;\n  __syncthreads();", "= mine;", "wrong"),
     "no barrier between two sums": (SUM + BARRIER, SUM, "wrong"),
     "a barrier that half of the threads miss": (SUM + BARRIER, f"{SUM}if (thread < 128){BARRIER}", "waits for ever"),
-    "one row too many": ("i < left; ++i", "i <= left; ++i", "heap-buffer-overflow"),
+    "one sample too many": ("batch < planes.batches", "batch <= planes.batches", "heap-buffer-overflow"),
 }
 
 

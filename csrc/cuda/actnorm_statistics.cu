@@ -54,7 +54,10 @@ enum class Together { nothing, positions, channels };
 // groups that share the rows, with one thread for every column.
 struct Cut {
   Together together;
-  int64_t columns, rows, width, groups, parts;
+  unsigned width, groups, parts, across;  // so many blocks lie across the columns
+  unsigned columns, rows;
+  int64_t batches_per_step;  // from one row of a thread to its next
+  unsigned rows_per_step;
 
   Cut(const Planes& planes, const void* data, int64_t element_size) : together(Together::nothing) {
     const bool channels_inside = planes.positions == 1 || planes.position_stride != 1;
@@ -66,66 +69,70 @@ struct Cut {
         outer_stride % kTogether == 0 && planes.batch_stride % kTogether == 0) {
       together = channels_inside ? Together::channels : Together::positions;
     }
-    columns = planes.channels / (together == Together::channels ? kTogether : 1);
-    rows = planes.positions / (together == Together::positions ? kTogether : 1);
-    width = channels_inside ? std::clamp<int64_t>(columns, 1, kThreads) : 1;
+    constexpr int64_t limit = int64_t{1} << 31;
+    STD_TORCH_CHECK(planes.channels < limit && planes.positions < limit, "the tensor is too large");
+    columns = static_cast<unsigned>(planes.channels) / (together == Together::channels ? kTogether : 1);
+    rows = static_cast<unsigned>(planes.positions) / (together == Together::positions ? kTogether : 1);
+    width = channels_inside ? std::clamp<unsigned>(columns, 1, kThreads) : 1;
     groups = kThreads / width;
+    across = (columns + width - 1) / width;
     const int64_t per_block = groups * kSteps, total = planes.batches * rows;
-    const int64_t most = std::clamp<int64_t>(kBlocks / std::max<int64_t>(1, across()), 1, kThreads);
-    parts = std::clamp<int64_t>((total + per_block - 1) / per_block, 1, most);
+    const int64_t most = std::clamp<int64_t>(kBlocks / std::max(1u, across), 1, kThreads);
+    parts = static_cast<unsigned>(std::clamp<int64_t>((total + per_block - 1) / per_block, 1, most));
+    batches_per_step = rows == 0 ? 0 : groups * parts / rows;
+    rows_per_step = rows == 0 ? 0 : groups * parts % rows;
   }
-  __host__ __device__ int64_t across() const { return (columns + width - 1) / width; }
 };
 
 template <typename T, Together together>
 __global__ void __launch_bounds__(kThreads) parts_kernel(const T* x, Planes planes, Cut cut, Statistics* parts) {
   constexpr int elements = together == Together::nothing ? 1 : kTogether;
   constexpr int channels = together == Together::channels ? elements : 1, positions = elements / channels;
-  const int64_t part = blockIdx.x / cut.across(), first_column = blockIdx.x % cut.across() * cut.width;
-  const int64_t group = threadIdx.x / cut.width, column = first_column + threadIdx.x % cut.width;
-  const int64_t stride = cut.groups * cut.parts, start = part * cut.groups + group, total = planes.batches * cut.rows;
-  int64_t left = 0;
+  const unsigned part = blockIdx.x / cut.across, group = threadIdx.x / cut.width;
+  const unsigned column = blockIdx.x % cut.across * cut.width + threadIdx.x % cut.width;
+  int64_t seen = 0;
   // Deviations from the first element, which is never further from the mean than the root of all squares together: so
   // the difference below loses little.
   double first[channels]{}, sums[channels]{}, squares[channels]{};
-  if (group < cut.groups && column < cut.columns && start < total) {
-    left = (total - start + stride - 1) / stride;
-    const int64_t row_stride = positions * planes.position_stride, rows = stride % cut.rows;
-    const int64_t step = stride / cut.rows * planes.batch_stride + rows * row_stride;
-    const int64_t wrap = planes.batch_stride - cut.rows * row_stride;
-    int64_t row = start % cut.rows;
-    const T* at =
-        x + column * channels * planes.channel_stride + start / cut.rows * planes.batch_stride + row * row_stride;
-#pragma unroll
-    for (int i = 0; i < channels; ++i) first[i] = static_cast<double>(at[i]);
-    for (int64_t i = 0; i < left; ++i) {
+  if (group < cut.groups && column < cut.columns && cut.rows > 0) {
+    const unsigned start = part * cut.groups + group;
+    int64_t batch = start / cut.rows;
+    unsigned row = start % cut.rows;
+    const int64_t row_stride = positions * planes.position_stride;
+    const T* at = x + int64_t{column} * channels * planes.channel_stride + batch * planes.batch_stride;
+    while (batch < planes.batches) {
       detail::Registers<T, elements> values;
-      detail::copy<elements>(values.values, at);
+      detail::copy<elements>(values.values, at + row * row_stride);
 #pragma unroll
-      for (int j = 0; j < elements; ++j) {
-        const int channel = j % channels;
-        const double deviation = static_cast<double>(values.values[j]) - first[channel];
+      for (int i = 0; i < elements; ++i) {
+        const int channel = i % channels;
+        const double value = static_cast<double>(values.values[i]);
+        if (seen == 0 && i < channels) first[channel] = value;
+        const double deviation = value - first[channel];
         sums[channel] += deviation;
         squares[channel] += deviation * deviation;
       }
-      at += step;
-      row += rows;
+      ++seen;
+      batch += cut.batches_per_step;
+      at += cut.batches_per_step * planes.batch_stride;
+      row += cut.rows_per_step;
       if (row >= cut.rows) {
         row -= cut.rows;
-        at += wrap;
+        ++batch;
+        at += planes.batch_stride;
       }
     }
   }
 #pragma unroll
   for (int i = 0; i < channels; ++i) {
-    const double count = static_cast<double>(left * positions);
+    const double count = static_cast<double>(seen * positions);
     Statistics mine{0, 0, 0};
-    if (left > 0) {
+    if (seen > 0) {
       const double deviations = squares[i] - sums[i] * (sums[i] / count);
       mine = {count, first[i] + sums[i] / count, deviations < 0 ? 0 : deviations};  // NaN stays
     }
     mine = combine(mine, static_cast<int>(cut.groups), static_cast<int>(cut.width));
-    if (group == 0 && column < cut.columns) parts[(column * channels + i) * cut.parts + part] = mine;
+    if (group == 0 && column < cut.columns) parts[(int64_t{column} * channels + i) * cut.parts + part] = mine;
   }
 }
 
@@ -155,7 +162,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x_any) {
     const auto kernel = cut.together == Together::channels    ? parts_kernel<T, Together::channels>
                         : cut.together == Together::positions ? parts_kernel<T, Together::positions>
                                                               : parts_kernel<T, Together::nothing>;
-    launch(cut.across() * cut.parts, kernel, x.const_data_ptr<T>(), planes, cut, parts);
+    launch(int64_t{cut.across} * cut.parts, kernel, x.const_data_ptr<T>(), planes, cut, parts);
     launch(planes.channels, total_kernel<A>, parts, static_cast<int>(cut.parts), mean.mutable_data_ptr<A>(),
            variance.mutable_data_ptr<A>());
   });
