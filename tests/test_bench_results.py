@@ -93,6 +93,24 @@ def test_rows_are_read_as_written_and_appended(tmp_path):
     assert latest["candidates"]["eager"]["ratio_to_ours"][0] == pytest.approx(6.0)
 
 
+def test_a_finished_run_keeps_the_last_row_of_every_case(tmp_path):
+    path = written(tmp_path / "r.jsonl", operator_row(5.0), operator_row(5.0))
+    before = path.read_text()
+    writer = results.Writer(path, {"kind": "environment", "run": "run2"})
+    for row in (
+        {"kind": "warning", "text": "a"},
+        {"kind": "warning", "text": "b"},
+        operator_row(6.0),
+        operator_row(7.0),
+    ):
+        writer.write(row)
+    writer.finish()
+    assert path.read_text().startswith(before), "other runs stay as they are"
+    mine = [row for row in results.read(path) if row["run"] == "run2"]
+    assert [row["kind"] for row in mine] == ["environment", "warning", "warning", "operator"]
+    assert mine[-1]["candidates"]["eager"]["ratio_to_ours"][0] == pytest.approx(7.0)
+
+
 def test_a_line_cut_short_is_left_out_and_the_next_run_goes_on(tmp_path):
     path = written(tmp_path / "r.jsonl", operator_row())
     path.write_text(path.read_text()[:-20])

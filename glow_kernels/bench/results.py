@@ -39,6 +39,22 @@ class Writer:
         append(self.path, row)
         self.rows.append(row)
 
+    def finish(self) -> None:
+        """Drop the rows of this run that later ones of the same case replace: first visits, which count in the last.
+
+        Raises:
+            DataError: the file cannot be read or written.
+        """
+        rows = read(self.path)
+        latest = {_name(row): index for index, row in enumerate(rows)}
+        kept = [row for index, row in enumerate(rows) if row["run"] != self._run or latest[_name(row)] == index]
+        whole = self.path.with_name(f"{self.path.name}.part")
+        try:
+            whole.write_text("".join(_line(row) for row in kept))
+            whole.replace(self.path)
+        except OSError as error:
+            raise DataError(f"results cannot be written to {self.path}: {error.strerror}") from error
+
 
 def prepare(path: Path) -> None:
     """Make the folder and the file, and drop a line that an interrupted run cut short.
@@ -61,7 +77,7 @@ def append(path: Path, row: Row) -> None:
     """
     try:
         with path.open("a") as file:
-            file.write(json.dumps({"version": VERSION, **row}, separators=(",", ":")) + "\n")
+            file.write(_line({"version": VERSION, **row}))
     except OSError as error:
         raise DataError(f"results cannot be written to {path}: {error.strerror}") from error
 
@@ -142,6 +158,15 @@ def of_kind(rows: Sequence[Row], kind: str) -> Iterator[Row]:
 def key(row: Row) -> str:
     """What names a case across runs."""
     return json.dumps(row["case"], sort_keys=True)
+
+
+def _name(row: Row) -> tuple[Any, ...]:
+    """What rows share of which the last counts."""
+    return row["run"], row["kind"], key(row) if "case" in row else json.dumps(row, sort_keys=True)
+
+
+def _line(row: Row) -> str:
+    return json.dumps(row, separators=(",", ":")) + "\n"
 
 
 def _rounded(value: Any) -> Any:

@@ -125,6 +125,7 @@ def _measure(arguments: argparse.Namespace) -> list[Row]:
     except KeyboardInterrupt:
         _show(f"what was measured until now is in {path}")
         raise
+    writer.finish()
     for line in table.summary(writer.rows):
         _show(line)
     _show(f"\nresults in {path}")
