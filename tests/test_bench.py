@@ -164,22 +164,9 @@ def test_wrong_results_are_not_timed(monkeypatch):
 @pytest.mark.parametrize("broken", [lambda x: x * torch.nan, lambda x: x[:1], lambda x: x + 1e-3])
 def test_inaccuracy_is_found(broken):
     truth = torch.randn(3, 4, dtype=torch.float64)
-    assert measurement.inaccuracy([truth.float()], [truth], [1e-7]) is None
-    assert measurement.inaccuracy([broken(truth.float())], [truth], [1e-7])
-    assert measurement.inaccuracy([], [truth], [1e-7]) == "0 results, not 1"
-
-
-def test_float64_may_be_off_by_rounding_errors(monkeypatch):
-    """Sums of many terms, in which the truth is off as well."""
-    case = Case("folded_conv1x1", "backward", (64, 12, 16, 16), dtype="float64")
-    assert "wrong" not in Session(with_compile=False, backends=["reference"]).measure(case, 0.01)
-    operator = OPERATORS[case.operator]
-    slightly_off = Functions(lambda x, matrix, shift: operator.ours.forward(x, matrix * (1 + 1e-12), shift))
-    broken = operators.Operator(
-        operator.name, slightly_off, operator.plain, operator.arguments, operator.moved, operator.products
-    )
-    monkeypatch.setitem(OPERATORS, case.operator, broken)
-    assert "wrong" in Session(with_compile=False, backends=["reference"]).measure(case, 0.01)
+    assert measurement.inaccuracy([truth.float()], [truth], [truth.float()]) is None
+    assert measurement.inaccuracy([broken(truth.float())], [truth], [truth.float()])
+    assert measurement.inaccuracy([], [truth], [truth.float()]) == "0 results, not 1"
 
 
 def test_candidates_take_turns():
