@@ -181,8 +181,9 @@ def _arguments(samples: int, side: int, device: torch.device) -> dict[str, tuple
         "actnorm_conv1x1_apply_backward": (x, x, matrix, True),
         "actnorm_conv1x1_apply_reversible_backward": (x, x, matrix, matrix, vector),
         "bias_relu_forward": (hidden, hidden[0, :, 0, 0].contiguous()),
-        "bias_relu_backward": (hidden, hidden),
-        "bias_relu_bias_backward": (hidden,),
+        "bias_relu_backward": (hidden, hidden, 1),
+        "bias_relu_bias_backward": (hidden, 1),
+        "bias_relu_pad": (x, 16, torch.bfloat16, True, 0),
         "gaussian_log_prob_backward": (lam, x, h, "interleaved_mean_log_sd"),
     }
     for function in ("forward", "inverse"):
@@ -206,7 +207,14 @@ def _filter_arguments(width: int, device: torch.device) -> dict[str, tuple[Any, 
     return {
         "scale_filters_forward": (*one, torch.bfloat16),
         "scale_filters_backward": (*scaled[2:4], *one),
-        "scale_filters_forward_all": (weights, vectors, vectors, factors, torch.bfloat16),
+        "scale_filters_forward_all": (
+            weights,
+            vectors,
+            vectors,
+            factors,
+            torch.bfloat16,
+            [n for shape in shapes for n in shape[:2]],
+        ),
         "scale_filters_backward_all": (scaled, weights, vectors, vectors, factors),
     }
 

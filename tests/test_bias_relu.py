@@ -28,7 +28,7 @@ from operators import (
 from torch import Tensor
 
 from glow_kernels.ops import bias_relu
-from glow_kernels.ops.bias_relu import bias_backward
+from glow_kernels.ops.bias_relu import backward, bias_backward, pad
 
 
 def plain(x: Tensor, bias: Tensor) -> Tensor:
@@ -53,7 +53,14 @@ def forward_arguments(shape, lay):
 def backward_arguments(shape, lay):
     """Arguments of its backward, which has no derivative itself."""
     y = lay(torch.randn(tuple(shape))).relu()
-    return torch.randn(tuple(shape), dtype=y.dtype), y
+    return torch.randn(tuple(shape), dtype=y.dtype), y, 3
+
+
+def pad_arguments(shape, lay):
+    """Arguments of the padding, which is for images."""
+    x = lay(torch.randn(tuple(shape)))
+    x = x.flatten(3) if x.dim() > 4 else x.view(*x.shape, *(1,) * (4 - x.dim()))
+    return x, x.shape[1] + 3, x.dtype, True, 2
 
 
 class TestProperties(DifferentiableProperties):
@@ -63,7 +70,8 @@ class TestProperties(DifferentiableProperties):
     arguments: ClassVar = {
         "forward": forward_arguments,
         "backward": backward_arguments,
-        "bias_backward": lambda shape, lay: (lay(torch.randn(tuple(shape))),),
+        "bias_backward": lambda shape, lay: (lay(torch.randn(tuple(shape))), 3),
+        "pad": pad_arguments,
     }
     cases: ClassVar = [CASE]
 
@@ -104,8 +112,46 @@ def test_the_gradient_of_the_bias_is_summed_wide(backend, dtype):
 def test_gradient_of_a_bias_without_relu(backend, shape, layout, dtype):
     # Multiples of 1/8, whose sums are exact in float32.
     grad = LAYOUTS[layout](torch.randint(-32, 33, shape).to(dtype) / 8)
-    actual = bias_backward(grad)
-    assert torch.equal(actual.double(), grad.double().sum([d for d in range(grad.dim()) if d != 1]))
+    expected = grad.double().sum([d for d in range(grad.dim()) if d != 1])
+    for parts in (1, 2, 50):
+        sums = bias_backward(grad, parts)
+        assert sums.shape == (parts, shape[1])
+        assert torch.equal(sums.double().sum(0), expected)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "layout"), [((2, 33, 9, 7), "contiguous"), ((2, 16, 9, 7), "channels_last"), ((0, 4, 2, 2), "offset")]
+)
+def test_gradient_of_the_bias_in_parts(backend, shape, layout, dtype):
+    grad, y = (LAYOUTS[layout](torch.randint(-32, 33, shape).to(dtype) / 8) for _ in range(2))
+    whole, (expected,) = backward(grad, y, 1)
+    for parts in (2, 50):
+        grad_x, sums = backward(grad, y, parts)
+        assert sums.shape == (parts, shape[1])
+        assert torch.equal(grad_x, whole)
+        assert torch.equal(sums.sum(0), expected)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize(
+    ("layout", "dtypes", "channels_last"),
+    combinations(list(LAYOUTS), [t for t in DTYPES if t != "bfloat16_with_float32"], [True, False]),
+)
+@pytest.mark.parametrize(("shape", "channels"), [((2, 6, 9, 7), 16), ((3, 12, 8, 4), 16), ((2, 5, 1, 1), 5)], ids=str)
+def test_padding_converts_and_sums(backend, shape, channels, layout, dtypes, channels_last):
+    dtype, result = DTYPES[dtypes]
+    x = LAYOUTS[layout](torch.randint(-32, 33, shape).to(dtype) / 8)
+    for parts in (0, 1, 7):
+        padded, sums = pad(x, channels, result, channels_last, parts)
+        format_ = torch.channels_last if channels_last else torch.contiguous_format
+        assert padded.is_contiguous(memory_format=format_)
+        assert (padded.dtype, padded.shape) == (result, (shape[0], channels, *shape[2:]))
+        assert torch.equal(padded[:, : shape[1]], x.to(result))
+        assert padded[:, shape[1] :].count_nonzero() == 0
+        assert sums.shape == (parts, shape[1])
+        assert not parts or torch.equal(sums.double().sum(0), x.double().sum((0, 2, 3)))
 
 
 def test_nan_comes_through_and_nothing_passes_at_zero(backend):

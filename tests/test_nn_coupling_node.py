@@ -97,6 +97,7 @@ def test_padding_and_epilogues_of_matrix_units_change_nothing(
 ):
     monkeypatch.setattr(passes_module, "has_tensor_cores", lambda *_: True)
     monkeypatch.setattr(network_module, "is_bias_apart", lambda x: True)
+    monkeypatch.setattr(passes_module, "_ELEMENTS", 32)  # so that there are several parts
     module = ready(kind, channels).to(memory_format=memory_format)
     x = torch.randn(3, channels, 4, 6, dtype=torch.float64)
     actual = differentiated(module, x)

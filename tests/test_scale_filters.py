@@ -68,16 +68,17 @@ def backward_arguments(shape, lay):
     return torch.randn(tuple(shape)), grad_bias, weight, bias, log_scale, 3.0
 
 
-def forward_all_arguments(shape, lay):
-    """Arguments for two convolutions, the second of them plain."""
+def forward_all_arguments(shape, lay, zeros=0):
+    """Arguments for two convolutions, the second of them plain; so many channels and filters more."""
     weights = [lay(torch.randn(tuple(shape))), torch.randn(5, 3, 2).to(lay(torch.zeros(1, 1)).dtype)]
     biases, log_scales = ([torch.randn(len(weight)).to(weight.dtype) for weight in weights] for _ in range(2))
-    return weights, biases, log_scales, [3.0, 1.0], weights[0].dtype
+    sizes = [size + zeros for weight in weights for size in weight.shape[:2]]
+    return weights, biases, log_scales, [3.0, 1.0], weights[0].dtype, sizes
 
 
 def backward_all_arguments(shape, lay):
     """The same with gradients."""
-    *filters, factors, dtype = forward_all_arguments(shape, lay)
+    *filters, factors, dtype, _ = forward_all_arguments(shape, lay)
     grads = [grad for weight in filters[0] for grad in (weight.clone(), torch.randn(len(weight)).to(dtype))]
     return grads, *filters, factors
 
@@ -110,7 +111,7 @@ class TestProperties(DifferentiableProperties):
     arguments: ClassVar = {
         "forward": forward_arguments,
         "backward": backward_arguments,
-        "forward_all": forward_all_arguments,
+        "forward_all": functools.partial(forward_all_arguments, zeros=2),
         "backward_all": backward_all_arguments,
         "forward_native": dense(forward_arguments),
         "backward_native": dense(backward_arguments),
@@ -226,6 +227,43 @@ def test_several_convolutions_at_once(backend, shapes, types, channels_last):
             assert_accurate(grad, truth, naive.to(grad.dtype), f"gradient of {index}", unit_of_sum(grad, weight, 1.0))
 
 
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(("types", "parts"), combinations(list(DTYPES), [0, 1, 2, 97]))
+def test_zeros_follow_and_parts_are_added(backend, types, parts, channels_last):
+    dtype, result = DTYPES[types]
+    shapes, sizes = [(16, 6, 3, 3), (9, 40, 1, 1), (3, 70, 3, 3), (5, 1, 2, 2)], [(16, 16), (9, 40), (8, 72), (7, 4)]
+    filters = [[tensor.to(dtype) for tensor in inputs(shape)] for shape in shapes]
+    if channels_last:
+        filters = [[weight.to(memory_format=torch.channels_last), *vectors] for weight, *vectors in filters]
+    lists, factors = [list(each) for each in zip(*filters, strict=True)], [1.0, 1.0, 3.0, 1.0]
+    plain_results, results = (scale_all(*lists, factors, result, each) for each in (None, sizes))
+    grads, of_padded = [], []
+    for index, ((count, channels), shape) in enumerate(zip(sizes, shapes, strict=True)):
+        scaled, own = results[2 * index], plain_results[2 * index]
+        assert scaled.is_contiguous(memory_format=output_format(filters[index][0]))
+        for one, other, whole in zip(results[2 * index :][:2], plain_results[2 * index :][:2],
+                                     ((count, channels, *shape[2:]), (count,)), strict=True):  # fmt: skip
+            assert one.shape == whole
+            inside = tuple(map(slice, other.shape))
+            torch.testing.assert_close(one[inside], other)
+            assert one.count_nonzero() == other.count_nonzero()
+        # What is beyond must not count.
+        grad = torch.full_like(scaled, torch.nan)
+        grads += [torch.randn_like(own), torch.randn(max(parts, 1), shape[0]).to(compute_dtype(own))]
+        grad[: shape[0], : shape[1]] = grads[-2]
+        beyond = torch.full((max(parts, 1), count - shape[0]), torch.nan)
+        of_padded += [grad, torch.cat((grads[-1], beyond.to(grads[-1].dtype)), 1)]
+        grads[-1] = grads[-1].double().sum(0).to(grads[-1].dtype)
+        if not parts:
+            of_padded[-1] = of_padded[-1][0].to(result)
+            grads[-1] = grads[-1].to(result)
+    actual, expected = (scale_all_backward(each, *lists, factors) for each in (of_padded, grads))
+    for index, (one, other) in enumerate(zip(actual, expected, strict=True)):
+        assert index % 3 > 0 or one.is_contiguous(memory_format=output_format(filters[index // 3][0]))
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4)
+
+
 def derivatives(filters, grads, factor, dtype):
     """Gradients of the plain formula at a precision."""
     leaves = [tensor.to(dtype).requires_grad_() for tensor in filters]
@@ -257,6 +295,8 @@ def test_of_several_all_must_be_as_many(backend):
             scale_all(weights, [vector], [vector], factors, torch.float32)
     with pytest.raises(ValueError, match="grads must be two for every one of 1 weights, got 1"):
         scale_all_backward([weight], [weight], [vector], [vector], [1.0])
+    with pytest.raises(ValueError, match=r"sizes must be at least \(O, I\) of every weight, \[2, 3\], got \[2, 2\]"):
+        scale_all([weight], [vector], [vector], [1.0], torch.float32, [(2, 2)])
 
 
 def test_several_convolutions_compile_into_one_graph(backend):

@@ -177,10 +177,12 @@ def test_every_variant_that_may_be_launched_is_listed(shape, dtypes, layouts):
         lambda: actnorm_conv1x1.apply_reversible_backward(grad, x, matrix, matrix, vector),
         lambda: actnorm_statistics.forward(x),
         lambda: bias_relu.forward(x, bias),
-        lambda: bias_relu.backward(grad, x),
+        lambda: bias_relu.backward(grad, x, 1),
+        lambda: bias_relu.bias_backward(x, 2),
+        lambda: bias_relu.pad(x, shape[1] + 1, h_dtype, True, 2),
         lambda: scale_filters.forward(weight, of_weight, of_weight, 3.0, h_dtype),
         lambda: scale_filters.backward(weight.to(h_dtype), bias, weight, of_weight, of_weight, 1.0),
-        lambda: scale_filters.forward_all(*several, [1.0, 3.0], h_dtype),
+        lambda: scale_filters.forward_all(*several, [1.0, 3.0], h_dtype, [*shape[1:3]] * 2),
         lambda: scale_filters.backward_all(
             [weight.to(h_dtype), vector, weight.to(h_dtype), bias], *several, [1.0, 3.0]
         ),
@@ -206,7 +208,7 @@ def test_filters_of_three_convolutions_take_one_launch():
     with pretending("sm_90", lambda kernel, *_, **__: names.append(kernel.fn.__name__)):
         for count in (1, 3, 7):
             weights, vectors = [torch.empty(4, 3, 3, 3, device="meta")] * count, [torch.empty(4, device="meta")] * count
-            scaled = scale_filters.forward_all(weights, vectors, vectors, [1.0] * count, torch.float32)
+            scaled = scale_filters.forward_all(weights, vectors, vectors, [1.0] * count, torch.float32, [4, 3] * count)
             scale_filters.backward_all(scaled, weights, vectors, vectors, [1.0] * count)
     one, three = ["_scale_kernel", "_scale_backward_kernel"], ["_scale_three_kernel", "_scale_backward_three_kernel"]
     assert names == [*one, *three, *[three[0]] * 2, one[0], *[three[1]] * 2, one[1]]

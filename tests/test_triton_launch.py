@@ -75,9 +75,9 @@ def test_numbers_with_a_fraction_choose_no_variant(started, monkeypatch):
     monkeypatch.setattr(launch, "_COMPILED", {})
     filters = [empty(4, 3, 3, 3)], [empty(4)], [empty(4)]
     for factor in (1.0, 0.3):
-        scale_filters.forward_all(*filters, [factor], torch.float32)
+        scale_filters.forward_all(*filters, [factor], torch.float32, [4, 3])
     assert len(launch._COMPILED) == 1
-    assert [args[8] for _, args in started] == [1.0, 0.3]
+    assert [args[12] for _, args in started] == [1.0, 0.3]
 
 
 def test_hooks_before_a_run_are_called(started, monkeypatch):

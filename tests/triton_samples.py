@@ -255,7 +255,14 @@ def network_samples() -> Iterator[Sample]:
     for dtypes, channels_last, shape in statistics_data():
         y = empty(*shape, dtype=DTYPES[dtypes][0], channels_last=channels_last)
         core = dtypes == "float32" and shape in BANDWIDTH_SHAPES
-        yield _sample(bias_relu, "backward", describe(shape, dtypes, channels_last), (y, y), core)
+        yield _sample(bias_relu, "backward", describe(shape, dtypes, channels_last), (y, y, 1), core)
+    for dtypes, parts in itertools.product(DTYPES, (0, 2)):
+        x = empty(64, 12, 16, 16, dtype=DTYPES[dtypes][0])
+        core = dtypes in ("float32", "float32_with_bfloat16")
+        what = f"64x12x16x16 {dtypes} in {parts} parts"
+        yield _sample(bias_relu, "pad", what, (x, 16, DTYPES[dtypes][1], True, parts), core)
+        if parts:
+            yield _sample(bias_relu, "bias_backward", what, (x, parts), core)
     yield from _filter_samples()
 
 
@@ -270,7 +277,9 @@ def _filter_samples() -> Iterator[Sample]:
         factors = [3.0] * count
         core = dtypes in ("float32", "float32_with_bfloat16")
         what = f"{count}x16x54x3x3 {dtypes}"
-        yield _sample(scale_filters, "forward_all", what, (weights, vectors, vectors, factors, result), core)
+        yield _sample(
+            scale_filters, "forward_all", what, (weights, vectors, vectors, factors, result, [16, 54] * count), core
+        )
         for types in itertools.product({result: 0, compute: 0}, repeat=count):
             grads = [
                 grad for of_bias in types for grad in (empty(16, 54, 3, 3, dtype=result), empty(16, dtype=of_bias))

@@ -38,9 +38,9 @@ std::tuple<Tensor, Tensor> forward(const Tensor& weight, const Tensor& bias, con
   const int64_t filters = weight.size(0), size = size_of_filter(weight);
   Tensor result = empty_output(weight), result_bias = empty_vector(filters, dtype, weight);
   const Tensor bias_ = as_contiguous(bias), log_scale_ = as_contiguous(log_scale);
-  check_like("weight", weight, dtype, result);
-  check_like("bias", bias_, dtype, result_bias);
-  check_like("log_scale", log_scale_, dtype, result_bias);
+  check_dense("weight", weight, dtype, weight, weight.sizes());
+  check_vector("bias", bias_, dtype, filters);
+  check_vector("log_scale", log_scale_, dtype, filters);
   with_type(weight, [&]<typename A>() {
     const Vectors<A> vectors(bias_, log_scale_);
     const A* from = weight.const_data_ptr<A>();
@@ -62,11 +62,11 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_weight, const Ten
   Tensor result_bias = empty_vector(filters, type, weight), result_log_scale = empty_vector(filters, type, weight);
   const Tensor bias_ = as_contiguous(bias), log_scale_ = as_contiguous(log_scale);
   const Tensor grad_bias_ = as_contiguous(grad_bias);
-  check_like("weight", weight, type, result);
-  check_like("grad_weight", grad_weight, type, result);
-  check_like("bias", bias_, type, result_bias);
-  check_like("log_scale", log_scale_, type, result_bias);
-  check_like("grad_bias", grad_bias_, type, result_bias);
+  check_dense("weight", weight, type, weight, weight.sizes());
+  check_dense("grad_weight", grad_weight, type, weight, weight.sizes());
+  check_vector("bias", bias_, type, filters);
+  check_vector("log_scale", log_scale_, type, filters);
+  check_vector("grad_bias", grad_bias_, type, filters);
   with_type(weight, [&]<typename A>() {
     const Vectors<A> vectors(bias_, log_scale_);
     const A *data = weight.const_data_ptr<A>(), *grad = grad_weight.const_data_ptr<A>();
@@ -98,10 +98,13 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_weight, const Ten
 
 std::vector<Tensor> forward_all(const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
                                 const std::vector<Tensor>& log_scales, const std::vector<double>& factors,
-                                ScalarType dtype) {
+                                ScalarType dtype, const std::vector<int64_t>& sizes) {
   check_counts(weights, biases, log_scales, factors);
+  STD_TORCH_CHECK(sizes.size() == 2 * weights.size(), "sizes must be two for every weight");
   std::vector<Tensor> results;
   for (size_t i = 0; i < weights.size(); ++i) {
+    STD_TORCH_CHECK(sizes[2 * i] == weights[i].size(0) && sizes[2 * i + 1] == weights[i].size(1),
+                    "on the CPU filters get no zeros");
     auto [weight, bias] = forward(weights[i], biases[i], log_scales[i], factors[i], dtype);
     results.insert(results.end(), {weight, bias});
   }

@@ -1,7 +1,7 @@
 // Bias and ReLU on NVIDIA GPUs. The mathematics stands in glow_kernels/ops/bias_relu.py.
 //
 // Each kernel reads and writes every element once. Backward sums in the same pass: a thread has the same channels all
-// the way, and adds over positions in registers.
+// the way, and adds over positions in registers. So does what copies to more channels.
 #include <algorithm>
 #include <optional>
 #include <tuple>
@@ -60,8 +60,9 @@ struct Cut {
   unsigned width, groups, across, rows, parts;
   unsigned batch_step, row_step;  // from a row of a group to its next
 
-  // In up to `blocks` blocks, as many as that leaves each the same number of turns.
-  Cut(const Tiling& tiling, int vector, int64_t blocks) {
+  // In `wanted` parts or, with less than 2, in up to `blocks` blocks, as many as that leaves each the same number of
+  // turns.
+  Cut(const Tiling& tiling, int vector, int64_t blocks, int64_t wanted) {
     const auto vectors = (tiling.inner + vector - 1) / vector;
     width = 1;
     while (tiling.channels_inside && width < 32 && width < vectors) width *= 2;
@@ -71,24 +72,29 @@ struct Cut {
     const int64_t turns = (int64_t{tiling.batches} * rows + groups - 1) / groups;
     const int64_t most = std::max<int64_t>(1, blocks / std::max(1u, across)), each = (turns + most - 1) / most;
     parts = turns == 0 ? 1 : static_cast<unsigned>((turns + each - 1) / each);
+    if (wanted > 1) parts = static_cast<unsigned>(wanted);
     batch_step = groups * parts / std::max(1u, rows);
     row_step = groups * parts % std::max(1u, rows);
   }
 };
 
-template <typename T>
+// What is done beside the sum over positions: ReLU's backward, nothing, or a copy to more channels in another type.
+enum class Pass { kRelu, kSum, kPad };
+
+template <typename T, typename H>
 struct Backward {
-  Tiling tiling;
+  Tiling tiling;  // of what is written
   Cut cut;
-  View<const T> y, grad;  // no y where there was no ReLU: then there is nothing but the sum
-  View<T> grad_x;
-  compute_t<T>* parts;  // (cut.parts, channels): what blocks add to the gradient of the bias
+  unsigned channels;      // of what is read
+  View<const T> y, grad;  // y for ReLU
+  View<H> result;         // but for a sum alone
+  compute_t<T>* parts;    // (cut.parts, channels), what blocks add to the sums; null if those are not wanted
 };
 
-template <bool has_relu, typename T>
-__global__ void __launch_bounds__(kThreads, kBackwardBlocks) backward_kernel(const Backward<T> views) {
+template <Pass pass, typename T, typename H>
+__global__ void __launch_bounds__(kThreads, kBackwardBlocks) backward_kernel(const Backward<T, H> views) {
   using A = compute_t<T>;
-  constexpr int N = kVector<T>;
+  constexpr int N = kVector<T, H>;
   const Tiling& tiling = views.tiling;
   const Cut& cut = views.cut;
   const bool inside = tiling.channels_inside;
@@ -106,7 +112,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks) backward_kernel(con
     Spot spot = inside ? Spot{row, channel, N} : Spot{channel, row * N, N};
     if (spot.column + N > tiling.inner) spot.count = static_cast<int>(tiling.inner - spot.column);
     A grad[N];
-    if constexpr (has_relu) {
+    if constexpr (pass == Pass::kRelu) {
       const auto raw_y = fetch<N>(views.y, sample, spot), raw_grad = fetch<N>(views.grad, sample, spot);
       A y[N];
       widen(raw_y, y);
@@ -115,7 +121,13 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks) backward_kernel(con
       for (int i = 0; i < N; ++i) {
         if (!(y[i] > A(0))) grad[i] = A(0);
       }
-      store(views.grad_x, sample, spot, grad);
+      store(views.result, sample, spot, grad);
+    } else if constexpr (pass == Pass::kPad) {
+      Spot from = spot;
+      const int left = channel < views.channels ? static_cast<int>(views.channels - channel) : 0;
+      if (inside ? left < from.count : left == 0) from.count = left;
+      load(views.grad, sample, from, grad);
+      store(views.result, sample, spot, grad);
     } else {
       load(views.grad, sample, spot, grad);
     }
@@ -129,11 +141,12 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks) backward_kernel(con
     }
   }
 
+  if (pass == Pass::kPad && views.parts == nullptr) return;
   if (!inside) {
 #pragma unroll
     for (int i = 1; i < N; ++i) total[0] += total[i];
     const A sum = block_sum(total[0]);
-    if (threadIdx.x == 0) views.parts[part * channels + channel] = sum;
+    if (threadIdx.x == 0 && channel < views.channels) views.parts[part * views.channels + channel] = sum;
     return;
   }
   GLOW_KERNELS_SHARED(A, sums, [N][kThreads]);
@@ -148,7 +161,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks) backward_kernel(con
   if (group != 0) return;
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    if (channel + i < channels) views.parts[part * channels + channel + i] = sums[i][threadIdx.x];
+    if (channel + i < views.channels) views.parts[part * views.channels + channel + i] = sums[i][threadIdx.x];
   }
 }
 
@@ -168,42 +181,65 @@ Tensor forward(const Tensor& x_any, const Tensor& bias) {
   return y;
 }
 
-// The gradient of the bias; with a y, that in x as well.
-template <bool has_relu>
+// The sums of what is read over all positions, (parts, C); more than one part as the blocks have them.
+template <Pass pass>
 Tensor run_backward(const Launcher& launch, const Tensor& grad, const std::optional<Tensor>& y,
-                    const std::optional<Tensor>& grad_x) {
-  const Tiling tiling(planes_of(has_relu ? *grad_x : grad));
-  return dispatch(grad, [&]<typename T>() -> Tensor {
+                    const std::optional<Tensor>& result, int64_t parts) {
+  const Tensor& written = pass == Pass::kSum ? grad : *result;
+  const Tiling tiling(planes_of(written));
+  return dispatch(grad, written, [&]<typename T, typename H>() -> Tensor {
     using A = compute_t<T>;
-    constexpr int N = kVector<T>;
+    constexpr int N = kVector<T, H>;
     constexpr ScalarType type = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
-    const int64_t channels = grad.size(1);
-    const Cut cut(tiling, N, launch.resident_blocks(N * kThreads * sizeof(A), kBackwardBlocks));
-    Tensor grad_bias = empty_vector(channels, type, grad), parts = empty_vector(cut.parts * channels, type, grad);
-    const Backward<T> views{tiling,
-                            cut,
-                            readable<N, T>(y, tiling),
-                            readable<N, T>(grad, tiling),
-                            writable<N, T>(grad_x, tiling),
-                            parts.mutable_data_ptr<A>()};
-    launch(int64_t{cut.across} * cut.parts, backward_kernel<has_relu, T>, views);
-    sum_columns<A>(launch, parts, cut.parts, grad_bias);
-    return grad_bias;
+    if constexpr (pass != Pass::kPad && !std::is_same_v<T, H>) {
+      STD_TORCH_CHECK(false, "grad and y must be of one type");
+    } else {
+      const int64_t channels = grad.size(1), blocks = launch.resident_blocks(N * kThreads * sizeof(A), kBackwardBlocks);
+      STD_TORCH_CHECK(parts * channels < int64_t{1} << 31, "parts are too many");
+      const Cut cut(tiling, N, blocks, parts);
+      Tensor sums = empty({parts, channels}, type, grad);
+      std::optional<Tensor> more;
+      if (parts == 1) more = empty({cut.parts, channels}, type, grad);
+      const Backward<T, H> views{tiling,
+                                 cut,
+                                 static_cast<unsigned>(channels),
+                                 readable<N, T>(y, tiling),
+                                 readable<N, T>(grad, tiling),
+                                 writable<N, H>(result, tiling),
+                                 parts == 0 ? nullptr : (more ? *more : sums).mutable_data_ptr<A>()};
+      launch(int64_t{cut.across} * cut.parts, backward_kernel<pass, T, H>, views);
+      if (more) sum_columns<A>(launch, *more, cut.parts, sums);
+      return sums;
+    }
   });
 }
 
-std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& y) {
+std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& y, int64_t parts) {
   STD_TORCH_CHECK(y.dim() >= 2 && grad.sizes().equals(y.sizes()) && grad.scalar_type() == y.scalar_type(),
                   "grad and y must be (B, C, *spatial), of one shape and type");
+  STD_TORCH_CHECK(parts >= 1, "parts must be at least 1");
   const Launcher launch(y);
   Tensor grad_x = empty_output(y);
-  Tensor grad_bias = run_backward<true>(launch, with_planes(grad), with_planes(y), grad_x);
-  return {grad_x, grad_bias};
+  Tensor sums = run_backward<Pass::kRelu>(launch, with_planes(grad), with_planes(y), grad_x, parts);
+  return {grad_x, sums};
 }
 
-Tensor bias_backward(const Tensor& grad) {
+Tensor bias_backward(const Tensor& grad, int64_t parts) {
   STD_TORCH_CHECK(grad.dim() >= 2, "grad must be (B, C, *spatial)");
-  return run_backward<false>(Launcher(grad), with_planes(grad), std::nullopt, std::nullopt);
+  STD_TORCH_CHECK(parts >= 1, "parts must be at least 1");
+  return run_backward<Pass::kSum>(Launcher(grad), with_planes(grad), std::nullopt, std::nullopt, parts);
+}
+
+std::tuple<Tensor, Tensor> pad(const Tensor& x, int64_t channels, ScalarType dtype, bool channels_last, int64_t parts) {
+  STD_TORCH_CHECK(x.dim() == 4 && channels >= x.size(1), "x must be (B, C, H, W) with no more channels than asked for");
+  STD_TORCH_CHECK(parts >= 0, "parts must not be negative");
+  const int64_t height = x.size(2), width = x.size(3);
+  const int64_t sizes[] = {x.size(0), channels, height, width};
+  const int64_t area = std::max<int64_t>(1, height) * std::max<int64_t>(1, width), row = std::max<int64_t>(1, width);
+  const int64_t last[] = {area * channels, 1, row * channels, channels}, first[] = {channels * area, area, row, 1};
+  Tensor padded = empty_strided(4, sizes, channels_last ? last : first, dtype, x);
+  Tensor sums = run_backward<Pass::kPad>(Launcher(x), with_planes(x), std::nullopt, padded, parts);
+  return {padded, sums};
 }
 
 }  // namespace
@@ -212,6 +248,7 @@ GLOW_KERNELS_CUDA_LIBRARY(m) {
   m.impl("bias_relu_forward_native", TORCH_BOX(&forward));
   m.impl("bias_relu_backward_native", TORCH_BOX(&backward));
   m.impl("bias_relu_bias_backward_native", TORCH_BOX(&bias_backward));
+  m.impl("bias_relu_pad_native", TORCH_BOX(&pad));
 }
 
 }  // namespace glow_kernels

@@ -35,6 +35,18 @@ def output_format(x: Tensor) -> torch.memory_format:
     return torch.channels_last if x.dim() == 4 else torch.channels_last_3d
 
 
+def empty_filters(weight: Tensor, count: int, channels: int, dtype: torch.dtype) -> Tensor:
+    """Uninitialised filters (count, channels, *kernel) that lie as those of ``weight`` (O, I, *kernel)."""
+    shape = (count, channels, *weight.shape[2:])
+    return torch.empty(shape, dtype=dtype, device=weight.device, memory_format=output_format(weight))
+
+
+def empty_padded(x: Tensor, channels: int, dtype: torch.dtype, channels_last: bool) -> Tensor:
+    """Uninitialised data (B, channels, H, W) for ``x`` (B, C, H, W)."""
+    format_ = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty((len(x), channels, *x.shape[2:]), dtype=dtype, device=x.device, memory_format=format_)
+
+
 def filters_of(
     function: str, args: tuple[Any, ...]
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], tuple[torch.dtype, torch.dtype] | None]:
@@ -49,7 +61,8 @@ def filters_of(
     grads, weights, biases, log_scales = args[:4] if function.startswith("backward") else ([], *args[:3])
     dtype, scaled = weights[0].dtype, grads[0].dtype if grads else args[4]
     for index, grad in enumerate(grads):
-        if grad.dtype != scaled and (index % 2 == 0 or grad.dtype != compute_dtype(weights[0])):
+        in_parts = index % 2 == 1 and grad.dim() == 2
+        if (in_parts or grad.dtype != scaled) and (index % 2 == 0 or grad.dtype != compute_dtype(weights[0])):
             return grads, weights, biases, log_scales, None
     for tensor in (*weights, *biases, *log_scales):
         if tensor.dtype != dtype:

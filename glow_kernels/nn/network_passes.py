@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -18,12 +17,14 @@ from glow_kernels.nn import network as networks
 from glow_kernels.nn.actnorm import ActNorm
 from glow_kernels.nn.network import CouplingNetwork, HiddenConv2d, ZeroConv2d
 from glow_kernels.ops.bias_relu import backward as bias_relu_backward
-from glow_kernels.ops.bias_relu import bias_backward
+from glow_kernels.ops.bias_relu import bias_backward, pad
 from glow_kernels.ops.bias_relu import forward as bias_relu_forward
 from glow_kernels.ops.scale_filters import scale_all, scale_all_backward
 
 # Of log_scale in the three convolutions.
 _FACTORS = [1.0, 1.0, 3.0]
+# Blocks that keep a large GPU busy, elements that each should have at least, and channels that it has side by side.
+_BLOCKS, _ELEMENTS, _CHANNELS = 768, 2048, 256
 _LAYERS: tuple[tuple[str, type[nn.Module]], ...] = (
     ("first", HiddenConv2d),
     ("second", HiddenConv2d),
@@ -70,15 +71,16 @@ def forward(x: Tensor, parameters: Sequence[Tensor], frugal: bool = False) -> tu
     """The output of the network for ``x`` (B, C, H, W), and what backward needs; ``frugal`` as for the network."""
     weights, biases, log_scales = parameters[:3], parameters[3:6], parameters[6:]
     dtype, format_ = networks.type_of_convolution(weights[0]), memory_format_of(weights[0])
-    filters = scale_all(weights, biases, log_scales, _FACTORS, dtype)
-    scaled, (*hidden_biases, bias) = filters[::2], filters[1::2]
-    outputs = len(bias)
+    inner, outputs = x.shape[1], len(weights[2])
+    outer = outputs
     if has_tensor_cores(x.device, dtype):
-        inner, outer = aligned(x.shape[1]), aligned(outputs)
-        x = _padded(x, len(x), inner, dtype, format_)
-        scaled[0] = _padded(scaled[0], len(scaled[0]), inner, dtype, format_)
-        scaled[2] = _padded(scaled[2], outer, scaled[2].shape[1], dtype, memory_format_of(scaled[2]))
-        bias = F.pad(bias, (0, outer - outputs)) if outer > outputs else bias
+        inner, outer = aligned(inner), aligned(outputs)
+    width = len(weights[0])
+    sizes = [(width, inner), (width, width), (outer, width)]
+    filters = scale_all(weights, biases, log_scales, _FACTORS, dtype, sizes)
+    scaled, (*hidden_biases, bias) = filters[::2], filters[1::2]
+    if inner > x.shape[1]:
+        x, _ = pad(x, inner, dtype, format_ == torch.channels_last, 0)
     elif x.dtype != dtype or format_ == torch.channels_last:
         x = x.to(dtype, memory_format=format_)  # one pass for both
     inputs = [x]
@@ -102,23 +104,26 @@ def backward(
     inputs, scaled = kept
     weights, biases, log_scales = parameters[:3], parameters[3:6], parameters[6:]
     apart = networks.is_bias_apart(grad)
-    grad_bias = bias_backward(grad) if apart and needs_parameters else None
+    parts = _parts(grad) if apart and needs_parameters else 0
+    grad_bias: Tensor | None = None
     if len(scaled[2]) > grad.shape[1]:
-        grad = _padded(grad, len(grad), len(scaled[2]), grad.dtype, memory_format_of(inputs[2]))
+        in_last = memory_format_of(inputs[2]) == torch.channels_last
+        grad, sums = pad(grad, len(scaled[2]), grad.dtype, in_last, parts)
+        grad_bias = sums if parts > 0 else None
+    elif parts > 0:
+        grad_bias = bias_backward(grad, parts)
     filters: list[Tensor] = []
     for index in (2, 1, 0):
         mask = [needs_x or index > 0, needs_parameters, needs_parameters and grad_bias is None]
         grad, grad_weight, of_bias = _convolve_backward(grad, inputs[index], scaled[index], mask)
         if needs_parameters:
-            # What was padded has no gradient; the rest lies as the weight does.
-            like = weights[index]
-            own = grad_weight[: like.shape[0], : like.shape[1]].contiguous(memory_format=memory_format_of(like))
+            own = grad_weight.contiguous(memory_format=memory_format_of(weights[index]))
             filters = [own, of_bias if grad_bias is None else grad_bias, *filters]
         if index == 0:
             break
         result, grad_bias = inputs.pop(), None
         if apart and not (frugal and _is_large(result, result.shape[1])):
-            grad, grad_bias = bias_relu_backward(grad, result)
+            grad, grad_bias = bias_relu_backward(grad, result, _parts(result))
         elif torch.is_grad_enabled():  # by whoever asks for second derivatives
             grad = torch.ops.aten.threshold_backward(grad, result, 0)
         else:  # the gradient is the convolution's, and nobody else's
@@ -145,6 +150,13 @@ def aligned(channels: int) -> int:
     return channels if channels % 8 == 0 else -(-channels // 16) * 16
 
 
+def _parts(x: Tensor) -> int:
+    """Parts in which the sums of ``x`` over its positions are left to :func:`scale_all_backward`."""
+    in_rows = x.is_contiguous(memory_format=torch.channels_last)
+    across = -(-x.shape[1] // _CHANNELS) if in_rows else x.shape[1]
+    return max(1, min(_BLOCKS, x.numel() // _ELEMENTS) // max(1, across))
+
+
 def _hidden(x: Tensor, weight: Tensor, bias: Tensor, frugal: bool) -> Tensor:
     in_rows = weight.shape[2:] == (1, 1) and x.is_contiguous(memory_format=torch.channels_last)
     if in_rows and has_tensor_cores(x.device, x.dtype):
@@ -168,16 +180,6 @@ def memory_format_of(x: Tensor) -> torch.memory_format:
     """Channels last where that is the only one: a convolution computes in that of its weight."""
     last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return torch.channels_last if last else torch.contiguous_format
-
-
-def _padded(x: Tensor, rows: int, columns: int, dtype: torch.dtype, memory_format: torch.memory_format) -> Tensor:
-    """``x`` with zeros up to these sizes of its first two dimensions, converted in the same pass."""
-    if x.shape[:2] == (rows, columns):
-        return x.to(dtype, memory_format=memory_format)
-    shape = (rows, columns, *x.shape[2:])
-    result = torch.empty(shape, dtype=dtype, device=x.device, memory_format=memory_format).zero_()
-    result[: x.shape[0], : x.shape[1]].copy_(x)
-    return result
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -3,6 +3,10 @@
 ``y = max(x + b, 0)`` with b a number per channel. Backward, with ``g = dL/dy``: ``dx = g`` where ``y > 0`` and 0
 elsewhere, ``db = sum_{b,p} dx``, from the output alone and in one pass. Without a ReLU there is only
 ``db = sum_{b,p} g``: :data:`bias_backward`.
+
+A sum over all positions takes two launches, unless the caller can use what each of several ``parts`` of the positions
+sum to: it is then ``(parts, C)``, and how the positions are divided is not specified. :data:`pad` is what a convolution
+on matrix units wants of its smallest tensors: another type and memory format, and more channels, of zeros.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glow_kernels.backends.numerics import compute_dtype, output_format
+from glow_kernels.backends.numerics import compute_dtype, empty_padded, output_format
 from glow_kernels.ops._checks import check_image, check_like
 from glow_kernels.ops._registry import Operator
 
@@ -40,8 +44,16 @@ def _fake(x: Tensor, bias: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=output_format(x))
 
 
-def _backward_fake(grad: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(y, memory_format=output_format(y)), y.new_empty(y.shape[1], dtype=compute_dtype(y))
+def _sums_fake(x: Tensor, parts: int) -> Tensor:
+    return x.new_empty((parts, x.shape[1]), dtype=compute_dtype(x))
+
+
+def _backward_fake(grad: Tensor, y: Tensor, parts: int) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(y, memory_format=output_format(y)), _sums_fake(y, parts)
+
+
+def _pad_fake(x: Tensor, channels: int, dtype: torch.dtype, channels_last: bool, parts: int) -> tuple[Tensor, Tensor]:
+    return empty_padded(x, channels, dtype, channels_last), _sums_fake(x, parts)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -50,20 +62,29 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _rule(backend: str, ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-    grad_x, grad_bias = backward.on(backend, grad, *ctx.saved_tensors)
-    return grad_x, grad_bias.to(ctx.bias_dtype)
+    grad_x, sums = backward.on(backend, grad, *ctx.saved_tensors, 1)
+    return grad_x, sums[0].to(ctx.bias_dtype)
 
 
 forward = Operator(
     "bias_relu", "forward", "(Tensor x, Tensor bias) -> Tensor", fake=_fake, setup_context=_setup, backward=_rule
 )
+# dx, and the parts (parts, C) of db, of which there is at least one.
 backward = Operator(
-    "bias_relu", "backward", "(Tensor grad, Tensor y) -> (Tensor, Tensor)", fake=_backward_fake, plain_reference=True
+    "bias_relu",
+    "backward",
+    "(Tensor grad, Tensor y, int parts) -> (Tensor, Tensor)",
+    fake=_backward_fake,
+    plain_reference=True,
 )
 bias_backward = Operator(
+    "bias_relu", "bias_backward", "(Tensor grad, int parts) -> Tensor", fake=_sums_fake, plain_reference=True
+)
+# x (B, C, H, W) as (B, channels, H, W), and the parts (parts, C) of its sums, none with 0.
+pad = Operator(
     "bias_relu",
-    "bias_backward",
-    "(Tensor grad) -> Tensor",
-    fake=lambda grad: grad.new_empty(grad.shape[1], dtype=compute_dtype(grad)),
+    "pad",
+    "(Tensor x, int channels, ScalarType dtype, bool channels_last, int parts) -> (Tensor, Tensor)",
+    fake=_pad_fake,
     plain_reference=True,
 )

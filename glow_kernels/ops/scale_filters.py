@@ -7,6 +7,9 @@ section 4 and its published code). The results have the type of the network, so 
 
 Backward, with ``g = dL/d(s W)`` and ``h = dL/d(s b)``: ``dW = s g``, ``db = s h``,
 ``dlog_scale = factor s (sum W g + b h)``, summed over all but the first dimension.
+
+:func:`scale_all` also does what would be launches of their own around it: it writes zeros after the filters where
+convolutions want more channels, and adds what the gradient of a bias has been summed to in parts.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glow_kernels.backends.numerics import compute_dtype, output_format
+from glow_kernels.backends.numerics import compute_dtype, empty_filters, output_format
 from glow_kernels.ops._checks import check_image, check_like
 from glow_kernels.ops._registry import Operator
 
@@ -52,6 +55,7 @@ def scale_all(
     log_scales: Sequence[Tensor],
     factors: Sequence[float],
     dtype: torch.dtype,
+    sizes: Sequence[tuple[int, int]] | None = None,
 ) -> list[Tensor]:
     """:func:`scale_filters` of several convolutions at once; not differentiable.
 
@@ -62,15 +66,24 @@ def scale_all(
         biases, log_scales: ``(O,)`` of every convolution, of the type of the weights.
         factors: of ``log_scales``.
         dtype: type of the results.
+        sizes: ``(O', I')`` of the results of every convolution, by default its own ``(O, I)``; what is beyond is zero.
 
     Returns:
-        Scaled weight and bias of the first convolution, of the second, and so on.
+        Scaled weight ``(O', I', *kernel)`` and bias ``(O',)`` of the first convolution, of the second, and so on.
 
     Raises:
-        ValueError: the lists are empty or not of the same length.
+        ValueError: the lists are empty or not of the same length, or a size is smaller than the weight.
     """
     _check_counts(weights, biases, log_scales, factors)
-    results: list[Tensor] = _forward_all(list(weights), list(biases), list(log_scales), list(factors), dtype)
+    flat = [size for weight in weights for size in weight.shape[:2]]
+    if sizes is not None:
+        _check_counts(weights, sizes)
+        wanted = [size for pair in sizes for size in pair]
+        if any(size < own for size, own in zip(wanted, flat, strict=True)):
+            raise ValueError(f"sizes must be at least (O, I) of every weight, {flat}, got {wanted}")
+        flat = wanted
+    filters = (list(weights), list(biases), list(log_scales), list(factors))
+    results: list[Tensor] = _forward_all(*filters, dtype, flat)
     return results
 
 
@@ -85,7 +98,8 @@ def scale_all_backward(
 
     Args:
         grads: gradients of all its results, in their order. Those of the weights have the type of the results; that of
-            a bias may have the type of arithmetic instead.
+            a bias may have the type of arithmetic instead, and be ``(parts, O')``, which has yet to be summed. ``O'``
+            and ``I'`` are those of its ``sizes``.
 
     Returns:
         Gradients of the first weight, in its type, of its bias and of its ``log_scale``, in the type of arithmetic,
@@ -121,10 +135,17 @@ def _backward_fake(
 
 
 def _fake_all(
-    weights: list[Tensor], biases: list[Tensor], log_scales: list[Tensor], factors: list[float], dtype: torch.dtype
+    weights: list[Tensor],
+    biases: list[Tensor],
+    log_scales: list[Tensor],
+    factors: list[float],
+    dtype: torch.dtype,
+    sizes: list[int],
 ) -> list[Tensor]:
-    filters = zip(weights, biases, log_scales, factors, strict=True)
-    return [result for each in filters for result in _fake(*each, dtype)]
+    results = []
+    for weight, count, channels in zip(weights, sizes[::2], sizes[1::2], strict=True):
+        results += [empty_filters(weight, count, channels, dtype), weight.new_empty(count, dtype=dtype)]
+    return results
 
 
 def _backward_fake_all(
@@ -166,7 +187,8 @@ _backward = Operator(
 _forward_all = Operator(
     "scale_filters",
     "forward_all",
-    "(Tensor[] weights, Tensor[] biases, Tensor[] log_scales, float[] factors, ScalarType dtype) -> Tensor[]",
+    "(Tensor[] weights, Tensor[] biases, Tensor[] log_scales, float[] factors, ScalarType dtype, int[] sizes)"
+    " -> Tensor[]",
     fake=_fake_all,
     plain_reference=True,
 )

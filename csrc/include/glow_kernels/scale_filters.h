@@ -14,14 +14,35 @@ inline int64_t size_of_filter(const Tensor& weight) {
   return weight.size(0) == 0 ? 0 : weight.numel() / weight.size(0);
 }
 
-// The tensor must have this type and lie as result does, which is dense.
-inline void check_like(const char* name, const Tensor& tensor, ScalarType type, const Tensor& result) {
-  bool same = tensor.dim() == result.dim() && tensor.scalar_type() == type;
-  for (int64_t i = 0; same && i < result.dim(); ++i) {
-    same = tensor.size(i) == result.size(i) &&
-           (result.numel() == 0 || result.size(i) == 1 || tensor.stride(i) == result.stride(i));
+// The tensor must have this type and these sizes, and lie densely in the memory format of the weight.
+inline void check_dense(const char* name, const Tensor& tensor, ScalarType type, const Tensor& weight,
+                        torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+  bool same = tensor.scalar_type() == type && tensor.sizes().equals(sizes);
+  const int64_t dimensions = tensor.dim();
+  int64_t stride = 1;
+  for (int64_t i = 0; same && i < dimensions && tensor.numel() > 0; ++i) {
+    // From the innermost dimension outwards; channels last, that is 1, then the last to the third, then 0.
+    const bool last = is_channels_last(weight);
+    const int64_t dimension = !last ? dimensions - 1 - i : i == 0 ? 1 : i == dimensions - 1 ? 0 : dimensions - i;
+    same = tensor.size(dimension) == 1 || tensor.stride(dimension) == stride;
+    stride *= tensor.size(dimension);
   }
   STD_TORCH_CHECK(same, name, " must have its type and shape, and be contiguous or channels last as weight is");
+}
+
+inline void check_vector(const char* name, const Tensor& vector, ScalarType type, int64_t size) {
+  STD_TORCH_CHECK(vector.dim() == 1 && vector.size(0) == size && vector.scalar_type() == type, name,
+                  " must have the type of weight, and a number for every filter");
+}
+
+// The sizes of a weight (O, I, *kernel) with others in place of its first two, which must not be smaller.
+inline std::vector<int64_t> padded_sizes(const Tensor& weight, int64_t count, int64_t channels) {
+  STD_TORCH_CHECK(weight.dim() >= 2 && count >= weight.size(0) && channels >= weight.size(1),
+                  "sizes must be at least those of the weight");
+  std::vector<int64_t> sizes(weight.sizes().begin(), weight.sizes().end());
+  sizes[0] = count;
+  sizes[1] = channels;
+  return sizes;
 }
 
 // What every convolution has one of, and its gradients of which it has two.

@@ -73,12 +73,15 @@ inline Tensor empty_contiguous(const Tensor& x) { return empty(x.sizes(), x.scal
 
 inline Tensor empty_vector(int64_t size, ScalarType type, const Tensor& like) { return empty({size}, type, like); }
 
-// An uninitialised tensor with the shape of x, channels last if x is and contiguous otherwise; the rule is that of
-// output_format in glow_kernels/backends/numerics.py.
-inline Tensor empty_output(const Tensor& x, ScalarType type) {
-  const auto sizes = x.sizes();
-  const bool channels_last = x.dim() >= 4 && x.size(1) > 1 && x.stride(1) == 1 && !x.is_contiguous();
-  if (!channels_last) return empty(sizes, type, x);
+// Whether results with the shape of x are channels last, and not contiguous; the rule is that of output_format in
+// glow_kernels/backends/numerics.py.
+inline bool is_channels_last(const Tensor& x) {
+  return x.dim() >= 4 && x.size(1) > 1 && x.stride(1) == 1 && !x.is_contiguous();
+}
+
+// An uninitialised tensor of these sizes that lies in memory as results with the shape of x do.
+inline Tensor empty_output(const Tensor& x, ScalarType type, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+  if (!is_channels_last(x)) return empty(sizes, type, x);
   std::vector<int64_t> strides(sizes.size());
   strides[1] = 1;
   int64_t stride = sizes[1];
@@ -89,6 +92,8 @@ inline Tensor empty_output(const Tensor& x, ScalarType type) {
   strides[0] = stride;
   return empty_strided(sizes.size(), sizes.data(), strides.data(), type, x);
 }
+
+inline Tensor empty_output(const Tensor& x, ScalarType type) { return empty_output(x, type, x.sizes()); }
 
 inline Tensor empty_output(const Tensor& x) { return empty_output(x, x.scalar_type()); }
 

@@ -76,20 +76,24 @@ def actnorm_statistics(function: str, x: Tensor) -> bool:
     return x.dtype in _TYPES and _takes("actnorm_statistics", function, x)
 
 
-def bias_relu(function: str, *args: Tensor) -> bool:
+def bias_relu(function: str, *args: Any) -> bool:
     """On CUDA only: on the CPU the reference computes it."""
     if function == "bias_backward":
         return args[0].dtype in _TYPES and _takes("bias_relu", function, args[0])
-    x, other = args[::-1] if function == "backward" else args
+    if function == "pad":
+        return (args[0].dtype, args[2]) in _TYPES_WITH_H and _takes("bias_relu", function, args[0])
+    x, other = args[1::-1] if function == "backward" else args
     types = (x.dtype, other.dtype)
     fits = x.dtype in _TYPES and other.dtype == x.dtype if function == "backward" else types in _TYPES_WITH_H
     return fits and _takes("bias_relu", function, x, other)
 
 
 def scale_filters(function: str, *args: Any) -> bool:
-    """Dense filters, and gradients that lie as they do; on the CPU without a conversion."""
+    """Dense filters, and gradients that lie as they do; on the CPU no conversions, zeros or sums of parts."""
     grads, weights, biases, log_scales, types = filters_of(function, args)
-    if types not in _TYPES_OF_FILTERS and not (types in _TYPES_WITH_H and _runs_cuda_code(weights[0])):
+    if not _runs_cuda_code(weights[0]) and (types not in _TYPES_OF_FILTERS or _is_padded(function, args, grads)):
+        return False
+    if types not in _TYPES_WITH_H:
         return False
     for index, weight in enumerate(weights):
         format_ = output_format(weight)
@@ -97,6 +101,19 @@ def scale_filters(function: str, *args: Any) -> bool:
             if not tensor.is_contiguous(memory_format=format_):
                 return False
     return _takes("scale_filters", function, *grads, *weights, *biases, *log_scales)
+
+
+def _is_padded(function: str, args: tuple[Any, ...], grads: list[Tensor]) -> bool:
+    """Whether zeros follow filters of ``scale_filters``, or the gradient of a bias is in parts."""
+    if function == "forward_all":
+        own = [size for weight in args[0] for size in weight.shape[:2]]
+        return any(size != padded for size, padded in zip(own, args[5], strict=True))
+    if function == "backward_all":
+        return any(
+            grad.shape != weight.shape or of_bias.shape != weight.shape[:1]
+            for grad, of_bias, weight in zip(grads[::2], grads[1::2], args[1], strict=True)
+        )
+    return False
 
 
 def _takes(module: str, function: str, *tensors: Tensor) -> bool:

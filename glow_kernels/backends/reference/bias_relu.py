@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from glow_kernels.backends.numerics import compute_dtype, output_format
+from glow_kernels.backends.numerics import compute_dtype, empty_padded, output_format
 
 
 def forward(x: Tensor, bias: Tensor) -> Tensor:
@@ -15,14 +16,20 @@ def forward(x: Tensor, bias: Tensor) -> Tensor:
     return total.relu().to(x.dtype).contiguous(memory_format=output_format(x))
 
 
-def backward(grad: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of ``forward`` in x and in the bias, from its output."""
+def backward(grad: Tensor, y: Tensor, parts: int) -> tuple[Tensor, Tensor]:
+    """Gradients of ``forward`` in x and in the bias, the latter in ``parts``, from its output."""
     grad_x = torch.where(y > 0, grad, 0)
-    others = [dimension for dimension in range(y.dim()) if dimension != 1]
-    grad_bias = grad_x.to(compute_dtype(y)).sum(others)
-    return grad_x.contiguous(memory_format=output_format(y)), grad_bias
+    return grad_x.contiguous(memory_format=output_format(y)), bias_backward(grad_x, parts)
 
 
-def bias_backward(grad: Tensor) -> Tensor:
-    """Gradient in a bias that was added without ReLU."""
-    return grad.sum([dimension for dimension in range(grad.dim()) if dimension != 1], dtype=compute_dtype(grad))
+def bias_backward(grad: Tensor, parts: int) -> Tensor:
+    """Gradient in a bias that was added without ReLU, in ``parts``: here all of it in the first."""
+    whole = grad.sum([dimension for dimension in range(grad.dim()) if dimension != 1], dtype=compute_dtype(grad))
+    return F.pad(whole[None], (0, 0, 0, parts - 1))
+
+
+def pad(x: Tensor, channels: int, dtype: torch.dtype, channels_last: bool, parts: int) -> tuple[Tensor, Tensor]:
+    """``x`` with zeros up to so many channels, and its sums."""
+    padded = empty_padded(x, channels, dtype, channels_last).zero_()
+    padded[:, : x.shape[1]].copy_(x)
+    return padded, bias_backward(x, parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from glow_kernels.backends.numerics import compute_dtype, output_format
@@ -31,19 +32,38 @@ def backward(
 
 
 def forward_all(
-    weights: list[Tensor], biases: list[Tensor], log_scales: list[Tensor], factors: list[float], dtype: torch.dtype
+    weights: list[Tensor],
+    biases: list[Tensor],
+    log_scales: list[Tensor],
+    factors: list[float],
+    dtype: torch.dtype,
+    sizes: list[int],
 ) -> list[Tensor]:
-    """``forward`` of several convolutions."""
+    """``forward`` of several convolutions, with zeros up to ``sizes``, two for each."""
+    results: list[Tensor] = []
     filters = zip(weights, biases, log_scales, factors, strict=True)
-    return [scaled for each in filters for scaled in forward(*each, dtype)]
+    for each, count, channels in zip(filters, sizes[::2], sizes[1::2], strict=True):
+        weight, bias = forward(*each, dtype)
+        beyond = (count - weight.shape[0], channels - weight.shape[1])
+        if any(beyond):
+            format_ = output_format(each[0])
+            zeros = (0, 0) * (weight.dim() - 2)
+            weight = F.pad(weight, (*zeros, 0, beyond[1], 0, beyond[0])).contiguous(memory_format=format_)
+            bias = F.pad(bias, (0, beyond[0]))
+        results += [weight, bias]
+    return results
 
 
 def backward_all(
     grads: list[Tensor], weights: list[Tensor], biases: list[Tensor], log_scales: list[Tensor], factors: list[float]
 ) -> list[Tensor]:
-    """``backward`` of several convolutions."""
-    filters = zip(grads[::2], grads[1::2], weights, biases, log_scales, factors, strict=True)
-    return [grad for each in filters for grad in backward(*each)]
+    """``backward`` of several convolutions, from the gradients of padded results and of biases in parts."""
+    results: list[Tensor] = []
+    for grad, of_bias, weight, *rest in zip(grads[::2], grads[1::2], weights, biases, log_scales, factors, strict=True):
+        count, channels = weight.shape[:2]
+        whole = of_bias.sum(0) if of_bias.dim() == 2 else of_bias
+        results += backward(grad[:count, :channels], whole[:count], weight, *rest)
+    return results
 
 
 def _scale(log_scale: Tensor, factor: float, dtype: torch.dtype) -> Tensor:

@@ -1,7 +1,7 @@
 """Triton kernels of ``bias_relu``; the mathematics stands in ``glow_kernels.ops.bias_relu``.
 
 Forward reads x and writes y once. Backward reads the gradient and y and writes dx once; the gradient of the bias is
-summed in the same pass, in two stages and in a fixed order.
+summed in the same pass, in two stages and in a fixed order, the second of which may be left to the caller.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from glow_kernels.backends.numerics import compute_dtype, output_format
+from glow_kernels.backends.numerics import compute_dtype, empty_padded, output_format
 from glow_kernels.backends.triton.device_functions import (
     ARITHMETIC,
     kernel,
@@ -31,6 +31,9 @@ from glow_kernels.backends.triton.launch import (
 )
 from glow_kernels.backends.triton.sums import sum_partial
 
+# Positions and channels of a tile of small tensors, which are not read in vectors.
+BLOCK_P, BLOCK_C = tl.constexpr(64), tl.constexpr(16)
+
 
 def forward(x: Tensor, bias: Tensor) -> Tensor:
     """``max(x + bias, 0)``."""
@@ -44,26 +47,54 @@ def forward(x: Tensor, bias: Tensor) -> Tensor:
     return y
 
 
-def backward(grad: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of ``forward`` in x and in the bias, from its output."""
+def backward(grad: Tensor, y: Tensor, parts: int) -> tuple[Tensor, Tensor]:
+    """Gradients of ``forward`` in x and in the bias, the latter in ``parts``, from its output."""
     grad_x = torch.empty_like(y, memory_format=output_format(y))
     channels, dtype = y.shape[1], compute_dtype(y)
     if y.numel() == 0:
-        return grad_x, y.new_zeros(channels, dtype=dtype)
+        return grad_x, y.new_zeros((parts, channels), dtype=dtype)
     block_c = channels_of_tile(y)
     rows = rows_of("statistics", (y, grad, grad_x), block_c)
     tiles_c = -(-channels // block_c)
-    chunks = min(rows.tiles, -(-4 * multiprocessors(y.device) // tiles_c))
+    chunks = parts if parts > 1 else min(rows.tiles, -(-4 * multiprocessors(y.device) // tiles_c))
     partial = y.new_empty((chunks, channels), dtype=dtype)
     args = (*strided(*rows.planes), partial, channels, rows.planes[0].shape[2], rows.count, chunks)
     options = {**rows.options, "DTYPE": ARITHMETIC[dtype], "ALL_REGISTERS": True}
     launch(_bias_relu_backward_kernel, tiles_c * chunks, y, *args, **options)
-    return grad_x, sum_partial(partial, 0)
+    return grad_x, partial if parts > 1 else sum_partial(partial, 0)[None]
 
 
-def bias_backward(grad: Tensor) -> Tensor:
-    """Gradient in a bias that was added without ReLU, by PyTorch: nothing is to be written beside the sum."""
-    return grad.sum([dimension for dimension in range(grad.dim()) if dimension != 1], dtype=compute_dtype(grad))
+def bias_backward(grad: Tensor, parts: int) -> Tensor:
+    """Gradient in a bias that was added without ReLU, in ``parts``; one by PyTorch, as nothing else is written."""
+    if parts == 1:
+        others = [dimension for dimension in range(grad.dim()) if dimension != 1]
+        return grad.sum(others, dtype=compute_dtype(grad), keepdim=True).view(1, -1)
+    return _copy(grad, None, parts)
+
+
+def pad(x: Tensor, channels: int, dtype: torch.dtype, channels_last: bool, parts: int) -> tuple[Tensor, Tensor]:
+    """``x`` with zeros up to so many channels, and its sums in ``parts``."""
+    padded = empty_padded(x, channels, dtype, channels_last)
+    return padded, _copy(x, padded, parts)
+
+
+def _copy(x: Tensor, padded: Tensor | None, parts: int) -> Tensor:
+    """The sums of ``x`` in ``parts``, none with 0, and a copy of it that may have more channels."""
+    sums = x.new_empty((parts, x.shape[1]), dtype=compute_dtype(x))
+    if x.numel() == 0:
+        sums.zero_()
+        if padded is not None:
+            padded.zero_()
+        return sums
+    data = planes(x)
+    out = data if padded is None else planes(padded)
+    count = data.shape[0] * data.shape[2]
+    chunks = parts or min(-(-count // BLOCK_P.value), 4 * multiprocessors(x.device))
+    args = (*strided(data, out), sums, data.shape[1], out.shape[1], data.shape[2], count, chunks)
+    programs = -(-out.shape[1] // BLOCK_C.value) * chunks
+    options = {"DTYPE": ARITHMETIC[compute_dtype(x)], "COPIES": padded is not None, "SUMS": parts > 0}
+    launch(_copy_kernel, programs, x, *args, **options, num_warps=4, ALL_REGISTERS=True)
+    return sums
 
 
 @kernel
@@ -104,3 +135,26 @@ def _bias_relu_backward_kernel(
         at = row_pointers(grad_x_ptr, (grad_x_b, grad_x_c, grad_x_p), rows, P, channels, CHANNELS_LAST, VECTOR)
         store(at, grad, mask)
     tl.store(partial_ptr + chunk.to(tl.int64) * C + channels, tl.sum(total, 0), channels < C)
+
+
+@kernel
+def _copy_kernel(
+    x_ptr, x_b, x_c, x_p, out_ptr, out_b, out_c, out_p, partial_ptr, C: tl.int32, C_OUT: tl.int32, P: tl.int32,
+    count: tl.int32, chunks: tl.int32, DTYPE: tl.constexpr, COPIES: tl.constexpr, SUMS: tl.constexpr,
+):  # fmt: skip
+    """Every ``chunks``-th tile of some channels: reads x once, writes it with zeros for channels that it has not."""
+    chunk = tl.program_id(0) % chunks
+    channels = tl.program_id(0) // chunks * BLOCK_C + tl.arange(0, BLOCK_C)
+    total = tl.zeros((BLOCK_P, BLOCK_C), DTYPE)
+    for tile in range(chunk, tl.cdiv(count, BLOCK_P), chunks):
+        rows = tile * BLOCK_P + tl.arange(0, BLOCK_P)
+        there = (rows < count)[:, None]
+        at = row_pointers(x_ptr, (x_b, x_c, x_p), rows, P, channels, False, 1)
+        x = tl.load(at, there & (channels < C)[None, :], other=0.0)
+        if SUMS:
+            total += x.to(DTYPE)
+        if COPIES:
+            out_at = row_pointers(out_ptr, (out_b, out_c, out_p), rows, P, channels, False, 1)
+            store(out_at, x.to(DTYPE), there & (channels < C_OUT)[None, :])
+    if SUMS:
+        tl.store(partial_ptr + chunk.to(tl.int64) * C + channels, tl.sum(total, 0), channels < C)

@@ -54,13 +54,15 @@ def actnorm_statistics(function: str, x: Tensor) -> bool:
     return _on_device(x) and _countable(x)
 
 
-def bias_relu(function: str, *args: Tensor) -> bool:
+def bias_relu(function: str, *args: Any) -> bool:
     """Every shape."""
     if function == "bias_backward":
-        return _on_device(*args)
-    x = args[-1] if function == "backward" else args[0]
+        return _on_device(args[0]) and _countable(args[0])
+    if function == "pad":
+        return _on_device(args[0]) and _countable(args[0]) and (args[0].dtype, args[2]) in _PAIRS
+    x = args[1] if function == "backward" else args[0]
     bias_or_grad = args[0] if function == "backward" else args[1]
-    return _on_device(*args) and (x.dtype, bias_or_grad.dtype) in _PAIRS and _countable(x)
+    return _on_device(*args[:2]) and (x.dtype, bias_or_grad.dtype) in _PAIRS and _countable(x)
 
 
 def scale_filters(function: str, *args: Any) -> bool:
