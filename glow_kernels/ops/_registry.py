@@ -69,14 +69,18 @@ class Operator:
             self._implementations[backend] = _Implementation(name, schema, fake, python, setup_context, rule)
 
     def __call__(self, *args: Any) -> Any:
-        """Compute with the first backend in order of preference that supports ``args``."""
+        """Compute with the backend that is :meth:`chosen`."""
+        return self._run(self.chosen(*args), args)
+
+    def chosen(self, *args: Any) -> str:
+        """The first backend in order of preference that supports ``args``."""
         candidates = backends.candidates()
         if not faster.first_tensor(args).is_cpu:
             candidates = faster.first(candidates, self._name, args)
         for backend in candidates:
             if backend == "reference" or self._support[backend](self._function, *args):
                 break
-        return self._run(backend, args)
+        return backend
 
     def on(self, backend: str, *args: Any) -> Any:
         """Compute with ``backend``, or the reference if that does not support ``args``."""
