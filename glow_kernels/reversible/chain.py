@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from glow_kernels.nn import ActNorm
+from glow_kernels.nn import ActNorm, boundary_node
 from glow_kernels.nn.folding import Folded, Stack
 from glow_kernels.nn.step import LinearMap
 from glow_kernels.ops._checks import check_choice
@@ -121,7 +121,11 @@ class ReversibleSequential(nn.Sequential):
             raise RuntimeError("a reversible chain cannot be used in DataParallel: use DistributedDataParallel")
         if self.memory == "store" or not torch.is_grad_enabled():
             stack = Stack.of(list(self), x)
-            return _in_turn(list(self), None if stack is None else stack.fold(x), x, context)
+            if stack is None or context or torch.compiler.is_compiling():
+                return _in_turn(list(self), None if stack is None else stack.fold(x), x, context)
+            folded = stack.fold(x)
+            x, log_dets = boundary_node.in_turn(list(self), folded.maps, x)
+            return x, _total([folded.log_det, *log_dets], x)
         if not torch.compiler.is_compiling():
             guards.refuse_transforms()
             _check_batches(x, context)
@@ -234,9 +238,13 @@ def _in_turn(
     for call in reversed(calls) if backwards else calls:
         x, log_det = call(x, *context)
         log_dets.append(log_det)
+    return x, _total(log_dets, x)
+
+
+def _total(log_dets: Sequence[Tensor], x: Tensor) -> Tensor:
     if x.is_cuda and not torch.compiler.is_compiling():  # where every addition is a launch of its own
-        return x, torch.stack(log_dets).sum(0)
-    return x, functools.reduce(torch.add, log_dets)
+        return torch.stack(list(log_dets)).sum(0)
+    return functools.reduce(torch.add, log_dets)
 
 
 def _taken_apart(

@@ -1,0 +1,273 @@
+"""The boundary between two steps as one node: the numbers of the steps one after the other, and those wherever somebody
+may look. Where no backend but the reference has the operator here, it is made to be taken for one that has.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+from test_nn import ready
+from torch import Tensor, nn
+
+import glow_kernels as gk
+from glow_kernels import ReversibleSequential
+from glow_kernels.backends import select
+from glow_kernels.models import Glow
+from glow_kernels.nn import AffineCoupling, FlowStep, boundary_node
+from glow_kernels.nn import network as network_module
+from glow_kernels.ops._registry import Operator
+
+
+@pytest.fixture
+def nodes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one with every boundary that is one node."""
+    made: list[int] = []
+    original = boundary_node.boundary_node
+
+    def counted(*args):
+        made.append(1)
+        return original(*args)
+
+    monkeypatch.setattr(boundary_node, "boundary_node", counted)
+    return made
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every backend but the reference counts as one that has the operator."""
+    monkeypatch.setattr(Operator, "is_fast", lambda *_: True)
+
+
+def chain(
+    channels: int = 6, count: int = 4, memory: str = "store", dtype: torch.dtype = torch.float64, **options: str
+) -> tuple[ReversibleSequential, Tensor]:
+    """Steps that do something, and data for them."""
+    x = torch.randn(3, channels, 4, 5, dtype=dtype)
+    return ready(ReversibleSequential([FlowStep(channels, 8, **options) for _ in range(count)], memory), x), x
+
+
+def differentiated(model: nn.Module, x: Tensor, used: tuple[int, ...] = (0, 1)) -> list[Tensor | None]:
+    """Results of a chain and the gradients of those that are used."""
+    x = x.detach().requires_grad_()
+    results = model(x)
+    generator = torch.Generator(x.device).manual_seed(1)
+    grads = [torch.randn(t.shape, generator=generator, dtype=t.dtype, device=t.device) for t in results]
+    total = sum((results[index] * grads[index]).sum() for index in used)
+    leaves = [x, *(p for p in model.parameters() if p.requires_grad)]
+    return [*results, *torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)]
+
+
+@pytest.mark.usefixtures("taken")
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize(
+    ("coupling", "mixing", "channels"),
+    [
+        ("affine", "lu", 6),
+        ("affine", "plain", 5),
+        ("affine", "reverse", 2),
+        ("affine", "shuffle", 12),
+        ("additive", "lu", 5),
+    ],
+)
+def test_the_nodes_equal_the_steps(backend, monkeypatch, nodes, coupling, mixing, channels, apart):
+    monkeypatch.setattr(network_module, "is_bias_apart", lambda x: apart)
+    model, x = chain(channels, coupling=coupling, mixing=mixing)
+    actual = differentiated(model, x)
+    assert len(nodes) == (3 if backend != "reference" and coupling == "affine" else 0)
+    with gk.use_backend("reference"):
+        expected = differentiated(model, x)
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.usefixtures("taken")
+@pytest.mark.parametrize("low_precision", [False, True])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_model_is_as_accurate_with_nodes(backend, monkeypatch, nodes, memory_format, low_precision):
+    x = torch.rand(3, 3, 8, 8) - 0.5
+    model = ready(Glow(3, 8, steps=3, levels=2, hidden_channels=8), x).to(memory_format=memory_format)
+
+    def step(model: nn.Module, x: Tensor) -> list[Tensor]:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=low_precision and x.dtype == torch.float32):
+            loss = model.bits_per_dim(x).mean()
+        return [loss, *torch.autograd.grad(loss, list(model.parameters()))]
+
+    with gk.use_backend("reference"):
+        truth = step(copy.deepcopy(model).double(), x.double())
+    actual = step(model, x)
+    assert len(nodes) == (4 if backend != "reference" else 0)
+    monkeypatch.setattr(Operator, "is_fast", lambda *_: False)
+    parts = step(model, x)
+    unit = 2**-8 if low_precision else 2**-20
+    for one, other, true in zip(actual, parts, truth, strict=True):
+        assert one.dtype == other.dtype
+        # The sums of few samples vary by as much as bfloat16 rounds.
+        assert (one - true).norm() <= 1.5 * (other - true).norm() + unit * true.norm() + unit
+
+
+@pytest.mark.usefixtures("taken")
+@pytest.mark.parametrize("used", [(0,), (1,)])
+def test_one_result_alone_may_be_used(backend, used):
+    model, x = chain()
+    actual = differentiated(model, x, used)
+    with gk.use_backend("reference"):
+        expected = differentiated(model, x, used)
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.usefixtures("taken")
+@pytest.mark.parametrize("frozen", ["mixing", "actnorm", "network", "network.second", ""])
+def test_frozen_parameters_get_no_gradient(backend, frozen):
+    model, x = chain()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(frozen not in name)  # "" is in every name
+    actual = differentiated(model, x)
+    with gk.use_backend("reference"):
+        expected = differentiated(model, x)
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+    (model(x)[0].sum() if frozen else model(x.requires_grad_())[0].sum()).backward()
+    assert all((p.grad is None) != p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.usefixtures("taken")
+@pytest.mark.parametrize("memory", ["store", "checkpoint", "anchor", "invert"])
+def test_without_gradients_every_policy_takes_them(backend, nodes, memory):
+    model, x = chain(memory=memory)
+    with torch.no_grad():
+        actual = model(x)
+        assert len(nodes) == (3 if backend != "reference" else 0)
+        with gk.use_backend("reference"):
+            expected = model(x)
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+    nodes.clear()
+    model(x)
+    assert len(nodes) == (3 if backend != "reference" and memory == "store" else 0)
+
+
+@pytest.mark.usefixtures("taken")
+def test_no_more_is_kept(backend, monkeypatch):
+    model, x = chain(dtype=torch.float32)
+
+    def kept() -> int:
+        storages: dict[int, Tensor] = {}
+        hooks = torch.autograd.graph.saved_tensors_hooks(
+            lambda t: storages.setdefault(t.untyped_storage().data_ptr(), t) is None or t, lambda t: t
+        )
+        with hooks, torch.autocast(x.device.type, torch.bfloat16):
+            results = model(x)
+        del results
+        own = {p.untyped_storage().data_ptr() for p in [x, *model.parameters(), *model.buffers()]}
+        return sum(t.untyped_storage().nbytes() for at, t in storages.items() if at not in own)
+
+    with_nodes = kept()
+    monkeypatch.setattr(Operator, "is_fast", lambda *_: False)
+    assert with_nodes <= kept()
+
+
+@pytest.mark.usefixtures("taken")
+def test_backward_computes_with_the_backend_of_forward(backend, monkeypatch):
+    if backend == "reference":
+        pytest.skip("the reference has no nodes")
+    asked = []
+    original = boundary_node.boundary_backward
+
+    def watched(*args):
+        asked.append(select())
+        return original(*args)
+
+    monkeypatch.setattr(boundary_node, "boundary_backward", watched)
+    model, x = chain()
+    z, _ = model(x)
+    with gk.use_backend("reference"):
+        z.sum().backward()
+    assert asked == [backend] * 3
+
+
+@pytest.mark.usefixtures("taken")
+def test_gradients_may_be_asked_for_twice(backend):
+    model, x = chain()
+    z, log_det = model(x.requires_grad_())
+    first, second = (torch.autograd.grad(z.sum() + log_det.sum(), x, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def _hooked(step: nn.Module) -> None:
+    step.register_forward_hook(lambda *_: None)
+
+
+def _hooked_coupling(step: nn.Module) -> None:
+    step.coupling.register_forward_pre_hook(lambda *_: None)
+
+
+def _hooked_network(step: nn.Module) -> None:
+    step.coupling.network.last.register_full_backward_hook(lambda *_: None)
+
+
+def _replaced(step: nn.Module) -> None:
+    original = step.coupling.forward
+    step.coupling.forward = lambda *args: original(*args)
+
+
+def _of_a_subclass(step: nn.Module) -> None:
+    class Mine(AffineCoupling):
+        pass
+
+    step.coupling.__class__ = Mine
+
+
+def _of_another_half(step: nn.Module) -> None:
+    step.coupling.condition_on = "second"
+
+
+def _with_another_network(step: nn.Module) -> None:
+    step.coupling.network = nn.Sequential(step.coupling.network)
+
+
+ALTERATIONS = (_hooked_coupling, _hooked_network, _replaced, _of_a_subclass, _of_another_half, _with_another_network)
+
+
+@pytest.mark.usefixtures("taken")
+@pytest.mark.parametrize("alter", ALTERATIONS, ids=lambda alter: alter.__name__.strip("_"))
+def test_a_coupling_that_somebody_may_look_at_is_called(backend, nodes, alter):
+    model, x = chain()
+    alter(model[1])
+    actual = differentiated(model, x)
+    # Those of step 0 and of step 2 have nothing to do with it.
+    assert len(nodes) == (2 if backend != "reference" else 0)
+    with gk.use_backend("reference"):
+        expected = differentiated(model, x)
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.usefixtures("taken")
+def test_steps_that_somebody_may_look_at_are_called(nodes):
+    model, x = chain()
+    _hooked(model[1])
+    model(x)
+    assert not nodes
+
+
+@pytest.mark.usefixtures("taken")
+def test_a_compiled_chain_has_no_nodes(nodes):
+    torch._dynamo.reset()
+    model, x = chain(count=3)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for one, other in zip(differentiated(compiled, x), differentiated(copy.deepcopy(model), x), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+    nodes.clear()
+    compiled(x)
+    assert not nodes
+
+
+def test_where_no_backend_has_the_operator_there_are_no_nodes(backend, monkeypatch, nodes):
+    monkeypatch.setattr(Operator, "is_fast", lambda *_: False)
+    model, x = chain()
+    model(x)
+    assert not nodes
