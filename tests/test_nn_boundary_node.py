@@ -5,19 +5,25 @@ may look. Where no backend but the reference has the operator here, it is made t
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from test_nn import ready
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import glow_kernels as gk
-from glow_kernels import ReversibleSequential
+from glow_kernels import ReversibleSequential, backends
 from glow_kernels.backends import select
+from glow_kernels.backends.triton import support
 from glow_kernels.models import Glow
-from glow_kernels.nn import AffineCoupling, FlowStep, boundary_node
+from glow_kernels.nn import ActNorm, AffineCoupling, FlowStep, boundary_node
 from glow_kernels.nn import network as network_module
+from glow_kernels.nn import network_passes as passes_module
 from glow_kernels.ops._registry import Operator
 
 
@@ -264,6 +270,81 @@ def test_a_compiled_chain_has_no_nodes(nodes):
     nodes.clear()
     compiled(x)
     assert not nodes
+
+
+@pytest.mark.parametrize(("dtype", "made"), [(torch.float32, 3), (torch.float64, 0)], ids=str)
+def test_the_backend_is_asked_for_the_operator(backend, nodes, dtype, made):
+    if backend != "triton":
+        pytest.skip("Triton's interpreter has it on the CPU, for float32")
+    model, x = chain(dtype=dtype)
+    differentiated(model, x)
+    assert len(nodes) == made
+
+
+class Launched(TorchDispatchMode):
+    """Counts operators that compute something, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        is_view = any(result.alias_info and not result.alias_info.is_write for result in function._schema.returns)
+        name = function.name().split("::")[1].partition(".")[0]
+        if not is_view and name not in ("empty", "new_empty", "empty_like", "device"):
+            self.count[name.removesuffix("_triton")] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("channels", "pads_input", "pads_output"), [(12, True, True), (24, True, False), (48, False, False)]
+)
+def test_operators_of_a_training_step_on_matrix_units(monkeypatch, channels, pads_input, pads_output):
+    """Each is a launch at least: whoever adds one should know."""
+    monkeypatch.setattr(passes_module, "has_tensor_cores", lambda device, dtype: dtype == torch.bfloat16)
+    monkeypatch.setattr(network_module, "is_bias_apart", lambda x: True)
+    monkeypatch.setattr(backends, "candidates", lambda: ("triton",))
+    monkeypatch.setattr(backends, "select", lambda: "triton")
+    monkeypatch.setattr(support, "_on_device", lambda *_: True)
+
+    def launched(count: int) -> tuple[Counter[str], Counter[str]]:
+        with FakeTensorMode():
+            model = ReversibleSequential([FlowStep(channels, 512) for _ in range(count)], "store")
+            for module in model.modules():
+                if isinstance(module, ActNorm):
+                    module._is_initialized = True
+                if isinstance(getattr(module, "weight", None), nn.Parameter) and module.weight.dim() == 4:
+                    module.weight = nn.Parameter(module.weight.detach().contiguous(memory_format=torch.channels_last))
+            x = torch.rand(64, channels, 16, 16)
+            with Launched() as forward, torch.autocast("cpu", torch.bfloat16):
+                z, log_det = model(x)
+            total = z.sum() + log_det.sum()
+            with Launched() as backward:
+                torch.autograd.grad(total, list(model.parameters()))
+        return forward.count, backward.count
+
+    forward, backward = (more - fewer for more, fewer in zip(launched(4), launched(3), strict=True))
+    assert forward == Counter(
+        {
+            "bias_relu_pad" if pads_input else "_to_copy": 1,
+            "scale_filters_forward_all": 1,
+            "convolution": 2,
+            "bias_relu_forward": 1,
+            "_addmm_activation": 1,
+            "coupling_conv1x1_forward": 1,
+            "add": 1,  # of log-determinants, which on a GPU are summed together
+        }
+    )
+    assert backward == Counter(
+        {
+            "coupling_conv1x1_backward": 1,
+            "bias_relu_pad" if pads_output else "bias_relu_bias_backward": 1,
+            "convolution_backward": 3,
+            "bias_relu_backward": 2,
+            "scale_filters_backward_all": 1,
+            "add_": 1,
+        }
+    )
 
 
 def test_where_no_backend_has_the_operator_there_are_no_nodes(backend, monkeypatch, nodes):

@@ -101,7 +101,7 @@ class _BoundaryNode(torch.autograd.Function):
             grad_z, grad_h, grad_matrix, grad_shift = boundary_backward(*grads, z, h, matrix, *_options(ctx.kind))
             below, found = passes.backward(grad_h, kept, parameters, needs_z, any(needs))
             if below is not None:
-                grad_z[:, : ctx.kind.channels] += below
+                grad_z[:, : ctx.kind.channels].add_(below)
         every = (grad_z, None, grad_matrix, grad_shift, *found)
         wanted = (needs_z, False, needs_matrix, needs_shift, *needs)
         return tuple(grad if want else None for grad, want in zip(every, wanted, strict=True))
