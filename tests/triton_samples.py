@@ -314,26 +314,18 @@ def network_samples() -> Iterator[Sample]:
 
 
 def _filter_samples() -> Iterator[Sample]:
-    """One convolution and three, every type; each gradient of a bias may have the type of arithmetic."""
+    """One convolution and three, every type."""
     from glow_kernels.backends.triton import scale_filters
 
     for dtypes, count in itertools.product(DTYPES, (1, 3)):
         dtype, result = DTYPES[dtypes]
-        compute = compute_dtype(dtype)
         weights, vectors = ([empty(*shape, dtype=dtype) for _ in range(count)] for shape in ((16, 54, 3, 3), (16,)))
-        factors = [3.0] * count
+        filters = (weights, vectors, vectors, [3.0] * count)
         core = dtypes in ("float32", "float32_with_bfloat16")
         what = f"{count}x16x54x3x3 {dtypes}"
-        yield _sample(
-            scale_filters, "forward_all", what, (weights, vectors, vectors, factors, result, [16, 54] * count), core
-        )
-        for types in itertools.product({result: 0, compute: 0}, repeat=count):
-            grads = [
-                grad for of_bias in types for grad in (empty(16, 54, 3, 3, dtype=result), empty(16, dtype=of_bias))
-            ]
-            arguments = (grads, weights, vectors, vectors, factors)
-            what_types = " ".join(str(of_bias)[6:] for of_bias in types)
-            yield _sample(scale_filters, "backward_all", f"{what} {what_types}", arguments, core and len({*types}) == 1)
+        yield _sample(scale_filters, "forward_all", what, (*filters, result, [16, 54] * count), core)
+        grads = [empty(*shape, dtype=result) for _ in range(count) for shape in ((16, 54, 3, 3), (16,))]
+        yield _sample(scale_filters, "backward_all", what, (grads, *filters), core)
 
 
 def _sample(module: Any, name: str, what: str, arguments: tuple[Any, ...], core: bool = False) -> Sample:

@@ -82,7 +82,9 @@ def backward_all(
         vectors = [weight.new_empty(count, dtype=compute_dtype(weight)) for _ in range(2)]
         results += [torch.empty_like(weight, memory_format=format_), *vectors]
         of_forward = (weight.contiguous(memory_format=format_), bias.contiguous(), log_scale.contiguous())
-        tensors = (grad_weight.contiguous(memory_format=format_), grad_bias.contiguous(), *of_forward, *results[-3:])
+        # In the type of arithmetic already where a training step has summed it; other types would be more variants.
+        of_bias = grad_bias.to(compute_dtype(weight)).contiguous()
+        tensors = (grad_weight.contiguous(memory_format=format_), of_bias, *of_forward, *results[-3:])
         filters = FILTERS.value if rows[0] <= NARROW.value else 1
         parts = grad_bias.shape[0] if grad_bias.dim() == 2 else 1
         calls.append((-(-count // filters), *tensors, parts, grad_bias.shape[-1], count, *rows, factor))
