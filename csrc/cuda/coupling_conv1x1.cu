@@ -119,13 +119,15 @@ __global__ void __launch_bounds__(kBackwardThreads<R>, 2) backward_kernel(const 
     for (int input = 0; input < 2; ++input) {
       load_tile(input == 0 ? arguments.z : arguments.grad, work, span, input == 0 ? x : g);
     }
+    Reader<H> reader(h, span);
     const A lambda = arguments.grad_log_det[span.batch];
     wait_for_copies();
     __syncthreads();
     typename W::Values values;
     multiply<true>(work, matrix, g, values);
     put_tile(work, values, dx);
-    Reader<H> reader(h, span);
+    // The product leaves no register for what is read ahead.
+    if constexpr (!W::kSmall) reader = Reader<H>(h, span);
     __syncthreads();
     reader.for_each([&](const Spot& spot, A(&u)[kAtOnce], A(&t)[kAtOnce]) {
       const LogScales<A, kAtOnce> log_s = log_scales(arguments.options, u);
@@ -169,12 +171,12 @@ int64_t check(const Tensor& z, const Tensor& h, const Tensor& matrix) {
 }
 
 // How threads walk through scales and shifts that lie as in `like`.
-struct Sides {
+struct ScalesAndShifts {
   Tiling tiling;
   CouplingLayout layout;
   unsigned first, channels;
 
-  Sides(const Tensor& like, int64_t all_channels, const std::string& layout_name)
+  ScalesAndShifts(const Tensor& like, int64_t all_channels, const std::string& layout_name)
       : tiling(half_of(planes_of(like))),
         layout(parse_coupling_layout(layout_name, like.size(1) / 2)),
         first(static_cast<unsigned>(all_channels - like.size(1) / 2)),
@@ -221,7 +223,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& z_any, const Tensor& h_any, con
   const Launcher launch(z_any);
   const Tensor z = with_planes(z_any), h = with_planes(h_any);
   const Tensor matrix = as_contiguous(matrix_any), shift = as_contiguous(shift_any);
-  const Sides sides(h, z.size(1), layout);
+  const ScalesAndShifts halves(h, z.size(1), layout);
   Tensor result = empty_output(z_any);
   return dispatch_work(
       launch, z, h, 1, [&]<typename T, typename H, unsigned R>(const SampleWork<compute_t<T>, R>& work) {
@@ -229,7 +231,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& z_any, const Tensor& h_any, con
         Forward<T, H, R> arguments{work,
                                    options_of<A>(options, false),
                                    readable<T>(z),
-                                   sides.of<H>(h),
+                                   halves.of<H>(h),
                                    matrix.const_data_ptr<A>(),
                                    shift.const_data_ptr<A>(),
                                    writable<T>(result),
@@ -254,7 +256,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_any, cons
   Tensor grad_z = empty_output(z_any), grad_h = empty_output(h_any);
   Tensor grad_matrix = empty(matrix.sizes(), matrix.scalar_type(), z);
   Tensor grad_shift = empty_vector(z.size(1), matrix.scalar_type(), z);
-  const Sides sides(grad_h, z.size(1), layout);
+  const ScalesAndShifts halves(grad_h, z.size(1), layout);
   dispatch_work(launch, z, h, 3, [&]<typename T, typename H, unsigned R>(const SampleWork<compute_t<T>, R>& work) {
     using A = compute_t<T>;
     const int64_t tiles = work.tiles(), columns = z.size(1) * (z.size(1) + 1);
@@ -267,11 +269,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_any, cons
                                       static_cast<unsigned>(tiles),
                                       readable<T>(grad),
                                       readable<T>(z),
-                                      sides.of<H>(h),
+                                      halves.of<H>(h),
                                       matrix.const_data_ptr<A>(),
                                       grad_log_det.const_data_ptr<A>(),
                                       writable<T>(grad_z),
-                                      sides.written<H>(grad_h),
+                                      halves.written<H>(grad_h),
                                       parts.mutable_data_ptr<A>()};
     launch(blocks, work.threads(), bytes, backward_kernel<T, H, R>, arguments);
     sum_columns<A>(launch, parts, blocks, grad_matrix, &grad_shift);

@@ -109,7 +109,8 @@ class Reader {
   using A = compute_t<H>;
 
  public:
-  __device__ Reader(const Conditioning<const H>& h, const Span& span) : h_(h), walk_(h, span), tile_(tile_of(h, span)) {
+  __device__ Reader(const Conditioning<const H>& h, const Span& span)
+      : h_(&h), walk_(h, span), tile_(tile_of(h, span)) {
     fetch_next();
   }
 
@@ -130,17 +131,17 @@ class Reader {
       walk_.advance();
       fetch_next();
       A u[kAtOnce], t[kAtOnce];
-      widen(h_.pair, spot, raw, u, t);
+      widen(h_->pair, spot, raw, u, t);
       f(spot, u, t);
     }
   }
 
  private:
   __device__ void fetch_next() {
-    if (!walk_.has_ended()) raw_ = fetch<kAtOnce>(h_.pair, tile_, walk_.spot());
+    if (!walk_.has_ended()) raw_ = fetch<kAtOnce>(h_->pair, tile_, walk_.spot());
   }
 
-  const Conditioning<const H>& h_;
+  const Conditioning<const H>* h_;
   Walk walk_;
   Tile tile_;
   detail::Registers<H, 2 * kAtOnce> raw_;
