@@ -87,9 +87,8 @@ def tune(folder: Path | None = None) -> tuple[Path, dict[str, dict[str, int]]]:
 
 def _families(device: torch.device) -> dict[str, list[Call]]:
     """What is measured: the bandwidth shapes of every family, in float32."""
-    coupling, linear, statistics = (
-        implementation("triton", name) for name in ("affine_coupling", "actnorm_conv1x1", "actnorm_statistics")
-    )
+    names = ("affine_coupling", "actnorm_conv1x1", "actnorm_statistics", "coupling_conv1x1")
+    coupling, linear, statistics, across_steps = (implementation("triton", name) for name in names)
     x, h = torch.randn(64, 12, 128, 128, device=device), torch.randn(64, 24, 128, 128, device=device)
     options = (None, "sigmoid", [1.0, 2.0, 1.0, 0.0, 0.0, 0.0], "interleaved_shift_scale", "shift_scale")
     lam = torch.randn(64, device=device)
@@ -112,6 +111,13 @@ def _families(device: torch.device) -> dict[str, list[Call]]:
             ]
         families[f"linear_sums_{block_c}"] = [
             lambda arguments=(data, data, matrix, False): linear.apply_backward(*arguments)  # type: ignore[misc]
+        ]
+        coupled = (data, torch.randn_like(data), matrix)
+        families[f"coupling_{block_c}"] = [
+            lambda arguments=(*coupled, shift, *options[1:]): across_steps.forward(*arguments)  # type: ignore[misc]
+        ]
+        families[f"coupling_backward_{block_c}"] = [
+            lambda arguments=(data, lam[:32], *coupled, *options[1:]): across_steps.backward(*arguments)  # type: ignore[misc]
         ]
     return families
 

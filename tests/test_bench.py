@@ -205,6 +205,27 @@ def test_peak_memory_is_that_of_temporary_tensors_and_results():
     assert memory.peak_extra_bytes(lambda: (x + 1.0) * 2.0, torch.device("cpu")) == pytest.approx(8 * 256**2, abs=1e3)
 
 
+@pytest.mark.parametrize("shape", [(2, 4, 3, 5), (4, 96, 16, 16)], ids=str)
+def test_what_only_the_reference_computes_is_not_measured_where_a_model_does_not_call_it(monkeypatch, shape):
+    def measured():
+        return [case.direction for case in Selection(operators=["coupling_conv1x1"], shapes=[shape]).cases()]
+
+    assert measured() == []
+    assert not any("coupling_conv1x1" in task.name for task in overhead.tasks(torch.device("cpu"), None, None))
+    few = dataclasses.replace(
+        OPERATORS["coupling_conv1x1"], chosen=lambda z, *_: "triton" if z.shape[1] <= 48 else "reference"
+    )
+    monkeypatch.setitem(OPERATORS, "coupling_conv1x1", few)
+    assert measured() == (["forward", "no_grad", "backward", "forward_backward"] if shape[1] <= 48 else [])
+
+
+def test_a_run_without_a_case_is_refused(capsys, tmp_path):
+    path = tmp_path / "r.jsonl"
+    assert main(["bench", "operators", "--operator", "coupling_conv1x1", "--device", "cpu", "--output", str(path)]) == 2
+    assert capsys.readouterr().err.startswith("error: nothing to measure: none of these operators has such a direction")
+    assert not path.exists()
+
+
 def test_call_overhead(tmp_path):
     writer = results.Writer(tmp_path / "r.jsonl", {"kind": "environment", "run": "a"})
     for task in overhead.tasks(torch.device("cpu"), writer, lambda line: None):

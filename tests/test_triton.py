@@ -253,12 +253,19 @@ def coupling_arguments(shape, dtype):
 def test_every_element_of_the_data_is_read_once_and_written_once(shape, channels_last):
     import triton_probes as probes
 
-    from glow_kernels.backends.triton import affine_coupling, gaussian_log_prob
+    from glow_kernels.backends.triton import affine_coupling, coupling_conv1x1, gaussian_log_prob
 
     x, h, grad, grad_log_det, options = coupling_arguments(shape, torch.float32)
+    conditions = h[:, : shape[1] // 2 * 2].contiguous()
     if channels_last and len(shape) == 4:
-        x, h, grad = (tensor.to(memory_format=torch.channels_last) for tensor in (x, h, grad))
+        x, h, conditions, grad = (tensor.to(memory_format=torch.channels_last) for tensor in (x, h, conditions, grad))
+    matrix, shift = torch.randn(shape[1], shape[1]), torch.randn(shape[1])
     calls = [
+        (lambda: coupling_conv1x1.forward(x, conditions, matrix, shift, *options[1:])[:1], (x, conditions)),
+        (
+            lambda: coupling_conv1x1.backward(grad, grad_log_det, x, conditions, matrix, *options[1:])[:2],
+            (grad, x, conditions),
+        ),
         (lambda: affine_coupling.forward(x, h, *options), (x, h)),
         (lambda: affine_coupling.inverse(x, h, *options), (x, h)),
         (lambda: affine_coupling.backward(grad, grad_log_det, x, h, *options), (grad, x, h)),
@@ -320,6 +327,8 @@ PASSES = {
     "actnorm_conv1x1.apply_backward": 2 + 1,
     "actnorm_conv1x1.apply_backward (no dx)": 2,
     "actnorm_conv1x1.apply_reversible_backward": 2 + 2,
+    "coupling_conv1x1.forward": 2 + 1,
+    "coupling_conv1x1.backward": 3 + 2,
     "actnorm_statistics.forward": 1,
     "bias_relu.forward": 1 + 1,
     "bias_relu.backward": 2 + 1,
@@ -331,6 +340,8 @@ PASSES_OF_MANY_CHANNELS = {
     "actnorm_conv1x1.apply_backward (no dx)": 2,
     "actnorm_conv1x1.apply_reversible_backward": 2 * (1 + 1) + 2,
 }
+# Across steps three programs read the same tile of g, which two of them find in the cache.
+PASSES_ACROSS_STEPS = {name: passes for name, passes in PASSES.items() if name.startswith("coupling_conv1x1")}
 
 
 @INTERPRETED
@@ -338,7 +349,8 @@ PASSES_OF_MANY_CHANNELS = {
 @pytest.mark.parametrize(
     ("name", "passes", "shape"),
     [(name, passes, (3, 10, 16, 17)) for name, passes in PASSES.items()]
-    + [(name, passes, (2, c, 16, 17)) for c in (33, 65) for name, passes in PASSES_OF_MANY_CHANNELS.items()],
+    + [(name, passes, (2, c, 16, 17)) for c in (33, 65) for name, passes in PASSES_OF_MANY_CHANNELS.items()]
+    + [(name, passes, (2, 34, 16, 17)) for name, passes in PASSES_ACROSS_STEPS.items()],
 )
 def test_no_byte_is_moved_twice(name, passes, shape, channels_last):
     import triton_probes as probes
@@ -350,6 +362,8 @@ def test_no_byte_is_moved_twice(name, passes, shape, channels_last):
     if channels_last:
         x, h, grad = (tensor.to(memory_format=torch.channels_last) for tensor in (x, h, grad))
     matrix, shift, layout = torch.randn(shape[1], shape[1]), torch.randn(shape[1]), "interleaved_mean_log_sd"
+    # Half of the channels are coupled: h has as many as x.
+    conditions = torch.randn_like(x)
     arguments = {
         "affine_coupling": (grad, grad_log_det, x, h, *options) if "backward" in name else (x, h, *options),
         "gaussian_log_prob": (x, h, layout) if "backward" not in name else (grad, x, h, layout),
@@ -359,6 +373,11 @@ def test_no_byte_is_moved_twice(name, passes, shape, channels_last):
             "apply_backward (no dx)": (grad, x, matrix, False),
             "apply_reversible_backward": (grad, x, matrix, matrix, shift),
         }.get(function, ()),
+        "coupling_conv1x1": (
+            (grad, grad_log_det, x, conditions, matrix, *options[1:])
+            if function == "backward"
+            else (x, conditions, matrix, shift, *options[1:])
+        ),
         "actnorm_statistics": (x,),
         "bias_relu": (grad, x) if function == "backward" else (x, shift),
     }[module]
@@ -371,6 +390,7 @@ def test_no_byte_is_moved_twice(name, passes, shape, channels_last):
     # deviations and count of every channel from at most sixteen programs, there and back, and the results.
     beside = {
         "actnorm_conv1x1": 4 * (2 * matrix.numel() + 18 * (matrix.numel() + shape[1])),
+        "coupling_conv1x1": 4 * (2 * matrix.numel() + 18 * (matrix.numel() + shape[1])),
         "actnorm_statistics": 4 * (16 * 3 * 2 + 2) * shape[1],
         "bias_relu": 4 * (2 * 8 + 1) * shape[1],
     }

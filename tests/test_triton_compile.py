@@ -83,7 +83,7 @@ def test_bandwidth_shapes_are_read_and_written_128_bits_at_a_time(kernels, targe
         and not (
             target == "gfx942"
             and "channels last" in kernel.operator
-            and kernel.kernel in ("apply_kernel", "backward_kernel")
+            and kernel.kernel.removeprefix("coupled_") in ("apply_kernel", "backward_kernel")
         )
     ]
     assert [kernel for kernel in writing if kernel.widest_store < 128] == []
@@ -143,6 +143,7 @@ def test_every_variant_that_may_be_launched_is_listed(shape, dtypes, layouts):
         actnorm_statistics,
         affine_coupling,
         bias_relu,
+        coupling_conv1x1,
         gaussian_log_prob,
         scale_filters,
     )
@@ -185,6 +186,13 @@ def test_every_variant_that_may_be_launched_is_listed(shape, dtypes, layouts):
             [weight.to(h_dtype), vector, weight.to(h_dtype), bias], *several, [1.0, 3.0]
         ),
     ]
+    conditions = h[:, : 2 * (shape[1] // 2)]
+    with mock.patch.object(support, "_on_device", return_value=True):
+        if shape[1] > 1 and support.coupling_conv1x1("forward", x, conditions, matrix):
+            calls += [
+                lambda: coupling_conv1x1.forward(x, conditions, matrix, vector, *options[1:]),
+                lambda: coupling_conv1x1.backward(grad, number, x, conditions, matrix, *options[1:]),
+            ]
     if shape[1] <= 64:
         calls.append(lambda: actnorm_conv1x1.fold_inverse(vector, vector, matrix, None))
     assert variants(calls).keys() - listed().keys() == set()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import glow_kernels as gk
 from glow_kernels.bench.operators import STANDARD_SHAPES
+from glow_kernels.ops import coupling_conv1x1
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
@@ -61,6 +62,12 @@ def _differentiated(function: Function, *names: str) -> Callable[[dict[str, Tens
     return run
 
 
+def _across_steps(x: Tensor, h: Tensor, matrix: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """The coupling of the second half of the channels, and the linear map."""
+    options = ("sigmoid", [1.0, 2.0, 1.0, 0.0, 0.0, 0.0], "interleaved_shift_scale", "shift_scale")
+    return coupling_conv1x1.forward(x, h[:, : x.shape[1]], matrix, shift, *options)
+
+
 CALLS: dict[str, Callable[[dict[str, Tensor]], list[Tensor]]] = {
     "actnorm_conv1x1": _differentiated(gk.actnorm_conv1x1, "x", "log_scale", "bias", "weight"),
     "actnorm_conv1x1_inverse": _differentiated(gk.actnorm_conv1x1_inverse, "x", "log_scale", "bias", "weight"),
@@ -76,6 +83,7 @@ CALLS: dict[str, Callable[[dict[str, Tensor]], list[Tensor]]] = {
     "affine_coupling_reversible_backward": lambda given: list(
         gk.ops.affine_coupling_reversible_backward(*(given[name] for name in ("grad", "lam", "x", "h")))[:3]
     ),
+    "coupling_conv1x1": _differentiated(_across_steps, "x", "h", "weight", "bias"),
     "gaussian_log_prob": _differentiated(gk.gaussian_log_prob, "x", "h"),
     "actnorm_statistics": lambda given: list(gk.actnorm_statistics(given["x"])),
 }

@@ -51,6 +51,7 @@ def all_samples() -> list[Sample]:
         *coupling_samples(),
         *gaussian_samples(),
         *linear_samples(),
+        *coupling_linear_samples(),
         *folding_samples(),
         *statistics_samples(),
         *network_samples(),
@@ -202,6 +203,52 @@ def linear_samples() -> Iterator[Sample]:
             heaviest = dtypes != "float16" and not channels_last and "reversible" in name
             core = shape[2] > 5 and (dtypes == "float32" or heaviest)
             yield _sample(actnorm_conv1x1, name, what, arguments, core)
+
+
+def coupling_linear_samples() -> Iterator[Sample]:
+    """Both functions with every block, type and format, then with every map, layout and order."""
+    for dtypes, channels_last in itertools.product(("float32", "float32_with_bfloat16"), (False, True)):
+        formats = (channels_last, channels_last)
+        yield from _coupling_linear(BANDWIDTH_SHAPES[0], dtypes, formats, core=dtypes == "float32")
+        for channels in (16, 32, 48):
+            # Log-determinants are summed in groups of 16 positions, or are not.
+            yield from _coupling_linear((32, channels, 64, 64), dtypes, formats, core=channels == 48)
+            yield from _coupling_linear((32, channels, 4, 2), dtypes, formats)
+            # Formats that differ are read in single elements.
+            yield from _coupling_linear((32, channels, 4, 4), dtypes, (channels_last, not channels_last))
+            yield from _coupling_linear((32, channels, 5, 5), dtypes, (channels_last, not channels_last))
+    for kind in KINDS:
+        scale_map = ScaleMap(kind, 0.7, 0.1, 1.5, 0.1, -1.0, 1.0)
+        yield from _coupling_linear(BANDWIDTH_SHAPES[1], "float32", (True, True), scale_map, core=kind == "atan")
+    for layout, order in (
+        ("chunk_scale_shift", "scale_shift"),
+        ("chunk_shift_scale", "unshift_scale"),
+        ("interleaved_scale_shift", "shift_scale"),
+    ):
+        yield from _coupling_linear(BANDWIDTH_SHAPES[1], "float32", (True, True), layout=layout, order=order, core=True)
+
+
+def _coupling_linear(
+    shape: Sequence[int],
+    dtypes: str,
+    channels_last: tuple[bool, bool],
+    scale_map: ScaleMap = SCALE_MAP,
+    layout: str = "interleaved_shift_scale",
+    order: str = "shift_scale",
+    core: bool = False,
+) -> Iterator[Sample]:
+    """Both functions for z and h in these formats."""
+    from glow_kernels.backends.triton import coupling_conv1x1
+
+    z, h = (
+        empty(*shape, dtype=dtype, channels_last=last)
+        for dtype, last in zip(DTYPES[dtypes], channels_last, strict=True)
+    )
+    matrix, shift, grad_log_det = (empty(*size) for size in ((shape[1], shape[1]), shape[1:2], shape[:1]))
+    options = (scale_map.kind, scale_map.parameters, layout, order)
+    what = describe(shape, dtypes, channels_last[0], scale_map.kind, layout, order)
+    yield _sample(coupling_conv1x1, "forward", what, (z, h, matrix, shift, *options), core)
+    yield _sample(coupling_conv1x1, "backward", what, (z, grad_log_det, z, h, matrix, *options), core)
 
 
 def folding_samples() -> Iterator[Sample]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,9 @@ from glow_kernels import available_backends, ops
 from glow_kernels.backends import implementation
 from glow_kernels.bench import textbook
 from glow_kernels.errors import UsageError
+from glow_kernels.ops import coupling_conv1x1
 from glow_kernels.ops.actnorm_conv1x1 import apply as apply_folded
+from glow_kernels.ops.affine_coupling import resolve_scale_map
 
 Function = Callable[..., Any]
 Shape = tuple[int, int, int, int]
@@ -79,6 +81,8 @@ class Operator:
         moved: for every direction, read and written tensors in units of the data's bytes: what the limit copies.
             Parameters of C and C x C elements do not count.
         products: matrix products of the data's size for every direction.
+        chosen: the backend that computes with such arguments, for an operator that a model calls only where that is not
+            the reference; elsewhere it is not measured.
     """
 
     name: str
@@ -87,6 +91,7 @@ class Operator:
     arguments: Callable[[Case], list[Tensor]]
     moved: dict[str, float]
     products: dict[str, int]
+    chosen: Callable[..., str] | None = None
 
 
 def _random(shape: Sequence[int], case: Case) -> Tensor:
@@ -112,6 +117,20 @@ def _half_arguments(case: Case) -> list[Tensor]:
     """The second half of the channels of a tensor of this shape, as a view, and the network's output."""
     return [_random(case.shape, case)[:, case.shape[1] // 2 :], _random(case.shape, case)]
 
+
+def _across_steps_arguments(case: Case) -> list[Tensor]:
+    """Data, the network's output for half of it, M and v."""
+    z, matrix, shift = _folded_arguments(case)
+    return [z, _random(case.shape, case), matrix, shift]
+
+
+def _coupling_conv1x1(*arguments: Tensor) -> Any:
+    """With the options of the textbook's coupling."""
+    return coupling_conv1x1.forward(*arguments, *_COUPLING)
+
+
+_GLOW = resolve_scale_map("sigmoid")
+_COUPLING = (_GLOW.kind, _GLOW.parameters, "interleaved_shift_scale", "shift_scale")
 
 OPERATORS = {
     operator.name: operator
@@ -146,7 +165,7 @@ OPERATORS = {
             moved={"forward": 2, "no_grad": 2, "backward": 3, "forward_backward": 5},
             products={"forward": 1, "no_grad": 1, "backward": 2, "forward_backward": 3},
         ),
-        # The data of the next two is half a tensor: 1/2; h is 1.
+        # The data of the coupling and of the density is half a tensor: 1/2; h is 1.
         Operator(
             "affine_coupling",
             Functions(ops.affine_coupling, ops.affine_coupling_inverse, ops.affine_coupling_reversible_backward),
@@ -161,6 +180,20 @@ OPERATORS = {
                 "reversible_backward": 4,  # y, h, dy; x, dx, dh
             },
             products={},
+        ),
+        Operator(
+            "coupling_conv1x1",  # from one step of a chain to the next
+            Functions(_coupling_conv1x1),
+            Functions(textbook.coupling_conv1x1),
+            _across_steps_arguments,
+            moved={
+                "forward": 3,  # z, h; next z
+                "no_grad": 3,
+                "backward": 5,  # z, h, dz of the next; dz, dh
+                "forward_backward": 8,
+            },
+            products={},
+            chosen=lambda *arguments: coupling_conv1x1.forward.chosen(*arguments, *_COUPLING),
         ),
         Operator(
             "gaussian_log_prob",
@@ -191,6 +224,15 @@ def operator(name: str) -> Operator:
     if name not in OPERATORS:
         raise UsageError(f"operator must be one of {', '.join(OPERATORS)}, got {name!r}")
     return OPERATORS[name]
+
+
+def is_measured(case: Case) -> bool:
+    """Whether the operator has this direction, and a backend that is worth measuring."""
+    operator = OPERATORS[case.operator]
+    if case.direction not in operator.moved or operator.chosen is None:
+        return case.direction in operator.moved
+    # The device, the type and the number of channels decide.
+    return operator.chosen(*operator.arguments(replace(case, shape=(1, case.shape[1], 1, 1)))) != "reference"
 
 
 def parse_shape(text: str) -> Shape:

@@ -24,11 +24,11 @@ def tasks(device: torch.device, writer: Writer, show: Show) -> list[Task]:
 
     title = f"call overhead, shape {table.shape(SHAPE)}: times one elementwise operation"
     found = [Task("call overhead", 0.0, lambda _: show(f"\n{title}"))]
-    for operator in OPERATORS.values():
+    for name in OPERATORS:
         for direction in ("no_grad", "inverse"):
-            if direction in operator.moved:
-                case = Case(operator.name, direction, SHAPE, device=str(device))
-                found.append(Task(f"call overhead of {operator.name}", 0.4, functools.partial(measure, case)))
+            case = Case(name, direction, SHAPE, device=str(device))
+            if operators.is_measured(case):
+                found.append(Task(f"call overhead of {name}", 0.4, functools.partial(measure, case)))
     return found
 
 

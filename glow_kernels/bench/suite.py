@@ -55,12 +55,13 @@ class Selection:
                     raise UsageError(f"{what} must be one of {', '.join(choices)}, got {value!r}")
 
     def cases(self) -> Iterator[Case]:
-        """All of them; an operator has not every direction."""
+        """All of them that are measured: an operator has not every direction."""
         options = (self.allocators, self.threads, self.dtypes, self.memory_formats, self.operators, self.directions)
         for allocator, threads, dtype, memory_format, name, direction in itertools.product(*options):
-            if direction in OPERATORS[name].moved:
-                for shape in self.shapes:
-                    yield Case(name, direction, shape, dtype, memory_format, threads, allocator, self.device)
+            for shape in self.shapes:
+                case = Case(name, direction, shape, dtype, memory_format, threads, allocator, self.device)
+                if operators.is_measured(case):
+                    yield case
 
 
 def require(backends: Sequence[str]) -> None:

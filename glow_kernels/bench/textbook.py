@@ -47,6 +47,13 @@ def affine_coupling_inverse(y: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     return y / scale - shift, -torch.log(scale).flatten(1).sum(1)
 
 
+def coupling_conv1x1(z: Tensor, h: Tensor, matrix: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`affine_coupling` of the second half of the channels, then :func:`folded_conv1x1` of both halves."""
+    untouched, transformed = z.chunk(2, dim=1)
+    y, log_det = affine_coupling(transformed, h)
+    return folded_conv1x1(torch.cat((untouched, y), dim=1), matrix, shift), log_det
+
+
 def gaussian_log_prob(z: Tensor, h: Tensor) -> Tensor:
     """Log-density; mean in the even channels of ``h``, log standard deviation in the odd ones."""
     mean, log_sd = h[:, 0::2], h[:, 1::2]

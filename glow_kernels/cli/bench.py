@@ -112,6 +112,10 @@ def _measure(arguments: argparse.Namespace) -> list[Row]:
     # A wrong choice is named before anything is written.
     selections = _selections(arguments, device)
     suite.require(arguments.backend)
+    if "operators" in arguments.parts and not any(case for selection in selections for case in selection.cases()):
+        raise UsageError(
+            "nothing to measure: none of these operators has such a direction, and a backend for it on this device"
+        )
     path = arguments.output or _default_output(device)
     writer = results.Writer(path, environment.record(device))
     for warning in environment.warnings(device):

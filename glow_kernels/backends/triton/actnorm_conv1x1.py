@@ -102,7 +102,7 @@ def _one_pass(
     x, g, input_, dx = rows.planes
     # As many as the registers of an H100 hold.
     resident = 2 if data.shape[1] > 16 else 4 if inverse is None else 3
-    partial = _partial_sums(rows, matrix, 1, resident)
+    partial = partial_sums(rows, matrix, 1, resident)
     # A kernel without an inverse does not touch it.
     inverse_of, shift = (matrix, matrix[0]) if inverse is None or inverse_shift is None else (inverse, inverse_shift)
     launch(
@@ -113,12 +113,12 @@ def _one_pass(
         *x.shape[1:],
         rows.count,
         UNDO=inverse is not None,
-        PRECISION=_precision(matrix),
-        PARTS=_parts(rows),
+        PRECISION=precision(matrix),
+        PARTS=parts_of(rows),
         **_in_blocks(rows, data),
         ALL_REGISTERS=True,
     )
-    return _total(partial, matrix)
+    return total_sums(partial, matrix)
 
 
 def _sums(grad: Tensor, x: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,9 +134,9 @@ def _sums(grad: Tensor, x: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
         options = _in_blocks(rows, x)
         # With more, the registers hold the sums of one block of channels of g.
         of_grad = options["BLOCKS"] if options["BLOCKS"] <= 2 else 1
-        options |= {"PARTS": _parts(rows), "ROWS": of_grad}
+        options |= {"PARTS": parts_of(rows), "ROWS": of_grad}
         blocks = options["BLOCKS"] // of_grad
-    partial = _partial_sums(rows, matrix, blocks, 3 if in_registers else 4)
+    partial = partial_sums(rows, matrix, blocks, 3 if in_registers else 4)
     launch(
         sums_kernel if in_registers else wide_sums_kernel,
         len(partial) * blocks,
@@ -144,11 +144,11 @@ def _sums(grad: Tensor, x: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
         *(*strided(g, data), partial),
         *data.shape[1:],
         rows.count,
-        PRECISION=_precision(matrix),
+        PRECISION=precision(matrix),
         **options,
         ALL_REGISTERS=True,
     )
-    return _total(partial, matrix)
+    return total_sums(partial, matrix)
 
 
 def _in_registers(x: Tensor) -> bool:
@@ -177,7 +177,7 @@ def _linear(x: Tensor, matrix: Tensor, shift: Tensor | None, out: Tensor, wide: 
         *data.shape[1:],
         rows.count,
         HAS_SHIFT=shift is not None,
-        PRECISION=_precision(matrix),
+        PRECISION=precision(matrix),
         **(_in_blocks(rows, x) if in_registers else rows.options),
         ALL_REGISTERS=True,
     )
@@ -198,7 +198,7 @@ def _in_blocks(rows: Rows, x: Tensor) -> dict[str, Any]:
     return {**options, "BLOCKS": blocks, "num_warps": options["num_warps"] * (2 if more else 1)}
 
 
-def _parts(rows: Rows) -> int:
+def parts_of(rows: Rows) -> int:
     """Warps that have sums of their own, of 16 positions of a tile or more."""
     warps = int(rows.options["num_warps"]) // (2 if torch.version.hip else 1)
     return max(1, min(warps, int(rows.options["BLOCK_P"]) // 16))
@@ -208,7 +208,7 @@ def _tiles_c(rows: Rows, x: Tensor) -> int:
     return -(-x.shape[1] // int(rows.options["BLOCK_C"]))
 
 
-def _partial_sums(rows: Rows, matrix: Tensor, blocks: int, resident: int = 4) -> Tensor:
+def partial_sums(rows: Rows, matrix: Tensor, blocks: int, resident: int = 4) -> Tensor:
     """Room for the sums of so many parts of the positions that all blocks of them fill the device.
 
     ``resident`` programs find room on a multiprocessor at a time, and no more are started.
@@ -218,13 +218,13 @@ def _partial_sums(rows: Rows, matrix: Tensor, blocks: int, resident: int = 4) ->
     return matrix.new_empty(parts, channels * (channels + 1))
 
 
-def _total(partial: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
+def total_sums(partial: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
     total, size = sum_partial(partial, 0), matrix.numel()
     # Results of an operator share no memory.
     return total[:size].view(matrix.shape), total[size:].clone()
 
 
-def _precision(matrix: Tensor) -> str:
+def precision(matrix: Tensor) -> str:
     # AMD's matrix units have IEEE float32; NVIDIA's reach its accuracy in three passes of TF32. The arithmetic units
     # would read every operand from shared memory.
     return "ieee" if torch.version.hip or matrix.dtype == torch.float64 else "tf32x3"

@@ -36,7 +36,7 @@ def forward(
     order: str,
 ) -> tuple[Tensor, Tensor]:
     """``y`` like x and ``log_det`` (B,) of x -> y."""
-    return _map(x, h, log_scale_gain, _options(kind, scale_parameters, layout, order), inverse=False)
+    return _map(x, h, log_scale_gain, compiled_options(kind, scale_parameters, layout, order), inverse=False)
 
 
 def inverse(
@@ -49,7 +49,7 @@ def inverse(
     order: str,
 ) -> tuple[Tensor, Tensor]:
     """``x`` like y and ``log_det`` (B,) of y -> x."""
-    return _map(y, h, log_scale_gain, _options(kind, scale_parameters, layout, order), inverse=True)
+    return _map(y, h, log_scale_gain, compiled_options(kind, scale_parameters, layout, order), inverse=True)
 
 
 def backward(
@@ -64,7 +64,7 @@ def backward(
     order: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``forward`` in x, h and log_scale_gain (empty if there is none)."""
-    options = _options(kind, scale_parameters, layout, order)
+    options = compiled_options(kind, scale_parameters, layout, order)
     return _gradients(grad, grad_log_det, y, h, log_scale_gain, None, options, inverse=False)
 
 
@@ -80,7 +80,7 @@ def inverse_backward(
     order: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``inverse`` in y, h and log_scale_gain (empty if there is none)."""
-    options = _options(kind, scale_parameters, layout, order)
+    options = compiled_options(kind, scale_parameters, layout, order)
     return _gradients(grad, grad_log_det, x, h, log_scale_gain, None, options, inverse=True)
 
 
@@ -97,11 +97,11 @@ def reversible_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The input x of ``forward`` and the gradients in x, h and log_scale_gain (empty if there is none)."""
     x = torch.empty_like(y, memory_format=output_format(y))
-    options = _options(kind, scale_parameters, layout, order)
+    options = compiled_options(kind, scale_parameters, layout, order)
     return x, *_gradients(grad, grad_log_det, y, h, log_scale_gain, x, options, inverse=False)
 
 
-def _options(kind: str, parameters: Sequence[float], layout: str, order: str) -> dict[str, object]:
+def compiled_options(kind: str, parameters: Sequence[float], layout: str, order: str) -> dict[str, object]:
     """Compile-time arguments: a model has one or two such choices."""
     slope, offset, gain, floor, low, high = map(float, parameters)
     log_gain = math.log(gain) if kind == "sigmoid" else 0.0

@@ -35,6 +35,12 @@ DEFAULTS: dict[str, dict[str, int]] = {
     "linear_sums_16": {"elements": 1024, "num_warps": 4},
     "linear_sums_32": {"elements": 2048, "num_warps": 4},
     "linear_sums_64": {"elements": 4096, "num_warps": 4},
+    "coupling_16": {"elements": 1024, "num_warps": 4},
+    "coupling_32": {"elements": 2048, "num_warps": 4},
+    "coupling_64": {"elements": 2048, "num_warps": 4},
+    "coupling_backward_16": {"elements": 512, "num_warps": 4},
+    "coupling_backward_32": {"elements": 1024, "num_warps": 4},
+    "coupling_backward_64": {"elements": 2048, "num_warps": 4},
     # Operands of a dot product live in registers, so larger tiles spill.
     "wide_16": {"elements": 2048, "num_warps": 8},
     "wide_32": {"elements": 2048, "num_warps": 8},

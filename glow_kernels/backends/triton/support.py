@@ -15,6 +15,8 @@ _TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _PAIRS = {(dtype, dtype) for dtype in _TYPES} | {(torch.float32, torch.bfloat16), (torch.float32, torch.float16)}
 # Channels of a matrix that a program inverts in its registers.
 MAX_CHANNELS_OF_A_PROGRAM = 64
+# Channels that a program couples, mixes and sums in its registers; more are matrix products, limited by arithmetic.
+_MAX_CHANNELS_ACROSS_STEPS = 48
 # Numbers that are counted in 32 bits; addresses have 64.
 _MAX_COUNT = 2**30
 # The first Triton that multiplies matrices of float64.
@@ -40,6 +42,23 @@ def affine_coupling(function: str, *args: Any) -> bool:
     tensors = [tensor for tensor in args if isinstance(tensor, Tensor)]
     x, h = tensors[2:4] if function.endswith("backward") else tensors[:2]
     return _on_device(*tensors) and (x.dtype, h.dtype) in _PAIRS and _countable(h)
+
+
+def coupling_conv1x1(function: str, *args: Any) -> bool:
+    """Every option for data in float32, as the flow path is, of up to 48 channels; h of that type or bfloat16.
+
+    The registers do not hold more of them, nor float64, which is not for speed.
+    """
+    tensors = [tensor for tensor in args if isinstance(tensor, Tensor)]
+    z, h, matrix = tensors[2:5] if function == "backward" else tensors[:3]
+    return (
+        _on_device(*tensors)
+        and z.dtype == matrix.dtype == torch.float32
+        and h.dtype in (torch.float32, torch.bfloat16)
+        and z.shape[1] <= _MAX_CHANNELS_ACROSS_STEPS
+        and _countable(z)
+        and _countable(h)
+    )
 
 
 def gaussian_log_prob(function: str, *args: Any) -> bool:

@@ -1,0 +1,127 @@
+"""Triton's ``coupling_conv1x1``; the mathematics stands in ``glow_kernels.ops.coupling_conv1x1``.
+
+A program holds all channels of a tile of positions, so each kernel reads and writes every element once, h being half of
+it twice:
+
+===========  ===========  ============
+kernel       reads        writes
+===========  ===========  ============
+forward      z, h         next z
+backward     g, z, h      dz, dh
+===========  ===========  ============
+
+and the matrix; the forward leaves ``sum log s`` of 16 positions of a sample each, the backward a partial sum of ``dM``
+and ``dv`` per share of the positions, which a second, tiny kernel sums in a fixed order. From 17 channels on a program
+of the backward has the sums of 16 of them, and the others find their tile of g in the cache.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glow_kernels.backends.numerics import compute_dtype, output_format
+from glow_kernels.backends.triton.actnorm_conv1x1 import partial_sums, parts_of, precision, total_sums
+from glow_kernels.backends.triton.affine_coupling import compiled_options
+from glow_kernels.backends.triton.coupling_linear_kernels import coupled_apply_kernel, coupled_backward_kernel
+from glow_kernels.backends.triton.launch import Rows, launch, power_of_two, rows_of, strided
+from glow_kernels.backends.triton.sums import sum_partial
+
+# Positions whose ``log s`` a program sums; every tile has a multiple of it.
+_GROUP = 16
+
+
+def forward(
+    z: Tensor,
+    h: Tensor,
+    matrix: Tensor,
+    shift: Tensor,
+    kind: str,
+    scale_parameters: Sequence[float],
+    layout: str,
+    order: str,
+) -> tuple[Tensor, Tensor]:
+    """``M [z1, y] + v`` like z, and ``log_det`` (B,) of z2 -> y."""
+    result = torch.empty_like(z, memory_format=output_format(z))
+    if z.numel() == 0:
+        return result, z.new_zeros(z.shape[0], dtype=compute_dtype(z))
+    rows = _rows_of("coupling", z, h, result)
+    data, conditions, out = rows.planes
+    positions = math.prod(z.shape[2:])
+    # No group has positions of two samples.
+    group = _GROUP if positions % _GROUP == 0 else 1
+    partial = matrix.new_empty(z.shape[0], positions // group)
+    launch(
+        coupled_apply_kernel,
+        rows.tiles,
+        z,
+        *(*strided(data, conditions, out), partial, *strided(shift, matrix)),
+        *_sizes(rows, h),
+        **compiled_options(kind, scale_parameters, layout, order),
+        PRECISION=precision(matrix),
+        GROUP=group,
+        **rows.options,
+        ALL_REGISTERS=True,
+    )
+    return result, sum_partial(partial, 1)
+
+
+def backward(
+    grad: Tensor,
+    grad_log_det: Tensor,
+    z: Tensor,
+    h: Tensor,
+    matrix: Tensor,
+    kind: str,
+    scale_parameters: Sequence[float],
+    layout: str,
+    order: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of ``forward`` in z, h, matrix and shift."""
+    grad_z = torch.empty_like(z, memory_format=output_format(z))
+    grad_h = torch.empty_like(h, memory_format=output_format(h))
+    if z.numel() == 0:
+        return grad_z, grad_h, matrix.new_zeros(matrix.shape), matrix.new_zeros(len(matrix))
+    rows = _rows_of("coupling_backward", z, h, grad, grad_z, grad_h)
+    data, conditions, g, dz, dh = rows.planes
+    blocks = rows.options["BLOCKS"]
+    partial = partial_sums(rows, matrix, blocks, resident=2)
+    launch(
+        coupled_backward_kernel,
+        len(partial) * blocks,
+        z,
+        *(*strided(g, data, conditions), grad_log_det, grad_log_det.stride(0)),
+        *(*strided(dz, dh), partial, *strided(matrix)),
+        *(*_sizes(rows, h), math.prod(z.shape[2:])),
+        **compiled_options(kind, scale_parameters, layout, order),
+        PRECISION=precision(matrix),
+        PARTS=parts_of(rows),
+        **rows.options,
+        ALL_REGISTERS=True,
+    )
+    return grad_z, grad_h, *total_sums(partial, matrix)
+
+
+def _rows_of(family: str, z: Tensor, h: Tensor, *others: Tensor) -> Rows:
+    """Tiles of all channels, in blocks of 16."""
+    channels = z.shape[1]
+    block_c = max(16, power_of_two(channels))
+    rows = rows_of(f"{family}_{block_c}", (z, h, *others), block_c)
+    options: dict[str, Any] = {name: value for name, value in rows.options.items() if name != "BLOCK_C"}
+    options["BLOCKS"] = -(-channels // 16)
+    # Single elements need more registers, for their addresses; more warps share the sums.
+    if options["VECTOR"] == 1 or options["CHANNELS_LAST"]:
+        options["num_warps"] *= 2
+    if options["VECTOR"] > 1 and options["CHANNELS_LAST"]:
+        options["BLOCK_P"] *= 2  # so that a thread has a whole vector
+    return Rows(rows.planes, rows.count, options)
+
+
+def _sizes(rows: Rows, h: Tensor) -> tuple[int, int, int, int]:
+    """Channels, those that the coupling leaves as they are, positions, and rows."""
+    _, channels, positions = rows.planes[0].shape
+    return channels, channels - h.shape[1] // 2, positions, rows.count

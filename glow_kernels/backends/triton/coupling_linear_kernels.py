@@ -1,0 +1,167 @@
+"""Kernels of ``x = [z1, coupling(z2)]`` with ``M x + v`` and of its gradients, which ``coupling_conv1x1.py`` launches.
+
+A program holds all channels of a tile of positions, as in ``linear_kernels.py``, from which the products and sums are;
+what the coupling does to an element is as in ``affine_coupling_kernels.py``. ``FIRST`` is the number of channels that
+the coupling leaves as they are.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from glow_kernels.backends.triton.affine_coupling_kernels import _do, _forward_gradients, _scale_map
+from glow_kernels.backends.triton.device_functions import exp, kernel, row_pointers, row_sizes, store
+from glow_kernels.backends.triton.linear_kernels import _add_to_sums, _blocks, _dot, _products, _zero_sums
+
+
+@kernel
+def coupled_apply_kernel(
+    z_ptr, z_b, z_c, z_p, h_ptr, h_b, h_c, h_p, out_ptr, out_b, out_c, out_p, partial_ptr, shift_ptr, shift_i,
+    matrix_ptr, matrix_i: tl.int32, matrix_j: tl.int32, C: tl.int32, FIRST: tl.int32, P: tl.int32, count: tl.int32,
+    SCALE_MAP: tl.constexpr, INTERLEAVED: tl.constexpr, SCALE_FIRST: tl.constexpr, ORDER: tl.constexpr,
+    PRECISION: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCKS: tl.constexpr, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """One tile of positions: reads z and h once, writes the next z once, and ``sum log s`` of every GROUP positions."""
+    C, P, count = row_sizes(C, P, count, CHANNELS_LAST, VECTOR)
+    dtype: tl.constexpr = matrix_ptr.dtype.element_ty
+    rows = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    x = ()
+    log_det = tl.zeros((BLOCK_P,), dtype)
+    for block in tl.static_range(BLOCKS):
+        z, t, log_scale, _, transformed = _conditioned(
+            z_ptr, (z_b, z_c, z_p), h_ptr, (h_b, h_c, h_p), rows, P, count, block * 16 + tl.arange(0, 16), C, FIRST,
+            dtype, SCALE_MAP, INTERLEAVED, SCALE_FIRST, CHANNELS_LAST, VECTOR,
+        )  # fmt: skip
+        x += (tl.where(transformed, _do(z, exp(log_scale), t, ORDER), z),)
+        log_det += tl.sum(tl.where(transformed, log_scale, 0.0), 0)
+    _products(
+        x, matrix_ptr, matrix_i, matrix_j, shift_ptr, shift_i, True,
+        out_ptr, (out_b, out_c, out_p), rows, P, count, C, BLOCKS, CHANNELS_LAST, VECTOR, PRECISION,
+    )  # fmt: skip
+    GROUPS: tl.constexpr = BLOCK_P // GROUP
+    group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
+    tl.store(partial_ptr + group, tl.sum(tl.reshape(log_det, (GROUPS, GROUP)), 1), group < count // GROUP)
+
+
+@kernel
+def coupled_backward_kernel(
+    grad_ptr, grad_b, grad_c, grad_p, z_ptr, z_b, z_c, z_p, h_ptr, h_b, h_c, h_p, grad_log_det_ptr, grad_log_det_b,
+    grad_z_ptr, out_b, out_c, out_p, grad_h_ptr, grad_h_b, grad_h_c, grad_h_p, partial_ptr,
+    matrix_ptr, matrix_i: tl.int32, matrix_j: tl.int32,
+    C: tl.int32, FIRST: tl.int32, P: tl.int32, count: tl.int32, of_sample: tl.int32,
+    SCALE_MAP: tl.constexpr, INTERLEAVED: tl.constexpr, SCALE_FIRST: tl.constexpr, ORDER: tl.constexpr,
+    PRECISION: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCKS: tl.constexpr, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """A share of the tiles, for one block of 16 channels: reads its z and h and all of g once, writes dz and dh once.
+
+    And leaves its columns of the sums ``dM``. A sample has ``of_sample`` positions, where P may be those of all.
+    """
+    C, P, count = row_sizes(C, P, count, CHANNELS_LAST, VECTOR)
+    dtype: tl.constexpr = matrix_ptr.dtype.element_ty
+    # Neighbours share the tile of g, which the others find in the cache.
+    block = tl.program_id(0) % BLOCKS
+    share = tl.program_id(0) // BLOCKS
+    channels = block * 16 + tl.arange(0, 16)
+    grad_matrix, grad_shift = _zero_sums(dtype, PARTS, BLOCKS, 1)
+    for tile in range(share, tl.cdiv(count, BLOCK_P), tl.num_programs(0) // BLOCKS):
+        rows = tile * BLOCK_P + tl.arange(0, BLOCK_P)
+        here = (rows < count)[None, :]
+        grad = _blocks(grad_ptr, (grad_b, grad_c, grad_p), rows, P, count, 0, C, BLOCKS, dtype, CHANNELS_LAST, VECTOR)
+        z, t, log_scale, of_u, transformed = _conditioned(
+            z_ptr, (z_b, z_c, z_p), h_ptr, (h_b, h_c, h_p), rows, P, count, channels, C, FIRST, dtype,
+            SCALE_MAP, INTERLEAVED, SCALE_FIRST, CHANNELS_LAST, VECTOR,
+        )  # fmt: skip
+        scale = exp(log_scale)
+        y = _do(z, scale, t, ORDER)
+        # Outside the data z and g are zero, but a scale may be infinite, and zero times that is NaN.
+        x = (tl.where(transformed & here, y, z),)
+        grad_matrix, grad_shift = _add_to_sums(grad_matrix, grad_shift, grad, x, PARTS, BLOCKS, 1, PRECISION)
+
+        grad_x = _transposed_product(grad, matrix_ptr, matrix_i, matrix_j, channels, C, BLOCKS, PRECISION)
+        grad_z = grad_x * scale
+        sample = (rows // of_sample).to(tl.int64)
+        grad_log_det = tl.load(grad_log_det_ptr + sample * grad_log_det_b, rows < count, other=0.0)[None, :]
+        grad_t, grad_log_scale = _forward_gradients(grad_x, grad_z, y, t, grad_log_det, ORDER)
+        out_at = row_pointers(grad_z_ptr, (out_b, out_c, out_p), rows, P, channels, CHANNELS_LAST, VECTOR, True)
+        store(out_at, tl.where(transformed, grad_z, grad_x), (channels < C)[:, None] & here)
+        u_at, t_at = _pair_pointers(
+            grad_h_ptr, (grad_h_b, grad_h_c, grad_h_p), rows, P, channels, C, FIRST,
+            INTERLEAVED, SCALE_FIRST, CHANNELS_LAST, VECTOR,
+        )  # fmt: skip
+        store(u_at, grad_log_scale * of_u, transformed & here)
+        store(t_at, grad_t, transformed & here)
+    _store_columns(partial_ptr, share, grad_matrix, grad_shift, channels, C, BLOCKS)
+
+
+@triton.jit
+def _store_columns(partial_ptr, share, grad_matrix, grad_shift, channels, C, BLOCKS: tl.constexpr):
+    """These columns of ``dM``, and from the first channels on ``dv``, in the sums of a share."""
+    at = partial_ptr + share.to(tl.int64) * (C * (C + 1))
+    # All programs of a share have the sums of g.
+    end = tl.where(tl.min(channels, 0) == 0, C, 0)
+    for i in tl.static_range(BLOCKS):
+        to = i * 16 + tl.arange(0, 16)
+        total = tl.sum(grad_matrix[i], 0)
+        tl.store(at + to[:, None] * C + channels[None, :], total, (to < C)[:, None] & (channels < C)[None, :])
+        tl.store(at + C * C + to, grad_shift[i], to < end)
+
+
+@triton.jit
+def _conditioned(
+    z_ptr, z_strides, h_ptr, h_strides, rows, P, count, channels, C, FIRST, dtype: tl.constexpr,
+    SCALE_MAP: tl.constexpr, INTERLEAVED: tl.constexpr, SCALE_FIRST: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """z of these channels, shift, ``log s`` and its derivative in the raw scale, and which channels they concern.
+
+    Tiles (16 channels, rows), and (16, 1).
+    """
+    transformed = ((channels >= FIRST) & (channels < C))[:, None]
+    here = (rows < count)[None, :]
+    z_at = row_pointers(z_ptr, z_strides, rows, P, channels, CHANNELS_LAST, VECTOR, True)
+    z = tl.load(z_at, (channels < C)[:, None] & here, other=0.0).to(dtype)
+    u_at, t_at = _pair_pointers(
+        h_ptr, h_strides, rows, P, channels, C, FIRST, INTERLEAVED, SCALE_FIRST, CHANNELS_LAST, VECTOR
+    )
+    u = tl.load(u_at, transformed & here, other=0.0).to(dtype)
+    t = tl.load(t_at, transformed & here, other=0.0).to(dtype)
+    log_scale, of_u, _ = _scale_map(u, 1.0, SCALE_MAP, False)
+    return z, t, log_scale, of_u, transformed
+
+
+@triton.jit
+def _pair_pointers(
+    h_ptr, h_strides, rows, P, channels, C, FIRST,
+    INTERLEAVED: tl.constexpr, SCALE_FIRST: tl.constexpr, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Addresses in ``h`` (B, 2 (C - FIRST), P) of u and t of the channels of z; before the first one, of nothing."""
+    # The first channel need not be at the start of a vector of channels, nor are every second one.
+    WIDTH: tl.constexpr = 1 if CHANNELS_LAST else VECTOR
+    first = channels - FIRST
+    second = first + (C - FIRST)
+    if INTERLEAVED:
+        first = 2 * first
+        second = first + 1
+    first_at = row_pointers(h_ptr, h_strides, rows, P, first, CHANNELS_LAST, WIDTH, True)
+    second_at = row_pointers(h_ptr, h_strides, rows, P, second, CHANNELS_LAST, WIDTH, True)
+    if SCALE_FIRST:
+        return first_at, second_at
+    else:
+        return second_at, first_at
+
+
+@triton.jit
+def _transposed_product(
+    grad, matrix_ptr, matrix_i, matrix_j, channels, C, BLOCKS: tl.constexpr, PRECISION: tl.constexpr
+):
+    """These channels of ``M^T g``."""
+    result = tl.zeros(grad[0].shape, grad[0].dtype)
+    for i in tl.static_range(BLOCKS):
+        of = i * 16 + tl.arange(0, 16)
+        at = matrix_ptr + (channels[:, None] * matrix_j + of[None, :] * matrix_i)
+        columns = tl.load(at, (channels < C)[:, None] & (of < C)[None, :], other=0.0)
+        result = _dot(columns, grad[i], result, PRECISION)
+    return result
