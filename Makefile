@@ -31,7 +31,7 @@ PYTEST_SANITIZED = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) 
 # The CUDA sources as C++ on the CPU, checked likewise; once more those that have other kernels for small tensors, which
 # nearly all tensors of the tests are.
 CUDA_HOST := build/cuda_host
-OF_ANY_SIZE := tests/test_actnorm_conv1x1.py tests/test_affine_coupling.py
+OF_ANY_SIZE := $(addprefix tests/test_,actnorm_conv1x1.py affine_coupling.py coupling_conv1x1.py)
 
 .PHONY: help build build-cuda demo test test-triton test-sanitized test-cuda test-cuda-host bench gpu gpu-curve kernels-report lint format clean no-compiler
 

@@ -15,41 +15,72 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[1]
-KERNEL = "actnorm_statistics.cu"
 SANITIZE = "-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
 
-# Prints what is wrong under every schedule.
+# Prints what is wrong under every schedule with the samples of an operator.
 ASK = """\
 import os, sys, torch
 sys.path.insert(0, sys.argv[1])
 import glow_kernels as gk
+torch.manual_seed(0)
+{samples}
 for seed in range(4):
     os.environ["GLOW_KERNELS_SCHEDULE"] = str(seed)
-    for shape in ((3, 5, 7, 11), (40, 300)):
-        x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    for sample in samples:
         try:
             with gk.use_backend("native"):
-                mean, std = gk.actnorm_statistics(x)
+                results = compute(*sample)
         except RuntimeError as error:
-            print(f"schedule {seed}: {error}")
+            print(f"schedule {{seed}}: {{error}}")
             continue
-        rest = [d for d in range(x.dim()) if d != 1]
-        right = torch.allclose(mean, x.mean(rest), atol=1e-5) and torch.allclose(std, x.std(rest, correction=0))
-        if not right:
-            print(f"schedule {seed}: wrong")
+        with gk.use_backend("reference"):
+            expected = compute(*sample)
+        if not all(torch.allclose(*pair, rtol=1e-4, atol=1e-4) for pair in zip(results, expected)):
+            print(f"schedule {{seed}}: wrong")
 print(torch.ops.glow_kernels.native_isa())
 """
+# Lines that define samples and what is computed of each.
+SAMPLES = {
+    "actnorm_statistics": """\
+compute = gk.actnorm_statistics
+samples = [(torch.randn(shape),) for shape in ((3, 5, 7, 11), (40, 300))]
+""",
+    # In many tiles, with the kernels for small tensors and, of no multiprocessors, those for large ones.
+    "coupling_conv1x1": """\
+from glow_kernels.ops import coupling_conv1x1
+def compute(multiprocessors, z, h, matrix, shift, grad, grad_log_det):
+    os.environ["GLOW_KERNELS_MULTIPROCESSORS"] = multiprocessors
+    options = "sigmoid", [1.0, 2.0, 1.0, 0.0, -1.0, 1.0], "interleaved_shift_scale", "shift_scale"
+    results = coupling_conv1x1.forward(z, h, matrix, shift, *options)
+    return *results, *coupling_conv1x1.backward(grad, grad_log_det, z, h, matrix, *options)
+sizes = ((3, 6, 420), (3, 6, 420), (6, 6), (6,), (3, 6, 420), (3,))
+samples = [(count, *map(torch.randn, sizes)) for count in "10"]
+""",
+}
 
 SUM = ".add(all[thread + half * width]);\n"
 BARRIER = "    __syncthreads();\n"
 
-# What is replaced by what, and what must come out of it; an empty text stands for nothing wrong.
+PRODUCT = "reader = Reader<H>(h, span);\n"
+STORED = "write_tile(arguments.grad_z, work, span, dx);\n"
+
+# The operator, what is replaced by what, and what must come out of it; an empty text stands for nothing wrong.
 FAULTS = {
-    "none": ("", "", ""),
-    "no barrier after the first store": ("= mine;\n  __syncthreads();", "= mine;", "wrong"),
-    "no barrier between two sums": (SUM + BARRIER, SUM, "wrong"),
-    "a barrier that half of the threads miss": (SUM + BARRIER, f"{SUM}if (thread < 128){BARRIER}", "waits for ever"),
-    "one sample too many": ("batch < planes.batches", "batch <= planes.batches", "heap-buffer-overflow"),
+    "none": ("actnorm_statistics", "", "", ""),
+    "no barrier after the first store": ("actnorm_statistics", "= mine;\n  __syncthreads();", "= mine;", "wrong"),
+    "no barrier between two sums": ("actnorm_statistics", SUM + BARRIER, SUM, "wrong"),
+    "a barrier that half of the threads miss": (
+        *("actnorm_statistics", SUM + BARRIER, f"{SUM}if (thread < 128){BARRIER}"),
+        "waits for ever",
+    ),
+    "one sample too many": (
+        *("actnorm_statistics", "batch < planes.batches", "batch <= planes.batches"),
+        "heap-buffer-overflow",
+    ),
+    "none in coupling and product": ("coupling_conv1x1", "", "", ""),
+    "no barrier between product and coupling": ("coupling_conv1x1", PRODUCT + BARRIER, PRODUCT, "wrong"),
+    "no barrier between coupling and sums": ("coupling_conv1x1", f"{BARRIER}    sums.add", "    sums.add", "wrong"),
+    "no barrier between two tiles": ("coupling_conv1x1", STORED + BARRIER, STORED, "wrong"),
 }
 
 
@@ -63,7 +94,7 @@ def libraries() -> str:
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """A copy of the package, of one kernel and of the shim."""
+    """A copy of the package and of the shim, without kernels."""
     if shutil.which(os.environ.get("CXX", "g++").split()[0]) is None:
         pytest.skip("needs a C++ compiler")
     folder = tmp_path_factory.mktemp("shim")
@@ -77,19 +108,21 @@ def tree(tmp_path_factory):
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_comes_out(tree, fault):
-    correct = (REPOSITORY / "csrc" / "cuda" / KERNEL).read_text()
-    right, wrong, expected = FAULTS[fault]
+    operator, right, wrong, expected = FAULTS[fault]
+    for earlier in (tree / "csrc" / "cuda").glob("*.cu"):
+        earlier.unlink()
+    kernel = Path("csrc") / "cuda" / f"{operator}.cu"
+    correct = (REPOSITORY / kernel).read_text()
     assert not right or correct.count(right) == 1
-    (tree / "csrc" / "cuda" / KERNEL).write_text(correct.replace(right, wrong) if right else correct)
+    (tree / kernel).write_text(correct.replace(right, wrong) if right else correct)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GLOW_KERNELS_")}
     build = environment | {"GLOW_KERNELS_BUILD": "cuda-host", "CXXFLAGS": SANITIZE}
     command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
     subprocess.run(command, cwd=tree, env=build, check=True, capture_output=True)
 
     sanitized = environment | {"LD_PRELOAD": libraries(), "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", ASK, str(tree)], cwd=tree, env=sanitized, capture_output=True, text=True
-    )
+    ask = [sys.executable, "-c", ASK.format(samples=SAMPLES[operator]), str(tree)]
+    done = subprocess.run(ask, cwd=tree, env=sanitized, capture_output=True, text=True)
     said = done.stdout.splitlines()
     if not expected:
         assert said == ["cuda host shim"], done.stdout + done.stderr

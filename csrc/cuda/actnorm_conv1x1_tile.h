@@ -36,7 +36,7 @@ template <typename Arithmetic, unsigned R>
 struct Work {
   using A = Arithmetic;
   static constexpr bool kSmall = R == kFewRows;
-  static constexpr unsigned V = 16 / sizeof(A), kLanes = kSmall ? 8 : 32, kStrip = kLanes * V;
+  static constexpr unsigned kRows = R, V = 16 / sizeof(A), kLanes = kSmall ? 8 : 32, kStrip = kLanes * V;
   // Elements from a channel of a strip to the next: V more than its positions, so that they lie in different banks.
   static constexpr unsigned kStride = kStrip + V;
   using Values = A[R][V];
@@ -182,10 +182,9 @@ __device__ void for_each_chunk(const W& work, unsigned channels, bool channels_i
 }
 
 // Starts to load a tile, with zeros for the positions and the channels that do not exist.
-template <typename T, unsigned R, typename A>
-__device__ void load_tile(const Positions<const T>& x, const Work<A, R>& work, const Span& span, A* tile) {
-  using W = Work<A, R>;
-  constexpr unsigned V = W::V;
+template <typename T, typename W, typename A = typename W::A>
+__device__ void load_tile(const Positions<const T>& x, const W& work, const Span& span, A* tile) {
+  constexpr unsigned V = W::V, R = W::kRows;
   using Vector = detail::Registers<T, V>;
   if (x.vectors && !x.channels_inside) {
     if (!work.has_row()) return;
@@ -244,7 +243,7 @@ __device__ void put_tile(const W& work, const typename W::Values& values, typena
   if (!work.has_row()) return;
   A* const to = tile + work.at(work.row(), work.column());
 #pragma unroll
-  for (unsigned r = 0; r < sizeof(values) / sizeof(values[0]); ++r) {
+  for (unsigned r = 0; r < W::kRows; ++r) {
     detail::Registers<A, V> vector;
 #pragma unroll
     for (unsigned v = 0; v < V; ++v) vector.values[v] = values[r][v];
@@ -252,13 +251,51 @@ __device__ void put_tile(const W& work, const typename W::Values& values, typena
   }
 }
 
+// Writes a tile to a tensor whose positions do not lie together or are not aligned.
+template <typename T, typename W, typename A = typename W::A>
+__device__ void store_elements(const Positions<T>& z, const W& work, const Span& span, const A* tile) {
+  constexpr unsigned V = W::V;
+  using Vector = detail::Registers<T, V>;
+  if (z.vectors) {
+    for_each_chunk(work, work.channels, true, V, [&](unsigned channel, unsigned position) {
+      const A* const from = tile + work.at(channel, position);
+      Vector vector;
+#pragma unroll
+      for (unsigned v = 0; v < V; ++v) vector.values[v] = static_cast<T>(from[v * W::kStride]);
+      if (position < span.count) detail::copy<V>(z.at(span, position) + channel, vector.values);
+    });
+  } else {
+    for_each_chunk(work, work.channels, z.channels_inside, 1, [&](unsigned channel, unsigned position) {
+      if (position >= span.count) return;
+      z.at(span, position)[channel * z.channel_stride] = static_cast<T>(tile[work.at(channel, position)]);
+    });
+  }
+}
+
+// Writes a tile to a tensor.
+template <typename T, typename W, typename A = typename W::A>
+__device__ void write_tile(const Positions<T>& z, const W& work, const Span& span, const A* tile) {
+  constexpr unsigned V = W::V;
+  if (!z.vectors || z.channels_inside) return store_elements(z, work, span, tile);
+  for (unsigned index = threadIdx.x; index < work.strips * work.channels * W::kLanes; index += blockDim.x) {
+    const unsigned row = index / W::kLanes, strip = row / work.channels, channel = row - strip * work.channels;
+    const unsigned position = strip * W::kStrip + index % W::kLanes * V;
+    if (position >= span.count) continue;
+    detail::Registers<A, V> values;
+    detail::copy<V>(values.values, tile + work.at(channel, position));
+    detail::Registers<T, V> vector;
+#pragma unroll
+    for (unsigned v = 0; v < V; ++v) vector.values[v] = static_cast<T>(values.values[v]);
+    detail::copy<V>(z.at(span, position) + channel * z.channel_stride, vector.values);
+  }
+}
+
 // Writes what the threads have to a tensor, by way of a tile that other threads may still read, unless they can write
 // it themselves. All threads must call it.
-template <typename T, unsigned R, typename A>
-__device__ void store_tile(const Positions<T>& z, const Work<A, R>& work, const Span& span,
-                           const typename Work<A, R>::Values& values, A* tile) {
-  using W = Work<A, R>;
-  constexpr unsigned V = W::V;
+template <typename T, typename W, typename A = typename W::A>
+__device__ void store_tile(const Positions<T>& z, const W& work, const Span& span, const typename W::Values& values,
+                           A* tile) {
+  constexpr unsigned V = W::V, R = W::kRows;
   using Vector = detail::Registers<T, V>;
   if (z.vectors && !z.channels_inside) {
     if (!work.has_row()) return;
@@ -277,20 +314,7 @@ __device__ void store_tile(const Positions<T>& z, const Work<A, R>& work, const 
   __syncthreads();
   put_tile(work, values, tile);
   __syncthreads();
-  if (z.vectors) {
-    for_each_chunk(work, work.channels, true, V, [&](unsigned channel, unsigned position) {
-      const A* const from = tile + work.at(channel, position);
-      Vector vector;
-#pragma unroll
-      for (unsigned v = 0; v < V; ++v) vector.values[v] = static_cast<T>(from[v * W::kStride]);
-      if (position < span.count) detail::copy<V>(z.at(span, position) + channel, vector.values);
-    });
-  } else {
-    for_each_chunk(work, work.channels, z.channels_inside, 1, [&](unsigned channel, unsigned position) {
-      if (position >= span.count) return;
-      z.at(span, position)[channel * z.channel_stride] = static_cast<T>(tile[work.at(channel, position)]);
-    });
-  }
+  store_elements(z, work, span, tile);
 }
 
 }  // namespace glow_kernels::linear

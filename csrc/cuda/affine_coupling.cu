@@ -6,14 +6,16 @@
 #include <tuple>
 #include <vector>
 
+#include "cuda/coupling_scales.h"
 #include "cuda/launch.h"
 #include "cuda/sums.h"
 #include "cuda/tile.h"
-#include "glow_kernels/affine_coupling.h"
 #include "glow_kernels/coupling_formulas.h"
 
 namespace glow_kernels {
 namespace {
+
+using namespace coupling;  // NOLINT: what the header of scales is for
 
 // Threads of a block that maps N columns at a time, at most.
 template <int N>
@@ -25,16 +27,6 @@ constexpr int kMapBlocks = N == 1                      ? 1
                                                        : 4;
 template <typename H, int N>
 constexpr int kGradientBlocks = N == 1 || std::is_same_v<H, float> ? 4 : 3;
-
-// CouplingOptions in the type of arithmetic.
-template <typename A>
-struct Options {
-  ScaleKind kind;
-  ScaleParameters<A> map;
-  A log_gain;
-  A direction;        // 1 from x to y, where log f = log s, or -1
-  Shift shift, back;  // of the direction, and of the reversible backward
-};
 
 // What a kernel reads and writes; T is the type of the data, H that of h.
 template <typename T, typename H>
@@ -54,48 +46,13 @@ struct Views {
   double* grad_gain;  // (C, samples * tiles of positions): what tiles add to it
 };
 
-// log s of N elements and its derivative in u.
-template <typename A, int N>
-struct LogScales {
-  A value[N], in_u[N];
-};
-
-template <ScaleKind kind, int N, typename A>
-__device__ void map_scales(const Options<A>& options, const A (&u)[N], LogScales<A, N>& log_s) {
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-    const LogScale<A> of_element = log_scale<kind>(u[i], options.map, options.log_gain);
-    log_s.value[i] = of_element.value;
-    log_s.in_u[i] = of_element.derivative;
-  }
-}
-
 // Writes to `in_gain`, unless it is null or there is no gain, the derivatives in the learned gain: in shared memory,
 // so that kernels without a gain need no registers for them.
 template <int N, typename T, typename H, typename A>
 __device__ LogScales<A, N> log_scales(const Views<T, H>& views, const Tile& tile, const Spot& spot, const A (&u)[N],
                                       A* in_gain) {
   const Options<A>& options = views.options;
-  LogScales<A, N> log_s;
-  switch (options.kind) {
-    case ScaleKind::sigmoid:
-      map_scales<ScaleKind::sigmoid>(options, u, log_s);
-      break;
-    case ScaleKind::exp:
-      map_scales<ScaleKind::exp>(options, u, log_s);
-      break;
-    case ScaleKind::tanh:
-      map_scales<ScaleKind::tanh>(options, u, log_s);
-      break;
-    case ScaleKind::atan:
-      map_scales<ScaleKind::atan>(options, u, log_s);
-      break;
-    case ScaleKind::softsign:
-      map_scales<ScaleKind::softsign>(options, u, log_s);
-      break;
-    case ScaleKind::clip:
-      map_scales<ScaleKind::clip>(options, u, log_s);
-  }
+  LogScales<A, N> log_s = map_scales(options, u);
   if (views.gain.data != nullptr) {
     A gain[N];
     load(views.gain, tile, spot, gain);
@@ -109,9 +66,7 @@ __device__ LogScales<A, N> log_scales(const Views<T, H>& views, const Tile& tile
   if (options.map.floor > A(0)) {
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      const A s = exponential(log_s.value[i]), floored = s + options.map.floor, share = s / floored;
-      log_s.value[i] = logarithm(floored);
-      log_s.in_u[i] *= share;
+      const A share = add_floor(options, log_s, i);
       if (in_gain != nullptr && i < spot.count) in_gain[i] *= share;
     }
   }
@@ -137,7 +92,7 @@ __global__ void __launch_bounds__(kMapThreads<N>, kMapBlocks<H, N>) transform_ke
     }
     store(views.result, tile, spot, data);
   });
-  views.log_det.leave(tile, block_sum(total));
+  views.log_det.leave(tile.batch, block_sum(total));
 }
 
 // What a tile adds to each of its channels: the sums of `values`, rows x columns in shared memory, over positions. A
@@ -211,17 +166,6 @@ struct Arguments {
   std::optional<Tensor> gain, grad = {}, grad_log_det = {}, result = {}, grad_data = {}, grad_h = {};
 };
 
-template <typename A>
-Options<A> options_of(const CouplingOptions& options, bool inverse) {
-  const ScaleParameters<double>& map = options.map;
-  return {options.kind,
-          {A(map.slope), A(map.offset), A(map.gain), A(map.floor), A(map.low), A(map.high)},
-          options.kind == ScaleKind::sigmoid ? A(std::log(map.gain)) : A(0),
-          A(inverse ? -1 : 1),
-          shift_of(options.order, inverse),
-          shift_of(options.order, true)};
-}
-
 template <int N, typename T, typename H>
 Views<T, H> views_of(const Arguments& arguments, const Tiling& tiling, const Options<compute_t<T>>& options,
                      const CouplingLayout& layout) {
@@ -266,7 +210,7 @@ std::tuple<Tensor, Tensor> transform(const Tensor& x, const Tensor& h, std::opti
   return dispatch_vectors(x, h, few, [&]<typename T, typename H, int N>() -> std::tuple<Tensor, Tensor> {
     using A = compute_t<T>;
     Views<T, H> views = views_of<N, T, H>(arguments, tiling, options_of<A>(options, is_inverse), channels);
-    Tensor log_det = sum_samples<A>(launch, x, tiling, [&](const SampleSums<A>& sums) {
+    Tensor log_det = sum_samples<A>(launch, x, tiling.per_sample, [&](const SampleSums<A>& sums) {
       views.log_det = sums;
       launch(tiling.size(), tiling.threads(N), 0, transform_kernel<N, T, H>, views);
     });

@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const Views<T, H> vie
     }
   });
   // log(2 pi) / 2 for every element.
-  views.log_prob.leave(tile, -(double(tile.rows) * tile.columns * 0.918938533204672742 + block_sum(total)));
+  views.log_prob.leave(tile.batch, -(double(tile.rows) * tile.columns * 0.918938533204672742 + block_sum(total)));
 }
 
 enum class Map { sample, standardize };
@@ -130,7 +130,7 @@ Tensor forward(const Tensor& z, const Tensor& h, std::string layout) {
   return dispatch(z, h, [&]<typename T, typename H>() {
     using A = compute_t<T>;
     Views<T, H> views = views_of<T, H>(arguments, tiling, layout);
-    return sum_samples<A>(launch, z, tiling, [&](const SampleSums<A>& sums) {
+    return sum_samples<A>(launch, z, tiling.per_sample, [&](const SampleSums<A>& sums) {
       views.log_prob = sums;
       launch(tiling.size(), forward_kernel<T, H>, views);
     });

@@ -93,28 +93,28 @@ struct SampleSums {
   double* parts = nullptr;
 
   // The block's sum is that of its thread 0.
-  __device__ void leave(const Tile& tile, double sum) const {
+  __device__ void leave(int64_t batch, double sum) const {
     if (threadIdx.x != 0) return;
     if (parts == nullptr) {
-      sums[tile.batch] = static_cast<A>(sum);
+      sums[batch] = static_cast<A>(sum);
     } else {
       parts[blockIdx.x] = sum;
     }
   }
 };
 
-// A sum for every sample (B,) by a kernel over the tiling of x, which `run` launches with a SampleSums. A tiling of
-// whole samples saves the second kernel in small images.
+// A sum for every sample (B,) of x by a kernel with `per_sample` blocks for each, one sample after the other, which
+// `run` launches with a SampleSums. Tiles of whole samples save the second kernel in small images.
 template <typename A, typename F>
-Tensor sum_samples(const Launcher& launch, const Tensor& x, const Tiling& tiling, const F& run) {
+Tensor sum_samples(const Launcher& launch, const Tensor& x, int64_t per_sample, const F& run) {
   constexpr ScalarType type = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
   Tensor sums = empty_vector(x.size(0), type, x);
-  if (tiling.per_sample == 1) {
+  if (per_sample == 1) {
     run(SampleSums<A>{sums.mutable_data_ptr<A>(), nullptr});
   } else {
-    const Tensor parts = empty_parts(tiling.size(), x);
+    const Tensor parts = empty_parts(x.size(0) * per_sample, x);
     run(SampleSums<A>{nullptr, parts.mutable_data_ptr<double>()});
-    sum_rows(launch, parts, x.size(0), tiling.per_sample, sums.mutable_data_ptr<A>());
+    sum_rows(launch, parts, x.size(0), per_sample, sums.mutable_data_ptr<A>());
   }
   return sums;
 }

@@ -274,24 +274,40 @@ __device__ void store(const View<T>& view, const Tile& tile, const Spot& spot, c
   }
 }
 
-template <int N, typename T, typename A>
-__device__ void load(const Pair<const T>& pair, const Tile& tile, const Spot& spot, A (&first)[N], A (&second)[N]) {
+// The elements of both views as load() takes them apart: in turn where they lie together, else one view after the
+// other.
+template <int N, typename T>
+__device__ detail::Registers<T, 2 * N> fetch(const Pair<const T>& pair, const Tile& tile, const Spot& spot) {
+  detail::Registers<T, 2 * N> raw;
   if (pair.together != 0 && spot.count == N) {
     const View<const T>& lower = pair.together > 0 ? pair.first : pair.second;
-    detail::Registers<T, 2 * N> raw;
     detail::copy<2 * N>(raw.values, lower.at(tile, spot, N == 1 ? lower.column_stride : 2));
+  } else {
+    const detail::Registers<T, N> first = fetch<N>(pair.first, tile, spot), second = fetch<N>(pair.second, tile, spot);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      const A even = static_cast<A>(raw.values[2 * i]), odd = static_cast<A>(raw.values[2 * i + 1]);
-      first[i] = pair.together > 0 ? even : odd;
-      second[i] = pair.together > 0 ? odd : even;
+      raw.values[i] = first.values[i];
+      raw.values[N + i] = second.values[i];
     }
-    return;
   }
-  const detail::Registers<T, N> raw_first = fetch<N>(pair.first, tile, spot),
-                                raw_second = fetch<N>(pair.second, tile, spot);
-  widen(raw_first, first);
-  widen(raw_second, second);
+  return raw;
+}
+
+template <int N, typename T, typename A>
+__device__ void widen(const Pair<const T>& pair, const Spot& spot, const detail::Registers<T, 2 * N>& raw,
+                      A (&first)[N], A (&second)[N]) {
+  const bool in_turn = pair.together != 0 && spot.count == N;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const T even = raw.values[2 * i], odd = raw.values[2 * i + 1], early = raw.values[i], late = raw.values[N + i];
+    first[i] = static_cast<A>(!in_turn ? early : pair.together > 0 ? even : odd);
+    second[i] = static_cast<A>(!in_turn ? late : pair.together > 0 ? odd : even);
+  }
+}
+
+template <int N, typename T, typename A>
+__device__ void load(const Pair<const T>& pair, const Tile& tile, const Spot& spot, A (&first)[N], A (&second)[N]) {
+  widen<N>(pair, spot, fetch<N>(pair, tile, spot), first, second);
 }
 
 template <int N, typename T, typename A>

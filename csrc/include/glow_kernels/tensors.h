@@ -113,17 +113,23 @@ auto dispatch(const Tensor& x, const F& f) {
   }
 }
 
-// Calls f.operator()<T, H>() with the types of x and h.
+// Calls f.operator()<T, H>() with the types of x and h, which are not double.
 template <typename F>
-auto dispatch(const Tensor& x, const Tensor& h, const F& f) {
+auto dispatch_single(const Tensor& x, const Tensor& h, const F& f) {
   const ScalarType type = x.scalar_type(), h_type = h.scalar_type();
   if (type == ScalarType::Float && h_type == ScalarType::Float) return f.template operator()<float, float>();
   if (type == ScalarType::Float && h_type == ScalarType::BFloat16) return f.template operator()<float, BFloat16>();
   if (type == ScalarType::Float && h_type == ScalarType::Half) return f.template operator()<float, Half>();
   if (type == ScalarType::BFloat16 && h_type == type) return f.template operator()<BFloat16, BFloat16>();
-  if (type == ScalarType::Half && h_type == type) return f.template operator()<Half, Half>();
-  STD_TORCH_CHECK(type == ScalarType::Double && h_type == type, "unsupported types of x and h");
-  return f.template operator()<double, double>();
+  STD_TORCH_CHECK(type == ScalarType::Half && h_type == type, "unsupported types of x and h");
+  return f.template operator()<Half, Half>();
+}
+
+// Calls f.operator()<T, H>() with the types of x and h.
+template <typename F>
+auto dispatch(const Tensor& x, const Tensor& h, const F& f) {
+  const bool twice = x.scalar_type() == ScalarType::Double && h.scalar_type() == ScalarType::Double;
+  return twice ? f.template operator()<double, double>() : dispatch_single(x, h, f);
 }
 
 // h must be (B, 2 C, *spatial) for this x.

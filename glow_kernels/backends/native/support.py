@@ -65,6 +65,14 @@ def actnorm_conv1x1(function: str, *args: Any) -> bool:
     return _takes("actnorm_conv1x1", function, *tensors)
 
 
+def coupling_conv1x1(function: str, *args: Any) -> bool:
+    """On CUDA only, for the channels of the linear map's kernels, and not in float64: the reference has that."""
+    z, h, matrix = args[2:5] if function == "backward" else args[:3]
+    types = (z.dtype, h.dtype)
+    fits = types in _TYPES_WITH_H and z.dtype != torch.float64 and matrix.dtype == torch.float32 and z.shape[1] <= 64
+    return fits and _takes("coupling_conv1x1", function, z, h, matrix)
+
+
 def gaussian_log_prob(function: str, *args: Any) -> bool:
     """All of it."""
     z, h = args[1:3] if function.endswith("backward") else args[:2]

@@ -1,0 +1,85 @@
+// The options and the scales of the affine coupling as its kernels take them. All threads agree on the options, so
+// these are branches.
+#pragma once
+
+#include <cmath>
+
+#include "cuda/launch.h"
+#include "glow_kernels/affine_coupling.h"
+#include "glow_kernels/coupling_formulas.h"
+
+namespace glow_kernels::coupling {
+
+// CouplingOptions in the type of arithmetic.
+template <typename A>
+struct Options {
+  ScaleKind kind;
+  ScaleParameters<A> map;
+  A log_gain;
+  A direction;        // 1 from x to y, where log f = log s, or -1
+  Shift shift, back;  // of the direction, and of the reversible backward
+};
+
+template <typename A>
+Options<A> options_of(const CouplingOptions& options, bool inverse) {
+  const ScaleParameters<double>& map = options.map;
+  return {options.kind,
+          {A(map.slope), A(map.offset), A(map.gain), A(map.floor), A(map.low), A(map.high)},
+          options.kind == ScaleKind::sigmoid ? A(std::log(map.gain)) : A(0),
+          A(inverse ? -1 : 1),
+          shift_of(options.order, inverse),
+          shift_of(options.order, true)};
+}
+
+// log s of N elements and its derivative in u.
+template <typename A, int N>
+struct LogScales {
+  A value[N], in_u[N];
+};
+
+template <ScaleKind kind, int N, typename A>
+__device__ void map_scales(const Options<A>& options, const A (&u)[N], LogScales<A, N>& log_s) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const LogScale<A> of_element = log_scale<kind>(u[i], options.map, options.log_gain);
+    log_s.value[i] = of_element.value;
+    log_s.in_u[i] = of_element.derivative;
+  }
+}
+
+// Without the floor.
+template <int N, typename A>
+__device__ LogScales<A, N> map_scales(const Options<A>& options, const A (&u)[N]) {
+  LogScales<A, N> log_s;
+  switch (options.kind) {
+    case ScaleKind::sigmoid:
+      map_scales<ScaleKind::sigmoid>(options, u, log_s);
+      break;
+    case ScaleKind::exp:
+      map_scales<ScaleKind::exp>(options, u, log_s);
+      break;
+    case ScaleKind::tanh:
+      map_scales<ScaleKind::tanh>(options, u, log_s);
+      break;
+    case ScaleKind::atan:
+      map_scales<ScaleKind::atan>(options, u, log_s);
+      break;
+    case ScaleKind::softsign:
+      map_scales<ScaleKind::softsign>(options, u, log_s);
+      break;
+    case ScaleKind::clip:
+      map_scales<ScaleKind::clip>(options, u, log_s);
+  }
+  return log_s;
+}
+
+// Adds the floor to the scale of element i. Returns what is left of it without: what its derivatives are multiplied by.
+template <int N, typename A>
+__device__ A add_floor(const Options<A>& options, LogScales<A, N>& log_s, int i) {
+  const A s = exponential(log_s.value[i]), floored = s + options.map.floor, share = s / floored;
+  log_s.value[i] = logarithm(floored);
+  log_s.in_u[i] *= share;
+  return share;
+}
+
+}  // namespace glow_kernels::coupling
