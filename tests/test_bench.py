@@ -176,7 +176,7 @@ def test_candidates_take_turns():
     assert len(times.rounds["a"]) == len(times.rounds["b"]) >= 5
     turns = [list(turn) for _, turn in itertools.groupby(order, key=lambda call: call[0])][-4:]
     assert [turn[0][0] for turn in turns] == ["a", "b", "a", "b"]
-    assert turns[0][0] != turns[2][0] and turns[0][0] != turns[0][1], "copies of the inputs rotate"
+    assert turns[0][0] not in (turns[2][0], turns[0][1]), "copies of the inputs rotate"
 
 
 def test_what_a_candidate_finds_in_the_caches_does_not_count(monkeypatch):
