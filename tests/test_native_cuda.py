@@ -214,6 +214,24 @@ def test_filters_are_converted_on_a_gpu_and_not_on_the_cpu(gpu: SimpleNamespace,
         assert not support.scale_filters("backward_all", [weight, vector], [weight], [vector.double()], *filters[2:])
 
 
+def test_the_coupling_with_the_next_linear_map_is_for_gpus(gpu: SimpleNamespace, registered: set[str]) -> None:
+    registered.update({("coupling_conv1x1", function, "CUDA") for function in ("forward", "backward")})
+    half, double = torch.bfloat16, torch.float64
+    for make, channels, types, takes in (
+        (cuda_tensor, 64, (torch.float32, half), True),
+        (cuda_tensor, 65, (torch.float32, half), False),
+        (cuda_tensor, 4, (half, half), True),
+        (cuda_tensor, 4, (half, torch.float32), False),
+        (cuda_tensor, 4, (double, double), False),
+        (torch.empty, 4, (torch.float32, half), False),
+    ):
+        z, h = make(2, channels, 3, dtype=types[0]), make(2, 2, 3, dtype=types[1])
+        matrix = make(channels, channels, dtype=torch.promote_types(types[0], torch.float32))
+        assert support.coupling_conv1x1("forward", z, h, matrix, matrix) == takes
+        assert support.coupling_conv1x1("backward", z, z, z, h, matrix) == takes
+        assert not support.coupling_conv1x1("forward", z, h, matrix.to(half), matrix)
+
+
 ALL = ("native", "triton", "reference")
 
 

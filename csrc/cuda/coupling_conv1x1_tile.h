@@ -26,16 +26,25 @@ struct SampleWork : Work<Arithmetic, R> {
 
   unsigned in_sample;  // tiles
 
-  // With `tile_count` tiles of shared memory, small ones where there are several, so that they leave room for more
-  // blocks. Small tensors have as few positions in a block as give all its threads some of the coupling to do.
+  // With `tile_count` tiles in shared memory.
   SampleWork(const Tensor& z, int64_t transformed, int64_t tile_count, int64_t multiprocessors)
       : Base(z, std::max<int64_t>(1, multiprocessors)) {
+    const bool several = tile_count > 1;
     const int64_t of_sample = std::max<int64_t>(1, (this->per_sample + kStrip - 1) / kStrip);
-    const int64_t most = kSmall ? kThreads / (kStrip / kAtOnce) / transformed : tile_count > 1 ? this->strips / 2 : 4;
-    this->strips = static_cast<unsigned>(std::min({of_sample, int64_t{this->strips}, std::max<int64_t>(1, most)}));
+    const int64_t of_strip = int64_t{this->side / R} * kLanes;  // threads with rows
+    int64_t most = of_sample;
+    if (!kSmall) {
+      // Small tiles where there are several, so that they leave room for more blocks.
+      most = several ? this->strips / 2 : this->strips;
+    } else if (several || of_sample * of_strip > kThreads) {
+      // As few positions as give every thread some of the coupling to do. Otherwise a whole sample, which saves the
+      // kernel that adds parts of log-determinants.
+      most = std::min<int64_t>(this->strips, kThreads / (kStrip / kAtOnce) / transformed);
+    }
+    this->strips = static_cast<unsigned>(std::clamp<int64_t>(most, 1, of_sample));
     in_sample = static_cast<unsigned>((this->per_sample + this->positions() - 1) / this->positions());
-    const int with_rows = static_cast<int>(this->side / R * this->strips * kLanes);
-    threads_ = kSmall ? kThreads : with_rows < 128 ? 128 : tile_count > 1 ? static_cast<int>(kMaxThreads) : with_rows;
+    const int with_rows = static_cast<int>(of_strip * this->strips);
+    threads_ = kSmall ? kThreads : with_rows < 128 ? 128 : several ? static_cast<int>(kMaxThreads) : with_rows;
   }
 
   int threads() const { return threads_; }
