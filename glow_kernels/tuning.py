@@ -192,6 +192,9 @@ def _arguments(samples: int, side: int, device: torch.device) -> dict[str, tuple
         "bias_relu_pad": (x, 16, torch.bfloat16, True, 0),
         "gaussian_log_prob_backward": (lam, x, h, "interleaved_mean_log_sd"),
     }
+    across = (x, torch.randn_like(x))  # half of the channels condition
+    arguments["coupling_conv1x1_forward"] = (*across, matrix, vector, *coupling[2:])
+    arguments["coupling_conv1x1_backward"] = (x, lam, *across, matrix, *coupling[2:])
     for function in ("forward", "inverse"):
         arguments[f"affine_coupling_{function}"] = (x, *coupling)
     for function in ("backward", "inverse_backward", "reversible_backward"):
