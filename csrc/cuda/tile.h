@@ -274,8 +274,28 @@ __device__ void store(const View<T>& view, const Tile& tile, const Spot& spot, c
   }
 }
 
-// The elements of both views as load() takes them apart: in turn where they lie together, else one view after the
-// other.
+template <int N, typename T, typename A>
+__device__ void load(const Pair<const T>& pair, const Tile& tile, const Spot& spot, A (&first)[N], A (&second)[N]) {
+  if (pair.together != 0 && spot.count == N) {
+    const View<const T>& lower = pair.together > 0 ? pair.first : pair.second;
+    detail::Registers<T, 2 * N> raw;
+    detail::copy<2 * N>(raw.values, lower.at(tile, spot, N == 1 ? lower.column_stride : 2));
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const A even = static_cast<A>(raw.values[2 * i]), odd = static_cast<A>(raw.values[2 * i + 1]);
+      first[i] = pair.together > 0 ? even : odd;
+      second[i] = pair.together > 0 ? odd : even;
+    }
+    return;
+  }
+  const detail::Registers<T, N> raw_first = fetch<N>(pair.first, tile, spot),
+                                raw_second = fetch<N>(pair.second, tile, spot);
+  widen(raw_first, first);
+  widen(raw_second, second);
+}
+
+// What load() does in two steps, for a thread that has something else to do in between: what both views have at a spot,
+// in turn where it lies together and else one view after the other,
 template <int N, typename T>
 __device__ detail::Registers<T, 2 * N> fetch(const Pair<const T>& pair, const Tile& tile, const Spot& spot) {
   detail::Registers<T, 2 * N> raw;
@@ -293,6 +313,7 @@ __device__ detail::Registers<T, 2 * N> fetch(const Pair<const T>& pair, const Ti
   return raw;
 }
 
+// and the same in the type of arithmetic.
 template <int N, typename T, typename A>
 __device__ void widen(const Pair<const T>& pair, const Spot& spot, const detail::Registers<T, 2 * N>& raw,
                       A (&first)[N], A (&second)[N]) {
@@ -303,11 +324,6 @@ __device__ void widen(const Pair<const T>& pair, const Spot& spot, const detail:
     first[i] = static_cast<A>(!in_turn ? early : pair.together > 0 ? even : odd);
     second[i] = static_cast<A>(!in_turn ? late : pair.together > 0 ? odd : even);
   }
-}
-
-template <int N, typename T, typename A>
-__device__ void load(const Pair<const T>& pair, const Tile& tile, const Spot& spot, A (&first)[N], A (&second)[N]) {
-  widen<N>(pair, spot, fetch<N>(pair, tile, spot), first, second);
 }
 
 template <int N, typename T, typename A>
