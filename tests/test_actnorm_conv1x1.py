@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -450,6 +451,26 @@ def test_singular_weight_has_no_log_det_and_no_inverse(backend, weight, dtype):
     with pytest.raises(ValueError, match="weight") as caught:
         gk.actnorm_conv1x1_inverse(data, log_scale, bias, weight)
     assert str(caught.value) == "weight must be invertible, got a singular (3, 3) matrix"
+
+
+def long_double_log_det(weight):
+    """log|det| of ``weight``, a NumPy array, in long double."""
+    rest, log_det = weight.astype(np.longdouble), np.longdouble(0)
+    for k in range(len(rest)):
+        pivot = k + np.abs(rest[k:, k]).argmax()
+        rest[[k, pivot]] = rest[[pivot, k]]
+        log_det += np.log(np.abs(rest[k, k]))
+        rest[k + 1 :, k:] -= np.outer(rest[k + 1 :, k] / rest[k, k], rest[k, k:])
+    return log_det
+
+
+def test_log_det_of_a_wide_rotation(backend):
+    """The logarithms of its pivots cancel, and their partial sums are large."""
+    data, zero = torch.randn(1, 192, 1, dtype=torch.float64), torch.zeros(192, dtype=torch.float64)
+    for _ in range(3):
+        weight = torch.linalg.qr(torch.randn(192, 192, dtype=torch.float64, device="cpu")).Q
+        log_det = gk.actnorm_conv1x1(data, zero, zero, weight.to(data.device))[1]
+        assert abs(log_det.item() - long_double_log_det(weight.numpy())) < 1e-14
 
 
 FOLDS = [name for name in registered_operators("actnorm_conv1x1_fold_") if "backward" not in name]

@@ -36,6 +36,7 @@ from operators import (
     gradients,
     in_layout,
     random_upstream,
+    upstream_in_layout,
 )
 from test_actnorm_conv1x1 import CHANNELS, random_weight
 from test_affine_coupling import MAPS, plain_forward
@@ -133,18 +134,20 @@ def test_every_map_in_every_layout_and_order(backend, name):
 @pytest.mark.parametrize("channels", [*[size for size in CHANNELS if size > 1], 96])
 def test_every_number_of_channels(backend, channels):
     # Positions that do not fill a vector, and those that do.
-    for (shape, share), layout in zip(
-        [((2, channels, 3, 5), "half"), ((2, channels, 4, 8), "one"), ((3, channels, 8), "all_but_one")],
-        ("channels_last", "contiguous", "contiguous"),
-        strict=True,
+    for shape, share, layout, dtypes in (
+        ((2, channels, 3, 5), "half", "channels_last", "float32"),
+        ((2, channels, 4, 8), "one", "contiguous", "float32_with_bfloat16"),
+        ((3, channels, 8), "all_but_one", "contiguous", "float32"),
     ):
         case = make_case(share=share)
-        inputs = in_layout(case.draw(shape, DTYPES["float32_with_bfloat16"]), layout, layout)
+        inputs = in_layout(case.draw(shape, DTYPES[dtypes]), layout, layout)
         check_results(case, inputs)
-        check_gradients(case, inputs)
+        upstream = [upstream_in_layout(grad, layout) for grad in random_upstream(case.operator, inputs)]
+        check_gradients(case, inputs, upstream)
 
 
-@pytest.mark.parametrize("size", LARGE_SHAPES, ids=str)
+# In the interpreter with a few tiles in a sample, and more of them than programs.
+@pytest.mark.parametrize("size", [(2, 8, 16, 12), (3, 5, 13, 11)] if INTERPRETED else LARGE_SHAPES, ids=str)
 def test_large_samples(backend, size):
     cases = (
         make_case(),

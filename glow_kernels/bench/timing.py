@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import math
 import os
 import statistics
@@ -21,8 +22,9 @@ import torch
 
 Call = Callable[[], object]
 
-# A sample shorter than this is several calls: the clock and its own cost do not show.
-_SHORTEST_SAMPLE = 1e-4
+# A sample shorter than this is several calls. It is long beside what the candidate before has left in the caches, which
+# decides more of a short call than the call itself.
+_SHORTEST_SAMPLE = 2e-3
 _FEWEST_ROUNDS = 5
 _MOST_ROUNDS = 1000
 # A GPU's times hardly vary.
@@ -80,7 +82,7 @@ class Times:
 
 
 def measure(candidates: Mapping[str, Sequence[Call]], seconds: float, device: torch.device) -> Times:
-    """Run the candidates in turn, A B C A B C.
+    """Run the candidates in turn, A A A B B B C C C A A A B B B C C C, on a GPU A B C A B C.
 
     Args:
         candidates: for every name the same computation on one or more copies of its inputs, used in rotation, so that
@@ -100,14 +102,21 @@ def _measure_cpu(candidates: Mapping[str, Sequence[Call]], seconds: float) -> Ti
     start = time.perf_counter()
     for index in range(_MOST_ROUNDS):
         for name, calls in candidates.items():
-            call, count = calls[index % len(calls)], repeats[name]
-            begin = time.perf_counter()
-            for _ in range(count):
-                call()
-            rounds[name].append((time.perf_counter() - begin) / count)
+            rounds[name].append(_sample(calls, index, repeats[name]))
         if index + 1 >= _FEWEST_ROUNDS and time.perf_counter() - start > seconds:
             break
     return Times(rounds)
+
+
+def _sample(calls: Sequence[Call], index: int, count: int) -> float:
+    """Seconds of a call, the mean of ``count`` in a row; before more than one comes one that does not count."""
+    turns = itertools.islice(itertools.cycle(calls), index % len(calls), None)
+    if count > 1:
+        next(turns)()
+    begin = time.perf_counter()
+    for call in itertools.islice(turns, count):
+        call()
+    return (time.perf_counter() - begin) / count
 
 
 @contextlib.contextmanager

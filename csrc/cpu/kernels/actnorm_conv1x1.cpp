@@ -23,7 +23,7 @@ void apply_as(Positions<const T> x, const compute_t<T>* matrix, const compute_t<
   const bool streamed = is_streamed(z);
   for (int64_t start = begin, stop; start < end; start = stop) {
     stop = Layout::template tile_end<A>(x, start, end);
-    const Rows<const A> inputs = Layout::load(x, start, stop, x_buffer);
+    const Rows<const A> inputs = Layout::template load<Read::factors>(x, start, stop, x_buffer);
     const Rows<A> outputs = Layout::destination(z, start, stop, z_buffer);
     with_stores(streamed && outputs.data != z_buffer.values, [&](auto stores) {
       Layout::template multiply_tile<stores()>(map, inputs, outputs, channels, stop - start);
@@ -53,8 +53,8 @@ void backward_as(const LinearBackward<T>& arguments, int64_t begin, int64_t end,
   const bool streamed = is_streamed(arguments.grad_x);
   for (int64_t start = begin; start < end; start += kPositions) {
     const int64_t stop = std::min(start + kPositions, end), count = stop - start;
-    const Rows<const A> g = Layout::load(arguments.grad, start, stop, g_buffer);
-    Rows<const A> x = Layout::load(arguments.data, start, stop, data_buffer);
+    const Rows<const A> g = Layout::template load<Read::vectors>(arguments.grad, start, stop, g_buffer);
+    Rows<const A> x = Layout::template load<Read::vectors>(arguments.data, start, stop, data_buffer);
     if (arguments.inverse) {
       const Rows<A> restored = Layout::destination(arguments.x, start, stop, result_buffer);
       // Cached, since the sums read it.

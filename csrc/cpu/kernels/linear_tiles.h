@@ -44,6 +44,9 @@ bool is_streamed(const Positions<T>& z) {
          is_aligned(std::max(p.channel_stride, p.position_stride) * sizeof(T)) && is_aligned(p.positions * sizeof(T));
 }
 
+// Whether a tile is read vector by vector, or only as the factors of a product, one by one.
+enum class Read { vectors, factors };
+
 // Tiles with a row per channel.
 struct Planar {
   // Where a tile that begins at `begin` ends: with its sample, if that is whole vectors that need no buffer then.
@@ -60,7 +63,7 @@ struct Planar {
            begin % x.planes.positions + end - begin <= x.planes.positions && (end - begin) % kLanes<A> == 0;
   }
 
-  template <typename A, typename T>
+  template <Read, typename A, typename T>
   static Rows<const A> load(const Positions<const T>& x, int64_t begin, int64_t end, PositionsBuffer<A>& buffer) {
     if constexpr (std::is_same_v<A, T>) {
       if (is_in_place<A>(x, begin, end)) return in_place<const A>(x, begin);
@@ -129,7 +132,7 @@ struct Planar {
   }
 };
 
-// Tiles with a row per position, padded to whole vectors where they are in a buffer.
+// Tiles with a row per position, in a buffer padded to whole vectors by anything: the lanes do not meet.
 struct Interleaved {
   template <typename A, typename T>
   static int64_t tile_end(const Positions<T>&, int64_t begin, int64_t end) {
@@ -140,22 +143,21 @@ struct Interleaved {
   static bool is_in_place(const Positions<T>& x, int64_t begin, int64_t end) {
     const Planes& p = x.planes;
     const bool one_stride = p.batch_stride == p.positions * p.position_stride;
-    return std::is_same_v<std::remove_const_t<T>, A> && p.channels % kLanes<A> == 0 &&
+    return std::is_same_v<std::remove_const_t<T>, A> &&
            (one_stride || begin % p.positions + end - begin <= p.positions);
   }
 
-  template <typename A, typename T>
+  template <Read read, typename A, typename T>
   static Rows<const A> load(const Positions<const T>& x, int64_t begin, int64_t end, PositionsBuffer<A>& buffer) {
-    if constexpr (std::is_same_v<A, T>) {
-      if (is_in_place<A>(x, begin, end)) return in_place<const A>(x, begin);
-    }
     const Planes& p = x.planes;
+    if constexpr (std::is_same_v<A, T>) {
+      const bool fits = read == Read::factors || p.channels % kLanes<A> == 0;
+      if (fits && is_in_place<A>(x, begin, end)) return in_place<const A>(x, begin);
+    }
     const int64_t stride = padded(p.channels, kLanes<A>);
     for_each_sample(x, begin, end, [&](int64_t offset, int64_t count, const T* data) {
       for (int64_t i = 0; i < count; ++i) {
-        A* row = buffer.values + (offset + i) * stride;
-        copy_row(data + i * p.position_stride, 1, row, 1, p.channels);
-        for (int64_t channel = p.channels; channel < stride; ++channel) row[channel] = A(0);
+        copy_row(data + i * p.position_stride, 1, buffer.values + (offset + i) * stride, 1, p.channels);
       }
     });
     return {buffer.values, stride};
@@ -164,7 +166,7 @@ struct Interleaved {
   template <typename A, typename T>
   static Rows<A> destination(const Positions<T>& z, int64_t begin, int64_t end, PositionsBuffer<A>& buffer) {
     if constexpr (std::is_same_v<A, T>) {
-      if (is_in_place<A>(z, begin, end)) return in_place<A>(z, begin);
+      if (z.planes.channels % kLanes<A> == 0 && is_in_place<A>(z, begin, end)) return in_place<A>(z, begin);
     }
     return {buffer.values, padded(z.planes.channels, kLanes<A>)};
   }

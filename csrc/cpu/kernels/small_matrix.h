@@ -73,17 +73,34 @@ inline void factor_panel(int64_t n, int64_t first, int64_t count, int64_t from, 
   }
 }
 
+// The logarithm of a product of magnitudes that a double cannot hold. Of their logarithms the partial sums would be
+// large where the product is not, and rounded accordingly.
+class LogProduct {
+ public:
+  void multiply(double value) {
+    int of_value, of_product;
+    mantissa_ = std::frexp(mantissa_ * std::frexp(std::fabs(value), &of_value), &of_product);
+    exponent_ += of_value + of_product;
+  }
+
+  double log() const { return exponent_ * 0.693147180559945309 + std::log(mantissa_); }
+
+ private:
+  double mantissa_ = 1;
+  int64_t exponent_ = 0;
+};
+
 // log|det a|, minus infinity for a singular matrix, by an LU decomposition of which only what is needed is kept.
 inline double log_abs_det(int64_t n, Rows<double> a) {
   const Elimination work(n);
-  double log_det = 0;
+  LogProduct det;
   for (int64_t first = 0; first < n; first += kBlock) {
     const int64_t count = std::min(kBlock, n - first), next = first + count;
     factor_panel(n, first, count, first, a, work);
     for (int64_t k = 0; k < count; ++k) {
       const double pivot = work.panel.data[k * work.panel.stride + first + k];
       if (pivot == 0.0) return -std::numeric_limits<double>::infinity();
-      log_det += std::log(std::fabs(pivot));
+      det.multiply(pivot);
     }
     if (next == n) break;
     // The rows of U, then what is left of the matrix.
@@ -101,16 +118,16 @@ inline double log_abs_det(int64_t n, Rows<double> a) {
         {work.panel.data + next, work.panel.stride}, {upper, a.stride}, nullptr,
         {a.data + next * a.stride + next, a.stride}, n - next, count, n - next);
   }
-  return log_det;
+  return det.log();
 }
 
-// Inverts the block d (count x count, in rows of kBlock) whose pivots are in place; returns log|det d|.
-inline double invert_block(int64_t count, double* d) {
-  double log_det = 0;
+// Inverts the block d (count x count, in rows of kBlock) whose pivots are in place, by which it multiplies `det`.
+// Returns whether it is regular.
+inline bool invert_block(int64_t count, double* d, LogProduct& det) {
   for (int64_t k = 0; k < count; ++k) {
     const double pivot = d[k * kBlock + k];
-    if (pivot == 0.0) return -std::numeric_limits<double>::infinity();
-    log_det += std::log(std::fabs(pivot));
+    det.multiply(pivot);
+    if (pivot == 0.0) return false;
     const double reciprocal = 1.0 / pivot;
     d[k * kBlock + k] = 1.0;
     for (int64_t j = 0; j < kBlock; ++j) d[k * kBlock + j] *= reciprocal;
@@ -121,7 +138,7 @@ inline double invert_block(int64_t count, double* d) {
       for (int64_t j = 0; j < kBlock; ++j) d[i * kBlock + j] -= factor * d[k * kBlock + j];
     }
   }
-  return log_det;
+  return true;
 }
 
 // Puts the inverse of a in its place and returns log|det a|; for a singular matrix NaN, and minus infinity or NaN.
@@ -131,14 +148,13 @@ inline double invert_block(int64_t count, double* d) {
 inline double invert(int64_t n, Rows<double> a) {
   const Elimination work(n);
   const auto row = [&](int64_t i) { return a.data + i * a.stride; };
-  double log_det = 0;
+  LogProduct det;
   for (int64_t first = 0; first < n; first += kBlock) {
     const int64_t count = std::min(kBlock, n - first), next = first + count;
     factor_panel(n, first, count, 0, a, work);
     double inverse[kBlock * kBlock] = {};
     for (int64_t k = 0; k < count; ++k) std::copy_n(row(first + k) + first, count, inverse + k * kBlock);
-    log_det += invert_block(count, inverse);
-    if (!std::isfinite(log_det)) break;
+    if (!invert_block(count, inverse, det)) break;
     multiply<Small::right, Stores::cached, Start::shift, double>({inverse, kBlock}, {row(first), a.stride}, nullptr,
                                                                  work.rows, count, count, n);
     for (int64_t k = 0; k < count; ++k) {
@@ -161,6 +177,7 @@ inline double invert(int64_t n, Rows<double> a) {
     eliminate(0, first);
     eliminate(next, n);
   }
+  const double log_det = det.log();
   if (!std::isfinite(log_det)) {
     for (int64_t i = 0; i < n; ++i) std::fill_n(row(i), n, std::numeric_limits<double>::quiet_NaN());
     return log_det;

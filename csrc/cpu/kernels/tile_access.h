@@ -47,17 +47,30 @@ inline __attribute__((always_inline)) To converted(From value) {
   }
 }
 
-// target[i * target_stride] = source[i * source_stride], converted. Short rows are common (a 4 x 4 image has 16
-// positions), so that blocks of a fixed size, which need no loop, come first.
+// target[i] = source[i], converted, for a number of elements that needs no loop.
+template <int count, typename To, typename From>
+inline __attribute__((always_inline)) void copy_block(const From* __restrict source, To* __restrict target) {
+#pragma omp simd
+  for (int i = 0; i < count; ++i) target[i] = converted<To>(source[i]);
+}
+
+// target[i * target_stride] = source[i * source_stride], converted. Short rows are common: a 4 x 4 image has 16
+// positions, and channels that lie next to each other are few.
 template <typename To, typename From>
 inline __attribute__((always_inline)) void copy_row(const From* __restrict source, int64_t source_stride,
                                                     To* __restrict target, int64_t target_stride, int64_t count) {
   int64_t i = 0;
   if (source_stride == 1 && target_stride == 1) {
-    constexpr int64_t kBlock = 16;
-    for (; i + kBlock <= count; i += kBlock) {
-#pragma omp simd
-      for (int64_t j = 0; j < kBlock; ++j) target[i + j] = converted<To>(source[i + j]);
+    for (; i + 16 <= count; i += 16) copy_block<16>(source + i, target + i);
+    // What is left, in two blocks that may overlap.
+    const int64_t left = count - i;
+    if (left >= 8) {
+      copy_block<8>(source + i, target + i);
+      return copy_block<8>(source + count - 8, target + count - 8);
+    }
+    if (left >= 4) {
+      copy_block<4>(source + i, target + i);
+      return copy_block<4>(source + count - 4, target + count - 4);
     }
   }
   for (; i < count; ++i) target[i * target_stride] = converted<To>(source[i * source_stride]);
