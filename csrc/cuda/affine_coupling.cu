@@ -52,7 +52,26 @@ template <int N, typename T, typename H, typename A>
 __device__ LogScales<A, N> log_scales(const Views<T, H>& views, const Tile& tile, const Spot& spot, const A (&u)[N],
                                       A* in_gain) {
   const Options<A>& options = views.options;
-  LogScales<A, N> log_s = map_scales(options, u);
+  LogScales<A, N> log_s;
+  switch (options.kind) {
+    case ScaleKind::sigmoid:
+      map_scales<ScaleKind::sigmoid>(options, u, log_s);
+      break;
+    case ScaleKind::exp:
+      map_scales<ScaleKind::exp>(options, u, log_s);
+      break;
+    case ScaleKind::tanh:
+      map_scales<ScaleKind::tanh>(options, u, log_s);
+      break;
+    case ScaleKind::atan:
+      map_scales<ScaleKind::atan>(options, u, log_s);
+      break;
+    case ScaleKind::softsign:
+      map_scales<ScaleKind::softsign>(options, u, log_s);
+      break;
+    case ScaleKind::clip:
+      map_scales<ScaleKind::clip>(options, u, log_s);
+  }
   if (views.gain.data != nullptr) {
     A gain[N];
     load(views.gain, tile, spot, gain);
@@ -66,7 +85,9 @@ __device__ LogScales<A, N> log_scales(const Views<T, H>& views, const Tile& tile
   if (options.map.floor > A(0)) {
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      const A share = add_floor(options, log_s, i);
+      const A s = exponential(log_s.value[i]), floored = s + options.map.floor, share = s / floored;
+      log_s.value[i] = logarithm(floored);
+      log_s.in_u[i] *= share;
       if (in_gain != nullptr && i < spot.count) in_gain[i] *= share;
     }
   }

@@ -29,13 +29,37 @@ constexpr int kBackwardThreads = R == kFewRows ? kThreads : kMaxThreads;
 template <unsigned R>
 constexpr int kBackwardBlocks = R == kFewRows ? 2 : 3;
 
-// log s of a spot and its derivative in u.
+// log s of a spot and its derivative in u. The switch is that of affine_coupling.cu, of whose kernels some spill once
+// it is a function that both call.
 template <typename A>
 __device__ LogScales<A, kAtOnce> log_scales(const Options<A>& options, const A (&u)[kAtOnce]) {
-  LogScales<A, kAtOnce> log_s = map_scales(options, u);
+  LogScales<A, kAtOnce> log_s;
+  switch (options.kind) {
+    case ScaleKind::sigmoid:
+      map_scales<ScaleKind::sigmoid>(options, u, log_s);
+      break;
+    case ScaleKind::exp:
+      map_scales<ScaleKind::exp>(options, u, log_s);
+      break;
+    case ScaleKind::tanh:
+      map_scales<ScaleKind::tanh>(options, u, log_s);
+      break;
+    case ScaleKind::atan:
+      map_scales<ScaleKind::atan>(options, u, log_s);
+      break;
+    case ScaleKind::softsign:
+      map_scales<ScaleKind::softsign>(options, u, log_s);
+      break;
+    case ScaleKind::clip:
+      map_scales<ScaleKind::clip>(options, u, log_s);
+  }
   if (options.map.floor > A(0)) {
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) add_floor(options, log_s, i);
+    for (int i = 0; i < kAtOnce; ++i) {
+      const A s = exponential(log_s.value[i]), floored = s + options.map.floor;
+      log_s.value[i] = logarithm(floored);
+      log_s.in_u[i] *= s / floored;
+    }
   }
   return log_s;
 }

@@ -1,5 +1,4 @@
-// The options and the scales of the affine coupling as its kernels take them. All threads agree on the options, so
-// these are branches.
+// The options and the scales of the affine coupling as its kernels take them.
 #pragma once
 
 #include <cmath>
@@ -45,41 +44,6 @@ __device__ void map_scales(const Options<A>& options, const A (&u)[N], LogScales
     log_s.value[i] = of_element.value;
     log_s.in_u[i] = of_element.derivative;
   }
-}
-
-// Without the floor.
-template <int N, typename A>
-__device__ LogScales<A, N> map_scales(const Options<A>& options, const A (&u)[N]) {
-  LogScales<A, N> log_s;
-  switch (options.kind) {
-    case ScaleKind::sigmoid:
-      map_scales<ScaleKind::sigmoid>(options, u, log_s);
-      break;
-    case ScaleKind::exp:
-      map_scales<ScaleKind::exp>(options, u, log_s);
-      break;
-    case ScaleKind::tanh:
-      map_scales<ScaleKind::tanh>(options, u, log_s);
-      break;
-    case ScaleKind::atan:
-      map_scales<ScaleKind::atan>(options, u, log_s);
-      break;
-    case ScaleKind::softsign:
-      map_scales<ScaleKind::softsign>(options, u, log_s);
-      break;
-    case ScaleKind::clip:
-      map_scales<ScaleKind::clip>(options, u, log_s);
-  }
-  return log_s;
-}
-
-// Adds the floor to the scale of element i. Returns what is left of it without: what its derivatives are multiplied by.
-template <int N, typename A>
-__device__ A add_floor(const Options<A>& options, LogScales<A, N>& log_s, int i) {
-  const A s = exponential(log_s.value[i]), floored = s + options.map.floor, share = s / floored;
-  log_s.value[i] = logarithm(floored);
-  log_s.in_u[i] *= share;
-  return share;
 }
 
 }  // namespace glow_kernels::coupling
