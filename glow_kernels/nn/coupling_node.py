@@ -55,6 +55,9 @@ class Private(NamedTuple):
     grad: bool = False
 
 
+SHARED = Private()
+
+
 class Coupled(NamedTuple):
     """What :func:`couple` computes.
 
@@ -146,7 +149,7 @@ def uncouple(
     kind: Kind,
     parameters: Sequence[Tensor],
     needs_parameters: bool,
-    private: Private = Private(),
+    private: Private = SHARED,
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     """The ``x`` of :func:`couple`, its gradient and those of ``parameters``; the network is evaluated once.
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch._guards import detect_fake_mode
 
 from glow_kernels.backends.numerics import output_format
-from glow_kernels.nn.coupling_node import Kind, Private
+from glow_kernels.nn.coupling_node import SHARED, Kind, Private
 from glow_kernels.reversible import guards, recompute
 from glow_kernels.reversible.anatomy import Anatomy
 from glow_kernels.reversible.linear_maps import LinearMaps
@@ -182,7 +182,7 @@ def _backward(
     tensors: Sequence[Any],
     needs: Sequence[bool],
     states: States | None,
-    private: Private = Private(),
+    private: Private = SHARED,
 ) -> Recomputed:
     chain = _find(place)
     states = [None] * place.length if states is None else states
@@ -212,7 +212,7 @@ def _sweep(
     tensors: Sequence[Any],
     needs: Sequence[bool],
     states: States,
-    private: Private = Private(),
+    private: Private = SHARED,
 ) -> tuple[Recomputed, Tensor | None]:
     """Backward through the steps from ``z``, or from the inputs that are known, and what arrived at the first step."""
     chain = _find(place)
@@ -257,7 +257,7 @@ def _private(chain: ReversibleSequential, place: Place, maps: LinearMaps | None)
     the caller's, and an anchor may be needed once more.
     """
     if maps is None or place.length > 1 or place.keeps_output:
-        return Private()
+        return SHARED
     return Private(state=not place.keeps_input and not chain._is_anchor(place.number + 1), grad=not place.keeps_input)
 
 

@@ -66,18 +66,18 @@ class PlainStep(NamedTuple):
     def backward(
         self,
         needs: Sequence[bool],
+        private: Private,
         x: Tensor | None,
         z: Tensor | None,
         grad_z: Tensor | None,
         grad_log_det: Tensor | None,
-        private: Private,
     ) -> tuple[Tensor, Tensor | None, Tensor, list[Tensor | None]]:
         """``x``, ``z`` evaluated again if both are given, and gradients of ``x`` and of the parameters that need one.
 
         Args:
             needs: which parameters do.
-            x, z: input and output; one of them may be missing.
             private: of ``z`` and its gradient, what may be overwritten.
+            x, z: input and output; one of them may be missing.
         """
         given = z if x is None else x
         assert given is not None

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from glow_kernels import backends
-from glow_kernels.nn.coupling_node import Private
+from glow_kernels.nn.coupling_node import SHARED, Private
 from glow_kernels.reversible import flow_step
 from glow_kernels.reversible.anatomy import Anatomy
 from glow_kernels.reversible.plain_step import PlainStep
@@ -120,7 +120,7 @@ def backward(
     mode: Mode,
     states: Sequence[RandomState] | None,
     closed: bool,
-    private: Private = Private(),
+    private: Private = SHARED,
 ) -> Recomputed:
     """Differentiate a step, given its input ``x`` or else its output ``z``; both to evaluate its output again.
 
@@ -200,7 +200,7 @@ def _backward_of_plain(
     with mode.applied(given.device):
         for part in mode.parts(batch):
             parts = (None if tensor is None else part_of(tensor, part) for tensor in (x, z, *grads))
-            *states, found = step.backward(needs, *parts, private)
+            *states, found = step.backward(needs, private, *parts)
             for join, state in zip((joined_x, joined_z, joined_grad), states, strict=True):
                 if state is not None:
                     join.add(part, state)

@@ -40,7 +40,7 @@ class Start(NamedTuple):
         with torch.enable_grad():
             start = output.view_as(output)  # which has no hooks of others, who are to see the real gradient
         owned = [grad.to(output.dtype)]
-        start.register_hook(lambda _: owned.pop())
+        start.register_hook(lambda _: owned.pop())  # type: ignore[no-untyped-call]
         return cls(get_gradient_edge(start), start.new_empty_strided(start.shape, [0] * start.dim()))
 
 
