@@ -7,6 +7,7 @@ docs/memory/compare.json. Needs the extra "peers".
 
     python benchmarks/memory_compare.py            everything
     python benchmarks/memory_compare.py 16         with another number of steps of flow
+    python benchmarks/memory_compare.py 8 additive  that table alone; the other stays as it is
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from glow_kernels.bench.live_storages import LiveStorages  # noqa: E402
 
+RESULTS = ROOT / "docs/memory/compare.json"
 CHANNELS, HIDDEN, SIZE, BATCH = 12, 128, 32, 8
-REPEATS = 15
+REPEATS = 8
 
 
 class ResizableStorages(LiveStorages):
@@ -167,8 +169,9 @@ def main() -> None:
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 8
     torch.set_num_threads(1)
     gk.tune_allocator()
-    rows = []
-    for coupling in ("affine", "additive"):
+    couplings = sys.argv[2:] or ["affine", "additive"]
+    rows = [row for row in json.loads(RESULTS.read_text()) if row["coupling"] not in couplings]
+    for coupling in couplings:
         x = torch.randn(BATCH, CHANNELS, SIZE, SIZE)
         contenders = models(count, coupling)
         times: dict[str, list[float]] = {name: [] for name in contenders}
@@ -189,7 +192,7 @@ def main() -> None:
             row = {"coupling": coupling, "name": name, "peak": peak(model, x), "time": medians[name] / medians["store"]}
             rows.append(row)
             print(f"  {name:32} {row['peak'] / 2**20:8.1f} MiB  {row['time']:.2f} x store", flush=True)
-    (ROOT / "docs/memory/compare.json").write_text(json.dumps(rows, indent=1) + "\n")
+    RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

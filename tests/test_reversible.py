@@ -312,6 +312,30 @@ def test_backward_twice_and_forward_twice(memory):
 
 
 @pytest.mark.parametrize("memory", FORGETFUL)
+@pytest.mark.parametrize("coupling", ["affine", "additive"])
+@pytest.mark.parametrize("own_network", [True, False])
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_backward_overwrites_only_its_own(memory, coupling, own_network, micro_batches):
+    # States and gradients between the steps give their place to those before them; nobody may see that.
+    x = torch.randn(3, 6, 4, 5, dtype=torch.float64)
+    steps = flow_steps(9, coupling=coupling)
+    if not own_network:
+        for step in steps:
+            step.coupling.network = nn.Conv2d(3, 6 if coupling == "affine" else 3, 3, padding=1)
+    plain = chain(steps, x)
+    model = forgetting(plain, memory, micro_batches=micro_batches)
+    z, log_det = model(x)
+    grads = [torch.randn_like(z), torch.randn_like(log_det)]
+    theirs = [tensor.detach().clone() for tensor in (x, z, *grads)]
+    parameters = list(model.parameters())
+    expected = torch.autograd.grad(plain(x), parameters, grads)
+    for retain in (True, False):
+        found = torch.autograd.grad((z, log_det), parameters, grads, retain_graph=retain)
+        assert_same(list(found), list(expected), 1e-9)
+        assert all(map(torch.equal, (x, z, *grads), theirs))
+
+
+@pytest.mark.parametrize("memory", FORGETFUL)
 def test_the_input_is_left_alone(memory):
     x = torch.randn(3, 6, 4, 5)
     model = forgetting(chain(flow_steps(5), x), memory)

@@ -16,7 +16,9 @@ from test_reversible import FORGETFUL, Scaling, forgetting, weighted
 
 import glow_kernels as gk
 from glow_kernels import ReversibleSequential
+from glow_kernels.bench import chains
 from glow_kernels.bench.live_storages import training_step_bytes
+from glow_kernels.bench.memory import peak_extra_bytes
 from glow_kernels.models import Glow
 from glow_kernels.nn import FlowStep
 
@@ -103,6 +105,18 @@ def test_a_budget_chooses_the_micro_batches(megabytes, parts):
 def test_real_tensors_take_what_fake_ones_do(options):
     real, fake = (measure(6, 2, 16, 32, fake=fake, **options) for fake in (False, True))
     assert real == fake
+
+
+@pytest.mark.parametrize("memory", ["anchor", "invert"])
+def test_a_short_chain_takes_less_than_checkpointing_of_every_step(memory):
+    # Its working set is all that it takes: a state or two decide.
+    for steps, size in ((1, 16), (2, 16), (4, 16), (4, 8)):
+        x = torch.randn(8, 12, size, size)
+        peaks = []
+        for name in ("checkpoint", f"glow_kernels {memory}"):
+            step = chains.training_step(chains.CHAINS[name](12, 64, steps, size), x)
+            peaks.append(peak_extra_bytes(step, x.device))
+        assert peaks[1] < peaks[0], (steps, size)
 
 
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 # The profiler's own library announces every start and stop on standard error otherwise.
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
@@ -22,12 +22,16 @@ def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int:
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
-        result = call()
+        result = call()  # what it leaves and the next call frees has a size that the profiler knows
+        del result
+        with record_function("measured"):
+            result = call()
     del result
-    results = profiler.profiler.kineto_results
-    changes = [(event.start_ns(), event.nbytes()) for event in results.events() if event.name() == "[memory]"]
+    events = profiler.profiler.kineto_results.events()
+    start = next(event.start_ns() for event in events if event.name() == "measured")
+    changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
     held = peak = 0
-    for _, nbytes in sorted(changes, key=lambda change: change[0]):
+    for _, nbytes in sorted((change for change in changes if change[0] >= start), key=lambda change: change[0]):
         held += nbytes
         peak = max(peak, held)
     return peak

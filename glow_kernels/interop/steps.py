@@ -14,7 +14,7 @@ from torch import Tensor
 
 from glow_kernels.interop.probe import Coupling
 from glow_kernels.ops import actnorm_conv1x1, actnorm_conv1x1_inverse, actnorm_conv1x1_reversible_backward
-from glow_kernels.reversible.tensors import differentiate, leaf, sum_of
+from glow_kernels.reversible.tensors import Start, differentiate, leaf, sum_of
 
 # log_scale, bias, weight and weight_log_det, as for actnorm_conv1x1.
 Linear = tuple[Tensor, Tensor, Tensor, "Tensor | None"]
@@ -90,10 +90,11 @@ def backward_from_output(
         grad_transformed, grad_log_det, transformed, h.detach(), constant_gain
     )
     leaves = [read, *tensors, *parameters]
-    grad_more, *grads = differentiate([h], [grad_h], leaves, closed)
+    start = Start.of(h, grad_h)
     del h, grad_h
+    grad_more, *grads = differentiate([start], leaves, closed)
     if gain is not None:
-        grads = _added(grads, differentiate([gain], [grad_gain], leaves[1:], closed=True))
+        grads = _added(grads, differentiate([Start.of(gain, grad_gain)], leaves[1:], closed=True))
     if grad_more is not None:
         grad_read = grad_read + grad_more
     x, grad_x = coupling.join(read.detach(), transformed), coupling.join(grad_read, grad_transformed)
@@ -103,7 +104,8 @@ def backward_from_output(
         linear = [tensor for tensor in parts.linear() if tensor is not None]
     constants = [tensor.detach() for tensor in linear]
     x, grad_x, *linear_grads = actnorm_conv1x1_reversible_backward(grad_x, grad_log_det, x, *constants)
-    return x, grad_x, _added(grads, differentiate(linear, linear_grads[: len(linear)], leaves[1:], closed=True))
+    starts = [Start.of(*pair) for pair in zip(linear, linear_grads, strict=False)]
+    return x, grad_x, _added(grads, differentiate(starts, leaves[1:], closed=True))
 
 
 def _gain(parts: Parts) -> Tensor | None:

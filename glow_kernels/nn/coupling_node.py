@@ -48,6 +48,16 @@ class Kind:
         return (channels - self.channels) * (1 if self.scale_map is None else 2)
 
 
+class Private(NamedTuple):
+    """Whether a state, and its gradient, are nobody else's, so that what follows from them may take their place."""
+
+    state: bool = False
+    grad: bool = False
+
+
+SHARED = Private()
+
+
 class Coupled(NamedTuple):
     """What :func:`couple` computes.
 
@@ -139,8 +149,12 @@ def uncouple(
     kind: Kind,
     parameters: Sequence[Tensor],
     needs_parameters: bool,
+    private: Private = SHARED,
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    """The ``x`` of :func:`couple`, its gradient and those of ``parameters``; the network is evaluated once."""
+    """The ``x`` of :func:`couple`, its gradient and those of ``parameters``; the network is evaluated once.
+
+    What is ``private`` of ``y`` and ``grad`` is overwritten by ``x`` and its gradient.
+    """
     conditioning, transformed = y[:, : kind.channels], y[:, kind.channels :]
     grad_conditioning, grad_transformed = grad[:, : kind.channels], grad[:, kind.channels :]
     h, kept = passes.forward(conditioning, parameters, frugal=True)
@@ -151,11 +165,26 @@ def uncouple(
             grad_transformed, grad_log_det, transformed, h, *kind.options
         )
     del h
+    transformed = in_place(y[:, kind.channels :], transformed, private.state)
+    if kind.scale_map is not None:
+        grad_transformed = in_place(grad[:, kind.channels :], grad_transformed, private.grad)
     below, found = passes.backward(grad_h, kept, parameters, True, needs_parameters, frugal=True)
     del grad_h, kept
     assert below is not None
-    x = torch.cat((conditioning, transformed), 1)
-    return x, torch.cat((grad_conditioning + below, grad_transformed), 1), found
+    x = y if private.state else torch.cat((conditioning, transformed), 1)
+    if private.grad:
+        grad_conditioning += below
+    else:
+        grad = torch.cat((grad_conditioning + below, grad_transformed), 1)
+    return x, grad, found
+
+
+def in_place(half: Tensor, values: Tensor, wanted: bool) -> Tensor:
+    """``values``, in place of the old ones of ``half`` if that is ``wanted``, so that their own memory is free again.
+
+    The other half, which a graph of the network may keep, stays as it is, and does not count as modified.
+    """
+    return half.data.copy_(values) if wanted else values
 
 
 class _CouplingNode(torch.autograd.Function):

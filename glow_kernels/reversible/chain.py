@@ -149,6 +149,8 @@ class ReversibleSequential(nn.Sequential):
                 self.check != "off",
             )
             x, log_det, ghost = _linked(steps, place, mode, maps, shelf, x, log_det, ghost, context)
+            if place.keeps_input and not place.compares:
+                ghost = None  # such a node does not wait for a state
         assert log_det is not None
         return x, log_det
 

@@ -12,17 +12,17 @@ from torch import Tensor
 
 from glow_kernels.nn import AdditiveCoupling, AffineCoupling, CouplingNetwork, FlowStep
 from glow_kernels.nn import network_passes as passes
-from glow_kernels.nn.coupling_node import has_passes, uncouple
+from glow_kernels.nn.coupling_node import Private, has_passes, in_place, uncouple
 from glow_kernels.ops import actnorm_conv1x1_reversible_backward, affine_coupling_reversible_backward
 from glow_kernels.ops.actnorm_conv1x1 import apply_reversible_backward
 from glow_kernels.reversible.anatomy import Anatomy
-from glow_kernels.reversible.tensors import differentiate, leaf, sum_of
+from glow_kernels.reversible.tensors import Start, differentiate, leaf, sum_of
 
 
-def way_back(anatomy: Anatomy) -> Callable[..., Any] | None:
+def way_back(anatomy: Anatomy, private: Private) -> Callable[..., Any] | None:
     """The ``backward_from_output`` of a flow step, or that which the step has itself; None if there is none."""
     if anatomy.is_flow_step:
-        return functools.partial(backward_from_output, anatomy)
+        return functools.partial(backward_from_output, anatomy, private)
     return getattr(anatomy.step, "backward_from_output", None)
 
 
@@ -41,6 +41,7 @@ def frugal(anatomy: Anatomy) -> Iterator[None]:
 
 def backward_from_output(
     anatomy: Anatomy,
+    private: Private,
     z: Tensor,
     grad_z: Tensor | None,
     grad_log_det: Tensor | None,
@@ -48,7 +49,10 @@ def backward_from_output(
     parameters: Sequence[Tensor],
     closed: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    """The input of the step, its gradient, and those of ``context`` and ``parameters``, with which it computes."""
+    """The input of the step, its gradient, and those of ``context`` and ``parameters``, with which it computes.
+
+    What is ``private`` of ``z`` and its gradient is overwritten.
+    """
     step = cast(FlowStep, anatomy.step)
     grad_z = torch.zeros_like(z) if grad_z is None else grad_z
     if grad_log_det is None:
@@ -63,19 +67,22 @@ def backward_from_output(
         and coupling.condition_on == "first"
         and has_passes(z, coupling._kind(), coupling.network)
     ):
-        return _backward_by_passes(anatomy, step, z, grad_z, grad_log_det, parameters)
+        return _backward_by_passes(anatomy, private, step, z, grad_z, grad_log_det, parameters)
     with torch.enable_grad():
         conditioning = leaf(conditioning, True)
         h = coupling.network(conditioning, *context)
-    transformed, grad_transformed, grad_h = _undo_coupling(
-        coupling, grad_transformed, grad_log_det, transformed, h.detach()
-    )
-    grad_extra, *grads = differentiate([h], [grad_h], [conditioning, *tensors, *parameters], closed)
+    before, grad_before, grad_h = _undo_coupling(coupling, grad_transformed, grad_log_det, transformed, h.detach())
+    transformed = in_place(transformed, before, private.state)
+    if grad_before is not grad_transformed:
+        grad_transformed = in_place(grad_transformed, grad_before, private.grad)
+    del before, grad_before
+    start = Start.of(h, grad_h)
     del h, grad_h
+    grad_extra, *grads = differentiate([start], [conditioning, *tensors, *parameters], closed)
     if grad_extra is not None:
-        grad_conditioning = grad_conditioning + grad_extra
-    y = coupling._merge(conditioning.detach(), transformed)
-    grad_y = coupling._merge(grad_conditioning, grad_transformed)
+        grad_conditioning = torch.add(grad_conditioning, grad_extra, out=grad_conditioning if private.grad else None)
+    y = z if private.state else coupling._merge(conditioning.detach(), transformed)
+    grad_y = grad_z if private.grad else coupling._merge(grad_conditioning, grad_transformed)
     x, grad_x, linear_grads = _undo_linear_map(anatomy, step, grad_y, grad_log_det, y, parameters)
     for number, grad in enumerate(linear_grads, start=len(tensors)):
         grads[number] = sum_of(grads[number], grad)
@@ -83,12 +90,18 @@ def backward_from_output(
 
 
 def _backward_by_passes(
-    anatomy: Anatomy, step: FlowStep, z: Tensor, grad_z: Tensor, grad_log_det: Tensor, parameters: Sequence[Tensor]
+    anatomy: Anatomy,
+    private: Private,
+    step: FlowStep,
+    z: Tensor,
+    grad_z: Tensor,
+    grad_log_det: Tensor,
+    parameters: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     """The same without autograd, where the network is this package's own."""
     own = passes.parameters_of(step.coupling.network)
     needed = any(parameter.requires_grad for parameter in own)
-    y, grad_y, found = uncouple(grad_z, grad_log_det, z, step.coupling._kind(), own, needed)
+    y, grad_y, found = uncouple(grad_z, grad_log_det, z, step.coupling._kind(), own, needed, private)
     x, grad_x, grads = _undo_linear_map(anatomy, step, grad_y, grad_log_det, y, parameters)
     of: dict[int, Tensor | None] = {}
     for parameter, grad in zip(own, found, strict=True):
@@ -113,8 +126,7 @@ def _undo_linear_map(
     x, grad_x, grads = results[0], results[1], results[2:]
     if not anatomy.is_standard:
         pairs = [(tensor, grad) for tensor, grad in zip(inputs, grads, strict=True) if tensor is not None]
-        outputs, output_grads = zip(*pairs, strict=True)
-        return x, grad_x, differentiate(outputs, output_grads, parameters, closed=True)
+        return x, grad_x, differentiate([Start.of(*pair) for pair in pairs], parameters, closed=True)
     of: dict[int, Tensor | None] = {}
     linear_grads = zip(inputs[:2], grads[:2], strict=True)
     for tensor, grad in (*linear_grads, *step.mixing.matrix_gradients(grads[2], grads[3])):

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch._guards import detect_fake_mode
 
 from glow_kernels.backends.numerics import output_format
-from glow_kernels.nn.coupling_node import Kind
+from glow_kernels.nn.coupling_node import SHARED, Kind, Private
 from glow_kernels.reversible import guards, recompute
 from glow_kernels.reversible.anatomy import Anatomy
 from glow_kernels.reversible.linear_maps import LinearMaps
@@ -111,6 +111,7 @@ class Link(torch.autograd.Function):
             ctx.on_shelf = ctx.shelf.put(x)
         if not torch.compiler.is_compiling():
             ctx.chain = _chains[place.handle]  # alive until its backward
+            ctx.private = _private(ctx.chain, place, maps)
         total = step_log_det if log_det is None else log_det + step_log_det
         # One element that nobody reads; not a view, of which FSDP would warn.
         return z, total, z.new_empty_strided(z.shape, [0] * z.dim())
@@ -141,7 +142,9 @@ class Link(torch.autograd.Function):
                 maps = ctx.maps.of(place.numbers)
                 tensors = _with_maps(tensors, ctx.bounds, [there for there, _ in maps])
             steps = _steps(place, tensors, ctx.kinds, ctx.bounds, maps)
-            result = _backward(place, mode, steps, x, z, (grad_z, grad_log_det), tensors, needs, ctx.states)
+            result = _backward(
+                place, mode, steps, x, z, (grad_z, grad_log_det), tensors, needs, ctx.states, ctx.private
+            )
             reached, grad_x, tensor_grads = result.x, result.grad_x, result.grads
         ghost_grad = (reached if x is None else x) if ctx.needs_input_grad[7] else None
         total_grad = grad_log_det if ctx.needs_input_grad[6] else None
@@ -179,11 +182,12 @@ def _backward(
     tensors: Sequence[Any],
     needs: Sequence[bool],
     states: States | None,
+    private: Private = SHARED,
 ) -> Recomputed:
     chain = _find(place)
     states = [None] * place.length if states is None else states
     inputs = [x, *[None] * (place.length - 1)]
-    result, reached = _sweep(place, mode, steps, inputs, z, grads, tensors, needs, states)
+    result, reached = _sweep(place, mode, steps, inputs, z, grads, tensors, needs, states, private)
     if result.z is None or reached is None:
         return result
     with guards.named(chain, place.number):
@@ -208,6 +212,7 @@ def _sweep(
     tensors: Sequence[Any],
     needs: Sequence[bool],
     states: States,
+    private: Private = SHARED,
 ) -> tuple[Recomputed, Tensor | None]:
     """Backward through the steps from ``z``, or from the inputs that are known, and what arrived at the first step."""
     chain = _find(place)
@@ -234,6 +239,7 @@ def _sweep(
                 mode,
                 states[index],
                 step.is_standard or key in chain._proven,
+                private,
             )
         chain._proven.add(key)
         state, grads = result.x, (result.grad_x, grads[1])
@@ -242,6 +248,17 @@ def _sweep(
             totals[position] = sum_of(totals[position], grad)
     assert result is not None
     return result._replace(grads=totals), reached
+
+
+def _private(chain: ReversibleSequential, place: Place, maps: LinearMaps | None) -> Private:
+    """What arrives at a node of one step from the next, which has just made it and does not keep it.
+
+    Steps that have their linear maps from the chain have no hooks, which could keep it too. What the last step gets is
+    the caller's, and an anchor may be needed once more.
+    """
+    if maps is None or place.length > 1 or place.keeps_output:
+        return SHARED
+    return Private(state=not place.keeps_input and not chain._is_anchor(place.number + 1), grad=not place.keeps_input)
 
 
 def _find(place: Place) -> ReversibleSequential:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from glow_kernels.nn import AdditiveCoupling, AffineCoupling, FlowStep
 from glow_kernels.nn import network_passes as passes
-from glow_kernels.nn.coupling_node import Kind, couple, couple_backward, has_passes, uncouple
+from glow_kernels.nn.coupling_node import Kind, Private, couple, couple_backward, has_passes, uncouple
 from glow_kernels.nn.step import LinearMap
 from glow_kernels.ops.actnorm_conv1x1 import apply, apply_backward, apply_reversible_backward
 
@@ -66,6 +66,7 @@ class PlainStep(NamedTuple):
     def backward(
         self,
         needs: Sequence[bool],
+        private: Private,
         x: Tensor | None,
         z: Tensor | None,
         grad_z: Tensor | None,
@@ -75,6 +76,7 @@ class PlainStep(NamedTuple):
 
         Args:
             needs: which parameters do.
+            private: of ``z`` and its gradient, what may be overwritten.
             x, z: input and output; one of them may be missing.
         """
         given = z if x is None else x
@@ -85,7 +87,7 @@ class PlainStep(NamedTuple):
             grad_log_det = matrix.new_zeros(given.shape[0])
         if x is None:
             assert self.inverse is not None
-            y, grad_y, found = uncouple(grad_z, grad_log_det, given, self.kind, own, any(needs[2:]))
+            y, grad_y, found = uncouple(grad_z, grad_log_det, given, self.kind, own, any(needs[2:]), private)
             x, grad_x, *of_map = apply_reversible_backward(grad_y, y, matrix, *self.inverse)
             evaluated = None
         else:

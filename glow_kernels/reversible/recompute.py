@@ -16,11 +16,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from glow_kernels import backends
+from glow_kernels.nn.coupling_node import SHARED, Private
 from glow_kernels.reversible import flow_step
 from glow_kernels.reversible.anatomy import Anatomy
 from glow_kernels.reversible.plain_step import PlainStep
 from glow_kernels.reversible.randomness import RandomState, refuse_while_capturing
-from glow_kernels.reversible.tensors import Joined, differentiate, leaf, part_of, sum_of
+from glow_kernels.reversible.tensors import Joined, Start, differentiate, leaf, part_of, sum_of
 
 
 class Mode(NamedTuple):
@@ -119,6 +120,7 @@ def backward(
     mode: Mode,
     states: Sequence[RandomState] | None,
     closed: bool,
+    private: Private = SHARED,
 ) -> Recomputed:
     """Differentiate a step, given its input ``x`` or else its output ``z``; both to evaluate its output again.
 
@@ -127,14 +129,16 @@ def backward(
         needs: which of ``context`` and ``parameters`` need a gradient.
         states: as :func:`forward` returned them.
         closed: as for :func:`~glow_kernels.reversible.tensors.differentiate`.
+        private: of ``z`` and its gradient, what may be overwritten.
     """
     if isinstance(anatomy, PlainStep):
-        return _backward_of_plain(anatomy, x, z, grads, needs, mode)
+        return _backward_of_plain(anatomy, x, z, grads, needs, mode, private)
     given = cast(Tensor, z if x is None else x)
     batch = len(given)
-    way_back = flow_step.way_back(anatomy) if x is None else None
+    way_back = flow_step.way_back(anatomy, private) if x is None else None
     tensors = [tensor for tensor in context if tensor is not None]
-    joined_x, joined_z, joined_grad = Joined(batch), Joined(batch), Joined(batch)
+    joined_x, joined_grad = _joined(batch, z, grads[0], private)
+    joined_z = Joined(batch)
     joined_context = [Joined(batch) for _ in tensors]
     totals: list[Tensor | None] = [None] * len(parameters)
     leaves = [leaf(tensor, need) for tensor, need in zip(parameters, needs[len(context) :], strict=True)]
@@ -161,8 +165,9 @@ def backward(
                 if x is not None and z is not None:
                     joined_z.add(part, part_z.detach())
                 every_leaf = [start, *(t for t in part_context if t is not None), *leaves]
-                grad, *part_grads = differentiate([part_z, part_log_det], [grad_z, grad_log_det], every_leaf, closed)
+                starts = [Start.of(part_z, grad_z), Start.of(part_log_det, grad_log_det)]
                 del part_z, part_log_det
+                grad, *part_grads = differentiate(starts, every_leaf, closed)
                 grad_x = torch.zeros_like(part_x) if grad is None else grad
             if x is None:
                 joined_x.add(part, part_x)
@@ -185,21 +190,27 @@ def _backward_of_plain(
     grads: tuple[Tensor | None, Tensor | None],
     needs: Sequence[bool],
     mode: Mode,
+    private: Private,
 ) -> Recomputed:
     given = cast(Tensor, z if x is None else x)
     batch = given.shape[0]
-    joined = [Joined(batch) for _ in range(3)]
+    joined_x, joined_grad = _joined(batch, z, grads[0], private)
+    joined_z = Joined(batch)
     totals: list[Tensor | None] = [None] * len(step.parameters)
     with mode.applied(given.device):
         for part in mode.parts(batch):
             parts = (None if tensor is None else part_of(tensor, part) for tensor in (x, z, *grads))
-            *states, found = step.backward(needs, *parts)
-            for join, state in zip(joined, states, strict=True):
+            *states, found = step.backward(needs, private, *parts)
+            for join, state in zip((joined_x, joined_z, joined_grad), states, strict=True):
                 if state is not None:
                     join.add(part, state)
             totals = [sum_of(total, grad) for total, grad in zip(totals, found, strict=True)]
-    joined_x, joined_z, joined_grad = joined
     return Recomputed(joined_x.tensor if x is None else x, joined_z.tensor_or_none, joined_grad.tensor, totals)
+
+
+def _joined(batch: int, z: Tensor | None, grad_z: Tensor | None, private: Private) -> tuple[Joined, Joined]:
+    """For the input of a step and its gradient, in place of what is private."""
+    return Joined(batch, z if private.state else None), Joined(batch, grad_z if private.grad else None)
 
 
 def _parts(context: Sequence[Tensor | None], part: slice | None) -> list[Tensor | None]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from glow_kernels.backends.numerics import output_format
 
@@ -20,43 +22,55 @@ def part_of(tensor: Tensor, part: slice | None) -> Tensor:
     return tensor if part is None else tensor[part]
 
 
-def differentiate(
-    outputs: Sequence[Tensor], grads: Sequence[Tensor | None], leaves: Sequence[Tensor], closed: bool
-) -> list[Tensor | None]:
-    """Gradients of ``outputs`` in those ``leaves`` that require them; None where there is none.
+class Start(NamedTuple):
+    """Where a backward starts: an output, which may be freed meanwhile, and its gradient, freed with its first use.
+
+    What :func:`torch.autograd.grad` is given lives until it returns, so that it is given an empty gradient, and a hook
+    hands over the real one.
+    """
+
+    edge: GradientEdge
+    grad: Tensor
+
+    @classmethod
+    def of(cls, output: Tensor, grad: Tensor | None) -> Start | None:
+        """That of ``output``; None where no gradient starts from it."""
+        if grad is None or not output.requires_grad:
+            return None
+        with torch.enable_grad():
+            start = output.view_as(output)  # which has no hooks of others, who are to see the real gradient
+        owned = [grad.to(output.dtype)]
+        start.register_hook(lambda _: owned.pop())  # type: ignore[no-untyped-call]
+        return cls(get_gradient_edge(start), start.new_empty_strided(start.shape, [0] * start.dim()))
+
+
+def differentiate(starts: Sequence[Start | None], leaves: Sequence[Tensor], closed: bool) -> list[Tensor | None]:
+    """Gradients in those ``leaves`` that require them; None where there is none.
 
     Args:
         closed: skip the search for other leaves.
 
     Raises:
-        RuntimeError: the outputs depend on another tensor that requires a gradient, which would not get it.
+        RuntimeError: a start depends on another tensor that requires a gradient, which would not get it.
     """
-    pairs = [
-        (output, grad.to(output.dtype))
-        for output, grad in zip(outputs, grads, strict=True)
-        if output.requires_grad and grad is not None
-    ]
+    given = [start for start in starts if start is not None]
     results: list[Tensor | None] = [None] * len(leaves)
     wanted = [number for number, tensor in enumerate(leaves) if tensor.requires_grad]
-    if not pairs:
+    if not given:
         return results
+    edges, grads = zip(*given, strict=True)
     if not closed:
-        _refuse_strangers([output for output, _ in pairs], leaves)
+        _refuse_strangers([edge.node for edge in edges], leaves)
     if wanted:
-        found = torch.autograd.grad(
-            [output for output, _ in pairs],
-            [leaves[number] for number in wanted],
-            [grad for _, grad in pairs],
-            allow_unused=True,
-        )
+        found = torch.autograd.grad(edges, [leaves[number] for number in wanted], grads, allow_unused=True)
         for number, grad in zip(wanted, found, strict=True):
             results[number] = grad
     return results
 
 
-def _refuse_strangers(outputs: Sequence[Tensor], leaves: Sequence[Tensor]) -> None:
+def _refuse_strangers(nodes: Sequence[Node], leaves: Sequence[Tensor]) -> None:
     known = {id(tensor) for tensor in leaves}
-    seen = {output.grad_fn for output in outputs}
+    seen = set(nodes)
     stack = list(seen)
     while stack:
         node = stack.pop()
@@ -66,7 +80,7 @@ def _refuse_strangers(outputs: Sequence[Tensor], leaves: Sequence[Tensor]) -> No
                 f"it uses a tensor of shape {tuple(variable.shape)} that requires a gradient and is neither a "
                 "parameter of it nor passed to the chain: register it in the step, or pass it as context"
             )
-        for following, _ in () if node is None else node.next_functions:
+        for following, _ in node.next_functions:
             if following is not None and following not in seen:
                 seen.add(following)
                 stack.append(following)
@@ -81,11 +95,15 @@ def sum_of(total: Tensor | None, grad: Tensor | None) -> Tensor | None:
 
 
 class Joined:
-    """A tensor whose samples arrive part by part; a single part is taken as it is."""
+    """A tensor whose samples arrive part by part; a single part is taken as it is.
 
-    def __init__(self, batch: int) -> None:
+    Args:
+        place: a tensor like it, in place of which several parts are put; it does not count as modified.
+    """
+
+    def __init__(self, batch: int, place: Tensor | None = None) -> None:
         self._batch = batch
-        self._result: Tensor | None = None
+        self._result = None if place is None else place.data
 
     def add(self, part: slice | None, tensor: Tensor) -> None:
         """Put ``tensor`` where ``part`` of the batch belongs."""
