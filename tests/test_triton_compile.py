@@ -236,7 +236,8 @@ class _Calls(TorchDispatchMode):
 
 ALLOCATIONS = {"empty", "empty_like", "new_empty"}
 VIEWS = {"view", "permute", "_unsafe_view", "transpose", "unsqueeze", "slice", "select", "expand", "detach", "alias"}
-COPIES = {"clone"}  # of the sums over positions, since results share no memory
+# Of the sums over positions, since results share no memory; of a bias's gradient that is not in the type of arithmetic.
+COPIES = {"clone", "_to_copy"}
 
 
 def test_an_operator_only_allocates_and_launches():
