@@ -379,7 +379,7 @@ def test_no_byte_is_moved_twice(name, passes, shape, channels_last):
             else (x, conditions, matrix, shift, *options[1:])
         ),
         "actnorm_statistics": (x,),
-        "bias_relu": (grad, x) if function == "backward" else (x, shift),
+        "bias_relu": (grad, x, 1) if function == "backward" else (x, shift),
     }[module]
     if name == "gaussian_log_prob.backward":
         arguments = (grad_log_det, x, h, layout)
