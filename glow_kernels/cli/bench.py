@@ -172,7 +172,7 @@ def _selections(arguments: argparse.Namespace, device: torch.device) -> list[Sel
         or (sorted({1, min(2, os.cpu_count() or 1)}) if full_on_cpu else [torch.get_num_threads()]),
         allocators=arguments.allocator or ["tuned"],
         device=str(device),
-        seconds=arguments.seconds or (0.4 if arguments.quick else 0.6),
+        seconds=arguments.seconds or (0.4 if arguments.quick else 0.55),
     )
     if arguments.quick or arguments.dtype or arguments.memory_format:
         return [usual]
