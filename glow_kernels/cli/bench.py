@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 PARTS = ("operators", "overhead", "models", "reversible")
 QUICK_DIRECTIONS = ("forward", "inverse", "backward", "reversible_backward")
-# Seconds that a run may take; the goals are 3 and 20 minutes.
-QUICK_LIMIT, FULL_LIMIT = 160.0, 1110.0
+# Seconds that a run may take, of the 3 and 20 minutes that are the goals: large cases take a little more than planned.
+QUICK_LIMIT, FULL_LIMIT = 160.0, 1050.0
 PAGE, DOCUMENT = Path("runs/report"), Path("docs/performance.md")
 
 
@@ -172,7 +172,7 @@ def _selections(arguments: argparse.Namespace, device: torch.device) -> list[Sel
         or (sorted({1, min(2, os.cpu_count() or 1)}) if full_on_cpu else [torch.get_num_threads()]),
         allocators=arguments.allocator or ["tuned"],
         device=str(device),
-        seconds=arguments.seconds or (0.4 if arguments.quick else 0.55),
+        seconds=arguments.seconds or (0.4 if arguments.quick else 0.6),
     )
     if arguments.quick or arguments.dtype or arguments.memory_format:
         return [usual]
