@@ -226,9 +226,7 @@ def test_what_only_the_reference_computes_is_not_measured_where_a_model_does_not
 
     assert measured() == []
     assert not any("coupling_conv1x1" in task.name for task in overhead.tasks(torch.device("cpu"), None, None))
-    few = dataclasses.replace(
-        OPERATORS["coupling_conv1x1"], chosen=lambda z, *_: "triton" if z.shape[1] <= 48 else "reference"
-    )
+    few = dataclasses.replace(OPERATORS["coupling_conv1x1"], is_fast=lambda z, *_: z.shape[1] <= 48)
     monkeypatch.setitem(OPERATORS, "coupling_conv1x1", few)
     assert measured() == (["forward", "no_grad", "backward", "forward_backward"] if shape[1] <= 48 else [])
 

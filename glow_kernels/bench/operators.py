@@ -81,8 +81,8 @@ class Operator:
         moved: for every direction, read and written tensors in units of the data's bytes: what the limit copies.
             Parameters of C and C x C elements do not count.
         products: matrix products of the data's size for every direction.
-        chosen: the backend that computes with such arguments, for an operator that a model calls only where that is not
-            the reference; elsewhere it is not measured.
+        is_fast: whether another backend than the reference takes such arguments, for an operator that a model calls
+            only then; elsewhere it is not measured.
     """
 
     name: str
@@ -91,7 +91,7 @@ class Operator:
     arguments: Callable[[Case], list[Tensor]]
     moved: dict[str, float]
     products: dict[str, int]
-    chosen: Callable[..., str] | None = None
+    is_fast: Callable[..., bool] | None = None
 
 
 def _random(shape: Sequence[int], case: Case) -> Tensor:
@@ -193,7 +193,7 @@ OPERATORS = {
                 "forward_backward": 8,
             },
             products={},
-            chosen=lambda *arguments: coupling_conv1x1.forward.chosen(*arguments, *_COUPLING),
+            is_fast=lambda *arguments: coupling_conv1x1.forward.is_fast(*arguments, *_COUPLING),
         ),
         Operator(
             "gaussian_log_prob",
@@ -229,10 +229,10 @@ def operator(name: str) -> Operator:
 def is_measured(case: Case) -> bool:
     """Whether the operator has this direction, and a backend that is worth measuring."""
     operator = OPERATORS[case.operator]
-    if case.direction not in operator.moved or operator.chosen is None:
+    if operator.is_fast is None or case.direction not in operator.moved:
         return case.direction in operator.moved
     # The device, the type and the number of channels decide.
-    return operator.chosen(*operator.arguments(replace(case, shape=(1, case.shape[1], 1, 1)))) != "reference"
+    return operator.is_fast(*operator.arguments(replace(case, shape=(1, case.shape[1], 1, 1))))
 
 
 def parse_shape(text: str) -> Shape:

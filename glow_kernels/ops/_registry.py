@@ -69,11 +69,19 @@ class Operator:
             self._implementations[backend] = _Implementation(name, schema, fake, python, setup_context, rule)
 
     def __call__(self, *args: Any) -> Any:
-        """Compute with the backend that is :meth:`chosen`."""
-        return self._run(self.chosen(*args), args)
+        """Compute with the first backend in order of preference that supports ``args``."""
+        return self._run(self._chosen(args), args)
 
-    def chosen(self, *args: Any) -> str:
-        """The first backend in order of preference that supports ``args``."""
+    def is_fast(self, *args: Any) -> bool:
+        """Whether a call with ``args`` would be computed by another backend than the reference."""
+        return self._chosen(args) != "reference"
+
+    def on(self, backend: str, *args: Any) -> Any:
+        """Compute with ``backend``, or the reference if that does not support ``args``."""
+        supported = backend == "reference" or self._support[backend](self._function, *args)
+        return self._run(backend if supported else "reference", args)
+
+    def _chosen(self, args: tuple[Any, ...]) -> str:
         candidates = backends.candidates()
         if not faster.first_tensor(args).is_cpu:
             candidates = faster.first(candidates, self._name, args)
@@ -81,15 +89,6 @@ class Operator:
             if backend == "reference" or self._support[backend](self._function, *args):
                 break
         return backend
-
-    def is_fast(self, *args: Any) -> bool:
-        """Whether a call with ``args`` would be computed by another backend than the reference."""
-        return self.chosen(*args) != "reference"
-
-    def on(self, backend: str, *args: Any) -> Any:
-        """Compute with ``backend``, or the reference if that does not support ``args``."""
-        supported = backend == "reference" or self._support[backend](self._function, *args)
-        return self._run(backend if supported else "reference", args)
 
     def _run(self, backend: str, args: tuple[Any, ...]) -> Any:
         function = self._implementations.get(backend) or self._plain
