@@ -53,7 +53,7 @@ INVALID: dict[str, list[Any]] = {
     "batch_size": [0],
     "memory": ["less", None],
     "anchor_every": [0],
-    "micro_batches": [0, -1],
+    "micro_batches": [0, -1, 2],
     "validate_every": [0],
     "log_every": [0],
     "warmup": [-1],

@@ -202,6 +202,7 @@ BAD_OPTIONS = {
     "micro_batches must be a whole number of at least 1, or 'auto', got -2": {"micro_batches": -2},
     "micro_batches must be a whole number of at least 1, or 'auto', got 1.5": {"micro_batches": 1.5},
     "micro_batches must be a whole number of at least 1, or 'auto', got 'all'": {"micro_batches": "all"},
+    "micro_batches must be 1 with memory='store', got 2": {"memory": "store", "micro_batches": 2},
     "memory_budget must be given with micro_batches='auto' and only then, got None": {"micro_batches": "auto"},
     "memory_budget must be given with micro_batches='auto' and only then, got 5": {"memory_budget": 5},
     "memory_budget must be at least 1 byte, got 0": {"micro_batches": "auto", "memory_budget": 0},

@@ -45,6 +45,7 @@ class ReversibleSequential(nn.Sequential):
         anchor_every: distance of the anchors.
         micro_batches: evaluate every step in this many parts of the batch, one after the other, which divides the
             memory that the network of a step takes while it works; ``"auto"`` finds the number from ``memory_budget``.
+            Not for ``"store"``.
         check: compare the state that arrives at an anchor with the exact one: ``"off"``; ``"flag"`` records it for
             :meth:`drift`; ``"raise"`` raises where it is above ``drift_limit``; ``"replay"`` computes the
             gradients since that anchor again, from exact states, so that they are right. Both wait for the device at
@@ -84,6 +85,8 @@ class ReversibleSequential(nn.Sequential):
             raise ValueError(f"anchor_every must be a whole number of at least 1, got {anchor_every}")
         if micro_batches != "auto" and (not isinstance(micro_batches, int) or micro_batches < 1):
             raise ValueError(f"micro_batches must be a whole number of at least 1, or 'auto', got {micro_batches!r}")
+        if memory == "store" and micro_batches != 1:
+            raise ValueError(f"micro_batches must be 1 with memory='store', got {micro_batches!r}")
         if (micro_batches == "auto") != (memory_budget is not None):
             raise ValueError(
                 f"memory_budget must be given with micro_batches='auto' and only then, got {memory_budget}"

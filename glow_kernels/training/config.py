@@ -71,6 +71,12 @@ class TrainingConfig:
             "log_every",
         ):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        _require(
+            self.memory != "store" or self.micro_batches == 1,
+            "micro_batches",
+            "1 with memory store",
+            self.micro_batches,
+        )
         for name in ("warmup", "weight_decay", "patience", "class_weight", "seed"):
             _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
         for name in ("learning_rate", "clip"):
