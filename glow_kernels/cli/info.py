@@ -28,9 +28,10 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the report."""
+    threads = torch.get_num_threads()
     print(f"glow_kernels  {__version__}")
     print(f"python        {platform.python_version()} on {platform.system()} {platform.machine()}")
-    print(f"torch         {torch.__version__}, {torch.get_num_threads()} threads")
+    print(f"torch         {torch.__version__}, {threads} thread{'s' * (threads != 1)}")
     print(f"triton        {_version('triton') or 'not installed'}")
     for line in _devices():
         print(f"device        {line}")

@@ -17,7 +17,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         help="measure launch parameters of the Triton kernels on this GPU, and CUDA C++ against Triton",
         description="Measure the launch parameters of the Triton kernels on this GPU, then whether they or CUDA C++ "
         "are faster, and write the tables that the package reads from then on, a few minutes. Without them, rules that "
-        "hold everywhere are used, and Triton.",
+        "hold everywhere are used, and CUDA C++.",
     )
     parser.add_argument("--output", type=Path, help="folder to write to (default: the package's own)")
     return parser
