@@ -507,6 +507,16 @@ def test_module_is_the_command_line(arguments: list[str], code: int, monkeypatch
     assert exit_.value.code == code
 
 
+def test_a_reader_that_leaves_is_no_error() -> None:
+    command = [sys.executable, "-m", "glow_kernels", "info"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
 def test_script_is_the_command_line() -> None:
     (script,) = importlib.metadata.entry_points(group="console_scripts", name="glow-kernels")
     assert script.load() is main

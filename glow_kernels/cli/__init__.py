@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -16,12 +17,17 @@ COMMANDS = (train, evaluate, sample, interpolate, bench, info, tune)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, 1 for an error, 2 for a wrong use."""
+    """Run one command and return its exit code: 0, 1 for an error, 2 for a wrong use; 130 or 141 if interrupted, or read no further."""
     arguments = _parser().parse_args(argv)
     if getattr(arguments, "tune_allocator", True):
         tune_allocator()
     try:
         arguments.run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read this has seen enough, as head does. Python flushes once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # what a shell says of SIGPIPE
     except (GlowKernelsError, OSError) as error:
         if arguments.debug:
             raise
@@ -39,7 +45,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="glow-kernels", description="Train, evaluate and sample Glow, a normalizing flow for images.")
+    parser = _Parser(
+        prog="glow-kernels",
+        description="Train, evaluate and sample Glow, a normalizing flow for images; measure its operators.",
+    )
     parser.add_argument("--version", action="version", version=f"glow_kernels {__version__}")
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for command in COMMANDS:

@@ -39,8 +39,13 @@ def device(arguments: argparse.Namespace) -> torch.device:
         zero = torch.zeros(1, device=name)
         zero.item()
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"--device {name} cannot be used here: {_first_sentence(error)}") from error
     return zero.device
+
+
+def _first_sentence(error: Exception) -> str:
+    """Without the list of what could have been named, or all that a missing device lacks."""
+    return str(error).partition("\n")[0].partition(". ")[0]
 
 
 def positive(text: str) -> int:
