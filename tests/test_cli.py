@@ -24,6 +24,7 @@ from test_evaluation import tiles
 from test_trainer import before_step, send
 
 import glow_kernels
+from glow_kernels import backends
 from glow_kernels.backends import PREFERENCE, backend_status
 from glow_kernels.cli import main
 from glow_kernels.cli import train as train_command
@@ -443,6 +444,17 @@ def test_info_says_of_every_backend_and_package_whether_it_is_there(capsys: pyte
         version = re.escape(importlib.metadata.version(package))
         assert re.search(rf"^  {package} +{version}$", output, flags=re.MULTILINE)
     assert "glow_kernels[train]" not in output
+
+
+def test_info_says_what_is_chosen(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(backends, "_chosen", "reference")  # as importing the package does from GLOW_KERNELS_BACKEND
+    assert cli("info") == 0
+    output = capsys.readouterr().out
+    assert re.search(r"^  reference +available \(chosen\)", output, flags=re.MULTILINE)
+    assert "(default)" not in output
+    monkeypatch.setattr(backends, "_chosen", "quantum")
+    assert cli("info") == 2
+    assert "got 'quantum'" in capsys.readouterr().err
 
 
 def test_info_says_how_to_install_what_is_missing(

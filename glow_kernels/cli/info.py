@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from glow_kernels import __version__
-from glow_kernels.backends import PREFERENCE, available_backends, backend_status
+from glow_kernels.backends import PREFERENCE, BackendStatus, available_backends, backend_status, choice, select
 from glow_kernels.backends.native import cuda
 
 OPTIONAL = ("numpy", "pillow", "safetensors", "scikit-learn", "tqdm", "matplotlib", "tensorboard")
@@ -27,7 +27,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print the report."""
+    """Print the report; that GLOW_KERNELS_BACKEND chooses what cannot be used is an error, and comes last."""
     threads = torch.get_num_threads()
     print(f"glow_kernels  {__version__}")
     print(f"python        {platform.python_version()} on {platform.system()} {platform.machine()}")
@@ -37,24 +37,25 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"device        {line}")
     print("\nbackends, in order of preference")
     for name in PREFERENCE:
-        status = backend_status(name)
-        chosen = " (default)" if name == available_backends()[0] else ""
-        remedy = f"; {status.remedy}" if status.remedy else ""
-        print(f"  {name:<12}{'available' + chosen if status.available else 'not available':<22}{status.reason}{remedy}")
+        mark = " (chosen)" if name == choice() else ""
+        if choice() is None and name == available_backends()[0]:
+            mark = " (default)"
+        _print_backend(name, backend_status(name), mark)
         if name == "native":
-            _print_cuda()
+            _print_backend("  on CUDA", cuda.status())
     print("\npackages for the command line")
     missing = [package for package in OPTIONAL if _version(package) is None]
     for package in OPTIONAL:
         print(f"  {package:<14}{_version(package) or 'missing'}")
     if missing:
         print("\ninstall what is missing with: pip install 'glow_kernels[train]'")
+    select()
 
 
-def _print_cuda() -> None:
-    status = cuda.status()
+def _print_backend(name: str, status: BackendStatus, mark: str = "") -> None:
+    available = f"available{mark}" if status.available else "not available"
     remedy = f"; {status.remedy}" if status.remedy else ""
-    print(f"  {'  on CUDA':<12}{'available' if status.available else 'not available':<22}{status.reason}{remedy}")
+    print(f"  {name:<12}{available:<22}{status.reason}{remedy}")
 
 
 def _devices() -> list[str]:
