@@ -232,6 +232,8 @@ def test_additive_couplings():
 
 def test_what_is_no_such_model_is_refused():
     state = Glow(3, 8, 1, 1, 4).state_dict()
+    with pytest.raises(TypeError, match=r"state_dict must be a mapping of names to tensors, got Linear"):
+        convert(torch.nn.Linear(2, 2), source="rosinality", target="openai")
     with pytest.raises(ValueError, match=r"source must be one of .*, got 'tensorflow'"):
         convert(state, source="tensorflow", target="y0ast")
     with pytest.raises(ValueError, match=r"state_dict must be that of a Glow of rosinality: it has no steps"):

@@ -83,6 +83,11 @@ class OneResult(Scaling):
         return super().forward(x)[0]
 
 
+class OneNumber(Scaling):
+    def forward(self, x):
+        return super().forward(x)[0], 0.0
+
+
 class Borrowing(Scaling):
     """Uses a parameter that is not its own."""
 
@@ -106,6 +111,7 @@ REFUSED = {
     Lazy: "it modifies log_scale in place in forward",
     WithGenerator: "it gives different results for the same input",
     OneResult: r"it must return z and log_det of shape \(B,\)",
+    OneNumber: r"it must return z and log_det of shape \(B,\)",
     Borrowing: r"it uses a tensor of shape \(6, 1, 1\) that requires a gradient and is neither a parameter of it nor",
 }
 

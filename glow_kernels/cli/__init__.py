@@ -17,7 +17,10 @@ COMMANDS = (train, evaluate, sample, interpolate, bench, info, tune)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, 1 for an error, 2 for a wrong use; 130 or 141 if interrupted, or read no further."""
+    """Run one command and return its exit code: 0, 1 for an error, 2 for a wrong use.
+
+    130 says that it was interrupted, 141 that whoever reads its output has left.
+    """
     arguments = _parser().parse_args(argv)
     if getattr(arguments, "tune_allocator", True):
         tune_allocator()

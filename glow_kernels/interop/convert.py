@@ -54,9 +54,12 @@ def convert(state_dict: Mapping[str, Tensor], *, source: str, target: str, lu: b
             ``"openai"``.
 
     Raises:
+        TypeError: ``state_dict`` is no mapping, but a model for example.
         ValueError: an unknown dialect, ``lu`` for ``"openai"``, or a state dict of something else; the message names
             the first missing tensor.
     """
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict must be a mapping of names to tensors, got {type(state_dict).__name__}")
     check_choice("source", source, tuple(DIALECTS))
     check_choice("target", target, tuple(DIALECTS))
     keys, inexact = Keys(state_dict), list[str]()

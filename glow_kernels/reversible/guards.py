@@ -144,7 +144,7 @@ def _try_out(anatomy: Anatomy, x: Tensor, context: Sequence[Tensor | None], need
     for _ in range(2):
         with unchanged(anatomy, x, "forward"), state.replayed():
             result = anatomy.step.forward(x, *context)
-        if not isinstance(result, tuple) or len(result) != 2 or result[1].shape != x.shape[:1]:
+        if not _is_result(result, len(x)):
             raise TypeError("it must return z and log_det of shape (B,)")
         results.append(result)
     (z, log_det), (z_again, log_det_again) = results
@@ -157,6 +157,12 @@ def _try_out(anatomy: Anatomy, x: Tensor, context: Sequence[Tensor | None], need
     if back.shape != x.shape or difference(back, x) > _tolerance(z):
         found = f"shape {tuple(back.shape)}" if back.shape != x.shape else f"an error of {difference(back, x):.1e}"
         raise RuntimeError(f"its inverse does not lead back to its input: {found}; use memory='checkpoint'")
+
+
+def _is_result(result: object, batch: int) -> bool:
+    if not isinstance(result, tuple) or len(result) != 2 or not all(isinstance(part, Tensor) for part in result):
+        return False
+    return bool(result[1].shape == (batch,))
 
 
 def difference(actual: Tensor, expected: Tensor) -> float:
