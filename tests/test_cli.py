@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import re
 import runpy
 import shlex
@@ -527,6 +528,23 @@ def test_a_reader_that_leaves_is_no_error() -> None:
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 141
+
+
+def test_ctrl_c_while_the_benchmark_compiles_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "bench.jsonl"
+    command = [sys.executable, "-m", "glow_kernels", "bench", "operators", "--minutes", "0.5", "--output", str(path)]
+    # A terminal sends Ctrl-C to the whole group.
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        for line in process.stdout:
+            if line.startswith("compiling"):
+                break
+        time.sleep(0.5)  # the workers have started, and import torch
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.stderr.read() == "interrupted\n"
+    assert process.returncode == 130
 
 
 def test_script_is_the_command_line() -> None:

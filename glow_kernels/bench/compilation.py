@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -52,9 +54,25 @@ def warm_up(cases: Sequence[Case]) -> None:
     units = list(dict.fromkeys(unit(case) for case in cases))
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(os.cpu_count(), context, initializer=_start_worker) as pool:
-        # Whatever cannot be compiled fails again where it is measured, and is reported there.
-        for future in [pool.submit(_compile, one) for one in units]:
-            future.exception()
+        with _interrupts_ignored():  # by the workers, which start here; a terminal sends Ctrl-C to all of them
+            futures = [pool.submit(_compile, one) for one in units]
+        try:
+            # Whatever cannot be compiled fails again where it is measured, and is reported there.
+            for future in futures:
+                future.exception()
+        except KeyboardInterrupt:
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+            raise
+
+
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _start_worker() -> None:
