@@ -500,7 +500,7 @@ BAD_ARGUMENTS = {
     "scale_map_name": (
         (X, H, "softplus"),
         ValueError,
-        "scale_map must be one of 'sigmoid', 'exp', 'tanh', got 'softplus'",
+        "scale_map must be a ScaleMap or one of 'sigmoid', 'exp', 'tanh', got 'softplus'",
     ),
     "scale_map_type": ((X, H, 3), TypeError, "scale_map must be a name or a ScaleMap, got int"),
     "layout": ((X, H, "exp", "chunk"), ValueError, f"layout must be one of {LAYOUT_NAMES}, got 'chunk'"),

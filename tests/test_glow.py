@@ -238,7 +238,7 @@ BAD_OPTIONS = {
     "image_size must be divisible by 2 ** levels = 4, got 0 with levels = 2": {"image_size": 0},
     "coupling must be one of 'affine', 'additive', got 'spline'": {"coupling": "spline"},
     "mixing must be one of 'lu', 'plain', 'reverse', 'shuffle', got 'qr'": {"mixing": "qr"},
-    "scale_map must be one of 'sigmoid', 'exp', 'tanh', got 'relu'": {"scale_map": "relu"},
+    "scale_map must be a ScaleMap or one of 'sigmoid', 'exp', 'tanh', got 'relu'": {"scale_map": "relu"},
 }
 
 

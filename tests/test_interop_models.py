@@ -43,6 +43,12 @@ def test_model_without_flow_layers_is_left_as_it_was():
     assert str(report).splitlines()[0] == report.note
 
 
+def test_of_a_model_of_this_package_it_says_where_its_memory_is_chosen():
+    report = gk.accelerate(nn.Sequential(gk.nn.FlowStep(4, 4)), memory="anchor")
+    assert not report.layers
+    assert report.note.startswith("the model is made of layers of glow_kernels")
+
+
 def test_something_else_than_a_module_is_refused():
     for function in (gk.accelerate, gk.restore):
         with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got dict"):

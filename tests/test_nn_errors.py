@@ -35,7 +35,9 @@ BAD_ARGUMENTS = {
     "order must be one of 'shift_scale', 'scale_shift', 'unshift_scale', got 'scale'": lambda: AffineCoupling(
         4, 8, order="scale"
     ),
-    "scale_map must be one of 'sigmoid', 'exp', 'tanh', got 'relu'": lambda: AffineCoupling(4, 8, scale_map="relu"),
+    "scale_map must be a ScaleMap or one of 'sigmoid', 'exp', 'tanh', got 'relu'": lambda: AffineCoupling(
+        4, 8, scale_map="relu"
+    ),
     "coupling must be one of 'affine', 'additive', got 'spline'": lambda: FlowStep(4, 8, coupling="spline"),
     "mixing must be one of 'lu', 'plain', 'reverse', 'shuffle', got 'qr'": lambda: FlowStep(4, 8, mixing="qr"),
 }

@@ -111,8 +111,7 @@ def accelerate(
             apply(module, patch, options, workshop.memories[module])
         is_uninitialised(module)  # remembers a flag that is set, which compilers cannot read
     ordered = tuple(rows[module] for _, module in model.named_modules() if module in rows)
-    note = "" if ordered else "no flow layers were recognised: the model is as it was"
-    return Report(ordered, note)
+    return Report(ordered, "" if ordered else _why_nothing(model))
 
 
 def restore(model: nn.Module) -> int:
@@ -230,6 +229,12 @@ def _prove_chains(model: nn.Module, workshop: Workshop, rows: dict[nn.Module, La
                     workshop.memories[module] = None
                     reason = _first_line(error)
                     rows[module] = dataclasses.replace(rows[module], memory="store", memory_reason=reason)
+
+
+def _why_nothing(model: nn.Module) -> str:
+    if any(type(module).__module__.startswith("glow_kernels.") for module in model.modules()):
+        return "the model is made of layers of glow_kernels, which are fast as they are and take memory=... when made"
+    return "no flow layers were recognised: the model is as it was"
 
 
 def _memory(policy: str, anchor_every: int, micro_batches: int) -> Memory | None:

@@ -220,7 +220,10 @@ def resolve_scale_map(scale_map: str | ScaleMap) -> ScaleMap:
         return scale_map
     if not isinstance(scale_map, str):
         raise TypeError(f"scale_map must be a name or a ScaleMap, got {type(scale_map).__name__}")
-    check_choice("scale_map", scale_map, tuple(SCALE_MAPS))
+    if scale_map not in SCALE_MAPS:
+        raise ValueError(
+            f"scale_map must be a ScaleMap or one of {', '.join(map(repr, SCALE_MAPS))}, got {scale_map!r}"
+        )
     return SCALE_MAPS[scale_map]
 
 

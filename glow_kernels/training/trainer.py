@@ -256,7 +256,9 @@ class Trainer:
         return 0 < self.config.patience <= self.progress.stale_validations
 
     def _summary(self) -> str:
-        return f"train {self._outcome.bits_per_dim:.3f} val {self.progress.validation:.3f} bits/dim"
+        validation = self.progress.validation
+        val = f" val {validation:.3f}" if math.isfinite(validation) else ""  # none yet
+        return f"train {self._outcome.bits_per_dim:.3f}{val} bits/dim"
 
     def _divergence_report(self, iteration: int) -> str:
         return (
