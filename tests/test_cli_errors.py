@@ -401,6 +401,30 @@ def test_device_that_cannot_be_used(device: str, command: str, harmless: Failing
     assert len(line) < 300
 
 
+def out_of_memory_on_a_gpu() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+@pytest.mark.parametrize("allocate", [out_of_memory_on_a_gpu, lambda: torch.empty(2**60)], ids=["gpu", "cpu"])
+def test_out_of_memory_names_the_remedy(
+    allocate: Callable[[], object], runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gallery, "draw_samples", lambda *_, **__: allocate())
+    assert cli("sample", "plain") == 1
+    assert re.fullmatch(r"error: out of memory: [^\n]+--memory anchor [^\n]+\n", capsys.readouterr().err)
+    with pytest.raises(RuntimeError):
+        cli("sample", "plain", "--debug")
+
+
+def test_other_errors_of_the_program_are_not_hidden(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr(gallery, "draw_samples", broken)
+    with pytest.raises(RuntimeError, match="a fault"):
+        cli("sample", "plain")
+
+
 def test_backend_that_does_not_exist(harmless: Failing, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "_chosen", "quantum")  # as importing the package does from GLOW_KERNELS_BACKEND
     harmless(2, "backend must be one of .*reference, got 'quantum'", "evaluate plain")

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+import torch
+
 from glow_kernels import __version__
 from glow_kernels.allocator import tune_allocator
 from glow_kernels.cli import bench, evaluate, info, interpolate, sample, train, tune
@@ -36,6 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return getattr(error, "exit_code", 1)
+    except (MemoryError, RuntimeError) as error:
+        if arguments.debug or not _is_out_of_memory(error):
+            raise
+        remedy = "train with --memory anchor and --micro-batches, or use a smaller --batch-size"
+        print(f"error: out of memory: {_one_line(error)}; {remedy}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -59,6 +67,11 @@ def _parser() -> argparse.ArgumentParser:
         subparser.add_argument("--debug", action="store_true", help="show the traceback of an error")
         subparser.set_defaults(run=command.run)
     return parser
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # On a CPU PyTorch has no type of its own for it.
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def _one_line(error: BaseException) -> str:
