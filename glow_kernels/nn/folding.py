@@ -17,6 +17,7 @@ from glow_kernels import backends
 from glow_kernels.backends.numerics import compute_dtype
 from glow_kernels.nn.actnorm import ActNorm
 from glow_kernels.nn.conv1x1 import ChannelPermutation, InvertibleConv1x1
+from glow_kernels.nn.network_passes import is_altered
 from glow_kernels.nn.step import FlowStep, LinearMap
 from glow_kernels.ops import lu_weight
 from glow_kernels.ops._checks import positions
@@ -164,10 +165,12 @@ def _are_alike(steps: Sequence[nn.Module], x: Tensor) -> bool:
         return False
     return all(
         type(step) is FlowStep
-        and not _is_altered(step)
+        and not is_altered(step)
+        and "inverse" not in step.__dict__
         and type(step.actnorm) is ActNorm
         and step.actnorm._is_initialized
         and type(step.mixing) is type(mixing)
+        and "matrix" not in step.mixing.__dict__
         and type(mixing) in (InvertibleConv1x1, ChannelPermutation)
         and getattr(step.mixing, "lu", None) == getattr(mixing, "lu", None)
         and step.actnorm.log_scale.shape == like.shape
@@ -175,9 +178,3 @@ def _are_alike(steps: Sequence[nn.Module], x: Tensor) -> bool:
         and step.actnorm.log_scale.device == like.device
         for step in steps
     )
-
-
-def _is_altered(step: FlowStep) -> bool:
-    hooks = (step._forward_hooks, step._forward_pre_hooks, step._backward_hooks, step._backward_pre_hooks)
-    own = step.__dict__
-    return any(hooks) or "forward" in own or "inverse" in own or "matrix" in step.mixing.__dict__
