@@ -227,6 +227,15 @@ def test_records_are_where_the_settings_say(tmp_path: Path) -> None:
     assert steps_of(tmp_path, "validation_bits_per_dim") == [3, 6, 7]
 
 
+def test_the_bar_shows_no_validation_before_there_is_one(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    summaries: list[str] = []
+    before_step(trainer, lambda _: summaries.append(trainer._summary()))
+    trainer.train()
+    assert "val" not in summaries[0]
+    assert re.fullmatch(r"train \d+\.\d+ val \d+\.\d+ bits/dim", trainer._summary())
+
+
 def test_training_time_adds_up_over_a_resume(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
     before_step(trainer, send(signal.SIGTERM, at=4))
