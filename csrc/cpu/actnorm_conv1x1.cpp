@@ -91,11 +91,12 @@ void add_parts(const std::vector<A>& parts, int64_t count, int64_t size, A* targ
   }
 }
 
-// Positions of a part. Shorter parts of few channels would take more time to add than they save; many channels are
-// worth two threads even if they have few positions.
+// Positions of a part: as many as a tile has, but two parts at least if each is worth a thread.
 int64_t part_size(int64_t channels, int64_t total) {
-  const auto share = [&](int64_t parts) { return divide_up(std::max<int64_t>(total, 1), parts * kUnit) * kUnit; };
-  return std::max(share(kParts), channels <= kFewChannels ? kMostSummed : std::min(share(2), kPositions));
+  constexpr int64_t kWorthAThread = 1 << 20;  // products of two numbers
+  const auto share = [](int64_t all, int64_t parts) { return divide_up(all, parts * kUnit) * kUnit; };
+  const int64_t least = std::max(share(total, 2), share(kWorthAThread, channels * channels));
+  return std::max(share(total, kParts), std::min(summed_positions(channels), least));
 }
 
 // Runs the kernel over all positions and writes the sums.

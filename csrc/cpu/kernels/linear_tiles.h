@@ -134,13 +134,15 @@ struct Planar {
     for_each_sample(x, begin, end, [&](int64_t, int64_t count, T* data) {
       for (int64_t i = 0; i < count; i += kLanes<A>) *next++ = data + i - x.data;
     });
-    return {x.data, x.planes.channel_stride, buffer.offsets};
+    const Planes& p = x.planes;
+    const int64_t after = end / p.positions * p.batch_stride + end % p.positions;
+    return {x.data, p.channel_stride, buffer.offsets, after - buffer.offsets[0]};
   }
 
   template <typename A>
   static VectorRows<A> in_buffer(PositionsBuffer<A>& buffer) {
     for (int64_t i = 0; i < static_cast<int64_t>(std::size(buffer.offsets)); ++i) buffer.offsets[i] = i * kLanes<A>;
-    return {buffer.values, buffer.stride, buffer.offsets};
+    return {buffer.values, buffer.stride, buffer.offsets, 0};
   }
 };
 

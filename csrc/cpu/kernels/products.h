@@ -23,17 +23,19 @@ struct Rows {
   Rows<const A> as_const() const { return {data, stride}; }
 };
 
-// The same where only the columns of a vector lie next to each other, and vector v of row 0 lies at offsets[v].
+// The same where only the columns of a vector lie next to each other, and vector v of row 0 lies at offsets[v]. What is
+// read after it lies `ahead` of it, as far as that is known.
 template <typename A>
 struct VectorRows {
   A* data;
   int64_t stride;
   const int64_t* offsets;
+  int64_t ahead;
 
   A* at(int64_t row, int64_t column) const { return data + row * stride + offsets[column / kLanes<A>]; }
   // Whether the vector that begins at `column` lies next to the one before.
   bool follows(int64_t column) const { return at(0, column) == at(0, column - kLanes<A>) + kLanes<A>; }
-  VectorRows<const A> as_const() const { return {data, stride, offsets}; }
+  VectorRows<const A> as_const() const { return {data, stride, offsets, ahead}; }
 };
 
 // Which operand of a product is the small matrix: the one at its left has its shift per row and is given as its
@@ -114,11 +116,19 @@ void multiply(Rows<const A> a, Rows<const A> b, const A* shift, Rows<A> z, int64
 template <int rows, int columns, typename A>
 inline __attribute__((always_inline)) void sum_block(VectorRows<const A> g, VectorRows<const A> x, A* sums,
                                                      int64_t channels, int64_t count, int64_t row, int64_t column) {
+  constexpr int kIntoL2 = 2;
   Vector<A> total[rows * columns] = {};
   for (int64_t i = 0; i < count; i += kLanes<A>) {
     const A *left = g.at(row, i), *right = x.at(column, i);
     Vector<A> values[columns];
     for (int c = 0; c < columns; ++c) values[c] = vector_at(right + c * x.stride);
+    // The next tile, every vector once: the processor does not foresee where it begins.
+    if (row == 0) {
+      for (int c = 0; c < columns; ++c) __builtin_prefetch(right + c * x.stride + x.ahead, 0, kIntoL2);
+    }
+    if (column == 0) {
+      for (int r = 0; r < rows; ++r) __builtin_prefetch(left + r * g.stride + g.ahead, 0, kIntoL2);
+    }
     for (int r = 0; r < rows; ++r) {
       const Vector<A> factor = vector_at(left + r * g.stride);
       for (int c = 0; c < columns; ++c) total[r * columns + c] += factor * values[c];
