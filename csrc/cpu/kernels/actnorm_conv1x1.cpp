@@ -21,10 +21,11 @@ void apply_as(Positions<const T> x, const compute_t<T>* matrix, const compute_t<
   const int64_t channels = x.planes.channels;
   static thread_local KeptBuffer<A> buffers[3];
   const PaddedMatrix<A> map(buffers[0], Rows<const A>{matrix, channels}, true, shift, channels);
-  PositionsBuffer<A> x_buffer(buffers[1], channels, kPositions), z_buffer(buffers[2], channels, kPositions);
+  const int64_t most = summed_positions(channels);
+  PositionsBuffer<A> x_buffer(buffers[1], channels, most), z_buffer(buffers[2], channels, most);
   const bool streamed = is_streamed(z);
-  for (int64_t start = begin; start < end; start += kPositions) {
-    const int64_t stop = std::min(start + kPositions, end);
+  for (int64_t start = begin; start < end; start += most) {
+    const int64_t stop = std::min(start + most, end);
     const auto inputs = Layout::template load<Read::factors>(x, start, stop, x_buffer);
     const auto outputs = Layout::destination(z, start, stop, z_buffer);
     with_stores(streamed && outputs.data != z_buffer.values, [&](auto stores) {
