@@ -63,9 +63,13 @@ def test_every_number_of_channels(backend, size):
     check_results(CASE, CASE.draw((2, size, 3, 5)))
 
 
-def test_a_mean_of_a_million_standard_deviations_does_not_cancel(backend):
+@pytest.mark.parametrize("first", [1e4, -1e7], ids=["like_the_others", "far_away"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_a_mean_of_a_million_standard_deviations_does_not_cancel(backend, layout, first):
     # In float32 E[x^2] - E[x]^2 has an error of 1e8 * 6e-8, 60 000 times the variance of 1e-4.
     x = 1e4 + 1e-2 * torch.randn(8, 3, 16, 16)
+    x[:4, :, 0, 0] = first
+    (x,) = in_layout([x], layout)
     mean, std = gk.actnorm_statistics(x)
     true_mean, true_std = plain(x.double())
     eager_mean, eager_std = plain(x)

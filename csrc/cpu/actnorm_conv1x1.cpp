@@ -15,12 +15,11 @@
 namespace glow_kernels {
 namespace {
 
-// The sums over positions are cut into this many parts, whatever the number of threads, and the parts are added in
-// order: so the result does not depend on the number of threads.
+// The sums over positions are cut into at most so many parts, whatever the number of threads, and the parts are added
+// in order: so the result does not depend on the number of threads.
 constexpr int64_t kParts = 64;
-// Fewer tiles of few channels would cost more to add than to compute.
-constexpr int64_t kTilesPerPart = 4;
-constexpr int64_t kFewChannels = 48;
+// Positions are handed out in multiples of so many, whole vectors of every instruction set.
+constexpr int64_t kUnit = 64;
 
 template <typename T>
 LinearKernels<T> kernels() {
@@ -48,8 +47,7 @@ Positions<T> positions(const Tensor& x, T* data) {
 // P of x.
 double positions_of(const Tensor& x) { return static_cast<double>(planes_of(x).positions); }
 
-// Positions that a thread gets at least.
-int64_t grain(int64_t channels) { return std::max<int64_t>(kPositions, 16384 / channels); }
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // z = M x + v.
 template <typename T>
@@ -58,10 +56,10 @@ void run_apply(const Tensor& x, const compute_t<T>* matrix, const compute_t<T>* 
   const auto source = positions(x, x.const_data_ptr<T>());
   const auto target = positions(z, z.mutable_data_ptr<T>());
   const int64_t total = source.planes.batches * source.planes.positions;
-  const int64_t tiles = (total + kPositions - 1) / kPositions;
-  const int64_t tile_grain = std::max<int64_t>(1, grain(x.size(1)) / kPositions);
-  torch::stable::parallel_for(0, tiles, tile_grain, [&](int64_t begin, int64_t end) {
-    kernel(source, matrix, shift, target, begin * kPositions, std::min(end * kPositions, total));
+  // Units that a thread gets at least: fewer would cost more to hand out than to compute.
+  const int64_t grain = std::max<int64_t>(1, 16384 / (x.size(1) * kUnit));
+  torch::stable::parallel_for(0, divide_up(total, kUnit), grain, [&](int64_t begin, int64_t end) {
+    kernel(source, matrix, shift, target, begin * kUnit, std::min(end * kUnit, total));
   });
 }
 
@@ -77,13 +75,28 @@ Tensor apply(const Tensor& x_any, const Tensor& matrix_any, const Tensor& shift_
   return z;
 }
 
+// In double, some elements of all parts at a time.
 template <typename A>
 void add_parts(const std::vector<A>& parts, int64_t count, int64_t size, A* target) {
-  for (int64_t i = 0; i < size; ++i) {
-    double total = 0;
-    for (int64_t part = 0; part < count; ++part) total += parts[part * size + i];
-    target[i] = static_cast<A>(total);
+  constexpr int64_t kAtOnce = 64;
+  for (int64_t first = 0; first < size; first += kAtOnce) {
+    const int64_t width = std::min(kAtOnce, size - first);
+    double totals[kAtOnce] = {};
+    for (int64_t part = 0; part < count; ++part) {
+      const A* values = parts.data() + part * size + first;
+#pragma omp simd
+      for (int64_t i = 0; i < width; ++i) totals[i] += values[i];
+    }
+    std::copy_n(totals, width, target + first);
   }
+}
+
+// Positions of a part: as many as a tile has, but two parts at least if each is worth a thread.
+int64_t part_size(int64_t channels, int64_t total) {
+  constexpr int64_t kWorthAThread = 1 << 20;  // products of two numbers
+  const auto share = [](int64_t all, int64_t parts) { return divide_up(all, parts * kUnit) * kUnit; };
+  const int64_t least = std::max(share(total, 2), share(kWorthAThread, channels * channels));
+  return std::max(share(total, kParts), std::min(summed_positions(channels), least));
 }
 
 // Runs the kernel over all positions and writes the sums.
@@ -93,15 +106,12 @@ void run_backward(const LinearBackward<T>& arguments, compute_t<T>* grad_matrix,
   const auto kernel = kernels<T>().backward;
   const Planes& planes = arguments.grad.planes;
   const int64_t channels = planes.channels, total = planes.batches * planes.positions;
-  const int64_t tiles = (total + kPositions - 1) / kPositions;
-  const int64_t fewest = channels <= kFewChannels ? kTilesPerPart : 1;
-  const int64_t part_size = std::max(fewest, (tiles + kParts - 1) / kParts) * kPositions;
-  const int64_t parts = (total + part_size - 1) / part_size;
+  const int64_t size = part_size(channels, total), parts = divide_up(total, size);
   std::vector<A> matrices(parts * channels * channels), shifts(parts * channels);
   torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
-      kernel(arguments, part * part_size, std::min((part + 1) * part_size, total),
-             matrices.data() + part * channels * channels, shifts.data() + part * channels);
+      kernel(arguments, part * size, std::min((part + 1) * size, total), matrices.data() + part * channels * channels,
+             shifts.data() + part * channels);
     }
   });
   add_parts(matrices, parts, channels * channels, grad_matrix);

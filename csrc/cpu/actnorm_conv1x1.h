@@ -7,8 +7,12 @@
 
 namespace glow_kernels {
 
-// Positions that are worked on at a time. Sums over them stay in registers.
-constexpr int64_t kPositions = 256;
+// Positions that are worked on at a time, and at most how many where their sums stay in registers: to empty these takes
+// as long as to sum over a hundred.
+constexpr int64_t kPositions = 256, kMostSummed = 1024;
+
+// So many positions of few channels stay in the second-level cache, from the sums to the product.
+constexpr int64_t summed_positions(int64_t channels) { return channels <= 48 ? kMostSummed : kPositions; }
 
 // A tensor (B, C, *spatial) as C rows of B * P positions; null for none.
 template <typename T>

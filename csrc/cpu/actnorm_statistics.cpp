@@ -46,7 +46,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x_any) {
     using A = compute_t<T>;
     const auto kernel = kernels<T>().forward;
     const auto data = readable<T>(x);
-    const Tiling tiling(data.planes);
+    const Tiling tiling(data.planes, kTile);
     const int64_t per_tile = tiling.channels_per_tile();
     std::vector<double> means(tiling.size() * per_tile), deviations(tiling.size() * per_tile);
     torch::stable::parallel_for(0, tiling.size(), kTilesPerThread, [&](int64_t begin, int64_t end) {

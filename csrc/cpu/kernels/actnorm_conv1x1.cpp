@@ -1,6 +1,8 @@
 // The linear map of actnorm_conv1x1, a tile of positions at a time; compiled once per instruction set.
 #include "cpu/actnorm_conv1x1.h"
 
+#include <optional>
+
 #include "cpu/kernels/linear_tiles.h"
 
 namespace glow_kernels::GLOW_KERNELS_ISA {
@@ -19,12 +21,13 @@ void apply_as(Positions<const T> x, const compute_t<T>* matrix, const compute_t<
   const int64_t channels = x.planes.channels;
   static thread_local KeptBuffer<A> buffers[3];
   const PaddedMatrix<A> map(buffers[0], Rows<const A>{matrix, channels}, true, shift, channels);
-  PositionsBuffer<A> x_buffer(buffers[1], channels), z_buffer(buffers[2], channels);
+  const int64_t most = summed_positions(channels);
+  PositionsBuffer<A> x_buffer(buffers[1], channels, most), z_buffer(buffers[2], channels, most);
   const bool streamed = is_streamed(z);
-  for (int64_t start = begin, stop; start < end; start = stop) {
-    stop = Layout::template tile_end<A>(x, start, end);
-    const Rows<const A> inputs = Layout::template load<Read::factors>(x, start, stop, x_buffer);
-    const Rows<A> outputs = Layout::destination(z, start, stop, z_buffer);
+  for (int64_t start = begin; start < end; start += most) {
+    const int64_t stop = std::min(start + most, end);
+    const auto inputs = Layout::template load<Read::factors>(x, start, stop, x_buffer);
+    const auto outputs = Layout::destination(z, start, stop, z_buffer);
     with_stores(streamed && outputs.data != z_buffer.values, [&](auto stores) {
       Layout::template multiply_tile<stores()>(map, inputs, outputs, channels, stop - start);
     });
@@ -46,25 +49,28 @@ void backward_as(const LinearBackward<T>& arguments, int64_t begin, int64_t end,
   const int64_t channels = arguments.grad.planes.channels;
   static thread_local KeptBuffer<A> buffers[5];
   const PaddedMatrix<A> matrix(buffers[0], Rows<const A>{arguments.matrix, channels}, false, nullptr, channels);
-  const Rows<const A> restoring{arguments.inverse ? arguments.inverse : arguments.matrix, channels};
-  const PaddedMatrix<A> inverse(buffers[1], restoring, true, arguments.inverse_shift, channels);
-  PositionsBuffer<A> g_buffer(buffers[2], channels), data_buffer(buffers[3], channels),
-      result_buffer(buffers[4], channels);
+  std::optional<PaddedMatrix<A>> inverse;
+  if (arguments.inverse) {
+    inverse.emplace(buffers[1], Rows<const A>{arguments.inverse, channels}, true, arguments.inverse_shift, channels);
+  }
+  const int64_t most = summed_positions(channels);
+  PositionsBuffer<A> g_buffer(buffers[2], channels, most), data_buffer(buffers[3], channels, most),
+      result_buffer(buffers[4], channels, most);
   const bool streamed = is_streamed(arguments.grad_x);
-  for (int64_t start = begin; start < end; start += kPositions) {
-    const int64_t stop = std::min(start + kPositions, end), count = stop - start;
-    const Rows<const A> g = Layout::template load<Read::vectors>(arguments.grad, start, stop, g_buffer);
-    Rows<const A> x = Layout::template load<Read::vectors>(arguments.data, start, stop, data_buffer);
-    if (arguments.inverse) {
-      const Rows<A> restored = Layout::destination(arguments.x, start, stop, result_buffer);
+  for (int64_t start = begin; start < end; start += most) {
+    const int64_t stop = std::min(start + most, end), count = stop - start;
+    const auto g = Layout::template load<Read::vectors>(arguments.grad, start, stop, g_buffer);
+    auto x = Layout::template load<Read::vectors>(arguments.data, start, stop, data_buffer);
+    if (inverse) {
+      const auto restored = Layout::destination(arguments.x, start, stop, result_buffer);
       // Cached, since the sums read it.
-      Layout::template multiply_tile<Stores::cached>(inverse, x, restored, channels, count);
+      Layout::template multiply_tile<Stores::cached>(*inverse, x, restored, channels, count);
       Layout::store(restored, arguments.x, start, stop, result_buffer);
-      x = {restored.data, restored.stride};
+      x = restored.as_const();
     }
     Layout::accumulate(g, x, grad_matrix, grad_shift, channels, count);
     if (arguments.grad_x.data == nullptr) continue;
-    const Rows<A> grad_x = Layout::destination(arguments.grad_x, start, stop, result_buffer);
+    const auto grad_x = Layout::destination(arguments.grad_x, start, stop, result_buffer);
     with_stores(streamed && grad_x.data != result_buffer.values,
                 [&](auto stores) { Layout::template multiply_tile<stores()>(matrix, g, grad_x, channels, count); });
     Layout::store(grad_x, arguments.grad_x, start, stop, result_buffer);

@@ -16,30 +16,39 @@ inline Vector<double> wide_at(const A* values) {
   return __builtin_convertvector(*reinterpret_cast<const Narrow*>(values), Vector<double>);
 }
 
-// sums[r] = the sum of f(r, elements of row r) for `rows` rows at once, since a short row takes longer to add up than
-// to read.
-template <int rows, typename A, typename F>
-inline void sum_rows(const A* values, int64_t columns, const F& f, double* sums) {
-  Vector<double> totals[rows] = {};
-  int64_t i = 0;
-  for (; i + kLanes<double> <= columns; i += kLanes<double>) {
-    for (int r = 0; r < rows; ++r) totals[r] += f(r, wide_at(values + r * columns + i));
-  }
-  sum_lanes<rows>(totals, sums);
-  for (; i < columns; ++i) {
-    for (int r = 0; r < rows; ++r) sums[r] += f(r, static_cast<double>(values[r * columns + i]));
-  }
+// Mean and sum of squared deviations from it of `count` elements, from the sums of deviations d from the first of them
+// and of d^2. The first is one of the elements, so sum d^2 is at most count + 1 times what is left after subtraction:
+// in double nothing that matters cancels. A constant channel has its very value as the mean, and deviations of 0.
+inline void finish(double first, int64_t count, double* mean, double* deviations) {
+  const double mean_of_d = *mean / count;
+  *deviations -= *mean * mean_of_d;
+  *mean = first + mean_of_d;
 }
 
+// Statistics of `rows` rows at once, since a short row takes longer to add up than to read.
 template <int rows, typename A>
 inline void statistics_of_rows(const A* values, int64_t columns, double* means, double* deviations) {
-  // Deviations from the first value, whose mean is that of a constant channel to the last bit.
-  double first[rows];
-  for (int r = 0; r < rows; ++r) first[r] = values[r * columns];
-  sum_rows<rows>(values, columns, [&](int r, auto value) { return value - first[r]; }, means);
-  for (int r = 0; r < rows; ++r) means[r] = first[r] + means[r] / columns;
-  const auto squared = [&](int r, auto value) { return (value - means[r]) * (value - means[r]); };
-  sum_rows<rows>(values, columns, squared, deviations);
+  Vector<double> sums[rows] = {}, squares[rows] = {};
+  int64_t i = 0;
+  for (; i + kLanes<double> <= columns; i += kLanes<double>) {
+    for (int r = 0; r < rows; ++r) {
+      const A* row = values + r * columns;
+      const Vector<double> d = wide_at(row + i) - static_cast<double>(*row);
+      sums[r] += d;
+      squares[r] += d * d;
+    }
+  }
+  sum_lanes<rows>(sums, means);
+  sum_lanes<rows>(squares, deviations);
+  for (int r = 0; r < rows; ++r) {
+    const A* row = values + r * columns;
+    for (int64_t j = i; j < columns; ++j) {
+      const double d = static_cast<double>(row[j]) - *row;
+      means[r] += d;
+      deviations[r] += d * d;
+    }
+    finish(*row, columns, means + r, deviations + r);
+  }
 }
 
 template <typename T>
@@ -49,7 +58,7 @@ void forward(const Strided<const T>& tile, int64_t rows, int64_t columns, bool o
   A buffer[kTile];
   const A* values = load(tile, rows, columns, buffer);
   if (!of_columns) {
-    constexpr int kRowsAtOnce = 8;
+    constexpr int kRowsAtOnce = 4;
     int64_t row = 0;
     for (; row + kRowsAtOnce <= rows; row += kRowsAtOnce) {
       statistics_of_rows<kRowsAtOnce>(values + row * columns, columns, means + row, deviations + row);
@@ -57,19 +66,16 @@ void forward(const Strided<const T>& tile, int64_t rows, int64_t columns, bool o
     for (; row < rows; ++row) statistics_of_rows<1>(values + row * columns, columns, means + row, deviations + row);
     return;
   }
-  // Deviations from the first value, as above.
   std::fill_n(means, columns, 0.0);
   std::fill_n(deviations, columns, 0.0);
   for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t i = 0; i < columns; ++i) means[i] += static_cast<double>(values[row * columns + i]) - values[i];
-  }
-  for (int64_t i = 0; i < columns; ++i) means[i] = values[i] + means[i] / rows;
-  for (int64_t row = 0; row < rows; ++row) {
     for (int64_t i = 0; i < columns; ++i) {
-      const double deviation = values[row * columns + i] - means[i];
-      deviations[i] += deviation * deviation;
+      const double d = static_cast<double>(values[row * columns + i]) - values[i];
+      means[i] += d;
+      deviations[i] += d * d;
     }
   }
+  for (int64_t i = 0; i < columns; ++i) finish(values[i], rows, means + i, deviations + i);
 }
 
 }  // namespace

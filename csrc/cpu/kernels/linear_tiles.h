@@ -12,13 +12,16 @@
 
 namespace glow_kernels::GLOW_KERNELS_ISA {
 
-// A tile of positions that is loaded from or stored to a tensor.
+// What a tile of at most `positions` positions needs: memory, if it does not lie in its tensor as it is computed on,
+// and where its vectors begin.
 template <typename A>
 struct PositionsBuffer {
   A* values;
+  int64_t stride;  // not a power of 2, whose multiples share few places in a cache
+  int64_t offsets[kMostSummed / kLanes<A>];
 
-  PositionsBuffer(KeptBuffer<A>& buffer, int64_t channels)
-      : values(buffer.reserve(padded(channels, kLanes<A>) * kPositions)) {}
+  PositionsBuffer(KeptBuffer<A>& buffer, int64_t channels, int64_t positions)
+      : values(buffer.reserve(padded(channels, kLanes<A>) * (positions + kLanes<A>))), stride(positions + kLanes<A>) {}
 };
 
 // Calls visit(offset, count, data) for the part of every sample that positions [begin, end) touch: where it stands
@@ -49,55 +52,50 @@ enum class Read { vectors, factors };
 
 // Tiles with a row per channel.
 struct Planar {
-  // Where a tile that begins at `begin` ends: with its sample, if that is whole vectors that need no buffer then.
-  template <typename A, typename T>
-  static int64_t tile_end(const Positions<T>& x, int64_t begin, int64_t end) {
-    const int64_t positions = x.planes.positions, stop = std::min(begin + kPositions, end);
-    const bool fits = std::is_same_v<std::remove_const_t<T>, A> && positions % kLanes<A> == 0;
-    return fits ? std::min(stop, (begin / positions + 1) * positions) : stop;
-  }
-
+  // Whether every vector of a tile, which begins at a whole one, lies within a sample.
   template <typename A, typename T>
   static bool is_in_place(const Positions<T>& x, int64_t begin, int64_t end) {
+    const int64_t positions = x.planes.positions;
     return std::is_same_v<std::remove_const_t<T>, A> && x.planes.position_stride == 1 &&
-           begin % x.planes.positions + end - begin <= x.planes.positions && (end - begin) % kLanes<A> == 0;
+           (end - begin) % kLanes<A> == 0 &&
+           (positions % kLanes<A> == 0 || begin % positions + end - begin <= positions);
   }
 
   template <Read, typename A, typename T>
-  static Rows<const A> load(const Positions<const T>& x, int64_t begin, int64_t end, PositionsBuffer<A>& buffer) {
+  static VectorRows<const A> load(const Positions<const T>& x, int64_t begin, int64_t end, PositionsBuffer<A>& buffer) {
     if constexpr (std::is_same_v<A, T>) {
-      if (is_in_place<A>(x, begin, end)) return in_place<const A>(x, begin);
+      if (is_in_place<A>(x, begin, end)) return in_place<const A>(x, begin, end, buffer);
     }
     const Planes& p = x.planes;
     for_each_sample(x, begin, end, [&](int64_t offset, int64_t count, const T* data) {
       for (int64_t channel = 0; channel < p.channels; ++channel) {
-        copy_row(data + channel * p.channel_stride, p.position_stride, buffer.values + channel * kPositions + offset, 1,
-                 count);
+        copy_row(data + channel * p.channel_stride, p.position_stride, buffer.values + channel * buffer.stride + offset,
+                 1, count);
       }
     });
-    const int64_t whole = (end - begin + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
+    const int64_t whole = padded(end - begin, kLanes<A>);
     for (int64_t channel = 0; channel < p.channels; ++channel) {
-      for (int64_t i = end - begin; i < whole; ++i) buffer.values[channel * kPositions + i] = A(0);
+      for (int64_t i = end - begin; i < whole; ++i) buffer.values[channel * buffer.stride + i] = A(0);
     }
-    return {buffer.values, kPositions};
+    return in_buffer(buffer).as_const();
   }
 
   template <typename A, typename T>
-  static Rows<A> destination(const Positions<T>& z, int64_t begin, int64_t end, PositionsBuffer<A>& buffer) {
+  static VectorRows<A> destination(const Positions<T>& z, int64_t begin, int64_t end, PositionsBuffer<A>& buffer) {
     if constexpr (std::is_same_v<A, T>) {
-      if (is_in_place<A>(z, begin, end)) return in_place<A>(z, begin);
+      if (is_in_place<A>(z, begin, end)) return in_place<A>(z, begin, end, buffer);
     }
-    return {buffer.values, kPositions};
+    return in_buffer(buffer);
   }
 
   template <typename A, typename T>
-  static void store(const Rows<A>& tile, const Positions<T>& z, int64_t begin, int64_t end,
+  static void store(const VectorRows<A>& tile, const Positions<T>& z, int64_t begin, int64_t end,
                     const PositionsBuffer<A>& buffer) {
     if (tile.data != buffer.values) return;
     const Planes& p = z.planes;
     for_each_sample(z, begin, end, [&](int64_t offset, int64_t count, T* data) {
       for (int64_t channel = 0; channel < p.channels; ++channel) {
-        copy_row(tile.data + channel * kPositions + offset, 1, data + channel * p.channel_stride, p.position_stride,
+        copy_row(tile.data + channel * tile.stride + offset, 1, data + channel * p.channel_stride, p.position_stride,
                  count);
       }
     });
@@ -105,19 +103,24 @@ struct Planar {
 
   // tile z = M x + v, given the transpose of M.
   template <Stores stores, typename A>
-  static void multiply_tile(const PaddedMatrix<A>& transposed, Rows<const A> x, Rows<A> z, int64_t channels,
+  static void multiply_tile(const PaddedMatrix<A>& transposed, VectorRows<const A> x, VectorRows<A> z, int64_t channels,
                             int64_t count) {
-    multiply<Small::left, stores>(transposed.rows(), x, transposed.shift(), z, channels, channels, count);
+    for (int64_t begin = 0, end; begin < count; begin = end) {
+      end = begin + kLanes<A>;
+      while (end < count && x.follows(end) && z.follows(end)) end += kLanes<A>;
+      multiply<Small::left, stores, Start::shift, A>(transposed.rows(), {x.at(0, begin), x.stride}, transposed.shift(),
+                                                     {z.at(0, begin), z.stride}, channels, channels, end - begin);
+    }
   }
 
   // grad_matrix += g x^T, grad_shift += sum g.
   template <typename A>
-  static void accumulate(Rows<const A> g, Rows<const A> x, A* grad_matrix, A* grad_shift, int64_t channels,
+  static void accumulate(VectorRows<const A> g, VectorRows<const A> x, A* grad_matrix, A* grad_shift, int64_t channels,
                          int64_t count) {
     sum_over_columns(g, x, grad_matrix, channels, count);
     for (int64_t row = 0; row < channels; ++row) {
       Vector<A> total = {};
-      for (int64_t i = 0; i < count; i += kLanes<A>) total += vector_at(g.data + row * g.stride + i);
+      for (int64_t i = 0; i < count; i += kLanes<A>) total += vector_at(g.at(row, i));
       A added;
       sum_lanes<1>(&total, &added);
       grad_shift[row] += added;
@@ -125,20 +128,26 @@ struct Planar {
   }
 
  private:
-  template <typename A, typename T>
-  static Rows<A> in_place(const Positions<T>& x, int64_t begin) {
+  template <typename A, typename T, typename Buffer>
+  static VectorRows<A> in_place(const Positions<T>& x, int64_t begin, int64_t end, Buffer& buffer) {
+    int64_t* next = buffer.offsets;
+    for_each_sample(x, begin, end, [&](int64_t, int64_t count, T* data) {
+      for (int64_t i = 0; i < count; i += kLanes<A>) *next++ = data + i - x.data;
+    });
     const Planes& p = x.planes;
-    return {x.data + begin / p.positions * p.batch_stride + begin % p.positions, p.channel_stride};
+    const int64_t after = end / p.positions * p.batch_stride + end % p.positions;
+    return {x.data, p.channel_stride, buffer.offsets, after - buffer.offsets[0]};
+  }
+
+  template <typename A>
+  static VectorRows<A> in_buffer(PositionsBuffer<A>& buffer) {
+    for (int64_t i = 0; i < static_cast<int64_t>(std::size(buffer.offsets)); ++i) buffer.offsets[i] = i * kLanes<A>;
+    return {buffer.values, buffer.stride, buffer.offsets, 0};
   }
 };
 
 // Tiles with a row per position, in a buffer padded to whole vectors by anything: the lanes do not meet.
 struct Interleaved {
-  template <typename A, typename T>
-  static int64_t tile_end(const Positions<T>&, int64_t begin, int64_t end) {
-    return std::min(begin + kPositions, end);
-  }
-
   template <typename A, typename T>
   static bool is_in_place(const Positions<T>& x, int64_t begin, int64_t end) {
     const Planes& p = x.planes;

@@ -19,6 +19,23 @@ template <typename A>
 struct Rows {
   A* data;
   int64_t stride;
+
+  Rows<const A> as_const() const { return {data, stride}; }
+};
+
+// The same where only the columns of a vector lie next to each other, and vector v of row 0 lies at offsets[v]. What is
+// read after it lies `ahead` of it, as far as that is known.
+template <typename A>
+struct VectorRows {
+  A* data;
+  int64_t stride;
+  const int64_t* offsets;
+  int64_t ahead;
+
+  A* at(int64_t row, int64_t column) const { return data + row * stride + offsets[column / kLanes<A>]; }
+  // Whether the vector that begins at `column` lies next to the one before.
+  bool follows(int64_t column) const { return at(0, column) == at(0, column - kLanes<A>) + kLanes<A>; }
+  VectorRows<const A> as_const() const { return {data, stride, offsets, ahead}; }
 };
 
 // Which operand of a product is the small matrix: the one at its left has its shift per row and is given as its
@@ -97,15 +114,23 @@ void multiply(Rows<const A> a, Rows<const A> b, const A* shift, Rows<A> z, int64
 
 // sums[row + r][column + c] += sum over i < count of g[row + r][i] x[column + c][i]: the columns are summed over.
 template <int rows, int columns, typename A>
-inline __attribute__((always_inline)) void sum_block(Rows<const A> g, Rows<const A> x, A* sums, int64_t channels,
-                                                     int64_t count, int64_t row, int64_t column) {
+inline __attribute__((always_inline)) void sum_block(VectorRows<const A> g, VectorRows<const A> x, A* sums,
+                                                     int64_t channels, int64_t count, int64_t row, int64_t column) {
+  constexpr int kIntoL2 = 2;
   Vector<A> total[rows * columns] = {};
-  const A *left = g.data + row * g.stride, *right = x.data + column * x.stride;
   for (int64_t i = 0; i < count; i += kLanes<A>) {
+    const A *left = g.at(row, i), *right = x.at(column, i);
     Vector<A> values[columns];
-    for (int c = 0; c < columns; ++c) values[c] = vector_at(right + c * x.stride + i);
+    for (int c = 0; c < columns; ++c) values[c] = vector_at(right + c * x.stride);
+    // The next tile, every vector once: the processor does not foresee where it begins.
+    if (row == 0) {
+      for (int c = 0; c < columns; ++c) __builtin_prefetch(right + c * x.stride + x.ahead, 0, kIntoL2);
+    }
+    if (column == 0) {
+      for (int r = 0; r < rows; ++r) __builtin_prefetch(left + r * g.stride + g.ahead, 0, kIntoL2);
+    }
     for (int r = 0; r < rows; ++r) {
-      const Vector<A> factor = vector_at(left + r * g.stride + i);
+      const Vector<A> factor = vector_at(left + r * g.stride);
       for (int c = 0; c < columns; ++c) total[r * columns + c] += factor * values[c];
     }
   }
@@ -117,7 +142,8 @@ inline __attribute__((always_inline)) void sum_block(Rows<const A> g, Rows<const
 }
 
 template <int rows, typename A>
-inline void sum_rows(Rows<const A> g, Rows<const A> x, A* sums, int64_t channels, int64_t count, int64_t row) {
+inline void sum_rows(VectorRows<const A> g, VectorRows<const A> x, A* sums, int64_t channels, int64_t count,
+                     int64_t row) {
   int64_t column = 0;
   for (; column + kSumColumns <= channels; column += kSumColumns) {
     sum_block<rows, kSumColumns>(g, x, sums, channels, count, row, column);
@@ -127,7 +153,7 @@ inline void sum_rows(Rows<const A> g, Rows<const A> x, A* sums, int64_t channels
 
 // sums[row][column] += sum over i < count of g[row][i] x[column][i], for channels x channels sums.
 template <typename A>
-void sum_over_columns(Rows<const A> g, Rows<const A> x, A* sums, int64_t channels, int64_t count) {
+void sum_over_columns(VectorRows<const A> g, VectorRows<const A> x, A* sums, int64_t channels, int64_t count) {
   int64_t row = 0;
   for (; row + kSumRows <= channels; row += kSumRows) sum_rows<kSumRows>(g, x, sums, channels, count, row);
   for (; row < channels; ++row) sum_rows<1>(g, x, sums, channels, count, row);
