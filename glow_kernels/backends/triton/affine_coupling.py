@@ -160,9 +160,7 @@ def _gradients(
     mixed = mixed_tiles_of((y, g, dx), (conditions, dh), bool(options["INTERLEAVED"]))
     tiles = mixed or tiles_of((y, g, dx), (conditions, dh))
     programs, partial = tiles.count, data
-    if gain is not None and mixed:
-        partial = y.new_empty((y.shape[1], len(y) * -(-y.shape[2] // mixed.options["BLOCK_P"])), dtype=dtype)
-    elif gain is not None:
+    if gain is not None:
         programs, partial = _sums_of_channels(y, tiles)
     undone = dx if undone is None else planes(undone)
     launch(
@@ -187,8 +185,11 @@ def _gain(gain: Tensor | None, data: Tensor) -> Tensor:
 
 
 def _sums_of_channels(y: Tensor, tiles: Tiles) -> tuple[int, Tensor]:
-    """Programs of which each covers one channel, or one vector of channels, and room for their sums per channel."""
+    """Programs of which each covers a channel, or a vector or block of them, and room for their sums per channel."""
     samples, channels, positions = y.shape
+    if "BLOCK_C" in tiles.options:
+        parts = samples * -(-positions // tiles.options["BLOCK_P"])
+        return tiles.count, y.new_empty((channels, parts), dtype=compute_dtype(y))
     vector = tiles.options["VECTOR"]
     vectors_c, vectors_p = (vector, 1) if tiles.options["CHANNELS_LAST"] else (1, vector)
     parts = -(-samples * positions // vectors_p // (tiles.options["BLOCK"] // vector))

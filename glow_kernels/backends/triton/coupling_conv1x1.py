@@ -139,7 +139,7 @@ def _vectors(rows: Rows, of_data: int, layout: str) -> dict[str, Any]:
     if h_channels_last:
         _, channels, positions = data[0].shape
         width = vector(data, channels if channels_last else positions, channels_last)
-        # Nor has a vector of h channels before the first one that is transformed.
+        # A vector begins at the first channel that is transformed.
         pairs = math.gcd(channels, conditions[0].shape[1] // 2)
         h_width = vector_of_pairs(conditions, pairs, layout.startswith("interleaved"))
     if min(width, h_width) == 1:

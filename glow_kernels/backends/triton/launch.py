@@ -171,9 +171,7 @@ def is_channels_last(x: Tensor) -> bool:
 
 
 def vector(tensors: Sequence[Tensor], inner_size: int, channels_last: bool, size: int = 16) -> int:
-    """Elements that are read at once: 16 bytes of the smallest type, or another ``size``, if all that enters an address
-    allows it, else 1.
-    """
+    """Elements that are read at once: ``size`` bytes of the smallest type if all of an address allows it, else 1."""
     inner, outer = (1, 2) if channels_last else (2, 1)
     elements = size // min([x.element_size() for x in tensors])
     if inner_size % elements:
@@ -188,7 +186,7 @@ def vector(tensors: Sequence[Tensor], inner_size: int, channels_last: bool, size
 
 
 def vector_of_pairs(tensors: Sequence[Tensor], pairs: int, interleaved: bool) -> int:
-    """Elements of ``h`` and its gradient, channels last, that are read at once: 16 bytes, or 4, or 1.
+    """Elements of channels-last ``h`` and its gradient that are read at once: 16 bytes, else 4 elements, else 1.
 
     No vector lies across a multiple of so many ``pairs`` of channels.
     """
