@@ -126,8 +126,9 @@ def _rows_of(family: str, data: Sequence[Tensor], conditions: Sequence[Tensor], 
     # Single elements need more registers, for their addresses; more warps share the sums.
     if options["VECTOR"] == 1 or options["CHANNELS_LAST"]:
         options["num_warps"] *= 2
-    if options["CHANNELS_LAST"]:
-        options["BLOCK_P"] *= 2  # so that a thread has a whole vector
+    # A thread has a whole vector of channels, or half a one where the sums of 48 leave no more registers.
+    if options["CHANNELS_LAST"] and (family == "coupling" or options["BLOCKS"] < 3):
+        options["BLOCK_P"] *= 2
     return Rows(rows.planes, rows.count, options)
 
 
