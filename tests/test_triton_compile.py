@@ -103,7 +103,10 @@ def test_h_that_lies_otherwise_than_the_data_is_read_and_written_in_vectors(kern
         *("coupled_apply_kernel", "coupled_backward_kernel", "mixed_map_kernel", "mixed_gradient_kernel")
     }
     assert [kernel for kernel in apart if min(kernel.widest_load, kernel.widest_store) < 128] == []
-    assert [kernel for kernel in apart if min(kernel.narrowest_load, kernel.narrowest_store) < 32] == []
+    assert [kernel for kernel in apart if kernel.narrowest_load < 32] == []
+    # AMD's matrix units leave neighbouring channels of a product with different threads.
+    chunks = [kernel for kernel in apart if target == "gfx942" and "chunk" in kernel.operator]
+    assert [kernel for kernel in apart if kernel not in chunks and kernel.narrowest_store < 32] == []
 
 
 @pytest.mark.parametrize("target", TARGETS)
