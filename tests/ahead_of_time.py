@@ -51,6 +51,8 @@ class Kernel:
     occupancy: float
     widest_load: int
     widest_store: int
+    narrowest_load: int
+    narrowest_store: int
 
 
 class _Driver:
@@ -155,7 +157,7 @@ def _read(target: str, operator: str, compiled: Any) -> Kernel:
     blocks = min(register_file * (4 if backend == "hip" else 1) // per_block, 32) if registers else 32
     occupancy = min(1.0, blocks * metadata.num_warps * warp / threads)
     shared = int(metadata.shared)
-    widths = (max(loads, default=0), max(stores, default=0))
+    widths = (extreme(of, default=0) for extreme in (max, min) for of in (loads, stores))
     return Kernel(
         target, operator, metadata.name, registers, spills, shared, metadata.num_warps, round(occupancy, 2), *widths
     )

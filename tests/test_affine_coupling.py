@@ -241,6 +241,28 @@ def test_large_samples(backend, size):
             check_gradients(case, inputs)
 
 
+# h as of networks whose images lie channels last, with channels beside it that a convolution was padded with: read in
+# vectors of 16 bytes, in shorter ones and in single elements.
+@pytest.mark.parametrize("channels", [3, 6, 12, 20])
+def test_channels_last_h_of_contiguous_data(backend, channels):
+    for layout, order, dtypes, learned_gain in (
+        ("interleaved_shift_scale", "shift_scale", "float32_with_bfloat16", False),
+        ("chunk_scale_shift", "scale_shift", "float32_with_bfloat16", True),
+        ("interleaved_scale_shift", "unshift_scale", "float32", False),
+    ):
+        scale_map = MAPS["tanh" if learned_gain else "glow"]
+        options = (scale_map, layout, order, learned_gain)
+        for case in (affine_case("forward", *options), affine_case("inverse", *options), reversible_case(*options)):
+            inputs = case.draw((3, channels, 10, 8), DTYPES[dtypes])
+            at = case.data_arguments
+            padded = torch.full((3, -(-2 * channels // 16) * 16, 10, 8), torch.nan, dtype=inputs[at].dtype)
+            padded[:, : 2 * channels] = inputs[at]
+            inputs[at] = padded.to(memory_format=torch.channels_last)[:, : 2 * channels]
+            check_results(case, inputs)
+            if case.undo is not None:
+                check_gradients(case, inputs)
+
+
 def all_options():
     """Every map in both directions, without and with a learned gain."""
     for (name, scale_map), learned_gain in itertools.product(MAPS.items(), (False, True)):

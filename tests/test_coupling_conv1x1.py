@@ -146,6 +146,24 @@ def test_every_number_of_channels(backend, channels):
         check_gradients(case, inputs, upstream)
 
 
+# Of h as of networks whose images lie channels last, with channels beside it that a convolution was padded with: read
+# in vectors of 16 bytes, in shorter ones and in single elements.
+@pytest.mark.parametrize("channels", [6, 12, 24, 48])
+def test_channels_last_h_of_contiguous_data(backend, channels):
+    for layout, dtypes, share in (
+        ("interleaved_shift_scale", "float32_with_bfloat16", "half"),
+        ("chunk_scale_shift", "float32_with_bfloat16", "half"),
+        ("interleaved_scale_shift", "float32", "one"),
+    ):
+        case = make_case(layout=layout, share=share)
+        z, h, *parameters = case.draw((3, channels, 4, 4), DTYPES[dtypes])
+        padded = torch.full((3, -(-h.shape[1] // 16) * 16, 4, 4), torch.nan, dtype=h.dtype)
+        padded[:, : h.shape[1]] = h
+        h = padded.to(memory_format=torch.channels_last)[:, : h.shape[1]]
+        check_results(case, [z, h, *parameters])
+        check_gradients(case, [z, h, *parameters])
+
+
 # In the interpreter with a few tiles in a sample, and more of them than programs.
 @pytest.mark.parametrize("size", [(2, 8, 16, 12), (3, 5, 13, 11)] if INTERPRETED else LARGE_SHAPES, ids=str)
 def test_large_samples(backend, size):

@@ -247,18 +247,24 @@ def coupling_arguments(shape, dtype):
     return x, h, grad, torch.randn(shape[0]), options
 
 
+# Of the data, and of h: whether it lies channels last.
+FORMATS = pytest.mark.parametrize(("channels_last", "h_last"), [(False, False), (True, True), (False, True)])
+
+
 @INTERPRETED
-@pytest.mark.parametrize("channels_last", [False, True])
+@FORMATS
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_every_element_of_the_data_is_read_once_and_written_once(shape, channels_last):
+def test_every_element_of_the_data_is_read_once_and_written_once(shape, channels_last, h_last):
     import triton_probes as probes
 
     from glow_kernels.backends.triton import affine_coupling, coupling_conv1x1, gaussian_log_prob
 
     x, h, grad, grad_log_det, options = coupling_arguments(shape, torch.float32)
     conditions = h[:, : shape[1] // 2 * 2].contiguous()
+    if h_last and len(shape) == 4:
+        h, conditions = (tensor.to(memory_format=torch.channels_last) for tensor in (h, conditions))
     if channels_last and len(shape) == 4:
-        x, h, conditions, grad = (tensor.to(memory_format=torch.channels_last) for tensor in (x, h, conditions, grad))
+        x, grad = (tensor.to(memory_format=torch.channels_last) for tensor in (x, grad))
     matrix, shift = torch.randn(shape[1], shape[1]), torch.randn(shape[1])
     calls = [
         (lambda: coupling_conv1x1.forward(x, conditions, matrix, shift, *options[1:])[:1], (x, conditions)),
@@ -345,25 +351,27 @@ PASSES_ACROSS_STEPS = {name: passes for name, passes in PASSES.items() if name.s
 
 
 @INTERPRETED
-@pytest.mark.parametrize("channels_last", [False, True])
+@FORMATS
 @pytest.mark.parametrize(
     ("name", "passes", "shape"),
     [(name, passes, (3, 10, 16, 17)) for name, passes in PASSES.items()]
     + [(name, passes, (2, c, 16, 17)) for c in (33, 65) for name, passes in PASSES_OF_MANY_CHANNELS.items()]
     + [(name, passes, (2, 34, 16, 17)) for name, passes in PASSES_ACROSS_STEPS.items()],
 )
-def test_no_byte_is_moved_twice(name, passes, shape, channels_last):
+def test_no_byte_is_moved_twice(name, passes, shape, channels_last, h_last):
     import triton_probes as probes
 
     from glow_kernels.backends import implementation
 
     module, _, function = name.partition(".")
     x, h, grad, grad_log_det, options = coupling_arguments(shape, torch.float32)
+    if h_last:
+        h = h.to(memory_format=torch.channels_last)
     if channels_last:
-        x, h, grad = (tensor.to(memory_format=torch.channels_last) for tensor in (x, h, grad))
+        x, grad = (tensor.to(memory_format=torch.channels_last) for tensor in (x, grad))
     matrix, shift, layout = torch.randn(shape[1], shape[1]), torch.randn(shape[1]), "interleaved_mean_log_sd"
     # Half of the channels are coupled: h has as many as x.
-    conditions = torch.randn_like(x)
+    conditions = torch.randn_like(h[:, : shape[1]])
     arguments = {
         "affine_coupling": (grad, grad_log_det, x, h, *options) if "backward" in name else (x, h, *options),
         "gaussian_log_prob": (x, h, layout) if "backward" not in name else (grad, x, h, layout),

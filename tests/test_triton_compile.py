@@ -90,6 +90,26 @@ def test_bandwidth_shapes_are_read_and_written_128_bits_at_a_time(kernels, targe
 
 
 @pytest.mark.parametrize("target", TARGETS)
+def test_h_that_lies_otherwise_than_the_data_is_read_and_written_in_vectors(kernels, target):
+    # In bfloat16, of which a single element has 16 bits.
+    apart = [
+        kernel
+        for kernel in kernels
+        if kernel.target == target
+        and "float32_with_bfloat16 NCHW with channels last" in kernel.operator
+        and kernel.kernel.startswith(("coupled_", "mixed_"))
+    ]
+    assert {kernel.kernel for kernel in apart} == {
+        *("coupled_apply_kernel", "coupled_backward_kernel", "mixed_map_kernel", "mixed_gradient_kernel")
+    }
+    assert [kernel for kernel in apart if min(kernel.widest_load, kernel.widest_store) < 128] == []
+    assert [kernel for kernel in apart if kernel.narrowest_load < 32] == []
+    # AMD's matrix units leave neighbouring channels of a product with different threads.
+    chunks = [kernel for kernel in apart if target == "gfx942" and "chunk" in kernel.operator]
+    assert [kernel for kernel in apart if kernel not in chunks and kernel.narrowest_store < 32] == []
+
+
+@pytest.mark.parametrize("target", TARGETS)
 def test_every_variant_of_these_sources_has_been_compiled(target):
     record = {row.key(): row for row in kernel_record.recorded()}
     versions = {row.triton for row in record.values()}

@@ -49,6 +49,7 @@ def all_samples() -> list[Sample]:
 
     samples = [
         *coupling_samples(),
+        *mixed_coupling_samples(),
         *gaussian_samples(),
         *linear_samples(),
         *coupling_linear_samples(),
@@ -91,9 +92,11 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def describe(shape: Sequence[int], dtypes: str, channels_last: bool, *more: str) -> str:
-    """``64x12x128x128 float32 NCHW``."""
-    return " ".join(("x".join(map(str, shape)), dtypes, "channels last" if channels_last else "NCHW", *more))
+def describe(shape: Sequence[int], dtypes: str, channels_last: bool | Sequence[bool], *more: str) -> str:
+    """``64x12x128x128 float32 NCHW``, or ``NCHW with channels last`` for data and an h of other formats."""
+    of_data, of_h = (channels_last, channels_last) if isinstance(channels_last, bool) else channels_last
+    formats = ["channels last" if last else "NCHW" for last in (of_data, of_h)]
+    return " ".join(("x".join(map(str, shape)), dtypes, " with ".join(dict.fromkeys(formats)), *more))
 
 
 def elementwise_data() -> Iterator[tuple[str, bool, Sequence[int]]]:
@@ -124,10 +127,28 @@ def coupling_samples() -> Iterator[Sample]:
             yield sample._replace(core="reversible" in sample.name)
 
 
+def mixed_coupling_samples() -> Iterator[Sample]:
+    """Contiguous data with an h that lies channels last: every type and width, then every map, layout and order."""
+    formats = (False, True)
+    for dtypes, channels in (("float32", 12), ("float32_with_bfloat16", 6), ("float32_with_bfloat16", 12)):
+        for sample in _coupling((64, channels, 64, 64), dtypes, formats):
+            yield sample._replace(core="inverse" not in sample.name and "16" in dtypes)
+    for kind in KINDS:
+        scale_map = ScaleMap(kind, 0.7, 0.1, 1.5, 0.1, -1.0, 1.0)
+        for sample in _coupling((64, 12, 64, 64), "float32_with_bfloat16", formats, scale_map, kind != "sigmoid"):
+            if "reversible" in sample.name:  # the heaviest
+                yield sample._replace(core=kind == "atan")
+    for layout, order in (("chunk_scale_shift", "scale_shift"), ("chunk_shift_scale", "unshift_scale")):
+        options = ("float32_with_bfloat16", formats, SCALE_MAP, False, layout, order)
+        for sample in _coupling((64, 12, 64, 64), *options):
+            if "reversible" in sample.name:
+                yield sample
+
+
 def _coupling(
     shape: Sequence[int],
     dtypes: str,
-    channels_last: bool,
+    channels_last: bool | Sequence[bool],
     scale_map: ScaleMap = SCALE_MAP,
     gain: bool = False,
     layout: str = "interleaved_shift_scale",
@@ -137,8 +158,9 @@ def _coupling(
 
     dtype, h_dtype = DTYPES[dtypes]
     compute = compute_dtype(dtype)
-    x = empty(shape[0], 2 * shape[1], *shape[2:], dtype=dtype, channels_last=channels_last)[:, shape[1] :]
-    h = empty(shape[0], 2 * shape[1], *shape[2:], dtype=h_dtype, channels_last=channels_last)
+    last, h_last = (channels_last, channels_last) if isinstance(channels_last, bool) else channels_last
+    x = empty(shape[0], 2 * shape[1], *shape[2:], dtype=dtype, channels_last=last)[:, shape[1] :]
+    h = empty(shape[0], 2 * shape[1], *shape[2:], dtype=h_dtype, channels_last=h_last)
     options = (empty(shape[1], dtype=compute) if gain else None, scale_map.kind, scale_map.parameters, layout, order)
     of_map = f"{scale_map.kind}{' floor' * (scale_map.floor > 0)}{' gain' * gain}"
     what = describe(shape, dtypes, channels_last, of_map, layout, order)
@@ -206,36 +228,38 @@ def linear_samples() -> Iterator[Sample]:
 
 
 def coupling_linear_samples() -> Iterator[Sample]:
-    """Both functions with every block, type and format, then with every map, layout and order."""
-    for dtypes, channels_last in itertools.product(("float32", "float32_with_bfloat16"), (False, True)):
-        formats = (channels_last, channels_last)
-        yield from _coupling_linear(BANDWIDTH_SHAPES[0], dtypes, formats, core=dtypes == "float32")
-        for channels in (16, 32, 48):
+    """Both functions with every block, type, format and width of h, then with every map, layout and order."""
+    for dtypes, *formats in itertools.product(("float32", "float32_with_bfloat16"), (False, True), (False, True)):
+        # As networks in bfloat16 that lie channels last make of images that do not, or plainly.
+        usual = formats == [False, True] if "16" in dtypes else formats[0] == formats[1]
+        yield from _coupling_linear(BANDWIDTH_SHAPES[0], dtypes, formats, core=usual)
+        for channels in (16, 20, 32, 36, 48):
             # Log-determinants are summed in groups of 16 positions, or are not.
-            yield from _coupling_linear(
-                (32, channels, 64, 64), dtypes, formats, core=channels == 48 and dtypes == "float32"
-            )
+            core = usual and channels in (32, 48)
+            yield from _coupling_linear((32, channels, 64, 64), dtypes, formats, core=core)
             yield from _coupling_linear((32, channels, 4, 2), dtypes, formats)
-            # Formats that differ are read in single elements.
-            yield from _coupling_linear((32, channels, 4, 4), dtypes, (channels_last, not channels_last))
-            yield from _coupling_linear((32, channels, 5, 5), dtypes, (channels_last, not channels_last))
+            # In single elements.
+            yield from _coupling_linear((32, channels - 1, 5, 5), dtypes, formats)
+        yield from _coupling_linear((64, 12, 4, 2), dtypes, formats)
     for kind in KINDS:
         scale_map = ScaleMap(kind, 0.7, 0.1, 1.5, 0.1, -1.0, 1.0)
         for sample in _coupling_linear(BANDWIDTH_SHAPES[1], "float32", (True, True), scale_map):
-            yield sample._replace(core=kind == "atan" and "backward" in sample.name)
+            if "backward" in sample.name:  # the heavier
+                yield sample._replace(core=kind == "atan")
     for layout, order in (
         ("chunk_scale_shift", "scale_shift"),
         ("chunk_shift_scale", "unshift_scale"),
         ("interleaved_scale_shift", "shift_scale"),
     ):
-        for sample in _coupling_linear(BANDWIDTH_SHAPES[1], "float32", (True, True), layout=layout, order=order):
+        options = ("float32_with_bfloat16", (False, True), SCALE_MAP, layout, order)
+        for sample in _coupling_linear(BANDWIDTH_SHAPES[1], *options):
             yield sample._replace(core="backward" in sample.name)
 
 
 def _coupling_linear(
     shape: Sequence[int],
     dtypes: str,
-    channels_last: tuple[bool, bool],
+    channels_last: Sequence[bool],
     scale_map: ScaleMap = SCALE_MAP,
     layout: str = "interleaved_shift_scale",
     order: str = "shift_scale",
@@ -244,13 +268,14 @@ def _coupling_linear(
     """Both functions for z and h in these formats."""
     from glow_kernels.backends.triton import coupling_conv1x1
 
+    batch, channels, *spatial = shape
     z, h = (
-        empty(*shape, dtype=dtype, channels_last=last)
-        for dtype, last in zip(DTYPES[dtypes], channels_last, strict=True)
+        empty(batch, size, *spatial, dtype=dtype, channels_last=last)
+        for size, dtype, last in zip((channels, channels // 2 * 2), DTYPES[dtypes], channels_last, strict=True)
     )
-    matrix, shift, grad_log_det = (empty(*size) for size in ((shape[1], shape[1]), shape[1:2], shape[:1]))
+    matrix, shift, grad_log_det = (empty(*size) for size in ((channels, channels), (channels,), (batch,)))
     options = (scale_map.kind, scale_map.parameters, layout, order)
-    what = describe(shape, dtypes, channels_last[0], scale_map.kind, layout, order)
+    what = describe(shape, dtypes, channels_last, scale_map.kind, layout, order)
     yield _sample(coupling_conv1x1, "forward", what, (z, h, matrix, shift, *options), core)
     yield _sample(coupling_conv1x1, "backward", what, (z, grad_log_det, z, h, matrix, *options), core)
 

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from glow_kernels.backends.numerics import compute_dtype, output_format
 from glow_kernels.backends.triton.affine_coupling_kernels import ORDERS, gradient_kernel, map_kernel
-from glow_kernels.backends.triton.launch import Tiles, launch, planes, strided, tiles_of
+from glow_kernels.backends.triton.launch import Tiles, launch, mixed_tiles_of, planes, strided, tiles_of
+from glow_kernels.backends.triton.mixed_coupling_kernels import mixed_gradient_kernel, mixed_map_kernel
 from glow_kernels.backends.triton.sums import sum_partial
 
 
@@ -122,10 +123,11 @@ def _map(
     if data.numel() == 0:
         return result, data.new_zeros(data.shape[0], dtype=dtype)
     x, conditions, out = planes(data), planes(h), planes(result)
-    tiles = tiles_of((x, out), (conditions,))
+    mixed = mixed_tiles_of((x, out), (conditions,), bool(options["INTERLEAVED"]))
+    tiles = mixed or tiles_of((x, out), (conditions,))
     partial = data.new_empty((tiles.samples, tiles.each), dtype=dtype)
     launch(
-        map_kernel,
+        mixed_map_kernel if mixed else map_kernel,
         tiles.count,
         data,
         *(*strided(x, conditions, out), _gain(gain, data), partial),
@@ -155,13 +157,14 @@ def _gradients(
     if data.numel() == 0:
         return grad_data, grad_h, data.new_zeros(0 if gain is None else data.shape[1], dtype=dtype)
     g, y, conditions, dx, dh = map(planes, (grad, data, h, grad_data, grad_h))
-    tiles = tiles_of((y, g, dx), (conditions, dh))
+    mixed = mixed_tiles_of((y, g, dx), (conditions, dh), bool(options["INTERLEAVED"]))
+    tiles = mixed or tiles_of((y, g, dx), (conditions, dh))
     programs, partial = tiles.count, data
     if gain is not None:
         programs, partial = _sums_of_channels(y, tiles)
     undone = dx if undone is None else planes(undone)
     launch(
-        gradient_kernel,
+        mixed_gradient_kernel if mixed else gradient_kernel,
         programs,
         data,
         *(*strided(g, y, conditions), grad_log_det, grad_log_det.stride(0)),
@@ -182,8 +185,11 @@ def _gain(gain: Tensor | None, data: Tensor) -> Tensor:
 
 
 def _sums_of_channels(y: Tensor, tiles: Tiles) -> tuple[int, Tensor]:
-    """Programs of which each covers one channel, or one vector of channels, and room for their sums per channel."""
+    """Programs of which each covers a channel, or a vector or block of them, and room for their sums per channel."""
     samples, channels, positions = y.shape
+    if "BLOCK_C" in tiles.options:
+        parts = samples * -(-positions // tiles.options["BLOCK_P"])
+        return tiles.count, y.new_empty((channels, parts), dtype=compute_dtype(y))
     vector = tiles.options["VECTOR"]
     vectors_c, vectors_p = (vector, 1) if tiles.options["CHANNELS_LAST"] else (1, vector)
     parts = -(-samples * positions // vectors_p // (tiles.options["BLOCK"] // vector))

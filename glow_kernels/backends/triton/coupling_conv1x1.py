@@ -28,7 +28,16 @@ from glow_kernels.backends.numerics import compute_dtype, output_format
 from glow_kernels.backends.triton.actnorm_conv1x1 import partial_sums, parts_of, precision, total_sums
 from glow_kernels.backends.triton.affine_coupling import compiled_options
 from glow_kernels.backends.triton.coupling_linear_kernels import coupled_apply_kernel, coupled_backward_kernel
-from glow_kernels.backends.triton.launch import Rows, launch, power_of_two, rows_of, strided
+from glow_kernels.backends.triton.launch import (
+    Rows,
+    is_channels_last,
+    launch,
+    power_of_two,
+    rows_of,
+    strided,
+    vector,
+    vector_of_pairs,
+)
 from glow_kernels.backends.triton.sums import sum_partial
 
 # Positions whose ``log s`` a program sums; every tile has a multiple of it.
@@ -49,11 +58,11 @@ def forward(
     result = torch.empty_like(z, memory_format=output_format(z))
     if z.numel() == 0:
         return result, z.new_zeros(z.shape[0], dtype=compute_dtype(z))
-    rows = _rows_of("coupling", z, h, result)
-    data, conditions, out = rows.planes
+    rows = _rows_of("coupling", (z, result), (h,), layout)
+    data, out, conditions = rows.planes
     positions = math.prod(z.shape[2:])
     # No group has positions of two samples.
-    group = _GROUP if positions % _GROUP == 0 else 1
+    group = _GROUP if positions % _GROUP == 0 and rows.options["VECTOR"] > 1 else 1
     partial = matrix.new_empty(z.shape[0], positions // group)
     launch(
         coupled_apply_kernel,
@@ -86,8 +95,8 @@ def backward(
     grad_h = torch.empty_like(h, memory_format=output_format(h))
     if z.numel() == 0:
         return grad_z, grad_h, matrix.new_zeros(matrix.shape), matrix.new_zeros(len(matrix))
-    rows = _rows_of("coupling_backward", z, h, grad, grad_z, grad_h)
-    data, conditions, g, dz, dh = rows.planes
+    rows = _rows_of("coupling_backward", (z, grad, grad_z), (h, grad_h), layout)
+    data, g, dz, conditions, dh = rows.planes
     blocks = rows.options["BLOCKS"]
     partial = partial_sums(rows, matrix, blocks, resident=2)
     launch(
@@ -106,19 +115,37 @@ def backward(
     return grad_z, grad_h, *total_sums(partial, matrix)
 
 
-def _rows_of(family: str, z: Tensor, h: Tensor, *others: Tensor) -> Rows:
+def _rows_of(family: str, data: Sequence[Tensor], conditions: Sequence[Tensor], layout: str) -> Rows:
     """Tiles of all channels, in blocks of 16."""
-    channels = z.shape[1]
+    channels = data[0].shape[1]
     block_c = max(16, power_of_two(channels))
-    rows = rows_of(f"{family}_{block_c}", (z, h, *others), block_c)
+    rows = rows_of(f"{family}_{block_c}", (*data, *conditions), block_c)
     options: dict[str, Any] = {name: value for name, value in rows.options.items() if name != "BLOCK_C"}
     options["BLOCKS"] = -(-channels // 16)
+    options |= _vectors(rows, len(data), layout)
     # Single elements need more registers, for their addresses; more warps share the sums.
     if options["VECTOR"] == 1 or options["CHANNELS_LAST"]:
         options["num_warps"] *= 2
-    if options["VECTOR"] > 1 and options["CHANNELS_LAST"]:
-        options["BLOCK_P"] *= 2  # so that a thread has a whole vector
+    # A thread has a whole vector of channels, or half a one where the sums of 48 leave no more registers.
+    if options["CHANNELS_LAST"] and (family == "coupling" or options["BLOCKS"] < 3):
+        options["BLOCK_P"] *= 2
     return Rows(rows.planes, rows.count, options)
+
+
+def _vectors(rows: Rows, of_data: int, layout: str) -> dict[str, Any]:
+    """How the first planes, which are data, and those of ``h`` are addressed: all in vectors, or in single elements."""
+    data, conditions = rows.planes[:of_data], rows.planes[of_data:]
+    channels_last, h_channels_last = is_channels_last(data[0]), is_channels_last(conditions[0])
+    width = h_width = rows.options["VECTOR"]
+    if h_channels_last:
+        _, channels, positions = data[0].shape
+        width = vector(data, channels if channels_last else positions, channels_last)
+        # A vector begins at the first channel that is transformed.
+        pairs = math.gcd(channels, conditions[0].shape[1] // 2)
+        h_width = vector_of_pairs(conditions, pairs, layout.startswith("interleaved"))
+    if min(width, h_width) == 1:
+        return {"CHANNELS_LAST": False, "VECTOR": 1, "H_CHANNELS_LAST": False, "H_VECTOR": 1}
+    return {"CHANNELS_LAST": channels_last, "VECTOR": width, "H_CHANNELS_LAST": h_channels_last, "H_VECTOR": h_width}
 
 
 def _sizes(rows: Rows, h: Tensor) -> tuple[int, int, int, int]:

@@ -13,6 +13,7 @@ import triton.language as tl
 from glow_kernels.backends.triton.affine_coupling_kernels import _do, _forward_gradients, _scale_map
 from glow_kernels.backends.triton.device_functions import exp, kernel, row_pointers, row_sizes, store
 from glow_kernels.backends.triton.linear_kernels import _add_to_sums, _blocks, _dot, _products, _zero_sums
+from glow_kernels.backends.triton.row_pairs import load_row_pairs, store_row_pairs
 
 
 @kernel
@@ -22,6 +23,7 @@ def coupled_apply_kernel(
     SCALE_MAP: tl.constexpr, INTERLEAVED: tl.constexpr, SCALE_FIRST: tl.constexpr, ORDER: tl.constexpr,
     PRECISION: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCKS: tl.constexpr, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr,
+    H_CHANNELS_LAST: tl.constexpr, H_VECTOR: tl.constexpr,
 ):  # fmt: skip
     """One tile of positions: reads z and h once, writes the next z once, and ``sum log s`` of every GROUP positions."""
     C, P, count = row_sizes(C, P, count, CHANNELS_LAST, VECTOR)
@@ -30,9 +32,11 @@ def coupled_apply_kernel(
     x = ()
     log_det = tl.zeros((BLOCK_P,), dtype)
     for block in tl.static_range(BLOCKS):
-        z, t, log_scale, _, transformed = _conditioned(
-            z_ptr, (z_b, z_c, z_p), h_ptr, (h_b, h_c, h_p), rows, P, count, block * 16 + tl.arange(0, 16), C, FIRST,
-            dtype, SCALE_MAP, INTERLEAVED, SCALE_FIRST, CHANNELS_LAST, VECTOR,
+        # Triton shares the elements among threads as those loaded last: h, since the product takes others anyway.
+        (z,) = _blocks(z_ptr, (z_b, z_c, z_p), rows, P, count, block, C, 1, dtype, CHANNELS_LAST, VECTOR)
+        t, log_scale, _, transformed = _conditions(
+            h_ptr, (h_b, h_c, h_p), rows, P, count, block * 16, C, FIRST, dtype,
+            SCALE_MAP, INTERLEAVED, SCALE_FIRST, H_CHANNELS_LAST, H_VECTOR,
         )  # fmt: skip
         x += (tl.where(transformed, _do(z, exp(log_scale), t, ORDER), z),)
         log_det += tl.sum(tl.where(transformed, log_scale, 0.0), 0)
@@ -54,6 +58,7 @@ def coupled_backward_kernel(
     SCALE_MAP: tl.constexpr, INTERLEAVED: tl.constexpr, SCALE_FIRST: tl.constexpr, ORDER: tl.constexpr,
     PRECISION: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCKS: tl.constexpr, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr,
+    H_CHANNELS_LAST: tl.constexpr, H_VECTOR: tl.constexpr,
 ):  # fmt: skip
     """A share of the tiles, for one block of 16 channels: reads its z and h and all of g once, writes dz and dh once.
 
@@ -70,10 +75,12 @@ def coupled_backward_kernel(
         rows = tile * BLOCK_P + tl.arange(0, BLOCK_P)
         here = (rows < count)[None, :]
         grad = _blocks(grad_ptr, (grad_b, grad_c, grad_p), rows, P, count, 0, C, BLOCKS, dtype, CHANNELS_LAST, VECTOR)
-        z, t, log_scale, of_u, transformed = _conditioned(
-            z_ptr, (z_b, z_c, z_p), h_ptr, (h_b, h_c, h_p), rows, P, count, channels, C, FIRST, dtype,
-            SCALE_MAP, INTERLEAVED, SCALE_FIRST, CHANNELS_LAST, VECTOR,
+        # Triton shares the elements among threads as those loaded last: z, since dz lies as it does.
+        t, log_scale, of_u, transformed = _conditions(
+            h_ptr, (h_b, h_c, h_p), rows, P, count, block * 16, C, FIRST, dtype,
+            SCALE_MAP, INTERLEAVED, SCALE_FIRST, H_CHANNELS_LAST, H_VECTOR,
         )  # fmt: skip
+        (z,) = _blocks(z_ptr, (z_b, z_c, z_p), rows, P, count, block, C, 1, dtype, CHANNELS_LAST, VECTOR)
         scale = exp(log_scale)
         y = _do(z, scale, t, ORDER)
         # Outside the data z and g are zero, but a scale may be infinite, and zero times that is NaN.
@@ -87,12 +94,10 @@ def coupled_backward_kernel(
         grad_t, grad_log_scale = _forward_gradients(grad_x, grad_z, y, t, grad_log_det, ORDER)
         out_at = row_pointers(grad_z_ptr, (out_b, out_c, out_p), rows, P, channels, CHANNELS_LAST, VECTOR, True)
         store(out_at, tl.where(transformed, grad_z, grad_x), (channels < C)[:, None] & here)
-        u_at, t_at = _pair_pointers(
-            grad_h_ptr, (grad_h_b, grad_h_c, grad_h_p), rows, P, channels, C, FIRST,
-            INTERLEAVED, SCALE_FIRST, CHANNELS_LAST, VECTOR,
+        store_row_pairs(
+            grad_h_ptr, (grad_h_b, grad_h_c, grad_h_p), grad_log_scale * of_u, grad_t, rows, P, count, block * 16,
+            C, FIRST, 16, INTERLEAVED, SCALE_FIRST, H_CHANNELS_LAST, H_VECTOR,
         )  # fmt: skip
-        store(u_at, grad_log_scale * of_u, transformed & here)
-        store(t_at, grad_t, transformed & here)
     _store_columns(partial_ptr, share, grad_matrix, grad_shift, channels, C, BLOCKS)
 
 
@@ -110,47 +115,21 @@ def _store_columns(partial_ptr, share, grad_matrix, grad_shift, channels, C, BLO
 
 
 @triton.jit
-def _conditioned(
-    z_ptr, z_strides, h_ptr, h_strides, rows, P, count, channels, C, FIRST, dtype: tl.constexpr,
+def _conditions(
+    h_ptr, h_strides, rows, P, count, start, C, FIRST, dtype: tl.constexpr,
     SCALE_MAP: tl.constexpr, INTERLEAVED: tl.constexpr, SCALE_FIRST: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """z of these channels, shift, ``log s`` and its derivative in the raw scale, and which channels they concern.
+    """Shift, ``log s`` and its derivative in the raw scale, (16, rows), for 16 channels from ``start`` on.
 
-    Tiles (16 channels, rows), and (16, 1).
+    And (16, 1) which of them these concern.
     """
-    transformed = ((channels >= FIRST) & (channels < C))[:, None]
-    here = (rows < count)[None, :]
-    z_at = row_pointers(z_ptr, z_strides, rows, P, channels, CHANNELS_LAST, VECTOR, True)
-    z = tl.load(z_at, (channels < C)[:, None] & here, other=0.0).to(dtype)
-    u_at, t_at = _pair_pointers(
-        h_ptr, h_strides, rows, P, channels, C, FIRST, INTERLEAVED, SCALE_FIRST, CHANNELS_LAST, VECTOR
+    u, t = load_row_pairs(
+        h_ptr, h_strides, rows, P, count, start, C, FIRST, dtype, 16, INTERLEAVED, SCALE_FIRST, CHANNELS_LAST, VECTOR
     )
-    u = tl.load(u_at, transformed & here, other=0.0).to(dtype)
-    t = tl.load(t_at, transformed & here, other=0.0).to(dtype)
     log_scale, of_u, _ = _scale_map(u, 1.0, SCALE_MAP, False)
-    return z, t, log_scale, of_u, transformed
-
-
-@triton.jit
-def _pair_pointers(
-    h_ptr, h_strides, rows, P, channels, C, FIRST,
-    INTERLEAVED: tl.constexpr, SCALE_FIRST: tl.constexpr, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr,
-):  # fmt: skip
-    """Addresses in ``h`` (B, 2 (C - FIRST), P) of u and t of the channels of z; before the first one, of nothing."""
-    # The first channel need not be at the start of a vector of channels, nor are every second one.
-    WIDTH: tl.constexpr = 1 if CHANNELS_LAST else VECTOR
-    first = channels - FIRST
-    second = first + (C - FIRST)
-    if INTERLEAVED:
-        first = 2 * first
-        second = first + 1
-    first_at = row_pointers(h_ptr, h_strides, rows, P, first, CHANNELS_LAST, WIDTH, True)
-    second_at = row_pointers(h_ptr, h_strides, rows, P, second, CHANNELS_LAST, WIDTH, True)
-    if SCALE_FIRST:
-        return first_at, second_at
-    else:
-        return second_at, first_at
+    channels = start + tl.arange(0, 16)
+    return t, log_scale, of_u, ((channels >= FIRST) & (channels < C))[:, None]
 
 
 @triton.jit

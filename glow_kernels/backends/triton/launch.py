@@ -100,6 +100,28 @@ def tiles_of(data: Sequence[Tensor], conditions: Sequence[Tensor]) -> Tiles:
     return Tiles(samples, -(-channels * positions // parameters["elements"]), options)
 
 
+def mixed_tiles_of(data: Sequence[Tensor], conditions: Sequence[Tensor], interleaved: bool) -> Tiles | None:
+    """Tiles of 8 channels where contiguous planes ``data`` have ``conditions`` that lie channels last; else None."""
+    if is_channels_last(data[0]) or not is_channels_last(conditions[0]):
+        return None
+    if data[0].dtype != torch.float32 or conditions[0].dtype not in (torch.float32, torch.bfloat16):
+        return None
+    samples, channels, positions = data[0].shape
+    width, h_width = vector(data, positions, False), vector_of_pairs(conditions, channels, interleaved)
+    if min(width, h_width) == 1:
+        return None
+    parameters = tuned("elementwise", data[0])
+    block_p = parameters["elements"] // 8
+    options = {
+        "BLOCK_C": 8,
+        "BLOCK_P": block_p,
+        "VECTOR": width,
+        "H_VECTOR": h_width,
+        "num_warps": parameters["num_warps"],
+    }
+    return Tiles(samples, -(-channels // 8) * -(-positions // block_p), options)
+
+
 @dataclass(frozen=True)
 class Rows:
     """Tiles of rows, which count the positions of all samples together, where samples do not matter.
@@ -148,10 +170,10 @@ def is_channels_last(x: Tensor) -> bool:
     return x.shape[1] > 1 and x.stride(1) == 1 and (x.shape[2] == 1 or x.stride(2) != 1)
 
 
-def vector(tensors: Sequence[Tensor], inner_size: int, channels_last: bool) -> int:
-    """Elements that are read at once: 16 bytes of the smallest type if all that enters an address allows it, else 1."""
+def vector(tensors: Sequence[Tensor], inner_size: int, channels_last: bool, size: int = 16) -> int:
+    """Elements that are read at once: ``size`` bytes of the smallest type if all of an address allows it, else 1."""
     inner, outer = (1, 2) if channels_last else (2, 1)
-    elements = 16 // min([x.element_size() for x in tensors])
+    elements = size // min([x.element_size() for x in tensors])
     if inner_size % elements:
         return 1
     for x in tensors:
@@ -161,6 +183,15 @@ def vector(tensors: Sequence[Tensor], inner_size: int, channels_last: bool) -> i
         if strides[inner] != 1 or apart % elements or x.data_ptr() % 16:
             return 1
     return elements
+
+
+def vector_of_pairs(tensors: Sequence[Tensor], pairs: int, interleaved: bool) -> int:
+    """Elements of channels-last ``h`` and its gradient that are read at once: 16 bytes, else 4 elements, else 1.
+
+    No vector lies across a multiple of so many ``pairs`` of channels.
+    """
+    sizes = (4 * tensors[0].element_size(), 16)
+    return max(vector(tensors, 2 * pairs if interleaved else pairs, True, size) for size in sizes)
 
 
 def power_of_two(n: int) -> int:
