@@ -276,19 +276,23 @@ def test_allocators_are_measured_in_the_order_that_can_be(tmp_path):
     assert measured.count("tuned") >= len(CASES)
 
 
-def test_cases_are_visited_twice_and_some_measured_again(tmp_path):
+@pytest.mark.parametrize(("threads", "visits"), [(1, 2), (2, 4)])
+def test_cases_are_visited_again_and_some_measured_again(threads, visits, tmp_path):
     writer = results.Writer(tmp_path / "r.jsonl", {"kind": "environment", "run": "a"})
     measure = Suite(writer, lambda line: None, with_compile=False)
-    selection = Selection(operators=["gaussian_log_prob"], directions=["no_grad"], shapes=[SHAPE], seconds=0.01)
+    selection = Selection(
+        operators=["gaussian_log_prob"], directions=["no_grad"], shapes=[SHAPE], threads=[threads], seconds=0.01
+    )
     for task in measure.tasks([selection]):
         task.run(1e-6)
-    assert [row["kind"] for row in writer.rows] == ["environment", *2 * ["operator", "repeat"]]
+    assert [row["kind"] for row in writer.rows] == ["environment", *visits * ["operator", "repeat"]]
     *_, last, repeat = writer.rows
     assert repeat["first"]["eager"] == last["candidates"]["eager"]["ratio_to_ours"][0]
     assert repeat["again"]["eager"] > 0
     case = next(iter(selection.cases()))
     # Five rounds a visit; what is measured again is kept apart.
-    assert [len(measure._session._times[case, series].rounds["eager"]) for series in ("", "again")] == [10, 10]
+    rounds = [len(measure._session._times[case, series].rounds["eager"]) for series in ("", "again")]
+    assert rounds == [5 * visits, 5 * visits]
 
 
 def test_a_plan_shares_its_time():

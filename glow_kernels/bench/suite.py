@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,9 +18,10 @@ from glow_kernels.bench.results import Row, Writer
 from glow_kernels.errors import BackendUnavailableError, UsageError
 
 ALLOCATORS = ("default", "tuned")
-# On a CPU every case is visited twice, some minutes apart, since other programs and virtual machines come and go.
-_VISITS, _VISITS_ON_GPU = 2, 1
-# So many cases of a condition are measured a second time for themselves, as a proof.
+# On a CPU every case is visited more than once, some minutes apart, since other programs and virtual machines come and
+# go; twice as often with several threads, which wait for each other and so for whatever disturbs one of them.
+_VISITS, _VISITS_OF_THREADS, _VISITS_ON_GPU = 2, 4, 1
+# About so many cases of a condition are measured a second time for themselves, as a proof.
 _AGAIN, _AGAIN_ON_GPU = 20, 6
 _COMPILE_SECONDS = 1.6
 _CHECK_SECONDS = 0.1
@@ -102,11 +104,11 @@ class Suite:
             group = list(grouped)
             tasks.append(Task(heading, 0.0, lambda _, heading=heading: self._begin(heading)))  # type: ignore[misc]
             on_cpu = group[0].device == "cpu"
-            visits = _VISITS if on_cpu else _VISITS_ON_GPU
-            every = max(1, len(group) // (_AGAIN if on_cpu else _AGAIN_ON_GPU))
+            every = math.ceil(len(group) / (_AGAIN if on_cpu else _AGAIN_ON_GPU))
+            visits = _visits(group[0])
             for visit in range(visits):
                 if visit:
-                    tasks.append(Task(heading, 0.0, lambda _: self._show("\nonce more; what follows counts both")))
+                    tasks.append(Task(heading, 0.0, lambda _: self._show("\nonce more; what follows counts all")))
                 tasks += [self._task(case, seconds[case] / visits) for case in group]
                 tasks += [self._task(case, seconds[case] / visits, again=True) for case in group[every // 2 :: every]]
         return tasks
@@ -153,6 +155,12 @@ class Suite:
         """The last measurement."""
         named = case.as_dict()
         return next(row for row in reversed(self._writer.rows) if row["kind"] == "operator" and row["case"] == named)
+
+
+def _visits(case: Case) -> int:
+    if case.device != "cpu":
+        return _VISITS_ON_GPU
+    return _VISITS if case.threads == 1 else _VISITS_OF_THREADS
 
 
 def _heading(case: Case) -> str:

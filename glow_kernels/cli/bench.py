@@ -22,6 +22,8 @@ PARTS = ("operators", "overhead", "models", "reversible")
 QUICK_DIRECTIONS = ("forward", "inverse", "backward", "reversible_backward")
 # Seconds that a run may take, of the 3 and 20 minutes that are the goals: large cases take a little more than planned.
 QUICK_LIMIT, FULL_LIMIT = 160.0, 1050.0
+# For a small case of several threads, whose times vary more than those of one.
+SECONDS_OF_THREADS = 1.0
 PAGE, DOCUMENT = Path("runs/report"), Path("docs/performance.md")
 
 
@@ -79,7 +81,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add("--threads", None, "numbers of threads, with commas between", type=_numbers)
     add("--allocator", None, "default, tuned: the C library's as it is or as tune_allocator() sets it", type=_names)
     add("--backend", [], "ours to measure, with commas between; the first is compared", type=_names)
-    add("--seconds", None, "time for every case of an operator, in two visits on a CPU", type=_positive)
+    add("--seconds", None, "time for every case of an operator", type=_positive)
     add("--no-compile", False, "leave torch.compile out, which takes most of the time", action="store_true")
     add("--check", False, "then print the goals: reached or missed", action="store_true")
     add("--results", None, "with --check: measure nothing, look at this file", type=Path)
@@ -168,8 +170,7 @@ def _selections(arguments: argparse.Namespace, device: torch.device) -> list[Sel
         or (operators.QUICK_SHAPES if arguments.quick else operators.STANDARD_SHAPES),
         dtypes=arguments.dtype or ["float32"],
         memory_formats=arguments.memory_format or ["contiguous"],
-        threads=arguments.threads
-        or (sorted({1, min(2, os.cpu_count() or 1)}) if full_on_cpu else [torch.get_num_threads()]),
+        threads=arguments.threads or [1 if full_on_cpu else torch.get_num_threads()],
         allocators=arguments.allocator or ["tuned"],
         device=str(device),
         seconds=arguments.seconds or (0.4 if arguments.quick else 0.6),
@@ -185,11 +186,20 @@ def _selections(arguments: argparse.Namespace, device: torch.device) -> list[Sel
     )
     others = [dataclasses.replace(few, dtypes=[dtype]) for dtype in ("bfloat16", "float64")]
     others.append(dataclasses.replace(few, memory_formats=["channels_last"]))
+    both = [usual]
+    if full_on_cpu and not arguments.threads and (os.cpu_count() or 1) > 1:
+        # What has no goals of its own tells as much with one thread.
+        named = arguments.operator or [name for name in operators.OPERATORS if name != "folded_conv1x1"]
+        both.append(
+            dataclasses.replace(usual, threads=[2], operators=named, seconds=arguments.seconds or SECONDS_OF_THREADS)
+        )
     if full_on_cpu and not arguments.allocator:
         # Where fresh memory costs most: tensors beyond every cache.
         shapes = usual.shapes if arguments.shape else operators.BANDWIDTH_SHAPES
-        others.append(dataclasses.replace(usual, directions=few.directions, shapes=shapes, allocators=["default"]))
-    return [usual, *others]
+        others += [
+            dataclasses.replace(one, directions=few.directions, shapes=shapes, allocators=["default"]) for one in both
+        ]
+    return [*both, *others]
 
 
 def _print_checks(rows: list[Row]) -> None:
