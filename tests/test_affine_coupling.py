@@ -263,6 +263,23 @@ def test_channels_last_h_of_contiguous_data(backend, channels):
                 check_gradients(case, inputs)
 
 
+@pytest.mark.parametrize("positions", [4, 8, 16])
+@pytest.mark.parametrize("offset", [2.0, -30.0])
+def test_rows_of_one_vector(backend, positions, offset):
+    # Of some instruction set and type. Products of several exp(30) are beyond float32, each is not.
+    scale_map = ScaleMap("sigmoid", offset=offset)
+    cases = (
+        affine_case("forward", scale_map, "interleaved_shift_scale", "shift_scale"),
+        affine_case("inverse", scale_map, "chunk_scale_shift", "scale_shift"),
+        reversible_case(scale_map, "interleaved_scale_shift", "unshift_scale"),
+    )
+    for case, dtypes in combinations(cases, ("float32", "float64", "float32_with_bfloat16"), few=backend == "triton"):
+        inputs = case.draw((3, 7, positions // 2, 2), DTYPES[dtypes])
+        check_results(case, inputs)
+        if case.undo:
+            check_gradients(case, inputs)
+
+
 def all_options():
     """Every map in both directions, without and with a learned gain."""
     for (name, scale_map), learned_gain in itertools.product(MAPS.items(), (False, True)):

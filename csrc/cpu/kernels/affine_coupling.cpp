@@ -162,49 +162,90 @@ double compute(const CouplingOptions& options, int64_t count, const Run<A>& run)
   return total;
 }
 
-// All runs with a sigmoid without a floor, in one pass.
+// The coupling with a sigmoid without a floor, s = gain / w with w = 1 + exp(-v), one or several vectors at a time.
 template <Direction direction, CouplingOrder order, Stores stores, typename A>
-SigmoidSums<A> compute_sigmoid(const ScaleParameters<double>& parameters, const Runs<A>& given) {
-  using V = Vector<A>;
-  constexpr int64_t lanes = kLanes<A>;
-  // Vectors may alias anything: only what has no address elsewhere stays in registers. So the arguments and, at the
-  // end, the sums are copied.
-  const Runs<A> runs = given;
-  const A slope = parameters.slope, offset = parameters.offset, gain = parameters.gain;
-  const A inverse_gain = A(1) / gain;
-  const auto vector = [&](const Run<A>& at, int64_t i) __attribute__((always_inline)) {
-    const Sigmoid<A> of_v = sigmoid<A>(vector_at(at.u + i) * slope + offset);
-    const V scale = of_v.s * gain, reciprocal = of_v.w * inverse_gain;
-    const V g = is_gradient(direction) ? vector_at(at.g + i) : V{};
-    const auto results = results_of<direction, order>(vector_at(at.data + i), vector_at(at.t + i), g, at.lambda,
-                                                      is_inverse(direction) ? reciprocal : scale, reciprocal);
-    if constexpr (has_result(direction)) put<stores>(at.result + i, results.result);
+class SigmoidCoupling {
+ public:
+  explicit SigmoidCoupling(const ScaleParameters<double>& map)
+      : slope_(map.slope), offset_(map.offset), gain_(map.gain), inverse_gain_(A(1) / gain_) {}
+
+  // `count` vectors, which lie at a step from `run` on. Returns w.
+  template <int count>
+  inline __attribute__((always_inline)) Vectors<A, count> compute(const Run<A>& run, const Strides& step) const {
+    using V = Vectors<A, count>;
+    const V v = vectors_at<count>(run.u, step.u) * slope_ + offset_;
+    const V e = exp_of_minus<A>(v), w = e + A(1), s = reciprocal<A>(w);
+    const V scale = s * gain_, inverse_scale = w * inverse_gain_;
+    const V data = vectors_at<count>(run.data, step.data), t = vectors_at<count>(run.t, step.t);
+    const V g = is_gradient(direction) ? vectors_at<count>(run.g, step.g) : V{};
+    const auto results = results_of<direction, order>(data, t, g, run.lambda,
+                                                      is_inverse(direction) ? inverse_scale : scale, inverse_scale);
+    if constexpr (has_result(direction)) put<stores>(run.result, step.result, results.result);
     if constexpr (is_gradient(direction)) {
-      put<stores>(at.grad_data + i, results.grad_data);
-      put<stores>(at.grad_t + i, results.grad_t);
-      put<stores>(at.grad_u + i, V(results.in_log_s * (slope * (of_v.e * of_v.s))));
+      put<stores>(run.grad_data, step.grad_data, results.grad_data);
+      put<stores>(run.grad_t, step.grad_t, results.grad_t);
+      put<stores>(run.grad_u, step.grad_u, V(results.in_log_s * (slope_ * (e * s))));
     }
-    return of_v.w;
-  };
-  SigmoidSums<A> sums;
-  runs.for_each([&](const Run<A>& run) __attribute__((always_inline)) {
-    int64_t i = 0;
-    for (; i + lanes <= runs.count; i += lanes) sums.add(vector(run, i));
-    if (i == runs.count) return;
-    // The rest in vectors of their own, whose other lanes have w = 1.
-    const int64_t rest = runs.count - i;
+    return w;
+  }
+
+  // Less than a vector. Returns w, 1 in the lanes that have no element.
+  inline __attribute__((always_inline)) Vector<A> compute_rest(const Run<A>& run, int64_t count) const {
+    constexpr int64_t lanes = kLanes<A>;
     A from[4][lanes] = {}, to[4][lanes];
     const A* sources[] = {run.data, run.u, run.t, run.g};
     for (int index = 0; index < (is_gradient(direction) ? 4 : 3); ++index) {
-      std::memcpy(from[index], sources[index] + i, rest * sizeof(A));
+      std::memcpy(from[index], sources[index], count * sizeof(A));
     }
-    V w = vector({from[0], from[1], from[2], nullptr, from[3], run.lambda, to[0], to[1], to[2], to[3], nullptr}, 0);
-    for (int64_t lane = rest; lane < lanes; ++lane) w[lane] = 1;
-    sums.add(w);
+    Vector<A> w =
+        compute<1>({from[0], from[1], from[2], nullptr, from[3], run.lambda, to[0], to[1], to[2], to[3], nullptr}, {});
     A* targets[] = {run.result, run.grad_data, run.grad_u, run.grad_t};
     for (int index = has_result(direction) ? 0 : 1; index < (is_gradient(direction) ? 4 : 1); ++index) {
-      std::memcpy(targets[index] + i, to[index], rest * sizeof(A));
+      std::memcpy(targets[index], to[index], count * sizeof(A));
     }
+    for (int64_t lane = count; lane < lanes; ++lane) w[lane] = 1;
+    return w;
+  }
+
+ private:
+  A slope_, offset_, gain_, inverse_gain_;
+};
+
+// All runs with such a sigmoid, in one pass. The sums of a gradient only tell of the range.
+template <Direction direction, CouplingOrder order, Stores stores, typename A>
+SigmoidSums<A> compute_sigmoid(const ScaleParameters<double>& map, Runs<A> runs) {
+  constexpr int64_t lanes = kLanes<A>;
+  // As many vectors in step as the registers hold.
+  constexpr int in_step = is_gradient(direction) ? 2 : 4;
+  const SigmoidCoupling<direction, order, stores, A> coupling(map);
+  // Vectors may alias anything: only what has no address elsewhere stays in registers. So the sums are copied at the
+  // end.
+  SigmoidSums<A> sums;
+  const auto add = [&](const auto& w) __attribute__((always_inline)) {
+    if constexpr (is_gradient(direction)) {
+      sums.check(w);
+    } else {
+      sums.add(w);
+    }
+  };
+  Strides step = runs.vector_step();
+  if (runs.count == lanes) {
+    // Rows of one vector are one run, whose vectors lie at the strides of the rows.
+    step = runs.stride;
+    runs.count = runs.rows * lanes;
+    runs.rows = 1;
+  }
+  runs.for_each([&](Run<A> run) __attribute__((always_inline)) {
+    int64_t vectors = runs.count / lanes;
+    for (; vectors >= in_step; vectors -= in_step) {
+      add(coupling.template compute<in_step>(run, step));
+      run.advance(step, in_step);
+    }
+    for (; vectors > 0; --vectors) {
+      add(coupling.template compute<1>(run, step));
+      run.advance(step);
+    }
+    if (runs.count % lanes > 0) add(coupling.compute_rest(run, runs.count % lanes));
   });
   const SigmoidSums<A> returned = sums;
   return returned;
@@ -224,8 +265,10 @@ double compute_tile(const CouplingTile<T, H>& tile, const CouplingOptions& optio
                   [&](auto stores) { sums = compute_sigmoid<direction, order(), stores()>(options.map, runs); });
     });
     is_done = !sums.out_of_range();
-    const double gain = options.map.gain;
-    total = -sums.total() + (gain == 1 ? 0.0 : tile.rows * tile.columns * std::log(gain));
+    if constexpr (!is_gradient(direction)) {
+      const double gain = options.map.gain;
+      total = -sums.total() + (gain == 1 ? 0.0 : tile.rows * tile.columns * std::log(gain));
+    }
   }
   if (!is_done) {
     total = 0;

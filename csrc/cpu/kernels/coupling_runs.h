@@ -20,22 +20,45 @@ constexpr bool has_result(Direction direction) {
   return !is_gradient(direction) || direction == Direction::reversible_backward;
 }
 
+// Distances of elements, for every member of a Run.
+struct Strides {
+  int64_t data, u, t, gain, g, result, grad_data, grad_u, grad_t, grad_gain;
+};
+
 // Elements that lie next to each other, of a tile or of a row of it: what the members of CouplingTile are called there.
 template <typename A>
 struct Run {
   const A *data, *u, *t, *gain, *g;
   A lambda;
   A *result, *grad_data, *grad_u, *grad_t, *grad_gain;
+
+  inline __attribute__((always_inline)) void advance(const Strides& stride, int64_t times = 1) {
+    data += times * stride.data;
+    u += times * stride.u;
+    t += times * stride.t;
+    gain += times * stride.gain;
+    g += times * stride.g;
+    result += times * stride.result;
+    grad_data += times * stride.grad_data;
+    grad_u += times * stride.grad_u;
+    grad_t += times * stride.grad_t;
+    grad_gain += times * stride.grad_gain;
+  }
 };
 
 // Runs of `count` elements whose pointers lie at strides.
 template <typename A>
 struct Runs {
   Run<A> first;
-  struct {
-    int64_t data, u, t, gain, g, result, grad_data, grad_u, grad_t, grad_gain;
-  } stride;
+  Strides stride;
   int64_t rows, count;
+
+  // Where a run has vectors next to each other, of the members that there are.
+  Strides vector_step() const {
+    const auto step = [](const A* member) { return member ? kLanes<A> : 0; };
+    return {step(first.data),   step(first.u),         step(first.t),      step(first.gain),   step(first.g),
+            step(first.result), step(first.grad_data), step(first.grad_u), step(first.grad_t), step(first.grad_gain)};
+  }
 
   // Calls f with every run.
   template <typename F>
@@ -43,16 +66,7 @@ struct Runs {
     Run<A> run = first;
     for (int64_t row = 0; row < rows; ++row) {
       f(run);
-      run.data += stride.data;
-      run.u += stride.u;
-      run.t += stride.t;
-      run.gain += stride.gain;
-      run.g += stride.g;
-      run.result += stride.result;
-      run.grad_data += stride.grad_data;
-      run.grad_u += stride.grad_u;
-      run.grad_t += stride.grad_t;
-      run.grad_gain += stride.grad_gain;
+      run.advance(stride);
     }
   }
 };

@@ -1,54 +1,80 @@
-// The sigmoid and the sum of its logarithms, a vector at a time; compiled once per instruction set.
+// What a sigmoid 1 / w, w = 1 + exp(-v), is made of, and the sum of its logarithms; compiled once per instruction set.
 #pragma once
 
 #include <cmath>
 #include <type_traits>
 
-#include "cpu/kernels/vector.h"
+#include "cpu/kernels/pair.h"
 #include "cpu/tile.h"
 #include "glow_kernels/math.h"
 
 namespace glow_kernels::GLOW_KERNELS_ISA {
 
-// s = sigmoid(v) = 1 / w, with w = 1 + e and e = exp(-v).
-template <typename A>
-struct Sigmoid {
-  Vector<A> w, s, e;
-};
+#if defined(__AVX512F__)
+constexpr int kRounding = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+inline __attribute__((always_inline)) Vector<float> rounded(const Vector<float>& x) {
+  return _mm512_maskz_roundscale_ps(0xFFFF, x, kRounding);
+}
+inline __attribute__((always_inline)) Vector<double> rounded(const Vector<double>& x) {
+  return _mm512_maskz_roundscale_pd(0xFF, x, kRounding);
+}
 
-// Beyond, exp(-v) and 1 / w leave the range of A: out_of_range() tells, and nothing here is right then.
+inline __attribute__((always_inline)) Vector<float> estimated_reciprocal(const Vector<float>& x) {
+  return _mm512_maskz_rcp14_ps(0xFFFF, x);
+}
+inline __attribute__((always_inline)) Vector<double> estimated_reciprocal(const Vector<double>& x) {
+  return _mm512_maskz_rcp14_pd(0xFF, x);
+}
+
+// x 2^k with any k: 0 beyond the range of x on one side, infinity on the other.
+inline __attribute__((always_inline)) Vector<float> scaled(const Vector<float>& x, const Vector<float>& k) {
+  return _mm512_maskz_scalef_ps(0xFFFF, x, k);
+}
+inline __attribute__((always_inline)) Vector<double> scaled(const Vector<double>& x, const Vector<double>& k) {
+  return _mm512_maskz_scalef_pd(0xFF, x, k);
+}
+#endif
+
+// Beyond, exp(-v) leaves the range of A.
 template <typename A>
 constexpr A kLimit = std::is_same_v<A, float> ? 87 : 708;
 
-template <typename A>
-inline __attribute__((always_inline)) Sigmoid<A> sigmoid(Vector<A> v) {
+// e = exp(-v); where v is below -kLimit, SigmoidSums tells of 1 + e, and e is not right.
+template <typename A, typename V>
+inline __attribute__((always_inline)) V exp_of_minus(const V& v) {
   using F = detail::Format<A>;
 #if defined(__AVX512F__)
-  // scalef takes any exponent: 0 beyond the range of A on one side, infinity on the other.
-  constexpr int kRounding = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-  Vector<A> k = v * -F::kLog2E, e;
-  if constexpr (std::is_same_v<A, float>) {
-    k = _mm512_maskz_roundscale_ps(0xFFFF, k, kRounding);
-  } else {
-    k = _mm512_maskz_roundscale_pd(0xFF, k, kRounding);
-  }
-  const Vector<A> p = detail::exp_polynomial<A>((-v - k * F::kLn2High) - k * F::kLn2Low);
-  if constexpr (std::is_same_v<A, float>) {
-    e = _mm512_maskz_scalef_ps(0xFFFF, p, k);
-  } else {
-    e = _mm512_maskz_scalef_pd(0xFF, p, k);
-  }
+  const V k = each([](const Vector<A>& x) __attribute__((always_inline)) { return rounded(x); }, v * -F::kLog2E);
+  const V p = detail::exp_polynomial<A>((-v - k * F::kLn2High) - k * F::kLn2Low);
+  return each([](const Vector<A>& p, const Vector<A>& k) __attribute__((always_inline)) { return scaled(p, k); }, p, k);
 #else
   // Comparisons that NaN fails keep v, so that it comes through.
-  const Vector<A> bounded = v < -kLimit<A> - A(1) ? Vector<A>{} - kLimit<A> - A(1) : v;
-  const Vector<A> shifted = bounded * -F::kLog2E + F::kRounder;
-  const Vector<A> k = shifted - F::kRounder;
-  const Vector<A> r = (-bounded - k * F::kLn2High) - k * F::kLn2Low;
-  const auto power = (bits_as<detail::Bits<A>>(shifted) << F::kMantissaBits) + (F::kBias << F::kMantissaBits);
-  const Vector<A> e = v > kLimit<A> ? Vector<A>{} : detail::exp_polynomial<A>(r) * bits_as<A>(power);
+  constexpr A kLeast = -kLimit<A> - A(1);
+  const V bounded =
+      each([](const Vector<A>& v) __attribute__((always_inline)) { return v < kLeast ? Vector<A>{} + kLeast : v; }, v);
+  const V shifted = bounded * -F::kLog2E + F::kRounder, k = shifted - F::kRounder;
+  const V p = detail::exp_polynomial<A>((-bounded - k * F::kLn2High) - k * F::kLn2Low);
+  return each(
+      [](const Vector<A>& v, const Vector<A>& p, const Vector<A>& shifted) __attribute__((always_inline)) {
+        const auto power = (bits_as<detail::Bits<A>>(shifted) << F::kMantissaBits) + (F::kBias << F::kMantissaBits);
+        return v > kLimit<A> ? Vector<A>{} : p * bits_as<A>(power);
+      },
+      v, p, shifted);
 #endif
-  const Vector<A> w = e + A(1);
-  return {w, reciprocal<A>(w), e};
+}
+
+// 1 / x to within 2 ulp, for x whose reciprocal is normal.
+template <typename A, typename V>
+inline __attribute__((always_inline)) V reciprocal(const V& x) {
+#if defined(__AVX512F__)
+  // An estimate of 14 bits and steps of Newton's method take half as long as a division.
+  const V first = each([](const Vector<A>& x) __attribute__((always_inline)) { return estimated_reciprocal(x); }, x);
+  const V second = first + first * (A(1) - x * first);
+  if constexpr (std::is_same_v<A, float>) return second;
+  return second + second * (A(1) - x * second);
+#else
+  return each([](const Vector<A>& x) __attribute__((always_inline)) { return A(1) / x; }, x);
+#endif
 }
 
 // For a sum of log w with w = m 2^k and m in [1, 2): the m of a tile are multiplied and the k added up, lane by lane,
@@ -59,39 +85,52 @@ class SigmoidSums {
   using Bits = detail::Bits<A>;
 
  public:
-  void add(Vector<A> w) {
+  inline __attribute__((always_inline)) void add(const Vector<A>& w) {
+    check(w);
     const Vector<Bits> bits = bits_as<Bits>(w);
     mantissas_ *= mantissas_of(bits);
     exponents_ += bits >> F::kMantissaBits;
-    highest_ = bits > highest_ ? bits : highest_;
-    if (++vectors_ % kMostFactors == 0) normalize();
+    if (++factors_ % kMostFactors == 0) normalize();
   }
 
-  // Whether a v was below -kLimit or NaN.
+  // Their product, whose range is checked for theirs: each is at least 1.
+  template <int count>
+  inline __attribute__((always_inline)) void add(const Pair<A, count>& w) {
+    add(w.low * w.high);
+  }
+
+  // Only for out_of_range().
+  inline __attribute__((always_inline)) void check(const Vector<A>& w) {
+    const Vector<Bits> bits = bits_as<Bits>(w);
+    highest_ = bits > highest_ ? bits : highest_;
+  }
+
+  template <int count>
+  inline __attribute__((always_inline)) void check(const Pair<A, count>& w) {
+    check(w.low);
+    check(w.high);
+  }
+
+  // Whether a w, or the product of those that were added together, was NaN or too large for a normal reciprocal.
   bool out_of_range() const {
     Bits highest = 0;
     for (int64_t lane = 0; lane < kLanes<A>; ++lane) highest = std::max<Bits>(highest, highest_[lane]);
-    return highest > (2 * F::kBias - 2) << F::kMantissaBits;  // about exp(kLimit)
+    return highest > (2 * F::kBias - 2) << F::kMantissaBits;
   }
 
-  // The sum of log w over all lanes of all vectors.
-  double total() const {
-    constexpr int64_t lanes = kLanes<A>;
-    double products[lanes];
-    int64_t exponent = -static_cast<int64_t>(F::kBias) * vectors_ * lanes;
-    for (int64_t lane = 0; lane < lanes; ++lane) {
-      products[lane] = mantissas_[lane];
-      exponent += static_cast<std::make_signed_t<Bits>>(exponents_[lane]);
-    }
-    for (int64_t half = lanes / 2; half > 0; half /= 2) {
-      for (int64_t lane = 0; lane < half; ++lane) products[lane] *= products[lane + half];
-    }
-    return exponent * 0.693147180559945309 + std::log(products[0]);
+  // The sum of log w over all lanes.
+  double total() {
+    normalize();
+    Bits exponent = -F::kBias * static_cast<Bits>(factors_ * kLanes<A>);
+    for (int64_t lane = 0; lane < kLanes<A>; ++lane) exponent += exponents_[lane];
+    const A product = product_of<kLanes<A> / 2>(mantissas_, std::make_integer_sequence<int64_t, kLanes<A>>());
+    // ln 2 in two parts, so that little is rounded before the last sum.
+    using D = detail::Format<double>;
+    return exponent * D::kLn2High + (exponent * D::kLn2Low + std::log(double{product}));
   }
 
  private:
-  // Factors below 2 whose product neither an A nor, times those of all other lanes, a double may overflow.
-  static constexpr int64_t kMostFactors = std::min<int64_t>(64, 1023 / kLanes<A>);
+  static constexpr int64_t kMostFactors = 64;  // below 2, whose product an A holds
 
   static inline __attribute__((always_inline)) Vector<A> mantissas_of(Vector<Bits> bits) {
     constexpr Bits kOne = F::kBias << F::kMantissaBits, kMantissa = (Bits{1} << F::kMantissaBits) - 1;
@@ -104,10 +143,20 @@ class SigmoidSums {
     exponents_ += (bits >> F::kMantissaBits) - F::kBias;
   }
 
+  // Of 2 * half lanes, the others repeating them.
+  template <int64_t half, int64_t... lane>
+  static A product_of(const Vector<A>& values, std::integer_sequence<int64_t, lane...> lanes) {
+    if constexpr (half == 0) {
+      return values[0];
+    } else {
+      return product_of<half / 2>(values * __builtin_shufflevector(values, values, (lane ^ half)...), lanes);
+    }
+  }
+
   Vector<A> mantissas_ = Vector<A>{} + A(1);
   Vector<Bits> exponents_ = {};  // their sums modulo 2^32 or 2^64
   Vector<Bits> highest_ = {};    // of the bits of w, which are in the order of w, with NaN above all
-  int64_t vectors_ = 0;
+  int64_t factors_ = 0;          // of every lane
 };
 
 }  // namespace glow_kernels::GLOW_KERNELS_ISA

@@ -85,23 +85,6 @@ inline Vector<To> bits_as(const From& value) {
   return result;
 }
 
-// 1 / x to within 2 ulp, for x whose reciprocal is normal.
-template <typename A>
-inline __attribute__((always_inline)) Vector<A> reciprocal(Vector<A> x) {
-#if defined(__AVX512F__)
-  // An estimate of 14 bits and steps of Newton's method take half as long as a division.
-  if constexpr (std::is_same_v<A, float>) {
-    const Vector<A> estimate = _mm512_maskz_rcp14_ps(0xFFFF, x);
-    return estimate + estimate * (A(1) - x * estimate);
-  } else {
-    const Vector<A> first = _mm512_maskz_rcp14_pd(0xFF, x), estimate = first + first * (A(1) - x * first);
-    return estimate + estimate * (A(1) - x * estimate);
-  }
-#else
-  return A(1) / x;
-#endif
-}
-
 // Of two vectors whose lanes are cut into blocks of `width` summands: the blocks of both, halved by adding their
 // halves.
 template <typename A, int64_t width, int64_t... lane>

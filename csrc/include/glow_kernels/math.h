@@ -1,7 +1,8 @@
 // Elementary functions shared by host and device code.
 //
 // On the host they are branch-free polynomials that compilers vectorise, within 2 ulp: those of float by Cephes
-// (Moshier), those of double by Remez' algorithm. Devices use the library's own, but for the logarithm of a fraction.
+// (Moshier), those of double and all exponentials by Remez' algorithm. Devices use the library's own, but for the
+// logarithm of a fraction.
 #pragma once
 
 #include <cmath>
@@ -71,16 +72,14 @@ GLOW_KERNELS_INLINE Bits<A> to_bits(A value) {
 // exp(r) for |r| <= ln(2) / 2, of a number or a vector of numbers of type A.
 template <typename A, typename V>
 GLOW_KERNELS_INLINE V exp_polynomial(V r) {
-  V p;
   if constexpr (std::is_same_v<A, float>) {
-    p = polynomial(r, 5.0000001201e-1f, 1.6666665459e-1f, 4.1665795894e-2f, 8.3334519073e-3f, 1.3981999507e-3f,
-                   1.9875691500e-4f);
+    return polynomial(r, 1.0f, 1.0f, 4.9999993444e-1f, 1.6666520574e-1f, 4.1668388715e-2f, 8.3687239316e-3f,
+                      1.3814584931e-3f);
   } else {
-    p = polynomial(r, 0.500000000000001, 0.16666666666666413, 0.041666666666530856, 0.008333333333494146,
-                   0.0013888888943465443, 0.00019841269506819392, 2.4801493254804594e-05, 2.755758644911569e-06,
-                   2.763019693695828e-07, 2.4999967909410755e-08);
+    return polynomial(r, 1.0, 1.0, 0.500000000000001, 0.16666666666666413, 0.041666666666530856, 0.008333333333494146,
+                      0.0013888888943465443, 0.00019841269506819392, 2.4801493254804594e-05, 2.755758644911569e-06,
+                      2.763019693695828e-07, 2.4999967909410755e-08);
   }
-  return p * (r * r) + r + A(1);
 }
 
 // log(1 + f) + e ln 2 for sqrt(1/2) <= 1 + f <= sqrt(2) and an integer e.
