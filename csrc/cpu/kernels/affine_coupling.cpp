@@ -215,8 +215,13 @@ class SigmoidCoupling {
 template <Direction direction, CouplingOrder order, Stores stores, typename A>
 SigmoidSums<A> compute_sigmoid(const ScaleParameters<double>& map, Runs<A> runs) {
   constexpr int64_t lanes = kLanes<A>;
+#if defined(__SANITIZE_ADDRESS__)
+  // With every access checked, more would take the compiler minutes.
+  constexpr int in_step = is_gradient(direction) ? 1 : 2;
+#else
   // As many vectors in step as the registers hold.
   constexpr int in_step = is_gradient(direction) ? 2 : 4;
+#endif
   const SigmoidCoupling<direction, order, stores, A> coupling(map);
   // Vectors may alias anything: only what has no address elsewhere stays in registers. So the sums are copied at the
   // end.
