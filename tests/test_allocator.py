@@ -1,4 +1,4 @@
-"""The allocator is tuned where there is glibc, keeps freed memory there, and is left alone elsewhere."""
+"""The allocator is tuned where there is glibc, keeps freed memory there, and is left alone elsewhere. No call leaks."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import glow_kernels as gk
 
@@ -62,3 +63,35 @@ def test_both_thresholds_must_be_accepted(monkeypatch, refused):
     if refused is None:
         # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h.
         assert thresholds == {-1: 2**30, -3: 2**30}
+
+
+class _Usage(ctypes.Structure):
+    """glibc's ``struct mallinfo2``."""
+
+    _fields_ = [("before", 7 * ctypes.c_size_t), ("in_use", ctypes.c_size_t), ("after", 2 * ctypes.c_size_t)]
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="the C library does not count what it gave out")
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_calls_leave_nothing_allocated(backend):
+    if not gk.backends.backend_status(backend).available:
+        pytest.skip(f"no {backend} backend")
+    mallinfo = ctypes.CDLL(None).mallinfo2
+    mallinfo.restype = _Usage
+    x, h = torch.randn(2, 6, 4, 4), torch.randn(2, 12, 4, 4, requires_grad=True)
+    parameters = torch.zeros(6), torch.zeros(6), torch.eye(6)
+
+    def step() -> None:
+        z, log_det = gk.affine_coupling(gk.actnorm_conv1x1(x, *parameters)[0], h)
+        torch.autograd.grad(gk.gaussian_log_prob(z, h).sum() + log_det.sum(), h)
+        gk.affine_coupling_inverse(z.detach(), h)
+        gk.actnorm_statistics(x)
+
+    with gk.use_backend(backend):
+        for _ in range(100):  # fills caches
+            step()
+        before, calls = mallinfo().in_use, 500
+        for _ in range(calls):
+            step()
+    # A string of an option that is not freed has 32 bytes.
+    assert mallinfo().in_use - before < 16 * calls

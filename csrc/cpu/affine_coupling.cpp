@@ -4,7 +4,6 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <string>
 #include <tuple>
 #include <vector>
 
@@ -82,9 +81,8 @@ std::vector<double> run(const Arguments& arguments, typename CouplingKernels<T, 
 }
 
 template <bool is_inverse>
-std::tuple<Tensor, Tensor> transform(const Tensor& x, const Tensor& h, std::optional<Tensor> log_scale_gain,
-                                     std::string kind, std::vector<double> scale_parameters, std::string layout,
-                                     std::string order) {
+std::tuple<Tensor, Tensor> transform(const Tensor& x, const Tensor& h, std::optional<Tensor> log_scale_gain, Name kind,
+                                     std::vector<double> scale_parameters, Name layout, Name order) {
   check_coupling(x, h, log_scale_gain);
   const CouplingOptions options = parse_options(kind, scale_parameters, order);
   Tensor y = empty_output(x);
@@ -103,8 +101,8 @@ enum class Direction { backward, inverse_backward, reversible_backward };
 
 template <Direction direction>
 auto gradients(const Tensor& grad, const Tensor& grad_log_det, const Tensor& y, const Tensor& h,
-               std::optional<Tensor> log_scale_gain, std::string kind, std::vector<double> scale_parameters,
-               std::string layout, std::string order) {
+               std::optional<Tensor> log_scale_gain, Name kind, std::vector<double> scale_parameters, Name layout,
+               Name order) {
   check_coupling(y, h, log_scale_gain);
   const CouplingOptions options = parse_options(kind, scale_parameters, order);
   Tensor grad_x = empty_output(y), grad_h = empty_output(h);

@@ -53,7 +53,7 @@ std::vector<double> run(const Arguments& arguments, typename GaussianKernels<T, 
   return returned;
 }
 
-Tensor forward(const Tensor& z, const Tensor& h, std::string layout) {
+Tensor forward(const Tensor& z, const Tensor& h, Name layout) {
   check_conditioning(z, h);
   const Arguments arguments{with_planes(z), with_planes(h)};
   return dispatch(z, h, [&]<typename T, typename H>() {
@@ -64,7 +64,7 @@ Tensor forward(const Tensor& z, const Tensor& h, std::string layout) {
 }
 
 template <bool is_sample>
-Tensor transform(const Tensor& data, const Tensor& h, std::string layout) {
+Tensor transform(const Tensor& data, const Tensor& h, Name layout) {
   check_conditioning(data, h);
   Tensor result = empty_output(data);
   Arguments arguments{with_planes(data), with_planes(h)};
@@ -79,7 +79,7 @@ Tensor transform(const Tensor& data, const Tensor& h, std::string layout) {
 enum class Gradient { of_log_prob, of_sample, of_standardize };
 
 template <Gradient gradient>
-std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& data, const Tensor& h, std::string layout) {
+std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& data, const Tensor& h, Name layout) {
   check_conditioning(data, h);
   Tensor grad_data = empty_output(data), grad_h = empty_output(h);
   Arguments arguments{with_planes(data), with_planes(h)};

@@ -2,7 +2,6 @@
 //
 // All threads agree on direction, kind, order and layout, so these are branches of two kernels: one maps, the other
 // differentiates. Each reads and writes every element once.
-#include <string>
 #include <tuple>
 #include <vector>
 
@@ -216,9 +215,8 @@ auto dispatch_vectors(const Tensor& x, const Tensor& h, bool few, const F& f) {
 }
 
 template <bool is_inverse>
-std::tuple<Tensor, Tensor> transform(const Tensor& x, const Tensor& h, std::optional<Tensor> log_scale_gain,
-                                     std::string kind, std::vector<double> scale_parameters, std::string layout,
-                                     std::string order) {
+std::tuple<Tensor, Tensor> transform(const Tensor& x, const Tensor& h, std::optional<Tensor> log_scale_gain, Name kind,
+                                     std::vector<double> scale_parameters, Name layout, Name order) {
   check_coupling(x, h, log_scale_gain);
   const CouplingOptions options = parse_options(kind, scale_parameters, order);
   const CouplingLayout channels = parse_coupling_layout(layout, x.size(1));
@@ -243,8 +241,8 @@ enum class Direction { backward, inverse_backward, reversible_backward };
 
 template <Direction direction>
 auto gradients(const Tensor& grad, const Tensor& grad_log_det, const Tensor& y, const Tensor& h,
-               std::optional<Tensor> log_scale_gain, std::string kind, std::vector<double> scale_parameters,
-               std::string layout, std::string order) {
+               std::optional<Tensor> log_scale_gain, Name kind, std::vector<double> scale_parameters, Name layout,
+               Name order) {
   check_coupling(y, h, log_scale_gain);
   const CouplingOptions options = parse_options(kind, scale_parameters, order);
   const CouplingLayout channels = parse_coupling_layout(layout, y.size(1));

@@ -240,8 +240,8 @@ auto dispatch_work(const Launcher& launch, const Tensor& z, const Tensor& h, int
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& z_any, const Tensor& h_any, const Tensor& matrix_any,
-                                   const Tensor& shift_any, std::string kind, std::vector<double> scale_parameters,
-                                   std::string layout, std::string order) {
+                                   const Tensor& shift_any, Name kind, std::vector<double> scale_parameters,
+                                   Name layout, Name order) {
   check(z_any, h_any, matrix_any);
   const CouplingOptions options = parse_options(kind, scale_parameters, order);
   const Launcher launch(z_any);
@@ -270,8 +270,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& z_any, const Tensor& h_any, con
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_any, const Tensor& grad_log_det_any,
                                                     const Tensor& z_any, const Tensor& h_any, const Tensor& matrix_any,
-                                                    std::string kind, std::vector<double> scale_parameters,
-                                                    std::string layout, std::string order) {
+                                                    Name kind, std::vector<double> scale_parameters, Name layout,
+                                                    Name order) {
   check(z_any, h_any, matrix_any);
   const CouplingOptions options = parse_options(kind, scale_parameters, order);
   const Launcher launch(z_any);

@@ -122,7 +122,7 @@ Views<T, H> views_of(const Arguments& arguments, const Tiling& tiling, const std
           {}};
 }
 
-Tensor forward(const Tensor& z, const Tensor& h, std::string layout) {
+Tensor forward(const Tensor& z, const Tensor& h, Name layout) {
   check_conditioning(z, h);
   const Launcher launch(z);
   Arguments arguments{with_planes(z), with_planes(h)};
@@ -138,7 +138,7 @@ Tensor forward(const Tensor& z, const Tensor& h, std::string layout) {
 }
 
 template <Map map>
-Tensor transform(const Tensor& data, const Tensor& h, std::string layout) {
+Tensor transform(const Tensor& data, const Tensor& h, Name layout) {
   check_conditioning(data, h);
   const Launcher launch(data);
   Tensor result = empty_output(data);
@@ -152,7 +152,7 @@ Tensor transform(const Tensor& data, const Tensor& h, std::string layout) {
 }
 
 template <Gradient gradient>
-std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& data, const Tensor& h, std::string layout) {
+std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& data, const Tensor& h, Name layout) {
   check_conditioning(data, h);
   const Launcher launch(data);
   Tensor grad_data = empty_output(data), grad_h = empty_output(h);

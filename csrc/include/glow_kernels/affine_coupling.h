@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "glow_kernels/coupling_options.h"
+#include "glow_kernels/name.h"
 #include "glow_kernels/tensors.h"
 
 namespace glow_kernels {

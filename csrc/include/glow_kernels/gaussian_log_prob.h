@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <string>
 
+#include "glow_kernels/name.h"
+
 namespace glow_kernels {
 
 // Where the mean and the log standard deviation of channel c stand in h: at channel `first + step * c`.
