@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,8 +20,8 @@ ALLOCATORS = ("default", "tuned")
 # On a CPU every case is visited more than once, some minutes apart, since other programs and virtual machines come and
 # go; twice as often with several threads, which wait for each other and so for whatever disturbs one of them.
 _VISITS, _VISITS_OF_THREADS, _VISITS_ON_GPU = 2, 4, 1
-# About so many cases of a condition are measured a second time for themselves, as a proof.
-_AGAIN, _AGAIN_ON_GPU = 20, 6
+# So many cases of a condition are measured a second time for themselves, as a proof.
+_AGAIN, _AGAIN_ON_GPU = 16, 6
 _COMPILE_SECONDS = 1.6
 _CHECK_SECONDS = 0.1
 # What the slowest candidates reach, for planning only.
@@ -104,13 +103,15 @@ class Suite:
             group = list(grouped)
             tasks.append(Task(heading, 0.0, lambda _, heading=heading: self._begin(heading)))  # type: ignore[misc]
             on_cpu = group[0].device == "cpu"
-            every = math.ceil(len(group) / (_AGAIN if on_cpu else _AGAIN_ON_GPU))
+            count = min(len(group), _AGAIN if on_cpu else _AGAIN_ON_GPU)
+            # Spread out, but not so evenly that all have the same shape.
+            some = [group[index * len(group) // count] for index in range(count)]
             visits = _visits(group[0])
             for visit in range(visits):
                 if visit:
                     tasks.append(Task(heading, 0.0, lambda _: self._show("\nonce more; what follows counts all")))
                 tasks += [self._task(case, seconds[case] / visits) for case in group]
-                tasks += [self._task(case, seconds[case] / visits, again=True) for case in group[every // 2 :: every]]
+                tasks += [self._task(case, seconds[case] / visits, again=True) for case in some]
         return tasks
 
     def _compile(self, cases: Sequence[Case]) -> None:
