@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 import time
+from collections import Counter
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ from glow_kernels.bench.plan import Task
 from glow_kernels.bench.suite import Selection, Suite
 from glow_kernels.bench.timing import Spread, Times
 from glow_kernels.cli import main
+from glow_kernels.cli.bench import QUICK_DIRECTIONS
 from glow_kernels.errors import BackendUnavailableError, UsageError
 from glow_kernels.models import Glow
 
@@ -293,6 +295,19 @@ def test_cases_are_visited_again_and_some_measured_again(threads, visits, tmp_pa
     # Five rounds a visit; what is measured again is kept apart.
     rounds = [len(measure._session._times[case, series].rounds["eager"]) for series in ("", "again")]
     assert rounds == [5 * visits, 5 * visits]
+
+
+def test_cases_measured_again_are_of_every_shape_and_operator(tmp_path):
+    writer = results.Writer(tmp_path / "r.jsonl", {"kind": "environment", "run": "a"})
+    names = ["actnorm_conv1x1", "folded_conv1x1", "affine_coupling", "gaussian_log_prob"]
+    selection = Selection(operators=names, directions=QUICK_DIRECTIONS, shapes=[SHAPE, (2, 6, 4, 4)])
+    assert len(list(selection.cases())) > suite._AGAIN
+    tasks = Suite(writer, lambda line: None, with_compile=False).tasks([selection])
+    counts = Counter(task.name for task in tasks if task.seconds > 0)
+    again = [name.split() for name, count in counts.items() if count > suite._VISITS]
+    assert len(again) == suite._AGAIN
+    assert {name for name, _, _ in again} == set(names)
+    assert {shape for _, _, shape in again} == {"2x4x3x5", "2x6x4x4"}
 
 
 def test_a_plan_shares_its_time():

@@ -9,9 +9,9 @@
 
 namespace glow_kernels {
 
-// The name of an option. A type of its own, since the conversion to std::string in torch's headers (up to 2.13, where
-// this was written) allocates one that nobody frees: some bytes for every call, and between large tensors they keep the
-// C library from reusing the memory of those.
+// The name of an option. A type of its own, since the conversion to std::string in torch's headers, as seen in 2.11 and
+// 2.13, allocates one that nobody frees: some bytes for every call, and between large tensors they keep the C library
+// from reusing the memory of those.
 struct Name : std::string {
   using std::string::string;
 };
