@@ -123,6 +123,7 @@ class Elimination {
       }
     }
     const double pivot = panel_[k * n_ + row];
+    __syncwarp();  // until here others read which rows are taken
     if (threadIdx.x < kPanel) {
       scaled_[threadIdx.x] = (threadIdx.x == k ? 1 : panel_[threadIdx.x * n_ + row]) / pivot;
     }
