@@ -11,6 +11,20 @@
 
 namespace glow_kernels {
 
+// The sum of f(i) over i < n in every thread of a warp, all of which must call it.
+template <typename F>
+__device__ double sum_over(unsigned n, const F& f) {
+  double total = 0;
+  for (unsigned i = threadIdx.x % 32; i < n; i += 32) total += f(i);
+  return warp_sum(total);
+}
+
+// Calls f(i) for all rows; a warp for each.
+template <typename F>
+__device__ void for_each_row(unsigned n, const F& f) {
+  for (unsigned i = threadIdx.x / 32; i < n; i += blockDim.x / 32) f(i);
+}
+
 // Columns that are eliminated at a time.
 constexpr unsigned kPanel = 8;
 
