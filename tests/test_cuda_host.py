@@ -56,6 +56,25 @@ def compute(multiprocessors, z, h, matrix, shift, grad, grad_log_det):
 sizes = ((3, 6, 420), (3, 6, 420), (6, 6), (6,), (3, 6, 420), (3,))
 samples = [(count, *map(torch.randn, sizes)) for count in "10"]
 """,
+    # The same, with an elimination in a block of its own and without.
+    "actnorm_conv1x1": """\
+import importlib
+whole = importlib.import_module("glow_kernels.ops.actnorm_conv1x1")
+def compute(multiprocessors, x, grad, grad_log_det, *parameters):
+    os.environ["GLOW_KERNELS_MULTIPROCESSORS"] = multiprocessors
+    return *whole._forward(x, *parameters), *whole._backward(grad, grad_log_det, x, *parameters, True)
+def sample(multiprocessors, *known):
+    data = torch.randn(3, 12, 420), torch.randn(3, 12, 420), torch.randn(3)
+    return multiprocessors, *data, *torch.randn(2, 12), torch.linalg.qr(torch.randn(12, 12)).Q, *known
+samples = [sample("1", None), sample("0", None), sample("0", torch.tensor(0.5))]
+""",
+}
+
+# In which files the kernels of an operator are, faults among them.
+SOURCES = {
+    "actnorm_statistics": ("actnorm_statistics.cu",),
+    "coupling_conv1x1": ("coupling_conv1x1.cu",),
+    "actnorm_conv1x1": ("actnorm_conv1x1_step.cu", "actnorm_conv1x1_parameters.h", "actnorm_conv1x1.cu"),
 }
 
 SUM = ".add(all[thread + half * width]);\n"
@@ -63,6 +82,9 @@ BARRIER = "    __syncthreads();\n"
 
 PRODUCT = "reader = Reader<H>(h, span);\n"
 STORED = "write_tile(arguments.grad_z, work, span, dx);\n"
+
+FOLDED = "reinterpret_cast<double*>(matrix + work.matrix_size()), matrix);\n"
+LOADED = f"{FOLDED}  wait_for_copies();\n"
 
 # The operator, what is replaced by what, and what must come out of it; an empty text stands for nothing wrong.
 FAULTS = {
@@ -81,6 +103,16 @@ FAULTS = {
     "no barrier between product and coupling": ("coupling_conv1x1", PRODUCT + BARRIER, PRODUCT, "wrong"),
     "no barrier between coupling and sums": ("coupling_conv1x1", f"{BARRIER}    sums.add", "    sums.add", "wrong"),
     "no barrier between two tiles": ("coupling_conv1x1", STORED + BARRIER, STORED, "wrong"),
+    "none in a linear map that folds": ("actnorm_conv1x1", "", "", ""),
+    "no barrier between scales and folding": (
+        "actnorm_conv1x1",
+        "  __syncthreads();\n  for_each_row",
+        "  for_each_row",
+        "wrong",
+    ),
+    "no barrier between folding and product": ("actnorm_conv1x1", f"{LOADED}  __syncthreads();\n", LOADED, "wrong"),
+    "a product before its tile is there": ("actnorm_conv1x1", LOADED, FOLDED, "wrong"),
+    "folding before the weight is there": ("actnorm_conv1x1", "wait_for_copies<1>", "wait_for_copies<2>", "wrong"),
 }
 
 
@@ -111,10 +143,12 @@ def test_a_planted_fault_comes_out(tree, fault):
     operator, right, wrong, expected = FAULTS[fault]
     for earlier in (tree / "csrc" / "cuda").glob("*.cu"):
         earlier.unlink()
-    kernel = Path("csrc") / "cuda" / f"{operator}.cu"
-    correct = (REPOSITORY / kernel).read_text()
-    assert not right or correct.count(right) == 1
-    (tree / kernel).write_text(correct.replace(right, wrong) if right else correct)
+    correct = {
+        path: (REPOSITORY / path).read_text() for path in (Path("csrc/cuda", name) for name in SOURCES[operator])
+    }
+    assert not right or sum(text.count(right) for text in correct.values()) == 1
+    for path, text in correct.items():
+        (tree / path).write_text(text.replace(right, wrong) if right else text)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GLOW_KERNELS_")}
     build = environment | {"GLOW_KERNELS_BUILD": "cuda-host", "CXXFLAGS": SANITIZE}
     command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
