@@ -97,7 +97,7 @@ _SMALL, _LARGE = (64, 16), (64, 128)
 
 
 def _families(device: torch.device, sizes: Sequence[tuple[int, int]] = (_SMALL, _LARGE)) -> dict[str, list[Call]]:
-    """What is measured of every family: calls of all sizes, in float32."""
+    """What is measured of every family: calls of all sizes, in float32, hidden layers in bfloat16."""
     families: dict[str, list[Call]] = {}
     for samples, side in sizes:
         for family, calls in _calls(samples, side, device).items():
@@ -106,8 +106,8 @@ def _families(device: torch.device, sizes: Sequence[tuple[int, int]] = (_SMALL, 
 
 
 def _calls(samples: int, side: int, device: torch.device) -> dict[str, list[Call]]:
-    names = ("affine_coupling", "actnorm_conv1x1", "actnorm_statistics", "coupling_conv1x1")
-    coupling, linear, statistics, across_steps = (implementation("triton", name) for name in names)
+    names = ("affine_coupling", "actnorm_conv1x1", "actnorm_statistics", "bias_relu", "coupling_conv1x1")
+    coupling, linear, statistics, bias_relu, across_steps = (implementation("triton", name) for name in names)
     options = (None, "sigmoid", [1.0, 2.0, 1.0, 0.0, 0.0, 0.0], "interleaved_shift_scale", "shift_scale")
     lam = torch.randn(samples, device=device)
     families: dict[str, list[Call]] = {}
@@ -123,6 +123,9 @@ def _calls(samples: int, side: int, device: torch.device) -> dict[str, list[Call
                 functools.partial(coupling.reversible_backward, half, lam, half, h, *options),
             ]
             families["statistics"] = [functools.partial(statistics.forward, data)]
+            hidden = torch.randn(samples, 128, side, side, dtype=torch.bfloat16, device=device)
+            hidden = hidden.contiguous(memory_format=torch.channels_last)
+            families["bias_relu"] = [functools.partial(bias_relu.backward, hidden, hidden, 1)]
         calls: dict[str, tuple[Callable[..., object], tuple[Any, ...]]] = {
             "linear": (linear.apply, (data, matrix, shift)),
             "linear_sums": (linear.apply_backward, (data, data, matrix, False)),
