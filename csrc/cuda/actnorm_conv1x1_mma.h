@@ -46,6 +46,17 @@ struct alignas(16) Split {
   }
 };
 
+// c(m) += a[m] b for all m, one step after the other: a step waits for the one before on the same c.
+template <unsigned M, typename C>
+__device__ void multiply_add(const Split<4> (&a)[M], const Split<2>& b, const C& c) {
+#pragma unroll
+  for (unsigned m = 0; m < M; ++m) multiply_add(c(m), a[m].small, b.large);
+#pragma unroll
+  for (unsigned m = 0; m < M; ++m) multiply_add(c(m), a[m].large, b.small);
+#pragma unroll
+  for (unsigned m = 0; m < M; ++m) multiply_add(c(m), a[m].large, b.large);
+}
+
 // How a warp works: on 32 positions of `kSide` channels, those that exist rounded up.
 template <unsigned kChannels>
 struct Strip {
@@ -225,20 +236,9 @@ __device__ void multiply(const Split<2>* fragments, const float* shift, const fl
       for (unsigned i = 0; i < 4; ++i) a[m].set(i, columns[i / 2].values[2 * m + i % 2]);
     }
 #pragma unroll
-    for (unsigned n = 0; n < S::kTiles; n += 2) {
-      Split<2> b[2];
-#pragma unroll
-      for (unsigned i = 0; i < 2; ++i) {
-        const Split<2>* const from = fragments + (k * S::kTiles + n + i) * 32 + lane();
-        b[i] = *from;
-      }
-      // A step waits for the one before: four at a time do not.
-#pragma unroll
-      for (unsigned i = 0; i < 4; ++i) multiply_add(total[i % 2][n + i / 2], a[i % 2].small, b[i / 2].large);
-#pragma unroll
-      for (unsigned i = 0; i < 4; ++i) multiply_add(total[i % 2][n + i / 2], a[i % 2].large, b[i / 2].small);
-#pragma unroll
-      for (unsigned i = 0; i < 4; ++i) multiply_add(total[i % 2][n + i / 2], a[i % 2].large, b[i / 2].large);
+    for (unsigned n = 0; n < S::kTiles; ++n) {
+      const Split<2> b = fragments[(k * S::kTiles + n) * 32 + lane()];
+      multiply_add(a, b, [&](unsigned m) -> float (&)[4] { return total[m][n]; });
     }
   }
 }
@@ -268,12 +268,7 @@ class StripSums {
         Split<2> b;
         b.set(0, column.values[0]);
         b.set(1, column.values[1]);
-#pragma unroll
-        for (unsigned m = 0; m < kRowTiles; ++m) multiply_add(matrix_[m][n], a[m].small, b.large);
-#pragma unroll
-        for (unsigned m = 0; m < kRowTiles; ++m) multiply_add(matrix_[m][n], a[m].large, b.small);
-#pragma unroll
-        for (unsigned m = 0; m < kRowTiles; ++m) multiply_add(matrix_[m][n], a[m].large, b.large);
+        multiply_add(a, b, [&](unsigned m) -> float (&)[4] { return matrix_[m][n]; });
       }
     }
   }

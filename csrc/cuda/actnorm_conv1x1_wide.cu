@@ -20,15 +20,13 @@ constexpr int64_t kLeastChannels = 25, kMostOfApply = 64, kMostOfBackward = 48;
 // Of a block. Two share a multiprocessor where its shared memory lets them.
 constexpr int kApplyWarps = 8, kBackwardWarps = 4;
 
-// All strips of a tensor.
+// All strips of a tensor with this many positions in all.
 struct Strips {
-  unsigned channels, count;
-  int64_t batches, per_sample;
+  unsigned channels, count, positions, per_sample;
 
   __device__ Span span(unsigned strip) const {
-    constexpr unsigned size = Strip<8>::kPositions;
-    const int64_t first = int64_t{strip} * size, batch = first / per_sample, left = batches * per_sample - first;
-    return {batch, first - batch * per_sample, left < size ? static_cast<unsigned>(left) : size};
+    const unsigned first = strip * Strip<8>::kPositions, batch = first / per_sample, left = positions - first;
+    return {batch, first - batch * per_sample, left < Strip<8>::kPositions ? left : Strip<8>::kPositions};
   }
   // The first of a warp, so that multiprocessors differ by one strip at most, and how many further on the next is.
   __device__ unsigned first() const { return threadIdx.x / 32 * gridDim.x + blockIdx.x; }
@@ -134,11 +132,13 @@ bool with_strips(const Launcher& launch, const Tensor& x, const F& f) {
   const int64_t channels = x.size(1);
   if (x.scalar_type() != ScalarType::Float || channels < kLeastChannels || channels > kMostChannels) return false;
   const Planes planes = planes_of(x);
-  const int64_t count = (planes.batches * planes.positions + Strip<8>::kPositions - 1) / Strip<8>::kPositions;
+  const int64_t positions = planes.batches * planes.positions;
+  const int64_t count = (positions + Strip<8>::kPositions - 1) / Strip<8>::kPositions;
   // Of fewer, some multiprocessors would have none for all of their warps.
   const int64_t least = 2 * kBackwardWarps * launch.multiprocessors();
-  if (count < std::max<int64_t>(1, least) || count >= int64_t{1} << 31) return false;
-  const Strips strips{static_cast<unsigned>(channels), static_cast<unsigned>(count), planes.batches, planes.positions};
+  if (count < std::max<int64_t>(1, least) || positions >= int64_t{1} << 31) return false;
+  const Strips strips{static_cast<unsigned>(channels), static_cast<unsigned>(count), static_cast<unsigned>(positions),
+                      static_cast<unsigned>(planes.positions)};
   if (channels <= 32) {
     f.template operator()<Strip<32>>(strips);
   } else if (kMostChannels <= 48 || channels <= 48) {
@@ -156,7 +156,7 @@ constexpr int64_t shared_bytes(int64_t matrices, int64_t strips) {
 }
 
 int64_t blocks_for(const Launcher& launch, const Strips& strips, int64_t warps, int64_t bytes) {
-  return std::min((strips.count + warps - 1) / warps, launch.resident_blocks(bytes, 2));
+  return std::min<int64_t>((strips.count + warps - 1) / warps, launch.resident_blocks(bytes, 2));
 }
 
 // Runs the kernel and adds the sums of its blocks. `fill` completes the arguments.
