@@ -64,8 +64,9 @@ os.environ["GLOW_KERNELS_MULTIPROCESSORS"] = "0"
 def compute(x, grad, matrix, inverse, shift):
     backward = apply_reversible_backward(grad, x, matrix, inverse, shift)
     return apply(x, matrix, shift), *apply_backward(grad, x, matrix), *backward
-sizes = ((3, 45, 210), (3, 45, 210), (45, 45), (45, 45), (45,))
-samples = [tuple(map(torch.randn, sizes))]
+sizes = ((3, 45, 212), (3, 45, 212), (45, 45), (45, 45), (45,))
+channels_last = *(torch.randn(3, 70, 32).mT for _ in range(2)), *map(torch.randn, ((32, 32), (32, 32), (32,)))
+samples = [tuple(map(torch.randn, sizes)), channels_last]
 """,
 }
 # What a file needs beside it.
