@@ -121,6 +121,14 @@ class Block {
   unsigned waiting_ = 0, done_ = 0;  // threads at a barrier, and those that have returned
 };
 
+// The low 13 bits are not part of it.
+float tf32(uint32_t bits) {
+  float value;
+  bits &= ~0x1fffu;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
 std::mutex only_one;
 Block* running = nullptr;
 std::vector<std::unique_ptr<Fibre>> fibres;
@@ -272,6 +280,27 @@ void finish_copies(size_t left) {
 void barrier(Place place) { running->wait(place, State::at_barrier); }
 uint64_t exchange(Place place, Exchange exchange, unsigned mask, uint64_t value, unsigned source) {
   return running->exchange(place, exchange, mask, value, source);
+}
+
+// The layout of fragments is that of "Matrix Fragments for mma.m16n8k8" in the PTX ISA.
+void multiply_add(Place place, float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  struct Fragments {
+    const uint32_t *a, *b;
+  };
+  static Fragments all[1024];
+  const unsigned warp = threadIdx.x / kWarp * kWarp, group = lane() / 4, quarter = lane() % 4;
+  all[threadIdx.x] = {a, b};
+  sync_warp(place);
+  for (unsigned i = 0; i < 4; ++i) {
+    double sum = c[i];
+    for (unsigned k = 0; k < 8; ++k) {
+      // Row group of A, or group + 8; column 2 quarter of B, or the next.
+      const Fragments &row = all[warp + group * 4 + k % 4], &column = all[warp + (2 * quarter + i % 2) * 4 + k % 4];
+      sum += static_cast<double>(tf32(row.a[i / 2 + k / 4 * 2])) * tf32(column.b[k / 4]);
+    }
+    c[i] = static_cast<float>(sum);
+  }
+  sync_warp(place);  // the fragments are where they were until all have read them
 }
 
 }  // namespace cuda_host

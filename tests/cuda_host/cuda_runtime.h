@@ -84,6 +84,9 @@ T shuffle(Place place, unsigned mask, T value, unsigned source) {
 
 inline unsigned lane() { return threadIdx.x % 32; }
 
+// mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32: c += a b, of fragments that all lanes of a warp give.
+void multiply_add(Place place, float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+
 }  // namespace cuda_host
 
 #define CUDA_HOST_PLACE (::cuda_host::Place{__FILE__, __LINE__})
