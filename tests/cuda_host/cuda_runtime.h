@@ -93,7 +93,7 @@ inline unsigned lane() { return threadIdx.x % 32; }
   name##_array& name = *static_cast<name##_array*>(::cuda_host::shared_memory(&name##_key, sizeof(name##_array)))
 
 #define __syncthreads() ::cuda_host::barrier(CUDA_HOST_PLACE)
-#define __syncwarp(...) ::cuda_host::sync_warp(CUDA_HOST_PLACE, ##__VA_ARGS__)
+#define __syncwarp(...) ::cuda_host::sync_warp(CUDA_HOST_PLACE __VA_OPT__(, ) __VA_ARGS__)
 #define __shfl_sync(mask, value, source) ::cuda_host::shuffle(CUDA_HOST_PLACE, mask, value, (source) % 32u)
 #define __shfl_xor_sync(mask, value, distance) \
   ::cuda_host::shuffle(CUDA_HOST_PLACE, mask, value, ::cuda_host::lane() ^ static_cast<unsigned>(distance))
