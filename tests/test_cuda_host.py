@@ -56,6 +56,19 @@ def compute(multiprocessors, z, h, matrix, shift, grad, grad_log_det):
 sizes = ((3, 6, 420), (3, 6, 420), (6, 6), (6,), (3, 6, 420), (3,))
 samples = [(count, *map(torch.randn, sizes)) for count in "10"]
 """,
+    # Of contiguous data with an h that lies channels last, in tiles that end among the positions of a thread.
+    "affine_coupling": """\
+from glow_kernels.ops.affine_coupling import forward, reversible_backward
+os.environ["GLOW_KERNELS_MULTIPROCESSORS"] = "0"
+def compute(y, h, grad, grad_log_det):
+    options = None, "sigmoid", [1.0, 2.0, 1.0, 0.0, -1.0, 1.0], "chunk_scale_shift", "shift_scale"
+    results = forward(y, h, *options)
+    return *results, *reversible_backward(grad, grad_log_det, y, h, *options)[:3]
+def sample(*sizes):
+    y, h, grad = torch.randn(sizes), torch.randn(sizes[0], 2 * sizes[1], *sizes[2:]), torch.randn(sizes)
+    return y, h.to(memory_format=torch.channels_last), grad, torch.randn(sizes[0])
+samples = [sample(2, 6, 19, 11), sample(2, 40, 7, 5)]
+""",
 }
 
 SUM = ".add(all[thread + half * width]);\n"
@@ -63,6 +76,10 @@ BARRIER = "    __syncthreads();\n"
 
 PRODUCT = "reader = Reader<H>(h, span);\n"
 STORED = "write_tile(arguments.grad_z, work, span, dx);\n"
+
+BROUGHT = "  bring(exchange, h, tile, pairs);\n"
+SPOT = "const auto raw_data = fetch<N>(views.data, tile, spot);\n"
+GIVEN = "// nobody else reads this pair before the barrier\n  }\n"
 
 # The operator, what is replaced by what, and what must come out of it; an empty text stands for nothing wrong.
 FAULTS = {
@@ -81,6 +98,19 @@ FAULTS = {
     "no barrier between product and coupling": ("coupling_conv1x1", PRODUCT + BARRIER, PRODUCT, "wrong"),
     "no barrier between coupling and sums": ("coupling_conv1x1", f"{BARRIER}    sums.add", "    sums.add", "wrong"),
     "no barrier between two tiles": ("coupling_conv1x1", STORED + BARRIER, STORED, "wrong"),
+    "none in a coupling with pairs to exchange": ("affine_coupling", "", "", ""),
+    "positions beyond the tensor count": (
+        *("affine_coupling", "if (i < spot.count) total += log_factor;", "total += log_factor;"),
+        "wrong",
+    ),
+    "no barrier before pairs are read": (
+        *("affine_coupling", f"{SPOT}{BROUGHT}  __syncthreads();\n", f"{SPOT}{BROUGHT}"),
+        "wrong",
+    ),
+    "no barrier before their gradients are written": (
+        *("affine_coupling", f"{GIVEN}  __syncthreads();\n", GIVEN),
+        "wrong",
+    ),
 }
 
 
