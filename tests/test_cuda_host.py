@@ -80,11 +80,25 @@ sizes = ((3, 45, 212), (3, 45, 212), (45, 45), (45, 45), (45,))
 channels_last = *(torch.randn(3, 70, 32).mT for _ in range(2)), *map(torch.randn, ((32, 32), (32, 32), (32,)))
 samples = [tuple(map(torch.randn, sizes)), channels_last]
 """,
+    # Of contiguous data with an h that lies channels last, in tiles that end among the positions of a thread.
+    "affine_coupling": """\
+from glow_kernels.ops.affine_coupling import forward, reversible_backward
+os.environ["GLOW_KERNELS_MULTIPROCESSORS"] = "0"
+def compute(y, h, grad, grad_log_det):
+    options = None, "sigmoid", [1.0, 2.0, 1.0, 0.0, -1.0, 1.0], "chunk_scale_shift", "shift_scale"
+    results = forward(y, h, *options)
+    return *results, *reversible_backward(grad, grad_log_det, y, h, *options)[:3]
+def sample(*sizes):
+    y, h, grad = torch.randn(sizes), torch.randn(sizes[0], 2 * sizes[1], *sizes[2:]), torch.randn(sizes)
+    return y, h.to(memory_format=torch.channels_last), grad, torch.randn(sizes[0])
+samples = [sample(2, 6, 19, 11), sample(2, 40, 7, 5)]
+""",
 }
 
 # In which files the kernels of an operator are, faults among them.
 SOURCES = {
     "actnorm_statistics": ["actnorm_statistics.cu"],
+    "affine_coupling": ["affine_coupling.cu"],
     "coupling_conv1x1": ["coupling_conv1x1.cu"],
     "actnorm_conv1x1": [f"actnorm_conv1x1{end}" for end in ("_step.cu", "_parameters.h", ".cu", "_wide.cu")],
     "actnorm_conv1x1_wide": ["actnorm_conv1x1_wide.cu", "actnorm_conv1x1.cu"],
@@ -102,6 +116,9 @@ READY = "wait_for_copies();\n"
 PRODUCT_OF_STRIP = "    typename S::Values total;\n    multiply<S>(fragments"
 PUT = "put_strip<S>(total, x);\n"
 SUMMED = "    __syncwarp();\n  }\n"
+BROUGHT = "  bring(exchange, h, tile, pairs);\n"
+SPOT = "const auto raw_data = fetch<N>(views.data, tile, spot);\n"
+GIVEN = "// nobody else reads this pair before the barrier\n  }\n"
 
 # The operator, what is replaced by what, and what must come out of it; an empty text stands for nothing wrong.
 FAULTS = {
@@ -140,6 +157,19 @@ FAULTS = {
         "actnorm_conv1x1_wide",
         f"{SUMMED}  __syncthreads();\n",
         SUMMED,
+        "wrong",
+    ),
+    "none in a coupling with pairs to exchange": ("affine_coupling", "", "", ""),
+    "positions beyond the tensor count": (
+        *("affine_coupling", "if (i < spot.count) total += log_factor;", "total += log_factor;"),
+        "wrong",
+    ),
+    "no barrier before pairs are read": (
+        *("affine_coupling", f"{SPOT}{BROUGHT}  __syncthreads();\n", f"{SPOT}{BROUGHT}"),
+        "wrong",
+    ),
+    "no barrier before their gradients are written": (
+        *("affine_coupling", f"{GIVEN}  __syncthreads();\n", GIVEN),
         "wrong",
     ),
 }
