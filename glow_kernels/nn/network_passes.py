@@ -25,12 +25,6 @@ from glow_kernels.ops.scale_filters import scale_all, scale_all_backward
 _FACTORS = [1.0, 1.0, 3.0]
 # Blocks that keep a large GPU busy, elements that each should have at least, and channels that it has side by side.
 _BLOCKS, _ELEMENTS, _CHANNELS = 768, 2048, 256
-_LAYERS: tuple[tuple[str, type[nn.Module]], ...] = (
-    ("first", HiddenConv2d),
-    ("second", HiddenConv2d),
-    ("last", ZeroConv2d),
-)
-
 
 class Kept(NamedTuple):
     """What backward needs: the inputs of the three convolutions, and their weights as they computed with them."""
@@ -39,31 +33,33 @@ class Kept(NamedTuple):
     weights: list[Tensor]
 
 
-def has_passes(network: nn.Module) -> bool:
-    """Whether the passes compute what calling ``network`` does.
+def plain_parameters(network: nn.Module) -> list[Tensor] | None:
+    """Those of :func:`parameters_of` if the passes compute what calling ``network`` does, None otherwise.
 
     It must be this package's own, initialised, and nobody's who waits for its modules to be called.
     """
     if type(network) is not CouplingNetwork or _has_any_global_hook() or is_altered(network):  # type: ignore[no-untyped-call]
-        return False
-    for name, expected in _LAYERS:
-        layer = network._modules[name]
-        if type(layer) is not expected or is_altered(layer):
-            return False
-        actnorm = layer._modules.get("actnorm")
-        if actnorm is not None and (type(actnorm) is not ActNorm or not actnorm._is_initialized or is_altered(actnorm)):
-            return False
-    return True
+        return None
+    layers = network._modules
+    first, second, last = layers["first"], layers["second"], layers["last"]
+    if not _is_plain(first, HiddenConv2d) or not _is_plain(second, HiddenConv2d) or not _is_plain(last, ZeroConv2d):
+        return None
+    for layer in (first, second):
+        actnorm = layer._modules["actnorm"]
+        if not _is_plain(actnorm, ActNorm) or not actnorm._is_initialized:
+            return None
+    return parameters_of(network)
 
 
 def parameters_of(network: nn.Module) -> list[Tensor]:
     """Weights, biases and log_scales, three each."""
-    assert isinstance(network, CouplingNetwork)
-    first, second, last = network.first, network.second, network.last
+    layers = network._modules
+    first, second, last = layers["first"], layers["second"], layers["last"]
+    actnorms = first._modules["actnorm"], second._modules["actnorm"]
     return [
-        *(first.weight, second.weight, last.weight),
-        *(first.actnorm.bias, second.actnorm.bias, last.bias),
-        *(first.actnorm.log_scale, second.actnorm.log_scale, last.log_scale),
+        *(_parameter(first, "weight"), _parameter(second, "weight"), _parameter(last, "weight")),
+        *(_parameter(actnorms[0], "bias"), _parameter(actnorms[1], "bias"), _parameter(last, "bias")),
+        *(_parameter(actnorms[0], "log_scale"), _parameter(actnorms[1], "log_scale"), _parameter(last, "log_scale")),
     ]
 
 
@@ -212,3 +208,14 @@ def is_altered(module: nn.Module) -> bool:
         or own["_backward_hooks"]
         or own["_backward_pre_hooks"]
     )
+
+
+def _is_plain(module: Any, expected: type[nn.Module]) -> bool:
+    return type(module) is expected and not is_altered(module)
+
+
+def _parameter(module: Any, name: str) -> Tensor:
+    """``getattr(module, name)``, which looks for a parameter in vain at several places first."""
+    registered = module._parameters
+    parameter: Tensor = registered[name] if name in registered and name not in module.__dict__ else getattr(module, name)
+    return parameter
