@@ -23,6 +23,10 @@ from glow_kernels.ops.scale_filters import scale_all, scale_all_backward
 
 # Of log_scale in the three convolutions.
 _FACTORS = [1.0, 1.0, 3.0]
+# Found once: looking for an overload takes as long as a small operator.
+_convolution_backward = torch.ops.aten.convolution_backward.default
+_threshold_backward = torch.ops.aten.threshold_backward.default
+_threshold_backward_into = torch.ops.aten.threshold_backward.grad_input
 # Blocks that keep a large GPU busy, elements that each should have at least, and channels that it has side by side.
 _BLOCKS, _ELEMENTS, _CHANNELS = 768, 2048, 256
 
@@ -57,9 +61,9 @@ def parameters_of(network: nn.Module) -> list[Tensor]:
     first, second, last = layers["first"], layers["second"], layers["last"]
     actnorms = first._modules["actnorm"], second._modules["actnorm"]
     return [
-        *(_parameter(first, "weight"), _parameter(second, "weight"), _parameter(last, "weight")),
-        *(_parameter(actnorms[0], "bias"), _parameter(actnorms[1], "bias"), _parameter(last, "bias")),
-        *(_parameter(actnorms[0], "log_scale"), _parameter(actnorms[1], "log_scale"), _parameter(last, "log_scale")),
+        *(parameter_of(first, "weight"), parameter_of(second, "weight"), parameter_of(last, "weight")),
+        *(parameter_of(actnorms[0], "bias"), parameter_of(actnorms[1], "bias"), parameter_of(last, "bias")),
+        *(parameter_of(actnorms[0], "log_scale"), parameter_of(actnorms[1], "log_scale"), parameter_of(last, "log_scale")),
     ]
 
 
@@ -121,15 +125,19 @@ def backward(
         if apart and not (frugal and _is_large(result, result.shape[1])):
             grad, grad_bias = bias_relu_backward(grad, result, _parts(result))
         elif torch.is_grad_enabled():  # by whoever asks for second derivatives
-            grad = torch.ops.aten.threshold_backward(grad, result, 0)
+            grad = _threshold_backward(grad, result, 0)
         else:  # the gradient is the convolution's, and nobody else's
-            torch.ops.aten.threshold_backward.grad_input(grad, result, 0, grad_input=grad)
+            _threshold_backward_into(grad, result, 0, grad_input=grad)
         del result
     found: list[Tensor | None] = [None] * len(parameters)
     if needs_parameters:
         flat = scale_all_backward(filters, weights, biases, log_scales, _FACTORS)
         by_kind = [*flat[::3], *flat[1::3], *flat[2::3]]
-        found = [value.to(of.dtype) for value, of in zip(by_kind, parameters, strict=True)]
+        # Asking first is cheaper than a conversion that does nothing.
+        found = [
+            value if value.dtype == of.dtype else value.to(of.dtype)
+            for value, of in zip(by_kind, parameters, strict=True)
+        ]
     return grad[:, : weights[0].shape[1]] if needs_x else None, found
 
 
@@ -179,23 +187,21 @@ def memory_format_of(x: Tensor) -> torch.memory_format:
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    result: Tensor = torch.ops.aten.convolution(x, weight, bias, *_geometry(weight))
-    return result
+    return torch.convolution(x, weight, bias, *_geometry(weight))
 
 
 def _convolve_backward(grad: Tensor, x: Tensor, weight: Tensor, mask: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients in x, weight and bias; None where ``mask`` does not ask for one."""
-    filters, geometry = weight.shape[:1], _geometry(weight)
-    found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
-        grad, x, weight, filters, *geometry, mask
+    found: tuple[Tensor, Tensor, Tensor] = _convolution_backward(
+        grad, x, weight, [weight.size(0)], *_geometry(weight), mask
     )
     return found
 
 
 def _geometry(weight: Tensor) -> tuple[Any, ...]:
     """Stride, padding, dilation, no transposition, output padding and groups of a convolution that keeps the size."""
-    padding = [size // 2 for size in weight.shape[2:]]
-    return (1, 1), padding, (1, 1), False, (0, 0), 1
+    padding = [weight.size(2) // 2, weight.size(3) // 2]
+    return [1, 1], padding, [1, 1], False, [0, 0], 1
 
 
 def is_altered(module: nn.Module) -> bool:
@@ -214,7 +220,7 @@ def _is_plain(module: Any, expected: type[nn.Module]) -> bool:
     return type(module) is expected and not is_altered(module)
 
 
-def _parameter(module: Any, name: str) -> Tensor:
+def parameter_of(module: Any, name: str) -> Tensor:
     """``getattr(module, name)``, which looks for a parameter in vain at several places first."""
     registered = module._parameters
     parameter: Tensor = registered[name] if name in registered and name not in module.__dict__ else getattr(module, name)
