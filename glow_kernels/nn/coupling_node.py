@@ -220,17 +220,18 @@ class _CouplingNode(torch.autograd.Function):
         return y, log_det
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # Asked for once: torch.utils.checkpoint hands out what is saved only once.
         x, matrix, y, h, *saved = ctx.saved_tensors
         kept, parameters = passes.Kept(saved[:3], saved[3:6]), saved[6:]
         needs_x, _, needs_matrix, needs_shift, *needs = ctx.needs_input_grad
         needs_y = needs_x or needs_matrix or needs_shift
-        of_map: tuple[Tensor | None, ...] = (None, None)
+        grad_matrix, grad_shift = None, None
         with backends.restored(ctx.backend):
             of = (y, h, kept)
-            below, found = couple_backward(grad, grad_log_det, ctx.kind, of, parameters, needs_y, any(needs))
-            if matrix is not None and below is not None:
-                below, *of_map = apply_backward(below, x, matrix, needs_x)
-        every = (below, None, *of_map, *found)
+            grad, grad_log_det = grads
+            grad_x, found = couple_backward(grad, grad_log_det, ctx.kind, of, parameters, needs_y, any(needs))
+            if matrix is not None and grad_x is not None:
+                grad_x, grad_matrix, grad_shift = apply_backward(grad_x, x, matrix, needs_x)
+        every = (grad_x, None, grad_matrix, grad_shift, *found)
         return tuple(value if need else None for value, need in zip(every, ctx.needs_input_grad, strict=True))

@@ -30,6 +30,7 @@ _threshold_backward_into = torch.ops.aten.threshold_backward.grad_input
 # Blocks that keep a large GPU busy, elements that each should have at least, and channels that it has side by side.
 _BLOCKS, _ELEMENTS, _CHANNELS = 768, 2048, 256
 
+
 class Kept(NamedTuple):
     """What backward needs: the inputs of the three convolutions, and their weights as they computed with them."""
 
@@ -44,7 +45,7 @@ def plain_parameters(network: nn.Module) -> list[Tensor] | None:
     """
     if type(network) is not CouplingNetwork or _has_any_global_hook() or is_altered(network):  # type: ignore[no-untyped-call]
         return None
-    layers = network._modules
+    layers: dict[str, Any] = network._modules
     first, second, last = layers["first"], layers["second"], layers["last"]
     if not _is_plain(first, HiddenConv2d) or not _is_plain(second, HiddenConv2d) or not _is_plain(last, ZeroConv2d):
         return None
@@ -57,13 +58,17 @@ def plain_parameters(network: nn.Module) -> list[Tensor] | None:
 
 def parameters_of(network: nn.Module) -> list[Tensor]:
     """Weights, biases and log_scales, three each."""
-    layers = network._modules
+    layers: dict[str, Any] = network._modules
     first, second, last = layers["first"], layers["second"], layers["last"]
     actnorms = first._modules["actnorm"], second._modules["actnorm"]
     return [
         *(parameter_of(first, "weight"), parameter_of(second, "weight"), parameter_of(last, "weight")),
         *(parameter_of(actnorms[0], "bias"), parameter_of(actnorms[1], "bias"), parameter_of(last, "bias")),
-        *(parameter_of(actnorms[0], "log_scale"), parameter_of(actnorms[1], "log_scale"), parameter_of(last, "log_scale")),
+        *(
+            parameter_of(actnorms[0], "log_scale"),
+            parameter_of(actnorms[1], "log_scale"),
+            parameter_of(last, "log_scale"),
+        ),
     ]
 
 
@@ -86,7 +91,8 @@ def forward(x: Tensor, parameters: Sequence[Tensor], frugal: bool = False) -> tu
     inputs = [x]
     for weight, hidden_bias in zip(scaled[:2], hidden_biases, strict=True):
         inputs.append(_hidden(inputs[-1], weight, hidden_bias, frugal))
-    return _convolve(inputs[-1], scaled[2], bias)[:, :outputs], Kept(inputs, scaled)
+    h = _convolve(inputs[-1], scaled[2], bias)
+    return h if outer == outputs else h[:, :outputs], Kept(inputs, scaled)
 
 
 def backward(
@@ -138,7 +144,10 @@ def backward(
             value if value.dtype == of.dtype else value.to(of.dtype)
             for value, of in zip(by_kind, parameters, strict=True)
         ]
-    return grad[:, : weights[0].shape[1]] if needs_x else None, found
+    if not needs_x:
+        return None, found
+    channels = weights[0].size(1)
+    return grad if grad.size(1) == channels else grad[:, :channels], found
 
 
 def has_tensor_cores(device: torch.device, dtype: torch.dtype) -> bool:
@@ -223,5 +232,7 @@ def _is_plain(module: Any, expected: type[nn.Module]) -> bool:
 def parameter_of(module: Any, name: str) -> Tensor:
     """``getattr(module, name)``, which looks for a parameter in vain at several places first."""
     registered = module._parameters
-    parameter: Tensor = registered[name] if name in registered and name not in module.__dict__ else getattr(module, name)
+    parameter: Tensor = (
+        registered[name] if name in registered and name not in module.__dict__ else getattr(module, name)
+    )
     return parameter

@@ -114,7 +114,8 @@ def scale_filters(function: str, *args: Any) -> bool:
 def _is_padded(function: str, args: tuple[Any, ...], grads: list[Tensor]) -> bool:
     """Whether zeros follow filters of ``scale_filters``, or the gradient of a bias is in parts."""
     if function == "forward_all":
-        return [size for weight in args[0] for size in weight.shape[:2]] != args[5]
+        own = [size for weight in args[0] for size in weight.shape[:2]]
+        return bool(own != args[5])
     if function == "backward_all":
         # Zeros only add elements; parts add a dimension.
         for grad, of_bias, weight in zip(grads[::2], grads[1::2], args[1], strict=True):
