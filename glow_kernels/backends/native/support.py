@@ -118,21 +118,21 @@ def _is_padded(function: str, args: tuple[Any, ...], grads: list[Tensor]) -> boo
     """Whether zeros follow filters of ``scale_filters``, or the gradient of a bias is in parts."""
     if function == "forward_all":
         own = [size for weight in args[0] for size in weight.shape[:2]]
-        return any(size != padded for size, padded in zip(own, args[5], strict=True))
+        return bool(own != args[5])
     if function == "backward_all":
-        return any(
-            grad.shape != weight.shape or of_bias.shape != weight.shape[:1]
-            for grad, of_bias, weight in zip(grads[::2], grads[1::2], args[1], strict=True)
-        )
+        # Zeros only add elements; parts add a dimension.
+        for grad, of_bias, weight in zip(grads[::2], grads[1::2], args[1], strict=True):
+            if grad.numel() != weight.numel() or of_bias.dim() != 1:
+                return True
     return False
 
 
 def _takes(module: str, function: str, *tensors: Tensor) -> bool:
     """Whether all are dense, and on the CPU or on a GPU whose library has the operator."""
     # A loop: this is asked at every call, and a generator costs more than all the answers.
-    on_cpu = tensors[0].is_cpu
+    on_cpu, strided = tensors[0].is_cpu, torch.strided
     for tensor in tensors:
-        if tensor.is_cpu != on_cpu or tensor.layout is not torch.strided:
+        if tensor.is_cpu != on_cpu or tensor.layout is not strided:
             return False
     if on_cpu:
         return _has_kernel(module, function, "CPU")
