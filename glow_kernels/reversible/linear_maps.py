@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from glow_kernels import backends
@@ -11,6 +12,9 @@ from glow_kernels.reversible import guards
 
 if TYPE_CHECKING:
     from glow_kernels.reversible.chain import ReversibleSequential
+
+# Linear maps, each with its inverse where backward needs that.
+FoldedMaps = list[tuple[LinearMap, LinearMap | None]]
 
 
 class LinearMaps:
@@ -27,10 +31,10 @@ class LinearMaps:
         self._chain, self._stack, self._inverted = chain, stack, inverted
         self._backend = backends.choice()
         self._versions = [guards.versions(parameters) for parameters in stack.parameters]
-        self._found: list[tuple[LinearMap, LinearMap | None]] | None = None
+        self._found: FoldedMaps | None = None
 
-    def of(self, numbers: range) -> list[tuple[LinearMap, LinearMap | None]]:
-        """The map of each of these steps, and its inverse if that was asked for; backward ends with step 0.
+    def of(self, steps: Sequence[range]) -> list[FoldedMaps]:
+        """The maps of these numbers of each of some steps; backward ends with step 0, whose own map is the last.
 
         Raises:
             RuntimeError: a parameter of a step has been modified since forward.
@@ -38,12 +42,12 @@ class LinearMaps:
         """
         if self._found is None:
             self._found = self._fold()
-        found = [self._found[number] for number in numbers]
-        if numbers[0] == 0:
+        found = [[self._found[number] for number in numbers] for numbers in steps]
+        if 0 in steps[0]:
             self._found = None
         return found
 
-    def _fold(self) -> list[tuple[LinearMap, LinearMap | None]]:
+    def _fold(self) -> FoldedMaps:
         for number, (parameters, before) in enumerate(zip(self._stack.parameters, self._versions, strict=True)):
             if guards.versions(parameters) != before:
                 raise RuntimeError(guards.modified(self._chain, number))
