@@ -139,11 +139,11 @@ class ReversibleSequential(nn.Sequential):
         ghost: Tensor | None = None
         modules = list(self)
         linear, log_dets, maps = self._folded(x)
-        spans: Sequence[_Maps] = [(own, None) for own in linear]
+        applied: list[_Maps] = [() if own is None else (own, None) for own in linear]
         if not context and cross_boundaries(modules, linear, x):
-            spans = [(linear[0], linear[1]), *((None, following) for following in [*linear[2:], None])]
+            applied = [(linear[0], linear[1]), *((None, following) for following in [*linear[2:], None])]
         for numbers in self._nodes():
-            steps = [_taken_apart(modules[number], spans[number], x, context) for number in numbers]
+            steps = [_taken_apart(modules[number], applied[number], x, context) for number in numbers]
             _initialize([modules[number] for number in numbers], steps, x, context)
             place = Place(
                 self._handle,
@@ -255,12 +255,14 @@ def _total(log_dets: Sequence[Tensor], x: Tensor) -> Tensor:
     return functools.reduce(torch.add, log_dets)
 
 
-_Maps = tuple[LinearMap | None, LinearMap | None]
+# The folded linear maps that a step begins and ends with, or nothing where it folds for itself.
+_Maps = tuple[LinearMap | None, LinearMap | None] | tuple[()]
 
 
 def _taken_apart(step: nn.Module, maps: _Maps, x: Tensor, context: tuple[Tensor | None, ...]) -> Anatomy | PlainStep:
-    """``step`` with the linear ``maps`` that it begins and ends with, where those have been folded."""
-    plain = None if maps == (None, None) or context else PlainStep.of(step, x, *maps)
+    if not maps:
+        return Anatomy.of(step)
+    plain = None if context else PlainStep.of(step, x, *maps)
     return Anatomy.of(step, maps[0] or ()) if plain is None else plain
 
 

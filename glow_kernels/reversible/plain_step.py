@@ -98,7 +98,7 @@ class PlainStep(NamedTuple):
         y = apply(x, *before) if self.span.begins else x
         if not self.span.ends:
             return couple(y, self.span.kind, own)[:2]
-        h, _ = passes.forward(y[:, : self.span.kind.channels], own)
+        h = passes.forward(y[:, : self.span.kind.channels], own)[0]
         z, log_det = boundary_forward(y, h, *after, *self._options)
         return z, log_det
 
