@@ -165,7 +165,7 @@ class PlainStep(NamedTuple):
             grad_y, grad_h, *of_maps = boundary_backward(grad_z, grad_log_det, y, h, after[0], *self._options)
             del h
             below, found = passes.backward(grad_h, kept, own, True, needed, frugal=True)
-            grad_y[:, : kind.channels] += below
+            grad_y[:, : kind.channels].add_(below)
         else:
             z, _, h, kept = couple(y, kind, own, frugal=True)
             coupled = (z, h, kept)
