@@ -192,8 +192,9 @@ class ReversibleSequential(nn.Sequential):
         stack = None if torch.compiler.is_compiling() else Stack.of(list(self), x)
         if stack is None:
             return [None] * len(self), [], None
-        maps, log_det = stack.fold(x, frugal=True)
-        return maps, [log_det], LinearMaps(self, stack, any(self._needs_inverse(index) for index in range(len(self))))
+        maps = LinearMaps(self, stack, any(self._needs_inverse(index) for index in range(len(self))))
+        folded = maps.fold(x)
+        return folded.maps, [folded.log_det], maps
 
     def _inverted(self, stack: Stack, z: Tensor) -> Folded:
         try:
