@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from glow_kernels import backends
 from glow_kernels.backends.numerics import compute_dtype
 from glow_kernels.nn.actnorm import ActNorm
 from glow_kernels.nn.conv1x1 import ChannelPermutation, InvertibleConv1x1
@@ -31,6 +30,17 @@ class Folded(NamedTuple):
 
     maps: Sequence[LinearMap]
     log_det: Tensor
+
+    @classmethod
+    def of(cls, results: Results, x: Tensor) -> Folded:
+        """What has been folded, for data ``x``."""
+        return cls(linear_maps(results), results[2].sum().expand(x.shape[0]) * positions(x))
+
+
+def linear_maps(results: Results) -> list[LinearMap]:
+    """The map of every step."""
+    matrices, shifts, _ = results
+    return [LinearMap(*pair) for pair in zip(matrices.unbind(), shifts.unbind(), strict=True)]
 
 
 @dataclass
@@ -73,12 +83,9 @@ class Stack:
         ]
         return cls(parameters, fixed, isinstance(mixings[0], ChannelPermutation), compute_dtype(x))
 
-    def fold(self, x: Tensor, frugal: bool = False) -> Folded:
-        """The maps x -> z; if ``frugal``, backward keeps nothing but the parameters as they are."""
-        if frugal:
-            tensors = [tensor for parameters in self.parameters for tensor in parameters]
-            return _folded(_Frugal.apply(self, *tensors), x)  # type: ignore[no-untyped-call]
-        return _folded(fold(*self.stacked(self.parameters)), x)
+    def fold(self, x: Tensor) -> Folded:
+        """The maps x -> z."""
+        return Folded.of(fold(*self.stacked(self.parameters)), x)
 
     def fold_inverse(self, z: Tensor) -> Folded:
         """The maps z -> x.
@@ -86,19 +93,7 @@ class Stack:
         Raises:
             ValueError: a weight is singular.
         """
-        return _folded(fold_inverse(*self.stacked(self.parameters)), z)
-
-    @torch.no_grad()
-    def fold_both(self, inverted: bool) -> list[tuple[LinearMap, LinearMap | None]]:
-        """The map x -> z of every step and, if ``inverted``, the map z -> x; without gradients.
-
-        Raises:
-            ValueError: a weight is singular.
-        """
-        stacked = self.stacked(self.parameters)
-        there = _maps(fold(*stacked))
-        back = _maps(fold_inverse(*stacked)) if inverted else [None] * len(there)
-        return list(zip(there, back, strict=True))
+        return Folded.of(fold_inverse(*self.stacked(self.parameters)), z)
 
     def singular(self) -> int:
         """The first step of which :meth:`fold_inverse` says that its weight is singular."""
@@ -122,40 +117,6 @@ class Stack:
             log_det = weight.new_zeros(len(weight))
         log_det = None if log_det is None else log_det.to(self.dtype)
         return log_scale.to(self.dtype), bias.to(self.dtype), weight.to(self.dtype), log_det
-
-
-class _Frugal(torch.autograd.Function):
-    """``apply(stack, *parameters)``: :func:`fold`, which backward does again instead of keeping what it needs."""
-
-    @staticmethod
-    def forward(ctx: Any, stack: Stack, *parameters: Tensor) -> Results:
-        ctx.stack, ctx.backend = stack, backends.choice()
-        ctx.save_for_backward(*parameters)
-        return fold(*stack.stacked(_in_rows(parameters, len(stack.parameters))))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad[1:]
-        leaves = [t.detach().requires_grad_(need) for t, need in zip(ctx.saved_tensors, needs, strict=True)]
-        with backends.restored(ctx.backend), torch.enable_grad():
-            results = fold(*ctx.stack.stacked(_in_rows(leaves, len(ctx.stack.parameters))))
-        wanted = [leaf for leaf in leaves if leaf.requires_grad]
-        found = iter(torch.autograd.grad(results, wanted, grads, allow_unused=True))
-        return None, *(next(found) if need else None for need in needs)
-
-
-def _in_rows(tensors: Sequence[Tensor], rows: int) -> list[Sequence[Tensor]]:
-    length = len(tensors) // rows
-    return [tensors[row * length : (row + 1) * length] for row in range(rows)]
-
-
-def _folded(results: Results, x: Tensor) -> Folded:
-    return Folded(_maps(results), results[2].sum().expand(x.shape[0]) * positions(x))
-
-
-def _maps(results: Results) -> list[LinearMap]:
-    matrices, shifts, _ = results
-    return [LinearMap(*pair) for pair in zip(matrices.unbind(), shifts.unbind(), strict=True)]
 
 
 def _are_alike(steps: Sequence[nn.Module], x: Tensor) -> bool:

@@ -46,13 +46,10 @@ def actnorm_conv1x1(function: str, *args: Any) -> bool:
     if function in _IN_ONE_CALL:
         first = _IN_ONE_CALL[function]
         tensors = [tensor for tensor in args[first : first + 5] if tensor is not None]
-        x = tensors[0]
-        fits = x.dtype in _TYPES and x.shape[1] <= _MAX_CHANNELS
-        return fits and _takes("actnorm_conv1x1", function, *tensors)
+        return _has_kernels_of_map(tensors[0]) and _takes("actnorm_conv1x1", function, *tensors)
     if function.startswith("apply"):
         x, matrix = args[1:3] if function.endswith("backward") else args[:2]
-        most = _MAX_CHANNELS_ON_GPU.get(x.dtype, 64) if _runs_cuda_code(x) else _MAX_CHANNELS
-        fits = x.dtype in _TYPES and x.shape[1] <= most and matrix.dtype == compute_dtype(x)
+        fits = _has_kernels_of_map(x) and matrix.dtype == compute_dtype(x)
         return fits and _takes("actnorm_conv1x1", function, x, matrix)
     first = args[0]
     most = _MAX_FOLD_CHANNELS_ON_GPU if _runs_cuda_code(first) else _MAX_CHANNELS
@@ -63,6 +60,12 @@ def actnorm_conv1x1(function: str, *args: Any) -> bool:
         if tensor.dtype != first.dtype:
             return False
     return _takes("actnorm_conv1x1", function, *tensors)
+
+
+def _has_kernels_of_map(x: Tensor) -> bool:
+    """Whether the kernels of the linear map are for the type and the channels of ``x``."""
+    most = _MAX_CHANNELS_ON_GPU.get(x.dtype, 64) if _runs_cuda_code(x) else _MAX_CHANNELS
+    return x.dtype in _TYPES and x.shape[1] <= most
 
 
 def coupling_conv1x1(function: str, *args: Any) -> bool:
