@@ -271,7 +271,18 @@ def test_a_step_gives_gradients_to_what_is_learned_alone(backend, nodes_of_chain
             torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("alter", ALTERATIONS, ids=lambda alter: alter.__name__.strip("_"))
+def _hooked_itself(coupling: nn.Module) -> None:
+    coupling.register_forward_hook(lambda *_: None)
+
+
+def _on_the_other_half(coupling: nn.Module) -> None:
+    coupling.condition_on = "second"
+
+
+CHAIN_ALTERATIONS = (*ALTERATIONS, _hooked_itself, _on_the_other_half)
+
+
+@pytest.mark.parametrize("alter", CHAIN_ALTERATIONS, ids=lambda alter: alter.__name__.strip("_"))
 def test_a_chain_notices_who_may_look(backend, nodes_of_chains, alter):
     chain, x = ready_chain()
     chain(x)

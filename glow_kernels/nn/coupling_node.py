@@ -1,4 +1,4 @@
-"""A coupling with its own network as one node of autograd.
+"""A coupling with its own network, and where a chain has folded it the linear map before, as one node of autograd.
 
 Composed of operators it is some twenty nodes, and what autograd does between them costs more than the coupling: halves
 of a gradient are padded with zeros and added, small gradients are converted one by one, every node takes the host its
