@@ -73,7 +73,14 @@ def stages(results: Path, dry_run: bool = False) -> list[Stage]:
         Stage("sampling", [*measure, "sampling", *options], 14),
         Stage("tune", [*python, "glow_kernels", "tune"], 35, "it needs a GPU" if dry_run else ""),
         *(
-            Stage(tool, _sanitizer(tool, sanitized), limit, untested or no_library or _no_sanitizer())
+            # Of memory that PyTorch keeps for later, the tools would not see that nobody may use it.
+            Stage(
+                tool,
+                _sanitizer(tool, sanitized),
+                limit,
+                untested or no_library or _no_sanitizer(),
+                {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+            )
             for tool, limit in SANITIZERS.items()
         ),
     ]
@@ -171,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _workers() -> list[str]:
     """Options that run tests side by side, where pytest can do that: most of their time is the host's."""
-    return [] if _missing("xdist") else ["-n", str(min(12, os.cpu_count() or 1))]
+    return [] if _missing("xdist") else ["-n", str(min(16, os.cpu_count() or 1))]
 
 
 def _missing(*packages: str) -> str:

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import json
+import math
+import multiprocessing
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -79,69 +85,118 @@ def tune(folder: Path | None = None) -> tuple[Path, dict[str, dict[str, int]]]:
     path: Path = (folder or launch.TUNED) / f"{launch.table_name(torch.cuda.get_device_name())}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     table: dict[str, dict[str, int]] = json.loads(path.read_text()) if path.exists() else {}
+    _compile_all()
     for family, calls in _families(torch.device("cuda")).items():
         table[family] = _fastest(family, calls)
         path.write_text(json.dumps(table, indent=2) + "\n")
     return path, table
 
 
-def _families(device: torch.device) -> dict[str, list[Call]]:
-    """What is measured: the bandwidth shapes of every family, in float32."""
-    names = ("affine_coupling", "actnorm_conv1x1", "actnorm_statistics", "coupling_conv1x1")
-    coupling, linear, statistics, across_steps = (implementation("triton", name) for name in names)
-    x, h = torch.randn(64, 12, 128, 128, device=device), torch.randn(64, 24, 128, 128, device=device)
+# Samples and the side of an image of 12 channels, which are not many to count, and with which the device is full.
+_SMALL, _LARGE = (64, 16), (64, 128)
+
+
+def _families(device: torch.device, sizes: Sequence[tuple[int, int]] = (_SMALL, _LARGE)) -> dict[str, list[Call]]:
+    """What is measured of every family: calls of all sizes, in float32, hidden layers in bfloat16."""
+    families: dict[str, list[Call]] = {}
+    for samples, side in sizes:
+        for family, calls in _calls(samples, side, device).items():
+            families.setdefault(family, []).extend(calls)
+    return families
+
+
+def _calls(samples: int, side: int, device: torch.device) -> dict[str, list[Call]]:
+    names = ("affine_coupling", "actnorm_conv1x1", "actnorm_statistics", "bias_relu", "coupling_conv1x1")
+    coupling, linear, statistics, bias_relu, across_steps = (implementation("triton", name) for name in names)
     options = (None, "sigmoid", [1.0, 2.0, 1.0, 0.0, 0.0, 0.0], "interleaved_shift_scale", "shift_scale")
-    lam = torch.randn(64, device=device)
-    families: dict[str, list[Call]] = {
-        "elementwise": [
-            lambda: coupling.forward(x, h, *options),
-            lambda: coupling.reversible_backward(x, lam, x, h, *options),
-        ],
-        "statistics": [lambda: statistics.forward(x)],
-    }
+    lam = torch.randn(samples, device=device)
+    families: dict[str, list[Call]] = {}
+    # Levels of a model: twice the channels on half of the side.
     for channels, block_c in ((12, 16), (24, 32), (48, 64)):
-        data = torch.randn(32, channels, 64, 64, device=device)
+        data = torch.randn(samples, channels, side * 12 // channels, side * 12 // channels, device=device)
+        h = torch.randn_like(data)
         matrix, shift = torch.eye(channels, device=device), torch.zeros(channels, device=device)
-        arguments = (data, matrix, shift)
-        families[f"linear_{block_c}"] = [lambda arguments=arguments: linear.apply(*arguments)]  # type: ignore[misc]
-        if block_c <= 32:  # more channels take several launches, of the other families
-            backward = (data, data, matrix, matrix, shift)
-            families[f"linear_backward_{block_c}"] = [
-                lambda arguments=backward: linear.apply_reversible_backward(*arguments)  # type: ignore[misc]
+        half = data[:, channels // 2 :]
+        if channels == 12:
+            families["elementwise"] = [
+                functools.partial(coupling.forward, half, h, *options),
+                functools.partial(coupling.reversible_backward, half, lam, half, h, *options),
             ]
-        families[f"linear_sums_{block_c}"] = [
-            lambda arguments=(data, data, matrix, False): linear.apply_backward(*arguments)  # type: ignore[misc]
-        ]
-        coupled = (data, torch.randn_like(data), matrix)
-        families[f"coupling_{block_c}"] = [
-            lambda arguments=(*coupled, shift, *options[1:]): across_steps.forward(*arguments)  # type: ignore[misc]
-        ]
-        families[f"coupling_backward_{block_c}"] = [
-            lambda arguments=(data, lam[:32], *coupled, *options[1:]): across_steps.backward(*arguments)  # type: ignore[misc]
-        ]
+            families["statistics"] = [functools.partial(statistics.forward, data)]
+            hidden = torch.randn(samples, 128, side, side, dtype=torch.bfloat16, device=device)
+            hidden = hidden.contiguous(memory_format=torch.channels_last)
+            families["bias_relu"] = [functools.partial(bias_relu.backward, hidden, hidden, 1)]
+        calls: dict[str, tuple[Callable[..., object], tuple[Any, ...]]] = {
+            "linear": (linear.apply, (data, matrix, shift)),
+            "linear_sums": (linear.apply_backward, (data, data, matrix, False)),
+        }
+        if block_c <= 32:  # more channels take several launches, of the other families
+            calls["linear_backward"] = linear.apply_reversible_backward, (data, data, matrix, matrix, shift)
+        if (samples, side) != _LARGE:  # where a model takes two operators
+            calls["coupling"] = across_steps.forward, (data, h, matrix, shift, *options[1:])
+            calls["coupling_backward"] = across_steps.backward, (data, lam, data, h, matrix, *options[1:])
+        for name, (function, arguments) in calls.items():
+            families[f"{name}_{block_c}"] = [functools.partial(function, *arguments)]
     return families
 
 
 def _fastest(family: str, calls: Sequence[Call]) -> dict[str, int]:
-    from triton.runtime.errors import OutOfResources
+    """The parameters with the least product of times, so that every call counts the same."""
     from triton.testing import do_bench
 
-    measured = implementation("triton", "launch").MEASURED
     times: list[tuple[float, dict[str, int]]] = []
-    for parameters in _candidates():
-        measured[family] = parameters
-        try:
-            times.append((sum(do_bench(call, warmup=5, rep=20, return_mode="median") for call in calls), parameters))
-        except OutOfResources:  # a tile that does not fit this GPU
-            continue
-        finally:
-            del measured[family]
+    for parameters in _candidates(family):
+        with _measured(family, parameters) as fits:
+            if all(fits(call) for call in calls):
+                medians = [do_bench(call, warmup=5, rep=20, return_mode="median") for call in calls]
+                times.append((math.prod(medians), parameters))
     return min(times, key=lambda pair: pair[0])[1]
 
 
-def _candidates() -> Iterator[dict[str, int]]:
+@contextmanager
+def _measured(family: str, parameters: dict[str, int]) -> Iterator[Callable[[Call], bool]]:
+    """Launch this family with these parameters; gives what calls a function and says whether its tiles fit the GPU."""
+    from triton.runtime.errors import OutOfResources
+
+    def fits(call: Call) -> bool:
+        try:
+            call()
+        except OutOfResources:
+            return False
+        return True
+
+    measured = implementation("triton", "launch").MEASURED
+    measured[family] = parameters
+    try:
+        yield fits
+    finally:
+        del measured[family]
+
+
+def _compile_all() -> None:
+    """Compile what is going to be measured, in processes side by side: compiling takes longer than measuring."""
+    families = list(_families(torch.device("meta"), [_SMALL]))
+    jobs = [(family, parameters) for family in families for parameters in _candidates(family)]
+    # Not a copy of this process, whose CUDA a copy cannot use.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(8, os.cpu_count() or 1), context) as pool:
+        list(pool.map(_compile, *zip(*jobs, strict=True)))
+
+
+def _compile(family: str, parameters: dict[str, int]) -> None:
+    with _measured(family, parameters) as fits:
+        for call in _families(torch.device("cuda"), [_SMALL])[family]:
+            fits(call)
+
+
+def _candidates(family: str) -> Iterator[dict[str, int]]:
+    """The usual parameters, and others that give a thread 4 to 32 elements."""
+    usual = implementation("triton", "launch").DEFAULTS[family]
+    yield usual
     for elements, num_warps in itertools.product((512, 1024, 2048, 4096), (2, 4, 8)):
-        yield {"elements": elements, "num_warps": num_warps}
+        parameters = {"elements": elements, "num_warps": num_warps}
+        if 4 <= elements // (32 * num_warps) <= 32 and parameters != usual:
+            yield parameters
 
 
 def compare(folder: Path | None = None) -> tuple[Path, faster.Table]:

@@ -405,6 +405,7 @@ def test_an_interrupted_run_keeps_what_was_measured(tmp_path, monkeypatch, capsy
         (["--shape", "1x3x2x2"], "a shape must have an even number of channels"),
         (["--dtype", "int8"], "dtype must be one of float32, .* got 'int8'"),
         (["--backend", "cublas"], "backend must be one of native, triton, reference, got 'cublas'"),
+        (["--threads", "1,9999"], "threads must be at most "),
         (["--allocator", "slab"], "allocator must be one of default, tuned, got 'slab'"),
         (["--results", "x"], "--results goes with --check"),
         (["--device", "tpu"], "--device tpu cannot be used here"),

@@ -1,13 +1,19 @@
-"""The CUDA kernels on a real GPU: streams, graphs and devices. Everything else the operator tests prove there too."""
+"""The CUDA kernels on a real GPU: streams, graphs and devices, and tensors that are large to it.
+
+Everything else the operator tests prove there too.
+"""
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
-from operators import assert_same_bits
+from operators import assert_accurate, assert_same_bits
 
 import glow_kernels as gk
 from glow_kernels.backends.native import cuda
+from glow_kernels.ops.actnorm_conv1x1 import apply, apply_backward, apply_reversible_backward
 
 pytestmark = pytest.mark.skipif(not cuda.status().available, reason=cuda.status().reason)
 
@@ -66,3 +72,25 @@ def test_tensors_of_another_gpu_are_computed_there():
     for result in compute(x, h):
         assert result.device == x.device
     assert torch.cuda.current_device() == 0
+
+
+# Those that the matrix units compute, and among them sizes that do not fill their tiles.
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("shape", [(16, 48, 64, 64), (40, 25, 37, 41), (16, 64, 64, 64)], ids=str)
+def test_many_channels_of_a_large_tensor(shape, memory_format):
+    x, grad = (torch.randn(shape, device="cuda").contiguous(memory_format=memory_format) for _ in range(2))
+    matrix = torch.linalg.qr(torch.randn(shape[1], shape[1], device="cuda")).Q.contiguous()
+    inverse, shift = matrix.T.contiguous(), torch.randn(shape[1], device="cuda")
+
+    def compute(x, grad, matrix, inverse, shift):
+        reversible = apply_reversible_backward(grad, x, matrix, inverse, shift)
+        return apply(x, matrix, shift), *apply_backward(grad, x, matrix), *reversible
+
+    inputs = x, grad, matrix, inverse, shift
+    results = compute(*inputs)
+    assert_same_bits(results, compute(*inputs))
+    with gk.use_backend("reference"):
+        truths, eagers = compute(*(tensor.double() for tensor in inputs)), compute(*inputs)
+    for index, (result, truth, eager) in enumerate(zip(results, truths, eagers, strict=True)):
+        terms = 1 if result.shape == x.shape else x.numel() / shape[1]
+        assert_accurate(result, truth, eager, f"result {index}", unit=math.sqrt(terms))

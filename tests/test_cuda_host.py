@@ -1,7 +1,8 @@
 """The host shim finds what it is there for: faults are planted in copies of a kernel, which must come out.
 
 A barrier taken away shows as a wrong result, a thread that misses one as an error with text, an access out of bounds as
-AddressSanitizer's. The operator tests themselves run on the shim by ``make test-cuda-host``.
+AddressSanitizer's. The product that stands in for the matrix units is held against their documentation. The operator
+tests themselves run on the shim by ``make test-cuda-host``.
 """
 
 from __future__ import annotations
@@ -56,6 +57,51 @@ def compute(multiprocessors, z, h, matrix, shift, grad, grad_log_det):
 sizes = ((3, 6, 420), (3, 6, 420), (6, 6), (6,), (3, 6, 420), (3,))
 samples = [(count, *map(torch.randn, sizes)) for count in "10"]
 """,
+    # The same, with an elimination in a block of its own and without.
+    "actnorm_conv1x1": """\
+import importlib
+whole = importlib.import_module("glow_kernels.ops.actnorm_conv1x1")
+def compute(multiprocessors, x, grad, grad_log_det, *parameters):
+    os.environ["GLOW_KERNELS_MULTIPROCESSORS"] = multiprocessors
+    return *whole._forward(x, *parameters), *whole._backward(grad, grad_log_det, x, *parameters, True)
+def sample(multiprocessors, *known):
+    data = torch.randn(3, 12, 420), torch.randn(3, 12, 420), torch.randn(3)
+    return multiprocessors, *data, *torch.randn(2, 12), torch.linalg.qr(torch.randn(12, 12)).Q, *known
+samples = [sample("1", None), sample("0", None), sample("0", torch.tensor(0.5))]
+""",
+    # Of no multiprocessors, so that no tensor is small: more strips than warps, in two blocks.
+    "actnorm_conv1x1_wide": """\
+from glow_kernels.ops.actnorm_conv1x1 import apply, apply_backward, apply_reversible_backward
+os.environ["GLOW_KERNELS_MULTIPROCESSORS"] = "0"
+def compute(x, grad, matrix, inverse, shift):
+    backward = apply_reversible_backward(grad, x, matrix, inverse, shift)
+    return apply(x, matrix, shift), *apply_backward(grad, x, matrix), *backward
+sizes = ((3, 45, 212), (3, 45, 212), (45, 45), (45, 45), (45,))
+channels_last = *(torch.randn(3, 70, 32).mT for _ in range(2)), *map(torch.randn, ((32, 32), (32, 32), (32,)))
+samples = [tuple(map(torch.randn, sizes)), channels_last]
+""",
+    # Of contiguous data with an h that lies channels last, in tiles that end among the positions of a thread.
+    "affine_coupling": """\
+from glow_kernels.ops.affine_coupling import forward, reversible_backward
+os.environ["GLOW_KERNELS_MULTIPROCESSORS"] = "0"
+def compute(y, h, grad, grad_log_det):
+    options = None, "sigmoid", [1.0, 2.0, 1.0, 0.0, -1.0, 1.0], "chunk_scale_shift", "shift_scale"
+    results = forward(y, h, *options)
+    return *results, *reversible_backward(grad, grad_log_det, y, h, *options)[:3]
+def sample(*sizes):
+    y, h, grad = torch.randn(sizes), torch.randn(sizes[0], 2 * sizes[1], *sizes[2:]), torch.randn(sizes)
+    return y, h.to(memory_format=torch.channels_last), grad, torch.randn(sizes[0])
+samples = [sample(2, 6, 19, 11), sample(2, 40, 7, 5)]
+""",
+}
+
+# In which files the kernels of an operator are, faults among them.
+SOURCES = {
+    "actnorm_statistics": ["actnorm_statistics.cu"],
+    "affine_coupling": ["affine_coupling.cu"],
+    "coupling_conv1x1": ["coupling_conv1x1.cu"],
+    "actnorm_conv1x1": [f"actnorm_conv1x1{end}" for end in ("_step.cu", "_parameters.h", ".cu", "_wide.cu")],
+    "actnorm_conv1x1_wide": ["actnorm_conv1x1_wide.cu", "actnorm_conv1x1.cu"],
 }
 
 SUM = ".add(all[thread + half * width]);\n"
@@ -63,6 +109,16 @@ BARRIER = "    __syncthreads();\n"
 
 PRODUCT = "reader = Reader<H>(h, span);\n"
 STORED = "write_tile(arguments.grad_z, work, span, dx);\n"
+
+FOLDED = "reinterpret_cast<double*>(matrix + work.matrix_size()), matrix);\n"
+LOADED = f"{FOLDED}  wait_for_copies();\n"
+READY = "wait_for_copies();\n"
+PRODUCT_OF_STRIP = "    typename S::Values total;\n    multiply<S>(fragments"
+PUT = "put_strip<S>(total, x);\n"
+SUMMED = "    __syncwarp();\n  }\n"
+BROUGHT = "  bring(exchange, h, tile, pairs);\n"
+SPOT = "const auto raw_data = fetch<N>(views.data, tile, spot);\n"
+GIVEN = "// nobody else reads this pair before the barrier\n  }\n"
 
 # The operator, what is replaced by what, and what must come out of it; an empty text stands for nothing wrong.
 FAULTS = {
@@ -81,6 +137,41 @@ FAULTS = {
     "no barrier between product and coupling": ("coupling_conv1x1", PRODUCT + BARRIER, PRODUCT, "wrong"),
     "no barrier between coupling and sums": ("coupling_conv1x1", f"{BARRIER}    sums.add", "    sums.add", "wrong"),
     "no barrier between two tiles": ("coupling_conv1x1", STORED + BARRIER, STORED, "wrong"),
+    "none in a linear map that folds": ("actnorm_conv1x1", "", "", ""),
+    "no barrier between scales and folding": (
+        "actnorm_conv1x1",
+        "  __syncthreads();\n  for_each_row",
+        "  for_each_row",
+        "wrong",
+    ),
+    "no barrier between folding and product": ("actnorm_conv1x1", f"{LOADED}  __syncthreads();\n", LOADED, "wrong"),
+    "a product before its tile is there": ("actnorm_conv1x1", LOADED, FOLDED, "wrong"),
+    "folding before the weight is there": ("actnorm_conv1x1", "wait_for_copies<1>", "wait_for_copies<2>", "wrong"),
+    "none on the matrix units": ("actnorm_conv1x1_wide", "", "", ""),
+    "no barrier of a warp before products": (
+        *("actnorm_conv1x1_wide", f"{READY}    __syncwarp();\n{PRODUCT_OF_STRIP}", READY + PRODUCT_OF_STRIP),
+        "wrong",
+    ),
+    "no barrier of a warp before sums": ("actnorm_conv1x1_wide", f"{PUT}      __syncwarp();\n", PUT, "wrong"),
+    "no barrier between strips and all sums": (
+        "actnorm_conv1x1_wide",
+        f"{SUMMED}  __syncthreads();\n",
+        SUMMED,
+        "wrong",
+    ),
+    "none in a coupling with pairs to exchange": ("affine_coupling", "", "", ""),
+    "positions beyond the tensor count": (
+        *("affine_coupling", "if (i < spot.count) total += log_factor;", "total += log_factor;"),
+        "wrong",
+    ),
+    "no barrier before pairs are read": (
+        *("affine_coupling", f"{SPOT}{BROUGHT}  __syncthreads();\n", f"{SPOT}{BROUGHT}"),
+        "wrong",
+    ),
+    "no barrier before their gradients are written": (
+        *("affine_coupling", f"{GIVEN}  __syncthreads();\n", GIVEN),
+        "wrong",
+    ),
 }
 
 
@@ -106,23 +197,29 @@ def tree(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_comes_out(tree, fault):
-    operator, right, wrong, expected = FAULTS[fault]
+def build_and_ask(tree: Path, sources: dict[str, str], program: str) -> subprocess.CompletedProcess[str]:
+    """What ``program`` says with a library of these files of csrc/cuda alone."""
     for earlier in (tree / "csrc" / "cuda").glob("*.cu"):
         earlier.unlink()
-    kernel = Path("csrc") / "cuda" / f"{operator}.cu"
-    correct = (REPOSITORY / kernel).read_text()
-    assert not right or correct.count(right) == 1
-    (tree / kernel).write_text(correct.replace(right, wrong) if right else correct)
+    for name, text in sources.items():
+        (tree / "csrc" / "cuda" / name).write_text(text)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GLOW_KERNELS_")}
     build = environment | {"GLOW_KERNELS_BUILD": "cuda-host", "CXXFLAGS": SANITIZE}
     command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
     subprocess.run(command, cwd=tree, env=build, check=True, capture_output=True)
-
     sanitized = environment | {"LD_PRELOAD": libraries(), "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "1"}
-    ask = [sys.executable, "-c", ASK.format(samples=SAMPLES[operator]), str(tree)]
-    done = subprocess.run(ask, cwd=tree, env=sanitized, capture_output=True, text=True)
+    ask = [sys.executable, "-c", program, str(tree)]
+    return subprocess.run(ask, cwd=tree, env=sanitized, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_comes_out(tree, fault):
+    operator, right, wrong, expected = FAULTS[fault]
+    sources = {name: (REPOSITORY / "csrc" / "cuda" / name).read_text() for name in SOURCES[operator]}
+    if right:
+        assert sum(text.count(right) for text in sources.values()) == 1
+        sources = {name: text.replace(right, wrong) for name, text in sources.items()}
+    done = build_and_ask(tree, sources, ASK.format(samples=SAMPLES[operator]))
     said = done.stdout.splitlines()
     if not expected:
         assert said == ["cuda host shim"], done.stdout + done.stderr
@@ -133,3 +230,58 @@ def test_a_planted_fault_comes_out(tree, fault):
     else:
         assert expected in done.stdout
         assert said[-1] == "cuda host shim"
+
+
+# Registers of a lane as "Matrix Fragments for mma.m16n8k8" of the PTX ISA tells where they stand in their matrices.
+PROBE = """\
+#include "cuda/actnorm_conv1x1_mma.h"
+
+namespace glow_kernels {
+namespace {
+
+__global__ void probe_kernel(const uint32_t* a, const uint32_t* b, const float* c, float* d) {
+  const unsigned group = threadIdx.x >> 2, in_group = threadIdx.x % 4;
+  const uint32_t left[4] = {a[group * 8 + in_group], a[(group + 8) * 8 + in_group], a[group * 8 + in_group + 4],
+                            a[(group + 8) * 8 + in_group + 4]};
+  const uint32_t right[2] = {b[in_group * 8 + group], b[(in_group + 4) * 8 + group]};
+  unsigned at[4];
+  float sums[4];
+  for (unsigned i = 0; i < 4; ++i) {
+    at[i] = (i < 2 ? group : group + 8) * 8 + in_group * 2 + (i & 1);
+    sums[i] = c[at[i]];
+  }
+  linear::multiply_add(sums, left, right);
+  for (unsigned i = 0; i < 4; ++i) d[at[i]] = sums[i];
+}
+
+Tensor probe(const Tensor& a, const Tensor& b, const Tensor& c) {
+  Tensor d = empty_output(c);
+  const auto bits = [](const Tensor& x) { return reinterpret_cast<const uint32_t*>(x.const_data_ptr<float>()); };
+  Launcher{c}(1, 32, 0, probe_kernel, bits(a), bits(b), c.const_data_ptr<float>(), d.mutable_data_ptr<float>());
+  return d;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(glow_kernels, m) { m.def("probe(Tensor a, Tensor b, Tensor c) -> Tensor"); }
+GLOW_KERNELS_CUDA_LIBRARY(m) { m.impl("probe", TORCH_BOX(&probe)); }
+
+}  // namespace glow_kernels
+"""
+# Of whole numbers with something in the bits that TF32 has not, the product is exact.
+ASK_PROBE = """\
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+import glow_kernels as gk
+torch.manual_seed(0)
+assert "native" in gk.available_backends()
+def with_low_bits(x):
+    return (x.view(torch.int32) | torch.randint(0, 1 << 13, x.shape, dtype=torch.int32)).view(torch.float32)
+a, b, c = (torch.randint(-9, 10, sizes).float() for sizes in ((16, 8), (8, 8), (16, 8)))
+print(torch.equal(torch.ops.glow_kernels.probe(with_low_bits(a), with_low_bits(b), c), a @ b + c))
+"""
+
+
+def test_the_product_of_a_warp_has_the_documented_fragments(tree):
+    done = build_and_ask(tree, {"probe.cu": PROBE}, ASK_PROBE)
+    assert done.stdout == "True\n", done.stdout + done.stderr

@@ -138,6 +138,17 @@ def test_tuning_without_a_gpu_names_the_reason():
         gk.tuning.tune()
 
 
+def test_tuning_measures_every_family_but_matrix_products_of_many_channels():
+    from glow_kernels.backends.triton import launch
+
+    families = gk.tuning._families(torch.device("meta"))
+    assert families.keys() == {family for family in launch.DEFAULTS if not family.startswith("wide")}
+    for family in families:
+        candidates = list(gk.tuning._candidates(family))
+        assert candidates[0] == launch.DEFAULTS[family]
+        assert len({tuple(parameters.items()) for parameters in candidates}) == len(candidates)
+
+
 def test_tuning_keeps_what_it_has_when_it_is_interrupted(tmp_path, monkeypatch):
     from glow_kernels.backends.triton import launch
 
@@ -148,6 +159,7 @@ def test_tuning_keeps_what_it_has_when_it_is_interrupted(tmp_path, monkeypatch):
 
     monkeypatch.setattr(gk.tuning, "backend_status", lambda name: BackendStatus(name, True, "there is a GPU"))
     monkeypatch.setattr(gk.tuning, "_families", lambda device: {"elementwise": [], "statistics": []})
+    monkeypatch.setattr(gk.tuning, "_compile_all", lambda: None)
     monkeypatch.setattr(gk.tuning, "_fastest", fastest)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")

@@ -1,5 +1,6 @@
-// Launching kernels on the device and the stream of a tensor. These are the only lines that tell nvcc from the host
-// shim of tests/cuda_host, which compiles the files of this folder as C++ and runs their kernels on the CPU.
+// Launching kernels on the device and the stream of a tensor. But for the instruction of actnorm_conv1x1_mma.h, these
+// are the only lines that tell nvcc from the host shim of tests/cuda_host, which compiles the files of this folder as
+// C++ and runs their kernels on the CPU.
 #pragma once
 
 #include <cuda_runtime.h>

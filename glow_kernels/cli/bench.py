@@ -112,6 +112,9 @@ def _measure(arguments: argparse.Namespace) -> list[Row]:
 
     device = common.device(arguments)
     # A wrong choice is named before anything is written.
+    cores, most = os.cpu_count() or 1, max(arguments.threads or [1])
+    if most > cores:
+        raise UsageError(f"threads must be at most {cores}, the cores of this machine, got {most}")
     selections = _selections(arguments, device)
     suite.require(arguments.backend)
     if "operators" in arguments.parts and not any(case for selection in selections for case in selection.cases()):

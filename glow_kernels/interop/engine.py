@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -99,7 +99,7 @@ def accelerate(
     rows: dict[nn.Module, LayerReport] = {}
     paths = dict(reversed([(module, name) for name, module in model.named_modules()]))
     with _undisturbed(model):
-        for module, path in paths.items():  # the deepest first
+        for module, path in _with_progress(paths.items()):  # the deepest first
             _look_at(module, path, _patches(), workshop, rows, verify)
         for module in list(workshop.decisions):
             for layer in (layer for network in workshop.networks.get(module, ()) for layer in network.modules()):
@@ -126,6 +126,18 @@ def restore(model: nn.Module) -> int:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     return sum(undo(module) for module in model.modules())
+
+
+def _with_progress(layers: Collection[tuple[nn.Module, str]]) -> Iterable[tuple[nn.Module, str]]:
+    """A bar on a terminal from the second second on, as deep models take a minute; without tqdm there is none."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return layers
+    bar: Iterable[tuple[nn.Module, str]] = tqdm(
+        layers, "accelerate", unit=" layers", delay=1, leave=False, disable=None
+    )
+    return bar
 
 
 @contextmanager

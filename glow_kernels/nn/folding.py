@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from glow_kernels.backends.numerics import compute_dtype
 from glow_kernels.nn.actnorm import ActNorm
 from glow_kernels.nn.conv1x1 import ChannelPermutation, InvertibleConv1x1
-from glow_kernels.nn.network_passes import is_altered
+from glow_kernels.nn.network_passes import is_altered, parameter_of
 from glow_kernels.nn.step import FlowStep, LinearMap
 from glow_kernels.ops import lu_weight
 from glow_kernels.ops._checks import positions
@@ -69,15 +69,17 @@ class Stack:
         if not _are_alike(steps, x):
             return None
         alike = cast("Sequence[FlowStep]", steps)
-        mixings: Any = [step.mixing for step in alike]
+        mixings: Any = [step._modules["mixing"] for step in alike]
         fixed: list[tuple[Tensor, ...]]
         if getattr(mixings[0], "lu", False):
             factors = [mixing.factors for mixing in mixings]
             weights, fixed = [of[1:4] for of in factors], [(of[0], of[4]) for of in factors]
         else:
             weights, fixed = [(mixing.weight,) for mixing in mixings], [()] * len(mixings)
+        actnorms = [step._modules["actnorm"] for step in alike]
         parameters = [
-            (step.actnorm.log_scale, step.actnorm.bias, *weight) for step, weight in zip(alike, weights, strict=True)
+            (parameter_of(actnorm, "log_scale"), parameter_of(actnorm, "bias"), *weight)
+            for actnorm, weight in zip(actnorms, weights, strict=True)
         ]
         return cls(parameters, fixed, isinstance(mixings[0], ChannelPermutation), compute_dtype(x))
 
@@ -122,20 +124,21 @@ def _are_alike(steps: Sequence[nn.Module], x: Tensor) -> bool:
     if len(steps) < 2 or not isinstance(first, FlowStep):
         return False
     like, mixing = first.actnorm.log_scale, first.mixing
-    if x.dim() < 2 or x.shape[1] != len(like) or x.device != like.device:
+    if x.dim() < 2 or x.size(1) != len(like) or x.device != like.device:
         return False
-    return all(
-        type(step) is FlowStep
-        and not is_altered(step)
-        and "inverse" not in step.__dict__
-        and type(step.actnorm) is ActNorm
-        and step.actnorm._is_initialized
-        and type(step.mixing) is type(mixing)
-        and "matrix" not in step.mixing.__dict__
-        and type(mixing) in (InvertibleConv1x1, ChannelPermutation)
-        and getattr(step.mixing, "lu", None) == getattr(mixing, "lu", None)
-        and step.actnorm.log_scale.shape == like.shape
-        and step.actnorm.log_scale.dtype == like.dtype
-        and step.actnorm.log_scale.device == like.device
-        for step in steps
-    )
+    if type(mixing) not in (InvertibleConv1x1, ChannelPermutation):
+        return False
+    lu, dtype, device = getattr(mixing, "lu", None), like.dtype, like.device
+    # A loop over what modules look into themselves: this is asked at every call, of every step.
+    for step in steps:
+        if type(step) is not FlowStep or is_altered(step) or "inverse" in step.__dict__:
+            return False
+        actnorm, own = step._modules["actnorm"], step._modules["mixing"]
+        if type(actnorm) is not ActNorm or not actnorm._is_initialized:
+            return False
+        if type(own) is not type(mixing) or "matrix" in own.__dict__ or own.__dict__.get("lu") != lu:
+            return False
+        log_scale = parameter_of(actnorm, "log_scale")
+        if log_scale.size() != like.size() or log_scale.dtype != dtype or log_scale.device != device:
+            return False
+    return True

@@ -54,7 +54,7 @@ def backward(grad: Tensor, y: Tensor, parts: int) -> tuple[Tensor, Tensor]:
     if y.numel() == 0:
         return grad_x, y.new_zeros((parts, channels), dtype=dtype)
     block_c = channels_of_tile(y)
-    rows = rows_of("statistics", (y, grad, grad_x), block_c)
+    rows = rows_of("bias_relu", (y, grad, grad_x), block_c)
     tiles_c = -(-channels // block_c)
     chunks = parts if parts > 1 else min(rows.tiles, -(-4 * multiprocessors(y.device) // tiles_c))
     partial = y.new_empty((chunks, channels), dtype=dtype)

@@ -25,7 +25,8 @@ TUNED = Path(__file__).parent / "tuned"
 # Per family of kernels: elements of a tile, and warps that share it. A number in a name is the tile's channels.
 DEFAULTS: dict[str, dict[str, int]] = {
     "elementwise": {"elements": 512, "num_warps": 2},
-    "statistics": {"elements": 2048, "num_warps": 4},
+    "statistics": {"elements": 4096, "num_warps": 4},
+    "bias_relu": {"elements": 2048, "num_warps": 4},
     "linear_16": {"elements": 2048, "num_warps": 4},
     "linear_32": {"elements": 4096, "num_warps": 4},
     "linear_64": {"elements": 8192, "num_warps": 4},

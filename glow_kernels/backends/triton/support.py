@@ -17,6 +17,9 @@ _PAIRS = {(dtype, dtype) for dtype in _TYPES} | {(torch.float32, torch.bfloat16)
 MAX_CHANNELS_OF_A_PROGRAM = 64
 # Channels that a program couples, mixes and sums in its registers; more are matrix products, limited by arithmetic.
 _MAX_CHANNELS_ACROSS_STEPS = 48
+# Elements of the data up to which that saves time: the launches that it saves. An H100 takes 20 us instead of 21 for a
+# backward and forward of 200,000, and 300 instead of 190 for one of 6 million.
+_MAX_ELEMENTS_ACROSS_STEPS = 2**20
 # Numbers that are counted in 32 bits; addresses have 64.
 _MAX_COUNT = 2**30
 # The first Triton that multiplies matrices of float64.
@@ -47,7 +50,7 @@ def affine_coupling(function: str, *args: Any) -> bool:
 def coupling_conv1x1(function: str, *args: Any) -> bool:
     """Every option for data in float32, as the flow path is, of up to 48 channels; h of that type or bfloat16.
 
-    The registers do not hold more of them, nor float64, which is not for speed.
+    The registers do not hold more of them, nor float64, which is not for speed; many elements are faster in two steps.
     """
     tensors = [tensor for tensor in args if isinstance(tensor, Tensor)]
     z, h, matrix = tensors[2:5] if function == "backward" else tensors[:3]
@@ -56,8 +59,7 @@ def coupling_conv1x1(function: str, *args: Any) -> bool:
         and z.dtype == matrix.dtype == torch.float32
         and h.dtype in (torch.float32, torch.bfloat16)
         and z.shape[1] <= _MAX_CHANNELS_ACROSS_STEPS
-        and _countable(z)
-        and _countable(h)
+        and z.numel() <= _MAX_ELEMENTS_ACROSS_STEPS
     )
 
 
