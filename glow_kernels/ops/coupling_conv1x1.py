@@ -10,8 +10,8 @@ again, and needs nothing else of the forward: ``dM = sum_{b,p} g x^T``, ``dv = s
 ``dz1 = dx1``, and ``dz2`` and ``dh`` are those of the coupling with ``dL/dy = dx2``. What ``h = net(z1)`` adds to
 ``dz1`` is the network's.
 
-A reversible chain cannot take this in its backward: between the linear map and the coupling, in either direction, the
-network has its turn there.
+A reversible chain takes the forward, and the backward of a step whose ``z`` it has kept. From the output, it cannot
+undo both in one pass: between the linear map and the coupling, the network has its turn.
 """
 
 from __future__ import annotations
