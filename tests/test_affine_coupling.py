@@ -263,6 +263,36 @@ def test_channels_last_h_of_contiguous_data(backend, channels):
                 check_gradients(case, inputs)
 
 
+# More and fewer channels than a tile has of them, tiles that end among positions and vectors, dense and padded h.
+@pytest.mark.parametrize(
+    "size",
+    [(2, 1, 4096), (3, 1, 5), (5, 3, 49), (2, 6, 1156), (4, 24, 1), (3, 24, 49), (2, 40, 36), (1, 50, 13)],
+    ids=str,
+)
+def test_channels_last_h_at_all_sizes(backend, size):
+    cases = [
+        of(MAPS["exp"], layout, "scale_shift", True)
+        for layout in ("interleaved_shift_scale", "chunk_scale_shift", "chunk_shift_scale")
+        for of in (
+            functools.partial(affine_case, "forward"),
+            functools.partial(affine_case, "inverse"),
+            reversible_case,
+        )
+    ]
+    options = (
+        cases,
+        ("float32_with_bfloat16", "float32", "bfloat16", "float64"),
+        ("channels_last", "last_half_channels_last"),
+    )
+    for case, dtypes, layout in combinations(*options, few=backend == "triton"):
+        inputs = case.draw((*size, 1), DTYPES[dtypes])
+        at = case.data_arguments
+        inputs[at] = LAYOUTS[layout](inputs[at])
+        check_results(case, inputs)
+        if case.undo is not None:
+            check_gradients(case, inputs)
+
+
 @pytest.mark.parametrize("positions", [4, 8, 16])
 @pytest.mark.parametrize("offset", [2.0, -30.0])
 def test_rows_of_one_vector(backend, positions, offset):

@@ -57,6 +57,18 @@ def compute(multiprocessors, z, h, matrix, shift, grad, grad_log_det):
 sizes = ((3, 6, 420), (3, 6, 420), (6, 6), (6,), (3, 6, 420), (3,))
 samples = [(count, *map(torch.randn, sizes)) for count in "10"]
 """,
+    # The same, with an elimination in a block of its own and without.
+    "actnorm_conv1x1": """\
+import importlib
+whole = importlib.import_module("glow_kernels.ops.actnorm_conv1x1")
+def compute(multiprocessors, x, grad, grad_log_det, *parameters):
+    os.environ["GLOW_KERNELS_MULTIPROCESSORS"] = multiprocessors
+    return *whole._forward(x, *parameters), *whole._backward(grad, grad_log_det, x, *parameters, True)
+def sample(multiprocessors, *known):
+    data = torch.randn(3, 12, 420), torch.randn(3, 12, 420), torch.randn(3)
+    return multiprocessors, *data, *torch.randn(2, 12), torch.linalg.qr(torch.randn(12, 12)).Q, *known
+samples = [sample("1", None), sample("0", None), sample("0", torch.tensor(0.5))]
+""",
     # Of no multiprocessors, so that no tensor is small: more strips than warps, in two blocks.
     "actnorm_conv1x1_wide": """\
 from glow_kernels.ops.actnorm_conv1x1 import apply, apply_backward, apply_reversible_backward
@@ -68,9 +80,29 @@ sizes = ((3, 45, 212), (3, 45, 212), (45, 45), (45, 45), (45,))
 channels_last = *(torch.randn(3, 70, 32).mT for _ in range(2)), *map(torch.randn, ((32, 32), (32, 32), (32,)))
 samples = [tuple(map(torch.randn, sizes)), channels_last]
 """,
+    # Of contiguous data with an h that lies channels last, in tiles that end among the positions of a thread.
+    "affine_coupling": """\
+from glow_kernels.ops.affine_coupling import forward, reversible_backward
+os.environ["GLOW_KERNELS_MULTIPROCESSORS"] = "0"
+def compute(y, h, grad, grad_log_det):
+    options = None, "sigmoid", [1.0, 2.0, 1.0, 0.0, -1.0, 1.0], "chunk_scale_shift", "shift_scale"
+    results = forward(y, h, *options)
+    return *results, *reversible_backward(grad, grad_log_det, y, h, *options)[:3]
+def sample(*sizes):
+    y, h, grad = torch.randn(sizes), torch.randn(sizes[0], 2 * sizes[1], *sizes[2:]), torch.randn(sizes)
+    return y, h.to(memory_format=torch.channels_last), grad, torch.randn(sizes[0])
+samples = [sample(2, 6, 19, 11), sample(2, 40, 7, 5)]
+""",
 }
-# What a file needs beside it.
-NEEDS = {"actnorm_conv1x1_wide": ["actnorm_conv1x1"]}
+
+# In which files the kernels of an operator are, faults among them.
+SOURCES = {
+    "actnorm_statistics": ["actnorm_statistics.cu"],
+    "affine_coupling": ["affine_coupling.cu"],
+    "coupling_conv1x1": ["coupling_conv1x1.cu"],
+    "actnorm_conv1x1": [f"actnorm_conv1x1{end}" for end in ("_step.cu", "_parameters.h", ".cu", "_wide.cu")],
+    "actnorm_conv1x1_wide": ["actnorm_conv1x1_wide.cu", "actnorm_conv1x1.cu"],
+}
 
 SUM = ".add(all[thread + half * width]);\n"
 BARRIER = "    __syncthreads();\n"
@@ -78,10 +110,15 @@ BARRIER = "    __syncthreads();\n"
 PRODUCT = "reader = Reader<H>(h, span);\n"
 STORED = "write_tile(arguments.grad_z, work, span, dx);\n"
 
+FOLDED = "reinterpret_cast<double*>(matrix + work.matrix_size()), matrix);\n"
+LOADED = f"{FOLDED}  wait_for_copies();\n"
 READY = "wait_for_copies();\n"
 PRODUCT_OF_STRIP = "    typename S::Values total;\n    multiply<S>(fragments"
 PUT = "put_strip<S>(total, x);\n"
 SUMMED = "    __syncwarp();\n  }\n"
+BROUGHT = "  bring(exchange, h, tile, pairs);\n"
+SPOT = "const auto raw_data = fetch<N>(views.data, tile, spot);\n"
+GIVEN = "// nobody else reads this pair before the barrier\n  }\n"
 
 # The operator, what is replaced by what, and what must come out of it; an empty text stands for nothing wrong.
 FAULTS = {
@@ -100,6 +137,16 @@ FAULTS = {
     "no barrier between product and coupling": ("coupling_conv1x1", PRODUCT + BARRIER, PRODUCT, "wrong"),
     "no barrier between coupling and sums": ("coupling_conv1x1", f"{BARRIER}    sums.add", "    sums.add", "wrong"),
     "no barrier between two tiles": ("coupling_conv1x1", STORED + BARRIER, STORED, "wrong"),
+    "none in a linear map that folds": ("actnorm_conv1x1", "", "", ""),
+    "no barrier between scales and folding": (
+        "actnorm_conv1x1",
+        "  __syncthreads();\n  for_each_row",
+        "  for_each_row",
+        "wrong",
+    ),
+    "no barrier between folding and product": ("actnorm_conv1x1", f"{LOADED}  __syncthreads();\n", LOADED, "wrong"),
+    "a product before its tile is there": ("actnorm_conv1x1", LOADED, FOLDED, "wrong"),
+    "folding before the weight is there": ("actnorm_conv1x1", "wait_for_copies<1>", "wait_for_copies<2>", "wrong"),
     "none on the matrix units": ("actnorm_conv1x1_wide", "", "", ""),
     "no barrier of a warp before products": (
         *("actnorm_conv1x1_wide", f"{READY}    __syncwarp();\n{PRODUCT_OF_STRIP}", READY + PRODUCT_OF_STRIP),
@@ -110,6 +157,19 @@ FAULTS = {
         "actnorm_conv1x1_wide",
         f"{SUMMED}  __syncthreads();\n",
         SUMMED,
+        "wrong",
+    ),
+    "none in a coupling with pairs to exchange": ("affine_coupling", "", "", ""),
+    "positions beyond the tensor count": (
+        *("affine_coupling", "if (i < spot.count) total += log_factor;", "total += log_factor;"),
+        "wrong",
+    ),
+    "no barrier before pairs are read": (
+        *("affine_coupling", f"{SPOT}{BROUGHT}  __syncthreads();\n", f"{SPOT}{BROUGHT}"),
+        "wrong",
+    ),
+    "no barrier before their gradients are written": (
+        *("affine_coupling", f"{GIVEN}  __syncthreads();\n", GIVEN),
         "wrong",
     ),
 }
@@ -142,7 +202,7 @@ def build_and_ask(tree: Path, sources: dict[str, str], program: str) -> subproce
     for earlier in (tree / "csrc" / "cuda").glob("*.cu"):
         earlier.unlink()
     for name, text in sources.items():
-        (tree / "csrc" / "cuda" / f"{name}.cu").write_text(text)
+        (tree / "csrc" / "cuda" / name).write_text(text)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GLOW_KERNELS_")}
     build = environment | {"GLOW_KERNELS_BUILD": "cuda-host", "CXXFLAGS": SANITIZE}
     command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
@@ -155,11 +215,10 @@ def build_and_ask(tree: Path, sources: dict[str, str], program: str) -> subproce
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_comes_out(tree, fault):
     operator, right, wrong, expected = FAULTS[fault]
-    names = [operator, *NEEDS.get(operator, [])]
-    sources = {name: (REPOSITORY / "csrc" / "cuda" / f"{name}.cu").read_text() for name in names}
+    sources = {name: (REPOSITORY / "csrc" / "cuda" / name).read_text() for name in SOURCES[operator]}
     if right:
-        assert sources[operator].count(right) == 1
-        sources[operator] = sources[operator].replace(right, wrong)
+        assert sum(text.count(right) for text in sources.values()) == 1
+        sources = {name: text.replace(right, wrong) for name, text in sources.items()}
     done = build_and_ask(tree, sources, ASK.format(samples=SAMPLES[operator]))
     said = done.stdout.splitlines()
     if not expected:
@@ -224,5 +283,5 @@ print(torch.equal(torch.ops.glow_kernels.probe(with_low_bits(a), with_low_bits(b
 
 
 def test_the_product_of_a_warp_has_the_documented_fragments(tree):
-    done = build_and_ask(tree, {"probe": PROBE}, ASK_PROBE)
+    done = build_and_ask(tree, {"probe.cu": PROBE}, ASK_PROBE)
     assert done.stdout == "True\n", done.stdout + done.stderr

@@ -214,6 +214,27 @@ def test_filters_are_converted_on_a_gpu_and_not_on_the_cpu(gpu: SimpleNamespace,
         assert not support.scale_filters("backward_all", [weight, vector], [weight], [vector.double()], *filters[2:])
 
 
+def test_the_linear_map_that_folds_is_for_the_channels_of_its_kernels(
+    gpu: SimpleNamespace, registered: set[str]
+) -> None:
+    registered.add(("actnorm_conv1x1", "forward", "CPU"))
+    for function in ("forward", "backward"):
+        registered.add(("actnorm_conv1x1", function, "CUDA"))
+    for make, channels, dtype, takes in (
+        (cuda_tensor, 64, torch.bfloat16, True),
+        (cuda_tensor, 65, torch.float32, False),
+        (cuda_tensor, 60, torch.float64, True),
+        (cuda_tensor, 61, torch.float64, False),
+        (torch.empty, 65, torch.float32, True),
+    ):
+        x, grad_log_det = make(2, channels, 3, dtype=dtype), make(2)
+        parameters = (make(channels), make(channels), make(channels, channels), None)
+        assert support.actnorm_conv1x1("forward", x, *parameters) == takes
+        if x.is_cuda:
+            assert support.actnorm_conv1x1("backward", x, grad_log_det, x, *parameters, True) == takes
+        assert not support.actnorm_conv1x1("inverse", x, *parameters)
+
+
 def test_the_coupling_with_the_next_linear_map_is_for_gpus(gpu: SimpleNamespace, registered: set[str]) -> None:
     registered.update({("coupling_conv1x1", function, "CUDA") for function in ("forward", "backward")})
     half, double = torch.bfloat16, torch.float64

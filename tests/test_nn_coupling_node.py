@@ -7,13 +7,15 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import glow_kernels as gk
 from glow_kernels.backends import select
-from glow_kernels.nn import AdditiveCoupling, AffineCoupling
+from glow_kernels.nn import AdditiveCoupling, AffineCoupling, FlowStep, boundary_node
 from glow_kernels.nn import coupling as coupling_module
 from glow_kernels.nn import network as network_module
 from glow_kernels.nn import network_passes as passes_module
+from glow_kernels.ops._registry import Operator
 
 COUPLINGS = {"affine": AffineCoupling, "additive": AdditiveCoupling}
 every_coupling = pytest.mark.parametrize("kind", COUPLINGS)
@@ -198,6 +200,183 @@ def test_parts_compute_where_somebody_may_look(nodes, alter):
     y, _ = module(torch.randn(3, 6, 4, 6, dtype=torch.float64))
     y.sum().backward()
     assert not nodes
+
+
+@pytest.fixture
+def nodes_of_chains(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one with every step of a chain that is one node."""
+    made: list[int] = []
+    original = boundary_node.coupling_node
+
+    def counted(*args):
+        made.append(1)
+        return original(*args)
+
+    monkeypatch.setattr(boundary_node, "coupling_node", counted)
+    monkeypatch.setattr(Operator, "is_fast", lambda *_: False)
+    return made
+
+
+def ready_chain(channels: int = 6, **options: str) -> tuple[gk.ReversibleSequential, Tensor]:
+    """Three steps that do something, and data for them."""
+    chain = gk.ReversibleSequential([FlowStep(channels, 8, **options) for _ in range(3)], "store").double()
+    x = torch.randn(3, channels, 4, 5, dtype=torch.float64)
+    with torch.no_grad():
+        chain(x)
+        for parameter in chain.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return chain, x
+
+
+def assert_equals_the_reference(chain: nn.Module, x: Tensor) -> None:
+    actual = differentiated(chain, x)
+    with gk.use_backend("reference"):
+        expected = differentiated(chain, x)
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+@every_coupling
+@pytest.mark.parametrize(("mixing", "channels"), [("lu", 5), ("plain", 6), ("shuffle", 2)])
+def test_a_step_of_a_chain_is_one_node(backend, nodes_of_chains, kind, mixing, channels):
+    chain, x = ready_chain(channels, coupling=kind, mixing=mixing)
+    nodes_of_chains.clear()
+    assert_equals_the_reference(chain, x)
+    assert len(nodes_of_chains) == (3 if backend != "reference" else 0)
+    with torch.no_grad():
+        actual = chain(x)
+    for one, other in zip(actual, chain(x), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("learned", ["network", "actnorm", "mixing.upper", "coupling.network.second.weight"])
+def test_a_step_gives_gradients_to_what_is_learned_alone(backend, nodes_of_chains, learned):
+    chain, x = ready_chain()
+    for name, parameter in chain.named_parameters():
+        parameter.requires_grad_(learned in name)
+
+    def gradients() -> list[Tensor | None]:
+        z, log_det = chain(x)
+        (z.square().sum() + log_det.sum()).backward()
+        found = [parameter.grad for parameter in chain.parameters()]
+        chain.zero_grad()
+        return found
+
+    actual = gradients()
+    with gk.use_backend("reference"):
+        expected = gradients()
+    for one, other, parameter in zip(actual, expected, chain.parameters(), strict=True):
+        assert (one is None) == (other is None) == (not parameter.requires_grad)
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("alter", ALTERATIONS, ids=lambda alter: alter.__name__.strip("_"))
+def test_a_chain_notices_who_may_look(backend, nodes_of_chains, alter):
+    chain, x = ready_chain()
+    chain(x)
+    nodes_of_chains.clear()
+    alter(chain[1].coupling)
+    assert_equals_the_reference(chain, x)
+    assert len(nodes_of_chains) == (2 if backend != "reference" else 0)
+
+
+def test_a_chain_notices_a_hook_of_all_modules(nodes_of_chains):
+    chain, x = ready_chain()
+    nodes_of_chains.clear()
+    with nn.modules.module.register_module_forward_hook(lambda *_: None):
+        chain(x)
+    assert not nodes_of_chains
+
+
+def _other_parameter(coupling: nn.Module) -> None:
+    coupling.network.first.weight = nn.Parameter(torch.randn(8, 3, 3, 3, dtype=torch.float64))
+
+
+def _other_layer(coupling: nn.Module) -> None:
+    coupling.network.last = copy.deepcopy(coupling.network.last)
+    with torch.no_grad():
+        coupling.network.last.weight.add_(0.1)
+
+
+def _other_network(coupling: nn.Module) -> None:
+    coupling.network = ready("affine", 6).network
+
+
+def _other_options(coupling: nn.Module) -> None:
+    coupling.scale_map, coupling.layout, coupling.order = gk.ScaleMap("tanh"), "chunk_scale_shift", "scale_shift"
+
+
+def _attribute_in_front_of_a_parameter(coupling: nn.Module) -> None:
+    coupling.network.second.__dict__["weight"] = torch.randn(8, 8, 1, 1, dtype=torch.float64)
+
+
+def _attribute_in_place_of_a_parameter(coupling: nn.Module) -> None:
+    actnorm = coupling.network.first.actnorm
+    actnorm.__dict__["bias"] = actnorm._parameters.pop("bias").detach() + 1.0
+
+
+CHANGES = (
+    *(_other_parameter, _other_layer, _other_network, _other_options),
+    *(_attribute_in_front_of_a_parameter, _attribute_in_place_of_a_parameter),
+)
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__.strip("_"))
+def test_a_chain_computes_with_what_has_changed(backend, nodes_of_chains, change):
+    chain, x = ready_chain()
+    before, _ = chain(x)
+    nodes_of_chains.clear()
+    change(chain[1].coupling)
+    after, _ = chain(x)
+    assert not torch.equal(before, after)
+    with gk.use_backend("reference"):
+        expected, _ = chain(x)
+    torch.testing.assert_close(after, expected, rtol=1e-9, atol=1e-9)
+    assert len(nodes_of_chains) == (3 if backend != "reference" else 0)
+
+
+def test_a_chain_computes_with_the_parameters_of_a_functional_call(nodes_of_chains):
+    chain, x = ready_chain()
+    parameters = {name: (p.detach() + 0.1).requires_grad_() for name, p in chain.named_parameters()}
+    z, _ = torch.func.functional_call(chain, parameters, (x,))
+    grads = torch.autograd.grad(z.square().sum(), list(parameters.values()))
+    with torch.no_grad():
+        for parameter in chain.parameters():
+            parameter.add_(0.1)
+    expected, _ = chain(x)
+    wanted = torch.autograd.grad(expected.square().sum(), list(chain.parameters()))
+    for one, other in zip((z, *grads), (expected, *wanted), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+def test_a_chain_computes_in_the_type_that_it_has_now(backend, nodes_of_chains):
+    chain, x = ready_chain()
+    expected, _ = chain(x)
+    nodes_of_chains.clear()
+    actual, _ = chain.float()(x.float())
+    assert len(nodes_of_chains) == (3 if backend != "reference" else 0)
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_checkpoint_of_a_chain_changes_no_gradient(backend, nodes_of_chains):
+    chain, x = ready_chain()
+    leaves = [x.requires_grad_(), *chain.parameters()]
+    expected = torch.autograd.grad(chain(x)[0].square().sum(), leaves)
+    z, _ = checkpoint(chain, x, use_reentrant=False)
+    for one, other in zip(torch.autograd.grad(z.square().sum(), leaves), expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_second_derivatives_of_a_chain_are_refused(backend, nodes_of_chains):
+    if backend == "reference":
+        pytest.skip("the reference has them")
+    chain, x = ready_chain()
+    x.requires_grad_()
+    (grad,) = torch.autograd.grad(chain(x)[0].square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="memory='store'"):
+        grad.square().sum().backward()
 
 
 def test_parts_compute_where_gradients_have_gradients(nodes):

@@ -5,8 +5,7 @@
 #include <algorithm>
 #include <tuple>
 
-#include "cuda/actnorm_conv1x1_products.h"
-#include "cuda/actnorm_conv1x1_tile.h"
+#include "cuda/actnorm_conv1x1.h"
 #include "cuda/actnorm_conv1x1_wide.h"
 #include "cuda/launch.h"
 #include "cuda/sums.h"
@@ -44,21 +43,6 @@ __global__ void __launch_bounds__(R == kFewRows ? kMaxThreads : 256, R == kFewRo
 }
 
 template <typename T, unsigned R>
-struct Backward {
-  using A = compute_t<T>;
-  Work<A, R> work;
-  unsigned tiles = 0;
-  Positions<const T> grad = {}, data = {};  // g, and x, or z for the reversible backward
-  const A* matrix = nullptr;                // M
-  const A* inverse = nullptr;               // M^-1, and the shift of x = M^-1 z + shift; null unless reversible
-  const A* inverse_shift = nullptr;
-  Positions<T> x = {};       // of the reversible backward
-  Positions<T> grad_x = {};  // M^T g; null if it is not wanted
-  A* parts = nullptr;        // sum g x^T and sum g of every block
-};
-
-// Every gridDim.x-th tile. Of large tensors, M and its inverse take turns in shared memory.
-template <typename T, unsigned R>
 __global__ void __launch_bounds__(kMaxThreads, sizeof(compute_t<T>) == 8 ? 1 : 2)
     backward_kernel(const Backward<T, R> arguments) {
   using A = compute_t<T>;
@@ -72,57 +56,15 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(compute_t<T>) == 8 ? 1 : 2
   OuterSum<W> sums(work);
   if (W::kSmall || !reversible) load_matrix(arguments.matrix, no_shift, work, matrix);
   if (W::kSmall && reversible) load_matrix(arguments.inverse, arguments.inverse_shift, work, inverse);
-  for (unsigned index = blockIdx.x; index < arguments.tiles; index += gridDim.x) {
-    const Span span = work.span(index);
-#pragma unroll 1  // the registers hold one tile on its way
-    for (int input = 0; input < 2; ++input) {
-      const Positions<const T> from = input == 0 ? arguments.data : arguments.grad;
-      load_tile(from, work, span, input == 0 ? x : g);
-    }
-    if (!W::kSmall && reversible) load_matrix(arguments.inverse, arguments.inverse_shift, work, inverse);
-    wait_for_copies();
-    __syncthreads();
-    if (reversible) {
-      typename W::Values total;
-      multiply<false>(work, inverse, x, total);
-      __syncthreads();
-      put_tile(work, total, x);
-      if (!W::kSmall) load_matrix(arguments.matrix, no_shift, work, matrix);
-      store_tile(arguments.x, work, span, total, x);
-      wait_for_copies();
-      __syncthreads();
-    }
-    sums.add(work, g, x);
-    if (arguments.grad_x.data != nullptr) {
-      typename W::Values total;
-      multiply<true>(work, matrix, g, total);
-      store_tile(arguments.grad_x, work, span, total, g);
-    }
-    __syncthreads();
-  }
+  backward_tiles(arguments, reversible, blockIdx.x, gridDim.x, x, g, matrix, inverse, sums);
   sums.write(work, x, arguments.parts + int64_t{blockIdx.x} * work.channels * (work.channels + 1));
 }
 
 void check(const Tensor& x, const Tensor& matrix) {
-  STD_TORCH_CHECK(x.dim() >= 2, "x must be (B, C, *spatial)");
+  check_data(x);
   const int64_t channels = x.size(1);
-  const int64_t most = x.scalar_type() == ScalarType::Double ? kMaxChannels<double> : kMaxChannels<float>;
-  STD_TORCH_CHECK(channels >= 1 && channels <= most, "the native backend takes 1 to ", most,
-                  " channels of this type on a GPU, got ", channels);
   STD_TORCH_CHECK(matrix.dim() == 2 && matrix.size(0) == channels && matrix.size(1) == channels,
                   "matrix must be (C, C)");
-}
-
-// Calls f(work): with few channels a thread where many would leave a multiprocessor less than two blocks.
-template <typename A, typename F>
-void with_work(const Launcher& launch, const Tensor& x, const F& f) {
-  const int64_t multiprocessors = launch.multiprocessors();
-  const Work<A, kManyRows> large(x, multiprocessors);
-  if (large.tiles() < 2 * multiprocessors) {
-    f(Work<A, kFewRows>(x, multiprocessors));
-  } else {
-    f(large);
-  }
 }
 
 Tensor apply(const Tensor& x_any, const Tensor& matrix_any, const Tensor& shift_any) {
@@ -150,11 +92,10 @@ void run_backward(const Launcher& launch, const Tensor& like, Tensor& grad_matri
     using W = Work<A, R>;
     const int64_t tiles = work.tiles(), channels = work.channels;
     const int64_t bytes = std::max(work.shared_bytes(2, W::kSmall ? 2 : 1), OuterSum<W>::scratch_bytes(work));
-    STD_TORCH_CHECK(tiles < (int64_t{1} << 31), "the tensor is too large");
     const int64_t blocks = std::min(tiles, launch.resident_blocks(bytes, 3));
     Tensor parts = empty_vector(blocks * channels * (channels + 1), grad_matrix.scalar_type(), like);
     Backward<T, R> arguments{work};
-    arguments.tiles = static_cast<unsigned>(tiles);
+    arguments.tiles = tile_count(work);
     arguments.parts = parts.mutable_data_ptr<A>();
     fill(arguments);
     launch(blocks, work.threads(), bytes, backward_kernel<T, R>, arguments);
@@ -183,9 +124,12 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_any, const Tensor
   return {grad_x, grad_matrix, grad_shift};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> reversible_backward(const Tensor& grad_any, const Tensor& z_any,
-                                                               const Tensor& matrix_any, const Tensor& inverse_any,
-                                                               const Tensor& inverse_shift_any) {
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> linear::reversible_backward(const Tensor& grad_any, const Tensor& z_any,
+                                                                       const Tensor& matrix_any,
+                                                                       const Tensor& inverse_any,
+                                                                       const Tensor& inverse_shift_any) {
   check(z_any, matrix_any);
   check(z_any, inverse_any);
   const Launcher launch(z_any);
@@ -212,12 +156,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> reversible_backward(const Tensor& gra
   return {x, grad_x, grad_matrix, grad_shift};
 }
 
-}  // namespace
-
 GLOW_KERNELS_CUDA_LIBRARY(m) {
   m.impl("actnorm_conv1x1_apply_native", TORCH_BOX(&apply));
   m.impl("actnorm_conv1x1_apply_backward_native", TORCH_BOX(&backward));
-  m.impl("actnorm_conv1x1_apply_reversible_backward_native", TORCH_BOX(&reversible_backward));
+  m.impl("actnorm_conv1x1_apply_reversible_backward_native", TORCH_BOX(&linear::reversible_backward));
 }
 
 }  // namespace glow_kernels

@@ -1,6 +1,5 @@
 // Folding ActNorm and the 1x1 convolution into one matrix on NVIDIA GPUs: a block for every matrix, one launch for all
 // steps, in double. The mathematics stands in glow_kernels/ops/actnorm_conv1x1.py.
-#include <algorithm>
 #include <cmath>
 #include <optional>
 #include <tuple>
@@ -27,20 +26,6 @@ struct Fold {
 // exp(sign * log_scale) in shared memory.
 __device__ void exponentials(const Fold& fold, double sign, double* scale) {
   for (unsigned i = threadIdx.x; i < fold.n; i += blockDim.x) scale[i] = std::exp(sign * fold.log_scale(fold.n, i));
-}
-
-// The sum of f(i) over i < n in every thread of a warp, all of which must call it.
-template <typename F>
-__device__ double sum_over(unsigned n, const F& f) {
-  double total = 0;
-  for (unsigned i = threadIdx.x % 32; i < n; i += 32) total += f(i);
-  return warp_sum(total);
-}
-
-// Calls f(i) for all rows; a warp for each.
-template <typename F>
-__device__ void for_each_row(unsigned n, const F& f) {
-  for (unsigned i = threadIdx.x / 32; i < n; i += blockDim.x / 32) f(i);
 }
 
 // log_det = sign * (sum log_scale + log|det W|), by one warp.
@@ -274,14 +259,6 @@ Fold fold_of(Steps& steps, const Tensor& log_scale, const Tensor& bias, const Te
   return fold;
 }
 
-// On a GPU nothing waits for the device: there an inverse that is not finite tells. For the tests on the CPU.
-template <typename A>
-void check_invertible(const Tensor& inverse, int64_t n) {
-  const A* const data = inverse.const_data_ptr<A>();
-  const bool finite = std::all_of(data, data + inverse.numel(), [](A value) { return std::isfinite(value); });
-  STD_TORCH_CHECK(finite, "weight must be invertible, got a singular (", n, ", ", n, ") matrix");
-}
-
 template <bool inverse>
 std::tuple<Tensor, Tensor, Tensor> fold(const Tensor& log_scale, const Tensor& bias, const Tensor& weight,
                                         std::optional<Tensor> weight_log_det) {
@@ -295,7 +272,7 @@ std::tuple<Tensor, Tensor, Tensor> fold(const Tensor& log_scale, const Tensor& b
   fold.shift = steps.output(shift);
   fold.log_det = steps.output(log_det);
   steps.run(launch, inverse ? fold_inverse_kernel : fold_kernel, fold, steps.n(), eliminates);
-  if (inverse && weight.is_cpu()) {
+  if (inverse) {
     if (weight.scalar_type() == ScalarType::Double) {
       check_invertible<double>(matrix, steps.n());
     } else {

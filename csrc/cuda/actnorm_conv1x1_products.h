@@ -102,9 +102,11 @@ class OuterSum {
     }
   }
 
-  // Adds what the threads have and writes it to `parts`: C x C, then C. Nobody else may use `scratch`, shared memory.
-  __device__ void write(const W& work, A* scratch, A* parts) const {
+  // Adds what the threads have and writes it to `parts`: C x C, or its transpose, then C. Nobody else may use
+  // `scratch`, shared memory.
+  __device__ void write(const W& work, A* scratch, A* parts, bool transposed = false) const {
     const unsigned channels = work.channels, size = channels * (channels + 1);
+    const unsigned down = transposed ? 1 : channels, across = transposed ? channels : 1;
     if (split_ < splits_) {
       A* const own = scratch + split_ * size;
 #pragma unroll
@@ -113,7 +115,7 @@ class OuterSum {
         if (j_ == 0) own[channels * channels + i_ + e] = shift_[e];
 #pragma unroll
         for (unsigned f = 0; f < kEdge; ++f) {
-          if (j_ + f < channels) own[(i_ + e) * channels + j_ + f] = matrix_[e][f];
+          if (j_ + f < channels) own[(i_ + e) * down + (j_ + f) * across] = matrix_[e][f];
         }
       }
     }

@@ -136,9 +136,14 @@ __device__ void start_copy(A* to, const A* from) {
   __pipeline_memcpy_async(to, from, N * sizeof(A));
 }
 
-inline __device__ void wait_for_copies() {
-  __pipeline_commit();
-  __pipeline_wait_prior(0);
+// The copies that a thread has started since it last said so are a group.
+inline __device__ void end_of_copies() { __pipeline_commit(); }
+
+// Waits for all groups but the last `left`, of which the last ends here.
+template <int left = 0>
+__device__ void wait_for_copies() {
+  end_of_copies();
+  __pipeline_wait_prior(left);
 }
 
 // Starts to load a matrix C x C with zeros around it, `side` squared, and after it a shift if there is one.

@@ -1,12 +1,14 @@
 // The affine coupling on NVIDIA GPUs. The mathematics stands in glow_kernels/ops/affine_coupling.py.
 //
 // All threads agree on direction, kind, order and layout, so these are branches of two kernels: one maps, the other
-// differentiates. Each reads and writes every element once.
+// differentiates. Each reads and writes every element once, and has a twin for an h that lies in memory another way
+// than the data.
 #include <tuple>
 #include <vector>
 
 #include "cuda/coupling_scales.h"
 #include "cuda/launch.h"
+#include "cuda/pair_exchange.h"
 #include "cuda/sums.h"
 #include "cuda/tile.h"
 #include "glow_kernels/coupling_formulas.h"
@@ -26,6 +28,9 @@ constexpr int kMapBlocks = N == 1                      ? 1
                                                        : 4;
 template <typename H, int N>
 constexpr int kGradientBlocks = N == 1 || std::is_same_v<H, float> ? 4 : 3;
+// Of the kernels with an h of its own layout, of which a thread holds less at a time.
+template <int N>
+constexpr int kExchangedBlocks = N == 4 ? 4 : 3;
 
 // What a kernel reads and writes; T is the type of the data, H that of h.
 template <typename T, typename H>
@@ -93,6 +98,22 @@ __device__ LogScales<A, N> log_scales(const Views<T, H>& views, const Tile& tile
   return log_s;
 }
 
+// Writes the result at a spot, and adds its log f to `total`.
+template <int N, typename T, typename H, typename A>
+__device__ void transform(const Views<T, H>& views, const Tile& tile, const Spot& spot,
+                          const detail::Registers<T, N>& raw_data, const A (&u)[N], const A (&t)[N], A& total) {
+  const LogScales<A, N> log_s = log_scales(views, tile, spot, u, static_cast<A*>(nullptr));
+  A data[N];
+  widen(raw_data, data);
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const A log_factor = views.options.direction * log_s.value[i];
+    if (i < spot.count) total += log_factor;
+    data[i] = mapped(views.options.shift, data[i], exponential(log_factor), t[i]);
+  }
+  store(views.result, tile, spot, data);
+}
+
 template <int N, typename T, typename H>
 __global__ void __launch_bounds__(kMapThreads<N>, kMapBlocks<H, N>) transform_kernel(const Views<T, H> views) {
   using A = compute_t<T>;
@@ -100,25 +121,37 @@ __global__ void __launch_bounds__(kMapThreads<N>, kMapBlocks<H, N>) transform_ke
   A total = 0;
   for_each_spot<N>(tile, [&](const Spot& spot) {
     const auto raw_data = fetch<N>(views.data, tile, spot);
-    A data[N], u[N], t[N];
+    A u[N], t[N];
     load(views.h, tile, spot, u, t);
-    const LogScales<A, N> log_s = log_scales(views, tile, spot, u, static_cast<A*>(nullptr));
-    widen(raw_data, data);
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      const A log_factor = views.options.direction * log_s.value[i];
-      if (i < spot.count) total += log_factor;
-      data[i] = mapped(views.options.shift, data[i], exponential(log_factor), t[i]);
-    }
-    store(views.result, tile, spot, data);
+    transform(views, tile, spot, raw_data, u, t, total);
   });
+  views.log_det.leave(tile.batch, block_sum(total));
+}
+
+// The same with h by way of shared memory.
+template <int N, typename T, typename H>
+__global__ void __launch_bounds__(kThreads, kMapBlocks<H, N>)
+    exchanged_transform_kernel(const Views<T, H> views, const PairExchange exchange, const PairRows<const H> h) {
+  using A = compute_t<T>;
+  GLOW_KERNELS_DYNAMIC_SHARED(H, pairs);
+  const Tile tile = views.tiling[blockIdx.x];
+  const Spot spot = exchange.spot<N>(tile);
+  const auto raw_data = fetch<N>(views.data, tile, spot);
+  bring(exchange, h, tile, pairs);
+  __syncthreads();
+  A total = 0;
+  if (spot.count > 0) {
+    A u[N], t[N];
+    load(exchange, pairs, tile, spot, u, t);
+    transform(views, tile, spot, raw_data, u, t, total);
+  }
   views.log_det.leave(tile.batch, block_sum(total));
 }
 
 // What a tile adds to each of its channels: the sums of `values`, rows x columns in shared memory, over positions. A
 // warp takes a channel or, where there are many, a thread.
 template <typename A>
-__device__ void sum_channels(const Tiling& tiling, const Tile& tile, const A* values, double* parts) {
+__device__ void sum_channels(const Tiling& tiling, const Tile& tile, unsigned threads, const A* values, double* parts) {
   const bool inside = tiling.channels_inside;
   const unsigned channels = inside ? tile.columns : tile.rows, positions = inside ? tile.rows : tile.columns;
   const unsigned channel_stride = inside ? 1 : tile.columns, position_stride = inside ? tile.columns : 1;
@@ -129,8 +162,8 @@ __device__ void sum_channels(const Tiling& tiling, const Tile& tile, const A* va
   const int64_t per_channel = int64_t{tiling.batches} * tiles;
   parts += (inside ? tile.column : tile.row) * per_channel + tile.batch * tiles + index;
 
-  const unsigned lanes = channels < kThreads ? 32 : 1, lane = threadIdx.x % lanes;
-  for (unsigned channel = threadIdx.x / lanes; channel < channels; channel += kThreads / lanes) {
+  const unsigned lanes = channels < threads ? 32 : 1, lane = threadIdx.x % lanes;
+  for (unsigned channel = threadIdx.x / lanes; channel < channels; channel += threads / lanes) {
     A total = 0;
     for (unsigned position = lane; position < positions; position += lanes) {
       total += values[channel * channel_stride + position * position_stride];
@@ -140,45 +173,78 @@ __device__ void sum_channels(const Tiling& tiling, const Tile& tile, const A* va
   }
 }
 
-// The gradients; where there is a result to write, that is x.
+// Writes the gradient in the data at a spot and, where there is a result to write, x; u and t become their gradients.
+template <int N, typename T, typename H, typename A>
+__device__ void differentiate(const Views<T, H>& views, const Tile& tile, const Spot& spot,
+                              const detail::Registers<T, N>& raw_data, const detail::Registers<T, N>& raw_grad,
+                              A lambda, A (&u)[N], A (&t)[N], A* grad_gain) {
+  const Shift shift = views.options.shift, back = views.options.back;
+  const A direction = views.options.direction;
+  A* const in_gain = views.grad_gain ? grad_gain + spot.row * tile.columns + spot.column : nullptr;
+  const LogScales<A, N> log_s = log_scales(views, tile, spot, u, in_gain);
+  A data[N], grad[N];
+  widen(raw_data, data);
+  widen(raw_grad, grad);
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const A in_log_s = direction * grad_log_factor(shift, data[i], t[i], grad[i], lambda);
+    u[i] = in_log_s * log_s.in_u[i];
+    if (in_gain != nullptr && i < spot.count) in_gain[i] *= in_log_s;
+  }
+  if (views.result.data != nullptr) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) data[i] = mapped(back, data[i], exponential(-log_s.value[i]), t[i]);
+    store(views.result, tile, spot, data);
+  }
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    data[i] = grad[i] * exponential(direction * log_s.value[i]);
+    t[i] = grad_shift(shift, grad[i], data[i]);
+  }
+  store(views.grad_data, tile, spot, data);
+}
+
 template <int N, typename T, typename H>
 __global__ void __launch_bounds__(kThreads, kGradientBlocks<H, N>) gradient_kernel(const Views<T, H> views) {
   using A = compute_t<T>;
   GLOW_KERNELS_DYNAMIC_SHARED(A, grad_gain);  // of every element of the tile
   const Tile tile = views.tiling[blockIdx.x];
-  const Shift shift = views.options.shift, back = views.options.back;
-  const A direction = views.options.direction;
   const A lambda = views.grad_log_det[tile.batch];
   for_each_spot<N>(tile, [&](const Spot& spot) {
     const auto raw_data = fetch<N>(views.data, tile, spot), raw_grad = fetch<N>(views.grad, tile, spot);
-    A data[N], grad[N], u[N], t[N];
+    A u[N], t[N];
     load(views.h, tile, spot, u, t);
-    A* const in_gain = views.grad_gain ? grad_gain + spot.row * tile.columns + spot.column : nullptr;
-    const LogScales<A, N> log_s = log_scales(views, tile, spot, u, in_gain);
-    widen(raw_data, data);
-    widen(raw_grad, grad);
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      const A in_log_s = direction * grad_log_factor(shift, data[i], t[i], grad[i], lambda);
-      u[i] = in_log_s * log_s.in_u[i];
-      if (in_gain != nullptr && i < spot.count) in_gain[i] *= in_log_s;
-    }
-    if (views.result.data != nullptr) {
-#pragma unroll
-      for (int i = 0; i < N; ++i) data[i] = mapped(back, data[i], exponential(-log_s.value[i]), t[i]);
-      store(views.result, tile, spot, data);
-    }
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      data[i] = grad[i] * exponential(direction * log_s.value[i]);
-      t[i] = grad_shift(shift, grad[i], data[i]);
-    }
-    store(views.grad_data, tile, spot, data);
+    differentiate(views, tile, spot, raw_data, raw_grad, lambda, u, t, grad_gain);
     store(views.grad_h, tile, spot, u, t);
   });
   if (views.grad_gain == nullptr) return;
   __syncthreads();
-  sum_channels(views.tiling, tile, grad_gain, views.grad_gain);
+  sum_channels(views.tiling, tile, kThreads, grad_gain, views.grad_gain);
+}
+
+// The same with h and its gradient by way of shared memory, `gain_at` elements of which are theirs.
+template <int N, typename T, typename H>
+__global__ void __launch_bounds__(kThreads, kExchangedBlocks<N>)
+    exchanged_gradient_kernel(const Views<T, H> views, const PairExchange exchange, const PairRows<const H> h,
+                              const PairRows<H> grad_h, unsigned gain_at) {
+  using A = compute_t<T>;
+  GLOW_KERNELS_DYNAMIC_SHARED(H, pairs);
+  A* const grad_gain = reinterpret_cast<A*>(pairs + gain_at);
+  const Tile tile = views.tiling[blockIdx.x];
+  const Spot spot = exchange.spot<N>(tile);
+  const auto raw_data = fetch<N>(views.data, tile, spot), raw_grad = fetch<N>(views.grad, tile, spot);
+  const A lambda = views.grad_log_det[tile.batch];
+  bring(exchange, h, tile, pairs);
+  __syncthreads();
+  if (spot.count > 0) {
+    A u[N], t[N];
+    load(exchange, pairs, tile, spot, u, t);
+    differentiate(views, tile, spot, raw_data, raw_grad, lambda, u, t, grad_gain);
+    store(exchange, pairs, tile, spot, u, t);  // nobody else reads this pair before the barrier
+  }
+  __syncthreads();
+  take(exchange, grad_h, tile, pairs);
+  if (views.grad_gain != nullptr) sum_channels(views.tiling, tile, blockDim.x, grad_gain, views.grad_gain);
 }
 
 struct Arguments {
@@ -205,12 +271,13 @@ Views<T, H> views_of(const Arguments& arguments, const Tiling& tiling, const Opt
           nullptr};
 }
 
-// Calls f.operator()<T, H, N>() with the types of x and h and the columns that a thread takes at a time.
+// Calls f.operator()<T, H, N, exchanged>() with the types of x and h and the columns that a thread takes at a time.
 template <typename F>
-auto dispatch_vectors(const Tensor& x, const Tensor& h, bool few, const F& f) {
+auto dispatch_vectors(const Tensor& x, const Tensor& h, bool few, bool exchanged, const F& f) {
   return dispatch(x, h, [&]<typename T, typename H>() {
-    if (few) return f.template operator()<T, H, 1>();
-    return f.template operator()<T, H, kVector<T, H>>();
+    if (exchanged) return f.template operator()<T, H, kVector<T>, true>();
+    if (few) return f.template operator()<T, H, 1, false>();
+    return f.template operator()<T, H, kVector<T, H>, false>();
   });
 }
 
@@ -224,17 +291,46 @@ std::tuple<Tensor, Tensor> transform(const Tensor& x, const Tensor& h, std::opti
   Tensor y = empty_output(x);
   Arguments arguments{with_planes(x), with_planes(h), log_scale_gain};
   arguments.result = y;
-  const bool few = has_few_elements(launch, x);
-  const Tiling tiling(planes_of(y), /*whole_samples=*/true, few ? kTileOfFew : kSmallTile);
-  return dispatch_vectors(x, h, few, [&]<typename T, typename H, int N>() -> std::tuple<Tensor, Tensor> {
-    using A = compute_t<T>;
-    Views<T, H> views = views_of<N, T, H>(arguments, tiling, options_of<A>(options, is_inverse), channels);
-    Tensor log_det = sum_samples<A>(launch, x, tiling.per_sample, [&](const SampleSums<A>& sums) {
-      views.log_det = sums;
-      launch(tiling.size(), tiling.threads(N), 0, transform_kernel<N, T, H>, views);
-    });
-    return {y, log_det};
-  });
+  const Planes planes = planes_of(y);
+  const bool few = has_few_elements(launch, x), exchange = is_exchanged(launch, y, arguments.h);
+  return dispatch_vectors(
+      x, h, few, exchange, [&]<typename T, typename H, int N, bool exchanged>() -> std::tuple<Tensor, Tensor> {
+        using A = compute_t<T>;
+        const Tiling tiling = exchanged ? exchange_tiling(planes, N)
+                                        : Tiling(planes, /*whole_samples=*/true, few ? kTileOfFew : kSmallTile);
+        Views<T, H> views = views_of<N, T, H>(arguments, tiling, options_of<A>(options, is_inverse), channels);
+        Tensor log_det = sum_samples<A>(launch, x, tiling.per_sample, [&](const SampleSums<A>& sums) {
+          views.log_det = sums;
+          if constexpr (exchanged) {
+            const PairExchange how(tiling, channels, N);
+            launch(tiling.size(), how.threads(tiling), exchanged_elements<H>(tiling) * sizeof(H),
+                   exchanged_transform_kernel<N, T, H>, views, how,
+                   how.rows_of(arguments.h.const_data_ptr<H>(), planes_of(arguments.h), tiling));
+          } else {
+            launch(tiling.size(), tiling.threads(N), 0, transform_kernel<N, T, H>, views);
+          }
+        });
+        return {y, log_det};
+      });
+}
+
+// Launches the kernel of the gradients, with memory for those in the gain where `has_gain`.
+template <int N, bool exchanged, typename T, typename H>
+void launch_gradients(const Launcher& launch, const Views<T, H>& views, const Arguments& arguments,
+                      const CouplingLayout& channels) {
+  const Tiling& tiling = views.tiling;
+  const int64_t of_gain = views.grad_gain ? int64_t{tiling.rows} * tiling.columns * sizeof(compute_t<T>) : 0;
+  if constexpr (exchanged) {
+    const PairExchange how(tiling, channels, N);
+    const int64_t elements = exchanged_elements<H>(tiling);
+    const Tensor& h = arguments.h;
+    const Tensor& grad_h = *arguments.grad_h;
+    launch(tiling.size(), how.threads(tiling), elements * sizeof(H) + of_gain, exchanged_gradient_kernel<N, T, H>,
+           views, how, how.rows_of(h.const_data_ptr<H>(), planes_of(h), tiling),
+           how.rows_of(grad_h.mutable_data_ptr<H>(), planes_of(grad_h), tiling), static_cast<unsigned>(elements));
+  } else {
+    launch(tiling.size(), kThreads, of_gain, gradient_kernel<N, T, H>, views);
+  }
 }
 
 enum class Direction { backward, inverse_backward, reversible_backward };
@@ -253,17 +349,19 @@ auto gradients(const Tensor& grad, const Tensor& grad_log_det, const Tensor& y, 
   arguments.grad_data = grad_x;
   arguments.grad_h = grad_h;
   if constexpr (direction == Direction::reversible_backward) arguments.result = empty_output(y);
+  const Planes planes = planes_of(grad_x);
   const bool few = has_few_elements(launch, y);
-  const Tiling tiling(planes_of(grad_x), /*whole_samples=*/false, few ? kTileOfFew : kSmallTile);
-  dispatch_vectors(y, h, few, [&]<typename T, typename H, int N>() {
+  const bool exchange = is_exchanged(launch, grad_x, arguments.h) && is_exchanged(launch, grad_x, grad_h);
+  dispatch_vectors(y, h, few, exchange, [&]<typename T, typename H, int N, bool exchanged>() {
     using A = compute_t<T>;
     constexpr bool is_inverse = direction == Direction::inverse_backward;
+    const Tiling tiling =
+        exchanged ? exchange_tiling(planes, N) : Tiling(planes, /*whole_samples=*/false, few ? kTileOfFew : kSmallTile);
     Views<T, H> views = views_of<N, T, H>(arguments, tiling, options_of<A>(options, is_inverse), channels);
-    if (!log_scale_gain) return launch(tiling.size(), gradient_kernel<N, T, H>, views);
-    const int64_t shared = int64_t{tiling.rows} * tiling.columns * sizeof(A);
+    if (!log_scale_gain) return launch_gradients<N, exchanged>(launch, views, arguments, channels);
     const Tensor parts = empty_parts(y.size(1) * tiling.per_channel(), y);
     views.grad_gain = parts.mutable_data_ptr<double>();
-    launch(tiling.size(), kThreads, shared, gradient_kernel<N, T, H>, views);
+    launch_gradients<N, exchanged>(launch, views, arguments, channels);
     sum_rows(launch, parts, y.size(1), tiling.per_channel(), grad_gain.mutable_data_ptr<A>());
   });
   if constexpr (direction == Direction::reversible_backward) {

@@ -11,6 +11,20 @@
 
 namespace glow_kernels {
 
+// The sum of f(i) over i < n in every thread of a warp, all of which must call it.
+template <typename F>
+__device__ double sum_over(unsigned n, const F& f) {
+  double total = 0;
+  for (unsigned i = threadIdx.x % 32; i < n; i += 32) total += f(i);
+  return warp_sum(total);
+}
+
+// Calls f(i) for all rows; a warp for each.
+template <typename F>
+__device__ void for_each_row(unsigned n, const F& f) {
+  for (unsigned i = threadIdx.x / 32; i < n; i += blockDim.x / 32) f(i);
+}
+
 // Columns that are eliminated at a time.
 constexpr unsigned kPanel = 8;
 
@@ -105,23 +119,21 @@ class Elimination {
 
   // By one warp: the row of step first + k, and what that row becomes in the panel.
   __device__ void choose_pivot(unsigned first, unsigned k) {
-    double largest = -1;
+    double largest = 0;
     unsigned row = n_;
     for (unsigned i = threadIdx.x; i < n_; i += 32) {
       const double size = std::fabs(panel_[k * n_ + i]), order = size == size ? size : INFINITY;
-      if (step_of_row_[i] == n_ && order > largest) {
+      if (step_of_row_[i] == n_ && (row == n_ || order > largest)) {
         largest = order;
         row = i;
       }
     }
-    for (unsigned distance = 16; distance > 0; distance /= 2) {
-      const double other = __shfl_xor_sync(kWholeWarp, largest, distance);
-      const unsigned other_row = __shfl_xor_sync(kWholeWarp, row, distance);
-      if (other > largest || (other == largest && other_row < row)) {
-        largest = other;
-        row = other_row;
-      }
-    }
+    // Numbers that are not negative have the order of their bits. The first row of those with the largest.
+    const auto bits = static_cast<uint64_t>(__double_as_longlong(largest));
+    const unsigned high = static_cast<unsigned>(bits >> 32), low = static_cast<unsigned>(bits);
+    const unsigned most_high = __reduce_max_sync(kWholeWarp, high);
+    const unsigned most_low = __reduce_max_sync(kWholeWarp, high == most_high ? low : 0);
+    row = __reduce_min_sync(kWholeWarp, high == most_high && low == most_low ? row : n_);
     const double pivot = panel_[k * n_ + row];
     __syncwarp();  // until here others read which rows are taken
     if (threadIdx.x < kPanel) {

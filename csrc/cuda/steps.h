@@ -1,6 +1,8 @@
 // The parameters of many steps in one call, float or double, whose C x C work is in double: a block for every step.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <vector>
 
@@ -12,6 +14,15 @@ namespace glow_kernels {
 
 // More channels are left to the reference. support.py knows it.
 constexpr int64_t kMaxFoldChannels = 384;
+
+// On a GPU nothing waits for the device: there an inverse that is not finite tells. For the tests on the CPU.
+template <typename A>
+void check_invertible(const Tensor& inverse, int64_t n) {
+  if (!inverse.is_cpu()) return;
+  const A* const data = inverse.const_data_ptr<A>();
+  const bool finite = std::all_of(data, data + inverse.numel(), [](A value) { return std::isfinite(value); });
+  STD_TORCH_CHECK(finite, "weight must be invertible, got a singular (", n, ", ", n, ") matrix");
+}
 
 // Parameters or gradients of all steps, float or double: a branch that all threads agree on.
 struct Input {

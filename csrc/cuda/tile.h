@@ -54,20 +54,15 @@ struct Tiling {
     const int64_t across = channels_inside ? planes.channels : planes.positions;
     const bool many = planes.batches * down * across >= kManyTiles * kLargeTile;
     const bool whole = whole_samples && down * across <= kLargeTile;
-    const int64_t tile = many || whole ? kLargeTile : small;
-    columns = static_cast<unsigned>(std::clamp<int64_t>(across, 1, tile));
-    rows = static_cast<unsigned>(std::clamp<int64_t>(down, 1, tile / columns));
-    const int64_t row_count = (down + rows - 1) / rows, column_count = (across + columns - 1) / columns;
-    constexpr int64_t limit = int64_t{1} << 31;
-    STD_TORCH_CHECK(down < limit && across < limit && planes.batches < limit &&
-                        row_count * column_count * std::max<int64_t>(1, planes.batches) < limit,
-                    "the tensor is too large");
-    outer = static_cast<unsigned>(down);
-    inner = static_cast<unsigned>(across);
-    batches = static_cast<unsigned>(planes.batches);
-    row_tiles = static_cast<unsigned>(row_count);
-    column_tiles = static_cast<unsigned>(column_count);
-    per_sample = row_tiles * column_tiles;
+    const int64_t tile = many || whole ? kLargeTile : small, most = std::clamp<int64_t>(across, 1, tile);
+    cut(planes.batches, down, across, tile / most, most);
+  }
+
+  // Tiles of so many channels and positions, of data whose positions lie next to each other.
+  static Tiling along_positions(const Planes& planes, int64_t channels, int64_t positions) {
+    Tiling tiling;
+    tiling.cut(planes.batches, planes.channels, planes.positions, channels, positions);
+    return tiling;
   }
 
   int64_t size() const { return int64_t{batches} * per_sample; }
@@ -88,6 +83,24 @@ struct Tiling {
   }
 
  private:
+  Tiling() : channels_inside(false) {}
+
+  void cut(int64_t samples, int64_t down, int64_t across, int64_t most_rows, int64_t most_columns) {
+    columns = static_cast<unsigned>(std::clamp<int64_t>(across, 1, most_columns));
+    rows = static_cast<unsigned>(std::clamp<int64_t>(down, 1, most_rows));
+    const int64_t row_count = (down + rows - 1) / rows, column_count = (across + columns - 1) / columns;
+    constexpr int64_t limit = int64_t{1} << 31;
+    STD_TORCH_CHECK(down < limit && across < limit && samples < limit &&
+                        row_count * column_count * std::max<int64_t>(1, samples) < limit,
+                    "the tensor is too large");
+    outer = static_cast<unsigned>(down);
+    inner = static_cast<unsigned>(across);
+    batches = static_cast<unsigned>(samples);
+    row_tiles = static_cast<unsigned>(row_count);
+    column_tiles = static_cast<unsigned>(column_count);
+    per_sample = row_tiles * column_tiles;
+  }
+
   static __device__ unsigned least(unsigned a, unsigned b) { return a < b ? a : b; }
 };
 

@@ -25,7 +25,7 @@ def wide_dtype(device: torch.device) -> torch.dtype:
 
 def is_channels_last(x: Tensor) -> bool:
     """Whether the channels of ``x`` (B, C, *spatial) lie next to each other in memory."""
-    return x.dim() in (4, 5) and x.shape[1] > 1 and x.stride(1) == 1 and not x.is_contiguous()
+    return not x.is_contiguous() and x.dim() in (4, 5) and x.shape[1] > 1 and x.stride(1) == 1
 
 
 def output_format(x: Tensor) -> torch.memory_format:

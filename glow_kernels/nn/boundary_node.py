@@ -8,15 +8,15 @@ coupling in place of its output.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from glow_kernels import backends
 from glow_kernels.nn import network_passes as passes
-from glow_kernels.nn.coupling import AffineCoupling
-from glow_kernels.nn.coupling_node import Kind, is_one_node
+from glow_kernels.nn.coupling import AdditiveCoupling, AffineCoupling
+from glow_kernels.nn.coupling_node import Kind, coupling_node, node_parameters
 from glow_kernels.nn.network import type_of_convolution
 from glow_kernels.nn.step import FlowStep, LinearMap
 from glow_kernels.ops.actnorm_conv1x1 import apply
@@ -24,25 +24,47 @@ from glow_kernels.ops.coupling_conv1x1 import backward as boundary_backward
 from glow_kernels.ops.coupling_conv1x1 import forward as boundary_forward
 
 
+class Plain(NamedTuple):
+    """The coupling of a step that can be a node: its kind, and the parameters of its network."""
+
+    kind: Kind
+    parameters: list[Tensor]
+
+
 def in_turn(steps: Sequence[nn.Module], maps: Sequence[LinearMap], x: Tensor) -> tuple[Tensor, list[Tensor]]:
     """``x`` (B, C, H, W) after all ``steps``, whose linear ``maps`` have been folded, and the log-determinants (B,) of
     their couplings.
 
-    Steps are called one after the other but where a boundary is one node.
+    A step is a node by itself, or begins or ends in one across a boundary, or is called where it can be neither.
     """
     log_dets = []
-    z: Tensor | None = None  # x after the linear map of the step, where the boundary before it was a node
-    for number, (step, linear) in enumerate(zip(steps, maps, strict=True)):
+    is_mapped = False  # x already, by the linear map of the step, in a node across the boundary before it
+    for step, linear, following in zip(steps, maps, [*maps[1:], None], strict=True):
         flow_step = cast(FlowStep, step)
-        if number + 1 < len(steps) and is_boundary_node(x if z is None else z, flow_step, maps[number + 1]):
-            z, log_det = boundary_node(apply(x, *linear) if z is None else z, flow_step, maps[number + 1])
-        elif z is None:
-            x, log_det = step(x, linear=linear)
+        plain = plain_coupling(x, flow_step)
+        if plain is None:
+            x, log_det = flow_step.coupling(x) if is_mapped else step(x, linear=linear)
+            is_mapped = False
+        elif following is not None and _has_operator(x, plain, following):
+            x, log_det = boundary_node(x if is_mapped else apply(x, *linear), plain, following)
+            is_mapped = True
         else:
-            x, log_det = flow_step.coupling(z)
-            z = None
+            x, log_det = coupling_node(x, *plain, *(() if is_mapped else (linear,)))
+            is_mapped = False
         log_dets.append(log_det)
     return x, log_dets
+
+
+def plain_coupling(x: Tensor, step: FlowStep) -> Plain | None:
+    """The coupling of ``step`` for ``x`` (B, C, H, W) if it can be a node and is nobody's who waits for its call."""
+    coupling: Any = step._modules["coupling"]
+    if type(coupling) not in (AffineCoupling, AdditiveCoupling) or coupling.condition_on != "first":
+        return None
+    if passes.is_altered(coupling) or x.size(1) != coupling.channels:
+        return None
+    kind = coupling._kind()
+    parameters = node_parameters(x, kind, coupling._modules["network"])
+    return None if parameters is None else Plain(kind, parameters)
 
 
 def is_boundary_node(z: Tensor, step: FlowStep, linear: LinearMap) -> bool:
@@ -51,21 +73,22 @@ def is_boundary_node(z: Tensor, step: FlowStep, linear: LinearMap) -> bool:
     The coupling must be one by itself, affine, and nobody's who waits for it to be called; and a backend that is not
     the reference must have the operator.
     """
-    coupling = step.coupling
-    if type(coupling) is not AffineCoupling or coupling.condition_on != "first" or passes.is_altered(coupling):
-        return False
-    kind = coupling._kind()
-    if z.dim() != 4 or z.shape[1] != coupling.channels or not is_one_node(z, kind, coupling.network):
-        return False
-    shape = (len(z), kind.outputs(z.shape[1]), *z.shape[2:])
-    weight, *_ = passes.parameters_of(coupling.network)
-    h = torch.empty(shape, dtype=type_of_convolution(weight), device=z.device)
-    return boundary_forward.is_fast(z, h, *linear, *_options(kind))
+    plain = plain_coupling(z, step)
+    return plain is not None and _has_operator(z, plain, linear)
 
 
-def boundary_node(z: Tensor, step: FlowStep, linear: LinearMap) -> tuple[Tensor, Tensor]:
-    """The next ``z``, after the coupling of ``step`` and the ``linear`` map, and the ``log_det`` (B,) of the former."""
-    kind, parameters = step.coupling._kind(), passes.parameters_of(step.coupling.network)
+def _has_operator(z: Tensor, plain: Plain, linear: LinearMap) -> bool:
+    if plain.kind.scale_map is None:
+        return False
+    # In place of h, of which only the type and the device are asked for: it has no more elements than z.
+    dtype = type_of_convolution(plain.parameters[0])
+    h = z if z.dtype == dtype else z.new_empty((0, 0), dtype=dtype)
+    return boundary_forward.is_fast(z, h, *linear, *_options(plain.kind))
+
+
+def boundary_node(z: Tensor, plain: Plain, linear: LinearMap) -> tuple[Tensor, Tensor]:
+    """The next ``z``, after a ``plain`` coupling and the ``linear`` map, and the ``log_det`` (B,) of the former."""
+    kind, parameters = plain
     if not torch.is_grad_enabled():
         h, _ = passes.forward(z[:, : kind.channels], parameters)
         following, log_det = boundary_forward(z, h, *linear, *_options(kind))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from glow_kernels.nn.coupling_node import Kind, coupling_node, is_one_node
+from glow_kernels.nn.coupling_node import Kind, coupling_node, node_parameters
 from glow_kernels.nn.network import CouplingNetwork
 from glow_kernels.ops import (
     ScaleMap,
@@ -38,11 +38,13 @@ class _Coupling(nn.Module):
 
     def forward(self, x: Tensor, *context: Tensor | None) -> tuple[Tensor, Tensor]:
         """``x`` (B, C, H, W) to ``y`` and ``log_det`` (B,); ``context`` goes to the network after its half of ``x``."""
-        conditioning, transformed = self._split("x", x)
+        check_channels("x", x, self.channels)
         if not context and type(self) in (AffineCoupling, AdditiveCoupling) and self.condition_on == "first":
             kind = self._kind()
-            if is_one_node(x, kind, self.network):
-                return coupling_node(x, kind, self.network)
+            parameters = node_parameters(x, kind, self.network)
+            if parameters is not None:
+                return coupling_node(x, kind, parameters)
+        conditioning, transformed = self._split("x", x)
         y, log_det = self._transform(transformed, self.network(conditioning, *context))
         return self._merge(conditioning, y), log_det
 

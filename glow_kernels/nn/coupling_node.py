@@ -8,7 +8,6 @@ time. Here every pass is one that the mathematics asks for. What backward keeps 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -18,13 +17,13 @@ from glow_kernels import backends
 from glow_kernels.backends.numerics import compute_dtype
 from glow_kernels.nn import network_passes as passes
 from glow_kernels.ops import ScaleMap
+from glow_kernels.ops.actnorm_conv1x1 import apply, apply_backward
 from glow_kernels.ops.affine_coupling import backward as affine_backward
 from glow_kernels.ops.affine_coupling import forward as affine_forward
 from glow_kernels.ops.affine_coupling import reversible_backward as affine_reversible_backward
 
 
-@dataclass(frozen=True)
-class Kind:
+class Kind(NamedTuple):
     """What a coupling does with the network's output: additive without a scale map.
 
     Attributes:
@@ -74,36 +73,52 @@ class Coupled(NamedTuple):
     kept: passes.Kept
 
 
-def coupling_node(x: Tensor, kind: Kind, network: nn.Module) -> tuple[Tensor, Tensor]:
-    """``y`` and ``log_det`` (B,) of ``x`` (B, C, H, W), whose first ``kind.channels`` channels condition the others."""
-    parameters = passes.parameters_of(network)
+def coupling_node(
+    x: Tensor, kind: Kind, parameters: Sequence[Tensor], linear: Sequence[Tensor | None] = (None, None)
+) -> tuple[Tensor, Tensor]:
+    """``y`` and ``log_det`` (B,) of ``x`` (B, C, H, W), whose first ``kind.channels`` channels condition the others.
+
+    Args:
+        x: the data.
+        kind: of the coupling.
+        parameters: of its network, from :func:`node_parameters`.
+        linear: matrix and shift of a linear map of ``x`` that comes first, folded.
+    """
     if not torch.is_grad_enabled():
-        return couple(x, kind, parameters)[:2]
-    y, log_det = _CouplingNode.apply(x, kind, *parameters)  # type: ignore[no-untyped-call]
+        return couple(_mapped(x, *linear), kind, parameters)[:2]
+    y, log_det = _CouplingNode.apply(x, kind, *linear, *parameters)  # type: ignore[no-untyped-call]
     return y, log_det
 
 
-def is_one_node(x: Tensor, kind: Kind, network: nn.Module) -> bool:
-    """Whether a coupling of ``x`` (B, C, H, W) with this network can be :func:`coupling_node`.
+def node_parameters(x: Tensor, kind: Kind, network: nn.Module) -> list[Tensor] | None:
+    """The parameters of ``network`` if a coupling of ``x`` (B, C, H, W) with it can be a node, None otherwise.
 
     It must be computed by a backend that is not the reference, whose gradients have gradients, and not be traced or
     transformed.
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False
-    return backends.select() != "reference" and has_passes(x, kind, network)
+        return None
+    return own_parameters(x, kind, network) if backends.select() != "reference" else None
 
 
 def has_passes(x: Tensor, kind: Kind, network: nn.Module) -> bool:
     """Whether :func:`couple` and its backward compute what a coupling of ``x`` with this network does."""
-    if x.dim() != 4 or not passes.has_passes(network):
-        return False
-    weight, _, last, *_ = passes.parameters_of(network)
-    return (
+    return own_parameters(x, kind, network) is not None
+
+
+def own_parameters(x: Tensor, kind: Kind, network: nn.Module) -> list[Tensor] | None:
+    """The parameters of ``network`` if :func:`has_passes`, None otherwise."""
+    parameters = passes.plain_parameters(network) if x.dim() == 4 else None
+    if parameters is None:
+        return None
+    weight, last = parameters[0], parameters[2]
+    fits = (
         x.device == weight.device
         and (x.dtype == weight.dtype or (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)))
-        and (weight.shape[1], last.shape[0]) == (kind.channels, kind.outputs(x.shape[1]))
+        and weight.size(1) == kind.channels
+        and last.size(0) == kind.outputs(x.size(1))
     )
+    return parameters if fits else None
 
 
 def couple(x: Tensor, kind: Kind, parameters: Sequence[Tensor], frugal: bool = False) -> Coupled:
@@ -187,23 +202,36 @@ def in_place(half: Tensor, values: Tensor, wanted: bool) -> Tensor:
     return half.data.copy_(values) if wanted else values
 
 
+def _mapped(x: Tensor, matrix: Tensor | None, shift: Tensor | None) -> Tensor:
+    return x if matrix is None or shift is None else apply(x, matrix, shift)
+
+
 class _CouplingNode(torch.autograd.Function):
-    """``apply(x, kind, weights, biases, log_scales)``, three of each."""
+    """``apply(x, kind, matrix, shift, weights, biases, log_scales)``, three each of the last."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kind: Kind, *parameters: Tensor) -> tuple[Tensor, Tensor]:
-        y, log_det, h, kept = couple(x, kind, parameters)
+    def forward(
+        ctx: Any, x: Tensor, kind: Kind, matrix: Tensor | None, shift: Tensor | None, *parameters: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        y, log_det, h, kept = couple(_mapped(x, matrix, shift), kind, parameters)
         ctx.kind, ctx.backend = kind, backends.choice()
-        ctx.save_for_backward(y, h, *kept.inputs, *kept.weights, *parameters)
+        given = None if matrix is None else x
+        ctx.save_for_backward(given, matrix, y, h, *kept.inputs, *kept.weights, *parameters)
         return y, log_det
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # Asked for once: torch.utils.checkpoint hands out what is saved only once.
-        y, h, *saved = ctx.saved_tensors
+        x, matrix, y, h, *saved = ctx.saved_tensors
         kept, parameters = passes.Kept(saved[:3], saved[3:6]), saved[6:]
-        needs_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[2:]
-        grad, grad_log_det = grads
+        needs_x, _, needs_matrix, needs_shift, *needs = ctx.needs_input_grad
+        needs_y = needs_x or needs_matrix or needs_shift
+        grad_matrix, grad_shift = None, None
         with backends.restored(ctx.backend):
-            grad_x, found = couple_backward(grad, grad_log_det, ctx.kind, (y, h, kept), parameters, needs_x, any(needs))
-        return grad_x, None, *(value if need else None for value, need in zip(found, needs, strict=True))
+            of = (y, h, kept)
+            grad, grad_log_det = grads
+            grad_x, found = couple_backward(grad, grad_log_det, ctx.kind, of, parameters, needs_y, any(needs))
+            if matrix is not None and grad_x is not None:
+                grad_x, grad_matrix, grad_shift = apply_backward(grad_x, x, matrix, needs_x)
+        every = (grad_x, None, grad_matrix, grad_shift, *found)
+        return tuple(value if need else None for value, need in zip(every, ctx.needs_input_grad, strict=True))

@@ -13,11 +13,10 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from glow_kernels import backends
 from glow_kernels.backends.numerics import compute_dtype
 from glow_kernels.nn.actnorm import ActNorm
 from glow_kernels.nn.conv1x1 import ChannelPermutation, InvertibleConv1x1
-from glow_kernels.nn.network_passes import is_altered
+from glow_kernels.nn.network_passes import is_altered, parameter_of
 from glow_kernels.nn.step import FlowStep, LinearMap
 from glow_kernels.ops import lu_weight
 from glow_kernels.ops._checks import positions
@@ -31,6 +30,17 @@ class Folded(NamedTuple):
 
     maps: Sequence[LinearMap]
     log_det: Tensor
+
+    @classmethod
+    def of(cls, results: Results, x: Tensor) -> Folded:
+        """What has been folded, for data ``x``."""
+        return cls(linear_maps(results), results[2].sum().expand(x.shape[0]) * positions(x))
+
+
+def linear_maps(results: Results) -> list[LinearMap]:
+    """The map of every step."""
+    matrices, shifts, _ = results
+    return [LinearMap(*pair) for pair in zip(matrices.unbind(), shifts.unbind(), strict=True)]
 
 
 @dataclass
@@ -59,24 +69,23 @@ class Stack:
         if not _are_alike(steps, x):
             return None
         alike = cast("Sequence[FlowStep]", steps)
-        mixings: Any = [step.mixing for step in alike]
+        mixings: Any = [step._modules["mixing"] for step in alike]
         fixed: list[tuple[Tensor, ...]]
         if getattr(mixings[0], "lu", False):
             factors = [mixing.factors for mixing in mixings]
             weights, fixed = [of[1:4] for of in factors], [(of[0], of[4]) for of in factors]
         else:
             weights, fixed = [(mixing.weight,) for mixing in mixings], [()] * len(mixings)
+        actnorms = [step._modules["actnorm"] for step in alike]
         parameters = [
-            (step.actnorm.log_scale, step.actnorm.bias, *weight) for step, weight in zip(alike, weights, strict=True)
+            (parameter_of(actnorm, "log_scale"), parameter_of(actnorm, "bias"), *weight)
+            for actnorm, weight in zip(actnorms, weights, strict=True)
         ]
         return cls(parameters, fixed, isinstance(mixings[0], ChannelPermutation), compute_dtype(x))
 
-    def fold(self, x: Tensor, frugal: bool = False) -> Folded:
-        """The maps x -> z; if ``frugal``, backward keeps nothing but the parameters as they are."""
-        if frugal:
-            tensors = [tensor for parameters in self.parameters for tensor in parameters]
-            return _folded(_Frugal.apply(self, *tensors), x)  # type: ignore[no-untyped-call]
-        return _folded(fold(*self.stacked(self.parameters)), x)
+    def fold(self, x: Tensor) -> Folded:
+        """The maps x -> z."""
+        return Folded.of(fold(*self.stacked(self.parameters)), x)
 
     def fold_inverse(self, z: Tensor) -> Folded:
         """The maps z -> x.
@@ -84,19 +93,7 @@ class Stack:
         Raises:
             ValueError: a weight is singular.
         """
-        return _folded(fold_inverse(*self.stacked(self.parameters)), z)
-
-    @torch.no_grad()
-    def fold_both(self, inverted: bool) -> list[tuple[LinearMap, LinearMap | None]]:
-        """The map x -> z of every step and, if ``inverted``, the map z -> x; without gradients.
-
-        Raises:
-            ValueError: a weight is singular.
-        """
-        stacked = self.stacked(self.parameters)
-        there = _maps(fold(*stacked))
-        back = _maps(fold_inverse(*stacked)) if inverted else [None] * len(there)
-        return list(zip(there, back, strict=True))
+        return Folded.of(fold_inverse(*self.stacked(self.parameters)), z)
 
     def singular(self) -> int:
         """The first step of which :meth:`fold_inverse` says that its weight is singular."""
@@ -122,59 +119,26 @@ class Stack:
         return log_scale.to(self.dtype), bias.to(self.dtype), weight.to(self.dtype), log_det
 
 
-class _Frugal(torch.autograd.Function):
-    """``apply(stack, *parameters)``: :func:`fold`, which backward does again instead of keeping what it needs."""
-
-    @staticmethod
-    def forward(ctx: Any, stack: Stack, *parameters: Tensor) -> Results:
-        ctx.stack, ctx.backend = stack, backends.choice()
-        ctx.save_for_backward(*parameters)
-        return fold(*stack.stacked(_in_rows(parameters, len(stack.parameters))))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad[1:]
-        leaves = [t.detach().requires_grad_(need) for t, need in zip(ctx.saved_tensors, needs, strict=True)]
-        with backends.restored(ctx.backend), torch.enable_grad():
-            results = fold(*ctx.stack.stacked(_in_rows(leaves, len(ctx.stack.parameters))))
-        wanted = [leaf for leaf in leaves if leaf.requires_grad]
-        found = iter(torch.autograd.grad(results, wanted, grads, allow_unused=True))
-        return None, *(next(found) if need else None for need in needs)
-
-
-def _in_rows(tensors: Sequence[Tensor], rows: int) -> list[Sequence[Tensor]]:
-    length = len(tensors) // rows
-    return [tensors[row * length : (row + 1) * length] for row in range(rows)]
-
-
-def _folded(results: Results, x: Tensor) -> Folded:
-    return Folded(_maps(results), results[2].sum().expand(x.shape[0]) * positions(x))
-
-
-def _maps(results: Results) -> list[LinearMap]:
-    matrices, shifts, _ = results
-    return [LinearMap(*pair) for pair in zip(matrices.unbind(), shifts.unbind(), strict=True)]
-
-
 def _are_alike(steps: Sequence[nn.Module], x: Tensor) -> bool:
     first = steps[0]
     if len(steps) < 2 or not isinstance(first, FlowStep):
         return False
     like, mixing = first.actnorm.log_scale, first.mixing
-    if x.dim() < 2 or x.shape[1] != len(like) or x.device != like.device:
+    if x.dim() < 2 or x.size(1) != len(like) or x.device != like.device:
         return False
-    return all(
-        type(step) is FlowStep
-        and not is_altered(step)
-        and "inverse" not in step.__dict__
-        and type(step.actnorm) is ActNorm
-        and step.actnorm._is_initialized
-        and type(step.mixing) is type(mixing)
-        and "matrix" not in step.mixing.__dict__
-        and type(mixing) in (InvertibleConv1x1, ChannelPermutation)
-        and getattr(step.mixing, "lu", None) == getattr(mixing, "lu", None)
-        and step.actnorm.log_scale.shape == like.shape
-        and step.actnorm.log_scale.dtype == like.dtype
-        and step.actnorm.log_scale.device == like.device
-        for step in steps
-    )
+    if type(mixing) not in (InvertibleConv1x1, ChannelPermutation):
+        return False
+    lu, dtype, device = getattr(mixing, "lu", None), like.dtype, like.device
+    # A loop over what modules look into themselves: this is asked at every call, of every step.
+    for step in steps:
+        if type(step) is not FlowStep or is_altered(step) or "inverse" in step.__dict__:
+            return False
+        actnorm, own = step._modules["actnorm"], step._modules["mixing"]
+        if type(actnorm) is not ActNorm or not actnorm._is_initialized:
+            return False
+        if type(own) is not type(mixing) or "matrix" in own.__dict__ or own.__dict__.get("lu") != lu:
+            return False
+        log_scale = parameter_of(actnorm, "log_scale")
+        if log_scale.size() != like.size() or log_scale.dtype != dtype or log_scale.device != device:
+            return False
+    return True

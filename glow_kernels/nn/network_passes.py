@@ -23,13 +23,12 @@ from glow_kernels.ops.scale_filters import scale_all, scale_all_backward
 
 # Of log_scale in the three convolutions.
 _FACTORS = [1.0, 1.0, 3.0]
+# Found once: looking for an overload takes as long as a small operator.
+_convolution_backward = torch.ops.aten.convolution_backward.default
+_threshold_backward = torch.ops.aten.threshold_backward.default
+_threshold_backward_into = torch.ops.aten.threshold_backward.grad_input
 # Blocks that keep a large GPU busy, elements that each should have at least, and channels that it has side by side.
 _BLOCKS, _ELEMENTS, _CHANNELS = 768, 2048, 256
-_LAYERS: tuple[tuple[str, type[nn.Module]], ...] = (
-    ("first", HiddenConv2d),
-    ("second", HiddenConv2d),
-    ("last", ZeroConv2d),
-)
 
 
 class Kept(NamedTuple):
@@ -39,31 +38,37 @@ class Kept(NamedTuple):
     weights: list[Tensor]
 
 
-def has_passes(network: nn.Module) -> bool:
-    """Whether the passes compute what calling ``network`` does.
+def plain_parameters(network: nn.Module) -> list[Tensor] | None:
+    """Those of :func:`parameters_of` if the passes compute what calling ``network`` does, None otherwise.
 
     It must be this package's own, initialised, and nobody's who waits for its modules to be called.
     """
     if type(network) is not CouplingNetwork or _has_any_global_hook() or is_altered(network):  # type: ignore[no-untyped-call]
-        return False
-    for name, expected in _LAYERS:
-        layer = network._modules[name]
-        if type(layer) is not expected or is_altered(layer):
-            return False
-        actnorm = layer._modules.get("actnorm")
-        if actnorm is not None and (type(actnorm) is not ActNorm or not actnorm._is_initialized or is_altered(actnorm)):
-            return False
-    return True
+        return None
+    layers: dict[str, Any] = network._modules
+    first, second, last = layers["first"], layers["second"], layers["last"]
+    if not _is_plain(first, HiddenConv2d) or not _is_plain(second, HiddenConv2d) or not _is_plain(last, ZeroConv2d):
+        return None
+    for layer in (first, second):
+        actnorm = layer._modules["actnorm"]
+        if not _is_plain(actnorm, ActNorm) or not actnorm._is_initialized:
+            return None
+    return parameters_of(network)
 
 
 def parameters_of(network: nn.Module) -> list[Tensor]:
     """Weights, biases and log_scales, three each."""
-    assert isinstance(network, CouplingNetwork)
-    first, second, last = network.first, network.second, network.last
+    layers: dict[str, Any] = network._modules
+    first, second, last = layers["first"], layers["second"], layers["last"]
+    actnorms = first._modules["actnorm"], second._modules["actnorm"]
     return [
-        *(first.weight, second.weight, last.weight),
-        *(first.actnorm.bias, second.actnorm.bias, last.bias),
-        *(first.actnorm.log_scale, second.actnorm.log_scale, last.log_scale),
+        *(parameter_of(first, "weight"), parameter_of(second, "weight"), parameter_of(last, "weight")),
+        *(parameter_of(actnorms[0], "bias"), parameter_of(actnorms[1], "bias"), parameter_of(last, "bias")),
+        *(
+            parameter_of(actnorms[0], "log_scale"),
+            parameter_of(actnorms[1], "log_scale"),
+            parameter_of(last, "log_scale"),
+        ),
     ]
 
 
@@ -86,7 +91,8 @@ def forward(x: Tensor, parameters: Sequence[Tensor], frugal: bool = False) -> tu
     inputs = [x]
     for weight, hidden_bias in zip(scaled[:2], hidden_biases, strict=True):
         inputs.append(_hidden(inputs[-1], weight, hidden_bias, frugal))
-    return _convolve(inputs[-1], scaled[2], bias)[:, :outputs], Kept(inputs, scaled)
+    h = _convolve(inputs[-1], scaled[2], bias)
+    return h if outer == outputs else h[:, :outputs], Kept(inputs, scaled)
 
 
 def backward(
@@ -125,16 +131,23 @@ def backward(
         if apart and not (frugal and _is_large(result, result.shape[1])):
             grad, grad_bias = bias_relu_backward(grad, result, _parts(result))
         elif torch.is_grad_enabled():  # by whoever asks for second derivatives
-            grad = torch.ops.aten.threshold_backward(grad, result, 0)
+            grad = _threshold_backward(grad, result, 0)
         else:  # the gradient is the convolution's, and nobody else's
-            torch.ops.aten.threshold_backward.grad_input(grad, result, 0, grad_input=grad)
+            _threshold_backward_into(grad, result, 0, grad_input=grad)
         del result
     found: list[Tensor | None] = [None] * len(parameters)
     if needs_parameters:
         flat = scale_all_backward(filters, weights, biases, log_scales, _FACTORS)
         by_kind = [*flat[::3], *flat[1::3], *flat[2::3]]
-        found = [value.to(of.dtype) for value, of in zip(by_kind, parameters, strict=True)]
-    return grad[:, : weights[0].shape[1]] if needs_x else None, found
+        # Asking first is cheaper than a conversion that does nothing.
+        found = [
+            value if value.dtype == of.dtype else value.to(of.dtype)
+            for value, of in zip(by_kind, parameters, strict=True)
+        ]
+    if not needs_x:
+        return None, found
+    channels = weights[0].size(1)
+    return grad if grad.size(1) == channels else grad[:, :channels], found
 
 
 def has_tensor_cores(device: torch.device, dtype: torch.dtype) -> bool:
@@ -183,23 +196,21 @@ def memory_format_of(x: Tensor) -> torch.memory_format:
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    result: Tensor = torch.ops.aten.convolution(x, weight, bias, *_geometry(weight))
-    return result
+    return torch.convolution(x, weight, bias, *_geometry(weight))
 
 
 def _convolve_backward(grad: Tensor, x: Tensor, weight: Tensor, mask: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients in x, weight and bias; None where ``mask`` does not ask for one."""
-    filters, geometry = weight.shape[:1], _geometry(weight)
-    found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.convolution_backward(
-        grad, x, weight, filters, *geometry, mask
+    found: tuple[Tensor, Tensor, Tensor] = _convolution_backward(
+        grad, x, weight, [weight.size(0)], *_geometry(weight), mask
     )
     return found
 
 
 def _geometry(weight: Tensor) -> tuple[Any, ...]:
     """Stride, padding, dilation, no transposition, output padding and groups of a convolution that keeps the size."""
-    padding = [size // 2 for size in weight.shape[2:]]
-    return (1, 1), padding, (1, 1), False, (0, 0), 1
+    padding = [weight.size(2) // 2, weight.size(3) // 2]
+    return [1, 1], padding, [1, 1], False, [0, 0], 1
 
 
 def is_altered(module: nn.Module) -> bool:
@@ -212,3 +223,16 @@ def is_altered(module: nn.Module) -> bool:
         or own["_backward_hooks"]
         or own["_backward_pre_hooks"]
     )
+
+
+def _is_plain(module: Any, expected: type[nn.Module]) -> bool:
+    return type(module) is expected and not is_altered(module)
+
+
+def parameter_of(module: Any, name: str) -> Tensor:
+    """``getattr(module, name)``, which looks for a parameter in vain at several places first."""
+    registered = module._parameters
+    parameter: Tensor = (
+        registered[name] if name in registered and name not in module.__dict__ else getattr(module, name)
+    )
+    return parameter

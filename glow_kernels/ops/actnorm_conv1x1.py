@@ -143,9 +143,9 @@ def apply(x: Tensor, matrix: Tensor, shift: Tensor) -> Tensor:
     return z
 
 
-def apply_backward(grad: Tensor, x: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`apply` in ``x``, ``matrix`` and ``shift``, without a graph."""
-    grad_x, grad_matrix, grad_shift = _apply_backward(grad.to(x.dtype), x, matrix, True)
+def apply_backward(grad: Tensor, x: Tensor, matrix: Tensor, needs_grad_x: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`apply` in ``x``, empty if not needed, ``matrix`` and ``shift``, without a graph."""
+    grad_x, grad_matrix, grad_shift = _apply_backward(grad.to(x.dtype), x, matrix, needs_grad_x)
     return grad_x, grad_matrix, grad_shift
 
 

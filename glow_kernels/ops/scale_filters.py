@@ -117,9 +117,13 @@ def scale_all_backward(
 
 
 def _check_counts(*lists: Sequence[Any]) -> None:
-    counts = [len(each) for each in lists]
-    if min(counts) == 0 or min(counts) != max(counts):
-        raise ValueError(f"weights, biases, log_scales and factors must be as many, at least one of each, got {counts}")
+    count = len(lists[0])
+    for each in lists:
+        if len(each) != count or count == 0:
+            counts = [len(each) for each in lists]
+            raise ValueError(
+                f"weights, biases, log_scales and factors must be as many, at least one of each, got {counts}"
+            )
 
 
 def _fake(weight: Tensor, bias: Tensor, log_scale: Tensor, factor: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

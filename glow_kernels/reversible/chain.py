@@ -19,7 +19,7 @@ from glow_kernels.reversible.anatomy import Anatomy
 from glow_kernels.reversible.linear_maps import LinearMaps
 from glow_kernels.reversible.link import Link, Place, register
 from glow_kernels.reversible.offload import Shelf
-from glow_kernels.reversible.plain_step import PlainStep
+from glow_kernels.reversible.plain_step import PlainStep, cross_boundaries
 from glow_kernels.reversible.recompute import Mode
 
 POLICIES = ("store", "checkpoint", "anchor", "invert")
@@ -138,9 +138,12 @@ class ReversibleSequential(nn.Sequential):
         mode = Mode.current(x.device, self._micro_batches(x, context))
         ghost: Tensor | None = None
         modules = list(self)
-        linear, log_det, maps = self._folded(x)
+        linear, log_dets, maps = self._folded(x)
+        applied: list[_Maps] = [() if own is None else (own, None) for own in linear]
+        if not context and cross_boundaries(modules, linear, x):
+            applied = [(linear[0], linear[1]), *((None, following) for following in [*linear[2:], None])]
         for numbers in self._nodes():
-            steps = [_taken_apart(modules[number], linear[number], x, context) for number in numbers]
+            steps = [_taken_apart(modules[number], applied[number], x, context) for number in numbers]
             _initialize([modules[number] for number in numbers], steps, x, context)
             place = Place(
                 self._handle,
@@ -151,11 +154,11 @@ class ReversibleSequential(nn.Sequential):
                 numbers[-1] == len(self) - 1,
                 self.check != "off",
             )
-            x, log_det, ghost = _linked(steps, place, mode, maps, shelf, x, log_det, ghost, context)
+            x, log_det, ghost = _linked(steps, place, mode, maps, shelf, x, ghost, context)
+            log_dets.append(log_det)
             if place.keeps_input and not place.compares:
                 ghost = None  # such a node does not wait for a state
-        assert log_det is not None
-        return x, log_det
+        return x, _total(log_dets, x)
 
     def inverse(self, z: Tensor, *context: Tensor | None) -> tuple[Tensor, Tensor]:
         """``z`` (B, ...) to ``x`` and ``log_det`` (B,) of that direction; always with plain autograd.
@@ -181,16 +184,17 @@ class ReversibleSequential(nn.Sequential):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._handle = register(self)
 
-    def _folded(self, x: Tensor) -> tuple[Sequence[LinearMap | None], Tensor | None, LinearMaps | None]:
+    def _folded(self, x: Tensor) -> tuple[Sequence[LinearMap | None], list[Tensor], LinearMaps | None]:
         """The linear map of every step, the log-determinant of all of them, and where backward gets them from.
 
         Nothing where the steps fold for themselves, as they do inside the opaque operators of a compiled chain.
         """
         stack = None if torch.compiler.is_compiling() else Stack.of(list(self), x)
         if stack is None:
-            return [None] * len(self), None, None
-        maps, log_det = stack.fold(x, frugal=True)
-        return maps, log_det, LinearMaps(self, stack, any(self._needs_inverse(index) for index in range(len(self))))
+            return [None] * len(self), [], None
+        maps = LinearMaps(self, stack, any(self._needs_inverse(index) for index in range(len(self))))
+        folded = maps.fold(x)
+        return folded.maps, [folded.log_det], maps
 
     def _inverted(self, stack: Stack, z: Tensor) -> Folded:
         try:
@@ -252,11 +256,15 @@ def _total(log_dets: Sequence[Tensor], x: Tensor) -> Tensor:
     return functools.reduce(torch.add, log_dets)
 
 
-def _taken_apart(
-    step: nn.Module, linear: LinearMap | None, x: Tensor, context: tuple[Tensor | None, ...]
-) -> Anatomy | PlainStep:
-    plain = None if linear is None or context else PlainStep.of(step, linear, x)
-    return Anatomy.of(step, linear or ()) if plain is None else plain
+# The folded linear maps that a step begins and ends with, or nothing where it folds for itself.
+_Maps = tuple[LinearMap | None, LinearMap | None] | tuple[()]
+
+
+def _taken_apart(step: nn.Module, maps: _Maps, x: Tensor, context: tuple[Tensor | None, ...]) -> Anatomy | PlainStep:
+    if not maps:
+        return Anatomy.of(step)
+    plain = None if context else PlainStep.of(step, x, *maps)
+    return Anatomy.of(step, maps[0] or ()) if plain is None else plain
 
 
 def _initialize(
@@ -287,14 +295,13 @@ def _linked(
     maps: LinearMaps | None,
     shelf: Shelf | None,
     x: Tensor,
-    log_det: Tensor | None,
     ghost: Tensor | None,
     context: tuple[Tensor | None, ...],
 ) -> Any:
-    def link(x: Tensor, log_det: Tensor | None, ghost: Tensor | None, *context: Tensor | None) -> Any:
+    def link(x: Tensor, ghost: Tensor | None, *context: Tensor | None) -> Any:
         # Asked for inside of the hooks, where FSDP has gathered them.
         parameters = [parameter for step in steps for parameter in step.parameters]
-        arguments = (maps, shelf, x, log_det, ghost, *context, *parameters)
+        arguments = (maps, shelf, x, ghost, *context, *parameters)
         if torch.compiler.is_compiling():
             return Link.apply(place, mode, None, *arguments)  # type: ignore[no-untyped-call]
         # Function.apply adds only what functorch's transforms need, which are refused.
@@ -302,10 +309,10 @@ def _linked(
 
     hooked = [step.step for step in steps if isinstance(step, Anatomy) and _has_hooks(step.step)]
     if torch.compiler.is_compiling() or not hooked:
-        return link(x, log_det, ghost, *context)
+        return link(x, ghost, *context)
     if len(steps) > 1:
         raise RuntimeError("check='replay' runs several steps as one, without their hooks (FSDP): use check='raise'")
-    return _through_hooks(hooked[0], link, x, log_det, ghost, *context)
+    return _through_hooks(hooked[0], link, x, ghost, *context)
 
 
 def _has_hooks(step: nn.Module) -> bool:

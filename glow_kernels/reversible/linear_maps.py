@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
 
 from glow_kernels import backends
-from glow_kernels.nn.folding import Stack
+from glow_kernels.nn.folding import Folded, Results, Stack, linear_maps
 from glow_kernels.nn.step import LinearMap
+from glow_kernels.ops.folding import fold, fold_inverse
 from glow_kernels.reversible import guards
 
 if TYPE_CHECKING:
     from glow_kernels.reversible.chain import ReversibleSequential
+
+# Linear maps, each with its inverse where backward needs that.
+FoldedMaps = list[tuple[LinearMap, LinearMap | None]]
 
 
 class LinearMaps:
@@ -27,29 +35,72 @@ class LinearMaps:
         self._chain, self._stack, self._inverted = chain, stack, inverted
         self._backend = backends.choice()
         self._versions = [guards.versions(parameters) for parameters in stack.parameters]
-        self._found: list[tuple[LinearMap, LinearMap | None]] | None = None
+        self._found: FoldedMaps | None = None
+        self._graph: tuple[list[Tensor], Results] | None = None
 
-    def of(self, numbers: range) -> list[tuple[LinearMap, LinearMap | None]]:
-        """The map of each of these steps, and its inverse if that was asked for; backward ends with step 0.
+    def fold(self, x: Tensor) -> Folded:
+        """The maps, for the forward with data ``x``."""
+        tensors = [tensor for parameters in self._stack.parameters for tensor in parameters]
+        return Folded.of(_Fold.apply(self, *tensors), x)  # type: ignore[no-untyped-call]
+
+    def of(self, steps: Sequence[range]) -> list[FoldedMaps]:
+        """The maps of these numbers of each of some steps; backward ends with step 0, whose own map is the last.
 
         Raises:
             RuntimeError: a parameter of a step has been modified since forward.
             ValueError: a weight is singular.
         """
         if self._found is None:
-            self._found = self._fold()
-        found = [self._found[number] for number in numbers]
-        if numbers[0] == 0:
+            self._found = self._fold_again()
+        found = [[self._found[number] for number in numbers] for numbers in steps]
+        if 0 in steps[0]:
             self._found = None
         return found
 
-    def _fold(self) -> list[tuple[LinearMap, LinearMap | None]]:
+    def gradients(self, grads: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
+        """Those of the parameters that need one, of those of what :meth:`fold` gave; after those of all steps."""
+        if self._graph is None:
+            self._found = self._fold_again()
+        assert self._graph is not None
+        leaves, results = self._graph
+        self._graph = self._found = None
+        with backends.restored(self._backend):
+            wanted = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
+            found = iter(torch.autograd.grad(results, wanted, grads, allow_unused=True))
+        return [next(found) if need else None for need in needs]
+
+    def _fold_again(self) -> FoldedMaps:
         for number, (parameters, before) in enumerate(zip(self._stack.parameters, self._versions, strict=True)):
             if guards.versions(parameters) != before:
                 raise RuntimeError(guards.modified(self._chain, number))
-        try:
-            with backends.restored(self._backend):
-                return self._stack.fold_both(self._inverted)
-        except ValueError:
-            with guards.named(self._chain, self._stack.singular()):
-                raise
+        rows = [[t.detach().requires_grad_() for t in parameters] for parameters in self._stack.parameters]
+        with backends.restored(self._backend):
+            with torch.enable_grad():
+                stacked = self._stack.stacked(rows)
+                results = fold(*stacked)
+            self._graph = [leaf for row in rows for leaf in row], results
+            matrices, shifts, log_det = (tensor.detach() for tensor in results)
+            there = linear_maps((matrices, shifts, log_det))
+            if not self._inverted:
+                return [(each, None) for each in there]
+            try:
+                with torch.no_grad():
+                    return list(zip(there, linear_maps(fold_inverse(*stacked)), strict=True))
+            except ValueError:
+                with guards.named(self._chain, self._stack.singular()):
+                    raise
+
+
+class _Fold(torch.autograd.Function):
+    """``apply(maps, *parameters)``: what they are folded to."""
+
+    @staticmethod
+    def forward(ctx: Any, maps: LinearMaps, *parameters: Tensor) -> Results:
+        ctx.maps = maps
+        ctx.save_for_backward(*parameters)  # so that PyTorch says if they are modified
+        return fold(*maps._stack.stacked(maps._stack.parameters))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        _ = ctx.saved_tensors
+        return None, *ctx.maps.gradients(grads, ctx.needs_input_grad[1:])

@@ -22,12 +22,12 @@ from torch import Tensor
 from torch._guards import detect_fake_mode
 
 from glow_kernels.backends.numerics import output_format
-from glow_kernels.nn.coupling_node import SHARED, Kind, Private
+from glow_kernels.nn.coupling_node import SHARED, Private
 from glow_kernels.reversible import guards, recompute
 from glow_kernels.reversible.anatomy import Anatomy
-from glow_kernels.reversible.linear_maps import LinearMaps
+from glow_kernels.reversible.linear_maps import FoldedMaps, LinearMaps
 from glow_kernels.reversible.offload import Shelf
-from glow_kernels.reversible.plain_step import PlainStep
+from glow_kernels.reversible.plain_step import PlainStep, Span
 from glow_kernels.reversible.randomness import RandomState
 from glow_kernels.reversible.recompute import Mode, Recomputed
 from glow_kernels.reversible.tensors import sum_of
@@ -74,10 +74,10 @@ Step = Anatomy | PlainStep
 
 
 class Link(torch.autograd.Function):
-    """``apply(place, mode, steps, maps, shelf, x, log_det, ghost, *context, *parameters)``, those of the steps.
+    """``apply(place, mode, steps, maps, shelf, x, ghost, *context, *parameters)``, those of the steps.
 
-    Gives ``z``, the new ``log_det``, and its ghost. Compiled, it goes without ``steps``. With ``maps``, the first two
-    parameters of every step are its linear map, which is not kept.
+    Gives ``z``, ``log_det`` and the ghost of ``z``. Compiled, it goes without ``steps``. With ``maps``, the first
+    parameters of every step are its linear maps, which are not kept.
     """
 
     @staticmethod
@@ -89,32 +89,33 @@ class Link(torch.autograd.Function):
         maps: LinearMaps | None,
         shelf: Shelf | None,
         x: Tensor,
-        log_det: Tensor | None,
         ghost: Tensor | None,
         *tensors: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.place, ctx.mode, ctx.shape, ctx.maps, ctx.states = place, mode, x.shape, maps, None
         if steps is None:
-            z, step_log_det = _forward_operator(x, list(tensors), *_plain(place, mode))
+            z, log_det = _forward_operator(x, list(tensors), *_plain(place, mode))
         else:
-            z, step_log_det, ctx.states = _forward(place, mode, steps, x, tensors)
-            ctx.kinds = [step.kind if isinstance(step, PlainStep) else None for step in steps]
+            z, log_det, ctx.states = _forward(place, mode, steps, x, tensors)
+            ctx.spans = [step.span if isinstance(step, PlainStep) else None for step in steps]
             ctx.bounds = _bounds(place, steps)
+            ctx.of_steps = [_maps_of(*step) for step in zip(place.numbers, ctx.spans, strict=True)]
         # Backward through a single step needs its input or its output, through several both.
         keeps_output = place.keeps_output and not (place.keeps_input and place.length == 1)
         ctx.shelf = shelf if place.keeps_input else None
         kept = x if place.keeps_input and shelf is None else None
-        remembered = tensors if maps is None else _with_maps(tensors, ctx.bounds, [(None, None)] * place.length)
+        remembered: Sequence[Any] = tensors
+        if maps is not None:
+            remembered = _with_maps(tensors, ctx.bounds, [[(None, None)] * len(own) for own in ctx.of_steps])
         ctx.save_for_backward(kept, z if keeps_output else None, *remembered)
         if ctx.shelf is not None:
             ctx.on_shelf = ctx.shelf.put(x)
         if not torch.compiler.is_compiling():
             ctx.chain = _chains[place.handle]  # alive until its backward
             ctx.private = _private(ctx.chain, place, maps)
-        total = step_log_det if log_det is None else log_det + step_log_det
         # One element that nobody reads; not a view, of which FSDP would warn.
-        return z, total, z.new_empty_strided(z.shape, [0] * z.dim())
+        return z, log_det, z.new_empty_strided(z.shape, [0] * z.dim())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
@@ -122,7 +123,7 @@ class Link(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             guards.refuse_second_derivatives(ctx.chain, place.number)
         grad_z, grad_log_det, reconstructed = grads
-        needs = ctx.needs_input_grad[8:]
+        needs = ctx.needs_input_grad[7:]
         if torch.compiler.is_compiling():
             x, z, *tensors = ctx.saved_tensors
         else:
@@ -137,18 +138,17 @@ class Link(torch.autograd.Function):
             reached, grad_x, *tensor_grads = _backward_operator(*arguments, *_plain(place, mode))
             tensor_grads = [grad if need else None for grad, need in zip(tensor_grads, needs, strict=True)]
         else:
-            maps = [(None, None)] * place.length
+            maps: list[FoldedMaps] = [[]] * place.length
             if ctx.maps is not None:
-                maps = ctx.maps.of(place.numbers)
-                tensors = _with_maps(tensors, ctx.bounds, [there for there, _ in maps])
-            steps = _steps(place, tensors, ctx.kinds, ctx.bounds, maps)
+                maps = ctx.maps.of(ctx.of_steps)
+                tensors = _with_maps(tensors, ctx.bounds, [[there for there, _ in own] for own in maps])
+            steps = _steps(place, tensors, ctx.spans, ctx.bounds, maps)
             result = _backward(
                 place, mode, steps, x, z, (grad_z, grad_log_det), tensors, needs, ctx.states, ctx.private
             )
             reached, grad_x, tensor_grads = result.x, result.grad_x, result.grads
-        ghost_grad = (reached if x is None else x) if ctx.needs_input_grad[7] else None
-        total_grad = grad_log_det if ctx.needs_input_grad[6] else None
-        return None, None, None, None, None, grad_x, total_grad, ghost_grad, *tensor_grads
+        ghost_grad = (reached if x is None else x) if ctx.needs_input_grad[6] else None
+        return None, None, None, None, None, grad_x, ghost_grad, *tensor_grads
 
 
 States = list[list[RandomState] | None]
@@ -273,27 +273,35 @@ def _bounds(place: Place, steps: Sequence[Step]) -> list[int]:
     return list(itertools.accumulate([len(step.slots) for step in steps], initial=place.contexts))
 
 
-def _with_maps(tensors: Sequence[Any], bounds: Sequence[int], maps: Sequence[Any]) -> list[Any]:
-    """``tensors`` with another matrix and shift for every step."""
+def _maps_of(number: int, span: Span | None) -> range:
+    """Which linear maps of its chain are those of a step."""
+    return range(number, number + 1) if span is None else span.maps(number)
+
+
+def _with_maps(tensors: Sequence[Any], bounds: Sequence[int], maps: Sequence[Sequence[Any]]) -> list[Any]:
+    """``tensors`` with other matrices and shifts for every step."""
     result = list(tensors)
-    for start, linear in zip(bounds, maps, strict=False):
-        result[start : start + 2] = linear
+    for start, own in zip(bounds, maps, strict=False):
+        result[start : start + 2 * len(own)] = itertools.chain.from_iterable(own)
     return result
 
 
 def _steps(
-    place: Place, tensors: Sequence[Any], kinds: Sequence[Kind | None], bounds: Sequence[int], maps: Sequence[Any]
+    place: Place,
+    tensors: Sequence[Any],
+    spans: Sequence[Span | None],
+    bounds: Sequence[int],
+    maps: Sequence[FoldedMaps],
 ) -> list[Step]:
     """The steps as forward saw them, with what it has computed with."""
     chain = _find(place)
     steps: list[Step] = []
-    for number, kind, (start, end), (there, back) in zip(
-        place.numbers, kinds, itertools.pairwise(bounds), maps, strict=True
-    ):
-        if kind is None:
-            steps.append(Anatomy.of(chain[number], there or (), back))
+    for number, span, (start, end), own in zip(place.numbers, spans, itertools.pairwise(bounds), maps, strict=True):
+        if span is None:
+            there, back = own[0] if own else ((), None)
+            steps.append(Anatomy.of(chain[number], there, back))
         else:
-            steps.append(PlainStep(kind, tensors[start:end], back))
+            steps.append(PlainStep(span, tensors[start:end], [back for _, back in own]))
     return steps
 
 

@@ -2,6 +2,10 @@
 
 Most steps are one, and what a general step costs beside its arithmetic (looking into its modules, putting tensors in
 place of parameters, a graph) is a tenth of a training step of a small Glow.
+
+In a chain of nothing else, on a backend that has an operator for it, every step ends after the linear map of the next
+one instead of before it (:mod:`glow_kernels.nn.boundary_node`). The states between steps, and so the anchors, are then
+inputs of couplings; there are as many of them.
 """
 
 from __future__ import annotations
@@ -12,36 +16,66 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from glow_kernels.backends.numerics import compute_dtype
 from glow_kernels.nn import AdditiveCoupling, AffineCoupling, FlowStep
 from glow_kernels.nn import network_passes as passes
+from glow_kernels.nn.boundary_node import is_boundary_node
 from glow_kernels.nn.coupling_node import Kind, Private, couple, couple_backward, has_passes, uncouple
 from glow_kernels.nn.step import LinearMap
 from glow_kernels.ops.actnorm_conv1x1 import apply, apply_backward, apply_reversible_backward
+from glow_kernels.ops.coupling_conv1x1 import backward as boundary_backward
+from glow_kernels.ops.coupling_conv1x1 import forward as boundary_forward
+
+
+class Span(NamedTuple):
+    """From where to where such a step goes.
+
+    Attributes:
+        kind: of its coupling.
+        begins: whether with its own linear map, which the step before it has not applied.
+        ends: whether with the linear map of the next step.
+    """
+
+    kind: Kind
+    begins: bool = True
+    ends: bool = False
+
+    def maps(self, number: int) -> range:
+        """Which linear maps of the chain those of step ``number`` are."""
+        return range(number + (not self.begins), number + 1 + self.ends)
 
 
 class PlainStep(NamedTuple):
     """Such a step, taken apart into tensors.
 
     Attributes:
-        kind: of its coupling.
-        parameters: matrix and shift of its linear map, which its chain has folded, and those of the network.
-        inverse: the linear map back, where backward needs it.
+        span: where it begins and ends.
+        parameters: matrix and shift of its linear maps, which its chain has folded, and those of the network.
+        inverses: the linear maps back, where backward needs them.
     """
 
-    kind: Kind
+    span: Span
     parameters: Sequence[Tensor]
-    inverse: LinearMap | None = None
+    inverses: Sequence[LinearMap | None] = ()
 
     @classmethod
-    def of(cls, step: nn.Module, linear: LinearMap, x: Tensor) -> PlainStep | None:
-        """That of a ``step`` whose ``linear`` map has been folded, None if it is not one for data ``x``."""
+    def of(
+        cls, step: nn.Module, x: Tensor, linear: LinearMap | None, following: LinearMap | None = None
+    ) -> PlainStep | None:
+        """That of a ``step`` for data ``x``, None if it is not one.
+
+        Args:
+            linear: the linear map that it begins with, if any, folded.
+            following: that which it ends with, if any.
+        """
         coupling: Any = cast(FlowStep, step).coupling
         if type(coupling) not in (AffineCoupling, AdditiveCoupling) or coupling.condition_on != "first":
             return None
         kind = coupling._kind()
         if passes.is_altered(coupling) or not has_passes(x, kind, coupling.network):
             return None
-        return cls(kind, [*linear, *passes.parameters_of(coupling.network)])
+        span = Span(kind, linear is not None, following is not None)
+        return cls(span, [*(linear or ()), *(following or ()), *passes.parameters_of(coupling.network)])
 
     @property
     def slots(self) -> Sequence[Tensor]:
@@ -59,9 +93,14 @@ class PlainStep(NamedTuple):
         return ()
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``z`` and the log-determinant (B,) of the coupling."""
-        matrix, shift, *own = self.parameters
-        return couple(apply(x, matrix, shift), self.kind, own)[:2]
+        """The output and the log-determinant (B,) of the coupling."""
+        before, after, own = self._taken_apart()
+        y = apply(x, *before) if self.span.begins else x
+        if not self.span.ends:
+            return couple(y, self.span.kind, own)[:2]
+        h = passes.forward(y[:, : self.span.kind.channels], own)[0]
+        z, log_det = boundary_forward(y, h, *after, *self._options)
+        return z, log_det
 
     def backward(
         self,
@@ -81,22 +120,81 @@ class PlainStep(NamedTuple):
         """
         given = z if x is None else x
         assert given is not None
-        matrix, shift, *own = self.parameters
         grad_z = torch.zeros_like(given) if grad_z is None else grad_z.to(given.dtype)
         if grad_log_det is None:
-            grad_log_det = matrix.new_zeros(given.shape[0])
+            grad_log_det = given.new_zeros(given.shape[0], dtype=compute_dtype(given))
+        needed = any(needs[-len(self._taken_apart()[2]) :])
+        evaluated = None
         if x is None:
-            assert self.inverse is not None
-            y, grad_y, found = uncouple(grad_z, grad_log_det, given, self.kind, own, any(needs[2:]), private)
-            x, grad_x, *of_map = apply_reversible_backward(grad_y, y, matrix, *self.inverse)
-            evaluated = None
+            x, grad_x, every = self._backward_from_output(given, grad_z, grad_log_det, needed, private)
         else:
-            y = apply(x, matrix, shift)
-            exact, _, h, kept = couple(y, self.kind, own, frugal=True)
-            evaluated = None if z is None else exact
-            grads = (grad_z, grad_log_det)
-            below, found = couple_backward(*grads, self.kind, (exact, h, kept), own, True, any(needs[2:]), frugal=True)
-            assert below is not None
-            grad_x, *of_map = apply_backward(below, x, matrix)
-        every = (*of_map, *found)
+            evaluated, grad_x, every = self._backward_from_input(x, z is not None, grad_z, grad_log_det, needed)
         return x, evaluated, grad_x, [grad if need else None for grad, need in zip(every, needs, strict=True)]
+
+    def _backward_from_output(
+        self, z: Tensor, grad_z: Tensor, grad_log_det: Tensor, needed: bool, private: Private
+    ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+        before, after, own = self._taken_apart()
+        of_maps: list[Tensor] = []
+        y, grad_y = z, grad_z
+        if self.span.ends:
+            y, grad_y, *of_maps = apply_reversible_backward(grad_z, z, after[0], *self._inverse(-1))
+            # The network takes its memory while this has its own no longer.
+            if private.state:
+                z.data = y
+            if private.grad:
+                grad_z.data = grad_y
+            private = Private(state=True, grad=True)
+        x, grad_x, found = uncouple(grad_y, grad_log_det, y, self.span.kind, own, needed, private)
+        if self.span.begins:
+            x, grad_x, *of_map = apply_reversible_backward(grad_x, x, before[0], *self._inverse(0))
+            of_maps = [*of_map, *of_maps]
+        return x, grad_x, [*of_maps, *found]
+
+    def _backward_from_input(
+        self, x: Tensor, evaluates: bool, grad_z: Tensor, grad_log_det: Tensor, needed: bool
+    ) -> tuple[Tensor | None, Tensor, list[Tensor | None]]:
+        before, after, own = self._taken_apart()
+        kind, of_maps = self.span.kind, []
+        z: Tensor | None = None
+        y = apply(x, *before) if self.span.begins else x
+        if self.span.ends:
+            h, kept = passes.forward(y[:, : kind.channels], own, frugal=True)
+            if evaluates:
+                z, _ = boundary_forward(y, h, *after, *self._options)
+            grad_y, grad_h, *of_maps = boundary_backward(grad_z, grad_log_det, y, h, after[0], *self._options)
+            del h
+            below, found = passes.backward(grad_h, kept, own, True, needed, frugal=True)
+            grad_y[:, : kind.channels].add_(below)
+        else:
+            z, _, h, kept = couple(y, kind, own, frugal=True)
+            coupled = (z, h, kept)
+            grad_y, found = couple_backward(grad_z, grad_log_det, kind, coupled, own, True, needed, frugal=True)
+            assert grad_y is not None
+        if self.span.begins:
+            grad_y, *of_map = apply_backward(grad_y, x, before[0])
+            of_maps = [*of_map, *of_maps]
+        return z if evaluates else None, grad_y, [*of_maps, *found]
+
+    def _taken_apart(self) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
+        """Matrix and shift of the linear map before the coupling and of that after it, and the network's parameters."""
+        start = 2 * self.span.begins
+        end = start + 2 * self.span.ends
+        return self.parameters[:start], self.parameters[start:end], self.parameters[end:]
+
+    def _inverse(self, which: int) -> LinearMap:
+        inverse = self.inverses[which]
+        assert inverse is not None
+        return inverse
+
+    @property
+    def _options(self) -> tuple[Any, ...]:
+        return self.span.kind.options[1:]  # without a gain
+
+
+def cross_boundaries(steps: Sequence[nn.Module], maps: Sequence[LinearMap | None], x: Tensor) -> bool:
+    """Whether all ``steps``, with these linear ``maps``, are of the kind that can end with that of the next one."""
+    return all(
+        linear is not None and is_boundary_node(x, cast(FlowStep, step), linear)
+        for step, linear in zip(steps, maps, strict=True)
+    )

@@ -103,13 +103,16 @@ class Joined:
 
     def __init__(self, batch: int, place: Tensor | None = None) -> None:
         self._batch = batch
-        self._result = None if place is None else place.data
+        self._place = place
+        self._result: Tensor | None = None
 
     def add(self, part: slice | None, tensor: Tensor) -> None:
         """Put ``tensor`` where ``part`` of the batch belongs."""
         if part is None:
             self._result = tensor
             return
+        if self._result is None and self._place is not None:
+            self._result = self._place.data
         if self._result is None:
             format_ = output_format(tensor)
             self._result = torch.zeros_like(tensor[:1].expand(self._batch, *tensor.shape[1:]), memory_format=format_)

@@ -29,6 +29,13 @@ struct Copy {
   void* to;
   const void* from;
   size_t bytes;
+  size_t group;
+};
+
+// The copies of a thread that are on their way, and the number of groups that it has ended.
+struct Copies {
+  std::vector<Copy> started = {};
+  size_t groups = 0;
 };
 
 struct Thread {
@@ -38,7 +45,7 @@ struct Thread {
   Exchange exchange{};
   unsigned mask = 0, source = 0;
   uint64_t value = 0;  // what it gives, then what it gets
-  std::vector<Copy> copies = {};
+  Copies copies = {};
 };
 
 // The order in which blocks and threads run: as they are numbered (0), backwards (1) or any (2 and more).
@@ -96,7 +103,7 @@ class Block {
     return memory.get();
   }
   size_t shared_bytes() const { return shared_bytes_; }
-  std::vector<Copy>& copies() { return threads_[threadIdx.x].copies; }
+  Copies& copies() { return threads_[threadIdx.x].copies; }
 
  private:
   void go_on(unsigned index);
@@ -258,10 +265,17 @@ int multiprocessors() {
 
 void* shared_memory(const void* key, size_t bytes) { return running->shared_memory(key, bytes); }
 void* dynamic_shared() { return running->shared_memory(nullptr, running->shared_bytes()); }
-void start_copy(void* to, const void* from, size_t bytes) { running->copies().push_back({to, from, bytes}); }
-void finish_copies() {
-  for (const Copy& copy : running->copies()) std::memcpy(copy.to, copy.from, copy.bytes);
-  running->copies().clear();
+void start_copy(void* to, const void* from, size_t bytes) {
+  Copies& copies = running->copies();
+  copies.started.push_back({to, from, bytes, copies.groups});
+}
+void end_group_of_copies() { ++running->copies().groups; }
+void finish_copies(size_t left) {
+  auto& [started, groups] = running->copies();
+  const auto first_left =
+      std::find_if(started.begin(), started.end(), [&](const Copy& copy) { return copy.group + left >= groups; });
+  std::for_each(started.begin(), first_left, [](const Copy& copy) { std::memcpy(copy.to, copy.from, copy.bytes); });
+  started.erase(started.begin(), first_left);
 }
 void barrier(Place place) { running->wait(place, State::at_barrier); }
 uint64_t exchange(Place place, Exchange exchange, unsigned mask, uint64_t value, unsigned source) {

@@ -7,12 +7,14 @@
 namespace cuda_host {
 
 void start_copy(void* to, const void* from, size_t bytes);
-void finish_copies();
+void end_group_of_copies();
+// Makes those of all groups but the last `left`.
+void finish_copies(size_t left);
 
 }  // namespace cuda_host
 
 inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes) {
   cuda_host::start_copy(to, from, bytes);
 }
-inline void __pipeline_commit() {}
-inline void __pipeline_wait_prior(size_t) { cuda_host::finish_copies(); }
+inline void __pipeline_commit() { cuda_host::end_group_of_copies(); }
+inline void __pipeline_wait_prior(size_t left) { cuda_host::finish_copies(left); }

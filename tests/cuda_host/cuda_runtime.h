@@ -108,6 +108,16 @@ void multiply_add(Place place, float (&c)[4], const uint32_t (&a)[4], const uint
 #define __ballot_sync(mask, predicate) ::cuda_host::vote(CUDA_HOST_PLACE, mask, predicate)
 #define __any_sync(mask, predicate) (::cuda_host::vote(CUDA_HOST_PLACE, mask, predicate) != 0)
 #define __all_sync(mask, predicate) (::cuda_host::vote(CUDA_HOST_PLACE, mask, predicate) == (mask))
+#define __reduce_max_sync(mask, value) \
+  ::cuda_host::reduce(CUDA_HOST_PLACE, mask, value, [](unsigned a, unsigned b) { return a > b ? a : b; })
+#define __reduce_min_sync(mask, value) \
+  ::cuda_host::reduce(CUDA_HOST_PLACE, mask, value, [](unsigned a, unsigned b) { return a < b ? a : b; })
+
+inline long long __double_as_longlong(double value) {
+  long long bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
 
 namespace cuda_host {
 
@@ -115,6 +125,14 @@ inline unsigned down(unsigned distance) { return lane() + distance < 32 ? lane()
 inline unsigned up(unsigned distance) { return lane() >= distance ? lane() - distance : lane(); }
 inline unsigned vote(Place place, unsigned mask, bool predicate) {
   return static_cast<unsigned>(exchange(place, Exchange::vote, mask, predicate, lane()));
+}
+// Of all lanes; of fewer it waits for ever.
+template <typename F>
+unsigned reduce(Place place, unsigned mask, unsigned value, const F& of_two) {
+  for (unsigned distance = 16; distance > 0; distance /= 2) {
+    value = of_two(value, shuffle(place, mask, value, lane() ^ distance));
+  }
+  return value;
 }
 inline void sync_warp(Place place, unsigned mask = 0xffffffffu) { exchange(place, Exchange::barrier, mask, 0, lane()); }
 

@@ -46,13 +46,10 @@ def actnorm_conv1x1(function: str, *args: Any) -> bool:
     if function in _IN_ONE_CALL:
         first = _IN_ONE_CALL[function]
         tensors = [tensor for tensor in args[first : first + 5] if tensor is not None]
-        x = tensors[0]
-        fits = x.dtype in _TYPES and x.shape[1] <= _MAX_CHANNELS
-        return fits and _takes("actnorm_conv1x1", function, *tensors)
+        return _has_kernels_of_map(tensors[0]) and _takes("actnorm_conv1x1", function, *tensors)
     if function.startswith("apply"):
         x, matrix = args[1:3] if function.endswith("backward") else args[:2]
-        most = _MAX_CHANNELS_ON_GPU.get(x.dtype, 64) if _runs_cuda_code(x) else _MAX_CHANNELS
-        fits = x.dtype in _TYPES and x.shape[1] <= most and matrix.dtype == compute_dtype(x)
+        fits = _has_kernels_of_map(x) and matrix.dtype == compute_dtype(x)
         return fits and _takes("actnorm_conv1x1", function, x, matrix)
     first = args[0]
     most = _MAX_FOLD_CHANNELS_ON_GPU if _runs_cuda_code(first) else _MAX_CHANNELS
@@ -63,6 +60,12 @@ def actnorm_conv1x1(function: str, *args: Any) -> bool:
         if tensor.dtype != first.dtype:
             return False
     return _takes("actnorm_conv1x1", function, *tensors)
+
+
+def _has_kernels_of_map(x: Tensor) -> bool:
+    """Whether the kernels of the linear map are for the type and the channels of ``x``."""
+    most = _MAX_CHANNELS_ON_GPU.get(x.dtype, 64) if _runs_cuda_code(x) else _MAX_CHANNELS
+    return x.dtype in _TYPES and x.shape[1] <= most
 
 
 def coupling_conv1x1(function: str, *args: Any) -> bool:
@@ -115,21 +118,21 @@ def _is_padded(function: str, args: tuple[Any, ...], grads: list[Tensor]) -> boo
     """Whether zeros follow filters of ``scale_filters``, or the gradient of a bias is in parts."""
     if function == "forward_all":
         own = [size for weight in args[0] for size in weight.shape[:2]]
-        return any(size != padded for size, padded in zip(own, args[5], strict=True))
+        return bool(own != args[5])
     if function == "backward_all":
-        return any(
-            grad.shape != weight.shape or of_bias.shape != weight.shape[:1]
-            for grad, of_bias, weight in zip(grads[::2], grads[1::2], args[1], strict=True)
-        )
+        # Zeros only add elements; parts add a dimension.
+        for grad, of_bias, weight in zip(grads[::2], grads[1::2], args[1], strict=True):
+            if grad.numel() != weight.numel() or of_bias.dim() != 1:
+                return True
     return False
 
 
 def _takes(module: str, function: str, *tensors: Tensor) -> bool:
     """Whether all are dense, and on the CPU or on a GPU whose library has the operator."""
     # A loop: this is asked at every call, and a generator costs more than all the answers.
-    on_cpu = tensors[0].is_cpu
+    on_cpu, strided = tensors[0].is_cpu, torch.strided
     for tensor in tensors:
-        if tensor.is_cpu != on_cpu or tensor.layout is not torch.strided:
+        if tensor.is_cpu != on_cpu or tensor.layout is not strided:
             return False
     if on_cpu:
         return _has_kernel(module, function, "CPU")

@@ -1,0 +1,78 @@
+// What the kernels of the linear map make of the parameters of a step by themselves: M and v, which every block needs,
+// and what needs an elimination, by a block of its own, for which the others do not wait. All C x C work is in double.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "cuda/actnorm_conv1x1_tile.h"
+#include "cuda/small_matrix.h"
+
+namespace glow_kernels::linear {
+
+template <typename A>
+struct Parameters {
+  const A *log_scale, *bias, *weight;
+  const A* known;  // log|det W|, or null
+};
+
+// Shared memory of fold_matrix().
+inline int64_t fold_bytes(int64_t channels) { return 2 * 8 * channels; }
+
+// Starts to bring W to where M will be; these copies are a group.
+template <typename W, typename A = typename W::A>
+__device__ void start_fold(const Parameters<A>& parameters, const W& work, A* matrix) {
+  const A* const no_shift = nullptr;
+  load_matrix(parameters.weight, no_shift, work, matrix);
+  end_of_copies();
+}
+
+// Makes M of W, for whose copies the threads have waited, and writes v after it: with the very operations of
+// fold_kernel. For all threads; there must be a barrier before others read what it writes.
+template <typename W, typename A = typename W::A>
+__device__ void fold_matrix(const Parameters<A>& parameters, const W& work, double* scale, A* matrix) {
+  const unsigned n = work.channels, side = work.side;
+  double* const bias = scale + n;
+  for (unsigned j = threadIdx.x; j < n; j += blockDim.x) {
+    scale[j] = std::exp(static_cast<double>(parameters.log_scale[j]));
+    bias[j] = parameters.bias[j];
+  }
+  for (unsigned i = n + threadIdx.x; i < side; i += blockDim.x) matrix[side * side + i] = 0;
+  __syncthreads();
+  for_each_row(n, [&](unsigned i) {
+    A* const row = matrix + i * side;
+    const double sum = sum_over(n, [&](unsigned j) {
+      const double element = static_cast<double>(row[j]) * scale[j];
+      row[j] = static_cast<A>(element);
+      return element * bias[j];
+    });
+    if (threadIdx.x % 32 == 0) matrix[side * side + i] = static_cast<A>(sum);
+  });
+}
+
+// log_det of every sample. By one block.
+template <typename A>
+__device__ void write_log_det(const Parameters<A>& parameters, unsigned n, double* shared, int64_t batches,
+                              int64_t positions, A* log_det) {
+  Elimination elimination(n, shared, nullptr);
+  if (parameters.known == nullptr) {
+    elimination.run([&](unsigned i, unsigned j) { return static_cast<double>(parameters.weight[i * n + j]); }, true);
+  }
+  const double scales = sum_over(n, [&](unsigned i) { return static_cast<double>(parameters.log_scale[i]); });
+  const double of_weight = parameters.known != nullptr ? static_cast<double>(*parameters.known) : elimination.log_det();
+  const auto of_position = static_cast<A>(scales + of_weight);
+  const auto of_sample = static_cast<A>(static_cast<double>(of_position) * static_cast<double>(positions));
+  for (int64_t batch = threadIdx.x; batch < batches; batch += blockDim.x) log_det[batch] = of_sample;
+}
+
+// W^-1, n x n. By one block.
+template <typename A>
+__device__ void write_inverse(const Parameters<A>& parameters, unsigned n, double* shared, double* inverse) {
+  Elimination elimination(n, shared, nullptr);
+  elimination.run([&](unsigned i, unsigned j) { return static_cast<double>(parameters.weight[i * n + j]); }, false);
+  for_each_row(n, [&](unsigned i) {
+    for (unsigned j = threadIdx.x % 32; j < n; j += 32) inverse[i * n + j] = elimination.inverse(i, j);
+  });
+}
+
+}  // namespace glow_kernels::linear

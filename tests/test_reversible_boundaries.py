@@ -1,0 +1,151 @@
+"""Chains that forget, with steps that end after the linear map of the next one: the gradients, what is kept, how many
+operators there are. Where no backend but the reference has the operator here, it is made to be taken for one that has.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from test_nn_boundary_node import ALTERATIONS, chain, differentiated, operators_per_step
+from test_reversible import forgetting
+
+import glow_kernels as gk
+from glow_kernels.bench.live_storages import training_step_bytes
+from glow_kernels.models import Glow
+from glow_kernels.ops._registry import Operator
+from glow_kernels.reversible import plain_step
+
+POLICIES = {
+    "checkpoint": {"memory": "checkpoint"},
+    "anchor": {"memory": "anchor", "anchor_every": 2},
+    "rare anchors": {"memory": "anchor", "anchor_every": 4},
+    "invert": {"memory": "invert"},
+    "micro-batches": {"memory": "anchor", "anchor_every": 2, "micro_batches": 2},
+    "inverted micro-batches": {"memory": "invert", "micro_batches": 3},
+    "offloaded": {"memory": "anchor", "anchor_every": 2, "offload_anchors": True},
+    "flag": {"memory": "anchor", "anchor_every": 2, "check": "flag"},
+    "replay": {"memory": "anchor", "anchor_every": 3, "check": "replay"},
+    "replay at once": {"memory": "anchor", "anchor_every": 2, "check": "replay", "drift_limit": 0.0},
+}
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Every backend but the reference has the operator; grows by one with every call of its forward."""
+    calls: list[int] = []
+    original = plain_step.boundary_forward
+
+    def counted(*args):
+        calls.append(1)
+        return original(*args)
+
+    monkeypatch.setattr(Operator, "is_fast", lambda *_: True)
+    monkeypatch.setattr(plain_step, "boundary_forward", counted)
+    return calls
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(("mixing", "channels"), [("lu", 6), ("plain", 5), ("reverse", 2)])
+def test_gradients_are_those_of_autograd(backend, taken, policy, mixing, channels):
+    plain, x = chain(channels, 6, mixing=mixing)
+    model = forgetting(plain, **POLICIES[policy])
+    actual = differentiated(model, x)
+    if backend == "reference":
+        assert not taken
+    else:
+        assert len(taken) >= 5
+    if POLICIES[policy].get("check") == "flag":
+        assert set(model.drift()) == {0, 1, 3}
+        assert max(model.drift().values()) < 1e-12
+    with gk.use_backend("reference"):
+        expected = differentiated(plain, x)
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("used", [(0,), (1,)])
+@pytest.mark.parametrize("policy", ["checkpoint", "anchor", "invert"])
+def test_one_result_alone_may_be_used(backend, taken, policy, used):
+    plain, x = chain()
+    actual = differentiated(forgetting(plain, **POLICIES[policy]), x, used)
+    with gk.use_backend("reference"):
+        expected = differentiated(plain, x, used)
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("alter", ALTERATIONS, ids=lambda alter: alter.__name__.strip("_"))
+def test_a_chain_that_somebody_may_look_into_stays_apart(backend, taken, alter):
+    plain, x = chain()
+    alter(plain[1])
+    actual = differentiated(forgetting(plain, "anchor", anchor_every=2), x)
+    assert not taken
+    with gk.use_backend("reference"):
+        expected = differentiated(plain, x)
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("memory", ["anchor", "invert"])
+def test_gradients_may_be_asked_for_twice(backend, taken, memory):
+    plain, x = chain()
+    z, log_det = forgetting(plain, memory, anchor_every=2)(x.requires_grad_())
+    kept = z.detach().clone()
+    first, second = (torch.autograd.grad(z.sum() + log_det.sum(), x, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    assert torch.equal(z, kept)
+
+
+def test_inverted_weights_that_are_singular_are_named(backend, taken):
+    plain, x = chain(mixing="plain")
+    with torch.no_grad():
+        plain[2].mixing.weight[0] = 0.0
+    z, _ = forgetting(plain, "checkpoint")(x)
+    z.sum().backward()  # which inverts nothing
+    z, _ = forgetting(plain, "anchor", anchor_every=2)(x)
+    with pytest.raises(ValueError, match=r"^step 2 \(FlowStep\): weight must be invertible"):
+        z.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "options", [{"memory": "anchor"}, {"memory": "invert"}, {"memory": "anchor", "micro_batches": 4}]
+)
+def test_no_more_memory_is_taken(backend, monkeypatch, options):
+    """As many anchors, and at the peak, which is in the backward of a network, no more states."""
+
+    def measure(crosses: bool) -> tuple[int, int]:
+        monkeypatch.setattr(Operator, "is_fast", lambda *_: crosses)
+        return training_step_bytes(lambda: Glow(3, 16, 9, 2, 32, **options), (8, 3, 16, 16), fake=False)
+
+    assert measure(True) <= measure(False)
+
+
+@pytest.mark.parametrize(
+    ("channels", "pads_input", "pads_output"), [(12, True, True), (24, True, False), (48, False, False)]
+)
+def test_operators_of_a_training_step_on_matrix_units(monkeypatch, channels, pads_input, pads_output):
+    """Of four steps, one of which is anchored. Each is a launch at least: whoever adds one should know."""
+    forward, backward = operators_per_step(monkeypatch, channels, steps=4, memory="anchor")
+    network = {
+        "bias_relu_pad" if pads_input else "_to_copy": 4,
+        "scale_filters_forward_all": 4,
+        "convolution": 8,
+        "bias_relu_forward": 4,
+        "_addmm_activation": 4,
+    }
+    # Adding log-determinants is on a GPU one launch for all of a chain.
+    assert forward == Counter({**network, "coupling_conv1x1_forward": 4, "add": 4})
+    again = {
+        "coupling_conv1x1_backward": 1,
+        "actnorm_conv1x1_apply_reversible_backward": 3,
+        "affine_coupling_reversible_backward": 3,
+        "copy_": 6,  # what the latter gives, into the halves of state and gradient
+        "add_": 4,
+        "convolution_backward": 12,
+        "bias_relu_backward": 8,
+        "scale_filters_backward_all": 4,
+    }
+    of_output = {"bias_relu_pad" if pads_output else "bias_relu_bias_backward": 4}
+    assert backward == Counter(network) + Counter(again) + Counter(of_output)
