@@ -17,7 +17,7 @@ using namespace linear;  // NOLINT: what the tile header is for
 
 // With fewer channels the ordinary units keep up with the memory. The sums of more than 48 leave too few registers.
 constexpr int64_t kLeastChannels = 25, kMostOfApply = 64, kMostOfBackward = 48;
-// Of a block. Two share a multiprocessor where its shared memory lets them.
+// Of a block. Two share a multiprocessor where shared memory, and registers for 64 channels, let them.
 constexpr int kApplyWarps = 8, kBackwardWarps = 4;
 
 // All strips of a tensor with this many positions in all.
@@ -44,7 +44,7 @@ struct Apply {
 };
 
 template <typename S>
-__global__ void __launch_bounds__(kApplyWarps * 32, 2) apply_kernel(const Apply arguments) {
+__global__ void __launch_bounds__(kApplyWarps * 32, S::kSide == 64 ? 1 : 2) apply_kernel(const Apply arguments) {
   const Strips& strips = arguments.strips;
   GLOW_KERNELS_DYNAMIC_SHARED(Split<2>, fragments);
   float* const shift = reinterpret_cast<float*>(fragments + kFragments<S>);
