@@ -45,6 +45,9 @@ def _fixed_seed() -> None:
 
 # Where the tensors of the tests are: ``make gpu`` says cuda.
 DEVICE = os.environ.get("GLOW_KERNELS_TEST_DEVICE", "cpu")
+if DEVICE != "cpu":
+    # Some tests want the bits of a gradient again.
+    torch.backends.cudnn.deterministic = True
 
 
 @pytest.fixture(autouse=DEVICE != "cpu")
