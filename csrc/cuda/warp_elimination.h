@@ -11,7 +11,8 @@
 namespace glow_kernels {
 
 // One warp eliminates a panel of columns: a lane has whole rows of it, so that a step takes one barrier of the warp and
-// none of the block. Then all warps take the pivot rows from the other columns.
+// none of the block. Then all warps take the pivot rows from the other columns. Pivots divide by their reciprocals,
+// which are finite from 2^-1024 on.
 struct WarpElimination {
   static constexpr unsigned kPanel = 4, kSlots = 2, kMost = 32 * kSlots;
   // From a row to the next: of the panel with 16-byte reads and of the matrix in different banks.
@@ -56,7 +57,7 @@ struct WarpElimination {
   // Warps have pieces of rows, several of which are on their way at once.
   template <typename F>
   __device__ void load(const F& value) const {
-    constexpr unsigned kLoads = 8;
+    constexpr unsigned kLoads = 6;
     const unsigned two = n > 32 ? 1 : 0, pieces = n << two, warps = blockDim.x / 32, lane = threadIdx.x % 32;
     for (unsigned first = threadIdx.x / 32; first < pieces; first += kLoads * warps) {
       double values[kLoads];
@@ -175,7 +176,7 @@ struct WarpElimination {
   // Takes the pivot rows of the panel from the other columns, of which a determinant needs those to the right and the
   // rows not yet taken. A warp has 32 columns of some rows.
   __device__ void eliminate_beside(unsigned first, unsigned count, bool only_log_det) const {
-    constexpr unsigned kRows = 4;  // at once
+    constexpr unsigned kRows = 3;  // at once
     const unsigned begin = only_log_det ? first + count : 0, pieces = (n - begin + 31) / 32;
     const unsigned warp = threadIdx.x / 32, groups = pieces == 2 ? blockDim.x / 64 : blockDim.x / 32;
     const unsigned group = pieces == 2 ? warp / 2 : warp,
