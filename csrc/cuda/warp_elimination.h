@@ -64,7 +64,8 @@ struct WarpElimination {
 #pragma unroll
       for (unsigned k = 0; k < kLoads; ++k) {
         const unsigned piece = first + k * warps, i = piece >> two, j = (piece & two) * 32 + lane;
-        values[k] = piece < pieces && j < n ? value(i, j) : 0;
+        const bool inside = piece < pieces && j < n;
+        values[k] = value(inside ? i : 0, inside ? j : 0);  // without a branch, in which each would be waited for
       }
 #pragma unroll
       for (unsigned k = 0; k < kLoads; ++k) {
