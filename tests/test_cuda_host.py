@@ -100,7 +100,10 @@ SOURCES = {
     "actnorm_statistics": ["actnorm_statistics.cu"],
     "affine_coupling": ["affine_coupling.cu"],
     "coupling_conv1x1": ["coupling_conv1x1.cu"],
-    "actnorm_conv1x1": [f"actnorm_conv1x1{end}" for end in ("_step.cu", "_parameters.h", ".cu", "_wide.cu")],
+    "actnorm_conv1x1": [
+        *(f"actnorm_conv1x1{end}" for end in ("_step.cu", "_parameters.h", ".cu", "_wide.cu")),
+        "warp_elimination.h",
+    ],
     "actnorm_conv1x1_wide": ["actnorm_conv1x1_wide.cu", "actnorm_conv1x1.cu"],
 }
 
@@ -117,6 +120,7 @@ PRODUCT_OF_STRIP = "    typename S::Values total;\n    multiply<S>(fragments"
 PUT = "put_strip<S>(total, x);\n"
 SUMMED = "    __syncwarp();\n  }\n"
 BROUGHT = "  bring(exchange, h, tile, pairs);\n"
+STEP = "choose_pivot(rows, free, first + k, pivot_row);\n"
 SPOT = "const auto raw_data = fetch<N>(views.data, tile, spot);\n"
 GIVEN = "// nobody else reads this pair before the barrier\n  }\n"
 
@@ -147,6 +151,14 @@ FAULTS = {
     "no barrier between folding and product": ("actnorm_conv1x1", f"{LOADED}  __syncthreads();\n", LOADED, "wrong"),
     "a product before its tile is there": ("actnorm_conv1x1", LOADED, FOLDED, "wrong"),
     "folding before the weight is there": ("actnorm_conv1x1", "wait_for_copies<1>", "wait_for_copies<2>", "wrong"),
+    "no barrier of a warp between a pivot row and its step": (
+        *("actnorm_conv1x1", f"{STEP}      __syncwarp();\n", STEP),
+        "wrong",
+    ),
+    "no barrier before pivot rows change": (
+        *("actnorm_conv1x1", "__syncthreads();  // before others write there\n", "\n"),
+        "wrong",
+    ),
     "none on the matrix units": ("actnorm_conv1x1_wide", "", "", ""),
     "no barrier of a warp before products": (
         *("actnorm_conv1x1_wide", f"{READY}    __syncwarp();\n{PRODUCT_OF_STRIP}", READY + PRODUCT_OF_STRIP),

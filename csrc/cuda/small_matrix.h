@@ -8,6 +8,7 @@
 
 #include "cuda/launch.h"
 #include "cuda/sums.h"
+#include "cuda/warp_elimination.h"
 
 namespace glow_kernels {
 
@@ -30,19 +31,30 @@ constexpr unsigned kPanel = 8;
 
 // Gauss-Jordan elimination in place with partial pivoting, without moving rows: step k takes the largest element of
 // column k among the rows not yet taken, row `row_of_step[k]`. A panel of columns is eliminated by itself, and then its
-// pivot rows from all other columns. A singular matrix has a log-determinant of minus infinity and an inverse that is
-// not finite.
+// pivot rows from all other columns: as here, or where rows of a panel fit into the registers of a warp as
+// WarpElimination does. A singular matrix has a log-determinant of minus infinity and an inverse that is not finite.
 class Elimination {
  public:
   // Where the matrix fits into the shared memory of every GPU from sm_80 on.
   static bool fits(int64_t n) { return n <= 96; }
   static int64_t shared_bytes(int64_t n) {
+    if (n <= WarpElimination::kMost) return WarpElimination::shared_bytes(n);
     const int64_t doubles = (fits(n) ? n * n : 0) + (2 * kPanel + 1) * n + kPanel, integers = 2 * n;
     return doubles * 8 + integers * 4;
   }
 
   // `workspace` has room for the matrices of all blocks, or is null where they fit into shared memory.
-  __device__ Elimination(unsigned n, double* shared, double* workspace) : n_(n) {
+  __device__ Elimination(unsigned n, double* shared, double* workspace) : n_(n), stride_(n) {
+    if (n <= WarpElimination::kMost) {
+      const WarpElimination by_warp(n, shared);
+      stride_ = WarpElimination::stride(n);
+      left_ = by_warp.left;
+      pivots_ = by_warp.pivots;
+      step_of_row_ = by_warp.step_of_row;
+      row_of_step_ = by_warp.row_of_step;
+      panel_ = shared;  // from where it is made again
+      return;
+    }
     left_ = workspace != nullptr ? workspace + int64_t{blockIdx.x} * n * n : shared;
     panel_ = workspace != nullptr ? shared : shared + n * n;
     rows_ = panel_ + kPanel * n;
@@ -55,6 +67,10 @@ class Elimination {
   // Inverts the matrix with the elements value(i, j), or does only what the determinant needs. For all threads.
   template <typename F>
   __device__ void run(const F& value, bool only_log_det) {
+    if (n_ <= WarpElimination::kMost) {
+      WarpElimination(n_, panel_).run(value, only_log_det);
+      return;
+    }
     for_each([&](unsigned i, unsigned j) { left_[i * n_ + j] = value(i, j); });
     for (unsigned i = threadIdx.x; i < n_; i += blockDim.x) step_of_row_[i] = n_;
     __syncthreads();
@@ -77,7 +93,7 @@ class Elimination {
   }
 
   // Element of the inverse, after a barrier.
-  __device__ double inverse(unsigned i, unsigned j) const { return left_[row_of_step_[i] * n_ + step_of_row_[j]]; }
+  __device__ double inverse(unsigned i, unsigned j) const { return left_[row_of_step_[i] * stride_ + step_of_row_[j]]; }
 
   // log|det| in every thread of a warp, all of which must call it.
   __device__ double log_det() const {
@@ -165,7 +181,7 @@ class Elimination {
     }
   }
 
-  unsigned n_;
+  unsigned n_, stride_;
   double *left_, *panel_, *rows_, *pivots_, *scaled_;
   unsigned *step_of_row_, *row_of_step_;
 };

@@ -113,6 +113,7 @@ void multiply_add(Place place, float (&c)[4], const uint32_t (&a)[4], const uint
 #define __reduce_min_sync(mask, value) \
   ::cuda_host::reduce(CUDA_HOST_PLACE, mask, value, [](unsigned a, unsigned b) { return a < b ? a : b; })
 
+inline int __popc(unsigned value) { return __builtin_popcount(value); }
 inline long long __double_as_longlong(double value) {
   long long bits;
   std::memcpy(&bits, &value, sizeof(bits));
