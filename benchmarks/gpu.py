@@ -23,7 +23,7 @@ OLDEST = {"torch": (2, 10), "triton": (3, 4)}
 # Every operator has a file of its name in the reference.
 MODULES = sorted(path.stem for path in (ROOT / "glow_kernels/backends/reference").glob("[!_]*.py"))
 OPERATOR_TESTS = [f"tests/test_{name}.py" for name in MODULES]
-SANITIZERS = {"memcheck": 20, "racecheck": 15, "initcheck": 15, "synccheck": 10}
+SANITIZERS = {"memcheck": 12, "racecheck": 10, "initcheck": 10, "synccheck": 8}
 CUDA = "/usr/local/cuda/bin"
 BANDWIDTH_SHAPES = "64x12x128x128,32x48x64x64"
 
@@ -55,7 +55,8 @@ def stages(results: Path, dry_run: bool = False) -> list[Stage]:
     cuda_tests = [*tests, f"native {plain}", *OPERATOR_TESTS, "tests/test_cuda_gpu.py"]
     triton_tests = [*tests, f"triton {plain}", *OPERATOR_TESTS, "tests/test_triton_gpu.py"]
     sanitized = [*pytest, "-k", f"native and of_every_shape {plain}", "-x", *OPERATOR_TESTS]
-    bandwidth = ["--shape", BANDWIDTH_SHAPES, "--dtype", "float32", "--minutes", "0.75"]
+    bandwidth = ["--shape", BANDWIDTH_SHAPES, "--dtype", "float32", "--minutes", "0.85"]
+    bandwidth += ["--direction", "forward,inverse,backward,reversible_backward"]
     untested = "it needs a GPU" if dry_run else _missing("pytest", "hypothesis")
     no_library = _no_cuda_library()
     build = {"GLOW_KERNELS_BUILD": "none" if dry_run else "auto"}
@@ -67,9 +68,9 @@ def stages(results: Path, dry_run: bool = False) -> list[Stage]:
         Stage("cuda tests", cuda_tests, 40, untested or no_library),
         Stage("triton tests", triton_tests, 60, untested),
         Stage("training", [*measure, "training", *options], 80),
-        Stage("bandwidth", [*bench, *(small if dry_run else bandwidth)], 52),
-        Stage("kernels", [*bench, *(small if dry_run else ["--no-compile", "--minutes", "0.35"])], 26),
-        Stage("memory", [*measure, "memory", *options], 30),
+        Stage("bandwidth", [*bench, *(small if dry_run else bandwidth)], 60),
+        Stage("kernels", [*bench, *(small if dry_run else ["--no-compile", "--minutes", "0.25"])], 22),
+        Stage("memory", [*measure, "memory", *options], 45),
         Stage("sampling", [*measure, "sampling", *options], 14),
         Stage("tune", [*python, "glow_kernels", "tune"], 35, "it needs a GPU" if dry_run else ""),
         *(
