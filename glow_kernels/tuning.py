@@ -67,6 +67,7 @@ def tune(folder: Path | None = None) -> tuple[Path, dict[str, dict[str, int]]]:
     """Measure the launch parameters of every family of Triton kernels on the current GPU, and write its table.
 
     It is written after every family, over what it had of that one, so that an interruption loses one measurement.
+    Processes of its own compile, so a script that calls this must do so under ``if __name__ == "__main__":``.
 
     Args:
         folder: where to write, by default where the package looks.
@@ -92,7 +93,7 @@ def tune(folder: Path | None = None) -> tuple[Path, dict[str, dict[str, int]]]:
     return path, table
 
 
-# Samples and the side of an image of 12 channels, which are not many to count, and with which the device is full.
+# Samples, and the side of an image of 12 channels: one where launches decide, and one where bandwidth does.
 _SMALL, _LARGE = (64, 16), (64, 128)
 
 
@@ -106,6 +107,7 @@ def _families(device: torch.device, sizes: Sequence[tuple[int, int]] = (_SMALL, 
 
 
 def _calls(samples: int, side: int, device: torch.device) -> dict[str, list[Call]]:
+    """Those of one size."""
     names = ("affine_coupling", "actnorm_conv1x1", "actnorm_statistics", "bias_relu", "coupling_conv1x1")
     coupling, linear, statistics, bias_relu, across_steps = (implementation("triton", name) for name in names)
     options = (None, "sigmoid", [1.0, 2.0, 1.0, 0.0, 0.0, 0.0], "interleaved_shift_scale", "shift_scale")

@@ -218,6 +218,19 @@ def assert_accurate(actual: Tensor, truth: Tensor, eager: Tensor, what: str, uni
     assert error.max() <= allowed, f"{where} is {actual[worst]}, not {truth[worst]}; allowed error {allowed:.2e}"
 
 
+def count_calls(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> list[int]:
+    """Grows by one with every call of the function of this ``name`` in ``module``."""
+    calls: list[int] = []
+    original = getattr(module, name)
+
+    def counted(*args: Any) -> Any:
+        calls.append(1)
+        return original(*args)
+
+    monkeypatch.setattr(module, name, counted)
+    return calls
+
+
 def unit_of_sum(result: Tensor, data: Tensor, unit: float) -> float:
     """Magnitude of the partial sums in one element of ``result``: n random terms of size one reach sqrt(n)."""
     return unit * math.sqrt(max(1.0, data.numel() / max(1, result.numel())))

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from operators import count_calls
 from test_nn import ready
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
@@ -31,15 +32,7 @@ from glow_kernels.ops._registry import Operator
 @pytest.fixture
 def nodes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one with every boundary that is one node."""
-    made: list[int] = []
-    original = boundary_node.boundary_node
-
-    def counted(*args):
-        made.append(1)
-        return original(*args)
-
-    monkeypatch.setattr(boundary_node, "boundary_node", counted)
-    return made
+    return count_calls(monkeypatch, boundary_node, "boundary_node")
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from operators import count_calls
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -24,15 +25,7 @@ every_coupling = pytest.mark.parametrize("kind", COUPLINGS)
 @pytest.fixture
 def nodes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one with every coupling that is one node."""
-    made: list[int] = []
-    original = coupling_module.coupling_node
-
-    def counted(*args):
-        made.append(1)
-        return original(*args)
-
-    monkeypatch.setattr(coupling_module, "coupling_node", counted)
-    return made
+    return count_calls(monkeypatch, coupling_module, "coupling_node")
 
 
 def ready(kind: str, channels: int, hidden: int = 8, dtype: torch.dtype = torch.float64, **options) -> nn.Module:
@@ -205,16 +198,8 @@ def test_parts_compute_where_somebody_may_look(nodes, alter):
 @pytest.fixture
 def nodes_of_chains(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one with every step of a chain that is one node."""
-    made: list[int] = []
-    original = boundary_node.coupling_node
-
-    def counted(*args):
-        made.append(1)
-        return original(*args)
-
-    monkeypatch.setattr(boundary_node, "coupling_node", counted)
     monkeypatch.setattr(Operator, "is_fast", lambda *_: False)
-    return made
+    return count_calls(monkeypatch, boundary_node, "coupling_node")
 
 
 def ready_chain(channels: int = 6, **options: str) -> tuple[gk.ReversibleSequential, Tensor]:

@@ -8,6 +8,7 @@ from collections import Counter
 
 import pytest
 import torch
+from operators import count_calls
 from test_nn_boundary_node import ALTERATIONS, chain, differentiated, operators_per_step
 from test_reversible import forgetting
 
@@ -34,16 +35,8 @@ POLICIES = {
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Every backend but the reference has the operator; grows by one with every call of its forward."""
-    calls: list[int] = []
-    original = plain_step.boundary_forward
-
-    def counted(*args):
-        calls.append(1)
-        return original(*args)
-
     monkeypatch.setattr(Operator, "is_fast", lambda *_: True)
-    monkeypatch.setattr(plain_step, "boundary_forward", counted)
-    return calls
+    return count_calls(monkeypatch, plain_step, "boundary_forward")
 
 
 @pytest.mark.parametrize("policy", POLICIES)

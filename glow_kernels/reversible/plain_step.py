@@ -20,7 +20,7 @@ from glow_kernels.backends.numerics import compute_dtype
 from glow_kernels.nn import AdditiveCoupling, AffineCoupling, FlowStep
 from glow_kernels.nn import network_passes as passes
 from glow_kernels.nn.boundary_node import is_boundary_node
-from glow_kernels.nn.coupling_node import Kind, Private, couple, couple_backward, has_passes, uncouple
+from glow_kernels.nn.coupling_node import Kind, Private, couple, couple_backward, own_parameters, uncouple
 from glow_kernels.nn.step import LinearMap
 from glow_kernels.ops.actnorm_conv1x1 import apply, apply_backward, apply_reversible_backward
 from glow_kernels.ops.coupling_conv1x1 import backward as boundary_backward
@@ -72,10 +72,11 @@ class PlainStep(NamedTuple):
         if type(coupling) not in (AffineCoupling, AdditiveCoupling) or coupling.condition_on != "first":
             return None
         kind = coupling._kind()
-        if passes.is_altered(coupling) or not has_passes(x, kind, coupling.network):
+        own = None if passes.is_altered(coupling) else own_parameters(x, kind, coupling.network)
+        if own is None:
             return None
         span = Span(kind, linear is not None, following is not None)
-        return cls(span, [*(linear or ()), *(following or ()), *passes.parameters_of(coupling.network)])
+        return cls(span, [*(linear or ()), *(following or ()), *own])
 
     @property
     def slots(self) -> Sequence[Tensor]:
