@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 from collections.abc import Iterator, Sequence
@@ -18,10 +19,10 @@ from glow_kernels.errors import BackendUnavailableError, UsageError
 
 ALLOCATORS = ("default", "tuned")
 # On a CPU every case is visited more than once, some minutes apart, since other programs and virtual machines come and
-# go; twice as often with several threads, which wait for each other and so for whatever disturbs one of them.
-_VISITS, _VISITS_OF_THREADS, _VISITS_ON_GPU = 2, 4, 1
-# So many cases of a condition are measured a second time for themselves, as a proof.
-_AGAIN, _AGAIN_ON_GPU = 16, 6
+# go, and since every visit has its tensors elsewhere in memory.
+_VISITS, _VISITS_ON_GPU = 4, 1
+# Of so many cases one is measured a second time for itself, as a proof, but of a short run at least so many.
+_ONE_AGAIN_OF, _FEWEST_AGAIN, _AGAIN_ON_GPU = 6, 16, 6
 _COMPILE_SECONDS = 1.6
 _CHECK_SECONDS = 0.1
 # What the slowest candidates reach, for planning only.
@@ -99,35 +100,34 @@ class Suite:
         if self._with_compile and len(units) > 8:
             duration = 20.0 + _COMPILE_SECONDS * len(units) / (os.cpu_count() or 1)
             tasks.append(Task("torch.compile of all cases", duration, lambda _: self._compile(cases)))
-        for heading, grouped in itertools.groupby(cases, key=_heading):
-            group = list(grouped)
-            tasks.append(Task(heading, 0.0, lambda _, heading=heading: self._begin(heading)))  # type: ignore[misc]
-            on_cpu = group[0].device == "cpu"
-            count = min(len(group), _AGAIN if on_cpu else _AGAIN_ON_GPU)
-            # Spread out, but not so evenly that all have the same shape.
-            some = [group[index * len(group) // count] for index in range(count)]
-            visits = _visits(group[0])
+        again = _spread_out(cases)
+        # What is measured before the allocator is tuned cannot be visited after it.
+        for _, group in itertools.groupby(cases, key=lambda case: case.allocator):
+            grouped = list(group)
+            visits = _visits(grouped[0])
             for visit in range(visits):
-                if visit:
-                    tasks.append(Task(heading, 0.0, lambda _: self._show("\nonce more; what follows counts all")))
-                tasks += [self._task(case, seconds[case] / visits) for case in group]
-                tasks += [self._task(case, seconds[case] / visits, again=True) for case in some]
+                for heading, some in itertools.groupby(grouped, key=_heading):
+                    tasks.append(Task(heading, 0.0, functools.partial(self._begin, heading, visit)))
+                    visited = list(some)
+                    tasks += [self._task(case, seconds[case] / visits) for case in visited]
+                    tasks += [self._task(case, seconds[case] / visits, again=True) for case in visited if case in again]
         return tasks
 
     def _compile(self, cases: Sequence[Case]) -> None:
         self._show("\ncompiling the textbook's operators with torch.compile")
         compilation.warm_up(cases)
 
-    def _begin(self, heading: str) -> None:
-        self._show(f"\n{heading}; times in us")
+    def _begin(self, heading: str, visit: int, _: float) -> None:
+        once_more = ", once more, counting all until now" if visit else ""
+        self._show(f"\n{heading}{once_more}; times in us")
         self._show(table.HEADER)
 
     def _task(self, case: Case, seconds: float, again: bool = False) -> Task:
         """A case; ``seconds`` more than its measuring takes where its tensors are large."""
-        # Five rounds of four candidates.
-        least = 5 * 4 * operators.moved_bytes(case) / _SLOW_BYTES_PER_SECOND / case.threads
+        # Three rounds of four candidates.
+        least = 3 * 4 * operators.moved_bytes(case) / _SLOW_BYTES_PER_SECOND / case.threads
         measuring = max(seconds, least)
-        others = _CHECK_SECONDS + least / 5
+        others = _CHECK_SECONDS + least / 3
         action = self._measure_again if again else self._measure
 
         def run(allowed: float) -> None:
@@ -159,9 +159,15 @@ class Suite:
 
 
 def _visits(case: Case) -> int:
-    if case.device != "cpu":
-        return _VISITS_ON_GPU
-    return _VISITS if case.threads == 1 else _VISITS_OF_THREADS
+    return _VISITS if case.device == "cpu" else _VISITS_ON_GPU
+
+
+def _spread_out(cases: Sequence[Case]) -> set[Case]:
+    """Those to measure a second time: of every kind its share, but not so evenly that all have the same shape."""
+    on_cpu = bool(cases) and cases[0].device == "cpu"
+    count = max(_FEWEST_AGAIN, len(cases) // _ONE_AGAIN_OF) if on_cpu else _AGAIN_ON_GPU
+    count = min(count, len(cases))
+    return {cases[index * len(cases) // count] for index in range(count)}
 
 
 def _heading(case: Case) -> str:

@@ -25,10 +25,10 @@ Call = Callable[[], object]
 # A sample shorter than this is several calls. It is long beside what the candidate before has left in the caches, which
 # decides more of a short call than the call itself.
 _SHORTEST_SAMPLE = 2e-3
-_FEWEST_ROUNDS = 5
+_FEWEST_ROUNDS = 3
 _MOST_ROUNDS = 1000
 # A GPU's times hardly vary.
-_MOST_CUDA_ROUNDS = 20
+_FEWEST_CUDA_ROUNDS, _MOST_CUDA_ROUNDS = 5, 20
 # So many rounds are the fastest ones.
 _FASTEST = 3
 
@@ -87,7 +87,7 @@ def measure(candidates: Mapping[str, Sequence[Call]], seconds: float, device: to
     Args:
         candidates: for every name the same computation on one or more copies of its inputs, used in rotation, so that
             a cache does not hold what the next call reads.
-        seconds: for all candidates together, but at least five rounds are measured, and of a GPU at most 20.
+        seconds: for all candidates together, but at least three rounds are measured, and of a GPU 5 to 20.
         device: where they compute.
     """
     if device.type == "cuda":
@@ -153,7 +153,7 @@ def _measure_cuda(candidates: Mapping[str, Sequence[Call]], seconds: float, devi
             for call in rotated:  # compiles, tunes, fills the allocator's cache
                 call()
         one_round = min(_round(candidates, flush) for _ in range(2))
-        count = min(_MOST_CUDA_ROUNDS, max(_FEWEST_ROUNDS, int(seconds / one_round)))
+        count = min(_MOST_CUDA_ROUNDS, max(_FEWEST_CUDA_ROUNDS, int(seconds / one_round)))
         events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in candidates}
         for index in range(count):
             for name, rotated in candidates.items():
