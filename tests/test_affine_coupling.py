@@ -39,7 +39,7 @@ from torch import Tensor
 import glow_kernels as gk
 from glow_kernels import ScaleMap
 from glow_kernels.backends.numerics import compute_dtype
-from glow_kernels.ops.affine_coupling import KINDS, ORDERS
+from glow_kernels.ops.affine_coupling import KINDS, ORDERS, in_place_backward, reversible_backward
 from glow_kernels.ops.affine_coupling import LAYOUTS as CHANNEL_LAYOUTS
 
 MAPS = {kind: ScaleMap(kind) for kind in KINDS}
@@ -182,6 +182,12 @@ def backward_arguments(shape, lay):
     return grad, grad_log_det, y.detach(), h.detach(), gain.detach(), *options
 
 
+def in_place_arguments(shape, lay):
+    """The same without a gain; what is overwritten has memory of its own."""
+    grad, grad_log_det, y, h, _, *options = backward_arguments(shape, lambda x: lay(x).contiguous())
+    return grad, grad_log_det, y, h, *options
+
+
 class TestProperties(DifferentiableProperties):
     """What holds for every differentiable operator, for a selection of the options."""
 
@@ -192,6 +198,7 @@ class TestProperties(DifferentiableProperties):
         "backward": backward_arguments,
         "inverse_backward": backward_arguments,
         "reversible_backward": backward_arguments,
+        "in_place_backward": in_place_arguments,
     }
     cases = [
         affine_case(direction, *options)
@@ -223,6 +230,32 @@ def test_reversible_backward_of_every_map_in_every_layout_and_order(backend, nam
     for layout, order, learned_gain, dtypes in combinations(*options, few=backend == "triton"):
         case = reversible_case(MAPS[name], layout, order, learned_gain)
         check_results(case, case.draw((3, 4, 5, 2), dtypes))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("of_h", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dtypes", ["float32", "float32_with_bfloat16", "float64"])
+@pytest.mark.parametrize("shape", [(3, 6, 4, 8), (2, 5, 3, 7), (2, 20, 16, 16)], ids=str)
+def test_in_place_the_half_of_a_tensor_is_what_it_is_apart(backend, shape, dtypes, of_h, memory_format):
+    """Also where a sigmoid is out of range, and neither what stands beside the half nor h changes."""
+    batch, channels, *spatial = shape
+    dtype, h_dtype = DTYPES[dtypes]
+    y, grad = torch.randn(2, batch, 2 * channels, *spatial, dtype=dtype)
+    y, grad = (tensor.to(memory_format=memory_format) for tensor in (y, grad))
+    h = torch.randn(like_h(shape)).to(h_dtype).to(memory_format=of_h)
+    h[0, 0, 0, 0] = h[0, 1, 0, 0] = -95.0
+    options = ("sigmoid", MAPS["glow"].parameters, "interleaved_shift_scale", "shift_scale")
+    lam = torch.randn(batch, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    before = [tensor.clone() for tensor in (y, grad, h)]
+    halves = [tensor[:, channels:] for tensor in (grad, y)]
+    x, grad_x, of_scale, _ = reversible_backward(halves[0], lam, halves[1], h, None, *options)
+    grad_h = in_place_backward(halves[0], lam, halves[1], h, *options)
+    for one, other in ((y, before[0]), (grad, before[1])):
+        assert torch.equal(one[:, :channels], other[:, :channels])
+    assert torch.equal(h, before[2])
+    for one, other in ((halves[1], x), (halves[0], grad_x), (grad_h, of_scale)):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+    assert grad_h.stride() == of_scale.stride()
 
 
 @pytest.mark.parametrize("size", LARGE_SHAPES, ids=str)

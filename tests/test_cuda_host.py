@@ -82,12 +82,15 @@ samples = [tuple(map(torch.randn, sizes)), channels_last]
 """,
     # Of contiguous data with an h that lies channels last, in tiles that end among the positions of a thread.
     "affine_coupling": """\
-from glow_kernels.ops.affine_coupling import forward, reversible_backward
+from glow_kernels.ops.affine_coupling import forward, in_place_backward, reversible_backward
 os.environ["GLOW_KERNELS_MULTIPROCESSORS"] = "0"
 def compute(y, h, grad, grad_log_det):
     options = None, "sigmoid", [1.0, 2.0, 1.0, 0.0, -1.0, 1.0], "chunk_scale_shift", "shift_scale"
     results = forward(y, h, *options)
-    return *results, *reversible_backward(grad, grad_log_det, y, h, *options)[:3]
+    apart = reversible_backward(grad, grad_log_det, y, h, *options)[:3]
+    halves = [torch.cat((x, x), 1)[:, y.shape[1] :] for x in (grad, y)]
+    grad_h = in_place_backward(halves[0], grad_log_det, halves[1], h, *options[1:])
+    return *results, *apart, *halves, grad_h
 def sample(*sizes):
     y, h, grad = torch.randn(sizes), torch.randn(sizes[0], 2 * sizes[1], *sizes[2:]), torch.randn(sizes)
     return y, h.to(memory_format=torch.channels_last), grad, torch.randn(sizes[0])

@@ -126,6 +126,16 @@ auto gradients(const Tensor& grad, const Tensor& grad_log_det, const Tensor& y, 
   }
 }
 
+// The kernels cannot: where a sigmoid is out of range they read everything again.
+Tensor in_place_backward(Tensor grad, const Tensor& grad_log_det, Tensor y, const Tensor& h, Name kind,
+                         std::vector<double> scale_parameters, Name layout, Name order) {
+  const auto [x, grad_x, grad_h, _] = gradients<Direction::reversible_backward>(
+      grad, grad_log_det, y, h, std::nullopt, kind, std::move(scale_parameters), layout, order);
+  torch::stable::copy_(y, x);
+  torch::stable::copy_(grad, grad_x);
+  return grad_h;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(glow_kernels, CPU, m) {
@@ -134,6 +144,7 @@ STABLE_TORCH_LIBRARY_IMPL(glow_kernels, CPU, m) {
   m.impl("affine_coupling_backward_native", TORCH_BOX(&gradients<Direction::backward>));
   m.impl("affine_coupling_inverse_backward_native", TORCH_BOX(&gradients<Direction::inverse_backward>));
   m.impl("affine_coupling_reversible_backward_native", TORCH_BOX(&gradients<Direction::reversible_backward>));
+  m.impl("affine_coupling_in_place_backward_native", TORCH_BOX(&in_place_backward));
 }
 
 }  // namespace glow_kernels

@@ -333,8 +333,9 @@ void launch_gradients(const Launcher& launch, const Views<T, H>& views, const Ar
   }
 }
 
-enum class Direction { backward, inverse_backward, reversible_backward };
+enum class Direction { backward, inverse_backward, reversible_backward, in_place_backward };
 
+// In place, a thread reads what there is at a spot before it writes there, and nobody else does either.
 template <Direction direction>
 auto gradients(const Tensor& grad, const Tensor& grad_log_det, const Tensor& y, const Tensor& h,
                std::optional<Tensor> log_scale_gain, Name kind, std::vector<double> scale_parameters, Name layout,
@@ -343,12 +344,16 @@ auto gradients(const Tensor& grad, const Tensor& grad_log_det, const Tensor& y, 
   const CouplingOptions options = parse_options(kind, scale_parameters, order);
   const CouplingLayout channels = parse_coupling_layout(layout, y.size(1));
   const Launcher launch(y);
-  Tensor grad_x = empty_output(y), grad_h = empty_output(h);
+  constexpr bool in_place = direction == Direction::in_place_backward;
+  STD_TORCH_CHECK(!in_place || (try_planes(y) && try_planes(grad) && grad.scalar_type() == y.scalar_type()),
+                  "y and grad must be of one type, with positions at one stride, to be overwritten");
+  Tensor grad_x = in_place ? grad : empty_output(y), grad_h = empty_output(h);
   Tensor grad_gain = empty_vector(log_scale_gain ? y.size(1) : 0, grad_log_det.scalar_type(), y);
   Arguments arguments{with_planes(y), with_planes(h), log_scale_gain, with_planes(grad), as_contiguous(grad_log_det)};
   arguments.grad_data = grad_x;
   arguments.grad_h = grad_h;
   if constexpr (direction == Direction::reversible_backward) arguments.result = empty_output(y);
+  if constexpr (in_place) arguments.result = y;
   const Planes planes = planes_of(grad_x);
   const bool few = has_few_elements(launch, y);
   const bool exchange = is_exchanged(launch, grad_x, arguments.h) && is_exchanged(launch, grad_x, grad_h);
@@ -371,6 +376,12 @@ auto gradients(const Tensor& grad, const Tensor& grad_log_det, const Tensor& y, 
   }
 }
 
+Tensor in_place_backward(const Tensor& grad, const Tensor& grad_log_det, const Tensor& y, const Tensor& h, Name kind,
+                         std::vector<double> scale_parameters, Name layout, Name order) {
+  return std::get<1>(gradients<Direction::in_place_backward>(grad, grad_log_det, y, h, std::nullopt, kind,
+                                                             std::move(scale_parameters), layout, order));
+}
+
 }  // namespace
 
 GLOW_KERNELS_CUDA_LIBRARY(m) {
@@ -379,6 +390,7 @@ GLOW_KERNELS_CUDA_LIBRARY(m) {
   m.impl("affine_coupling_backward_native", TORCH_BOX(&gradients<Direction::backward>));
   m.impl("affine_coupling_inverse_backward_native", TORCH_BOX(&gradients<Direction::inverse_backward>));
   m.impl("affine_coupling_reversible_backward_native", TORCH_BOX(&gradients<Direction::reversible_backward>));
+  m.impl("affine_coupling_in_place_backward_native", TORCH_BOX(&in_place_backward));
 }
 
 }  // namespace glow_kernels

@@ -20,6 +20,7 @@ from glow_kernels.ops import ScaleMap
 from glow_kernels.ops.actnorm_conv1x1 import apply, apply_backward
 from glow_kernels.ops.affine_coupling import backward as affine_backward
 from glow_kernels.ops.affine_coupling import forward as affine_forward
+from glow_kernels.ops.affine_coupling import in_place_backward as affine_in_place_backward
 from glow_kernels.ops.affine_coupling import reversible_backward as affine_reversible_backward
 
 
@@ -175,14 +176,18 @@ def uncouple(
     h, kept = passes.forward(conditioning, parameters, frugal=True)
     if kind.scale_map is None:
         transformed, grad_h = (transformed - h).to(y.dtype), grad_transformed.to(h.dtype)
+        transformed = in_place(y[:, kind.channels :], transformed, private.state)
+    elif private.state and private.grad and _lie_alike(y, grad):
+        # As in_place does, without copies.
+        own = grad_transformed.data, grad_log_det, transformed.data
+        grad_h = affine_in_place_backward(*own, h, *kind.options[1:])
     else:
         transformed, grad_transformed, grad_h, _ = affine_reversible_backward(
             grad_transformed, grad_log_det, transformed, h, *kind.options
         )
-    del h
-    transformed = in_place(y[:, kind.channels :], transformed, private.state)
-    if kind.scale_map is not None:
+        transformed = in_place(y[:, kind.channels :], transformed, private.state)
         grad_transformed = in_place(grad[:, kind.channels :], grad_transformed, private.grad)
+    del h
     below, found = passes.backward(grad_h, kept, parameters, True, needs_parameters, frugal=True)
     del grad_h, kept
     assert below is not None
@@ -200,6 +205,14 @@ def in_place(half: Tensor, values: Tensor, wanted: bool) -> Tensor:
     The other half, which a graph of the network may keep, stays as it is, and does not count as modified.
     """
     return half.data.copy_(values) if wanted else values
+
+
+def _lie_alike(x: Tensor, other: Tensor) -> bool:
+    """Whether both have one type and are contiguous, or channels last, so that one operator can write into both."""
+    formats = (torch.contiguous_format, torch.channels_last)
+    return x.dtype == other.dtype and any(
+        x.is_contiguous(memory_format=each) and other.is_contiguous(memory_format=each) for each in formats
+    )
 
 
 def _mapped(x: Tensor, matrix: Tensor | None, shift: Tensor | None) -> Tensor:

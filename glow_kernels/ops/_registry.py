@@ -112,7 +112,8 @@ class _Implementation:
         if python is not None:
             _LIBRARY.impl(name, python, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
         torch.library.register_fake(qualified_name, fake, lib=_LIBRARY)
-        torch.library.register_autograd(qualified_name, rule, setup_context=setup_context, lib=_LIBRARY)
+        if "!" not in schema:  # what overwrites its arguments cannot have a rule
+            torch.library.register_autograd(qualified_name, rule, setup_context=setup_context, lib=_LIBRARY)
         overload: Callable[..., Any] = getattr(torch.ops.glow_kernels, name).default
         self._overload = overload
 

@@ -11,7 +11,8 @@ same ``du``; of ``x s + t``: ``dt = g`` and ``du = phi'(u) (g (y - t) + l)``.
 Backward of the inverse, with ``g = dL/dx``: ``dy = g / s``; with ``w = s dx/ds`` per element, ``w = -(x + t)``,
 ``-(x - t)`` and ``-x`` in the same order, ``du = phi'(u) (g w - l)``; ``dt = -g``, ``g`` and ``-g / s``.
 
-The reversible backward is one pass over the output: the inverse, and the gradients.
+The reversible backward is one pass over the output: the inverse, and the gradients. In place it writes these over the
+output and its gradient, which so stay the halves of tensors that they are.
 
 The additive coupling (Dinh et al., "NICE", 2015, section 3.2) is ``y = x + h`` without a log-determinant. It is one
 addition, which PyTorch already does in one pass, so it has no operator of its own.
@@ -282,6 +283,10 @@ def _reversible_backward_fake(
     return x, *_backward_fake(grad, grad_log_det, y, h, log_scale_gain)
 
 
+def _in_place_backward_fake(grad: Tensor, grad_log_det: Tensor, y: Tensor, h: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(h, memory_format=output_format(h))
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     _, h, gain, *ctx.options = inputs
     ctx.save_for_backward(output[0], h, gain)
@@ -330,4 +335,13 @@ reversible_backward = Operator(
     "reversible_backward",
     f"(Tensor grad, Tensor grad_log_det, Tensor y, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_reversible_backward_fake,
+)
+# The same without a gain, x in place of y and its gradient in place of grad; the result is the gradient of h. For a
+# caller of whom both are, of one type and one set of strides, with positions (*spatial) that lie at one stride.
+in_place_backward = Operator(
+    _MODULE,
+    "in_place_backward",
+    "(Tensor(a!) grad, Tensor grad_log_det, Tensor(b!) y, Tensor h, "
+    "str kind, float[] scale_parameters, str layout, str order) -> Tensor",
+    fake=_in_place_backward_fake,
 )

@@ -142,6 +142,25 @@ def reversible_backward(
     )
 
 
+@without_autocast
+def in_place_backward(
+    grad: Tensor,
+    grad_log_det: Tensor,
+    y: Tensor,
+    h: Tensor,
+    kind: str,
+    scale_parameters: Sequence[float],
+    layout: str,
+    order: str,
+) -> Tensor:
+    """Gradient in h; the input x of ``forward`` and its gradient take the places of y and ``grad``."""
+    options = (None, kind, scale_parameters, layout, order)
+    x, grad_x, grad_h, _ = reversible_backward(grad, grad_log_det, y, h, *options)
+    y.copy_(x)
+    grad.copy_(grad_x)
+    return grad_h
+
+
 def split(h: Tensor, layout: str) -> tuple[Tensor, Tensor]:
     """Raw scale u and shift t, each (B, C, *spatial), of ``h`` (B, 2 C, *spatial)."""
     if layout.startswith("chunk"):

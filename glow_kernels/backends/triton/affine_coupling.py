@@ -102,6 +102,21 @@ def reversible_backward(
     return x, *_gradients(grad, grad_log_det, y, h, log_scale_gain, x, options, inverse=False)
 
 
+def in_place_backward(
+    grad: Tensor,
+    grad_log_det: Tensor,
+    y: Tensor,
+    h: Tensor,
+    kind: str,
+    scale_parameters: Sequence[float],
+    layout: str,
+    order: str,
+) -> Tensor:
+    """Gradient in h; the input x of ``forward`` and its gradient take the places of y and ``grad``."""
+    options = compiled_options(kind, scale_parameters, layout, order)
+    return _gradients(grad, grad_log_det, y, h, None, y, options, inverse=False, grad_data=grad)[1]
+
+
 def compiled_options(kind: str, parameters: Sequence[float], layout: str, order: str) -> dict[str, object]:
     """Compile-time arguments: a model has one or two such choices."""
     slope, offset, gain, floor, low, high = map(float, parameters)
@@ -149,10 +164,16 @@ def _gradients(
     undone: Tensor | None,
     options: dict[str, object],
     inverse: bool,
+    grad_data: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients, given the output ``data``; the input is written to ``undone`` if that is given."""
+    """Gradients, given the output ``data``; the input is written to ``undone`` if that is given.
+
+    That may be ``data`` itself, and ``grad_data``, for the gradient in the input, may be ``grad``: a program reads all
+    of its tile before it writes.
+    """
     dtype = compute_dtype(data)
-    grad_data = torch.empty_like(data, memory_format=output_format(data))
+    if grad_data is None:
+        grad_data = torch.empty_like(data, memory_format=output_format(data))
     grad_h = torch.empty_like(h, memory_format=output_format(h))
     if data.numel() == 0:
         return grad_data, grad_h, data.new_zeros(0 if gain is None else data.shape[1], dtype=dtype)
