@@ -62,7 +62,8 @@ CUDA_ARCHS = (80, 86, 89, 90, 100, 120)
 CUDA_GENERATIONS = (80, 90, 100)
 OLDEST_NVCC = (12, 8)  # the first that knows the newest of them
 CUDA_COMPILE = (
-    "-std=c++20 -O3 -Werror all-warnings -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra,-Werror "
+    # -O1 is for what launches kernels: nvcc has other options for the kernels, and optimises them fully without.
+    "-std=c++20 -O1 -Werror all-warnings -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra,-Werror "
     f"-DUSE_CUDA {INCLUDE}"
 )
 # The only function of libtorch_cuda that _C_cuda.so calls. A library with its name stands in for it at the link.
@@ -147,7 +148,7 @@ def build(tools: Toolchain, root: Path) -> None:
         for isa, flags in ISAS.items()
         for path in sorted(CSRC.glob("cpu/kernels/*.cpp"))
     ]
-    link(tools, root / LIBRARY, compile_all(tools, tools.compiler, [CSRC / "cpu"], units))
+    link(tools, root / LIBRARY, compile_all(tools, tools.compiler, units))
     describe(tools, root / LIBRARY, "cpu", isas=list(ISAS))
 
 
@@ -161,7 +162,7 @@ def build_cuda(tools: Toolchain, nvcc: Nvcc, root: Path) -> None:
         code += [f"compute_{generation}"] * (generation == generations[-1])
         compiler += ["-gencode", f"arch=compute_{generation},code=[{','.join(code)}]"]
     units = [Unit(path, CUDA_COMPILE.split()) for path in sorted(CSRC.glob("cuda/*.cu"))]
-    objects = compile_all(tools, compiler, [CSRC / "cuda"], units)
+    objects = compile_all(tools, compiler, units)
     stub = OBJECTS / "libtorch_cuda.so"
     source = stub.with_suffix(".cpp")
     source.write_text(CUDA_STUB)
@@ -179,7 +180,7 @@ def build_cuda_host(tools: Toolchain, root: Path) -> None:
     flags = ["-I", str(CUDA_HOST), *CUDA_HOST_COMPILE.split(), "-x", "c++"]
     sources = [*sorted(CSRC.glob("cuda/*.cu")), *sorted(CUDA_HOST.glob("*.cpp"))]
     units = [Unit(path, flags, "host") for path in sources]
-    link(tools, root / LIBRARY, compile_all(tools, tools.compiler, [CSRC / "cuda", CUDA_HOST], units))
+    link(tools, root / LIBRARY, compile_all(tools, tools.compiler, units))
     describe(tools, root / LIBRARY, "cuda", isas=[])
 
 
@@ -196,11 +197,24 @@ def has_isas() -> list[str]:
     return [f"-DGLOW_KERNELS_HAS_{name.upper()}" for name in ISAS]
 
 
-def compile_all(tools: Toolchain, compiler: list[str], folders: list[Path], units: list[Unit]) -> list[Path]:
-    """The objects of ``units``, whose headers are in csrc/include and in ``folders``."""
-    headers = [path for folder in (CSRC / "include", *folders) for path in sorted(folder.rglob("*.h"))]
+def compile_all(tools: Toolchain, compiler: list[str], units: list[Unit]) -> list[Path]:
+    """The objects of ``units``."""
+    read = [with_headers(unit.source) for unit in units]
+    # Those that read most compile longest: with them first, no compiler is left alone with one at the end.
+    order = sorted(range(len(units)), key=lambda index: -sum(path.stat().st_size for path in read[index]))
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-        return list(pool.map(lambda unit: compile_unit(tools, compiler, headers, unit), units))
+        made = {index: pool.submit(compile_unit, tools, compiler, read[index], units[index]) for index in order}
+        return [made[index].result() for index in range(len(units))]
+
+
+def with_headers(source: Path) -> list[Path]:
+    """``source`` and the headers of ours that it includes, or that these include."""
+    read = [source]
+    for path in read:  # which grows
+        for name in re.findall(r'^ *# *include ["<](.+)[">]', path.read_text(), re.MULTILINE):
+            headers = (folder / name for folder in (CSRC / "include", CSRC, CUDA_HOST))
+            read += [header for header in headers if header.is_file() and header not in read]
+    return read
 
 
 def link(tools: Toolchain, library: Path, objects: list[Path]) -> None:
@@ -230,8 +244,8 @@ def extra_flags() -> list[str]:
     return shlex.split(os.environ.get("CXXFLAGS", ""))
 
 
-def compile_unit(tools: Toolchain, compiler: list[str], headers: list[Path], unit: Unit) -> Path:
-    """Compile ``unit``, or take the object that an earlier build made of the very same."""
+def compile_unit(tools: Toolchain, compiler: list[str], read: list[Path], unit: Unit) -> Path:
+    """Compile ``unit``, which reads these files, or take the object that an earlier build made of the very same."""
     # As system headers torch's give no warnings; the map keeps this machine's folders out of error messages.
     include = tools.torch / "include"
     of_host = [*extra_flags(), f"-fmacro-prefix-map={include}/="]
@@ -241,7 +255,7 @@ def compile_unit(tools: Toolchain, compiler: list[str], headers: list[Path], uni
     key = hashlib.sha256(repr((command, tools, platform.machine())).encode())
     # Builds with other options, such as a sanitizer's, keep their objects beside these.
     name = ".".join((*unit.source.parts[1:], unit.variant, key.hexdigest()[:8]))
-    for path in (unit.source, *headers):
+    for path in read:
         key.update(path.read_bytes())
     made = OBJECTS / f"{name}.{key.hexdigest()[:16]}.o"
     if not made.exists():
