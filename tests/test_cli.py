@@ -530,7 +530,8 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     assert process.returncode == 141
 
 
-def test_ctrl_c_while_the_benchmark_compiles_is_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("seconds", [0.0, 0.5], ids=["workers start", "workers import torch"])
+def test_ctrl_c_while_the_benchmark_compiles_is_one_line(seconds: float, tmp_path: Path) -> None:
     path = tmp_path / "bench.jsonl"
     command = [sys.executable, "-m", "glow_kernels", "bench", "operators", "--minutes", "0.5", "--output", str(path)]
     # A terminal sends Ctrl-C to the whole group.
@@ -541,7 +542,7 @@ def test_ctrl_c_while_the_benchmark_compiles_is_one_line(tmp_path: Path) -> None
         for line in process.stdout:
             if line.startswith("compiling"):
                 break
-        time.sleep(0.5)  # the workers have started, and import torch
+        time.sleep(seconds)
         os.killpg(process.pid, signal.SIGINT)
         assert process.stderr.read() == "interrupted\n"
     assert process.returncode == 130

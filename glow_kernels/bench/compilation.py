@@ -54,9 +54,9 @@ def warm_up(cases: Sequence[Case]) -> None:
     units = list(dict.fromkeys(unit(case) for case in cases))
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(os.cpu_count(), context, initializer=_start_worker) as pool:
-        with _interrupts_ignored():  # by the workers, which start here; a terminal sends Ctrl-C to all of them
-            futures = [pool.submit(_compile, one) for one in units]
         try:
+            with _interrupts_held_back():  # which the workers inherit: a terminal sends Ctrl-C to all of them
+                futures = [pool.submit(_compile, one) for one in units]
             # Whatever cannot be compiled fails again where it is measured, and is reported there.
             for future in futures:
                 future.exception()
@@ -67,12 +67,16 @@ def warm_up(cases: Sequence[Case]) -> None:
 
 
 @contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _interrupts_held_back() -> Iterator[None]:
+    """Ctrl-C comes at the end, and never to the processes that start inside, as far as the system can do that."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start_worker() -> None:
