@@ -256,6 +256,7 @@ def _arguments(samples: int, side: int, device: torch.device) -> dict[str, tuple
         arguments[f"affine_coupling_{function}"] = (x, *coupling)
     for function in ("backward", "inverse_backward", "reversible_backward"):
         arguments[f"affine_coupling_{function}"] = (x, lam, x, *coupling)
+    arguments["affine_coupling_in_place_backward"] = (x.clone(), lam, x.clone(), h, *coupling[2:])
     for function in ("forward", "sample", "standardize"):
         arguments[f"gaussian_log_prob_{function}"] = (x, h, "interleaved_mean_log_sd")
     for function in ("sample_backward", "standardize_backward"):
