@@ -5,7 +5,9 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <functional>
 #include <tuple>
 #include <vector>
 
@@ -49,13 +51,39 @@ double positions_of(const Tensor& x) { return static_cast<double>(planes_of(x).p
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Work on the matrices that those who work on the data need not wait for; empty for none.
+using Beside = std::function<void()>;
+
+// Whether such work, of the order of n^3, is worth a thread.
+bool is_worth_a_thread(int64_t n) { return n >= 64; }
+
+// Calls `beside`, and `task` with every index below `count`, each on the first thread that is free.
+template <typename F>
+void for_each_task(const Beside& beside, int64_t count, const F& task) {
+  const int64_t first = beside ? 1 : 0, end = first + count, threads = torch::stable::get_num_threads();
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, std::min(end, threads), 1, [&](int64_t, int64_t) {
+    for (int64_t index; (index = next++) < end;) index < first ? beside() : task(index - first);
+  });
+}
+
 // z = M x + v.
 template <typename T>
-void run_apply(const Tensor& x, const compute_t<T>* matrix, const compute_t<T>* shift, Tensor& z) {
+void run_apply(const Tensor& x, const compute_t<T>* matrix, const compute_t<T>* shift, Tensor& z,
+               const Beside& beside = {}) {
   const auto kernel = kernels<T>().apply;
   const auto source = positions(x, x.const_data_ptr<T>());
   const auto target = positions(z, z.mutable_data_ptr<T>());
   const int64_t total = source.planes.batches * source.planes.positions;
+  if (beside) {
+    // Each lays out the matrix anew.
+    constexpr int64_t kTasks = 16, kLeastUnits = 2;
+    const int64_t size = std::max(kLeastUnits * kUnit, divide_up(total, kTasks * kUnit) * kUnit);
+    for_each_task(beside, divide_up(total, size), [&](int64_t index) {
+      kernel(source, matrix, shift, target, index * size, std::min((index + 1) * size, total));
+    });
+    return;
+  }
   // Units that a thread gets at least: fewer would cost more to hand out than to compute.
   const int64_t grain = std::max<int64_t>(1, 16384 / (x.size(1) * kUnit));
   torch::stable::parallel_for(0, divide_up(total, kUnit), grain, [&](int64_t begin, int64_t end) {
@@ -101,18 +129,17 @@ int64_t part_size(int64_t channels, int64_t total) {
 
 // Runs the kernel over all positions and writes the sums.
 template <typename T>
-void run_backward(const LinearBackward<T>& arguments, compute_t<T>* grad_matrix, compute_t<T>* grad_shift) {
+void run_backward(const LinearBackward<T>& arguments, compute_t<T>* grad_matrix, compute_t<T>* grad_shift,
+                  const Beside& beside = {}) {
   using A = compute_t<T>;
   const auto kernel = kernels<T>().backward;
   const Planes& planes = arguments.grad.planes;
   const int64_t channels = planes.channels, total = planes.batches * planes.positions;
   const int64_t size = part_size(channels, total), parts = divide_up(total, size);
   std::vector<A> matrices(parts * channels * channels), shifts(parts * channels);
-  torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t part = begin; part < end; ++part) {
-      kernel(arguments, part * size, std::min((part + 1) * size, total), matrices.data() + part * channels * channels,
-             shifts.data() + part * channels);
-    }
+  for_each_task(beside, parts, [&](int64_t part) {
+    kernel(arguments, part * size, std::min((part + 1) * size, total), matrices.data() + part * channels * channels,
+           shifts.data() + part * channels);
   });
   add_parts(matrices, parts, channels * channels, grad_matrix);
   add_parts(shifts, parts, channels, grad_shift);
@@ -183,15 +210,23 @@ std::tuple<Tensor, Tensor> transform(const Tensor& x_any, const Tensor& log_scal
   return dispatch(x, [&]<typename T>() -> std::tuple<Tensor, Tensor> {
     using A = compute_t<T>;
     const InputParameters<A> parameters(log_scale, bias, weight, weight_log_det, 1, n);
+    const FoldKernels<A> folding = fold_kernels<A>();
     const FoldedStep<A> folded(n);
     double log_det;
+    const auto find_log_det = [&] { log_det = folding.fold_log_det(n, parameters.step()); };
+    Beside beside;
     if constexpr (is_inverse) {
-      log_det = fold_kernels<A>().fold_inverse(n, parameters.step(), folded.map);
+      log_det = folding.fold_inverse(n, parameters.step(), folded.map);
       check_invertible(!std::isnan(*folded.map.matrix), n);
     } else {
-      log_det = fold_kernels<A>().fold(n, parameters.step(), true, folded.map);
+      folding.fold(n, parameters.step(), folded.map);
+      if (is_worth_a_thread(n) && !weight_log_det) {
+        beside = find_log_det;
+      } else {
+        find_log_det();
+      }
     }
-    run_apply<T>(x, folded.map.matrix, folded.map.shift, z);
+    run_apply<T>(x, folded.map.matrix, folded.map.shift, z, beside);
     Tensor log_dets = empty_vector(batches, kScalarType<A>, x);
     std::fill_n(log_dets.mutable_data_ptr<A>(), batches, static_cast<A>(log_det) * positions_of(x));
     return {z, log_dets};
@@ -224,20 +259,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> transform_backward(
     const InputParameters<A> parameters(log_scale, bias, weight, weight_log_det, 1, n);
     const FoldKernels<A> folding = fold_kernels<A>();
     const FoldedStep<A> folded(n);
+    const A* inverse = nullptr;
+    Beside beside;
     if constexpr (is_inverse) {
       folding.fold_inverse(n, parameters.step(), folded.map);
+      inverse = folded.map.matrix;
     } else {
-      folding.fold(n, parameters.step(), false, folded.map);
+      folding.fold(n, parameters.step(), folded.map);
+      if (is_worth_a_thread(n) && !weight_log_det) {
+        inverse = folded.inverse.matrix;
+        beside = [&] { folding.fold_inverse(n, parameters.step(), folded.inverse); };
+      }
     }
     LinearBackward<T> arguments{};
     arguments.grad = positions(grad, grad.const_data_ptr<T>());
     arguments.data = positions(x, x.const_data_ptr<T>());
     arguments.matrix = folded.map.matrix;
     if (needs_grad_x) arguments.grad_x = positions(grad_x, grad_x.mutable_data_ptr<T>());
-    run_backward(arguments, folded.sums.matrix, folded.sums.shift);
+    run_backward(arguments, folded.sums.matrix, folded.sums.shift, beside);
     const auto kernel = is_inverse ? folding.fold_inverse_backward : folding.fold_backward;
-    kernel(n, {folded.sums.matrix, folded.sums.shift}, total_gradient<A>(grad_log_det, x), parameters.step(),
-           is_inverse ? folded.map.matrix : nullptr, grads.step<A>());
+    kernel(n, {folded.sums.matrix, folded.sums.shift}, total_gradient<A>(grad_log_det, x), parameters.step(), inverse,
+           grads.step<A>());
   });
   return {grad_x, grads.log_scale, grads.bias, grads.weight, grads.weight_log_det};
 }
@@ -256,7 +298,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> transform_reversible_
     const InputParameters<A> parameters(log_scale, bias, weight, weight_log_det, 1, n);
     const FoldKernels<A> folding = fold_kernels<A>();
     const FoldedStep<A> folded(n);
-    folding.fold(n, parameters.step(), false, folded.map);
+    folding.fold(n, parameters.step(), folded.map);
     folding.fold_inverse(n, parameters.step(), folded.inverse);
     check_invertible(!std::isnan(*folded.inverse.matrix), n);
     run_backward<T>({positions(grad, grad.const_data_ptr<T>()), positions(z, z.const_data_ptr<T>()), folded.map.matrix,

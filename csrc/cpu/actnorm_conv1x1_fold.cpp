@@ -64,7 +64,8 @@ std::tuple<Tensor, Tensor, Tensor> fold(const Tensor& log_scale, const Tensor& b
         log_dets[k] = static_cast<A>(kernels.fold_inverse(n, parameters.step(k), result));
         is_singular[k] = n > 0 && std::isnan(*result.matrix);
       } else {
-        log_dets[k] = static_cast<A>(kernels.fold(n, parameters.step(k), true, result));
+        kernels.fold(n, parameters.step(k), result);
+        log_dets[k] = static_cast<A>(kernels.fold_log_det(n, parameters.step(k)));
       }
     });
   });

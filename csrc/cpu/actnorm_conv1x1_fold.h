@@ -31,9 +31,10 @@ struct LuFactors {
 template <typename A>
 struct FoldKernels {
   using Parameters = StepParameters<const A>;
-  // Writes x -> z; returns its log-determinant per position, minus infinity for a singular matrix, or 0 if that is not
-  // wanted.
-  double (*fold)(int64_t n, const Parameters& step, bool wants_log_det, const Folded<A>& result);
+  // Writes x -> z.
+  void (*fold)(int64_t n, const Parameters& step, const Folded<A>& result);
+  // Returns its log-determinant per position, minus infinity for a singular matrix.
+  double (*fold_log_det)(int64_t n, const Parameters& step);
   // Writes z -> x, NaN for a singular matrix, and returns its log-determinant per position.
   double (*fold_inverse)(int64_t n, const Parameters& step, const Folded<A>& result);
   // From the gradients of fold's results to those of the parameters. `inverse` is M^-1 where it is known, else null.

@@ -2,6 +2,8 @@
 // instruction set. The mathematics stands in glow_kernels/ops/actnorm_conv1x1.py.
 #include "cpu/actnorm_conv1x1_fold.h"
 
+#include <numeric>
+
 #include "cpu/kernels/small_matrix.h"
 
 namespace glow_kernels::GLOW_KERNELS_ISA {
@@ -28,7 +30,7 @@ struct Scale {
 };
 
 template <typename A>
-double fold(int64_t n, const StepParameters<const A>& step, bool wants_log_det, const Folded<A>& result) {
+void fold(int64_t n, const StepParameters<const A>& step, const Folded<A>& result) {
   const Scale s(n, step.log_scale, 1);
   for (int64_t i = 0; i < n; ++i) {
     const A *w = step.weight + i * n, *b = step.bias;
@@ -42,10 +44,14 @@ double fold(int64_t n, const StepParameters<const A>& step, bool wants_log_det, 
     }
     result.shift[i] = static_cast<A>(shift);
   }
-  if (!wants_log_det) return 0;
-  if (step.weight_log_det) return s.sum_of_logs + *step.weight_log_det;
+}
+
+template <typename A>
+double fold_log_det(int64_t n, const StepParameters<const A>& step) {
+  const double of_scales = std::accumulate(step.log_scale, step.log_scale + n, 0.0);
+  if (step.weight_log_det) return of_scales + *step.weight_log_det;
   PaddedMatrix<double> weight(buffer(0), Rows<const A>{step.weight, n}, false, nullptr, n);
-  return s.sum_of_logs + log_abs_det(n, weight.rows());
+  return of_scales + log_abs_det(n, weight.rows());
 }
 
 template <typename A>
@@ -90,28 +96,29 @@ template <typename A>
 void fold_backward(int64_t n, const Folded<const A>& grad, double grad_log_det, const StepParameters<const A>& step,
                    const A* inverse, const StepParameters<A>& result) {
   const Scale s(n, step.log_scale, 1);
-  double in_log_scale[kMaxChannels], in_bias[kMaxChannels] = {};
+  double in_log_scale[kMaxChannels], in_bias[kMaxChannels], none[kMaxChannels];
   std::fill_n(in_log_scale, n, grad_log_det);
-  Rows<double> of_log_det{};
-  if (!step.weight_log_det) of_log_det = inverse_of(n, step.weight, inverse, s, true).rows();
+  std::fill_n(in_bias, n, 0.0);
+  // The gradient of log|det W| in W, and the factor of that.
+  const double in_log_det = step.weight_log_det ? 0.0 : grad_log_det;
+  Rows<double> of_log_det{none, 0};
+  if (step.weight_log_det) {
+    std::fill_n(none, n, 0.0);
+  } else {
+    of_log_det = inverse_of(n, step.weight, inverse, s, true).rows();
+  }
   for (int64_t i = 0; i < n; ++i) {
     const A *w = step.weight + i * n, *in_matrix = grad.matrix + i * n, *b = step.bias;
     const double in_shift = grad.shift[i];
+    const double* row = of_log_det.data + i * of_log_det.stride;
     A* in_weight = result.weight + i * n;
 #pragma omp simd
     for (int64_t j = 0; j < n; ++j) {
       // The gradient in M, of which v = M b.
       const double total = in_matrix[j] + in_shift * b[j], scaled = s.values[j] * w[j];
-      in_weight[j] = static_cast<A>(total * s.values[j]);
+      in_weight[j] = static_cast<A>(total * s.values[j] + in_log_det * row[j]);
       in_log_scale[j] += scaled * total;
       in_bias[j] += scaled * in_shift;
-    }
-    if (step.weight_log_det) continue;
-    const double* row = of_log_det.data + i * of_log_det.stride;
-#pragma omp simd
-    for (int64_t j = 0; j < n; ++j) {
-      const double total = in_matrix[j] + in_shift * b[j];
-      in_weight[j] = static_cast<A>(total * s.values[j] + grad_log_det * row[j]);
     }
   }
   std::copy_n(in_log_scale, n, result.log_scale);
@@ -237,7 +244,8 @@ void lu_weight_backward(int64_t n, const A* grad_weight, double grad_log_det, co
 
 template <typename A>
 FoldKernels<A> fold_kernels() {
-  return {fold<A>, fold_inverse<A>, fold_backward<A>, fold_inverse_backward<A>, lu_weight<A>, lu_weight_backward<A>};
+  return {fold<A>,      fold_log_det<A>,      fold_inverse<A>, fold_backward<A>, fold_inverse_backward<A>,
+          lu_weight<A>, lu_weight_backward<A>};
 }
 
 template FoldKernels<float> fold_kernels();

@@ -18,6 +18,7 @@ struct Elimination {
   Rows<double> rows;   // rows of the matrix, kBlock x n
   double* factors;     // n x kBlock
   int64_t* swaps;      // n, row k was swapped with swaps[k]
+  int64_t* order;      // n
 
   explicit Elimination(int64_t n) {
     static thread_local KeptBuffer<double> values;
@@ -27,7 +28,8 @@ struct Elimination {
     panel = {data, stride};
     rows = {data + kBlock * stride, stride};
     factors = data + 2 * kBlock * stride;
-    swaps = indices.reserve(n);
+    swaps = indices.reserve(2 * n);
+    order = swaps + n;
   }
 };
 
@@ -183,9 +185,12 @@ inline double invert(int64_t n, Rows<double> a) {
     return log_det;
   }
   // A swap of rows of the matrix is one of columns of the inverse.
-  for (int64_t k = n - 1; k >= 0; --k) {
-    if (work.swaps[k] == k) continue;
-    for (int64_t i = 0; i < n; ++i) std::swap(row(i)[k], row(i)[work.swaps[k]]);
+  for (int64_t k = 0; k < n; ++k) work.order[k] = k;
+  for (int64_t k = n - 1; k >= 0; --k) std::swap(work.order[k], work.order[work.swaps[k]]);
+  double* swapped = work.rows.data;
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t k = 0; k < n; ++k) swapped[k] = row(i)[work.order[k]];
+    std::copy_n(swapped, n, row(i));
   }
   return log_det;
 }
