@@ -47,6 +47,10 @@ bool is_streamed(const Positions<T>& z) {
          is_aligned(std::max(p.channel_stride, p.position_stride) * sizeof(T)) && is_aligned(p.positions * sizeof(T));
 }
 
+// From so many channels on, sums of outer products are of rows of channels, which takes a transpose first, but no sum
+// over the lanes of a vector.
+constexpr int64_t kTransposedChannels = 64;
+
 // Whether a tile is read vector by vector, or only as the factors of a product, one by one.
 enum class Read { vectors, factors };
 
@@ -117,7 +121,15 @@ struct Planar {
   template <typename A>
   static void accumulate(VectorRows<const A> g, VectorRows<const A> x, A* grad_matrix, A* grad_shift, int64_t channels,
                          int64_t count) {
-    sum_over_columns(g, x, grad_matrix, channels, count);
+    if (channels >= kTransposedChannels && channels % kLanes<A> == 0) {
+      static thread_local KeptBuffer<A> buffer;
+      const int64_t stride = channels + kLanes<A>;
+      const Rows<A> transposed{buffer.reserve(padded(count, kLanes<A>) * stride), stride};
+      transpose(x, transposed, channels, count);
+      sum_outer_products(g, transposed.as_const(), grad_matrix, channels, count);
+    } else {
+      sum_over_columns(g, x, grad_matrix, channels, count);
+    }
     for (int64_t row = 0; row < channels; ++row) {
       Vector<A> total = {};
       for (int64_t i = 0; i < count; i += kLanes<A>) total += vector_at(g.at(row, i));

@@ -7,11 +7,11 @@ namespace glow_kernels::GLOW_KERNELS_ISA {
 
 // Accumulators that fit into the registers: rows by vectors.
 #if defined(__AVX512F__)
-constexpr int kRows = 6, kVectors = 4, kSumRows = 6, kSumColumns = 4;
+constexpr int kRows = 6, kVectors = 4, kSumRows = 6, kSumColumns = 4, kOuterRows = 12, kOuterVectors = 2;
 #elif defined(__AVX__)
-constexpr int kRows = 6, kVectors = 2, kSumRows = 4, kSumColumns = 2;
+constexpr int kRows = 6, kVectors = 2, kSumRows = 4, kSumColumns = 2, kOuterRows = 6, kOuterVectors = 2;
 #else
-constexpr int kRows = 4, kVectors = 2, kSumRows = 4, kSumColumns = 2;
+constexpr int kRows = 4, kVectors = 2, kSumRows = 4, kSumColumns = 2, kOuterRows = 4, kOuterVectors = 2;
 #endif
 
 // A matrix in the type of arithmetic whose rows lie at a stride; columns lie next to each other.
@@ -92,24 +92,25 @@ inline int64_t multiply_rows(Rows<const A> a, Rows<const A> b, const A* shift, R
 }
 
 // The product for all `rows` rows and the columns of `vectors` vectors.
-template <int vectors, Small small, Stores stores, Start start, typename A>
+template <int block_rows, int vectors, Small small, Stores stores, Start start, typename A>
 inline void multiply_columns(Rows<const A> a, Rows<const A> b, const A* shift, Rows<A> z, int64_t rows, int64_t inner,
                              int64_t column) {
-  int64_t row = multiply_rows<kRows, vectors, small, stores, start>(a, b, shift, z, inner, 0, rows, column);
+  int64_t row = multiply_rows<block_rows, vectors, small, stores, start>(a, b, shift, z, inner, 0, rows, column);
   row = multiply_rows<2, vectors, small, stores, start>(a, b, shift, z, inner, row, rows, column);
   multiply_rows<1, vectors, small, stores, start>(a, b, shift, z, inner, row, rows, column);
 }
 
 // The product for all rows and `columns` columns, rounded up to whole vectors.
-template <Small small, Stores stores = Stores::cached, Start start = Start::shift, typename A>
+template <Small small, Stores stores = Stores::cached, Start start = Start::shift, typename A, int rows_at_once = kRows,
+          int vectors_at_once = kVectors>
 void multiply(Rows<const A> a, Rows<const A> b, const A* shift, Rows<A> z, int64_t rows, int64_t inner,
               int64_t columns) {
   int64_t column = 0;
-  for (; column + (kVectors - 1) * kLanes<A> < columns; column += kVectors * kLanes<A>) {
-    multiply_columns<kVectors, small, stores, start>(a, b, shift, z, rows, inner, column);
+  for (; column + (vectors_at_once - 1) * kLanes<A> < columns; column += vectors_at_once * kLanes<A>) {
+    multiply_columns<rows_at_once, vectors_at_once, small, stores, start>(a, b, shift, z, rows, inner, column);
   }
   for (; column < columns; column += kLanes<A>)
-    multiply_columns<1, small, stores, start>(a, b, shift, z, rows, inner, column);
+    multiply_columns<rows_at_once, 1, small, stores, start>(a, b, shift, z, rows, inner, column);
 }
 
 // sums[row + r][column + c] += sum over i < count of g[row + r][i] x[column + c][i]: the columns are summed over.
@@ -157,6 +158,33 @@ void sum_over_columns(VectorRows<const A> g, VectorRows<const A> x, A* sums, int
   int64_t row = 0;
   for (; row + kSumRows <= channels; row += kSumRows) sum_rows<kSumRows>(g, x, sums, channels, count, row);
   for (; row < channels; ++row) sum_rows<1>(g, x, sums, channels, count, row);
+}
+
+// to[i][c] = x[c][i] for `channels` and `count`, both rounded up to whole vectors.
+template <typename A>
+void transpose(VectorRows<const A> x, Rows<A> to, int64_t channels, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanes<A>) {
+    for (int64_t c = 0; c < channels; c += kLanes<A>) {
+      Vector<A> block[kLanes<A>];
+      for (int64_t row = 0; row < kLanes<A>; ++row) block[row] = vector_at(x.at(c + row, i));
+      transpose_block<A>(block);
+      for (int64_t row = 0; row < kLanes<A>; ++row) vector_at(to.data + (i + row) * to.stride + c) = block[row];
+    }
+  }
+}
+
+// sums[row][column] += sum over i < count of g[row][i] x[i][column], for channels x channels sums in rows of whole
+// vectors.
+template <typename A>
+void sum_outer_products(VectorRows<const A> g, Rows<const A> x, A* sums, int64_t channels, int64_t count) {
+  for (int64_t begin = 0, end; begin < count; begin = end) {
+    end = begin + kLanes<A>;
+    while (end < count && g.follows(end)) end += kLanes<A>;
+    end = std::min(end, count);
+    multiply<Small::right, Stores::cached, Start::result, A, kOuterRows, kOuterVectors>(
+        {g.at(0, begin), g.stride}, {x.data + begin * x.stride, x.stride}, nullptr, {sums, channels}, channels,
+        end - begin, channels);
+  }
 }
 
 // target[lane] += total[lane] for at most `count` lanes.

@@ -95,6 +95,28 @@ inline __attribute__((always_inline)) Vector<A> add_halves(const Vector<A>& a, c
          __builtin_shufflevector(a, b, (lane / half * width + lane % half + half)...);
 }
 
+// Of two vectors: lanes from `first` on, alternating.
+template <int64_t first, typename V, int64_t... lane>
+inline __attribute__((always_inline)) V interleaved(const V& a, const V& b, std::integer_sequence<int64_t, lane...>) {
+  return __builtin_shufflevector(a, b, (first + lane / 2 + lane % 2 * int64_t{sizeof...(lane)})...);
+}
+
+// Transposes a block of as many vectors as each has lanes. A step rotates the bits of an element's place, those of its
+// vector and then those of its lane, by one; as many steps as a lane has bits exchange the two.
+template <typename A>
+inline __attribute__((always_inline)) void transpose_block(Vector<A> (&block)[kLanes<A>]) {
+  constexpr int64_t half = kLanes<A> / 2;
+  constexpr std::make_integer_sequence<int64_t, kLanes<A>> lanes;
+  for (int64_t step = 1; step < kLanes<A>; step *= 2) {
+    Vector<A> next[kLanes<A>];
+    for (int64_t i = 0; i < half; ++i) {
+      next[2 * i] = interleaved<0>(block[i], block[i + half], lanes);
+      next[2 * i + 1] = interleaved<half>(block[i], block[i + half], lanes);
+    }
+    std::copy_n(next, kLanes<A>, block);
+  }
+}
+
 // sums[i] = the sum of the lanes of totals[i], i < count. Lanes are added by halves: of several vectors at once, so
 // that no lane is idle. `vectors` and `width` say how far that has come.
 template <int count, typename A, int vectors = count, int64_t width = kLanes<A>>
