@@ -288,6 +288,15 @@ def test_other_conditions_are_measured_between_two_visits(tmp_path):
     assert all(one != other for one, other in itertools.pairwise(headings))
 
 
+def test_large_tensors_are_visited_less_often(tmp_path):
+    writer = results.Writer(tmp_path / "r.jsonl", {"kind": "environment", "run": "a"})
+    selection = Selection(["actnorm_statistics"], ["no_grad"], [SHAPE, (64, 12, 128, 128)])
+    tasks = Suite(writer, lambda line: None, with_compile=False).tasks([selection])
+    counts = Counter(task.name.split()[-1] for task in tasks if task.seconds > 0)
+    # Each is also measured again.
+    assert counts == {"2x4x3x5": 2 * 4, "64x12x128x128": 2 * 2}
+
+
 def test_cases_are_visited_again_and_some_measured_again(tmp_path):
     writer = results.Writer(tmp_path / "r.jsonl", {"kind": "environment", "run": "a"})
     measure = Suite(writer, lambda line: None, with_compile=False)

@@ -19,8 +19,10 @@ from glow_kernels.errors import BackendUnavailableError, UsageError
 
 ALLOCATORS = ("default", "tuned")
 # On a CPU every case is visited more than once, some minutes apart, since other programs and virtual machines come and
-# go, and since every visit has its tensors elsewhere in memory.
-_VISITS, _VISITS_ON_GPU = 4, 1
+# go, and since every visit has its tensors elsewhere in memory. Large tensors, which take seconds to visit and vary the
+# least, less often.
+_VISITS, _VISITS_OF_LARGE, _VISITS_ON_GPU = 4, 2, 1
+_LARGE_BYTES = 16 << 20
 # Of so many cases one is measured a second time for itself, as a proof, but of a short run at least so many.
 _ONE_AGAIN_OF, _FEWEST_AGAIN, _AGAIN_ON_GPU = 6, 16, 6
 _COMPILE_SECONDS = 1.6
@@ -104,13 +106,13 @@ class Suite:
         # What is measured before the allocator is tuned cannot be visited after it.
         for _, group in itertools.groupby(cases, key=lambda case: case.allocator):
             grouped = list(group)
-            visits = _visits(grouped[0])
-            for visit in range(visits):
-                for heading, some in itertools.groupby(grouped, key=_heading):
+            for visit in range(max(map(_visits, grouped))):
+                visited = [case for case in grouped if visit < _visits(case)]
+                for heading, some in itertools.groupby(visited, key=_heading):
                     tasks.append(Task(heading, 0.0, functools.partial(self._begin, heading, visit)))
-                    visited = list(some)
-                    tasks += [self._task(case, seconds[case] / visits) for case in visited]
-                    tasks += [self._task(case, seconds[case] / visits, again=True) for case in visited if case in again]
+                    share = {case: seconds[case] / _visits(case) for case in some}
+                    tasks += [self._task(case, share[case]) for case in share]
+                    tasks += [self._task(case, share[case], again=True) for case in share if case in again]
         return tasks
 
     def _compile(self, cases: Sequence[Case]) -> None:
@@ -159,7 +161,9 @@ class Suite:
 
 
 def _visits(case: Case) -> int:
-    return _VISITS if case.device == "cpu" else _VISITS_ON_GPU
+    if case.device != "cpu":
+        return _VISITS_ON_GPU
+    return _VISITS_OF_LARGE if case.data_bytes > _LARGE_BYTES else _VISITS
 
 
 def _spread_out(cases: Sequence[Case]) -> set[Case]:

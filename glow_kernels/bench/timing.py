@@ -25,6 +25,8 @@ Call = Callable[[], object]
 # A sample shorter than this is several calls. It is long beside what the candidate before has left in the caches, which
 # decides more of a short call than the call itself.
 _SHORTEST_SAMPLE = 2e-3
+# What takes longer, be it warm or not, is a sample by itself and need not be called again to know that.
+_LONG_CALL = 5e-2
 _FEWEST_ROUNDS = 3
 _MOST_ROUNDS = 1000
 # A GPU's times hardly vary.
@@ -138,12 +140,16 @@ def _undisturbed() -> Iterator[None]:
 
 def _repeats(calls: Sequence[Call]) -> int:
     """Warm up, and find how many calls make a sample."""
-    for call in calls:
-        call()
-    start = time.perf_counter()
-    calls[0]()
-    elapsed = time.perf_counter() - start
+    elapsed = min(_seconds(call) for call in calls)
+    if elapsed < _LONG_CALL:
+        elapsed = _seconds(calls[0])
     return max(1, math.ceil(_SHORTEST_SAMPLE / max(elapsed, 1e-7)))
+
+
+def _seconds(call: Call) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 def _measure_cuda(candidates: Mapping[str, Sequence[Call]], seconds: float, device: torch.device) -> Times:

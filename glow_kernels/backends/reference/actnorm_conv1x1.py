@@ -10,6 +10,8 @@ from torch import Tensor
 
 from glow_kernels.backends.numerics import is_channels_last, output_format, wide_dtype, without_autocast
 
+_LONGEST_SUM = 1 << 16
+
 
 @without_autocast
 def lu_weight(
@@ -146,7 +148,7 @@ def apply_backward(grad: Tensor, x: Tensor, matrix: Tensor, needs_grad_x: bool) 
     """Gradients of ``apply``: ``M^T g`` (or nothing), ``sum g x^T``, ``sum g`` (sums over samples and positions)."""
     grad_rows, x_rows = _rows(grad.to(matrix.dtype)), _rows(x.to(matrix.dtype))
     grad_x = _linear(grad.to(matrix.dtype), matrix.mT, None).to(x.dtype) if needs_grad_x else x.new_empty(0)
-    return grad_x, torch.matmul(grad_rows, x_rows.mT), grad_rows.sum(1)
+    return grad_x, _sum_of_outer_products(grad_rows, x_rows), grad_rows.sum(1)
 
 
 @without_autocast
@@ -172,6 +174,12 @@ def _triangles(lower: Tensor, upper: Tensor, log_diagonal: Tensor, diagonal_sign
 def _rows(x: Tensor) -> Tensor:
     # One product over all samples and positions is faster than one per sample and a sum, copy included.
     return x.transpose(0, 1).reshape(x.shape[1], x.shape[0] * math.prod(x.shape[2:]))
+
+
+def _sum_of_outer_products(g: Tensor, x: Tensor) -> Tensor:
+    # In parts, since a library may add one by one, and the longer such a sum, the more is lost.
+    parts = zip(g.split(_LONGEST_SUM, 1), x.split(_LONGEST_SUM, 1), strict=True)
+    return torch.stack([torch.matmul(of_g, of_x.mT) for of_g, of_x in parts]).sum(0)
 
 
 def _linear(x: Tensor, matrix: Tensor, shift: Tensor | None) -> Tensor:
