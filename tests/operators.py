@@ -83,6 +83,8 @@ EMPTY_SHAPES = [(0, 3), (0, 4, 2, 2), (2, 3, 0), (2, 3, 0, 5)]
 # Samples that kernels cut into tiles, of sizes that are multiples of 8 and of others, and with many channels. Triton's
 # interpreter goes through a program for each of these, and 72 are enough for tiles that begin and end among them.
 LARGE_SHAPES = [(2, 8, 32, 24), (2, 5, 37, 29), (2, 72 if INTERPRETED else 600, 2, 4)]
+# Work for several threads, on the data and on matrices beside it.
+SHAPE_OF_MANY_TASKS = (5, 80, 16, 16)
 LARGE_DTYPES = ("float32", "float64", "bfloat16", "float32_with_bfloat16")
 
 
@@ -281,6 +283,15 @@ def assert_same_bits(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> No
         assert torch.equal(one, other)
 
 
+def _with_threads(count: int, function: Function, *args: Any) -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        return function(*args)
+    finally:
+        torch.set_num_threads(before)
+
+
 def registered_operators(module: str = "") -> list[str]:
     """Names of the operators of ``module`` in ``torch.ops.glow_kernels`` that can run here."""
     names = [name.partition("::") for name in torch._C._dispatch_get_all_op_names()]
@@ -399,6 +410,17 @@ class OperatorProperties:
         check_results(case, inputs)
         assert_same_bits(evaluate(case.operator, inputs), evaluate(case.operator, inputs))
 
+    def require_native(self):
+        """Go on where the native library computes this operator."""
+        if not any(name.endswith("_native") for name in registered_operators(self.module)):
+            pytest.skip("the native library is not built or has not this operator on the CPU")
+
+    def test_native_results_are_the_same_with_any_number_of_threads(self, case):
+        self.require_native()
+        inputs = case.draw(SHAPE_OF_MANY_TASKS)
+        with gk.use_backend("native"):
+            assert_same_bits(*(_with_threads(count, evaluate, case.operator, inputs) for count in (1, 3)))
+
     def test_results_are_the_same_under_autocast(self, backend, case):
         inputs = case.draw((2, 4, 3, 5))
         expected = evaluate(case.operator, inputs)
@@ -482,6 +504,13 @@ class DifferentiableProperties(OperatorProperties):
         check_gradients(case, inputs, upstream)
         first, second = (gradients(case.operator, inputs, upstream) for _ in range(2))
         assert_same_bits(first, second)
+
+    def test_native_gradients_are_the_same_with_any_number_of_threads(self, case):
+        self.require_native()
+        inputs = case.draw(SHAPE_OF_MANY_TASKS)
+        upstream = random_upstream(case.operator, inputs)
+        with gk.use_backend("native"):
+            assert_same_bits(*(_with_threads(count, gradients, case.operator, inputs, upstream) for count in (1, 3)))
 
     @pytest.mark.parametrize(("around_forward", "around_backward"), [(True, False), (True, True), (False, True)])
     def test_gradients_are_the_same_under_autocast(self, backend, case, around_forward, around_backward):

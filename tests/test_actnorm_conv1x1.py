@@ -321,7 +321,7 @@ def test_every_number_of_channels(backend, case, size):
 
 # More positions than a tile has: whole vectors of many samples, other numbers of few, and many channels in two parts.
 @DIRECTIONS
-@pytest.mark.parametrize("shape", [(70, 5, 4, 4), (3, 5, 19, 23), (1, 100, 9, 16)], ids=str)
+@pytest.mark.parametrize("shape", [(70, 5, 4, 4), (3, 5, 19, 23), (1, 100, 9, 16), (5, 80, 8, 8)], ids=str)
 def test_tiles_and_parts_of_any_number_of_samples(backend, case, shape):
     inputs = case.draw(shape)
     check_results(case, inputs)
