@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -13,6 +14,10 @@ import torch
 import glow_kernels as gk
 
 pytest.register_assert_rewrite("operators")
+
+# A script's process in the background ignores Ctrl-C, and so would all that tests start to interrupt it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     # What takes half of the interpreter's time and computes nothing. It prepares triton.language at a launch, and again

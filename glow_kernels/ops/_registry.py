@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
 
 from glow_kernels import backends
 from glow_kernels.backends import faster
@@ -115,7 +114,7 @@ class _Implementation:
         if "!" not in schema:  # what overwrites its arguments cannot have a rule
             torch.library.register_autograd(qualified_name, rule, setup_context=setup_context, lib=_LIBRARY)
         overload: Callable[..., Any] = getattr(torch.ops.glow_kernels, name).default
-        self._overload = overload
+        self._overload, self._has_lists = overload, "Tensor[]" in schema
 
         class Rule(torch.autograd.Function):
             @staticmethod
@@ -137,14 +136,11 @@ class _Implementation:
         # dispatcher goes below it, which saves more than half of the time of a call.
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return self._overload(*args)
-        if torch.is_grad_enabled():
-            for arg in args:
-                if isinstance(arg, list):
-                    if any(isinstance(each, Tensor) and each.requires_grad for each in arg):
-                        return self._overload(*args)  # whose rule looks into lists
-                elif isinstance(arg, Tensor) and arg.requires_grad:
-                    # Function.apply adds only what functorch's transforms need.
-                    return super(torch.autograd.Function, self._rule).apply(*args)  # type: ignore[no-untyped-call]
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            if self._has_lists:
+                return self._overload(*args)  # whose rule looks into them
+            # Function.apply adds only what functorch's transforms need.
+            return super(torch.autograd.Function, self._rule).apply(*args)  # type: ignore[no-untyped-call]
         with torch._C._AutoDispatchBelowAutograd():
             return self._overload(*args)
 

@@ -178,7 +178,7 @@ def _rows(x: Tensor) -> Tensor:
 
 def _sum_of_outer_products(g: Tensor, x: Tensor) -> Tensor:
     # In parts, since a library may add one by one, and the longer such a sum, the more is lost.
-    parts = zip(g.split(_LONGEST_SUM, 1), x.split(_LONGEST_SUM, 1), strict=True)
+    parts = zip(torch.split(g, _LONGEST_SUM, 1), torch.split(x, _LONGEST_SUM, 1), strict=True)
     return torch.stack([torch.matmul(of_g, of_x.mT) for of_g, of_x in parts]).sum(0)
 
 
