@@ -7,7 +7,8 @@ INSTALLED := .venv/.installed
 LIBRARY := glow_kernels/_C.so
 
 ifeq ($(origin CXX),default)
-CXX := $(shell command -v c++ || command -v g++ || command -v clang++)
+# g++ by that name: as c++ torch.compile does not know it and does without precompiled headers, which takes twice as long.
+CXX := $(shell command -v g++ || command -v c++ || command -v clang++)
 endif
 export CXX
 # Demo and tests run without a compiler too, on the reference backend.

@@ -356,6 +356,16 @@ def test_tiny_and_huge_scales_keep_their_relative_accuracy(backend, case, log_sc
     check_gradients(case, inputs, unit=0.0)
 
 
+def test_gradient_of_the_determinant_where_the_inverse_leaves_single_precision(backend):
+    # M^-1 has a factor of exp(100), which log|det W| and its gradient have not.
+    data, _, bias, weight = conv_case("forward").draw((2, 80, 3))
+    weight.requires_grad_()
+    _, log_det = gk.actnorm_conv1x1(data, torch.full((80,), -100.0), bias, weight)
+    (grad,) = torch.autograd.grad(log_det.sum(), weight)
+    truth = 6 * torch.linalg.inv(weight.detach().double()).mT
+    assert (grad - truth).abs().max() <= 1e-6 * truth.abs().max()
+
+
 def ill_conditioned(size: int) -> Tensor:
     """A float32 matrix of condition 1e5."""
     left, right = torch.linalg.qr(torch.randn(2, size, size, dtype=torch.float64)).Q

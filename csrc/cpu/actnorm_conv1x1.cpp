@@ -277,6 +277,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> transform_backward(
     arguments.matrix = folded.map.matrix;
     if (needs_grad_x) arguments.grad_x = positions(grad_x, grad_x.mutable_data_ptr<T>());
     run_backward(arguments, folded.sums.matrix, folded.sums.shift, beside);
+    // M^-1 may leave the range of A where W^-1 does not.
+    if (beside && std::isnan(*inverse)) inverse = nullptr;
     const auto kernel = is_inverse ? folding.fold_inverse_backward : folding.fold_backward;
     kernel(n, {folded.sums.matrix, folded.sums.shift}, total_gradient<A>(grad_log_det, x), parameters.step(), inverse,
            grads.step<A>());
