@@ -57,6 +57,14 @@ using Beside = std::function<void()>;
 // Whether such work, of the order of n^3, is worth a thread.
 bool is_worth_a_thread(int64_t n) { return n >= 64; }
 
+template <typename A>
+bool is_finite(const A* values, int64_t size) {
+  A zero = 0;
+#pragma omp simd reduction(+ : zero)
+  for (int64_t i = 0; i < size; ++i) zero += values[i] * A(0);
+  return zero == A(0);
+}
+
 // Calls `beside`, and `task` with every index below `count`, each on the first thread that is free.
 template <typename F>
 void for_each_task(const Beside& beside, int64_t count, const F& task) {
@@ -278,7 +286,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> transform_backward(
     if (needs_grad_x) arguments.grad_x = positions(grad_x, grad_x.mutable_data_ptr<T>());
     run_backward(arguments, folded.sums.matrix, folded.sums.shift, beside);
     // M^-1 may leave the range of A where W^-1 does not.
-    if (beside && std::isnan(*inverse)) inverse = nullptr;
+    if (beside && !is_finite(inverse, n * n)) inverse = nullptr;
     const auto kernel = is_inverse ? folding.fold_inverse_backward : folding.fold_backward;
     kernel(n, {folded.sums.matrix, folded.sums.shift}, total_gradient<A>(grad_log_det, x), parameters.step(), inverse,
            grads.step<A>());
