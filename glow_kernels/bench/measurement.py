@@ -23,7 +23,7 @@ from glow_kernels.bench.timing import Call, Times
 # Copies of the inputs that are used in rotation, so that neither what a cache holds nor where a copy happens to lie
 # decides. Of tensors beyond every cache one is enough.
 _ROTATION = 3
-_ROTATED_BYTES = 16 << 20
+ROTATED_BYTES = 16 << 20
 
 
 class Session:
@@ -54,7 +54,7 @@ class Session:
         ours = backends[0]
         with threads(case.threads), timing.capturable(device):
             torch.manual_seed(0)
-            rotated = device.type == "cuda" or case.data_bytes <= _ROTATED_BYTES
+            rotated = device.type == "cuda" or case.data_bytes <= ROTATED_BYTES
             copies = [operator.arguments(case) for _ in range(_ROTATION if rotated else 1)]
             grads = operators.upstream(operator, case, copies[0])
             limits = _limit(operator, case)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from glow_kernels.allocator import tune_allocator
 from glow_kernels.backends import backend_status
 from glow_kernels.bench import compilation, operators, table
-from glow_kernels.bench.measurement import Session
+from glow_kernels.bench.measurement import ROTATED_BYTES, Session
 from glow_kernels.bench.operators import DIRECTIONS, DTYPES, MEMORY_FORMATS, OPERATORS, STANDARD_SHAPES, Case, Shape
 from glow_kernels.bench.plan import Show, Task
 from glow_kernels.bench.results import Row, Writer
@@ -19,10 +19,9 @@ from glow_kernels.errors import BackendUnavailableError, UsageError
 
 ALLOCATORS = ("default", "tuned")
 # On a CPU every case is visited more than once, some minutes apart, since other programs and virtual machines come and
-# go, and since every visit has its tensors elsewhere in memory. Large tensors, which take seconds to visit and vary the
-# least, less often.
+# go, and since every visit has its tensors elsewhere in memory. Tensors beyond every cache, which take seconds to visit
+# and vary the least, less often.
 _VISITS, _VISITS_OF_LARGE, _VISITS_ON_GPU = 4, 2, 1
-_LARGE_BYTES = 16 << 20
 # Of so many cases one is measured a second time for itself, as a proof, but of a short run at least so many.
 _ONE_AGAIN_OF, _FEWEST_AGAIN, _AGAIN_ON_GPU = 6, 16, 6
 _COMPILE_SECONDS = 1.6
@@ -163,7 +162,7 @@ class Suite:
 def _visits(case: Case) -> int:
     if case.device != "cpu":
         return _VISITS_ON_GPU
-    return _VISITS_OF_LARGE if case.data_bytes > _LARGE_BYTES else _VISITS
+    return _VISITS_OF_LARGE if case.data_bytes > ROTATED_BYTES else _VISITS
 
 
 def _spread_out(cases: Sequence[Case]) -> set[Case]:
