@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(R == kFewRows ? kMaxThreads : 256, R == kFewRo
   A* const matrix = x + work.tile_size();
   const Span span = work.span(blockIdx.x);
   typename Work<A, R>::Values total;
-  load_matrix(arguments.matrix, arguments.shift, work, matrix);
+  load_matrix(arguments.matrix, arguments.shift, work.frame(), matrix);
   load_tile(arguments.x, work, span, x);
   wait_for_copies();
   __syncthreads();
@@ -47,6 +47,7 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(compute_t<T>) == 8 ? 1 : 2
     backward_kernel(const Backward<T, R> arguments) {
   using A = compute_t<T>;
   using W = Work<A, R>;
+  let_next_start();
   const W& work = arguments.work;
   GLOW_KERNELS_DYNAMIC_SHARED(A, x);
   A *const g = x + work.tile_size(), *const matrix = g + work.tile_size();
@@ -54,8 +55,8 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(compute_t<T>) == 8 ? 1 : 2
   const bool reversible = arguments.inverse != nullptr;
   const A* const no_shift = nullptr;
   OuterSum<W> sums(work);
-  if (W::kSmall || !reversible) load_matrix(arguments.matrix, no_shift, work, matrix);
-  if (W::kSmall && reversible) load_matrix(arguments.inverse, arguments.inverse_shift, work, inverse);
+  if (W::kSmall || !reversible) load_matrix(arguments.matrix, no_shift, work.frame(), matrix);
+  if (W::kSmall && reversible) load_matrix(arguments.inverse, arguments.inverse_shift, work.frame(), inverse);
   backward_tiles(arguments, reversible, blockIdx.x, gridDim.x, x, g, matrix, inverse, sums);
   sums.write(work, x, arguments.parts + int64_t{blockIdx.x} * work.channels * (work.channels + 1));
 }

@@ -38,7 +38,7 @@ __device__ void backward_tiles(const Backward<T, R>& arguments, bool reversible,
       const Positions<const T> from = input == 0 ? arguments.data : arguments.grad;
       load_tile(from, work, span, input == 0 ? x : g);
     }
-    if (!W::kSmall && reversible) load_matrix(arguments.inverse, arguments.inverse_shift, work, inverse);
+    if (!W::kSmall && reversible) load_matrix(arguments.inverse, arguments.inverse_shift, work.frame(), inverse);
     wait_for_copies();
     __syncthreads();
     if (reversible) {
@@ -46,7 +46,7 @@ __device__ void backward_tiles(const Backward<T, R>& arguments, bool reversible,
       multiply<false>(work, inverse, x, total);
       __syncthreads();
       put_tile(work, total, x);
-      if (!W::kSmall) load_matrix(arguments.matrix, no_shift, work, matrix);
+      if (!W::kSmall) load_matrix(arguments.matrix, no_shift, work.frame(), matrix);
       store_tile(arguments.x, work, span, total, x);
       wait_for_copies();
       __syncthreads();

@@ -34,7 +34,7 @@ inline __device__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], const
 
 // N elements of a matrix, split. The low bits of the small parts are left to the matrix units to drop.
 template <unsigned N>
-struct alignas(16) Split {
+struct Split {
   uint32_t large[N], small[N];
 
   __device__ void set(unsigned i, float x) {
@@ -48,15 +48,29 @@ struct alignas(16) Split {
   }
 };
 
-// c(m) += a[m] b for all m, one step after the other: a step waits for the one before on the same c.
-template <unsigned M, typename C>
-__device__ void multiply_add(const Split<4> (&a)[M], const Split<2>& b, const C& c) {
+// Two elements that lie together.
+inline __device__ Split<2> split_pair(const float* pair) {
+  detail::Registers<float, 2> elements;
+  detail::copy<2>(elements.values, pair);
+  Split<2> split;
+  split.set(0, elements.values[0]);
+  split.set(1, elements.values[1]);
+  return split;
+}
+
+// c[m][n] += a[m] b[n] for all m and n, one step after the other: a step waits for the one before on the same c.
+template <unsigned M, unsigned N>
+__device__ void multiply_add(const Split<4> (&a)[M], const Split<2> (&b)[N], float (&c)[M][N][4]) {
 #pragma unroll
-  for (unsigned m = 0; m < M; ++m) multiply_add(c(m), a[m].small, b.large);
+  for (unsigned step = 0; step < 3; ++step) {
 #pragma unroll
-  for (unsigned m = 0; m < M; ++m) multiply_add(c(m), a[m].large, b.small);
+    for (unsigned n = 0; n < N; ++n) {
 #pragma unroll
-  for (unsigned m = 0; m < M; ++m) multiply_add(c(m), a[m].large, b.large);
+      for (unsigned m = 0; m < M; ++m) {
+        multiply_add(c[m][n], step == 0 ? a[m].small : a[m].large, step == 1 ? b[n].small : b[n].large);
+      }
+    }
+  }
 }
 
 // How a warp works: on 32 positions of `kSide` channels, those that exist rounded up.
@@ -87,12 +101,7 @@ __device__ void load_strip(const Positions<const float>& x, unsigned channels, c
     const float* const from = x.at(span, position);
 #pragma unroll
     for (unsigned i = 0; i < S::kSide; i += 4) {
-      float* const to = strip + S::at(i + row, position);
-      if (i + row < count) {
-        start_copy<4>(to, from + (i + row) * x.channel_stride);
-      } else {
-        detail::copy<4>(to, Vector{}.values);
-      }
+      start_copy<4>(strip + S::at(i + row, position), from + (i + row) * x.channel_stride, i + row < count);
     }
   } else if (x.vectors) {  // two lanes have 32 bytes of a position
 #pragma unroll
@@ -113,12 +122,8 @@ __device__ void load_strip(const Positions<const float>& x, unsigned channels, c
     for (unsigned index = lane(); index < S::kSize; index += 32) {
       const unsigned channel = x.channels_inside ? index % S::kSide : index / S::kPositions;
       const unsigned position = x.channels_inside ? index / S::kSide : index % S::kPositions;
-      float* const to = strip + S::at(channel, position);
-      if (channel < channels && position < span.count) {
-        start_copy<1>(to, x.at(span, position) + channel * x.channel_stride);
-      } else {
-        *to = 0;
-      }
+      start_copy<1>(strip + S::at(channel, position), x.at(span, position) + channel * x.channel_stride,
+                    channel < channels && position < span.count);
     }
   }
 }
@@ -188,34 +193,13 @@ __device__ void store_strip(const Positions<float>& z, unsigned channels, const 
   }
 }
 
-// All fragments of a matrix C x C, or of its transpose, as multiply() takes them: for every 8 channels that go in and
-// every 8 that come out, and every lane, its two elements split.
-template <typename S>
-__device__ void split_matrix(const float* matrix, unsigned channels, bool transposed, Split<2>* fragments) {
-  for (unsigned index = threadIdx.x; index < S::kTiles * S::kTiles * 32; index += blockDim.x) {
-    const unsigned lane = index % 32, tile = index / 32;
-    // Column 2 q + b of a product is channel q + 4 b, so that lanes have of a result what they take of a factor.
-    const unsigned out = tile % S::kTiles * 8 + lane / 8 + lane / 4 % 2 * 4;
-    Split<2> fragment;
-#pragma unroll
-    for (unsigned b = 0; b < 2; ++b) {
-      const unsigned in = tile / S::kTiles * 8 + lane % 4 + 4 * b;
-      const bool exists = in < channels && out < channels;
-      fragment.set(b, exists ? matrix[transposed ? in * channels + out : out * channels + in] : 0.0f);
-    }
-    fragments[index] = fragment;
-  }
-}
+// From a row to the next of a matrix that multiply() takes, so that what lanes read together lies in different banks.
+template <typename S, bool transposed>
+constexpr unsigned kMatrixRow = S::kSide + (transposed ? 8 : 4);
 
-// A vector C with zeros behind it.
-template <typename S>
-__device__ void pad_vector(const float* vector, unsigned channels, float* to) {
-  for (unsigned i = threadIdx.x; i < S::kSide; i += blockDim.x) to[i] = i < channels ? vector[i] : 0.0f;
-}
-
-// M x + shift of a strip, with the fragments of M; no shift if that is null. The positions are the rows of the product.
-template <typename S>
-__device__ void multiply(const Split<2>* fragments, const float* shift, const float* strip, typename S::Values& total) {
+// M x + shift of a strip, or M^T x + shift; no shift if that is null. The positions are the rows of the product.
+template <typename S, bool transposed>
+__device__ void multiply(const float* matrix, const float* shift, const float* strip, typename S::Values& total) {
 #pragma unroll
   for (unsigned n = 0; n < S::kTiles; ++n) {
 #pragma unroll
@@ -224,6 +208,10 @@ __device__ void multiply(const Split<2>* fragments, const float* shift, const fl
       total[0][n][b] = total[0][n][2 + b] = total[1][n][b] = total[1][n][2 + b] = start;
     }
   }
+  // Column 2 q + b of the product is channel q + 4 b, so that lanes have of a result what they take of a factor.
+  const unsigned out = group() / 2 + group() % 2 * 4;
+  constexpr unsigned row = kMatrixRow<S, transposed>, of_in = transposed ? row : 1, of_out = transposed ? 1 : row;
+  const float* const elements = matrix + quarter() * of_in + out * of_out;
   const float* const low = strip + S::at(quarter(), 4 * group());
   const float* const high = strip + S::at(quarter() + 4, 4 * group());
 #pragma unroll 1
@@ -237,18 +225,26 @@ __device__ void multiply(const Split<2>* fragments, const float* shift, const fl
 #pragma unroll
       for (unsigned i = 0; i < 4; ++i) a[m].set(i, columns[i / 2].values[2 * m + i % 2]);
     }
+    Split<2> b[S::kTiles];
 #pragma unroll
     for (unsigned n = 0; n < S::kTiles; ++n) {
-      const Split<2> b = fragments[(k * S::kTiles + n) * 32 + lane()];
-      multiply_add(a, b, [&](unsigned m) -> float (&)[4] { return total[m][n]; });
+#pragma unroll
+      for (unsigned i = 0; i < 2; ++i) b[n].set(i, elements[(8 * k + 4 * i) * of_in + 8 * n * of_out]);
     }
+    multiply_add(a, b, total);
   }
 }
 
 // sum g x^T and sum g over the positions of a warp's strips.
 template <typename S>
 class StripSums {
+  static constexpr unsigned kRowTiles = S::kSide / 16;
+  // From a row to the next, so that what lanes write together lies in different banks, transposed or not.
+  static constexpr unsigned kRow = S::kSide + 4;
+
  public:
+  static constexpr unsigned kScratch = (S::kSide + 1) * kRow;
+
   __device__ void add(const float* g, const float* x) {
 #pragma unroll 1
     for (unsigned k = 0; k < S::kPositions; k += 8) {
@@ -263,50 +259,44 @@ class StripSums {
         a[m / 2].set(m % 2 + 2, row.values[1]);
         shift_[m] += row.values[0] + row.values[1];
       }
+      Split<2> b[S::kTiles];
 #pragma unroll
-      for (unsigned n = 0; n < S::kTiles; ++n) {
-        detail::Registers<float, 2> column;
-        detail::copy<2>(column.values, x + first + n * 8 * S::kPositions);
-        Split<2> b;
-        b.set(0, column.values[0]);
-        b.set(1, column.values[1]);
-        multiply_add(a, b, [&](unsigned m) -> float (&)[4] { return matrix_[m][n]; });
-      }
+      for (unsigned n = 0; n < S::kTiles; ++n) b[n] = split_pair(x + first + n * 8 * S::kPositions);
+      multiply_add(a, b, matrix_);
     }
   }
 
-  // Adds what the warps have and writes it to `parts`: C x C, then C. For every warp there are kSide^2 elements at
-  // `matrices` and kSide at `shifts`, which nobody may use any more. All threads must call it.
-  __device__ void write(unsigned channels, float* matrices, float* shifts, float* parts) {
+  // Adds what the warps have and writes it to `parts`: C x C, which may be transposed, then C. For every warp there are
+  // kScratch elements at `scratch`, which nobody may use any more. All threads must call it.
+  __device__ void write(unsigned channels, bool transposed, float* scratch, float* parts) {
     const unsigned warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    float* const own = matrices + warp * S::kSide * S::kSide;
+    float* const matrix = scratch + warp * kScratch;
+    const unsigned down = transposed ? 1 : kRow, across = transposed ? kRow : 1;
 #pragma unroll
     for (unsigned m = 0; m < 2 * kRowTiles; ++m) {
       const unsigned row = 8 * m + group();
 #pragma unroll
       for (unsigned n = 0; n < S::kTiles; ++n) {
         const float* const sums = matrix_[m / 2][n] + m % 2 * 2;
-        const detail::Registers<float, 2> pair{{sums[0], sums[1]}};
-        detail::copy<2>(own + row * S::kSide + 8 * n + 2 * quarter(), pair.values);
+        float* const to = matrix + row * down + (8 * n + 2 * quarter()) * across;
+        to[0] = sums[0];
+        to[across] = sums[1];
       }
       float sum = shift_[m] + __shfl_xor_sync(0xffffffffu, shift_[m], 1);
       sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-      if (quarter() == 0) shifts[warp * S::kSide + row] = sum;
+      if (quarter() == 0) matrix[S::kSide * kRow + row] = sum;
     }
     __syncthreads();
     for (unsigned index = threadIdx.x; index < channels * (channels + 1); index += blockDim.x) {
       const unsigned i = index / channels, j = index - i * channels;
-      const bool in_matrix = i < channels;
-      const float* const from = in_matrix ? matrices + i * S::kSide + j : shifts + j;
-      const unsigned step = in_matrix ? S::kSide * S::kSide : S::kSide;
+      const float* const from = scratch + (i < channels ? i : S::kSide) * kRow + j;
       float sum = 0;
-      for (unsigned other = 0; other < warps; ++other) sum += from[other * step];
+      for (unsigned other = 0; other < warps; ++other) sum += from[other * kScratch];
       parts[index] = sum;
     }
   }
 
  private:
-  static constexpr unsigned kRowTiles = S::kSide / 16;
   float matrix_[kRowTiles][S::kTiles][4] = {}, shift_[2 * kRowTiles] = {};
 };
 

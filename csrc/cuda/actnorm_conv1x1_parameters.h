@@ -20,33 +20,34 @@ struct Parameters {
 inline int64_t fold_bytes(int64_t channels) { return 2 * 8 * channels; }
 
 // Starts to bring W to where M will be; these copies are a group.
-template <typename W, typename A = typename W::A>
-__device__ void start_fold(const Parameters<A>& parameters, const W& work, A* matrix) {
+template <typename A>
+__device__ void start_fold(const Parameters<A>& parameters, const Frame& frame, A* matrix) {
   const A* const no_shift = nullptr;
-  load_matrix(parameters.weight, no_shift, work, matrix);
+  load_matrix(parameters.weight, no_shift, frame, matrix);
   end_of_copies();
 }
 
 // Makes M of W, for whose copies the threads have waited, and writes v after it: with the very operations of
 // fold_kernel. For all threads; there must be a barrier before others read what it writes.
-template <typename W, typename A = typename W::A>
-__device__ void fold_matrix(const Parameters<A>& parameters, const W& work, double* scale, A* matrix) {
-  const unsigned n = work.channels, side = work.side;
+template <typename A>
+__device__ void fold_matrix(const Parameters<A>& parameters, const Frame& frame, double* scale, A* matrix) {
+  const unsigned n = frame.channels;
+  A* const shift = matrix + frame.shift();
   double* const bias = scale + n;
   for (unsigned j = threadIdx.x; j < n; j += blockDim.x) {
     scale[j] = std::exp(static_cast<double>(parameters.log_scale[j]));
     bias[j] = parameters.bias[j];
   }
-  for (unsigned i = n + threadIdx.x; i < side; i += blockDim.x) matrix[side * side + i] = 0;
+  for (unsigned i = n + threadIdx.x; i < frame.side; i += blockDim.x) shift[i] = 0;
   __syncthreads();
   for_each_row(n, [&](unsigned i) {
-    A* const row = matrix + i * side;
+    A* const row = matrix + i * frame.row;
     const double sum = sum_over(n, [&](unsigned j) {
       const double element = static_cast<double>(row[j]) * scale[j];
       row[j] = static_cast<A>(element);
       return element * bias[j];
     });
-    if (threadIdx.x % 32 == 0) matrix[side * side + i] = static_cast<A>(sum);
+    if (threadIdx.x % 32 == 0) shift[i] = static_cast<A>(sum);
   });
 }
 

@@ -10,6 +10,7 @@
 
 #include "cuda/actnorm_conv1x1.h"
 #include "cuda/actnorm_conv1x1_parameters.h"
+#include "cuda/actnorm_conv1x1_wide.h"
 #include "cuda/launch.h"
 #include "cuda/steps.h"
 #include "cuda/sums.h"
@@ -43,10 +44,10 @@ __global__ void __launch_bounds__(R == kFewRows ? kMaxThreads : 256, R == kFewRo
   A* const matrix = x + work.tile_size();
   const Span span = work.span(blockIdx.x - 1);
   typename Work<A, R>::Values total;
-  start_fold(arguments.parameters, work, matrix);
+  start_fold(arguments.parameters, work.frame(), matrix);
   load_tile(arguments.x, work, span, x);
   wait_for_copies<1>();  // the tile may still be on its way
-  fold_matrix(arguments.parameters, work, reinterpret_cast<double*>(matrix + work.matrix_size()), matrix);
+  fold_matrix(arguments.parameters, work.frame(), reinterpret_cast<double*>(matrix + work.matrix_size()), matrix);
   wait_for_copies();
   __syncthreads();
   multiply<false>(work, matrix, x, total);
@@ -59,6 +60,7 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(compute_t<T>) == 8 ? 1 : 2
     folding_backward_kernel(const Backward<T, R> arguments, const Parameters<compute_t<T>> parameters,
                             double* inverse) {
   using A = compute_t<T>;
+  let_next_start();
   const Work<A, R>& work = arguments.work;
   GLOW_KERNELS_DYNAMIC_SHARED(A, x);
   const unsigned others = inverse == nullptr ? 0 : 1;
@@ -68,9 +70,9 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(compute_t<T>) == 8 ? 1 : 2
   }
   A *const g = x + work.tile_size(), *const matrix = g + work.tile_size();
   OuterSum<Work<A, R>> sums(work);
-  start_fold(parameters, work, matrix);
+  start_fold(parameters, work.frame(), matrix);
   wait_for_copies();
-  fold_matrix(parameters, work, reinterpret_cast<double*>(matrix + work.matrix_size()), matrix);
+  fold_matrix(parameters, work.frame(), reinterpret_cast<double*>(matrix + work.matrix_size()), matrix);
   const unsigned index = blockIdx.x - others;
   backward_tiles(arguments, false, index, gridDim.x - others, x, g, matrix, matrix, sums);
   sums.write(work, x, arguments.parts + int64_t{index} * work.channels * (work.channels + 1), true);
@@ -109,6 +111,7 @@ __device__ void add_parts(const Finish<A>& finish, unsigned j, double* sums) {
 template <typename A>
 __global__ void __launch_bounds__(1024) finish_kernel(const Finish<A> finish) {
   GLOW_KERNELS_DYNAMIC_SHARED(double, sums);
+  wait_for_previous();
   const unsigned n = finish.n, j = blockIdx.x;
   const Parameters<A>& parameters = finish.parameters;
   add_parts(finish, j, sums);
@@ -223,6 +226,9 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x_any, const Tensor& log_scale,
   Tensor z = empty_output(x_any), log_det = empty_vector(x.size(0), step.type(), x);
   dispatch(x, [&]<typename T>() {
     using A = compute_t<T>;
+    if constexpr (std::is_same_v<T, float>) {
+      if (forward_wide(launch, x, step.parameters<A>(), z, log_det)) return;
+    }
     with_work<A>(launch, x, [&]<unsigned R>(const Work<A, R>& work) {
       const Forward<T, R> arguments{work, step.parameters<A>(), readable<T>(x), writable<T>(z),
                                     log_det.mutable_data_ptr<A>()};
@@ -253,7 +259,7 @@ void run_finish(const Launcher& launch, const Tensor& x, const StepTensors& step
   if (step.knows_log_det()) finish.grad_known = known.mutable_data_ptr<A>();
   // Rows of threads, with some loads of each on their way at once.
   const unsigned rows = std::clamp(finish.parts / 4, 1u, 1024 / finish.width), threads = rows * finish.width;
-  launch(step.n(), static_cast<int>(threads), int64_t{threads} * 8, finish_kernel<A>, finish);
+  launch.next(step.n(), static_cast<int>(threads), int64_t{threads} * 8, finish_kernel<A>, finish);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_any, const Tensor& grad_log_det,
@@ -271,13 +277,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_a
   double* const inverse_data = others == 0 ? nullptr : inverse.mutable_data_ptr<double>();
   dispatch(x, [&]<typename T>() {
     using A = compute_t<T>;
+    const auto finish_parts = [&](const Tensor& parts) {
+      Finish<A> finish{};
+      finish.parts = static_cast<unsigned>(parts.size(0));
+      finish.matrices = parts.const_data_ptr<A>();
+      finish.shifts = finish.matrices + n * n;
+      finish.down = 1;  // transposed, so that what a block reads lies together
+      finish.across = n;
+      finish.beyond = n * (n + 1);
+      finish.inverse = inverse_data;
+      run_finish(launch, x, step, grad_log_det, finish, grads);
+    };
+    if constexpr (std::is_same_v<T, float>) {
+      const auto parts = folding_backward_wide(launch, grad, x, step.parameters<A>(), inverse_data, grad_x);
+      if (parts) return finish_parts(*parts);
+    }
     with_work<A>(launch, x, [&]<unsigned R>(const Work<A, R>& work) {
       const int64_t of_map =
           std::max(work.shared_bytes(2, 1) + fold_bytes(n), OuterSum<Work<A, R>>::scratch_bytes(work));
       const int64_t bytes = std::max(of_map, others * Elimination::shared_bytes(n));
       // All blocks at the same time, so that none starts after the others.
       const int64_t blocks = std::min(work.tiles(), std::max<int64_t>(1, launch.resident_blocks(bytes, 3) - others));
-      Tensor parts = empty_vector(blocks * n * (n + 1), step.type(), x);
+      Tensor parts = empty({blocks, n * (n + 1)}, step.type(), x);
       Backward<T, R> arguments{work};
       arguments.tiles = tile_count(work);
       arguments.grad = readable<T>(grad);
@@ -286,15 +307,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_a
       arguments.parts = parts.mutable_data_ptr<A>();
       launch(blocks + others, work.threads(), bytes, folding_backward_kernel<T, R>, arguments, step.parameters<A>(),
              inverse_data);
-      Finish<A> finish{};
-      finish.parts = static_cast<unsigned>(blocks);
-      finish.matrices = arguments.parts;
-      finish.shifts = arguments.parts + n * n;
-      finish.down = 1;  // transposed, so that what a block reads lies together
-      finish.across = n;
-      finish.beyond = n * (n + 1);
-      finish.inverse = inverse_data;
-      run_finish(launch, x, step, grad_log_det, finish, grads);
+      finish_parts(parts);
     });
   });
   const auto& [in_log_scale, in_bias, in_weight, in_known] = grads;

@@ -30,6 +30,15 @@ struct Span {
   unsigned count;
 };
 
+// Where a matrix C x C lies in shared memory: with zeros around it, `side` squared, its rows `row` elements apart, and
+// a shift after it.
+struct Frame {
+  unsigned channels, side, row;
+
+  __host__ __device__ unsigned shift() const { return side * row; }
+  __host__ __device__ unsigned size() const { return side * (row + 1); }
+};
+
 // How a block works: on `strips` strips of positions, with threads for the channels of each. A thread has R channels
 // and V neighbouring positions, 16 bytes of the type of arithmetic.
 template <typename Arithmetic, unsigned R>
@@ -68,7 +77,8 @@ struct Work {
   }
   __host__ __device__ unsigned positions() const { return strips * kStrip; }
   __host__ __device__ unsigned tile_size() const { return strips * side * kStride; }
-  __host__ __device__ unsigned matrix_size() const { return side * (side + 1); }
+  __host__ __device__ Frame frame() const { return {channels, side, side}; }
+  __host__ __device__ unsigned matrix_size() const { return frame().size(); }
 
   // Of this thread: its first channel, if it has any, its first position in the tile, and where both stand in memory.
   __device__ bool has_row() const { return !kSmall || row() < side; }
@@ -136,39 +146,50 @@ __device__ void start_copy(A* to, const A* from) {
   __pipeline_memcpy_async(to, from, N * sizeof(A));
 }
 
+// The same, or zeros for what does not exist.
+template <int N, typename A>
+__device__ void start_copy(A* to, const A* from, bool exists) {
+  __pipeline_memcpy_async(to, from, N * sizeof(A), exists ? 0 : N * sizeof(A));
+}
+
 // The copies that a thread has started since it last said so are a group.
 inline __device__ void end_of_copies() { __pipeline_commit(); }
 
-// Waits for all groups but the last `left`, of which the last ends here.
-template <int left = 0>
-__device__ void wait_for_copies() {
-  end_of_copies();
+// Waits for all groups but the last `left`.
+template <int left>
+__device__ void wait_for_groups() {
   __pipeline_wait_prior(left);
 }
 
-// Starts to load a matrix C x C with zeros around it, `side` squared, and after it a shift if there is one.
-template <typename W, typename A = typename W::A>
-__device__ void load_matrix(const A* from, const A* shift, const W& work, A* matrix) {
-  const unsigned channels = work.channels, side = work.side;
-  const auto load = [](A* to, const A* from, bool exists) {
-    if (exists) {
-      start_copy<1>(to, from);
-    } else {
-      *to = 0;
-    }
-  };
+// The same, where the last group ends here.
+template <int left = 0>
+__device__ void wait_for_copies() {
+  end_of_copies();
+  wait_for_groups<left>();
+}
+
+// Starts to load a matrix C x C with zeros around it, and a shift if there is one.
+template <typename A>
+__device__ void load_matrix(const A* from, const A* shift, const Frame& frame, A* matrix) {
+  constexpr unsigned V = 16 / sizeof(A);
+  const unsigned channels = frame.channels, side = frame.side;
   if (channels == side && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
-    for (unsigned index = threadIdx.x * W::V; index < side * side; index += blockDim.x * W::V) {
-      start_copy<W::V>(matrix + index, from + index);
+    const unsigned in_row = side / V;
+    for (unsigned index = threadIdx.x; index < side * in_row; index += blockDim.x) {
+      const unsigned i = index / in_row, j = (index - i * in_row) * V;
+      start_copy<V>(matrix + i * frame.row + j, from + i * channels + j);
     }
   } else {
     for (unsigned index = threadIdx.x; index < side * side; index += blockDim.x) {
       const unsigned i = index / side, j = index - i * side;
-      load(matrix + index, from + i * channels + j, i < channels && j < channels);
+      const bool exists = i < channels && j < channels;
+      start_copy<1>(matrix + i * frame.row + j, exists ? from + i * channels + j : from, exists);
     }
   }
   if (shift == nullptr) return;
-  for (unsigned i = threadIdx.x; i < side; i += blockDim.x) load(matrix + side * side + i, shift + i, i < channels);
+  for (unsigned i = threadIdx.x; i < side; i += blockDim.x) {
+    start_copy<1>(matrix + frame.shift() + i, i < channels ? shift + i : shift, i < channels);
+  }
 }
 
 // Calls f(channel, position) for all elements of a tile, `step` channels at a time. Where the channels lie together,

@@ -1,8 +1,11 @@
-// The linear map of actnorm_conv1x1 on the matrix units. The mathematics stands in glow_kernels/ops/actnorm_conv1x1.py.
+// The linear map of actnorm_conv1x1 on the matrix units, alone or folded in the same launch. The mathematics stands in
+// glow_kernels/ops/actnorm_conv1x1.py.
 //
-// A block stays on its multiprocessor, with the fragments of its matrices and strips of positions for every warp in
-// shared memory. Warps take strips by turns and wait for nobody: while some multiply, others load and store.
+// A block stays on its multiprocessor, with the fragments of its matrices and two strips of positions for every warp in
+// shared memory. Warps take strips by turns and wait for nobody: while a warp works on one strip its next is on its
+// way.
 #include <algorithm>
+#include <optional>
 
 #include "cuda/actnorm_conv1x1_mma.h"
 #include "cuda/actnorm_conv1x1_tile.h"
@@ -15,10 +18,10 @@ namespace {
 
 using namespace linear;  // NOLINT: what the tile header is for
 
-// With fewer channels the ordinary units keep up with the memory. The sums of more than 48 leave too few registers.
+// With fewer channels the ordinary units keep up with the memory. The sums of more than 48 leave too little memory.
 constexpr int64_t kLeastChannels = 25, kMostOfApply = 64, kMostOfBackward = 48;
-// Of a block. Two share a multiprocessor where shared memory, and registers for 64 channels, let them.
-constexpr int kApplyWarps = 8, kBackwardWarps = 4;
+// Of a block, which has a multiprocessor for itself.
+constexpr int kWarps = 8;
 
 // All strips of a tensor with this many positions in all.
 struct Strips {
@@ -28,102 +31,153 @@ struct Strips {
     const unsigned first = strip * Strip<8>::kPositions, batch = first / per_sample, left = positions - first;
     return {batch, first - batch * per_sample, left < Strip<8>::kPositions ? left : Strip<8>::kPositions};
   }
-  // The first of a warp, so that multiprocessors differ by one strip at most, and how many further on the next is.
-  __device__ unsigned first() const { return threadIdx.x / 32 * gridDim.x + blockIdx.x; }
-  __device__ unsigned step() const { return blockDim.x / 32 * gridDim.x; }
+
+  // Calls load(strip, turn) for the strips of this warp, and work(strip, turn) for each when it is there, while the
+  // next is on its way; of two neighbours one has turn 0 and the other 1. Multiprocessors differ by one strip at most.
+  // Between the first loads and the first work all threads call start(), when at most the last two groups of copies are
+  // on their way. Every piece of code stands here once: instructions come from memory too, and a warp has few strips.
+  template <typename Load, typename Start, typename F>
+  __device__ void for_each(unsigned block, unsigned blocks, const Load& load, const Start& start, const F& work) const {
+    const unsigned step = kWarps * blocks;
+    unsigned here = threadIdx.x / 32 * blocks + block, next = here;
+#pragma unroll 1
+    for (unsigned pass = 0; pass <= 2 || here < count; ++pass) {
+      if (pass == 2) {
+        wait_for_groups<2>();
+        start();
+        __syncthreads();
+      }
+      if (pass >= 2 && here < count) {
+        wait_for_groups<1>();
+        __syncwarp();
+        work(here, pass % 2);
+        __syncwarp();
+        here += step;
+      }
+      if (next < count) load(next, pass % 2);
+      end_of_copies();
+      next += step;
+    }
+  }
 };
 
-template <typename S>
-constexpr unsigned kFragments = S::kTiles * S::kTiles * 32;
+template <typename S, bool transposed>
+__host__ __device__ Frame frame_of(const Strips& strips) {
+  return {strips.channels, S::kSide, kMatrixRow<S, transposed>};
+}
 
 struct Apply {
   Strips strips;
   Positions<const float> x;
-  const float *matrix, *shift;
-  Positions<float> z;
+  const float *matrix = nullptr, *shift = nullptr;  // M and v, unless the kernel folds them
+  Parameters<float> parameters = {};                // of the step, and where log_det of every sample goes
+  float* log_det = nullptr;                         // null unless the kernel folds
+  Positions<float> z = {};
 };
 
 template <typename S>
-__global__ void __launch_bounds__(kApplyWarps * 32, S::kSide == 64 ? 1 : 2) apply_kernel(const Apply arguments) {
+__global__ void __launch_bounds__(kWarps * 32, 1) apply_kernel(const Apply arguments) {
   const Strips& strips = arguments.strips;
-  GLOW_KERNELS_DYNAMIC_SHARED(Split<2>, fragments);
-  float* const shift = reinterpret_cast<float*>(fragments + kFragments<S>);
-  float* const strip = shift + S::kSide + threadIdx.x / 32 * S::kSize;
-  const auto load = [&](unsigned index) {
-    if (index < strips.count) load_strip<S>(arguments.x, strips.channels, strips.span(index), strip);
-  };
-  load(strips.first());
-  split_matrix<S>(arguments.matrix, strips.channels, false, fragments);
-  pad_vector<S>(arguments.shift, strips.channels, shift);
-  __syncthreads();
-  for (unsigned index = strips.first(); index < strips.count; index += strips.step(), load(index)) {
-    wait_for_copies();
-    __syncwarp();
-    typename S::Values total;
-    multiply<S>(fragments, shift, strip, total);
-    store_strip<S>(arguments.z, strips.channels, strips.span(index), total, strip);
-    __syncwarp();
+  GLOW_KERNELS_DYNAMIC_SHARED(double, scale);
+  const unsigned folds = arguments.log_det == nullptr ? 0 : 1;
+  if (blockIdx.x < folds) {
+    write_log_det(arguments.parameters, strips.channels, scale, strips.positions / strips.per_sample, strips.per_sample,
+                  arguments.log_det);
+    return;
   }
+  const Frame frame = frame_of<S, false>(strips);
+  float* const matrix = reinterpret_cast<float*>(scale + 2 * S::kSide);
+  float* const own = matrix + frame.size() + threadIdx.x / 32 * 2 * S::kSize;
+  if (folds != 0) {
+    start_fold(arguments.parameters, frame, matrix);
+  } else {
+    load_matrix(arguments.matrix, arguments.shift, frame, matrix);
+    end_of_copies();
+  }
+  strips.for_each(
+      blockIdx.x - folds, gridDim.x - folds,
+      [&](unsigned index, unsigned turn) {
+        load_strip<S>(arguments.x, strips.channels, strips.span(index), own + turn * S::kSize);
+      },
+      [&] {
+        if (folds != 0) fold_matrix(arguments.parameters, frame, scale, matrix);
+      },
+      [&](unsigned index, unsigned turn) {
+        float* const strip = own + turn * S::kSize;
+        typename S::Values total;
+        multiply<S, false>(matrix, matrix + frame.shift(), strip, total);
+        store_strip<S>(arguments.z, strips.channels, strips.span(index), total, strip);
+      });
 }
 
 struct Backward {
   Strips strips;
   Positions<const float> grad = {}, data = {};  // g, and x, or z for the reversible backward
-  const float* matrix = nullptr;                // M
+  const float* matrix = nullptr;                // M, unless the kernel folds it
   const float* inverse = nullptr;               // M^-1, and the shift of x = M^-1 z + shift; null unless reversible
   const float* inverse_shift = nullptr;
-  Positions<float> x = {};       // of the reversible backward
-  Positions<float> grad_x = {};  // M^T g; null if it is not wanted
-  float* parts = nullptr;        // sum g x^T and sum g of every block
+  Parameters<float> parameters = {};  // of the step, where the kernel folds M
+  double* weight_inverse = nullptr;   // where W^-1 goes; null if it is not wanted
+  Positions<float> x = {};            // of the reversible backward
+  Positions<float> grad_x = {};       // M^T g; null if it is not wanted
+  float* parts = nullptr;             // sum g x^T, transposed where the kernel folds, and sum g of every block
 };
 
 template <typename S>
-__global__ void __launch_bounds__(kBackwardWarps * 32, 2) backward_kernel(const Backward arguments) {
+__global__ void __launch_bounds__(kWarps * 32, 1) backward_kernel(const Backward arguments) {
+  let_next_start();
   const Strips& strips = arguments.strips;
-  const bool reversible = arguments.inverse != nullptr;
-  GLOW_KERNELS_DYNAMIC_SHARED(Split<2>, fragments);
-  Split<2>* const inverse = fragments + kFragments<S>;
-  float* const shift = reinterpret_cast<float*>(inverse + (reversible ? kFragments<S> : 0));
-  float* const all_strips = shift + S::kSide;
-  float *const x = all_strips + threadIdx.x / 32 * 2 * S::kSize, *const g = x + S::kSize;
-  const auto load = [&](unsigned index) {
-    if (index >= strips.count) return;
-#pragma unroll 1
-    for (int input = 0; input < 2; ++input) {
-      const Positions<const float> from = input == 0 ? arguments.data : arguments.grad;
-      load_strip<S>(from, strips.channels, strips.span(index), input == 0 ? x : g);
-    }
-  };
-  load(strips.first());
-  split_matrix<S>(arguments.matrix, strips.channels, true, fragments);
-  if (reversible) {
-    split_matrix<S>(arguments.inverse, strips.channels, false, inverse);
-    pad_vector<S>(arguments.inverse_shift, strips.channels, shift);
+  GLOW_KERNELS_DYNAMIC_SHARED(double, scale);
+  const unsigned others = arguments.weight_inverse == nullptr ? 0 : 1;
+  if (blockIdx.x < others) {
+    write_inverse(arguments.parameters, strips.channels, scale, arguments.weight_inverse);
+    return;
   }
+  const bool reversible = arguments.inverse != nullptr, folds = arguments.matrix == nullptr;
+  const float* const no_shift = nullptr;
+  const unsigned block = blockIdx.x - others;
+  const Frame frame = frame_of<S, true>(strips), of_inverse = frame_of<S, false>(strips);
+  float* const matrix = reinterpret_cast<float*>(scale + 2 * S::kSide);
+  float* const inverse = matrix + frame.size();
+  float* const all_strips = inverse + (reversible ? of_inverse.size() : 0);
+  float* const own = all_strips + threadIdx.x / 32 * 4 * S::kSize;
+  if (reversible) load_matrix(arguments.inverse, arguments.inverse_shift, of_inverse, inverse);
+  load_matrix(folds ? arguments.parameters.weight : arguments.matrix, no_shift, frame, matrix);
+  end_of_copies();
   StripSums<S> sums;
+  strips.for_each(
+      block, gridDim.x - others,
+      [&](unsigned index, unsigned turn) {
+#pragma unroll 1
+        for (unsigned input = 0; input < 2; ++input) {
+          const Positions<const float> from = input == 0 ? arguments.data : arguments.grad;
+          load_strip<S>(from, strips.channels, strips.span(index), own + (2 * turn + input) * S::kSize);
+        }
+      },
+      [&] {
+        if (folds) fold_matrix(arguments.parameters, frame, scale, matrix);
+      },
+      [&](unsigned index, unsigned turn) {
+        const Span span = strips.span(index);
+        float *const x = own + 2 * turn * S::kSize, *const g = x + S::kSize;
+        typename S::Values total;
+        if (reversible) {
+          multiply<S, false>(inverse, inverse + of_inverse.shift(), x, total);
+          __syncwarp();
+          put_strip<S>(total, x);
+          __syncwarp();
+          store_strip<S>(arguments.x, strips.channels, span, total, x);
+        }
+        sums.add(g, x);
+        if (arguments.grad_x.data != nullptr) {
+          multiply<S, true>(matrix, no_shift, g, total);
+          store_strip<S>(arguments.grad_x, strips.channels, span, total, g);
+        }
+      });
   __syncthreads();
-  for (unsigned index = strips.first(); index < strips.count; index += strips.step(), load(index)) {
-    const Span span = strips.span(index);
-    wait_for_copies();
-    __syncwarp();
-    typename S::Values total;
-    if (reversible) {
-      multiply<S>(inverse, shift, x, total);
-      __syncwarp();
-      put_strip<S>(total, x);
-      __syncwarp();
-      store_strip<S>(arguments.x, strips.channels, span, total, x);
-    }
-    sums.add(g, x);
-    if (arguments.grad_x.data != nullptr) {
-      multiply<S>(fragments, nullptr, g, total);
-      store_strip<S>(arguments.grad_x, strips.channels, span, total, g);
-    }
-    __syncwarp();
-  }
-  __syncthreads();
-  sums.write(strips.channels, all_strips, reinterpret_cast<float*>(fragments),
-             arguments.parts + int64_t{blockIdx.x} * strips.channels * (strips.channels + 1));
+  static_assert(StripSums<S>::kScratch <= 4 * S::kSize);
+  sums.write(strips.channels, folds, all_strips,
+             arguments.parts + int64_t{block} * strips.channels * (strips.channels + 1));
 }
 
 // Calls f.operator()<S>(strips) where these kernels are for x.
@@ -135,7 +189,7 @@ bool with_strips(const Launcher& launch, const Tensor& x, const F& f) {
   const int64_t positions = planes.batches * planes.positions;
   const int64_t count = (positions + Strip<8>::kPositions - 1) / Strip<8>::kPositions;
   // Of fewer, some multiprocessors would have none for all of their warps.
-  const int64_t least = 2 * kBackwardWarps * launch.multiprocessors();
+  const int64_t least = kWarps * launch.multiprocessors();
   if (count < std::max<int64_t>(1, least) || positions >= int64_t{1} << 31) return false;
   const Strips strips{static_cast<unsigned>(channels), static_cast<unsigned>(count), static_cast<unsigned>(positions),
                       static_cast<unsigned>(planes.positions)};
@@ -149,49 +203,93 @@ bool with_strips(const Launcher& launch, const Tensor& x, const F& f) {
   return true;
 }
 
-// Bytes that a block has for matrices, a shift, and some strips of each of its warps.
+// Bytes of a block for scales, matrices, and some strips of each of its warps.
 template <typename S>
-constexpr int64_t shared_bytes(int64_t matrices, int64_t strips) {
-  return matrices * kFragments<S> * sizeof(Split<2>) + (S::kSide + strips * S::kSize) * sizeof(float);
+constexpr int64_t shared_bytes(int64_t of_matrices, int64_t strips) {
+  return 2 * S::kSide * sizeof(double) +
+         (of_matrices + kWarps * strips * S::kSize) * static_cast<int64_t>(sizeof(float));
 }
 
-int64_t blocks_for(const Launcher& launch, const Strips& strips, int64_t warps, int64_t bytes) {
-  return std::min<int64_t>((strips.count + warps - 1) / warps, launch.resident_blocks(bytes, 2));
+// Blocks for strips beside `others`, all at the same time.
+int64_t blocks_for(const Launcher& launch, const Strips& strips, int64_t bytes, int64_t others) {
+  const int64_t resident = launch.resident_blocks(bytes, 1) - others;
+  return std::min<int64_t>((strips.count + kWarps - 1) / kWarps, std::max<int64_t>(1, resident));
 }
 
-// Runs the kernel and adds the sums of its blocks. `fill` completes the arguments.
+template <typename S>
+void run_apply(const Launcher& launch, const Apply& arguments) {
+  const int64_t others = arguments.log_det == nullptr ? 0 : 1;
+  const int64_t bytes = std::max(shared_bytes<S>(frame_of<S, false>(arguments.strips).size(), 2),
+                                 others * Elimination::shared_bytes(arguments.strips.channels));
+  launch(blocks_for(launch, arguments.strips, bytes, others) + others, 32 * kWarps, bytes, apply_kernel<S>, arguments);
+}
+
+// Runs the kernel, and returns the sums of its blocks. `fill` completes the arguments.
 template <typename F>
-bool run_backward(const Launcher& launch, const Tensor& like, bool reversible, Tensor& grad_matrix, Tensor& grad_shift,
-                  const F& fill) {
-  return with_strips<kMostOfBackward>(launch, like, [&]<typename S>(const Strips& strips) {
-    const int64_t bytes = shared_bytes<S>(reversible ? 2 : 1, 2 * kBackwardWarps);
-    const int64_t blocks = blocks_for(launch, strips, kBackwardWarps, bytes);
-    Tensor parts = empty_vector(blocks * strips.channels * (strips.channels + 1), ScalarType::Float, like);
+std::optional<Tensor> run_backward(const Launcher& launch, const Tensor& like, const F& fill) {
+  std::optional<Tensor> parts;
+  with_strips<kMostOfBackward>(launch, like, [&]<typename S>(const Strips& strips) {
     Backward arguments{strips};
-    arguments.parts = parts.mutable_data_ptr<float>();
     fill(arguments);
-    launch(blocks, 32 * kBackwardWarps, bytes, backward_kernel<S>, arguments);
-    sum_columns<float>(launch, parts, blocks, grad_matrix, &grad_shift);
+    const int64_t others = arguments.weight_inverse == nullptr ? 0 : 1;
+    const int64_t of_inverse = arguments.inverse == nullptr ? 0 : frame_of<S, false>(strips).size();
+    const int64_t bytes = std::max(shared_bytes<S>(frame_of<S, true>(strips).size() + of_inverse, 4),
+                                   others * Elimination::shared_bytes(strips.channels));
+    const int64_t blocks = blocks_for(launch, strips, bytes, others);
+    parts = empty({blocks, strips.channels * (int64_t{strips.channels} + 1)}, ScalarType::Float, like);
+    arguments.parts = parts->mutable_data_ptr<float>();
+    launch(blocks + others, 32 * kWarps, bytes, backward_kernel<S>, arguments);
   });
+  return parts;
+}
+
+bool add_parts(const Launcher& launch, const std::optional<Tensor>& parts, Tensor& grad_matrix, Tensor& grad_shift) {
+  if (parts) sum_columns<float>(launch, *parts, parts->size(0), grad_matrix, &grad_shift);
+  return parts.has_value();
 }
 
 }  // namespace
 
 bool apply_wide(const Launcher& launch, const Tensor& x, const Tensor& matrix, const Tensor& shift, Tensor& z) {
   return with_strips<kMostOfApply>(launch, x, [&]<typename S>(const Strips& strips) {
-    const int64_t bytes = shared_bytes<S>(1, kApplyWarps);
-    const Apply arguments{strips, readable<float>(x), matrix.const_data_ptr<float>(), shift.const_data_ptr<float>(),
-                          writable<float>(z)};
-    launch(blocks_for(launch, strips, kApplyWarps, bytes), 32 * kApplyWarps, bytes, apply_kernel<S>, arguments);
+    Apply arguments{strips, readable<float>(x)};
+    arguments.matrix = matrix.const_data_ptr<float>();
+    arguments.shift = shift.const_data_ptr<float>();
+    arguments.z = writable<float>(z);
+    run_apply<S>(launch, arguments);
+  });
+}
+
+bool forward_wide(const Launcher& launch, const Tensor& x, const Parameters<float>& parameters, Tensor& z,
+                  Tensor& log_det) {
+  return with_strips<kMostOfApply>(launch, x, [&]<typename S>(const Strips& strips) {
+    Apply arguments{strips, readable<float>(x)};
+    arguments.parameters = parameters;
+    arguments.log_det = log_det.mutable_data_ptr<float>();
+    arguments.z = writable<float>(z);
+    run_apply<S>(launch, arguments);
   });
 }
 
 bool backward_wide(const Launcher& launch, const Tensor& grad, const Tensor& x, const Tensor& matrix, Tensor& grad_x,
                    Tensor& grad_matrix, Tensor& grad_shift) {
-  return run_backward(launch, x, false, grad_matrix, grad_shift, [&](Backward& arguments) {
+  const std::optional<Tensor> parts = run_backward(launch, x, [&](Backward& arguments) {
     arguments.grad = readable<float>(grad);
     arguments.data = readable<float>(x);
     arguments.matrix = matrix.const_data_ptr<float>();
+    if (grad_x.numel() > 0) arguments.grad_x = writable<float>(grad_x);
+  });
+  return add_parts(launch, parts, grad_matrix, grad_shift);
+}
+
+std::optional<Tensor> folding_backward_wide(const Launcher& launch, const Tensor& grad, const Tensor& x,
+                                            const Parameters<float>& parameters, double* weight_inverse,
+                                            Tensor& grad_x) {
+  return run_backward(launch, x, [&](Backward& arguments) {
+    arguments.grad = readable<float>(grad);
+    arguments.data = readable<float>(x);
+    arguments.parameters = parameters;
+    arguments.weight_inverse = weight_inverse;
     if (grad_x.numel() > 0) arguments.grad_x = writable<float>(grad_x);
   });
 }
@@ -199,7 +297,7 @@ bool backward_wide(const Launcher& launch, const Tensor& grad, const Tensor& x, 
 bool reversible_backward_wide(const Launcher& launch, const Tensor& grad, const Tensor& z, const Tensor& matrix,
                               const Tensor& inverse, const Tensor& inverse_shift, Tensor& x, Tensor& grad_x,
                               Tensor& grad_matrix, Tensor& grad_shift) {
-  return run_backward(launch, z, true, grad_matrix, grad_shift, [&](Backward& arguments) {
+  const std::optional<Tensor> parts = run_backward(launch, z, [&](Backward& arguments) {
     arguments.grad = readable<float>(grad);
     arguments.data = readable<float>(z);
     arguments.matrix = matrix.const_data_ptr<float>();
@@ -208,6 +306,7 @@ bool reversible_backward_wide(const Launcher& launch, const Tensor& grad, const 
     arguments.x = writable<float>(x);
     arguments.grad_x = writable<float>(grad_x);
   });
+  return add_parts(launch, parts, grad_matrix, grad_shift);
 }
 
 }  // namespace glow_kernels

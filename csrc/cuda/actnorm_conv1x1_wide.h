@@ -2,6 +2,9 @@
 // arithmetic than the ordinary units do while the memory delivers.
 #pragma once
 
+#include <optional>
+
+#include "cuda/actnorm_conv1x1_parameters.h"
 #include "cuda/launch.h"
 #include "glow_kernels/tensors.h"
 
@@ -18,5 +21,15 @@ bool backward_wide(const Launcher& launch, const Tensor& grad, const Tensor& x, 
 bool reversible_backward_wide(const Launcher& launch, const Tensor& grad, const Tensor& z, const Tensor& matrix,
                               const Tensor& inverse, const Tensor& inverse_shift, Tensor& x, Tensor& grad_x,
                               Tensor& grad_matrix, Tensor& grad_shift);
+
+// The same from the parameters of a step, as actnorm_conv1x1_step.cu does it.
+bool forward_wide(const Launcher& launch, const Tensor& x, const linear::Parameters<float>& parameters, Tensor& z,
+                  Tensor& log_det);
+
+// Returns (sum g x^T)^T and sum g of every block, a row (C + 1, C) for each. `weight_inverse` is where W^-1 goes, or
+// null.
+std::optional<Tensor> folding_backward_wide(const Launcher& launch, const Tensor& grad, const Tensor& x,
+                                            const linear::Parameters<float>& parameters, double* weight_inverse,
+                                            Tensor& grad_x);
 
 }  // namespace glow_kernels

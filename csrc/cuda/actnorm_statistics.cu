@@ -88,6 +88,7 @@ template <typename T, Together together>
 __global__ void __launch_bounds__(kThreads) parts_kernel(const T* x, Planes planes, Cut cut, Statistics* parts) {
   constexpr int elements = together == Together::nothing ? 1 : kTogether;
   constexpr int channels = together == Together::channels ? elements : 1, positions = elements / channels;
+  let_next_start();
   const unsigned part = blockIdx.x / cut.across, group = threadIdx.x / cut.width;
   const unsigned column = blockIdx.x % cut.across * cut.width + threadIdx.x % cut.width;
   int64_t seen = 0;
@@ -138,6 +139,7 @@ __global__ void __launch_bounds__(kThreads) parts_kernel(const T* x, Planes plan
 
 template <typename A>
 __global__ void __launch_bounds__(kThreads) total_kernel(const Statistics* parts, int count, A* mean, A* variance) {
+  wait_for_previous();
   Statistics mine{0, 0, 0};
   if (static_cast<int>(threadIdx.x) < count) mine = parts[int64_t{blockIdx.x} * count + threadIdx.x];
   mine = combine(mine, count, 1);
@@ -163,8 +165,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x_any) {
                         : cut.together == Together::positions ? parts_kernel<T, Together::positions>
                                                               : parts_kernel<T, Together::nothing>;
     launch(int64_t{cut.across} * cut.parts, kernel, x.const_data_ptr<T>(), planes, cut, parts);
-    launch(planes.channels, total_kernel<A>, parts, static_cast<int>(cut.parts), mean.mutable_data_ptr<A>(),
-           variance.mutable_data_ptr<A>());
+    launch.next(planes.channels, kThreads, 0, total_kernel<A>, parts, static_cast<int>(cut.parts),
+                mean.mutable_data_ptr<A>(), variance.mutable_data_ptr<A>());
   });
   return {mean, variance};
 }

@@ -116,6 +116,7 @@ __device__ void transform(const Views<T, H>& views, const Tile& tile, const Spot
 
 template <int N, typename T, typename H>
 __global__ void __launch_bounds__(kMapThreads<N>, kMapBlocks<H, N>) transform_kernel(const Views<T, H> views) {
+  let_next_start();
   using A = compute_t<T>;
   const Tile tile = views.tiling[blockIdx.x];
   A total = 0;
@@ -132,6 +133,7 @@ __global__ void __launch_bounds__(kMapThreads<N>, kMapBlocks<H, N>) transform_ke
 template <int N, typename T, typename H>
 __global__ void __launch_bounds__(kThreads, kMapBlocks<H, N>)
     exchanged_transform_kernel(const Views<T, H> views, const PairExchange exchange, const PairRows<const H> h) {
+  let_next_start();
   using A = compute_t<T>;
   GLOW_KERNELS_DYNAMIC_SHARED(H, pairs);
   const Tile tile = views.tiling[blockIdx.x];
@@ -206,6 +208,7 @@ __device__ void differentiate(const Views<T, H>& views, const Tile& tile, const 
 
 template <int N, typename T, typename H>
 __global__ void __launch_bounds__(kThreads, kGradientBlocks<H, N>) gradient_kernel(const Views<T, H> views) {
+  let_next_start();
   using A = compute_t<T>;
   GLOW_KERNELS_DYNAMIC_SHARED(A, grad_gain);  // of every element of the tile
   const Tile tile = views.tiling[blockIdx.x];
@@ -227,6 +230,7 @@ template <int N, typename T, typename H>
 __global__ void __launch_bounds__(kThreads, kExchangedBlocks<N>)
     exchanged_gradient_kernel(const Views<T, H> views, const PairExchange exchange, const PairRows<const H> h,
                               const PairRows<H> grad_h, unsigned gain_at) {
+  let_next_start();
   using A = compute_t<T>;
   GLOW_KERNELS_DYNAMIC_SHARED(H, pairs);
   A* const grad_gain = reinterpret_cast<A*>(pairs + gain_at);

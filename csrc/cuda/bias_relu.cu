@@ -93,6 +93,7 @@ struct Backward {
 
 template <Pass pass, typename T, typename H>
 __global__ void __launch_bounds__(kThreads, kBackwardBlocks) backward_kernel(const Backward<T, H> views) {
+  let_next_start();
   using A = compute_t<T>;
   constexpr int N = kVector<T, H>;
   const Tiling& tiling = views.tiling;

@@ -79,6 +79,7 @@ struct Forward {
 
 template <typename T, typename H, unsigned R>
 __global__ void __launch_bounds__(kThreads, R == kFewRows ? 3 : 2) forward_kernel(const Forward<T, H, R> arguments) {
+  let_next_start();
   using A = compute_t<T>;
   using W = SampleWork<A, R>;
   const W& work = arguments.work;
@@ -86,7 +87,7 @@ __global__ void __launch_bounds__(kThreads, R == kFewRows ? 3 : 2) forward_kerne
   GLOW_KERNELS_DYNAMIC_SHARED(A, x);
   A* const matrix = x + work.tile_size();
   const Span span = work.span(blockIdx.x);
-  load_matrix(arguments.matrix, arguments.shift, work, matrix);
+  load_matrix(arguments.matrix, arguments.shift, work.frame(), matrix);
   load_tile(arguments.z, work, span, x);
   Reader<H> reader(h, span);
   wait_for_copies();
@@ -127,6 +128,7 @@ struct Backward {
 // Every gridDim.x-th tile.
 template <typename T, typename H, unsigned R>
 __global__ void __launch_bounds__(kBackwardThreads<R>, 2) backward_kernel(const Backward<T, H, R> arguments) {
+  let_next_start();
   using A = compute_t<T>;
   using W = SampleWork<A, R>;
   const W& work = arguments.work;
@@ -136,7 +138,7 @@ __global__ void __launch_bounds__(kBackwardThreads<R>, 2) backward_kernel(const 
   A *const g = x + work.tile_size(), *const dx = g + work.tile_size(), *const matrix = dx + work.tile_size();
   const A* const no_shift = nullptr;
   OuterSum<W> sums(work);
-  load_matrix(arguments.matrix, no_shift, work, matrix);
+  load_matrix(arguments.matrix, no_shift, work.frame(), matrix);
   for (unsigned index = blockIdx.x; index < arguments.tiles; index += gridDim.x) {
     const Span span = work.span(index);
 #pragma unroll 1  // the registers hold one tile on its way

@@ -26,6 +26,7 @@ struct Views {
 
 template <typename T, typename H>
 __global__ void __launch_bounds__(kThreads) forward_kernel(const Views<T, H> views) {
+  let_next_start();
   using A = compute_t<T>;
   constexpr int N = kVector<T, H>;
   const Tile tile = views.tiling[blockIdx.x];

@@ -38,6 +38,20 @@ inline void check_cuda(cudaError_t error, const char* what) {
   STD_TORCH_CHECK(error == cudaSuccess, what, " failed: ", cudaGetErrorString(error));
 }
 
+// In a kernel that Launcher::next() follows: that one may start as soon as all blocks of this have called it.
+inline __device__ void let_next_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();
+#endif
+}
+
+// In a kernel launched by Launcher::next(): waits until the one before has ended, whose results can be read then.
+inline __device__ void wait_for_previous() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  cudaGridDependencySynchronize();
+#endif
+}
+
 // Makes the device of a tensor current as long as it lives, and launches on the stream that torch works on there.
 class Launcher {
  public:
@@ -56,27 +70,20 @@ class Launcher {
   template <typename... P, typename... A>
   void operator()(int64_t blocks, int threads, int64_t shared_bytes, void (*kernel)(P...),
                   const A&... arguments) const {
-    if (blocks == 0) return;
-    STD_TORCH_CHECK(blocks <= std::numeric_limits<int32_t>::max(), "a launch has at most 2^31 - 1 blocks, not ",
-                    blocks);
-    const unsigned grid = static_cast<unsigned>(blocks), block = static_cast<unsigned>(threads);
-#if defined(__CUDACC__)
-    if (shared_bytes > 48 * 1024) {
-      check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                      cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
-                 "asking for shared memory");
-    }
-    kernel<<<grid, block, static_cast<size_t>(shared_bytes), stream_>>>(arguments...);
-    check_cuda(cudaGetLastError(), "launching a kernel");
-#else
-    cuda_host::launch(grid, block, static_cast<size_t>(shared_bytes), [&] { kernel(arguments...); });
-#endif
+    start(false, blocks, threads, shared_bytes, kernel, arguments...);
   }
 
   // The same with kThreads threads and no dynamic shared memory.
   template <typename... P, typename... A>
   void operator()(int64_t blocks, void (*kernel)(P...), const A&... arguments) const {
     (*this)(blocks, kThreads, 0, kernel, arguments...);
+  }
+
+  // The same for a kernel that ends what the one just launched has begun. GPUs from sm_90 on bring its blocks to their
+  // places while that one still runs, so it must call wait_for_previous() before it reads or writes anything.
+  template <typename... P, typename... A>
+  void next(int64_t blocks, int threads, int64_t shared_bytes, void (*kernel)(P...), const A&... arguments) const {
+    start(true, blocks, threads, shared_bytes, kernel, arguments...);
   }
 
   int64_t multiprocessors() const {
@@ -94,11 +101,40 @@ class Launcher {
     const int64_t fit = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / (shared_bytes + 1024);
     return multiprocessors() * (fit < 1 ? 1 : fit < most ? fit : most);
 #else
-    return most;
+    return 2 * most;
 #endif
   }
 
  private:
+  template <typename... P, typename... A>
+  void start([[maybe_unused]] bool follows, int64_t blocks, int threads, int64_t shared_bytes, void (*kernel)(P...),
+             const A&... arguments) const {
+    if (blocks == 0) return;
+    STD_TORCH_CHECK(blocks <= std::numeric_limits<int32_t>::max(), "a launch has at most 2^31 - 1 blocks, not ",
+                    blocks);
+    const unsigned grid = static_cast<unsigned>(blocks), block = static_cast<unsigned>(threads);
+#if defined(__CUDACC__)
+    if (shared_bytes > 48 * 1024) {
+      check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                      cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
+                 "asking for shared memory");
+    }
+    cudaLaunchAttribute early{};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(grid);
+    config.blockDim = dim3(block);
+    config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+    config.stream = stream_;
+    config.attrs = &early;
+    config.numAttrs = follows && attribute(cudaDevAttrComputeCapabilityMajor) >= 9 ? 1 : 0;
+    check_cuda(cudaLaunchKernelEx(&config, kernel, arguments...), "launching a kernel");
+#else
+    cuda_host::launch(grid, block, static_cast<size_t>(shared_bytes), [&] { kernel(arguments...); });
+#endif
+  }
+
 #if defined(__CUDACC__)
   static int attribute(cudaDeviceAttr which) {
     int device = 0, value = 0;

@@ -36,6 +36,7 @@ __device__ A block_sum(A value) {
 template <typename A>
 __global__ void __launch_bounds__(kThreads)
     sum_rows_kernel(const double* parts, unsigned rows, unsigned columns, A* sums) {
+  wait_for_previous();
   const unsigned row = blockIdx.x * (kThreads / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
   if (row >= rows) return;
   double total = 0;
@@ -50,8 +51,8 @@ inline Tensor empty_parts(int64_t size, const Tensor& x) { return empty_vector(s
 // From parts (rows, columns) of empty_parts() to a sum for every row.
 template <typename A>
 void sum_rows(const Launcher& launch, const Tensor& parts, int64_t rows, int64_t columns, A* sums) {
-  launch((rows + kThreads / 32 - 1) / (kThreads / 32), sum_rows_kernel<A>, parts.const_data_ptr<double>(),
-         static_cast<unsigned>(rows), static_cast<unsigned>(columns), sums);
+  launch.next((rows + kThreads / 32 - 1) / (kThreads / 32), kThreads, 0, sum_rows_kernel<A>,
+              parts.const_data_ptr<double>(), static_cast<unsigned>(rows), static_cast<unsigned>(columns), sums);
 }
 
 // The sums over the rows of parts (rows, columns): the first `split` of them to `first`, the others to `second`. A
@@ -60,6 +61,7 @@ template <typename A>
 __global__ void __launch_bounds__(1024)
     sum_columns_kernel(const A* parts, unsigned rows, unsigned columns, unsigned split, A* first, A* second) {
   GLOW_KERNELS_SHARED(double, sums, [32][32]);
+  wait_for_previous();
   const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
   const unsigned column = blockIdx.x * 32 + lane;
   double total = 0;
@@ -81,9 +83,9 @@ template <typename A>
 void sum_columns(const Launcher& launch, const Tensor& parts, int64_t rows, Tensor& first, Tensor* second = nullptr) {
   const int64_t split = first.numel(), columns = split + (second == nullptr ? 0 : second->numel());
   const int64_t warps = std::clamp<int64_t>(rows / 4, 1, 32);  // with some loads of each on their way at once
-  launch((columns + 31) / 32, static_cast<int>(32 * warps), 0, sum_columns_kernel<A>, parts.const_data_ptr<A>(),
-         static_cast<unsigned>(rows), static_cast<unsigned>(columns), static_cast<unsigned>(split),
-         first.mutable_data_ptr<A>(), second == nullptr ? nullptr : second->mutable_data_ptr<A>());
+  launch.next((columns + 31) / 32, static_cast<int>(32 * warps), 0, sum_columns_kernel<A>, parts.const_data_ptr<A>(),
+              static_cast<unsigned>(rows), static_cast<unsigned>(columns), static_cast<unsigned>(split),
+              first.mutable_data_ptr<A>(), second == nullptr ? nullptr : second->mutable_data_ptr<A>());
 }
 
 // Where the blocks of a kernel leave what samples sum to: the sums where a tile is a whole sample, parts elsewhere.

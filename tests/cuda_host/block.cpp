@@ -28,7 +28,7 @@ enum class State { ready, at_barrier, exchanging, done };
 struct Copy {
   void* to;
   const void* from;
-  size_t bytes;
+  size_t bytes, zeros;
   size_t group;
 };
 
@@ -265,16 +265,20 @@ int multiprocessors() {
 
 void* shared_memory(const void* key, size_t bytes) { return running->shared_memory(key, bytes); }
 void* dynamic_shared() { return running->shared_memory(nullptr, running->shared_bytes()); }
-void start_copy(void* to, const void* from, size_t bytes) {
+void start_copy(void* to, const void* from, size_t bytes, size_t zeros) {
   Copies& copies = running->copies();
-  copies.started.push_back({to, from, bytes, copies.groups});
+  copies.started.push_back({to, from, bytes, zeros, copies.groups});
 }
 void end_group_of_copies() { ++running->copies().groups; }
 void finish_copies(size_t left) {
   auto& [started, groups] = running->copies();
   const auto first_left =
       std::find_if(started.begin(), started.end(), [&](const Copy& copy) { return copy.group + left >= groups; });
-  std::for_each(started.begin(), first_left, [](const Copy& copy) { std::memcpy(copy.to, copy.from, copy.bytes); });
+  std::for_each(started.begin(), first_left, [](const Copy& copy) {
+    const size_t read = copy.bytes - copy.zeros;
+    std::memcpy(copy.to, copy.from, read);
+    std::memset(static_cast<unsigned char*>(copy.to) + read, 0, copy.zeros);
+  });
   started.erase(started.begin(), first_left);
 }
 void barrier(Place place) { running->wait(place, State::at_barrier); }

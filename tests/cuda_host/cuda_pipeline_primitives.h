@@ -6,15 +6,16 @@
 
 namespace cuda_host {
 
-void start_copy(void* to, const void* from, size_t bytes);
+void start_copy(void* to, const void* from, size_t bytes, size_t zeros);
 void end_group_of_copies();
 // Makes those of all groups but the last `left`.
 void finish_copies(size_t left);
 
 }  // namespace cuda_host
 
-inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes) {
-  cuda_host::start_copy(to, from, bytes);
+// The last `zeros` bytes are not read, but 0.
+inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes, size_t zeros = 0) {
+  cuda_host::start_copy(to, from, bytes, zeros);
 }
 inline void __pipeline_commit() { cuda_host::end_group_of_copies(); }
 inline void __pipeline_wait_prior(size_t left) { cuda_host::finish_copies(left); }
