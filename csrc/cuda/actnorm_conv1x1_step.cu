@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(compute_t<T>) == 8 ? 1 : 2
   wait_for_copies();
   fold_matrix(parameters, work.frame(), reinterpret_cast<double*>(matrix + work.matrix_size()), matrix);
   const unsigned index = blockIdx.x - others;
-  backward_tiles(arguments, false, index, gridDim.x - others, x, g, matrix, matrix, sums);
+  backward_tiles(arguments, false, index, x, g, matrix, matrix, sums);
   sums.write(work, x, arguments.parts + int64_t{index} * work.channels * (work.channels + 1), true);
 }
 
@@ -111,15 +111,15 @@ __device__ void add_parts(const Finish<A>& finish, unsigned j, double* sums) {
 template <typename A>
 __global__ void __launch_bounds__(1024) finish_kernel(const Finish<A> finish) {
   GLOW_KERNELS_DYNAMIC_SHARED(double, sums);
-  wait_for_previous();
   const unsigned n = finish.n, j = blockIdx.x;
   const Parameters<A>& parameters = finish.parameters;
-  add_parts(finish, j, sums);
   double of_samples = 0;
 #pragma unroll 4
   for (int64_t batch = threadIdx.x; batch < finish.batches; batch += blockDim.x) {
     of_samples += static_cast<double>(finish.grad_log_det[batch]);
   }
+  wait_for_previous();  // for parts and inverse
+  add_parts(finish, j, sums);
   of_samples = block_sum(of_samples);  // with a barrier, after which all sums are there
   if (threadIdx.x >= 32) return;
   const double in_log_det = __shfl_sync(kWholeWarp, of_samples, 0) * static_cast<double>(finish.positions);
@@ -300,7 +300,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_a
       const int64_t blocks = std::min(work.tiles(), std::max<int64_t>(1, launch.resident_blocks(bytes, 3) - others));
       Tensor parts = empty({blocks, n * (n + 1)}, step.type(), x);
       Backward<T, R> arguments{work};
-      arguments.tiles = tile_count(work);
+      arguments.share = work.share(blocks);
       arguments.grad = readable<T>(grad);
       arguments.data = readable<T>(x);
       if (needs_grad_x) arguments.grad_x = writable<T>(grad_x);

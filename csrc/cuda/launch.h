@@ -80,7 +80,8 @@ class Launcher {
   }
 
   // The same for a kernel that ends what the one just launched has begun. GPUs from sm_90 on bring its blocks to their
-  // places while that one still runs, so it must call wait_for_previous() before it reads or writes anything.
+  // places while that one still runs, so it must call wait_for_previous() before it reads what that one writes, and
+  // before it writes.
   template <typename... P, typename... A>
   void next(int64_t blocks, int threads, int64_t shared_bytes, void (*kernel)(P...), const A&... arguments) const {
     start(true, blocks, threads, shared_bytes, kernel, arguments...);
