@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(compute_t<T>) == 8 ? 1 : 2
   OuterSum<W> sums(work);
   if (W::kSmall || !reversible) load_matrix(arguments.matrix, no_shift, work.frame(), matrix);
   if (W::kSmall && reversible) load_matrix(arguments.inverse, arguments.inverse_shift, work.frame(), inverse);
-  backward_tiles(arguments, reversible, blockIdx.x, x, g, matrix, inverse, sums);
+  backward_tiles(arguments, reversible, blockIdx.x, gridDim.x, x, g, matrix, inverse, sums);
   sums.write(work, x, arguments.parts + int64_t{blockIdx.x} * work.channels * (work.channels + 1));
 }
 
@@ -96,7 +96,7 @@ void run_backward(const Launcher& launch, const Tensor& like, Tensor& grad_matri
     const int64_t blocks = std::min(tiles, launch.resident_blocks(bytes, 3));
     Tensor parts = empty_vector(blocks * channels * (channels + 1), grad_matrix.scalar_type(), like);
     Backward<T, R> arguments{work};
-    arguments.share = work.share(blocks);
+    arguments.tiles = tile_count(work);
     arguments.parts = parts.mutable_data_ptr<A>();
     fill(arguments);
     launch(blocks, work.threads(), bytes, backward_kernel<T, R>, arguments);

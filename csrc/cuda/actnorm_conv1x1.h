@@ -13,7 +13,7 @@ template <typename T, unsigned R>
 struct Backward {
   using A = compute_t<T>;
   Work<A, R> work;
-  int64_t share = 0;                        // positions of a block
+  unsigned tiles = 0;
   Positions<const T> grad = {}, data = {};  // g, and x, or z for the reversible backward
   const A* matrix = nullptr;                // M, unless the kernel folds it
   const A* inverse = nullptr;               // M^-1, and the shift of x = M^-1 z + shift; null unless reversible
@@ -23,18 +23,16 @@ struct Backward {
   A* parts = nullptr;        // sum g x^T and sum g of every block
 };
 
-// The tiles of a block's positions. Tiles of g and x, M and its inverse lie in shared memory; of large
+// The tiles from `first` on, every `step`-th. Tiles of g and x, M and its inverse lie in shared memory; of large
 // tensors M and its inverse take turns at one place.
 template <typename T, unsigned R, typename A = compute_t<T>>
-__device__ void backward_tiles(const Backward<T, R>& arguments, bool reversible, unsigned block, A* x, A* g, A* matrix,
-                               A* inverse, OuterSum<Work<A, R>>& sums) {
+__device__ void backward_tiles(const Backward<T, R>& arguments, bool reversible, unsigned first, unsigned step, A* x,
+                               A* g, A* matrix, A* inverse, OuterSum<Work<A, R>>& sums) {
   using W = Work<A, R>;
   const W& work = arguments.work;
   const A* const no_shift = nullptr;
-  const int64_t all = work.all_positions(), start = int64_t{block} * arguments.share;
-  const int64_t end = start + arguments.share < all ? start + arguments.share : all;
-  for (int64_t first = start; first < end; first += work.positions()) {
-    const Span span = work.span_from(first, end);
+  for (unsigned index = first; index < arguments.tiles; index += step) {
+    const Span span = work.span(index);
 #pragma unroll 1  // the registers hold one tile on its way
     for (int input = 0; input < 2; ++input) {
       const Positions<const T> from = input == 0 ? arguments.data : arguments.grad;
@@ -69,6 +67,12 @@ inline void check_data(const Tensor& x) {
   const int64_t most = x.scalar_type() == ScalarType::Double ? kMaxChannels<double> : kMaxChannels<float>;
   STD_TORCH_CHECK(channels >= 1 && channels <= most, "the native backend takes 1 to ", most,
                   " channels of this type on a GPU, got ", channels);
+}
+
+template <typename W>
+unsigned tile_count(const W& work) {
+  STD_TORCH_CHECK(work.tiles() < (int64_t{1} << 31), "the tensor is too large");
+  return static_cast<unsigned>(work.tiles());
 }
 
 // Calls f(work): with few channels a thread where many would leave a multiprocessor less than two blocks.

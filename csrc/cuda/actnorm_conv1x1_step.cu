@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(compute_t<T>) == 8 ? 1 : 2
   wait_for_copies();
   fold_matrix(parameters, work.frame(), reinterpret_cast<double*>(matrix + work.matrix_size()), matrix);
   const unsigned index = blockIdx.x - others;
-  backward_tiles(arguments, false, index, x, g, matrix, matrix, sums);
+  backward_tiles(arguments, false, index, gridDim.x - others, x, g, matrix, matrix, sums);
   sums.write(work, x, arguments.parts + int64_t{index} * work.channels * (work.channels + 1), true);
 }
 
@@ -300,7 +300,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_a
       const int64_t blocks = std::min(work.tiles(), std::max<int64_t>(1, launch.resident_blocks(bytes, 3) - others));
       Tensor parts = empty({blocks, n * (n + 1)}, step.type(), x);
       Backward<T, R> arguments{work};
-      arguments.share = work.share(blocks);
+      arguments.tiles = tile_count(work);
       arguments.grad = readable<T>(grad);
       arguments.data = readable<T>(x);
       if (needs_grad_x) arguments.grad_x = writable<T>(grad_x);

@@ -70,18 +70,11 @@ struct Work {
     const unsigned with_rows = side / R * strips * kLanes;
     return static_cast<int>(kSmall ? std::max(128u, (with_rows + 31) / 32 * 32) : with_rows);
   }
-  int64_t tiles() const { return (all_positions() + positions() - 1) / positions(); }
-  // Positions for each of so many blocks, by 128 bytes where tiles are not smaller: all have the same to do, and what
-  // is left of a block's for its last tile takes less time than a whole one.
-  int64_t share(int64_t blocks) const {
-    const int64_t unit = std::min(32u, positions()), of_all = std::max<int64_t>(1, blocks) * unit;
-    return (all_positions() + of_all - 1) / of_all * unit;
-  }
+  int64_t tiles() const { return (batches * per_sample + positions() - 1) / positions(); }
   // Of tiles, and of matrices with a shift.
   int64_t shared_bytes(int64_t tile_count, int64_t matrix_count) const {
     return (tile_count * tile_size() + matrix_count * matrix_size()) * static_cast<int64_t>(sizeof(A));
   }
-  __host__ __device__ int64_t all_positions() const { return batches * per_sample; }
   __host__ __device__ unsigned positions() const { return strips * kStrip; }
   __host__ __device__ unsigned tile_size() const { return strips * side * kStride; }
   __host__ __device__ Frame frame() const { return {channels, side, side}; }
@@ -94,10 +87,9 @@ struct Work {
   __device__ unsigned at(unsigned channel, unsigned position) const {
     return (position / kStrip * side + channel) * kStride + position % kStrip;
   }
-  __device__ Span span(unsigned tile) const { return span_from(int64_t{tile} * positions(), all_positions()); }
-  // A tile from a position of all on, or what there is of it before another.
-  __device__ Span span_from(int64_t first, int64_t end) const {
-    const int64_t batch = first / per_sample, left = end - first;
+  __device__ Span span(unsigned tile) const {
+    const int64_t first = int64_t{tile} * positions(), batch = first / per_sample;
+    const int64_t left = batches * per_sample - first;
     return {batch, first - batch * per_sample, left < positions() ? static_cast<unsigned>(left) : positions()};
   }
 };
