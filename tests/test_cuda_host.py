@@ -58,28 +58,29 @@ def compute(multiprocessors, z, h, matrix, shift, grad, grad_log_det):
 sizes = ((3, 6, 420), (3, 6, 420), (6, 6), (6,), (3, 6, 420), (3,))
 samples = [(count, *map(torch.randn, sizes)) for count in "10"]
 """,
-    # The same, with an elimination in a block of its own and without.
+    # The same, with an elimination in a block of its own and without, and on the matrix units.
     "actnorm_conv1x1": """\
 import importlib
 whole = importlib.import_module("glow_kernels.ops.actnorm_conv1x1")
 def compute(multiprocessors, x, grad, grad_log_det, *parameters):
     os.environ["GLOW_KERNELS_MULTIPROCESSORS"] = multiprocessors
     return *whole._forward(x, *parameters), *whole._backward(grad, grad_log_det, x, *parameters, True)
-def sample(multiprocessors, *known):
-    data = torch.randn(3, 12, 420), torch.randn(3, 12, 420), torch.randn(3)
-    return multiprocessors, *data, *torch.randn(2, 12), torch.linalg.qr(torch.randn(12, 12)).Q, *known
-samples = [sample("1", None), sample("0", None), sample("0", torch.tensor(0.5))]
+def sample(multiprocessors, channels, *known):
+    data = torch.randn(3, channels, 420), torch.randn(3, channels, 420), torch.randn(3)
+    weight = torch.linalg.qr(torch.randn(channels, channels)).Q
+    return multiprocessors, *data, *torch.randn(2, channels), weight, *known
+samples = [sample("1", 12, None), sample("0", 12, None), sample("0", 12, torch.tensor(0.5)), sample("0", 27, None)]
 """,
-    # Of no multiprocessors, so that no tensor is small: more strips than warps, in two blocks.
+    # Of no multiprocessors, so that no tensor is small: two blocks, some warps of which have three strips in turn.
     "actnorm_conv1x1_wide": """\
 from glow_kernels.ops.actnorm_conv1x1 import apply, apply_backward, apply_reversible_backward
 os.environ["GLOW_KERNELS_MULTIPROCESSORS"] = "0"
 def compute(x, grad, matrix, inverse, shift):
     backward = apply_reversible_backward(grad, x, matrix, inverse, shift)
     return apply(x, matrix, shift), *apply_backward(grad, x, matrix), *backward
-sizes = ((3, 45, 212), (3, 45, 212), (45, 45), (45, 45), (45,))
-channels_last = *(torch.randn(3, 70, 32).mT for _ in range(2)), *map(torch.randn, ((32, 32), (32, 32), (32,)))
-samples = [tuple(map(torch.randn, sizes)), channels_last]
+sizes = ((3, 45, 420), (3, 45, 420), (45, 45), (45, 45), (45,))
+channels_last = *(torch.randn(3, 350, 32).mT for _ in range(2)), *map(torch.randn, ((32, 32), (32, 32), (32,)))
+samples = [tuple(0.3 * part for part in sample) for sample in (tuple(map(torch.randn, sizes)), channels_last)]
 """,
     # Of contiguous data with an h that lies channels last, in tiles that end among the positions of a thread.
     "affine_coupling": """\
@@ -119,10 +120,11 @@ STORED = "write_tile(arguments.grad_z, work, span, dx);\n"
 
 FOLDED = "reinterpret_cast<double*>(matrix + work.matrix_size()), matrix);\n"
 LOADED = f"{FOLDED}  wait_for_copies();\n"
-READY = "wait_for_copies();\n"
-PRODUCT_OF_STRIP = "    typename S::Values total;\n    multiply<S>(fragments"
+FOLDED_FOR_STRIPS = "        start();\n"
+READY = "        wait_for_groups<1>();\n"
+WORKED = "        work(here, pass % 2);\n"
 PUT = "put_strip<S>(total, x);\n"
-SUMMED = "    __syncwarp();\n  }\n"
+BEFORE_SUMS = "  static_assert(StripSums<S>::kScratch"
 BROUGHT = "  bring(exchange, h, tile, pairs);\n"
 STEP = "choose_pivot(rows, free, first + k, pivot_row);\n"
 SPOT = "const auto raw_data = fetch<N>(views.data, tile, spot);\n"
@@ -163,16 +165,25 @@ FAULTS = {
         *("actnorm_conv1x1", "__syncthreads();  // before others write there\n", "\n"),
         "wrong",
     ),
-    "none on the matrix units": ("actnorm_conv1x1_wide", "", "", ""),
-    "no barrier of a warp before products": (
-        *("actnorm_conv1x1_wide", f"{READY}    __syncwarp();\n{PRODUCT_OF_STRIP}", READY + PRODUCT_OF_STRIP),
+    "no barrier between folding and product of strips": (
+        *("actnorm_conv1x1", f"{FOLDED_FOR_STRIPS}    {BARRIER}", FOLDED_FOR_STRIPS),
         "wrong",
     ),
-    "no barrier of a warp before sums": ("actnorm_conv1x1_wide", f"{PUT}      __syncwarp();\n", PUT, "wrong"),
+    "none on the matrix units": ("actnorm_conv1x1_wide", "", "", ""),
+    "a product before its strip is there": ("actnorm_conv1x1_wide", READY, READY.replace("1", "2"), "wrong"),
+    "no barrier of a warp before products": (
+        *("actnorm_conv1x1_wide", f"{READY}        __syncwarp();\n", READY),
+        "wrong",
+    ),
+    "no barrier of a warp before a strip's place is taken": (
+        *("actnorm_conv1x1_wide", f"{WORKED}        __syncwarp();\n", WORKED),
+        "wrong",
+    ),
+    "no barrier of a warp before sums": ("actnorm_conv1x1_wide", f"{PUT}          __syncwarp();\n", PUT, "wrong"),
     "no barrier between strips and all sums": (
         "actnorm_conv1x1_wide",
-        f"{SUMMED}  __syncthreads();\n",
-        SUMMED,
+        f"  __syncthreads();\n{BEFORE_SUMS}",
+        BEFORE_SUMS,
         "wrong",
     ),
     "none in a coupling with pairs to exchange": ("affine_coupling", "", "", ""),
