@@ -78,7 +78,7 @@ os.environ["GLOW_KERNELS_MULTIPROCESSORS"] = "0"
 def compute(x, grad, matrix, inverse, shift):
     backward = apply_reversible_backward(grad, x, matrix, inverse, shift)
     return apply(x, matrix, shift), *apply_backward(grad, x, matrix), *backward
-sizes = ((3, 45, 420), (3, 45, 420), (45, 45), (45, 45), (45,))
+sizes = ((3, 45, 212), (3, 45, 212), (45, 45), (45, 45), (45,))
 channels_last = *(torch.randn(3, 350, 32).mT for _ in range(2)), *map(torch.randn, ((32, 32), (32, 32), (32,)))
 samples = [tuple(0.3 * part for part in sample) for sample in (tuple(map(torch.randn, sizes)), channels_last)]
 """,
