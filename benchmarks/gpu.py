@@ -8,34 +8,42 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 ROOT = Path(__file__).resolve().parents[1]
 OLDEST = {"torch": (2, 10), "triton": (3, 4)}
 # Every operator has a file of its name in the reference.
 MODULES = sorted(path.stem for path in (ROOT / "glow_kernels/backends/reference").glob("[!_]*.py"))
 OPERATOR_TESTS = [f"tests/test_{name}.py" for name in MODULES]
-SANITIZERS = {"memcheck": 12, "racecheck": 10, "initcheck": 10, "synccheck": 8}
+SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 CUDA = "/usr/local/cuda/bin"
 BANDWIDTH_SHAPES = "64x12x128x128,32x48x64x64"
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A command with its own limit in seconds; ``skip`` says why it is left out."""
+    """A command with its own limit in seconds; ``skip`` says why it is left out.
+
+    Neighbours with ``beside``, which measure no times, run beside each other.
+    """
 
     name: str
     command: list[str]
     limit: int
     skip: str = ""
+    beside: bool = False
     environment: dict[str, str] = field(default_factory=dict)
 
 
@@ -59,32 +67,40 @@ def stages(results: Path, dry_run: bool = False) -> list[Stage]:
     bandwidth += ["--direction", "forward,inverse,backward,reversible_backward"]
     untested = "it needs a GPU" if dry_run else _missing("pytest", "hypothesis")
     no_library = _no_cuda_library()
+    checks = 90
     build = {"GLOW_KERNELS_BUILD": "none" if dry_run else "auto"}
     if not dry_run:  # the CUDA library for this GPU alone, which takes less than a minute
         build["GLOW_KERNELS_CUDA_ARCHS"] = os.environ.get("GLOW_KERNELS_CUDA_ARCHS") or _architecture()
     return [
         Stage("build", [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], 75, environment=build),
         Stage("info", [*python, "glow_kernels", "info"], 8),
-        Stage("cuda tests", cuda_tests, 40, untested or no_library),
-        Stage("triton tests", triton_tests, 60, untested),
-        Stage("training", [*measure, "training", *options], 80),
-        Stage("bandwidth", [*bench, *(small if dry_run else bandwidth)], 60),
-        Stage("kernels", [*bench, *(small if dry_run else ["--no-compile", "--minutes", "0.25"])], 22),
-        Stage("memory", [*measure, "memory", *options], 45),
-        Stage("sampling", [*measure, "sampling", *options], 14),
-        Stage("tune", [*python, "glow_kernels", "tune"], 35, "it needs a GPU" if dry_run else ""),
+        Stage("cuda tests", cuda_tests, checks, untested or no_library, beside=True),
+        Stage("triton tests", triton_tests, checks, untested, beside=True),
         *(
             # Of memory that PyTorch keeps for later, the tools would not see that nobody may use it.
             Stage(
                 tool,
                 _sanitizer(tool, sanitized),
-                limit,
+                checks,
                 untested or no_library or _no_sanitizer(),
-                {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+                beside=True,
+                environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
             )
-            for tool, limit in SANITIZERS.items()
+            for tool in SANITIZERS
         ),
+        Stage("training", [*measure, "training", *options], 110),
+        Stage("bandwidth", [*bench, *(small if dry_run else bandwidth)], 60),
+        Stage("kernels", [*bench, *(small if dry_run else ["--no-compile", "--minutes", "0.25"])], 22),
+        Stage("memory", [*measure, "memory", *options], 70),
+        Stage("sampling", [*measure, "sampling", *options], 14),
+        Stage("tune", [*python, "glow_kernels", "tune"], 30, "it needs a GPU" if dry_run else ""),
     ]
+
+
+def grouped(stages: list[Stage]) -> list[list[Stage]]:
+    """Stages that run beside each other together, in the same order."""
+    groups = itertools.groupby(enumerate(stages), lambda place: -1 if place[1].beside else place[0])
+    return [[stage for _, stage in group] for _, group in groups]
 
 
 def why_not() -> str | None:
@@ -114,16 +130,29 @@ def too_old(package: str, version: str) -> str | None:
 
 
 def run(stage: Stage) -> str:
-    """``ok``, ``skipped``, or what went wrong."""
+    """``ok``, ``skipped``, or what went wrong; what a stage prints beside others comes when it ends."""
     if stage.skip:
         return f"skipped: {stage.skip}"
-    print(f"\n=== {stage.name} (at most {stage.limit} s)", flush=True)
+    title = f"\n=== {stage.name} (at most {stage.limit} s)"
+    if not stage.beside:
+        print(title, flush=True)
+        return _run(stage, None)
+    with tempfile.TemporaryFile("w+", errors="replace") as said:
+        outcome = _run(stage, said)
+        said.seek(0)
+        print(f"{title}\n{said.read()}", flush=True)
+    return outcome
+
+
+def _run(stage: Stage, output: IO[str] | None) -> str:
     start = time.monotonic()
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": path, "GLOW_KERNELS_TEST_DEVICE": "cuda", **stage.environment}
     try:
         # A group of its own, so that compilers and workers that it started end with it.
-        process = subprocess.Popen(stage.command, cwd=ROOT, env=environment, start_new_session=True)
+        process = subprocess.Popen(
+            stage.command, cwd=ROOT, env=environment, start_new_session=True, stdout=output, stderr=output
+        )
     except OSError as error:
         return f"could not start: {error}"
     try:
@@ -161,11 +190,12 @@ def main(argv: list[str] | None = None) -> int:
     outcomes: dict[str, str] = {}
     try:
         results.prepare(output)
-        for stage in found:
-            if stage.name in wanted:
-                outcome = outcomes[stage.name] = run(stage)
-                case = {"stage": stage.name}
-                results.prepare(output)  # a stage that was stopped may have left half a line
+        for group in grouped([stage for stage in found if stage.name in wanted]):
+            with ThreadPoolExecutor(len(group)) as pool:
+                outcomes.update(zip([stage.name for stage in group], pool.map(run, group), strict=True))
+            results.prepare(output)  # a stage that was stopped may have left half a line
+            for stage in group:
+                case, outcome = {"stage": stage.name}, outcomes[stage.name]
                 results.append(output, {"kind": "stage", "case": case, "outcome": outcome, "run": "gpu"})
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -179,7 +209,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _workers() -> list[str]:
     """Options that run tests side by side, where pytest can do that: most of their time is the host's."""
-    return [] if _missing("xdist") else ["-n", str(min(16, os.cpu_count() or 1))]
+    return [] if _missing("xdist") else ["-n", str(min(8, os.cpu_count() or 1))]
 
 
 def _missing(*packages: str) -> str:

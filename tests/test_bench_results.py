@@ -239,7 +239,12 @@ def test_goals_of_a_gpu_are_of_its_own_rows():
         ("floor: bare convolutions, bfloat16, graph", 0.08),
     ):
         rows.append(model_row("training_step", name, seconds, **training))
-        rows[-1]["case"]["device"] = "cuda"
+    deep = {"steps": 80, "levels": 3, "hidden": 256, "image_size": 256, "batch": 8}
+    for steps, peak in ((80, 0.7e9), (16, 0.5e9)):
+        rows.append(model_row("memory", "anchor 4", 0.8, **{**deep, "steps": steps}))
+        rows[-1]["peak_extra_bytes"] = peak
+    for row in results.of_kind(rows, "model"):
+        row["case"]["device"] = "cuda"
     found = [(goal.name, goal.figure, goal.verdict) for goal in check.checks(rows) if goal.group.startswith("GPU, ")]
     by_host, graph = "float32, launched by the host", "networks in bfloat16, a graph"
     assert [goal for goal in found if goal[1] == goal[1]] == [
@@ -251,6 +256,7 @@ def test_goals_of_a_gpu_are_of_its_own_rows():
         (f"{graph}: times faster than reference in float32", pytest.approx(16), "reached"),
         (f"{graph}: reversible, times plain autograd", pytest.approx(1.3), "reached"),
         (f"{graph}: times the bare convolutions alone", pytest.approx(1.25), "reached"),
+        ("anchor 4: GB, also what the convolutions work in", pytest.approx(0.7), "missed"),
     ]
 
 
@@ -449,7 +455,28 @@ def test_a_stopped_stage_leaves_no_process_behind(tmp_path):
 
 
 def test_gpu_script_stays_within_its_time(tmp_path):
-    assert sum(stage.limit for stage in gpu.stages(tmp_path / "r.jsonl", dry_run=True)) <= 480
+    groups = gpu.grouped(gpu.stages(tmp_path / "r.jsonl", dry_run=True))
+    assert sum(max(stage.limit for stage in group) for group in groups) <= 480
+
+
+def test_stages_beside_each_other_share_their_time(tmp_path, monkeypatch, capsys):
+    wait = "import pathlib, time; pathlib.Path({!r}).touch()\nwhile not pathlib.Path({!r}).exists(): time.sleep(0.01)"
+    paths = [str(tmp_path / name) for name in ("first", "second")]
+    found = [
+        gpu.Stage(
+            f"check {own}", [sys.executable, "-c", wait.format(own, other) + f"\nprint('said {own}')"], 30, beside=True
+        )
+        for own, other in (paths, paths[::-1])
+    ]
+    monkeypatch.setattr(
+        gpu, "stages", lambda results, dry_run: [*found, gpu.Stage("last", [sys.executable, "-c", ""], 30)]
+    )
+    assert [len(group) for group in gpu.grouped(gpu.stages(tmp_path, True))] == [2, 1]
+    assert gpu.main(["--dry-run", "--output", str(tmp_path / "r.jsonl")]) == 0
+    said = capsys.readouterr().out
+    assert all(f"=== check {path} (at most 30 s)\nsaid {path}\n" in said for path in paths)
+    rows = results.of_kind(results.read(tmp_path / "r.jsonl"), "stage")
+    assert [row["case"]["stage"] for row in rows] == [f"check {paths[0]}", f"check {paths[1]}", "last"]
 
 
 @pytest.mark.filterwarnings("ignore")  # of other packages and of the compiler

@@ -11,8 +11,9 @@ from glow_kernels.bench.models import GLOWS
 from glow_kernels.bench.operators import BANDWIDTH_SHAPES, LARGEST_MEMORY_BOUND_CHANNELS
 from glow_kernels.bench.results import Row
 
-# What ``make gpu`` trains first.
+# What ``make gpu`` trains first, and that of which it measures the memory first.
 GPU_GLOW = {"steps": 32, "levels": 3, "hidden": 512, "image_size": 32, "batch": 64}
+GPU_DEEP_GLOW = {"steps": 80, "levels": 3, "hidden": 256, "image_size": 256, "batch": 8}
 _LARGE_BYTES = 8 * 2**20
 _CONDITIONS = tuple((threads, allocator) for threads in (1, 2) for allocator in ("tuned", "default"))
 _LINEAR = {"forward": 4, "no_grad": 4, "inverse": 4, "backward": 4, "reversible_backward": 4}
@@ -69,6 +70,7 @@ def checks(rows: Sequence[Row]) -> list[Check]:
         *_overhead(rows),
         *_training(rows),
         *_training_on_gpu(rows),
+        *_peaks_on_gpu(rows),
         *_activations(rows),
         *_accuracy(rows),
         *_whole_run(rows),
@@ -216,6 +218,21 @@ def _training_on_gpu(rows: Sequence[Row]) -> Iterator[Check]:
         yield Check(group, f"{as_run}: reversible, times plain autograd", 1.33, reversible, at_least=False)
     floor = found.get("floor: bare convolutions, bfloat16, graph", math.nan)
     yield Check(group, f"{as_run}: times the bare convolutions alone", 1.25, ours / floor, at_least=False)
+
+
+def _peaks_on_gpu(rows: Sequence[Row]) -> Iterator[Check]:
+    found = {
+        row["case"]["implementation"]: row["peak_extra_bytes"] / 1e9
+        for row in results.of_kind(rows, "model")
+        if row["case"]["part"] == "memory"
+        and row["case"]["device"] != "cpu"
+        and "peak_extra_bytes" in row
+        and all(row["case"][name] == value for name, value in GPU_DEEP_GLOW.items())
+    }
+    group = "GPU, peak of a training step of Glow, K=80, L=3, width 256, batch 8, 256x256, float32"
+    for implementation, goal in (("anchor 4", 0.62), ("anchor 6, 8 micro-batches", 0.18)):
+        name = f"{implementation}: GB, also what the convolutions work in"
+        yield Check(group, name, goal, found.get(implementation, math.nan), at_least=False)
 
 
 def _activations(rows: Sequence[Row]) -> Iterator[Check]:
