@@ -43,7 +43,7 @@ help:
 	@echo "make test    run the tests"
 	@echo "make test-triton     run the operator tests on Triton's interpreter and compile its kernels for five GPUs"
 	@echo "make test-sanitized  run the operator tests on a native library with AddressSanitizer and UBSan"
-	@echo "make test-cuda   compile the CUDA kernels for six GPUs and see that nothing spills; needs nvcc but no GPU"
+	@echo "make test-cuda   compile the CUDA kernels and see that nothing spills; needs nvcc but no GPU"
 	@echo "make test-cuda-host  run the operator tests on the CUDA kernels, compiled for the CPU with both sanitizers"
 	@echo "make bench   measure the operators and models here in 20 minutes, print the goals, draw runs/report/report.html"
 	@echo "make gpu     build, test and measure on an NVIDIA GPU with the torch and triton of PYTHON; installs nothing"
@@ -69,12 +69,13 @@ test-triton: $(INSTALLED)
 	$(BIN)/python -m pytest tests/test_triton_compile.py
 	TRITON_INTERPRET=1 $(PYTEST) $(OPERATOR_TESTS) tests/test_triton.py -k triton
 
-# nvcc compiles the CUDA library for all GPUs; where there is none, this says so.
+# nvcc compiles the CUDA library for all GPUs, or for one where these sources are recorded to have been; where there is no
+# nvcc, this says so.
 test-cuda: $(INSTALLED)
 	$(BIN)/python -m pytest -rs tests/test_cuda_compile.py
 
 # Every Triton and CUDA kernel with its registers, spills, shared memory and widest accesses on GPUs that need not be here.
-# tests/triton_kernels.csv, which is committed, records of which sources and variants all have been compiled.
+# tests/triton_kernels.csv and tests/cuda_kernels.csv, which are committed, record of which sources all have been compiled.
 kernels-report: $(INSTALLED)
 	$(BIN)/python tests/kernel_record.py reports/kernels.csv
 	@GLOW_KERNELS_BUILD=cuda $(BIN)/python setup.py --quiet build_ext --inplace && \

@@ -1,21 +1,30 @@
 """What the kernels of the CUDA library need of a GPU, read from the machine code that nvcc made of them.
 
 Run as a program, this writes the report of all kernels: registers, shared memory, local memory and how many of a
-multiprocessor's threads can be there at once.
+multiprocessor's threads can be there at once. Where the library is for all GPUs it also writes the record, which is
+committed: of which sources all kernels have been compiled for all of them.
 """
 
 from __future__ import annotations
 
 import csv
+import hashlib
+import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from ahead_of_time import TARGETS, nvidia_tool
 
-LIBRARY = Path(__file__).parents[1] / "glow_kernels" / "_C_cuda.so"
+from glow_kernels.backends.native.library import source_hash
+
+REPOSITORY = Path(__file__).parents[1]
+LIBRARY = REPOSITORY / "glow_kernels" / "_C_cuda.so"
+RECORD = Path(__file__).with_name("cuda_kernels.csv")
+ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 # Of a multiprocessor beside what TARGETS tells of sm_80 and the later ones.
 OTHERS = {"sm_86": ("cuda", 86, 32, 101_376, 65_536, 1536), "sm_89": ("cuda", 89, 32, 101_376, 65_536, 1536)}
 
@@ -92,14 +101,46 @@ def _plain(found: list[Kernel]) -> list[str]:
     return [without.sub("", name).partition(">(")[0] + ">" * (">(" in name) for name in names]
 
 
+def sources() -> str:
+    """Fingerprint of what the kernels are made of, the compiler's options included."""
+    made_of = source_hash(REPOSITORY / "csrc", "cuda").encode() + (REPOSITORY / "setup.py").read_bytes()
+    return hashlib.sha256(made_of).hexdigest()[:16]
+
+
+def summary(found: list[Kernel]) -> list[dict[str, str]]:
+    """A row of the record for every GPU: how many kernels there are, and the most that one needs."""
+    nvcc = json.loads(LIBRARY.with_suffix(".json").read_text())["nvcc"]
+    rows: list[dict[str, object]] = []
+    for target in ARCHS:
+        if ours := [kernel for kernel in found if kernel.target == target]:
+            most = {name: max(getattr(kernel, name) for kernel in ours) for name in ("registers", "stack", "local")}
+            all_registers = sum(kernel.registers for kernel in ours)
+            rows.append({"target": target, "nvcc": nvcc, "sources": sources(), "kernels": len(ours), **most})
+            rows[-1]["all_registers"] = all_registers
+    return [{name: str(value) for name, value in row.items()} for row in rows]
+
+
+def recorded() -> list[dict[str, str]]:
+    """The rows of the record, if it is of the sources as they are."""
+    with RECORD.open(newline="") as file:
+        return [row for row in csv.DictReader(file) if row["sources"] == sources()]
+
+
+def _write(path: Path, names: Iterable[str], rows: Iterable[Mapping[str, object]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(names), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def main(path: Path) -> None:
     """Write the report and say how it looks."""
     rows = kernels()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Kernel)])
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+    _write(path, [field.name for field in fields(Kernel)], map(asdict, rows))
+    if {row.target for row in rows} == set(ARCHS):
+        record = summary(rows)
+        _write(RECORD, record[0], record)
     targets = len({row.target for row in rows})
     spilling = sum(row.stack > 0 or row.local > 0 for row in rows)
     print(f"{path}: {len(rows)} CUDA kernels for {targets} targets, {spilling} use local memory")
