@@ -67,12 +67,12 @@ def stages(results: Path, dry_run: bool = False) -> list[Stage]:
     bandwidth += ["--direction", "forward,inverse,backward,reversible_backward"]
     untested = "it needs a GPU" if dry_run else _missing("pytest", "hypothesis")
     no_library = _no_cuda_library()
-    checks = 90
+    checks = 120
     build = {"GLOW_KERNELS_BUILD": "none" if dry_run else "auto"}
     if not dry_run:  # the CUDA library for this GPU alone, which takes less than a minute
         build["GLOW_KERNELS_CUDA_ARCHS"] = os.environ.get("GLOW_KERNELS_CUDA_ARCHS") or _architecture()
     return [
-        Stage("build", [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], 75, environment=build),
+        Stage("build", [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], 60, environment=build),
         Stage("info", [*python, "glow_kernels", "info"], 8),
         Stage("cuda tests", cuda_tests, checks, untested or no_library, beside=True),
         Stage("triton tests", triton_tests, checks, untested, beside=True),
@@ -88,10 +88,10 @@ def stages(results: Path, dry_run: bool = False) -> list[Stage]:
             )
             for tool in SANITIZERS
         ),
-        Stage("training", [*measure, "training", *options], 110),
+        Stage("training", [*measure, "training", *options], 100),
         Stage("bandwidth", [*bench, *(small if dry_run else bandwidth)], 60),
-        Stage("kernels", [*bench, *(small if dry_run else ["--no-compile", "--minutes", "0.25"])], 22),
-        Stage("memory", [*measure, "memory", *options], 70),
+        Stage("kernels", [*bench, *(small if dry_run else ["--no-compile", "--minutes", "0.2"])], 20),
+        Stage("memory", [*measure, "memory", *options], 68),
         Stage("sampling", [*measure, "sampling", *options], 14),
         Stage("tune", [*python, "glow_kernels", "tune"], 30, "it needs a GPU" if dry_run else ""),
     ]
@@ -209,7 +209,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _workers() -> list[str]:
     """Options that run tests side by side, where pytest can do that: most of their time is the host's."""
-    return [] if _missing("xdist") else ["-n", str(min(8, os.cpu_count() or 1))]
+    return [] if _missing("xdist") else ["-n", str(min(16, os.cpu_count() or 1))]
 
 
 def _missing(*packages: str) -> str:

@@ -1,9 +1,8 @@
 // The linear map of actnorm_conv1x1 on the matrix units, alone or folded in the same launch. The mathematics stands in
 // glow_kernels/ops/actnorm_conv1x1.py.
 //
-// A block stays on its multiprocessor, with the fragments of its matrices and two strips of positions for every warp in
-// shared memory. Warps take strips by turns and wait for nobody: while a warp works on one strip its next is on its
-// way.
+// A block stays on its multiprocessor, with its matrices and two strips of positions for every warp in shared memory.
+// Warps take strips by turns and wait for nobody: while a warp works on one strip its next is on its way.
 #include <algorithm>
 #include <optional>
 
@@ -70,8 +69,8 @@ struct Apply {
   Strips strips;
   Positions<const float> x;
   const float *matrix = nullptr, *shift = nullptr;  // M and v, unless the kernel folds them
-  Parameters<float> parameters = {};                // of the step, and where log_det of every sample goes
-  float* log_det = nullptr;                         // null unless the kernel folds
+  Parameters<float> parameters = {};                // of the step, where the kernel folds
+  float* log_det = nullptr;                         // of every sample; null unless the kernel folds
   Positions<float> z = {};
 };
 
