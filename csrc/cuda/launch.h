@@ -102,7 +102,7 @@ class Launcher {
     const int64_t fit = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / (shared_bytes + 1024);
     return multiprocessors() * (fit < 1 ? 1 : fit < most ? fit : most);
 #else
-    return 2 * most;  // several, whatever `most` is
+    return most + 1;  // several, whatever `most` is
 #endif
   }
 
