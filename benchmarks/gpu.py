@@ -7,6 +7,7 @@ time, also what became of every stage. ``--dry-run`` runs the stages that a CPU 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import itertools
 import os
@@ -17,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -129,42 +129,63 @@ def too_old(package: str, version: str) -> str | None:
     return None if numbers >= oldest else f"{package} {version} is too old; {'.'.join(map(str, oldest))} is needed"
 
 
-def run(stage: Stage) -> str:
-    """``ok``, ``skipped``, or what went wrong; what a stage prints beside others comes when it ends."""
-    if stage.skip:
-        return f"skipped: {stage.skip}"
-    title = f"\n=== {stage.name} (at most {stage.limit} s)"
-    if not stage.beside:
-        print(title, flush=True)
-        return _run(stage, None)
-    with tempfile.TemporaryFile("w+", errors="replace") as said:
-        outcome = _run(stage, said)
-        said.seek(0)
-        print(f"{title}\n{said.read()}", flush=True)
-    return outcome
+def run(stages: list[Stage]) -> dict[str, str]:
+    """By name what became of stages that run beside each other: ``ok``, ``skipped``, or what went wrong.
 
-
-def _run(stage: Stage, output: IO[str] | None) -> str:
+    What each of several prints comes when it ends.
+    """
+    outcomes = {stage.name: f"skipped: {stage.skip}" for stage in stages if stage.skip}
+    running: dict[str, tuple[Stage, subprocess.Popen[bytes], IO[str] | None]] = {}
     start = time.monotonic()
+    files = contextlib.ExitStack()
+    try:
+        for stage in stages:
+            if stage.skip:
+                continue
+            print(f"\n=== {stage.name} (at most {stage.limit} s)", flush=True)
+            apart = len(stages) > 1
+            said = files.enter_context(tempfile.TemporaryFile("w+", errors="replace")) if apart else None
+            try:
+                running[stage.name] = stage, _start(stage, said), said
+            except OSError as error:
+                outcomes[stage.name] = f"could not start: {error}"
+        while running:
+            time.sleep(0.02)
+            for name, (stage, process, said) in list(running.items()):
+                seconds, code = time.monotonic() - start, process.poll()
+                if code is None and seconds < stage.limit:
+                    continue
+                _kill(process)
+                del running[name]
+                if code is None:
+                    outcomes[name] = f"stopped after {stage.limit} s"
+                else:
+                    outcomes[name] = (
+                        f"ok, {seconds:.0f} s" if code == 0 else f"failed with exit code {code}, {seconds:.0f} s"
+                    )
+                if said is not None:
+                    said.seek(0)
+                    print(f"\n=== {name}: {outcomes[name]}\n{said.read()}", flush=True)
+    finally:
+        for _, process, _ in running.values():
+            _kill(process)
+        files.close()
+    return outcomes
+
+
+def _start(stage: Stage, output: IO[str] | None) -> subprocess.Popen[bytes]:
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": path, "GLOW_KERNELS_TEST_DEVICE": "cuda", **stage.environment}
-    try:
-        # A group of its own, so that compilers and workers that it started end with it.
-        process = subprocess.Popen(
-            stage.command, cwd=ROOT, env=environment, start_new_session=True, stdout=output, stderr=output
-        )
-    except OSError as error:
-        return f"could not start: {error}"
-    try:
-        code = process.wait(stage.limit)
-    except subprocess.TimeoutExpired:
-        return f"stopped after {stage.limit} s"
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    seconds = time.monotonic() - start
-    return f"ok, {seconds:.0f} s" if code == 0 else f"failed with exit code {code}, {seconds:.0f} s"
+    # A group of its own, so that compilers and workers that it started end with it.
+    return subprocess.Popen(
+        stage.command, cwd=ROOT, env=environment, start_new_session=True, stdout=output, stderr=output
+    )
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -191,8 +212,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         results.prepare(output)
         for group in grouped([stage for stage in found if stage.name in wanted]):
-            with ThreadPoolExecutor(len(group)) as pool:
-                outcomes.update(zip([stage.name for stage in group], pool.map(run, group), strict=True))
+            outcomes.update(run(group))
             results.prepare(output)  # a stage that was stopped may have left half a line
             for stage in group:
                 case, outcome = {"stage": stage.name}, outcomes[stage.name]
