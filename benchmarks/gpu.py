@@ -143,8 +143,9 @@ def run(stages: list[Stage]) -> dict[str, str]:
             if stage.skip:
                 continue
             print(f"\n=== {stage.name} (at most {stage.limit} s)", flush=True)
-            apart = len(stages) > 1
-            said = files.enter_context(tempfile.TemporaryFile("w+", errors="replace")) if apart else None
+            said = None
+            if len(stages) > 1:
+                said = files.enter_context(tempfile.TemporaryFile("w+", errors="replace"))
             try:
                 running[stage.name] = stage, _start(stage, said), said
             except OSError as error:
