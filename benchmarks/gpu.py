@@ -137,19 +137,21 @@ def run(stages: list[Stage]) -> dict[str, str]:
     outcomes = {stage.name: f"skipped: {stage.skip}" for stage in stages if stage.skip}
     running: dict[str, tuple[Stage, subprocess.Popen[bytes], IO[str] | None]] = {}
     start = time.monotonic()
-    files = contextlib.ExitStack()
-    try:
+    with contextlib.ExitStack() as ends:
         for stage in stages:
             if stage.skip:
                 continue
             print(f"\n=== {stage.name} (at most {stage.limit} s)", flush=True)
             said = None
             if len(stages) > 1:
-                said = files.enter_context(tempfile.TemporaryFile("w+", errors="replace"))
+                said = ends.enter_context(tempfile.TemporaryFile("w+", errors="replace"))
             try:
-                running[stage.name] = stage, _start(stage, said), said
+                process = _start(stage, said)
             except OSError as error:
                 outcomes[stage.name] = f"could not start: {error}"
+                continue
+            ends.callback(_kill, process)
+            running[stage.name] = stage, process, said
         while running:
             time.sleep(0.02)
             for name, (stage, process, said) in list(running.items()):
@@ -158,19 +160,14 @@ def run(stages: list[Stage]) -> dict[str, str]:
                     continue
                 _kill(process)
                 del running[name]
+                outcomes[name] = (
+                    f"ok, {seconds:.0f} s" if code == 0 else f"failed with exit code {code}, {seconds:.0f} s"
+                )
                 if code is None:
                     outcomes[name] = f"stopped after {stage.limit} s"
-                else:
-                    outcomes[name] = (
-                        f"ok, {seconds:.0f} s" if code == 0 else f"failed with exit code {code}, {seconds:.0f} s"
-                    )
                 if said is not None:
                     said.seek(0)
                     print(f"\n=== {name}: {outcomes[name]}\n{said.read()}", flush=True)
-    finally:
-        for _, process, _ in running.values():
-            _kill(process)
-        files.close()
     return outcomes
 
 
