@@ -110,14 +110,14 @@ def sources() -> str:
 def summary(found: list[Kernel]) -> list[dict[str, str]]:
     """A row of the record for every GPU: how many kernels there are, and the most that one needs."""
     nvcc = json.loads(LIBRARY.with_suffix(".json").read_text())["nvcc"]
-    rows: list[dict[str, object]] = []
+    rows = []
     for target in ARCHS:
         if ours := [kernel for kernel in found if kernel.target == target]:
-            most = {name: max(getattr(kernel, name) for kernel in ours) for name in ("registers", "stack", "local")}
-            all_registers = sum(kernel.registers for kernel in ours)
-            rows.append({"target": target, "nvcc": nvcc, "sources": sources(), "kernels": len(ours), **most})
-            rows[-1]["all_registers"] = all_registers
-    return [{name: str(value) for name, value in row.items()} for row in rows]
+            row = {"target": target, "nvcc": nvcc, "sources": sources(), "kernels": len(ours)}
+            row |= {name: max(getattr(kernel, name) for kernel in ours) for name in ("registers", "stack", "local")}
+            row["all_registers"] = sum(kernel.registers for kernel in ours)
+            rows.append({name: str(value) for name, value in row.items()})
+    return rows
 
 
 def recorded() -> list[dict[str, str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from glow_kernels.bench import results, reversible, table
@@ -180,14 +180,20 @@ def _overhead(rows: Sequence[Row]) -> Iterator[Check]:
     yield Check("Calls", "worst operator on one 8x8 image, times one elementwise operation", 2, worst, False, where)
 
 
-def _training(rows: Sequence[Row]) -> Iterator[Check]:
-    found = {
-        row["case"]["implementation"]: row["ratio_to_ours"][0]
+def _implementations(rows: Sequence[Row], part: str, sizes: Mapping[str, int], on_gpu: bool) -> dict[str, Row]:
+    """By name what was measured of a model of these sizes."""
+    return {
+        row["case"]["implementation"]: row
         for row in results.of_kind(rows, "model")
-        if row["case"]["part"] == "training_step"
-        and row["case"]["device"] == "cpu"
-        and all(row["case"][name] == value for name, value in GLOWS[0].items())
+        if row["case"]["part"] == part
+        and (row["case"]["device"] != "cpu") == on_gpu
+        and all(row["case"][name] == value for name, value in sizes.items())
     }
+
+
+def _training(rows: Sequence[Row]) -> Iterator[Check]:
+    measured = _implementations(rows, "training_step", GLOWS[0], on_gpu=False)
+    found = {name: row["ratio_to_ours"][0] for name, row in measured.items()}
     title = "training step of Glow, K=8, L=2, width 64, batch 16, 32x32"
     name = f"{title}: native, times faster than reference"
     yield Check("Training", name, 1.15, found.get("reference", math.nan))
@@ -197,14 +203,8 @@ def _training(rows: Sequence[Row]) -> Iterator[Check]:
 
 def _training_on_gpu(rows: Sequence[Row]) -> Iterator[Check]:
     """Each was measured alone, one after the other, so these are ratios of medians."""
-    found = {
-        row["case"]["implementation"]: row["seconds"][0]
-        for row in results.of_kind(rows, "model")
-        if row["case"]["part"] == "training_step"
-        and row["case"]["device"] != "cpu"
-        and "seconds" in row
-        and all(row["case"][name] == value for name, value in GPU_GLOW.items())
-    }
+    measured = _implementations(rows, "training_step", GPU_GLOW, on_gpu=True)
+    found = {name: row["seconds"][0] for name, row in measured.items() if "seconds" in row}
     group = "GPU, training step of Glow, K=32, L=3, width 512, batch 64, 32x32"
     for suffix, as_run in (
         ("", "float32, launched by the host"),
@@ -221,14 +221,8 @@ def _training_on_gpu(rows: Sequence[Row]) -> Iterator[Check]:
 
 
 def _peaks_on_gpu(rows: Sequence[Row]) -> Iterator[Check]:
-    found = {
-        row["case"]["implementation"]: row["peak_extra_bytes"] / 1e9
-        for row in results.of_kind(rows, "model")
-        if row["case"]["part"] == "memory"
-        and row["case"]["device"] != "cpu"
-        and "peak_extra_bytes" in row
-        and all(row["case"][name] == value for name, value in GPU_DEEP_GLOW.items())
-    }
+    measured = _implementations(rows, "memory", GPU_DEEP_GLOW, on_gpu=True)
+    found = {name: row["peak_extra_bytes"] / 1e9 for name, row in measured.items() if "peak_extra_bytes" in row}
     group = "GPU, peak of a training step of Glow, K=80, L=3, width 256, batch 8, 256x256, float32"
     for implementation, goal in (("anchor 4", 0.62), ("anchor 6, 8 micro-batches", 0.18)):
         name = f"{implementation}: GB, also what the convolutions work in"
