@@ -163,9 +163,16 @@ LU_CASE = Case(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("shape", [(1,), (2,), (7,), (48,), (3, 5), (2, 3, 4), (0, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(1,), (2,), (7,), (48,), (3, 5), (2, 3, 4), (0, 3), (2, 70)], ids=str)
 def test_lu_weight_and_its_gradients(backend, shape, dtype):
     inputs = LU_CASE.draw(shape, (dtype, dtype))
+    check_results(LU_CASE, inputs)
+    check_gradients(LU_CASE, inputs, wanted=(0, 2, 3))
+
+
+def test_lu_weight_with_more_than_a_permutation(backend):
+    lower, _, *others = LU_CASE.draw((7,), (torch.float64, torch.float64))
+    inputs = [lower, torch.randn_like(lower) * (torch.rand_like(lower) < 0.4), *others]
     check_results(LU_CASE, inputs)
     check_gradients(LU_CASE, inputs, wanted=(0, 2, 3))
 
@@ -495,23 +502,27 @@ def test_log_det_of_a_wide_rotation(backend):
 FOLDS = [name for name in registered_operators("actnorm_conv1x1_fold_") if "backward" not in name]
 
 
+@pytest.mark.parametrize("knows_log_det", [False, True])
+@pytest.mark.parametrize("channels", [4, 70])
 @pytest.mark.parametrize("registered_fold", FOLDS)
-def test_folding_many_steps_is_folding_each(registered_fold):
-    steps = [inputs_without_log_det((1, 4))[1:] for _ in range(6)]
+def test_folding_many_steps_is_folding_each(registered_fold, channels, knows_log_det):
+    draw = inputs_with_log_det if knows_log_det else inputs_without_log_det
+    steps = [draw((1, channels))[1:] for _ in range(6)]
     stacked = [torch.stack(tensors).unflatten(0, (2, 3)).requires_grad_() for tensors in zip(*steps, strict=True)]
 
-    def formula(log_scale, bias, weight):
+    def formula(log_scale, bias, weight, known=None):
         matrix = weight * log_scale.exp().unsqueeze(-2)
-        return matrix, (matrix @ bias.unsqueeze(-1)).squeeze(-1), log_scale.sum(-1) + weight.det().abs().log()
+        of_weight = weight.det().abs().log() if known is None else known
+        return matrix, (matrix @ bias.unsqueeze(-1)).squeeze(-1), log_scale.sum(-1) + of_weight
 
-    def inverse_formula(log_scale, bias, weight):
-        matrix, _, log_det = formula(log_scale, bias, weight)
-        return torch.linalg.inv(matrix), -bias, -log_det
+    def inverse_formula(*tensors):
+        matrix, _, log_det = formula(*tensors)
+        return torch.linalg.inv(matrix), -tensors[1], -log_det
 
     plain = inverse_formula if "inverse" in registered_fold else formula
 
-    def fold(*tensors):
-        return getattr(torch.ops.glow_kernels, registered_fold)(*tensors, None)
+    def fold(log_scale, bias, weight, known=None):
+        return getattr(torch.ops.glow_kernels, registered_fold)(log_scale, bias, weight, known)
 
     upstream = random_upstream(fold, stacked)
     for actual, truth in zip(

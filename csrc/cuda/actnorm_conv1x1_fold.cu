@@ -1,5 +1,5 @@
-// Folding ActNorm and the 1x1 convolution into one matrix on NVIDIA GPUs: a block for every matrix, one launch for all
-// steps, in double. The mathematics stands in glow_kernels/ops/actnorm_conv1x1.py.
+// Folding ActNorm and the 1x1 convolution into one matrix on NVIDIA GPUs: one launch for all steps, in double; a block
+// for every matrix where it is eliminated, else several. The mathematics stands in glow_kernels/ops/actnorm_conv1x1.py.
 #include <cmath>
 #include <optional>
 #include <tuple>
@@ -30,7 +30,7 @@ __device__ void exponentials(const Fold& fold, double sign, double* scale) {
 
 // log_det = sign * (sum log_scale + log|det W|), by one warp.
 __device__ void write_log_det(const Fold& fold, const Elimination& elimination, double sign) {
-  if (threadIdx.x >= 32) return;
+  if (threadIdx.x >= 32 || blockIdx.y != 0) return;
   const double sum = sum_over(fold.n, [&](unsigned i) { return fold.log_scale(fold.n, i); });
   const double of_weight = fold.known.data != nullptr ? fold.known(1, 0) : elimination.log_det();
   if (threadIdx.x == 0) fold.log_det(1, 0, sign * (sum + of_weight));
@@ -81,15 +81,29 @@ __global__ void __launch_bounds__(kThreads, 1) fold_backward_kernel(const Fold f
   const auto total = [&](unsigned i, unsigned j) {
     return fold.grad_matrix(square, i * n + j) + fold.grad_shift(n, i) * fold.bias(n, j);
   };
-  for (unsigned j = threadIdx.x; j < n; j += blockDim.x) {
+  // A lane has a column, of which every warp adds some rows.
+  GLOW_KERNELS_SHARED(double, sums, [2][kThreads]);
+  for (unsigned first = blockIdx.y * 32; first < n; first += gridDim.y * 32) {
+    const unsigned j = first + lane;
     double in_log_scale = 0, in_bias = 0;
-    for (unsigned i = 0; i < n; ++i) {
+#pragma unroll 4
+    for (unsigned i = threadIdx.x / 32; j < n && i < n; i += blockDim.x / 32) {
       const double weight = fold.weight(square, i * n + j);
       in_log_scale += weight * total(i, j);
       in_bias += weight * fold.grad_shift(n, i);
     }
-    fold.grad_log_scale(n, j, scale[j] * in_log_scale + in_log_det);
-    fold.grad_bias(n, j, scale[j] * in_bias);
+    sums[0][threadIdx.x] = in_log_scale;
+    sums[1][threadIdx.x] = in_bias;
+    __syncthreads();
+    if (threadIdx.x < 32 && j < n) {
+      for (unsigned of_warp = lane + 32; of_warp < blockDim.x; of_warp += 32) {
+        in_log_scale += sums[0][of_warp];
+        in_bias += sums[1][of_warp];
+      }
+      fold.grad_log_scale(n, j, scale[j] * in_log_scale + in_log_det);
+      fold.grad_bias(n, j, scale[j] * in_bias);
+    }
+    __syncthreads();
   }
   if (!known) elimination.run([&](unsigned i, unsigned j) { return fold.weight(square, i * n + j); }, false);
   for_each_row(n, [&](unsigned i) {
@@ -98,7 +112,7 @@ __global__ void __launch_bounds__(kThreads, 1) fold_backward_kernel(const Fold f
       fold.grad_weight(square, i * n + j, total(i, j) * scale[j] + of_log_det);
     }
   });
-  if (known && threadIdx.x == 0) fold.grad_known(1, 0, in_log_det);
+  if (known && threadIdx.x == 0 && blockIdx.y == 0) fold.grad_known(1, 0, in_log_det);
 }
 
 // With N = diag(exp(-log_scale)) W^-1: dW = -(N^T dN) W^-T - dlog_det W^-T.
@@ -135,16 +149,18 @@ __global__ void __launch_bounds__(kThreads, 1) fold_inverse_backward_kernel(cons
 
 struct Assembly {
   unsigned n;
-  double* product;  // n x n for every step
   Input permutation, lower, upper, log_diagonal, sign;
   Input grad_weight, grad_log_det;
   Output weight, log_det;
   Output grad_lower, grad_upper, grad_log_diagonal;
 
+  static int64_t shared_size(int64_t n) { return kProductSize + Spans::size(n) + n; }
+
   // s in shared memory.
   __device__ void write_diagonal(double* diagonal) const {
     for (unsigned i = threadIdx.x; i < n; i += blockDim.x) diagonal[i] = sign(n, i) * std::exp(log_diagonal(n, i));
   }
+  __device__ double permuting(unsigned i, unsigned j) const { return permutation(int64_t{n} * n, i * n + j); }
   // L with its diagonal of ones, and U + diag(s), without what lies outside the triangles.
   __device__ double unit_lower(unsigned i, unsigned j) const {
     return i > j ? lower(int64_t{n} * n, i * n + j) : i == j ? 1.0 : 0.0;
@@ -154,47 +170,46 @@ struct Assembly {
   }
 };
 
+// W = (P L) U; a layer has a tile.
 __global__ void __launch_bounds__(kThreads, 1) lu_weight_kernel(const Assembly lu) {
   GLOW_KERNELS_DYNAMIC_SHARED(double, shared);
   const unsigned n = lu.n, square = n * n;
   double* const diagonal = shared + kProductSize;
-  double* const inner = lu.product + int64_t{blockIdx.x} * square;
+  const MatrixTile tile(n, blockIdx.y);
+  Spans spans(n, diagonal + n);
   lu.write_diagonal(diagonal);
-  __syncthreads();
+  spans.find_in_rows(tile.down, tile.bottom(), [&](unsigned i, unsigned j) { return lu.permuting(i, j); });
   product(
-      n, shared, [&](unsigned i, unsigned k) { return lu.unit_lower(i, k); },
+      tile, 0, tile.right(), shared,
+      [&](unsigned i, unsigned k) {
+        return spans.sum(i, [&](unsigned m) { return lu.permuting(i, m) * lu.unit_lower(m, k); });
+      },
       [&](unsigned k, unsigned j) { return lu.full_upper(k, j, diagonal); },
-      [&](unsigned i, unsigned j, double sum) { inner[i * n + j] = sum; });
-  __syncthreads();
-  product(
-      n, shared, [&](unsigned i, unsigned k) { return lu.permutation(square, i * n + k); },
-      [&](unsigned k, unsigned j) { return inner[k * n + j]; },
       [&](unsigned i, unsigned j, double sum) { lu.weight(square, i * n + j, sum); });
-  if (threadIdx.x >= 32) return;
+  if (threadIdx.x >= 32 || blockIdx.y != 0) return;
   const double sum = sum_over(n, [&](unsigned i) { return lu.log_diagonal(n, i); });
   if (threadIdx.x == 0) lu.log_det(1, 0, sum);
 }
 
-// With A = P^T dW: the triangles of A U^T and L^T A.
+// With A = P^T dW: the triangles of A U^T and L^T A; a layer has a tile of both, of which one can be all zeros.
 __global__ void __launch_bounds__(kThreads, 1) lu_weight_backward_kernel(const Assembly lu) {
   GLOW_KERNELS_DYNAMIC_SHARED(double, shared);
   const unsigned n = lu.n, square = n * n;
   double* const diagonal = shared + kProductSize;
-  double* const permuted = lu.product + int64_t{blockIdx.x} * square;
+  const MatrixTile tile(n, blockIdx.y);
+  Spans spans(n, diagonal + n);
   lu.write_diagonal(diagonal);
-  __syncthreads();
+  spans.find_in_columns([&](unsigned i, unsigned j) { return lu.permuting(i, j); });
+  const auto permuted = [&](unsigned i, unsigned j) {
+    return spans.sum(i, [&](unsigned m) { return lu.permuting(m, i) * lu.grad_weight(square, m * n + j); });
+  };
   product(
-      n, shared, [&](unsigned i, unsigned k) { return lu.permutation(square, k * n + i); },
-      [&](unsigned k, unsigned j) { return lu.grad_weight(square, k * n + j); },
-      [&](unsigned i, unsigned j, double sum) { permuted[i * n + j] = sum; });
-  __syncthreads();
-  product(
-      n, shared, [&](unsigned i, unsigned k) { return permuted[i * n + k]; },
+      tile, tile.down < tile.across ? n : tile.across, n, shared, permuted,
       [&](unsigned k, unsigned j) { return lu.full_upper(j, k, diagonal); },
       [&](unsigned i, unsigned j, double sum) { lu.grad_lower(square, i * n + j, i > j ? sum : 0); });
   product(
-      n, shared, [&](unsigned i, unsigned k) { return lu.unit_lower(k, i); },
-      [&](unsigned k, unsigned j) { return permuted[k * n + j]; },
+      tile, tile.down > tile.across ? n : tile.down, n, shared,
+      [&](unsigned i, unsigned k) { return lu.unit_lower(k, i); }, permuted,
       [&](unsigned i, unsigned j, double sum) {
         lu.grad_upper(square, i * n + j, i < j ? sum : 0);
         if (i == j) lu.grad_log_diagonal(n, i, sum * diagonal[i] + lu.grad_log_det(1, 0));
@@ -209,7 +224,6 @@ std::tuple<Tensor, Tensor> lu_weight(const Tensor& permutation, const Tensor& lo
   Tensor weight = steps.empty(lower.sizes()), log_det = steps.empty_number();
   Assembly lu{};
   lu.n = steps.n();
-  lu.product = steps.memory();
   lu.permutation = steps.input(permutation, n * n);
   lu.lower = steps.input(lower, n * n);
   lu.upper = steps.input(upper, n * n);
@@ -217,7 +231,7 @@ std::tuple<Tensor, Tensor> lu_weight(const Tensor& permutation, const Tensor& lo
   lu.sign = steps.input(sign, n);
   lu.weight = steps.output(weight);
   lu.log_det = steps.output(log_det);
-  steps.run(launch, lu_weight_kernel, lu, kProductSize + n, false);
+  steps.run(launch, lu_weight_kernel, lu, Assembly::shared_size(n), false, MatrixTile::count(lu.n));
   return {weight, log_det};
 }
 
@@ -232,7 +246,6 @@ std::tuple<Tensor, Tensor, Tensor> lu_weight_backward(const Tensor& grad_weight,
   Tensor grad_log_diagonal = steps.empty(log_diagonal.sizes());
   Assembly lu{};
   lu.n = steps.n();
-  lu.product = steps.memory();
   lu.permutation = steps.input(permutation, n * n);
   lu.lower = steps.input(lower, n * n);
   lu.upper = steps.input(upper, n * n);
@@ -243,9 +256,12 @@ std::tuple<Tensor, Tensor, Tensor> lu_weight_backward(const Tensor& grad_weight,
   lu.grad_lower = steps.output(grad_lower);
   lu.grad_upper = steps.output(grad_upper);
   lu.grad_log_diagonal = steps.output(grad_log_diagonal);
-  steps.run(launch, lu_weight_backward_kernel, lu, kProductSize + n, false);
+  steps.run(launch, lu_weight_backward_kernel, lu, Assembly::shared_size(n), false, MatrixTile::count(lu.n));
   return {grad_lower, grad_upper, grad_log_diagonal};
 }
+
+// Blocks that fold a matrix which nobody eliminates.
+int64_t fold_layers(int64_t n) { return (n + 31) / 32; }
 
 Fold fold_of(Steps& steps, const Tensor& log_scale, const Tensor& bias, const Tensor& weight,
              const std::optional<Tensor>& known) {
@@ -271,7 +287,8 @@ std::tuple<Tensor, Tensor, Tensor> fold(const Tensor& log_scale, const Tensor& b
   fold.matrix = steps.output(matrix);
   fold.shift = steps.output(shift);
   fold.log_det = steps.output(log_det);
-  steps.run(launch, inverse ? fold_inverse_kernel : fold_kernel, fold, steps.n(), eliminates);
+  steps.run(launch, inverse ? fold_inverse_kernel : fold_kernel, fold, steps.n(), eliminates,
+            eliminates ? 1 : fold_layers(steps.n()));
   if (inverse) {
     if (weight.scalar_type() == ScalarType::Double) {
       check_invertible<double>(matrix, steps.n());
@@ -306,7 +323,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fold_backward(const Tensor& grad_matr
   fold.grad_weight = steps.output(grad_weight);
   if (weight_log_det) fold.grad_known = steps.output(grad_known);
   steps.run(launch, inverse ? fold_inverse_backward_kernel : fold_backward_kernel, fold,
-            n + (inverse ? kProductSize : 0), eliminates);
+            n + (inverse ? kProductSize : 0), eliminates, eliminates ? 1 : fold_layers(n));
   return {grad_log_scale, grad_bias, grad_weight, grad_known};
 }
 

@@ -70,7 +70,14 @@ class Launcher {
   template <typename... P, typename... A>
   void operator()(int64_t blocks, int threads, int64_t shared_bytes, void (*kernel)(P...),
                   const A&... arguments) const {
-    start(false, blocks, threads, shared_bytes, kernel, arguments...);
+    start(false, blocks, 1, threads, shared_bytes, kernel, arguments...);
+  }
+
+  // The same `layers` times at once; blockIdx.y counts them.
+  template <typename... P, typename... A>
+  void layered(int64_t layers, int64_t blocks, int threads, int64_t shared_bytes, void (*kernel)(P...),
+               const A&... arguments) const {
+    start(false, blocks, layers, threads, shared_bytes, kernel, arguments...);
   }
 
   // The same with kThreads threads and no dynamic shared memory.
@@ -84,7 +91,7 @@ class Launcher {
   // before it writes.
   template <typename... P, typename... A>
   void next(int64_t blocks, int threads, int64_t shared_bytes, void (*kernel)(P...), const A&... arguments) const {
-    start(true, blocks, threads, shared_bytes, kernel, arguments...);
+    start(true, blocks, 1, threads, shared_bytes, kernel, arguments...);
   }
 
   int64_t multiprocessors() const {
@@ -108,12 +115,14 @@ class Launcher {
 
  private:
   template <typename... P, typename... A>
-  void start([[maybe_unused]] bool follows, int64_t blocks, int threads, int64_t shared_bytes, void (*kernel)(P...),
-             const A&... arguments) const {
+  void start([[maybe_unused]] bool follows, int64_t blocks, int64_t layers, int threads, int64_t shared_bytes,
+             void (*kernel)(P...), const A&... arguments) const {
     if (blocks == 0) return;
+    STD_TORCH_CHECK(layers >= 1 && layers <= 65535, "a launch has 1 to 65535 layers of blocks, not ", layers);
     STD_TORCH_CHECK(blocks <= std::numeric_limits<int32_t>::max(), "a launch has at most 2^31 - 1 blocks, not ",
                     blocks);
-    const unsigned grid = static_cast<unsigned>(blocks), block = static_cast<unsigned>(threads);
+    const unsigned across = static_cast<unsigned>(blocks), down = static_cast<unsigned>(layers);
+    const unsigned block = static_cast<unsigned>(threads);
 #if defined(__CUDACC__)
     if (shared_bytes > 48 * 1024) {
       check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
@@ -124,7 +133,7 @@ class Launcher {
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     early.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config{};
-    config.gridDim = dim3(grid);
+    config.gridDim = dim3(across, down);
     config.blockDim = dim3(block);
     config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
     config.stream = stream_;
@@ -132,7 +141,7 @@ class Launcher {
     config.numAttrs = follows && attribute(cudaDevAttrComputeCapabilityMajor) >= 9 ? 1 : 0;
     check_cuda(cudaLaunchKernelEx(&config, kernel, arguments...), "launching a kernel");
 #else
-    cuda_host::launch(grid, block, static_cast<size_t>(shared_bytes), [&] { kernel(arguments...); });
+    cuda_host::launch(across, down, block, static_cast<size_t>(shared_bytes), [&] { kernel(arguments...); });
 #endif
   }
 

@@ -1,5 +1,5 @@
-// Products and inverses of n x n matrices, row by row and in double, each by one block: what the folding of a step is
-// made of.
+// Products and inverses of n x n matrices, row by row and in double, each by one block or tile by tile by several: what
+// the folding of a step is made of.
 #pragma once
 
 #include <algorithm>
@@ -20,10 +20,11 @@ __device__ double sum_over(unsigned n, const F& f) {
   return warp_sum(total);
 }
 
-// Calls f(i) for all rows; a warp for each.
+// Calls f(i) for all rows; a warp of some layer for each.
 template <typename F>
 __device__ void for_each_row(unsigned n, const F& f) {
-  for (unsigned i = threadIdx.x / 32; i < n; i += blockDim.x / 32) f(i);
+  const unsigned warps = blockDim.x / 32;
+  for (unsigned i = blockIdx.y * warps + threadIdx.x / 32; i < n; i += gridDim.y * warps) f(i);
 }
 
 // Columns that are eliminated at a time.
@@ -189,52 +190,122 @@ class Elimination {
 // Threads of a block that works on n x n matrices: the square of an even number, for product().
 inline int matrix_threads(int64_t n) { return n <= 32 ? 64 : 256; }
 
+// Where the lines of a matrix, its rows or its columns, have elements that are not zero. Those of a permutation have
+// one each, so that multiplying by it does not take the time of a product.
+class Spans {
+ public:
+  // Doubles of shared memory.
+  static int64_t size(int64_t n) { return n; }
+
+  __device__ Spans(unsigned n, double* shared) : n_(n), first_(reinterpret_cast<unsigned*>(shared)), end_(first_ + n) {}
+
+  // Finds those of rows, in the rows from `first` to `end`. For all threads of a block, like the next.
+  template <typename F>
+  __device__ void find_in_rows(unsigned first, unsigned end, const F& element) {
+    find(first, end, element, [](unsigned i, unsigned) { return i; }, [](unsigned, unsigned j) { return j; });
+  }
+  // Finds those of columns.
+  template <typename F>
+  __device__ void find_in_columns(const F& element) {
+    find(0, n_, element, [](unsigned, unsigned j) { return j; }, [](unsigned i, unsigned) { return i; });
+  }
+
+  // The sum of f(place) over the places of a line.
+  template <typename F>
+  __device__ double sum(unsigned line, const F& f) const {
+    double total = 0;
+    for (unsigned place = first_[line]; place < end_[line]; ++place) total += f(place);
+    return total;
+  }
+
+ private:
+  template <typename F, typename G, typename H>
+  __device__ void find(unsigned first, unsigned end, const F& element, const G& line, const H& place) {
+    for (unsigned i = threadIdx.x; i < n_; i += blockDim.x) {
+      first_[i] = n_;
+      end_[i] = 0;
+    }
+    __syncthreads();
+    for (unsigned i = first + threadIdx.x / 32; i < end; i += blockDim.x / 32) {
+      for (unsigned j = threadIdx.x % 32; j < n_; j += 32) {
+        if (element(i, j) == 0) continue;
+        atomicMin(&first_[line(i, j)], place(i, j));
+        atomicMax(&end_[line(i, j)], place(i, j) + 1);
+      }
+    }
+    __syncthreads();
+  }
+
+  unsigned n_;
+  unsigned *first_, *end_;
+};
+
 // Shared memory of product().
 constexpr unsigned kProductDepth = 8, kProductStride = 65;
 constexpr unsigned kProductSize = 2 * kProductDepth * kProductStride;
 
-// Calls put(i, j, sum over k of a(i, k) b(k, j)) for all elements of n x n matrices. For all threads of a block; before
-// others read what it puts there must be a barrier.
+// A square of elements of an n x n matrix that a block computes at a time.
+struct MatrixTile {
+  unsigned n, edge, down, across;  // its first row and column
+
+  // Tiles of a matrix.
+  static __host__ __device__ unsigned count(unsigned n) { return (n + 63) / 64 * ((n + 63) / 64); }
+  __device__ MatrixTile(unsigned n, unsigned index) : n(n), edge(n <= 32 ? 32 : 64) {
+    const unsigned in_row = (n + edge - 1) / edge;
+    down = index / in_row * edge;
+    across = index % in_row * edge;
+  }
+  __device__ unsigned bottom() const { return down + edge < n ? down + edge : n; }
+  __device__ unsigned right() const { return across + edge < n ? across + edge : n; }
+};
+
+// Calls put(i, j, sum over k of a(i, k) b(k, j)), k from `from` to `to`, for the elements of a tile. For all threads of
+// a block; before others read what it puts there must be a barrier.
 template <typename F, typename G, typename H>
-__device__ void product(unsigned n, double* shared, const F& a, const G& b, const H& put) {
-  const unsigned across = blockDim.x == 64 ? 8 : 16, edge = 4 * across;  // a thread has 4 x 4 elements at this distance
-  const unsigned row = threadIdx.x / across, column = threadIdx.x % across;
+__device__ void product(const MatrixTile& tile, unsigned from, unsigned to, double* shared, const F& a, const G& b,
+                        const H& put) {
+  const unsigned n = tile.n, side = tile.edge / 4;  // a thread has 4 x 4 elements at this distance
+  const unsigned row = threadIdx.x / side, column = threadIdx.x % side;
   double *const left = shared, *const right = shared + kProductDepth * kProductStride;
-  for (unsigned tile = 0; tile < (n + edge - 1) / edge * ((n + edge - 1) / edge); ++tile) {
-    const unsigned down = tile / ((n + edge - 1) / edge) * edge, right_of = tile % ((n + edge - 1) / edge) * edge;
-    double sums[4][4] = {};
-    for (unsigned first = 0; first < n; first += kProductDepth) {
-      for (unsigned index = threadIdx.x; index < kProductDepth * edge; index += blockDim.x) {
-        const unsigned i = down + index / kProductDepth, k = first + index % kProductDepth;
-        left[index % kProductDepth * kProductStride + index / kProductDepth] = i < n && k < n ? a(i, k) : 0;
-        const unsigned j = right_of + index % edge, l = first + index / edge;
-        right[index / edge * kProductStride + index % edge] = j < n && l < n ? b(l, j) : 0;
-      }
-      __syncthreads();
-      for (unsigned k = 0; k < kProductDepth; ++k) {
-        double factors[4], values[4];
-#pragma unroll
-        for (unsigned r = 0; r < 4; ++r) {
-          factors[r] = left[k * kProductStride + row + r * across];
-          values[r] = right[k * kProductStride + column + r * across];
-        }
-#pragma unroll
-        for (unsigned r = 0; r < 4; ++r) {
-#pragma unroll
-          for (unsigned c = 0; c < 4; ++c) sums[r][c] += factors[r] * values[c];
-        }
-      }
-      __syncthreads();
+  double sums[4][4] = {};
+  for (unsigned first = from; first < to; first += kProductDepth) {
+    for (unsigned index = threadIdx.x; index < kProductDepth * tile.edge; index += blockDim.x) {
+      const unsigned i = tile.down + index / kProductDepth, k = first + index % kProductDepth;
+      left[index % kProductDepth * kProductStride + index / kProductDepth] = i < n && k < to ? a(i, k) : 0;
+      const unsigned j = tile.across + index % tile.edge, l = first + index / tile.edge;
+      right[index / tile.edge * kProductStride + index % tile.edge] = j < n && l < to ? b(l, j) : 0;
     }
+    __syncthreads();
+    for (unsigned k = 0; k < kProductDepth; ++k) {
+      double factors[4], values[4];
 #pragma unroll
-    for (unsigned r = 0; r < 4; ++r) {
-#pragma unroll
-      for (unsigned c = 0; c < 4; ++c) {
-        const unsigned i = down + row + r * across, j = right_of + column + c * across;
-        if (i < n && j < n) put(i, j, sums[r][c]);
+      for (unsigned r = 0; r < 4; ++r) {
+        factors[r] = left[k * kProductStride + row + r * side];
+        values[r] = right[k * kProductStride + column + r * side];
       }
+#pragma unroll
+      for (unsigned r = 0; r < 4; ++r) {
+#pragma unroll
+        for (unsigned c = 0; c < 4; ++c) sums[r][c] += factors[r] * values[c];
+      }
+    }
+    __syncthreads();
+  }
+#pragma unroll
+  for (unsigned r = 0; r < 4; ++r) {
+#pragma unroll
+    for (unsigned c = 0; c < 4; ++c) {
+      const unsigned i = tile.down + row + r * side, j = tile.across + column + c * side;
+      if (i < n && j < n) put(i, j, sums[r][c]);
     }
   }
+}
+
+// The same for all elements, by one block.
+template <typename F, typename G, typename H>
+__device__ void product(unsigned n, double* shared, const F& a, const G& b, const H& put) {
+  for (unsigned index = 0; index < MatrixTile::count(n); ++index)
+    product(MatrixTile(n, index), 0, n, shared, a, b, put);
 }
 
 }  // namespace glow_kernels

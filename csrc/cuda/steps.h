@@ -1,4 +1,5 @@
-// The parameters of many steps in one call, float or double, whose C x C work is in double: a block for every step.
+// The parameters of many steps in one call, float or double, whose C x C work is in double: a block for every step, or
+// as many as there are layers.
 #pragma once
 
 #include <algorithm>
@@ -86,11 +87,13 @@ class Steps {
   }
   double* workspace() { return Elimination::fits(n_) ? nullptr : memory(); }
 
-  // Runs a kernel with this many doubles of shared memory, or with what an elimination takes besides.
+  // Runs a kernel with this many doubles of shared memory, or with what an elimination takes besides; where there are
+  // layers, a block in each for every step.
   template <typename A>
-  void run(const Launcher& launch, void (*kernel)(A), const A& arguments, int64_t doubles, bool eliminates) const {
+  void run(const Launcher& launch, void (*kernel)(A), const A& arguments, int64_t doubles, bool eliminates,
+           int64_t layers = 1) const {
     const int64_t bytes = doubles * 8 + (eliminates ? Elimination::shared_bytes(n_) : 0);
-    launch(count_, matrix_threads(n_), bytes, kernel, arguments);
+    launch.layered(layers, count_, matrix_threads(n_), bytes, kernel, arguments);
   }
 
  private:

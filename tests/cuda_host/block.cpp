@@ -217,7 +217,8 @@ void Block::finish_exchange(unsigned index) {
 
 void Block::complain() const {
   std::ostringstream text;
-  text << "block " << blockIdx.x << " of " << gridDim.x << " waits for ever (GLOW_KERNELS_SCHEDULE=" << seed_ << "):";
+  text << "block " << blockIdx.x << " of " << gridDim.x << " in layer " << blockIdx.y
+       << " waits for ever (GLOW_KERNELS_SCHEDULE=" << seed_ << "):";
   // A line for every place where threads wait, and the first thread there.
   std::map<std::string, std::pair<unsigned, unsigned>> places;
   for (unsigned index = 0; index < threads_.size(); ++index) {
@@ -240,20 +241,21 @@ void Block::complain() const {
 
 }  // namespace
 
-void launch(unsigned blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& thread) {
+void launch(unsigned blocks, unsigned layers, unsigned threads, size_t shared_bytes,
+            const std::function<void()>& thread) {
   if (threads == 0 || threads % kWarp != 0 || threads > 1024) {
     throw std::runtime_error("a block has 32 to 1024 threads, a multiple of 32, not " + std::to_string(threads));
   }
   if (shared_bytes > 227 * 1024) throw std::runtime_error("a block has at most 227 KiB of shared memory");
   const std::lock_guard<std::mutex> lock(only_one);
   Schedule schedule;
-  std::vector<unsigned> order(blocks);
+  std::vector<unsigned> order(blocks * layers);
   schedule.arrange(order);
-  gridDim = {blocks, 1, 1};
+  gridDim = {blocks, layers, 1};
   blockDim = {threads, 1, 1};
   Block block(threads, shared_bytes, thread);
   for (const unsigned index : order) {
-    blockIdx = {index, 0, 0};
+    blockIdx = {index % blocks, index / blocks, 0};
     block.run(schedule);
   }
 }

@@ -6,11 +6,13 @@
 // Threads that wait for ever are an error that says who waits where.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <utility>
 
 #define __global__
 #define __device__
@@ -49,8 +51,9 @@ extern dim3 blockDim, gridDim;
 
 namespace cuda_host {
 
-// Runs `thread` once for every thread of every block. Throws where threads of a block wait for ever.
-void launch(unsigned blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& thread);
+// Runs `thread` once for every thread of every block of every layer. Throws where threads of a block wait for ever.
+void launch(unsigned blocks, unsigned layers, unsigned threads, size_t shared_bytes,
+            const std::function<void()>& thread);
 
 // GLOW_KERNELS_MULTIPROCESSORS, 1 without it: with 0, which no device has, no tensor is small.
 int multiprocessors();
@@ -113,6 +116,9 @@ void multiply_add(Place place, float (&c)[4], const uint32_t (&a)[4], const uint
 #define __reduce_min_sync(mask, value) \
   ::cuda_host::reduce(CUDA_HOST_PLACE, mask, value, [](unsigned a, unsigned b) { return a < b ? a : b; })
 
+// One thread runs at a time, until it waits.
+inline unsigned atomicMin(unsigned* at, unsigned value) { return std::exchange(*at, std::min(*at, value)); }
+inline unsigned atomicMax(unsigned* at, unsigned value) { return std::exchange(*at, std::max(*at, value)); }
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
 inline long long __double_as_longlong(double value) {
   long long bits;
