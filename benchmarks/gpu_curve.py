@@ -12,7 +12,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 from glow_kernels.bench import environment, results
@@ -51,13 +50,18 @@ def train(folder: Path, backend: str, options: list[str], seconds: float) -> Non
         process.wait()
 
 
-def rows(name: str, folder: Path) -> Iterator[results.Row]:
-    """A row for every record of the run that has bits/dim."""
-    for record in metrics.read(folder):
-        values = {key: value for key, value in record.items() if "bits_per_dim" in key}
-        if values:
-            case = {"part": "curve", "implementation": name, "step": record["step"]}
-            yield {"kind": "curve", "case": case, "seconds": record["time"], **values}
+def row(name: str, folder: Path) -> results.Row:
+    """What the run said of bits/dim: steps, seconds since it began and bits/dim, null where that was not finite."""
+
+    def points(key: str) -> list[list[float | None]]:
+        return [[record["step"], record["time"], record[key]] for record in metrics.read(folder) if key in record]
+
+    return {
+        "kind": "curve",
+        "case": {"part": "curve", "implementation": name},
+        "train": points("train_bits_per_dim"),
+        "validation": points("validation_bits_per_dim"),
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -82,10 +86,9 @@ def main(argv: list[str] | None = None) -> int:
                 try:
                     train(run, backend, own, arguments.seconds)
                 finally:
-                    found = list(rows(name, run))
-                    for row in found:
-                        writer.write(row)
-                    print(f"{name}: {len(found)} records")
+                    found = row(name, run)
+                    writer.write(found)
+                    print(f"{name}: {len(found['train'])} records, {len(found['validation'])} validations")
     except GlowKernelsError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -14,7 +14,7 @@ import torch
 from glow_kernels.bench import check, compare, document, environment, page, plots, results, table, timing
 from glow_kernels.bench.results import Writer
 from glow_kernels.cli import main
-from glow_kernels.errors import DataError, UsageError
+from glow_kernels.errors import DataError, TrainingError, UsageError
 
 ROOT = Path(__file__).parents[1]
 
@@ -27,7 +27,7 @@ def script(name):
     return module
 
 
-gpu, gpu_stages = script("gpu"), script("gpu_stages")
+gpu, gpu_curve, gpu_stages = script("gpu"), script("gpu_curve"), script("gpu_stages")
 
 ENVIRONMENT = {
     "kind": "environment",
@@ -320,6 +320,11 @@ def test_check_reads_a_file(tmp_path, capsys):
     assert re.search(r"\d+ reached, 0 missed, \d+ not measured", out)
 
 
+def curve_row(implementation, train, validation):
+    case = {"part": "curve", "implementation": implementation}
+    return {"kind": "curve", "case": case, "train": train, "validation": validation}
+
+
 def every_kind_of_row():
     sizes = {"steps": 4, "batch": 8}
     return [
@@ -330,6 +335,8 @@ def every_kind_of_row():
         model_row("training_step", "native", 1.0, **sizes),
         model_row("chain", "<peer>", 2.0, **sizes),
         memory_row("anchor 4", 8, 10**6, 10**7),
+        curve_row("reference", [[10, 1.0, 5.0], [20, 2.0, 4.0]], [[20, 2.5, 3.5]]),
+        curve_row("full stack", [[10, 0.1, 5.0], [20, 0.2, None]], [[20, 0.3, 3.5], [40, 0.5, 3.25], [60, 0.8, None]]),
         {"kind": "warning", "text": "the machine is busy"},
     ]
 
@@ -378,6 +385,18 @@ def test_page_of_performance_says_where_and_nothing_unmeasured(tmp_path):
     assert "bad row" not in text
     with pytest.raises(DataError, match="there are no results"):
         document.markdown([])
+
+
+def test_page_of_performance_compares_trainings_at_the_same_step(tmp_path):
+    pytest.importorskip("matplotlib", reason="plots need matplotlib")
+    path = written(tmp_path / "r.jsonl", *every_kind_of_row()[1:])
+    document.write([path], tmp_path / "p.md")
+    text = (tmp_path / "p.md").read_text()
+    assert "| validation at step 20 |" in text
+    assert "| reference | 20 | 2 | 3.5 | 2.5 | 3.5 | 2.5 |" in text
+    assert "| full stack | 20 | 0.2 | 3.5 | 0.3 | 3.25 | 0.5 |" in text
+    (picture,) = re.findall(r"!\[.*\]\((.*)\)", text)
+    assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
 
 
 def test_page_of_performance_is_written_from_committed_files_alone(tmp_path, capsys):
@@ -531,3 +550,30 @@ def test_compiled_summaries_keep_conditions_apart():
     assert list(found) == [f"{text}, tuned allocator, float32, contiguous" for text in ("1 thread", "2 threads")]
     assert one[0].faster_than["eager"] == (pytest.approx(2.0), 1.0, 2)
     assert two[0].faster_than["eager"] == (pytest.approx(9.0), 9.0, 1)
+
+
+def test_curves_of_both_trainings_are_written_also_of_one_that_fails(tmp_path, monkeypatch, capsys):
+    def train(folder, backend, options, seconds):
+        records = [{"step": 10, "time": 0.5, "train_bits_per_dim": 4.0, "learning_rate": 0.1}]
+        if backend == "reference":
+            records += [{"step": 10, "time": 0.7, "validation_bits_per_dim": None}]
+        folder.mkdir()
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        if backend != "reference":
+            raise TrainingError("training ended with exit code 3")
+
+    monkeypatch.setattr(gpu_curve, "train", train)
+    assert gpu_curve.main(["--device", "cpu", "--output", str(tmp_path / "r.jsonl")]) == 1
+    assert "exit code 3" in capsys.readouterr().err
+    first, second = results.of_kind(results.read(tmp_path / "r.jsonl"), "curve")
+    assert (first["train"], first["validation"]) == ([[10, 0.5, 4.0]], [[10, 0.7, None]])
+    assert (second["train"], second["validation"]) == ([[10, 0.5, 4.0]], [])
+
+
+def test_a_curve_ends_when_its_time_is_up_and_says_when_training_failed(tmp_path):
+    options = ["--device", "cpu", "--dataset", "digits", "--iterations", "1000000"]
+    start = time.monotonic()
+    gpu_curve.train(tmp_path / "run", "reference", options, 1.0)
+    assert 1.0 <= time.monotonic() - start < 30.0
+    with pytest.raises(TrainingError, match="training ended with exit code 2"):
+        gpu_curve.train(tmp_path / "other", "", [*options, "--levels", "99"], 60.0)

@@ -1,11 +1,11 @@
-"""``docs/performance.md``, from committed results only."""
+"""``docs/performance.md`` and its plots, from committed results only."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from glow_kernels.bench import check, results, table
+from glow_kernels.bench import check, plots, results, table
 from glow_kernels.bench.results import Row
 from glow_kernels.errors import DataError
 
@@ -22,15 +22,21 @@ that moves the bytes that the operator must move, or the matrix product where th
 
 
 def write(files: Sequence[Path], path: Path) -> None:
-    """Write the page for these files.
+    """Write the page for these files, and its plots to a folder beside it.
 
     Raises:
         DataError: as for :func:`markdown`, or ``path`` cannot be written.
+        MissingDependencyError: there is something to plot and no matplotlib.
     """
     text = markdown(files)
+    figures = {_picture(file): plots.learning(results.read(file)) for file in files}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
+        for name, figure in figures.items():
+            if figure is not None:
+                (path.parent / name).parent.mkdir(exist_ok=True)
+                (path.parent / name).write_bytes(plots.png(figure))
     except OSError as error:
         raise DataError(f"{path} cannot be written: {error.strerror}") from error
 
@@ -61,7 +67,7 @@ def _device(path: Path) -> str:
     for heading, means in table.overview(rows).items():
         lines += [f"### Operators: {heading}", "", "Geometric means over shapes, in brackets the least.", ""]
         lines += _markdown(("operator", "direction", "x eager", "x compile", "% of limit"), _means(means))
-    lines += _goals(rows) + _models(rows)
+    lines += _goals(rows) + _learning(rows, _picture(path)) + _models(rows)
     return "\n".join(lines)
 
 
@@ -86,6 +92,38 @@ def _goals(rows: Sequence[Row]) -> list[str]:
         ]
         lines += [f"**{group}**", "", *_markdown(("goal", "figure", "wanted", "verdict", "where"), cells)]
     return lines
+
+
+def _picture(file: Path) -> str:
+    """The plot of the trainings in a file of results, from where the page is."""
+    return f"performance/{file.stem}-training.png"
+
+
+def _learning(rows: Sequence[Row], picture: str) -> list[str]:
+    measured = list(results.of_kind(rows, "curve"))
+    if not measured:
+        return []
+    validated = [{step: (seconds, bits) for step, seconds, bits in row["validation"]} for row in measured]
+    common = max(set.intersection(*map(set, validated)), default=0)
+    cells = []
+    for row, validations in zip(measured, validated, strict=True):
+        steps, seconds, _ = (row["train"] or [(0, 0.0, None)])[-1]
+        finite = [point for point in validations.values() if point[1] is not None]
+        of_common, best = validations.get(common), min(finite, key=lambda point: point[1], default=None)
+        cells.append(
+            [row["case"]["implementation"], str(steps), f"{seconds:.4g}", *_validation(of_common), *_validation(best)]
+        )
+    header = ("implementation", "steps", "in seconds", f"validation at step {common}", "after seconds")
+    return [
+        *("### A training", "", "Patches of photographs, the same seed and settings (`make gpu-curve`), bits/dim.", ""),
+        *_markdown((*header, "best validation", "after seconds"), cells),
+        *(f"![Bits/dim by seconds and by steps]({picture})", ""),
+    ]
+
+
+def _validation(point: tuple[float, float | None] | None) -> list[str]:
+    seconds, bits = point or (None, None)
+    return ["" if value is None else f"{value:.4g}" for value in (bits, seconds)]
 
 
 def _models(rows: Sequence[Row]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -188,6 +189,41 @@ def curves(rows: Sequence[Row]) -> Figure | None:
     return figure
 
 
+def learning(rows: Sequence[Row]) -> Figure | None:
+    """Lines: bits/dim of a real training by seconds and by steps."""
+    measured = list(results.of_kind(rows, "curve"))
+    if not measured:
+        return None
+    figure, axes = _subplots(2, 2, 4.2, 12.0)
+    begun = []
+    for index, row in enumerate(measured):
+        name, color = row["case"]["implementation"], _COLORS[index]
+        train, validation = _medians(row["train"]), [_numbers(point) for point in row["validation"]]
+        begun += [bits for *_, bits in [*train[1:], *validation] if math.isfinite(bits)]
+        for column, axis in ((1, axes[0]), (0, axes[1])):
+            for points, style, what in ((train, "-", "batches"), (validation, "o--", "validation")):
+                xs, ys = [point[column] for point in points], [point[2] for point in points]
+                axis.plot(xs, ys, style, color=color, markersize=4, label=f"{name}: {what}")
+    for axis, unit in zip(axes, ("seconds since the run began", "steps"), strict=True):
+        axis.set(xscale="log", xlabel=unit, ylabel="bits/dim")
+        if begun:  # the first batches are far above all others
+            axis.set_ylim(min(begun) - 0.1, max(begun) + 0.1)
+        axis.grid(alpha=0.3)
+        _plain_numbers(axis)
+    axes[0].legend(fontsize=8)
+    return figure
+
+
+def _numbers(values: Sequence[float | None]) -> list[float]:
+    return [math.nan if value is None else value for value in values]
+
+
+def _medians(points: Sequence[Sequence[float | None]]) -> list[list[float]]:
+    """Of every five points, since batches differ."""
+    fives = [[_numbers(point) for point in points[first : first + 5]] for first in range(0, len(points), 5)]
+    return [[statistics.median(values) for values in zip(*five, strict=True)] for five in fives]
+
+
 def activations(rows: Sequence[Row]) -> Figure | None:
     """Lines: peak and kept activations of the published benchmark by depth."""
     measured = list(results.of_kind(rows, "memory"))
@@ -216,6 +252,7 @@ PLOTS: dict[str, Callable[[Sequence[Row]], Any]] = {
     "training": training,
     "curves": curves,
     "activations": activations,
+    "learning": learning,
 }
 
 
