@@ -71,6 +71,15 @@ def sample(multiprocessors, channels, *known):
     return multiprocessors, *data, *torch.randn(2, channels), weight, *known
 samples = [sample("1", 12, None), sample("0", 12, None), sample("0", 12, torch.tensor(0.5)), sample("0", 27, None)]
 """,
+    "lu_weight": """\
+from glow_kernels.ops.folding import lu_weight, lu_weight_backward
+def compute(grad, grad_log_det, *factors):
+    return *lu_weight(*factors), *lu_weight_backward(grad, grad_log_det, *factors)
+def sample(n):
+    permutation = torch.eye(n)[torch.randperm(n)]
+    return torch.randn(n, n), torch.randn(()), permutation, *torch.randn(2, n, n), *torch.randn(2, n)
+samples = [sample(7), sample(40)]
+""",
     # Of no multiprocessors, so that no tensor is small: two blocks, some warps of which have three strips in turn.
     "actnorm_conv1x1_wide": """\
 from glow_kernels.ops.actnorm_conv1x1 import apply, apply_backward, apply_reversible_backward
@@ -110,6 +119,7 @@ SOURCES = {
         "warp_elimination.h",
     ],
     "actnorm_conv1x1_wide": ["actnorm_conv1x1_wide.cu", "actnorm_conv1x1.cu"],
+    "lu_weight": ["actnorm_conv1x1_fold.cu", "small_matrix.h"],
 }
 
 SUM = ".add(all[thread + half * width]);\n"
@@ -126,6 +136,7 @@ WORKED = "        work(here, pass % 2);\n"
 PUT = "put_strip<S>(total, x);\n"
 BEFORE_SUMS = "  static_assert(StripSums<S>::kScratch"
 BROUGHT = "  bring(exchange, h, tile, pairs);\n"
+CLEARED = "end_[i] = 0;\n    }\n"
 STEP = "choose_pivot(rows, free, first + k, pivot_row);\n"
 SPOT = "const auto raw_data = fetch<N>(views.data, tile, spot);\n"
 GIVEN = "// nobody else reads this pair before the barrier\n  }\n"
@@ -169,6 +180,8 @@ FAULTS = {
         *("actnorm_conv1x1", f"{FOLDED_FOR_STRIPS}    {BARRIER}", FOLDED_FOR_STRIPS),
         "wrong",
     ),
+    "none in what a permutation picks": ("lu_weight", "", "", ""),
+    "no barrier before it is looked for": ("lu_weight", CLEARED + BARRIER, CLEARED, "wrong"),
     "none on the matrix units": ("actnorm_conv1x1_wide", "", "", ""),
     "a product before its strip is there": ("actnorm_conv1x1_wide", READY, READY.replace("1", "2"), "wrong"),
     "no barrier of a warp before products": (
