@@ -113,7 +113,7 @@ def test_gradient_of_a_bias_without_relu(backend, shape, layout, dtype):
     # Multiples of 1/8, whose sums are exact in float32.
     grad = LAYOUTS[layout](torch.randint(-32, 33, shape).to(dtype) / 8)
     expected = grad.double().sum([d for d in range(grad.dim()) if d != 1])
-    for parts in (1, 2, 50):
+    for parts in (1, 2, 7 if grad[:, 0].numel() > 7 else 50):
         sums = bias_backward(grad, parts)
         assert sums.shape == (parts, shape[1])
         assert torch.equal(sums.double().sum(0), expected)
@@ -127,7 +127,7 @@ def test_gradient_of_a_bias_without_relu(backend, shape, layout, dtype):
 def test_gradient_of_the_bias_in_parts(backend, shape, layout, dtype):
     grad, y = (LAYOUTS[layout](torch.randint(-32, 33, shape).to(dtype) / 8) for _ in range(2))
     whole, (expected,) = backward(grad, y, 1)
-    for parts in (2, 50):
+    for parts in (2, 7):
         grad_x, sums = backward(grad, y, parts)
         assert sums.shape == (parts, shape[1])
         assert torch.equal(grad_x, whole)
