@@ -64,6 +64,24 @@ def test_the_node_equals_the_formulas(backend, monkeypatch, nodes, kind, channel
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("batch", [1, 3, 4, 9])
+def test_a_step_that_divides_its_last_convolution_equals_the_formulas(monkeypatch, batch):
+    divided = count_calls(monkeypatch, passes_module, "_convolve_backward_in_shares")
+    monkeypatch.setattr(network_module, "LARGE_ON_GPU", 0)
+    chain = gk.ReversibleSequential([FlowStep(6, 8).double() for _ in range(3)])
+    x = torch.randn(batch, 6, 4, 6, dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in chain.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+        chain(torch.randn(4, 6, 4, 6, dtype=torch.float64))
+    expected = differentiated(chain, x)
+    assert not divided
+    monkeypatch.setattr(passes_module, "takes_room", lambda x: True)
+    for one, other in zip(differentiated(chain, x), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+    assert len(divided) == 3
+
+
 @every_coupling
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_the_node_is_as_accurate_as_its_parts_under_autocast(backend, monkeypatch, nodes, kind, memory_format):

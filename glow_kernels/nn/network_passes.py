@@ -27,6 +27,8 @@ _FACTORS = [1.0, 1.0, 3.0]
 _convolution_backward = torch.ops.aten.convolution_backward.default
 _threshold_backward = torch.ops.aten.threshold_backward.default
 _threshold_backward_into = torch.ops.aten.threshold_backward.grad_input
+# In how many shares of the batch a convolution is differentiated that would take too much memory at once.
+_SHARES = 4
 # Blocks that keep a large GPU busy, elements that each should have at least, and channels that it has side by side.
 _BLOCKS, _ELEMENTS, _CHANNELS = 768, 2048, 256
 
@@ -121,7 +123,10 @@ def backward(
     filters: list[Tensor] = []
     for index in (2, 1, 0):
         mask = [needs_x or index > 0, needs_parameters, needs_parameters and grad_bias is None]
-        grad, grad_weight, of_bias = _convolve_backward(grad, inputs[index], scaled[index], mask)
+        # All hidden layers are there only at the last convolution.
+        divides = index == 2 and frugal and takes_room(grad) and _is_large(grad, inputs[index].shape[1])
+        differentiate = _convolve_backward_in_shares if divides else _convolve_backward
+        grad, grad_weight, of_bias = differentiate(grad, inputs[index], scaled[index], mask)
         if needs_parameters:
             own = grad_weight.contiguous(memory_format=memory_format_of(weights[index]))
             filters = [own, of_bias if grad_bias is None else grad_bias, *filters]
@@ -153,6 +158,15 @@ def backward(
 def has_tensor_cores(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether convolutions run on matrix units, to which numbers of channels matter and that have epilogues."""
     return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+
+
+def takes_room(x: Tensor) -> bool:
+    """Whether convolutions of data like ``x`` take memory to work in, as much as a hidden layer.
+
+    On an H200 cuDNN brings float32 to the layout of its matrix units, in copies of all the data, whatever layout they
+    have.
+    """
+    return x.device.type == "cuda" and not has_tensor_cores(x.device, x.dtype)
 
 
 def aligned(channels: int) -> int:
@@ -205,6 +219,22 @@ def _convolve_backward(grad: Tensor, x: Tensor, weight: Tensor, mask: Sequence[b
         grad, x, weight, [weight.size(0)], *_geometry(weight), mask
     )
     return found
+
+
+def _convolve_backward_in_shares(
+    grad: Tensor, x: Tensor, weight: Tensor, mask: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same share by share of the batch, so that what one takes to work in the next can take."""
+    in_x = torch.empty_like(x)
+    totals: list[Tensor] = []
+    samples = -(-len(x) // _SHARES)
+    for some in (slice(first, first + samples) for first in range(0, len(x), samples)):
+        in_x[some], *found = _convolve_backward(grad[some], x[some], weight, mask)
+        for total, one, asked in zip(totals, found, mask[1:], strict=False):
+            if asked:
+                total.add_(one)
+        totals = totals or found
+    return in_x, totals[0], totals[1]
 
 
 def _geometry(weight: Tensor) -> tuple[Any, ...]:
