@@ -167,6 +167,52 @@ def test_stopped_and_resumed_run_is_bit_for_bit_the_uninterrupted_one(
     assert contents(tmp_path) == expected
 
 
+def test_a_checkpoint_written_beside_training_is_of_when_it_was_due(
+    uninterrupted: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    goes_on = threading.Event()
+
+    def late(*arguments: Any) -> None:
+        if len(metrics.read(tmp_path)) > 1:
+            assert goes_on.wait(60)
+        save(*arguments)
+
+    def fail(step: int) -> None:
+        if step == 6:
+            goes_on.set()
+            raise ConnectionError("power cut")
+
+    config, expected = uninterrupted
+    save = checkpoint.save
+    monkeypatch.setattr(Trainer, "_trains_beside", True)
+    monkeypatch.setattr(checkpoint, "save", late)
+    # One checkpoint waits for the one before, and here that for steps to come.
+    monkeypatch.setattr(Trainer, "_save_best", lambda self, result: None)
+    trainer = make_trainer(tmp_path, config)
+    before_step(trainer, fail)
+    with pytest.raises(ConnectionError, match="power cut"):
+        trainer.train()
+    monkeypatch.undo()
+    resumed = make_trainer(tmp_path, config, resume=True)
+    assert resumed.progress.iteration == 3
+    assert resumed.train()
+    assert contents(tmp_path) == expected
+
+
+def test_a_checkpoint_that_cannot_be_written_beside_training_ends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise CheckpointError("cannot write: no space left")
+
+    monkeypatch.setattr(Trainer, "_trains_beside", True)
+    monkeypatch.setattr(checkpoint, "save", fail)
+    trainer = make_trainer(tmp_path, make_config())
+    with pytest.raises(CheckpointError, match="no space left"):
+        trainer.train()
+    assert trainer.progress.iteration == 3  # where the next one was due
+
+
 @pytest.mark.parametrize("crash", [1, 3, 6])
 def test_run_that_crashed_resumes_from_its_last_checkpoint(
     uninterrupted: tuple[Any, Any], crash: int, tmp_path: Path

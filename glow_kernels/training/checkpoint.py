@@ -5,9 +5,11 @@ unpickled.
 """
 
 import contextlib
+import copy
 import json
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeAlias
@@ -93,6 +95,33 @@ def save(path: Path, tensors: Mapping[str, Tensor], document: Mapping[str, JSON]
     except safetensors.SafetensorError as error:
         raise CheckpointError(f"cannot write {path}: {error}; save other kinds of tensors") from error
     write_atomically(path, content)
+
+
+class Saver:
+    """Writes checkpoints beside what else is done, one at a time."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
+
+    def start(self, path: Path, tensors: Mapping[str, Tensor], document: Mapping[str, JSON]) -> None:
+        """Write as :func:`save` does, after the one before, and return at once; nobody may change the tensors.
+
+        Raises:
+            CheckpointError, MissingDependencyError, TypeError: the one before could not be written.
+        """
+        self.finish()
+        self._writing = self._pool.submit(save, path, dict(tensors), copy.deepcopy(document))
+
+    def finish(self) -> None:
+        """Wait until everything is written.
+
+        Raises:
+            CheckpointError, MissingDependencyError, TypeError: it could not be.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
 
 def _independent(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

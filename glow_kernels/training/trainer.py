@@ -87,6 +87,7 @@ class Trainer:
         ranks.check_batch(min(len(data.train), config.batch_size))
         self.progress = Progress()
         self._outcome = Outcome(math.nan, math.nan, math.nan)
+        self._saver = checkpoint.Saver()
         torch.manual_seed(config.seed)
         # What is to be sharded may not fit on one device: it is made on the host.
         self.model = config.build_model_for(data).to("cpu" if ranks.fsdp else self.device)
@@ -122,6 +123,12 @@ class Trainer:
             TrainingError: too many non-finite steps in a row.
             CheckpointError: something cannot be written; earlier checkpoints are intact.
         """
+        try:
+            return self._train()
+        finally:
+            self._saver.finish()
+
+    def _train(self) -> bool:
         self.model.train()
         with Interruption() as interruption, self._writer() as writer, self._bar() as bar:
             if writer is not None:
@@ -307,9 +314,15 @@ class Trainer:
             value = whole(tensor)
             if self.ranks.is_writer:
                 # One by one to the host: whole they may not fit on one device.
-                gathered[key] = value.cpu()
+                gathered[key] = value.to("cpu", copy=self._trains_beside)
         if self.ranks.is_writer:
-            checkpoint.save(self.folder / name, gathered, document)
+            save = self._saver.start if self._trains_beside else checkpoint.save
+            save(self.folder / name, gathered, document)
+
+    @property
+    def _trains_beside(self) -> bool:
+        """Whether training goes on while a checkpoint is written, for which a host has time whose device works."""
+        return self.device.type != "cpu"
 
     def _restore(self, path: Path, tensors: dict[str, Tensor], document: Mapping[str, Any]) -> None:
         try:
