@@ -32,7 +32,7 @@ RUNS: dict[str, tuple[str, list[str]]] = {
 
 
 def train(folder: Path, backend: str, options: list[str], seconds: float) -> None:
-    """Train for so long; the metrics of every step until then are in the folder, the weights nobody needs.
+    """Train for so long; the metrics until then are in the folder, the weights nobody needs.
 
     Raises:
         TrainingError: training ended by itself, and not well.

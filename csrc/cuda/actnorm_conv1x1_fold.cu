@@ -160,7 +160,6 @@ struct Assembly {
   __device__ void write_diagonal(double* diagonal) const {
     for (unsigned i = threadIdx.x; i < n; i += blockDim.x) diagonal[i] = sign(n, i) * std::exp(log_diagonal(n, i));
   }
-  __device__ double permuting(unsigned i, unsigned j) const { return permutation(int64_t{n} * n, i * n + j); }
   // L with its diagonal of ones, and U + diag(s), without what lies outside the triangles.
   __device__ double unit_lower(unsigned i, unsigned j) const {
     return i > j ? lower(int64_t{n} * n, i * n + j) : i == j ? 1.0 : 0.0;
@@ -178,11 +177,11 @@ __global__ void __launch_bounds__(kThreads, 1) lu_weight_kernel(const Assembly l
   const MatrixTile tile(n, blockIdx.y);
   Spans spans(n, diagonal + n);
   lu.write_diagonal(diagonal);
-  spans.find_in_rows(tile.down, tile.bottom(), [&](unsigned i, unsigned j) { return lu.permuting(i, j); });
+  lu.permutation.visit(square, [&](const auto* p) { spans.find_in_rows(p, tile.down, tile.bottom()); });
   product(
       tile, 0, tile.right(), shared,
       [&](unsigned i, unsigned k) {
-        return spans.sum(i, [&](unsigned m) { return lu.permuting(i, m) * lu.unit_lower(m, k); });
+        return spans.sum(i, [&](unsigned m) { return lu.permutation(square, i * n + m) * lu.unit_lower(m, k); });
       },
       [&](unsigned k, unsigned j) { return lu.full_upper(k, j, diagonal); },
       [&](unsigned i, unsigned j, double sum) { lu.weight(square, i * n + j, sum); });
@@ -199,9 +198,10 @@ __global__ void __launch_bounds__(kThreads, 1) lu_weight_backward_kernel(const A
   const MatrixTile tile(n, blockIdx.y);
   Spans spans(n, diagonal + n);
   lu.write_diagonal(diagonal);
-  spans.find_in_columns([&](unsigned i, unsigned j) { return lu.permuting(i, j); });
+  lu.permutation.visit(square, [&](const auto* p) { spans.find_in_columns(p); });
   const auto permuted = [&](unsigned i, unsigned j) {
-    return spans.sum(i, [&](unsigned m) { return lu.permuting(m, i) * lu.grad_weight(square, m * n + j); });
+    return spans.sum(i,
+                     [&](unsigned m) { return lu.permutation(square, m * n + i) * lu.grad_weight(square, m * n + j); });
   };
   product(
       tile, tile.down < tile.across ? n : tile.across, n, shared, permuted,

@@ -199,36 +199,49 @@ class Spans {
 
   __device__ Spans(unsigned n, double* shared) : n_(n), first_(reinterpret_cast<unsigned*>(shared)), end_(first_ + n) {}
 
-  // Finds those of rows, in the rows from `first` to `end`. For all threads of a block, like the next.
-  template <typename F>
-  __device__ void find_in_rows(unsigned first, unsigned end, const F& element) {
-    find(first, end, element, [](unsigned i, unsigned) { return i; }, [](unsigned, unsigned j) { return j; });
+  // Finds those of rows, in the rows from `first` to `end` of a matrix. For all threads of a block, like the next.
+  template <typename T>
+  __device__ void find_in_rows(const T* matrix, unsigned first, unsigned end) {
+    find(matrix, first, end, [](unsigned i, unsigned) { return i; }, [](unsigned, unsigned j) { return j; });
   }
   // Finds those of columns.
-  template <typename F>
-  __device__ void find_in_columns(const F& element) {
-    find(0, n_, element, [](unsigned, unsigned j) { return j; }, [](unsigned i, unsigned) { return i; });
+  template <typename T>
+  __device__ void find_in_columns(const T* matrix) {
+    find(matrix, 0, n_, [](unsigned, unsigned j) { return j; }, [](unsigned i, unsigned) { return i; });
   }
 
-  // The sum of f(place) over the places of a line.
+  // The sum of f(place) over the places of a line, nearly always one.
   template <typename F>
   __device__ double sum(unsigned line, const F& f) const {
     double total = 0;
+#pragma unroll 1
     for (unsigned place = first_[line]; place < end_[line]; ++place) total += f(place);
     return total;
   }
 
  private:
-  template <typename F, typename G, typename H>
-  __device__ void find(unsigned first, unsigned end, const F& element, const G& line, const H& place) {
+  template <typename T, typename F, typename G>
+  __device__ void find(const T* matrix, unsigned first, unsigned end, const F& line, const G& place) {
+    constexpr unsigned kAtOnce = 8;  // elements of a thread on their way
     for (unsigned i = threadIdx.x; i < n_; i += blockDim.x) {
       first_[i] = n_;
       end_[i] = 0;
     }
     __syncthreads();
-    for (unsigned i = first + threadIdx.x / 32; i < end; i += blockDim.x / 32) {
-      for (unsigned j = threadIdx.x % 32; j < n_; j += 32) {
-        if (element(i, j) == 0) continue;
+#pragma unroll 1
+    for (unsigned start = first * n_ + threadIdx.x; start < end * n_; start += kAtOnce * blockDim.x) {
+      T found[kAtOnce];
+#pragma unroll
+      for (unsigned r = 0; r < kAtOnce; ++r) {
+        const unsigned index = start + r * blockDim.x;
+        found[r] = index < end * n_ ? matrix[index] : 0;
+      }
+      unsigned marks = 0;
+#pragma unroll
+      for (unsigned r = 0; r < kAtOnce; ++r) marks |= (found[r] != 0 ? 1u : 0u) << r;
+      for (unsigned index = start; marks != 0; index += blockDim.x, marks >>= 1) {
+        if ((marks & 1) == 0) continue;
+        const unsigned i = index / n_, j = index % n_;
         atomicMin(&first_[line(i, j)], place(i, j));
         atomicMax(&end_[line(i, j)], place(i, j) + 1);
       }
@@ -304,8 +317,9 @@ __device__ void product(const MatrixTile& tile, unsigned from, unsigned to, doub
 // The same for all elements, by one block.
 template <typename F, typename G, typename H>
 __device__ void product(unsigned n, double* shared, const F& a, const G& b, const H& put) {
-  for (unsigned index = 0; index < MatrixTile::count(n); ++index)
+  for (unsigned index = 0; index < MatrixTile::count(n); ++index) {
     product(MatrixTile(n, index), 0, n, shared, a, b, put);
+  }
 }
 
 }  // namespace glow_kernels

@@ -35,6 +35,16 @@ struct Input {
     index += blockIdx.x * size;
     return wide ? static_cast<const double*>(data)[index] : static_cast<double>(static_cast<const float*>(data)[index]);
   }
+
+  // Calls f with a pointer to the elements of that step, for many loads at once: what is widened waits for its own.
+  template <typename F>
+  __device__ void visit(int64_t size, const F& f) const {
+    if (wide) {
+      f(static_cast<const double*>(data) + blockIdx.x * size);
+    } else {
+      f(static_cast<const float*>(data) + blockIdx.x * size);
+    }
+  }
 };
 
 struct Output {
