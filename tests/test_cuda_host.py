@@ -280,9 +280,9 @@ def tree(tmp_path_factory):
     if shutil.which(os.environ.get("CXX", "g++").split()[0]) is None:
         pytest.skip("needs a C++ compiler")
     found = Tree(tmp_path_factory.mktemp("shim"))
-    yield found
-    found.server.kill()
-    found.server.wait()
+    with found.server:  # closes its pipes and waits for it
+        yield found
+        found.server.kill()
 
 
 def build_and_ask(tree: Tree, sources: dict[str, str], program: str) -> subprocess.CompletedProcess[str]:
