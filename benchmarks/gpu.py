@@ -62,7 +62,8 @@ def stages(results: Path, dry_run: bool = False) -> list[Stage]:
     plain = "and not opcheck and not compiles"
     cuda_tests = [*tests, f"native {plain}", *OPERATOR_TESTS, "tests/test_cuda_gpu.py"]
     triton_tests = [*tests, f"triton {plain}", *OPERATOR_TESTS, "tests/test_triton_gpu.py"]
-    sanitized = [*pytest, "-k", f"native and of_every_shape {plain}", "-x", *OPERATOR_TESTS]
+    # Of one shape, that with 13 channels: all of them take ten minutes under a tool.
+    sanitized = [*pytest, "-k", f"native and of_every_shape and 13 {plain}", "-x", *OPERATOR_TESTS]
     bandwidth = ["--shape", BANDWIDTH_SHAPES, "--dtype", "float32", "--minutes", "0.85"]
     bandwidth += ["--direction", "forward,inverse,backward,reversible_backward"]
     untested = "it needs a GPU" if dry_run else _missing("pytest", "hypothesis")
