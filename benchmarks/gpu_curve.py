@@ -77,9 +77,8 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         writer = results.Writer(arguments.output, environment.record(torch.zeros(0, device=arguments.device).device))
-        for name, (backend, options) in RUNS.items():
-            if name != (arguments.only or name):
-                continue
+        for name in [arguments.only] if arguments.only else RUNS:
+            backend, options = RUNS[name]
             with tempfile.TemporaryDirectory() as folder:
                 run = Path(folder) / "run"
                 own = [*SETTINGS, "--device", arguments.device, *options, *arguments.options]
