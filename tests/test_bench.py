@@ -9,6 +9,7 @@ from collections import Counter
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 import glow_kernels as gk
 from glow_kernels.bench import (
@@ -121,6 +122,17 @@ def test_compiled_code_is_a_candidate():
     row = session.measure(Case("gaussian_log_prob", "no_grad", SHAPE), 0.01)
     assert "wrong" not in row
     assert row["candidates"]["compile"]["seconds"][0] > 0
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")  # PyTorch's own, at import
+def test_one_compilation_serves_all_numbers_of_threads(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    case = Case("actnorm_statistics", "no_grad", SHAPE)
+    for threads, compiled in ((1, 1), (2, 0)):
+        counters.clear()
+        with measurement.threads(threads):
+            compilation._compile(dataclasses.replace(case, threads=threads))
+        assert counters["inductor"]["fxgraph_cache_miss"] == compiled
 
 
 def test_cases_that_differ_in_the_allocator_share_their_compilation():

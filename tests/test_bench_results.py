@@ -280,7 +280,7 @@ def test_goals_of_memory():
     # As measured once: a state of all levels per 4 steps, and the same sums as in tests/test_reversible_memory.py.
     rows = [
         memory_row("anchor 4", 8, 42_481_232, 444_089_676),
-        memory_row("anchor 4", 80, 240_662_096, 557_335_884),
+        memory_row("anchor 4", 16, 64_501_328, 456_672_588),
         memory_row("invert", 8, 20_461_136, 434_803_880),
         memory_row("invert", 16, 20_461_136, 434_803_880),
         memory_row("anchor 6, 8 micro-batches", 13, 42_481_232, 93_573_000),
@@ -288,7 +288,8 @@ def test_goals_of_memory():
     found = [goal for goal in goals(*rows).values() if goal.group.startswith("Activations")]
     assert [goal.figure for goal in found] == pytest.approx([1.0, 0.0, 0.557, 0.164], abs=1e-3)
     assert {goal.verdict for goal in found} == {"reached"}
-    assert {goal.verdict for goal in goals(rows[0]).values() if goal.group.startswith("Activ")} == {"not measured"}
+    alone = [goal.verdict for goal in goals(rows[0]).values() if goal.group.startswith("Activ")]
+    assert alone == ["not measured", "not measured", "reached", "not measured"]  # a slope takes two
 
 
 @pytest.mark.parametrize(("difference", "verdict"), [(1e-6, "reached"), (1e-3, "missed"), (None, "missed")])

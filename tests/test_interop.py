@@ -2,6 +2,7 @@
 
 The models of normflows, nflows and FrEIA are those libraries' own; the others are written in ``dialects`` from their
 conventions. Which formula a layer computes is the original's to say: it is the truth that the patch is compared with.
+That every layer can be proven is one test; the others compare whole models and do without, which takes half their time.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def test_every_layer_is_patched_and_keeps_parameters_keys_and_types(example):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_a_training_run_has_the_same_losses(example, dtype):
     original, accelerated = make(example).to(dtype), make(example).to(dtype)
-    gk.accelerate(accelerated)
+    gk.accelerate(accelerated, verify=False)
     expected, actual = (trained(example, model, example.steps) for model in (original, accelerated))
     assert min(expected[5:]) < expected[0]  # it trains
     torch.testing.assert_close(torch.tensor(actual), torch.tensor(expected), rtol=1e-4, atol=0.0)
@@ -94,7 +95,7 @@ def test_losses_and_gradients_are_as_accurate_as_the_originals(example):
         other.load_state_dict(model.state_dict())
     mark_initialized(accelerated, truth)
     truth.double()
-    gk.accelerate(accelerated)
+    gk.accelerate(accelerated, verify=False)
     x = images(example)
     true_loss, true_gradients = gradients(example, truth, x.double())
     loss, grads = gradients(example, accelerated, x)
@@ -113,7 +114,7 @@ def test_losses_and_gradients_are_as_accurate_as_the_originals(example):
 def test_checkpoints_go_both_ways(example):
     original, accelerated = make(example), make(example)
     trained(example, original, 2)
-    gk.accelerate(accelerated)
+    gk.accelerate(accelerated, verify=False)
     x = images(example)
     accelerated.load_state_dict(original.state_dict())
     fresh = make(example)
@@ -141,13 +142,13 @@ def test_copies_and_pickles_stay_accelerated(example):
     model = make(example)
     trained(example, model, 2)
     picklable = can_be_pickled(model)
-    gk.accelerate(model)
+    gk.accelerate(model, verify=False)
     copies = [copy.deepcopy(model)]
     if picklable:
         copies.append(pickle.loads(pickle.dumps(model)))
     x = images(example)
     for copied in copies:
-        assert len(gk.accelerate(copied).patched) == example.layers
+        assert len(gk.accelerate(copied, verify=False).patched) == example.layers
         assert all(type(one) is type(other) for one, other in zip(model.modules(), copied.modules(), strict=True))
         with torch.no_grad():
             for parameter in filter(torch.is_floating_point, copied.parameters()):
@@ -177,7 +178,7 @@ def test_restore_undoes_it_and_calling_twice_changes_nothing(example):
     types, attributes = [type(layer) for layer in model.modules()], [set(vars(layer)) for layer in model.modules()]
     first = gk.accelerate(model)
     patched = [type(layer) for layer in model.modules()]
-    second = gk.accelerate(model)
+    second = gk.accelerate(model, verify=False)
     assert [type(layer) for layer in model.modules()] == patched != types
     assert [layer.path for layer in second.patched] == [layer.path for layer in first.patched]
     assert gk.restore(model) == example.layers

@@ -72,7 +72,8 @@ def test_every_dialect_has_the_same_gradients_with_every_policy(name):
     expected = gradients(example, model.double(), x)
     for policy, other in zip(POLICIES, others, strict=True):
         keys = list(other.state_dict())
-        report = gk.accelerate(other, memory=policy, anchor_every=2)
+        # All are compared below; of one it is seen that every step can be proven.
+        report = gk.accelerate(other, memory=policy, anchor_every=2, verify=policy == "anchor")
         assert not report.left_alone
         rows = [row for row in report.layers if row.memory]
         assert [(row.path, row.memory_reason) for row in rows if row.memory != policy] == []
@@ -90,7 +91,7 @@ def test_every_dialect_has_the_same_gradients_with_every_policy(name):
 def test_a_training_run_from_the_first_batch_has_the_same_losses(name):
     example = EXAMPLES[name]
     original, accelerated = make(example).double(), make(example).double()
-    gk.accelerate(accelerated, memory="anchor", anchor_every=2, micro_batches=2)
+    gk.accelerate(accelerated, memory="anchor", anchor_every=2, micro_batches=2, verify=False)
     expected, actual = (trained(example, model, 6) for model in (original, accelerated))
     torch.testing.assert_close(torch.tensor(actual), torch.tensor(expected), rtol=1e-6, atol=0.0)
 

@@ -75,11 +75,11 @@ def test_offloaded_anchors_of_the_published_benchmark():
 )
 def test_memory_grows_with_depth_by_the_anchors_only(memory, anchor_every):
     options = {"memory": memory, "anchor_every": anchor_every or 4}
-    (kept, peak), (deeper_kept, deeper_peak) = measure(5, 3, **options), measure(13, 3, **options)
-    slope = 8 / anchor_every if anchor_every else 0
+    (kept, peak), (deeper_kept, deeper_peak) = measure(5, 3, **options), measure(9, 3, **options)
+    slope = 4 / anchor_every if anchor_every else 0
     assert deeper_kept - kept == slope * ALL_STATES
     # The peak is in the backward of the first level, when the others are done.
-    assert deeper_peak - peak <= 1.02 * slope * FIRST_STATE + 8 * (3 * FIRST_MAP + FIRST_FACTORS)
+    assert deeper_peak - peak <= 1.02 * slope * FIRST_STATE + 4 * (3 * FIRST_MAP + FIRST_FACTORS)
 
 
 def test_micro_batches_divide_the_working_set():

@@ -244,20 +244,21 @@ def _activations(rows: Sequence[Row]) -> Iterator[Check]:
     yield Check(group, name, 1.02, per_anchor, at_least=False)
     name = "inverting: bytes kept per step, in states of all levels"
     yield Check(group, name, 0, slope(reversible.INVERT) / reversible.ALL_STATES_BYTES, at_least=False)
-    deepest = found.get(reversible.ANCHOR, {}).get(reversible.DEEPEST)
-    peak = deepest["peak_bytes"] / 1e9 if deepest else math.nan
-    yield Check(group, "peak in GB, K=80, anchors at every 4th step", 0.62, peak, at_least=False)
-    peak = _extrapolated(found.get(reversible.MICRO_BATCHES, {})) / 1e9
-    name = "peak in GB, K=80, 8 micro-batches, anchors at every 6th step"
-    yield Check(group, name, 0.18, peak, False, "from K=13 by its exact slope" if peak == peak else "")
+    for policy, anchor_every, goal, options in (
+        (reversible.ANCHOR, 4, 0.62, "anchors at every 4th step"),
+        (reversible.MICRO_BATCHES, 6, 0.18, "8 micro-batches, anchors at every 6th step"),
+    ):
+        peak, where = math.nan, ""
+        if policy in found:
+            steps, row = max(found[policy].items())
+            peak = _deepest_peak(steps, row, anchor_every) / 1e9
+            where = f"from K={steps} by its exact slope" if steps < reversible.DEEPEST else ""
+        yield Check(group, f"peak in GB, K=80, {options}", goal, peak, False, where)
 
 
-def _extrapolated(rows: dict[int, Row]) -> float:
-    """Peak of the deepest chain, to which anchors add: after the forward, or in the first level's backward."""
-    if not rows:
-        return math.nan
-    steps, row = max(rows.items())
-    anchors = reversible.DEEPEST // 6 - steps // 6
+def _deepest_peak(steps: int, row: Row, anchor_every: int) -> float:
+    """Of the deepest chain, to which anchors add: after the forward, or in the first level's backward."""
+    anchors = reversible.DEEPEST // anchor_every - steps // anchor_every
     kept, peak = row["kept_bytes"], row["peak_bytes"]
     return float(max(kept + anchors * reversible.ALL_STATES_BYTES, peak + anchors * reversible.STATE_BYTES))
 

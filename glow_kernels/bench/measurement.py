@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -24,6 +25,8 @@ from glow_kernels.bench.timing import Call, Times
 # decides. Of tensors beyond every cache one is enough.
 _ROTATION = 3
 ROTATED_BYTES = 16 << 20
+# So many different numbers are as good to copy as any.
+_DIFFERENT = 1 << 20
 
 
 class Session:
@@ -113,14 +116,15 @@ class Session:
         """What is wrong with which candidates, and the peak memory of the others."""
         key = replace(case, allocator="tuned")
         if key not in self._checked:
-            failed = _failed(candidates)
-            working = {name: calls for name, calls in candidates.items() if name not in failed}
-            working_backends = [name for name in backends if name in working]
-            wrong = failed | _wrong(
-                operators.operator(case.operator), case, arguments, grads, working, working_backends
-            )
+            results, failed = _results(candidates)
+            wrong = failed | _wrong(operators.operator(case.operator), case, arguments, grads, results, backends)
+            del results
             device = torch.device(case.device)
-            peaks = {name: peak_extra_bytes(calls[0], device) for name, calls in working.items() if name not in wrong}
+            peaks = {
+                name: peak_extra_bytes(calls[0], device, keeps=False)
+                for name, calls in candidates.items()
+                if name not in wrong
+            }
             self._checked[key] = wrong, peaks
         return self._checked[key]
 
@@ -168,7 +172,8 @@ def _replays(
 def _limit(operator: Operator, case: Case) -> dict[str, Call]:
     """A copy that moves the same bytes; where matrix products may take longer, also those."""
     elements = operators.moved_bytes(case) // 2 // operators.DTYPES[case.dtype].itemsize
-    source = torch.randn(elements, device=case.device).to(operators.DTYPES[case.dtype])
+    few = torch.randn(min(elements, _DIFFERENT), device=case.device).to(operators.DTYPES[case.dtype])
+    source = few.repeat(-(-elements // len(few)))[:elements]
     limits: dict[str, Call] = {"copy": source.clone}
     channels, products = case.shape[1], operator.products.get(case.direction, 0)
     if products and channels > LARGEST_MEMORY_BOUND_CHANNELS:
@@ -202,17 +207,20 @@ def _on(backend: str, function: Function) -> Function:
     return chosen
 
 
-def _failed(candidates: Mapping[str, Sequence[Call]]) -> dict[str, str]:
-    """The compiler and our backends, whatever they raise; eager PyTorch and copies have to work."""
-    failed = {}
+def _results(candidates: Mapping[str, Sequence[Call]]) -> tuple[dict[str, list[Tensor]], dict[str, str]]:
+    """What the candidates compute, and what is wrong with those that raise an error.
+
+    The compiler and our backends may raise whatever they want; eager PyTorch and copies have to work.
+    """
+    results, failed = {}, {}
     for name, calls in candidates.items():
         try:
-            calls[0]()
+            results[name] = operators.tensors(calls[0]())
         except Exception as error:
             if name in ("copy", "matmul", "eager"):
                 raise
             failed[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
-    return failed
+    return results, failed
 
 
 def _wrong(
@@ -220,25 +228,20 @@ def _wrong(
     case: Case,
     arguments: Sequence[Tensor],
     grads: Sequence[Tensor],
-    candidates: Mapping[str, Sequence[Call]],
+    results: Mapping[str, Sequence[Tensor]],
     backends: Iterable[str],
 ) -> dict[str, str]:
-    """What is wrong with each of our backends, measured against the textbook in float64; empty if nothing is."""
-    wide, wide_grads = [argument.double() for argument in arguments], [grad.double() for grad in grads]
-    truth = operators.tensors(operators.call(operator.plain, case.direction, wide, wide_grads)())
-    if case.dtype == "float64" and operator.products:
-        # Eager PyTorch is the truth itself; what its sums are worth shows when they are taken in the reverse order.
-        reverse = operators.call(operator.plain, case.direction, _reversed(wide), _reversed(wide_grads))
-        eager = _reversed(operators.tensors(reverse()))
-    else:
-        eager = operators.tensors(candidates["eager"][0]())
-    wrong = {}
-    for backend in backends:
-        actual = operators.tensors(candidates[backend][0]())
-        problem = inaccuracy(actual, truth, eager)
-        if problem:
-            wrong[backend] = problem
-    return wrong
+    """What is wrong with the results of our backends, measured against the textbook in float64; empty if nothing is."""
+    with threads(os.cpu_count() or 1):  # on which the truth does not depend
+        wide, wide_grads = [argument.double() for argument in arguments], [grad.double() for grad in grads]
+        truth = operators.tensors(operators.call(operator.plain, case.direction, wide, wide_grads)())
+        eager = results["eager"]
+        if case.dtype == "float64" and operator.products:
+            # Eager PyTorch is the truth itself; what its sums are worth shows when they are taken in the reverse order.
+            reverse = operators.call(operator.plain, case.direction, _reversed(wide), _reversed(wide_grads))
+            eager = _reversed(operators.tensors(reverse()))
+    problems = {name: inaccuracy(results[name], truth, eager) for name in backends if name in results}
+    return {name: problem for name, problem in problems.items() if problem}
 
 
 def _reversed(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -12,8 +12,15 @@ from torch.profiler import ProfilerActivity, profile, record_function
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 
-def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int:
-    """Most bytes that PyTorch's allocator held at once during ``call`` beyond those before it, results included."""
+def peak_extra_bytes(call: Callable[[], object], device: torch.device, *, keeps: bool = True) -> int:
+    """Most bytes that PyTorch's allocator held at once during ``call`` beyond those before it, results included.
+
+    Args:
+        call: what to measure.
+        device: where it computes.
+        keeps: whether a call leaves tensors that the next one frees, as gradients of parameters; on a CPU there are two
+            calls then.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -21,9 +28,9 @@ def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int:
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
-        result = call()  # what it leaves and the next call frees has a size that the profiler knows
-        del result
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        if keeps:
+            call()  # of what is allocated before, the profiler does not know the size
         with record_function("measured"):
             result = call()
     del result

@@ -51,14 +51,14 @@ class Models:
         """All parts."""
         found = []
         for sizes in QUICK_GLOWS if quick else GLOWS:
-            found.append(self._task("training_step", 15.0 if quick else 40.0, self.training, sizes))
+            found.append(self._task("training_step", 15.0 if quick else 50.0, self.training, sizes))
             found.append(self._task("sampling", 2.0 if quick else 6.0, self.sampling, sizes))
         found.append(self._task("chain", 5.0 if quick else 15.0, self.chain, CHAIN, chains.available()))
         names = [name for name in chains.available() if name in ON_CURVES]
         for variable, values in (QUICK_CURVES if quick else CURVES).items():
             for value in values:
                 sizes = {**CHAIN, variable: value}
-                seconds = 1.0 + 0.02 * sizes["steps"] * sizes["batch"] * sizes["image_size"] ** 2 / 256
+                seconds = 1.0 + 0.06 * sizes["steps"] * sizes["batch"] * sizes["image_size"] ** 2 / 256
                 found.append(self._task(f"curve by {variable}", seconds, self.chain, sizes, names))
         return found
 

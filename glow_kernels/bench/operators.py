@@ -267,11 +267,11 @@ def moved_bytes(case: Case) -> int:
 
 def upstream(operator: Operator, case: Case, arguments: Sequence[Tensor]) -> list[Tensor]:
     """A random gradient for every result of the forward."""
-    with torch.no_grad():
-        results = _as_list(operator.plain.forward(*(argument.double() for argument in arguments)))
+    with torch.no_grad():  # of their shapes, computed without numbers
+        results = _as_list(operator.plain.forward(*(argument.to("meta", torch.float64) for argument in arguments)))
     dtypes = [arguments[0].dtype if result.dim() == 4 else _log_det_dtype(case) for result in results]
     return [
-        torch.randn(result.shape, device=result.device).to(dtype) for result, dtype in zip(results, dtypes, strict=True)
+        torch.randn(result.shape, device=case.device).to(dtype) for result, dtype in zip(results, dtypes, strict=True)
     ]
 
 
