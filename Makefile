@@ -45,7 +45,7 @@ help:
 	@echo "make test-sanitized  run the operator tests on a native library with AddressSanitizer and UBSan"
 	@echo "make test-cuda   compile the CUDA kernels and see that nothing spills; needs nvcc but no GPU"
 	@echo "make test-cuda-host  run the operator tests on the CUDA kernels, compiled for the CPU with both sanitizers"
-	@echo "make bench   measure the operators and models here in 20 minutes, print the goals, draw runs/report/report.html"
+	@echo "make bench   measure the operators and models here in about 20 minutes, print the goals, draw runs/report/report.html"
 	@echo "make gpu     build, test and measure on an NVIDIA GPU with the torch and triton of PYTHON; installs nothing"
 	@echo "make gpu-curve  train twice for five minutes there, plain reference and full stack, bits/dim against seconds"
 	@echo "make kernels-report  compile every Triton kernel that has changed and every CUDA kernel, no GPU needed; reports/"

@@ -133,6 +133,7 @@ def test_one_compilation_serves_all_numbers_of_threads(monkeypatch, tmp_path):
         with measurement.threads(threads):
             compilation._compile(dataclasses.replace(case, threads=threads))
         assert counters["inductor"]["fxgraph_cache_miss"] == compiled
+    assert compilation.unit(dataclasses.replace(case, threads=2)) == compilation.unit(case)
 
 
 def test_cases_that_differ_in_the_allocator_share_their_compilation():
@@ -227,10 +228,23 @@ def test_ratios_are_those_of_undisturbed_rounds():
     assert Spread.of([float(value) for value in range(11)]) == Spread(5.0, 2.0, 8.0)
 
 
+def test_peak_memory_is_without_what_the_call_before_has_left():
+    x, kept = torch.randn(256, 256), []
+
+    def call():
+        kept.clear()
+        kept.append(x + 1.0)
+
+    call()
+    assert memory.peak_extra_bytes(call, torch.device("cpu")) == pytest.approx(0, abs=1e3)
+
+
 def test_peak_memory_is_that_of_temporary_tensors_and_results():
     x = torch.randn(256, 256)
     assert memory.peak_extra_bytes(lambda: (x + 1.0).sum(), torch.device("cpu")) == pytest.approx(4 * 256**2, abs=1e3)
     assert memory.peak_extra_bytes(lambda: (x + 1.0) * 2.0, torch.device("cpu")) == pytest.approx(8 * 256**2, abs=1e3)
+    once = memory.peak_extra_bytes(lambda: (x + 1.0) * 2.0, torch.device("cpu"), keeps=False)
+    assert once == pytest.approx(8 * 256**2, abs=1e3)
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 3, 5), (4, 96, 16, 16)], ids=str)

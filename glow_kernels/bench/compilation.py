@@ -46,7 +46,7 @@ class Compiler:
 def unit(case: Case) -> Case:
     """A case that stands for all that share a compilation."""
     direction = "forward_backward" if case.direction in _WITH_GRAPH else case.direction
-    return replace(case, direction=direction, allocator="tuned")
+    return replace(case, direction=direction, allocator="tuned", threads=1)
 
 
 def warm_up(cases: Sequence[Case]) -> None:
