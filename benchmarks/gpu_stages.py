@@ -15,7 +15,7 @@ import gc
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ OURS = "glow_kernels"
 
 # Steps, levels, width, image size and batch; the first are those of the goals.
 TRAINING = ((32, 3, 512, 32, 64), (32, 3, 512, 32, 256), (32, 4, 512, 64, 32), (32, 6, 512, 256, 4))
+COMPILED = "reference compiled"
 # What is measured of the other sizes.
 TELLING = (f"{OURS} bfloat16, graph", "floor: bare convolutions, bfloat16, graph", "reference", "normflows")
 # InvertibleNetworks.jl, JOSS 9(99), 2024: figure 2 by depth at 256 x 256, figure 1 by image size at 16 steps.
@@ -77,18 +78,16 @@ class Stages:
 
     def training(self) -> None:
         """A training step of the first size by every implementation, and the floor under it; of others the telling."""
-        late: list[Callable[[], None]] = []
-        for index, (steps, levels, hidden, size, batch) in enumerate(((2, 2, 8, 8, 2),) if self.toy else TRAINING):
-            case = {"steps": steps, "levels": levels, "hidden": hidden, "image_size": size, "batch": batch}
-            x = torch.rand(batch, 3, size, size, device=self.device) - 0.5
+        for index, size in enumerate(self._training_sizes()):
+            case, x = self._training_case(*size)
             for name, build in self._trained(case, x).items():
-                measure = functools.partial(self._measure, "training_step", case, name, build, batch)
-                if index == 0 and name.endswith("compiled"):
-                    late.append(measure)  # compiling takes as long as all others together
-                elif index == 0 or name in TELLING:
-                    measure()
-        for measure in late:
-            measure()
+                if index == 0 or name in TELLING:
+                    self._measure("training_step", case, name, build, case["batch"])
+
+    def compile(self) -> None:
+        """Beside the tests, into the compiler's cache: that takes as long as all the training steps together."""
+        case, x = self._training_case(*self._training_sizes()[0])
+        self._trained(case, x)[COMPILED]()
 
     def memory(self) -> None:
         """Peak and time of a step by depth and by image size, at the sizes of the published benchmark."""
@@ -117,12 +116,21 @@ class Stages:
             for name, call in draws.items():
                 self._measure("sampling", {**case, "batch": number}, name, functools.partial(_same, call), number)
 
+    def _training_sizes(self) -> Sequence[tuple[int, ...]]:
+        return ((2, 2, 8, 8, 2),) if self.toy else TRAINING
+
+    def _training_case(
+        self, steps: int, levels: int, hidden: int, size: int, batch: int
+    ) -> tuple[dict[str, int], Tensor]:
+        case = {"steps": steps, "levels": levels, "hidden": hidden, "image_size": size, "batch": batch}
+        return case, torch.rand(batch, 3, size, size, device=self.device) - 0.5
+
     def _trained(self, case: dict[str, int], x: Tensor) -> dict[str, Build]:
         """By name what builds a step; the most telling first, since the stage may be stopped."""
         reference = functools.partial(on, "reference")
 
-        def graph(backend: str = "", **options: Any) -> Call:
-            step = self._build(case, x, low_precision=True, **options)
+        def graph(backend: str = "", low_precision: bool = True, **options: Any) -> Call:
+            step = self._build(case, x, low_precision, **options)
             return self._graph(on(backend, step) if backend else step)
 
         backends = [name for name in operators.backends_on(self.device) if name != "reference"]
@@ -131,6 +139,9 @@ class Stages:
             "floor: bare convolutions, bfloat16, graph": lambda: self._graph(self._floor(case, x, low_precision=True)),
             f"{OURS} bfloat16, with optimizer, graph": lambda: self._whole_step(self._glow(case), x),
             f"{OURS} anchor, bfloat16, graph": lambda: graph(memory="anchor"),
+            f"{OURS}, graph": lambda: graph(low_precision=False),
+            "floor: bare convolutions, graph": lambda: self._graph(self._floor(case, x)),
+            f"{OURS} anchor, graph": lambda: graph(low_precision=False, memory="anchor"),
             OURS: lambda: self._build(case, x),
             "reference": lambda: reference(self._build(case, x)),
             "normflows": lambda: self._build_normflows(case, x),
@@ -140,7 +151,7 @@ class Stages:
             "floor: bare convolutions": lambda: self._floor(case, x),
             # Each alone computes what it can, and leaves the rest to the reference.
             **{f"{backend} bfloat16, graph": functools.partial(graph, backend) for backend in backends},
-            "reference compiled": lambda: reference(self._step(models.compiled(self._glow(case), x), x)),
+            COMPILED: lambda: reference(self._step(models.compiled(self._glow(case), x), x)),
         }
 
     def _measure(
@@ -332,7 +343,7 @@ def _network_convolutions(model: Glow, x: Tensor) -> list[tuple[Any, ...]]:
 def main(argv: list[str] | None = None) -> int:
     """Run one stage."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_stages", description=__doc__.splitlines()[0])
-    parser.add_argument("stage", choices=("training", "memory", "sampling"))
+    parser.add_argument("stage", choices=("compile", "training", "memory", "sampling"))
     parser.add_argument("--output", type=Path, required=True, help="file of results")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--toy", action="store_true", help="sizes of a second or so")

@@ -51,8 +51,9 @@ def _fixed_seed() -> None:
 # Where the tensors of the tests are: ``make gpu`` says cuda.
 DEVICE = os.environ.get("GLOW_KERNELS_TEST_DEVICE", "cpu")
 if DEVICE != "cpu":
-    # Some tests want the bits of a gradient again.
+    # Some tests want the bits of a gradient again, and none the ten bits of TF32.
     torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.allow_tf32 = False
 
 
 @pytest.fixture(autouse=DEVICE != "cpu")

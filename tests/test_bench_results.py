@@ -234,6 +234,8 @@ def test_goals_of_a_gpu_are_of_its_own_rows():
         ("glow_kernels", 0.5),
         ("reference", 1.6),
         ("glow_kernels anchor", 0.7),
+        ("glow_kernels, graph", 0.2),
+        ("glow_kernels anchor, graph", 0.25),
         ("glow_kernels bfloat16, graph", 0.1),
         ("glow_kernels anchor, bfloat16, graph", 0.13),
         ("floor: bare convolutions, bfloat16, graph", 0.08),
@@ -253,6 +255,8 @@ def test_goals_of_a_gpu_are_of_its_own_rows():
         ("affine_coupling forward: times faster than compile", pytest.approx(2), "reached"),
         (f"{by_host}: times faster than reference in float32", pytest.approx(3.2), "reached"),
         (f"{by_host}: reversible, times plain autograd", pytest.approx(1.4), "missed"),
+        ("float32, a graph: times faster than reference in float32", pytest.approx(8), "reached"),
+        ("float32, a graph: reversible, times plain autograd", pytest.approx(1.25), "reached"),
         (f"{graph}: times faster than reference in float32", pytest.approx(16), "reached"),
         (f"{graph}: reversible, times plain autograd", pytest.approx(1.3), "reached"),
         (f"{graph}: times the bare convolutions alone", pytest.approx(1.25), "reached"),
@@ -508,7 +512,7 @@ def test_what_the_gpu_stages_measure_runs_on_a_cpu(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     commands = {stage.name: stage.command for stage in gpu.stages(path, dry_run=True)}
     assert main(["bench", *commands["kernels"][commands["kernels"].index("operators") :]]) == 0
-    for name in ("training", "memory", "sampling"):
+    for name in ("compile", "training", "memory", "sampling"):
         assert commands[name][2] == "benchmarks.gpu_stages"
         assert gpu_stages.main(commands[name][3:]) == 0
     rows = list(results.of_kind(results.read(path), "model"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from test_cli import TINY, bytes_of, cli, save_images, train_two_runs
 from test_trainer import contents
 
 from glow_kernels import backends
+from glow_kernels.cli import arguments
 from glow_kernels.errors import GlowKernelsError
 from glow_kernels.training import checkpoint, gallery
 from glow_kernels.training.run_folder import BEST, CONFIG, LAST, METRICS
@@ -399,6 +402,14 @@ def test_device_that_cannot_be_used(device: str, command: str, harmless: Failing
     run = "" if command.endswith("new") else "plain"
     line = harmless(2, f"--device {device}.*cannot be used here", f"{command} {run} --device={device}")
     assert len(line) < 300
+
+
+def test_the_default_device_is_one_of_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``torch.cuda.set_device`` takes none without a number, as ``torch.device("cuda")`` is."""
+    first = SimpleNamespace(item=lambda: 0.0, device=torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "zeros", lambda size, device: first if device == "cuda" else None)
+    assert arguments.device(argparse.Namespace(device="auto")) == torch.device("cuda", 0)
 
 
 def out_of_memory_on_a_gpu() -> None:

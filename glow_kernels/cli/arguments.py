@@ -33,9 +33,10 @@ def device(arguments: argparse.Namespace) -> torch.device:
     """
     name = arguments.device
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        # A value, since a device object can be made of any known name, and a tensor on "meta" holds none.
+        # A value, since a device object can be made of any known name, and a tensor on "meta" holds none. The tensor
+        # also says which of several GPUs "cuda" is.
         zero = torch.zeros(1, device=name)
         zero.item()
     except (RuntimeError, AssertionError) as error:
