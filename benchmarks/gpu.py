@@ -67,14 +67,15 @@ def stages(results: Path, dry_run: bool = False) -> list[Stage]:
     sanitized = [*pytest, "-k", f"native and {telling} {plain}", "-x", *OPERATOR_TESTS]
     bandwidth = ["--shape", BANDWIDTH_SHAPES, "--dtype", "float32", "--minutes", "0.85"]
     bandwidth += ["--direction", "forward,inverse,backward,reversible_backward"]
-    untested = "it needs a GPU" if dry_run else _missing("pytest", "hypothesis")
+    no_gpu = "it needs a GPU" if dry_run else ""
+    untested = no_gpu or _missing("pytest", "hypothesis")
     no_library = _no_cuda_library()
     checks = 120
     build = {"GLOW_KERNELS_BUILD": "none" if dry_run else "auto"}
-    if not dry_run:  # the CUDA library for this GPU alone, which takes less than a minute
+    if not dry_run:  # the CUDA library for this GPU alone, which takes about a minute
         build["GLOW_KERNELS_CUDA_ARCHS"] = os.environ.get("GLOW_KERNELS_CUDA_ARCHS") or _architecture()
     return [
-        Stage("build", [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], 60, environment=build),
+        Stage("build", [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], 80, environment=build),
         Stage("info", [*python, "glow_kernels", "info"], 8),
         Stage("cuda tests", cuda_tests, checks, untested or no_library, beside=True),
         Stage("triton tests", triton_tests, checks, untested, beside=True),
@@ -91,12 +92,12 @@ def stages(results: Path, dry_run: bool = False) -> list[Stage]:
             for tool in SANITIZERS
         ),
         Stage("compile", [*measure, "compile", *options], checks, beside=True),
-        Stage("training", [*measure, "training", *options], 100),
-        Stage("bandwidth", [*bench, *(small if dry_run else bandwidth)], 60),
+        Stage("training", [*measure, "training", *options], 106),
+        Stage("bandwidth", [*bench, *(small if dry_run else bandwidth)], 48),
         Stage("kernels", [*bench, *(small if dry_run else ["--no-compile", "--minutes", "0.2"])], 20),
-        Stage("memory", [*measure, "memory", *options], 68),
+        Stage("memory", [*measure, "memory", *options], 56),
         Stage("sampling", [*measure, "sampling", *options], 14),
-        Stage("tune", [*python, "glow_kernels", "tune"], 30, "it needs a GPU" if dry_run else ""),
+        Stage("backends", [*python, "glow_kernels", "tune", "backends"], 28, no_gpu),
     ]
 
 

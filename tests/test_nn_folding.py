@@ -57,7 +57,7 @@ def one_by_one(model: nn.Sequential, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gradients(results: tuple[Tensor, Tensor], inputs: list[Tensor]) -> tuple[Tensor | None, ...]:
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(results[0].device).manual_seed(1)
     total = sum((r * torch.randn(r.shape, generator=generator, dtype=r.dtype)).sum() for r in results)
     return torch.autograd.grad(total, inputs, allow_unused=True)
 

@@ -77,8 +77,11 @@ def test_gpus_that_triton_cannot_use_are_named(monkeypatch, visible, capability,
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_tuning_without_a_gpu_is_an_error_of_one_line(capsys):
-    assert cli.main(["tune"]) == 1
-    assert capsys.readouterr().err.startswith("error: tuning needs a GPU that Triton supports: ")
+    for command in (["tune"], ["tune", "launches"]):
+        assert cli.main(command) == 1
+        assert capsys.readouterr().err.startswith("error: tuning needs a GPU that Triton supports: ")
+    assert cli.main(["tune", "backends"]) == 0
+    assert capsys.readouterr().out.startswith("CUDA C++ was not measured: ")
 
 
 def test_a_table_replaces_the_defaults_on_its_model(monkeypatch, tmp_path):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,11 @@ def first(candidates: tuple[str, ...], operator: str, args: tuple[Any, ...]) -> 
     x = first_tensor(args)
     if x.is_cpu or not x.is_cuda or "native" not in candidates or "triton" not in candidates:
         return candidates
+    measured = _measured(operator, x.get_device())
+    if not measured:
+        return candidates
     size = elements(args)
-    backend = next((name for limit, name in _measured(operator, x.get_device()) if size <= limit), "native")
+    backend = next((name for limit, name in measured if size <= limit), "native")
     return (backend, *(name for name in candidates if name != backend))
 
 
@@ -43,19 +47,21 @@ def elements(args: tuple[Any, ...]) -> int:
     return max(sum(x.numel() for x in each if isinstance(x, Tensor)) for each in lists)
 
 
-def _measured(operator: str, index: int) -> tuple[tuple[int, str], ...]:
-    return tuple((limit, name) for limit, name in _table(torch.cuda.get_device_name(index)).get(operator, ()))
+def _measured(operator: str, index: int) -> Sequence[tuple[int, str]]:
+    return _table(index).get(operator, ())
 
 
 # Constant while the process lives, and beyond what torch.compile can trace; a cached function it would trace.
 _measured._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+# This is asked at every call, and the name of a GPU takes longer than the launch of a kernel.
 @functools.cache
-def _table(model: str) -> Table:
-    path = TABLES / f"{table_name(model)}.json"
+def _table(index: int) -> Table:
+    """Of the operators for which CUDA C++ is not always the faster."""
+    path = TABLES / f"{table_name(torch.cuda.get_device_name(index))}.json"
     table: Table = json.loads(path.read_text()) if path.exists() else {}
-    return table
+    return {operator: pairs for operator, pairs in table.items() if any(name != "native" for _, name in pairs)}
 
 
 def table_name(model: str) -> str:

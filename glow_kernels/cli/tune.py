@@ -19,21 +19,32 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "are faster, and write the tables that the package reads from then on, a few minutes. Without them, rules that "
         "hold everywhere are used, and CUDA C++.",
     )
+    parser.add_argument("what", nargs="?", choices=("launches", "backends"), help="only one of the two")
     parser.add_argument("--output", type=Path, help="folder to write to (default: the package's own)")
     return parser
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure, write and print the tables."""
-    path, table = tune(arguments.output)
+    if arguments.what != "backends":
+        _tune_launches(arguments.output)
+    if arguments.what != "launches":
+        _compare_backends(arguments.output)
+
+
+def _tune_launches(output: Path | None) -> None:
+    path, table = tune(output)
     for family, parameters in table.items():
         print(f"{family:<20}" + "  ".join(f"{name} {value}" for name, value in parameters.items()))
     print(path)
+
+
+def _compare_backends(output: Path | None) -> None:
     if not (status := cuda.status()).available:
         print(f"CUDA C++ was not measured: {status.reason}; {status.remedy}")
         return
     # In a folder of its own: both tables have the name of the GPU.
-    path, choice = compare(arguments.output and arguments.output / "faster")
+    path, choice = compare(output and output / "faster")
     for operator, pairs in choice.items():
         print(f"{operator:<44}" + "  ".join(f"{name} to {limit}" for limit, name in pairs))
     print(path)
