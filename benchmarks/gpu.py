@@ -30,6 +30,8 @@ OPERATOR_TESTS = [f"tests/test_{name}.py" for name in MODULES]
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 CUDA = "/usr/local/cuda/bin"
 BANDWIDTH_SHAPES = "64x12x128x128,32x48x64x64"
+# Of the first and the last level of the model that is trained, where a launch decides.
+LAUNCH_SHAPES = "64x12x16x16,64x48x4x4"
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ def stages(results: Path, dry_run: bool = False) -> list[Stage]:
     bandwidth = ["--shape", BANDWIDTH_SHAPES, "--dtype", "float32", "--minutes", "0.85"]
     bandwidth += ["--direction", "forward,inverse,backward,reversible_backward"]
     no_gpu = "it needs a GPU" if dry_run else ""
+    launches = ["--shape", LAUNCH_SHAPES, "--dtype", "float32", "--direction", "forward,backward"]
+    launches += ["--no-compile", "--minutes", "0.2"]
     untested = no_gpu or _missing("pytest", "hypothesis")
     no_library = _no_cuda_library()
     checks = 120
@@ -94,7 +98,7 @@ def stages(results: Path, dry_run: bool = False) -> list[Stage]:
         Stage("compile", [*measure, "compile", *options], checks, beside=True),
         Stage("training", [*measure, "training", *options], 106),
         Stage("bandwidth", [*bench, *(small if dry_run else bandwidth)], 48),
-        Stage("kernels", [*bench, *(small if dry_run else ["--no-compile", "--minutes", "0.2"])], 20),
+        Stage("kernels", [*bench, *(small if dry_run else launches)], 20),
         Stage("memory", [*measure, "memory", *options], 56),
         Stage("sampling", [*measure, "sampling", *options], 14),
         Stage("backends", [*python, "glow_kernels", "tune", "backends"], 28, no_gpu),

@@ -146,6 +146,7 @@ class Stages:
             f"{OURS} anchor, graph": lambda: graph(low_precision=False, memory="anchor"),
             OURS: lambda: self._build(case, x),
             "reference": lambda: reference(self._build(case, x)),
+            "reference, graph": lambda: graph("reference", low_precision=False),
             "normflows": lambda: self._build_normflows(case, x),
             f"{OURS} anchor": lambda: self._build(case, x, memory="anchor"),
             "checkpoint per step": lambda: self._step(checkpointed(self._glow(case)), x),
