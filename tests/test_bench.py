@@ -1,8 +1,10 @@
 """The benchmark harness: what it measures, that it finds wrong results, and what it says of bad input."""
 
+import argparse
 import dataclasses
 import itertools
 import json
+import os
 import re
 import time
 from collections import Counter
@@ -32,6 +34,7 @@ from glow_kernels.bench.operators import DIRECTIONS, OPERATORS, Case, Functions
 from glow_kernels.bench.plan import Task
 from glow_kernels.bench.suite import Selection, Suite
 from glow_kernels.bench.timing import Spread, Times
+from glow_kernels.cli import bench as bench_command
 from glow_kernels.cli import main
 from glow_kernels.cli.bench import QUICK_DIRECTIONS
 from glow_kernels.errors import BackendUnavailableError, UsageError
@@ -320,7 +323,41 @@ def test_large_tensors_are_visited_less_often(tmp_path):
     tasks = Suite(writer, lambda line: None, with_compile=False).tasks([selection])
     counts = Counter(task.name.split()[-1] for task in tasks if task.seconds > 0)
     # Each is also measured again.
-    assert counts == {"2x4x3x5": 2 * 4, "64x12x128x128": 2 * 2}
+    assert counts == {"2x4x3x5": 2 * 4, "64x12x128x128": 2 * 3}
+
+
+def full_run(*options: str) -> set[Case]:
+    parser = argparse.ArgumentParser()
+    bench_command.add_parser(parser.add_subparsers())
+    selections = bench_command._selections(parser.parse_args(["bench", *options]), torch.device("cpu"))
+    return {case for selection in selections for case in selection.cases()}
+
+
+def test_a_full_run_leaves_out_what_tells_nothing_new(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    cases = full_run()
+
+    def shapes(name: str, direction: str) -> list[int]:
+        """Their number with one thread and with two, of what is measured on most."""
+        like = {"operator": name, "direction": direction, "allocator": "tuned", "dtype": "float32"}
+        found = [case for case in cases if like.items() <= case.as_dict().items()]
+        return [
+            sum(case.threads == threads and case.memory_format == "contiguous" for case in found) for threads in (1, 2)
+        ]
+
+    assert shapes("affine_coupling", "forward") == [13, 13]
+    assert shapes("affine_coupling", "forward_backward") == [13, 0]
+    assert shapes("affine_coupling", "no_grad") == [3, 0]
+    assert shapes("folded_conv1x1", "forward") == [13, 0]
+    assert shapes("actnorm_statistics", "no_grad") == [13, 13]
+
+
+def test_a_full_run_measures_what_is_asked_for(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    asked = full_run("--operator", "folded_conv1x1", "--direction", "no_grad,forward_backward")
+    assert {(case.direction, case.threads) for case in asked if case.dtype == "float32"} == {
+        (direction, threads) for direction in ("no_grad", "forward_backward") for threads in (1, 2)
+    }
 
 
 def test_cases_are_visited_again_and_some_measured_again(tmp_path):
@@ -426,7 +463,7 @@ def test_an_interrupted_run_keeps_what_was_measured(tmp_path, monkeypatch, capsy
     measure = Session.measure
 
     def interrupted(session, case, seconds):
-        if case.direction == "no_grad":
+        if case.direction == "inverse":
             raise KeyboardInterrupt
         return measure(session, case, seconds)
 

@@ -25,6 +25,7 @@ _COUPLING = {
     "backward": 3,
     "reversible_backward": 3,
 }
+_OF_ONE_THREAD = ("no_grad", "forward_backward")
 _PER_COMPILE = {"actnorm_conv1x1": 2, "affine_coupling": 1.5}
 
 
@@ -104,6 +105,8 @@ def _operators(rows: Sequence[Row]) -> Iterator[Check]:
             # With the allocator as it is, only the largest shapes are measured: of them there are no means.
             if allocator == "tuned":
                 for direction, goal in goals.items():
+                    if threads > 1 and direction in _OF_ONE_THREAD:
+                        continue
                     yield from _faster(group, operator, direction, goal, of_operator)
                 yield _large(group, operator, of_operator)
         for operator in ("gaussian_log_prob", "actnorm_statistics"):

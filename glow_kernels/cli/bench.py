@@ -189,19 +189,38 @@ def _selections(arguments: argparse.Namespace, device: torch.device) -> list[Sel
     )
     others = [dataclasses.replace(few, dtypes=[dtype]) for dtype in ("bfloat16", "float64")]
     others.append(dataclasses.replace(few, memory_formats=["channels_last"]))
-    both = [usual]
-    if full_on_cpu and not arguments.threads and (os.cpu_count() or 1) > 1:
-        # What has no goals of its own tells as much with one thread.
-        named = arguments.operator or [name for name in operators.OPERATORS if name != "folded_conv1x1"]
-        both.append(
-            dataclasses.replace(usual, threads=[2], operators=named, seconds=arguments.seconds or SECONDS_OF_THREADS)
+    if not full_on_cpu:
+        return [usual, *others]
+    main = [usual]
+    if not arguments.direction:
+        # Without a graph the same kernels run, so that few shapes tell, except of what has no other direction.
+        main = [dataclasses.replace(usual, directions=[name for name in usual.directions if name != "no_grad"])]
+        alone = [name for name in usual.operators if set(operators.OPERATORS[name].moved) == {"no_grad"}]
+        main.append(dataclasses.replace(usual, directions=["no_grad"], operators=alone))
+        others.append(
+            dataclasses.replace(
+                usual, directions=["no_grad"], shapes=usual.shapes if arguments.shape else operators.QUICK_SHAPES
+            )
         )
-    if full_on_cpu and not arguments.allocator:
+    if not arguments.threads and (os.cpu_count() or 1) > 1:
+        main += [_with_two_threads(arguments, selection) for selection in main]
+    if not arguments.allocator:
         # Where fresh memory costs most.
         largest = usual.shapes if arguments.shape else operators.BANDWIDTH_SHAPES[:1]
         there_and_back = arguments.direction or ("forward", "inverse")
         others.append(dataclasses.replace(few, directions=there_and_back, shapes=largest, allocators=["default"]))
-    return [*both, *others]
+    return [*main, *others]
+
+
+def _with_two_threads(arguments: argparse.Namespace, selection: Selection) -> Selection:
+    """The same without what tells as much with one thread: what has no goals of its own, and sums of two directions."""
+    return dataclasses.replace(
+        selection,
+        threads=[2],
+        operators=[name for name in selection.operators if arguments.operator or name != "folded_conv1x1"],
+        directions=arguments.direction or [name for name in selection.directions if name != "forward_backward"],
+        seconds=arguments.seconds or SECONDS_OF_THREADS,
+    )
 
 
 def _print_checks(rows: list[Row]) -> None:
