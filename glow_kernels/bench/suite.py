@@ -21,7 +21,7 @@ ALLOCATORS = ("default", "tuned")
 # On a CPU every case is visited more than once, some minutes apart, since other programs and virtual machines come and
 # go, and since every visit has its tensors elsewhere in memory. Tensors beyond every cache, which take seconds to visit
 # and vary the least, less often.
-_VISITS, _VISITS_OF_LARGE, _VISITS_ON_GPU = 4, 3, 1
+_VISITS, _VISITS_OF_LARGE, _VISITS_ON_GPU = 4, 2, 1
 # Of so many cases one is measured a second time for itself, as a proof, but of a short run at least so many.
 _ONE_AGAIN_OF, _FEWEST_AGAIN, _AGAIN_ON_GPU = 6, 16, 6
 _COMPILE_SECONDS = 3.2
