@@ -71,7 +71,7 @@ class Times:
         return Spread.of(self.rounds[name])
 
     def fastest(self, name: str) -> float:
-        """Seconds of one candidate that nothing disturbs: the mean of the fastest fifth of its rounds, at least three."""
+        """Seconds of one candidate, undisturbed: the mean of the fastest fifth of its rounds, at least three."""
         rounds = sorted(self.rounds[name])
         return statistics.fmean(rounds[: max(_FEWEST_FASTEST, round(_FASTEST * len(rounds)))])
 
