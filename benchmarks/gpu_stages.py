@@ -79,12 +79,13 @@ class Stages:
 
     def training(self) -> None:
         """A training step of the first size by every implementation, and the floor under it; of others the telling."""
-        first, *others = self._training_sizes()
-        for size, names in ((first, None), *((size, names) for names in (TELLING, OTHERS) for size in others)):
-            case, x = self._training_case(*size)
-            for name, build in self._trained(case, x).items():
-                if names is None or name in names:
-                    self._measure("training_step", case, name, build, case["batch"])
+        sizes = self._training_sizes()
+        for some, names in ((sizes[:1], None), (sizes[1:], TELLING), (sizes[1:], OTHERS)):
+            for size in some:
+                case, x = self._training_case(*size)
+                for name, build in self._trained(case, x).items():
+                    if names is None or name in names:
+                        self._measure("training_step", case, name, build, case["batch"])
 
     def compile(self) -> None:
         """Beside the tests, into the compiler's cache: that takes as long as all the training steps together."""
