@@ -96,13 +96,15 @@ def sample(multiprocessors, channels, *known):
     return multiprocessors, *data, *torch.randn(2, channels), weight, *known
 samples = [sample("1", 12, None), sample("0", 12, None), sample("0", 12, torch.tensor(0.5)), sample("0", 27, None)]
 """,
-    "lu_weight": """\
-from glow_kernels.ops.folding import lu_weight, lu_weight_backward
-def compute(grad, grad_log_det, *factors):
-    return *lu_weight(*factors), *lu_weight_backward(grad, grad_log_det, *factors)
+    # With an inverse of more channels than a warp eliminates.
+    "folding": """\
+from glow_kernels.ops.folding import fold_inverse, lu_weight, lu_weight_backward
+def compute(weight, grad, grad_log_det, *factors):
+    inverse = fold_inverse(*torch.zeros(2, len(weight)), weight, None)
+    return *inverse, *lu_weight(*factors), *lu_weight_backward(grad, grad_log_det, *factors)
 def sample(n):
-    permutation = torch.eye(n)[torch.randperm(n)]
-    return torch.randn(n, n), torch.randn(()), permutation, *torch.randn(2, n, n), *torch.randn(2, n)
+    weight, permutation = torch.linalg.qr(torch.randn(70, 70)).Q, torch.eye(n)[torch.randperm(n)]
+    return weight, torch.randn(n, n), torch.randn(()), permutation, *torch.randn(2, n, n), *torch.randn(2, n)
 samples = [sample(7), sample(40)]
 """,
     # Of no multiprocessors, so that no tensor is small: two blocks, some warps of which have three strips in turn.
@@ -144,7 +146,7 @@ SOURCES = {
         "warp_elimination.h",
     ],
     "actnorm_conv1x1_wide": ["actnorm_conv1x1_wide.cu", "actnorm_conv1x1.cu"],
-    "lu_weight": ["actnorm_conv1x1_fold.cu", "small_matrix.h"],
+    "folding": ["actnorm_conv1x1_fold.cu", "small_matrix.h"],
 }
 
 SUM = ".add(all[thread + half * width]);\n"
@@ -205,8 +207,12 @@ FAULTS = {
         *("actnorm_conv1x1", f"{FOLDED_FOR_STRIPS}    {BARRIER}", FOLDED_FOR_STRIPS),
         "wrong",
     ),
-    "none in what a permutation picks": ("lu_weight", "", "", ""),
-    "no barrier before it is looked for": ("lu_weight", CLEARED + BARRIER, CLEARED, "wrong"),
+    "none in folding": ("folding", "", "", ""),
+    "no barrier before what a permutation picks is looked for": ("folding", CLEARED + BARRIER, CLEARED, "wrong"),
+    "no barrier before pivot rows of many channels change": (
+        *("folding", "__syncthreads();  // before others write there\n", "\n"),
+        "wrong",
+    ),
     "none on the matrix units": ("actnorm_conv1x1_wide", "", "", ""),
     "a product before its strip is there": ("actnorm_conv1x1_wide", READY, READY.replace("1", "2"), "wrong"),
     "no barrier of a warp before products": (

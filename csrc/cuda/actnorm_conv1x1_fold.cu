@@ -1,5 +1,6 @@
 // Folding ActNorm and the 1x1 convolution into one matrix on NVIDIA GPUs: one launch for all steps, in double; a block
-// for every matrix where it is eliminated, else several. The mathematics stands in glow_kernels/ops/actnorm_conv1x1.py.
+// for every matrix whose inverse is needed, else several. The mathematics stands in
+// glow_kernels/ops/actnorm_conv1x1.py.
 #include <cmath>
 #include <optional>
 #include <tuple>
@@ -43,14 +44,17 @@ __global__ void __launch_bounds__(kThreads, 1) fold_kernel(const Fold fold) {
   exponentials(fold, 1, scale);
   __syncthreads();
   for_each_row(n, [&](unsigned i) {
-    const double sum = sum_over(n, [&](unsigned j) {
-      const double element = fold.weight(square, i * n + j) * scale[j];
-      fold.matrix(square, i * n + j, element);
-      return element * fold.bias(n, j);
-    });
+    double sum = 0;
+    along_row(
+        n, [&](unsigned j) { return fold.weight(square, i * n + j) * scale[j]; },
+        [&](unsigned j, double element) {
+          fold.matrix(square, i * n + j, element);
+          sum += element * fold.bias(n, j);
+        });
+    sum = warp_sum(sum);
     if (lane == 0) fold.shift(n, i, sum);
   });
-  if (fold.known.data == nullptr) {
+  if (fold.known.data == nullptr && blockIdx.y == 0) {
     elimination.run([&](unsigned i, unsigned j) { return fold.weight(square, i * n + j); }, true);
   }
   write_log_det(fold, elimination, 1);
@@ -63,7 +67,9 @@ __global__ void __launch_bounds__(kThreads, 1) fold_inverse_kernel(const Fold fo
   exponentials(fold, -1, scale);
   elimination.run([&](unsigned i, unsigned j) { return fold.weight(square, i * n + j); }, false);
   for_each_row(n, [&](unsigned i) {
-    for (unsigned j = lane; j < n; j += 32) fold.matrix(square, i * n + j, elimination.inverse(i, j) * scale[i]);
+    along_row(
+        n, [&](unsigned j) { return elimination.inverse(i, j) * scale[i]; },
+        [&](unsigned j, double element) { fold.matrix(square, i * n + j, element); });
     if (lane == 0) fold.shift(n, i, -fold.bias(n, i));
   });
   write_log_det(fold, elimination, -1);
@@ -107,10 +113,9 @@ __global__ void __launch_bounds__(kThreads, 1) fold_backward_kernel(const Fold f
   }
   if (!known) elimination.run([&](unsigned i, unsigned j) { return fold.weight(square, i * n + j); }, false);
   for_each_row(n, [&](unsigned i) {
-    for (unsigned j = lane; j < n; j += 32) {
-      const double of_log_det = known ? 0 : in_log_det * elimination.inverse(j, i);
-      fold.grad_weight(square, i * n + j, total(i, j) * scale[j] + of_log_det);
-    }
+    along_row(
+        n, [&](unsigned j) { return total(i, j) * scale[j] + (known ? 0 : in_log_det * elimination.inverse(j, i)); },
+        [&](unsigned j, double element) { fold.grad_weight(square, i * n + j, element); });
   });
   if (known && threadIdx.x == 0 && blockIdx.y == 0) fold.grad_known(1, 0, in_log_det);
 }
@@ -260,7 +265,7 @@ std::tuple<Tensor, Tensor, Tensor> lu_weight_backward(const Tensor& grad_weight,
   return {grad_lower, grad_upper, grad_log_diagonal};
 }
 
-// Blocks that fold a matrix which nobody eliminates.
+// Blocks that fold a matrix where nobody waits for its elimination.
 int64_t fold_layers(int64_t n) { return (n + 31) / 32; }
 
 Fold fold_of(Steps& steps, const Tensor& log_scale, const Tensor& bias, const Tensor& weight,
@@ -288,7 +293,7 @@ std::tuple<Tensor, Tensor, Tensor> fold(const Tensor& log_scale, const Tensor& b
   fold.shift = steps.output(shift);
   fold.log_det = steps.output(log_det);
   steps.run(launch, inverse ? fold_inverse_kernel : fold_kernel, fold, steps.n(), eliminates,
-            eliminates ? 1 : fold_layers(steps.n()));
+            inverse ? 1 : fold_layers(steps.n()));
   if (inverse) {
     if (weight.scalar_type() == ScalarType::Double) {
       check_invertible<double>(matrix, steps.n());

@@ -51,13 +51,16 @@ __device__ void fold_matrix(const Parameters<A>& parameters, const Frame& frame,
   });
 }
 
+static_assert(kMaxChannels<float> <= WarpElimination::kMost);
+
 // log_det of every sample. By one block.
 template <typename A>
 __device__ void write_log_det(const Parameters<A>& parameters, unsigned n, double* shared, int64_t batches,
                               int64_t positions, A* log_det) {
   Elimination elimination(n, shared, nullptr);
   if (parameters.known == nullptr) {
-    elimination.run([&](unsigned i, unsigned j) { return static_cast<double>(parameters.weight[i * n + j]); }, true);
+    elimination.run_few([&](unsigned i, unsigned j) { return static_cast<double>(parameters.weight[i * n + j]); },
+                        true);
   }
   const double scales = sum_over(n, [&](unsigned i) { return static_cast<double>(parameters.log_scale[i]); });
   const double of_weight = parameters.known != nullptr ? static_cast<double>(*parameters.known) : elimination.log_det();
@@ -70,7 +73,7 @@ __device__ void write_log_det(const Parameters<A>& parameters, unsigned n, doubl
 template <typename A>
 __device__ void write_inverse(const Parameters<A>& parameters, unsigned n, double* shared, double* inverse) {
   Elimination elimination(n, shared, nullptr);
-  elimination.run([&](unsigned i, unsigned j) { return static_cast<double>(parameters.weight[i * n + j]); }, false);
+  elimination.run_few([&](unsigned i, unsigned j) { return static_cast<double>(parameters.weight[i * n + j]); }, false);
   for_each_row(n, [&](unsigned i) {
     for (unsigned j = threadIdx.x % 32; j < n; j += 32) inverse[i * n + j] = elimination.inverse(i, j);
   });

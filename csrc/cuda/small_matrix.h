@@ -27,8 +27,23 @@ __device__ void for_each_row(unsigned n, const F& f) {
   for (unsigned i = blockIdx.y * warps + threadIdx.x / 32; i < n; i += gridDim.y * warps) f(i);
 }
 
-// Columns that are eliminated at a time.
-constexpr unsigned kPanel = 8;
+// Calls put(j, get(j)) for j < n, a lane of a warp its own; several of what it gets are on their way at once.
+template <typename F, typename G>
+__device__ void along_row(unsigned n, const F& get, const G& put) {
+  constexpr unsigned kAtOnce = 6;
+  for (unsigned first = threadIdx.x % 32; first < n; first += 32 * kAtOnce) {
+    double values[kAtOnce];
+#pragma unroll
+    for (unsigned r = 0; r < kAtOnce; ++r) values[r] = get(first + 32 * r < n ? first + 32 * r : first);
+#pragma unroll
+    for (unsigned r = 0; r < kAtOnce; ++r) {
+      if (first + 32 * r < n) put(first + 32 * r, values[r]);
+    }
+  }
+}
+
+// Columns that are eliminated at a time, and from a row of the panel to the next: without bank conflicts of 16 bytes.
+constexpr unsigned kPanel = 8, kPanelStride = kPanel + 2;
 
 // Gauss-Jordan elimination in place with partial pivoting, without moving rows: step k takes the largest element of
 // column k among the rows not yet taken, row `row_of_step[k]`. A panel of columns is eliminated by itself, and then its
@@ -40,7 +55,7 @@ class Elimination {
   static bool fits(int64_t n) { return n <= 96; }
   static int64_t shared_bytes(int64_t n) {
     if (n <= WarpElimination::kMost) return WarpElimination::shared_bytes(n);
-    const int64_t doubles = (fits(n) ? n * n : 0) + (2 * kPanel + 1) * n + kPanel, integers = 2 * n;
+    const int64_t doubles = 1 + (kPanelStride + 1) * n + kPanel + (fits(n) ? n * n : 0), integers = 2 * n;
     return doubles * 8 + integers * 4;
   }
 
@@ -56,12 +71,11 @@ class Elimination {
       panel_ = shared;  // from where it is made again
       return;
     }
-    left_ = workspace != nullptr ? workspace + int64_t{blockIdx.x} * n * n : shared;
-    panel_ = workspace != nullptr ? shared : shared + n * n;
-    rows_ = panel_ + kPanel * n;
-    pivots_ = rows_ + kPanel * n;
-    scaled_ = pivots_ + n;
-    step_of_row_ = reinterpret_cast<unsigned*>(scaled_ + kPanel);
+    panel_ = shared + reinterpret_cast<uintptr_t>(shared) / sizeof(double) % 2;  // aligned to 16 bytes
+    scaled_ = panel_ + kPanelStride * n;
+    pivots_ = scaled_ + kPanel;
+    left_ = workspace != nullptr ? workspace + int64_t{blockIdx.x} * n * n : pivots_ + n;
+    step_of_row_ = reinterpret_cast<unsigned*>(pivots_ + n + (workspace != nullptr ? 0 : n * n));
     row_of_step_ = step_of_row_ + n;
   }
 
@@ -69,28 +83,33 @@ class Elimination {
   template <typename F>
   __device__ void run(const F& value, bool only_log_det) {
     if (n_ <= WarpElimination::kMost) {
-      WarpElimination(n_, panel_).run(value, only_log_det);
+      run_few(value, only_log_det);
       return;
     }
-    for_each([&](unsigned i, unsigned j) { left_[i * n_ + j] = value(i, j); });
+    for (unsigned i = threadIdx.x / 32; i < n_; i += blockDim.x / 32) {
+      along_row(
+          n_, [&](unsigned j) { return value(i, j); },
+          [&](unsigned j, double element) { left_[i * n_ + j] = element; });
+    }
     for (unsigned i = threadIdx.x; i < n_; i += blockDim.x) step_of_row_[i] = n_;
     __syncthreads();
     for (unsigned first = 0; first < n_; first += kPanel) {
       const unsigned count = n_ - first < kPanel ? n_ - first : kPanel;
       for (unsigned i = threadIdx.x; i < n_; i += blockDim.x) {
-        for (unsigned k = 0; k < kPanel; ++k) panel_[k * n_ + i] = k < count ? left_[i * n_ + first + k] : 0;
+#pragma unroll
+        for (unsigned k = 0; k < kPanel; ++k) row_of_panel(i)[k] = k < count ? left_[i * n_ + first + k] : 0;
       }
       __syncthreads();
       eliminate_panel(first, count);
-      for (unsigned j = threadIdx.x; j < n_; j += blockDim.x) {
-        for (unsigned k = 0; k < kPanel; ++k) {
-          rows_[k * n_ + j] = k < count ? left_[row_of_step_[first + k] * n_ + j] : 0;
-        }
-      }
-      __syncthreads();
-      eliminate_rest(first, count, only_log_det);
+      eliminate_beside(first, count, only_log_det);
       __syncthreads();
     }
+  }
+
+  // The same for a matrix that is small enough for a warp, in kernels that have no registers for others.
+  template <typename F>
+  __device__ void run_few(const F& value, bool only_log_det) {
+    WarpElimination(n_, panel_).run(value, only_log_det);
   }
 
   // Element of the inverse, after a barrier.
@@ -109,13 +128,7 @@ class Elimination {
   }
 
  private:
-  // Calls f(i, j) for all elements; a warp has rows.
-  template <typename F>
-  __device__ void for_each(const F& f) const {
-    for (unsigned i = threadIdx.x / 32; i < n_; i += blockDim.x / 32) {
-      for (unsigned j = threadIdx.x % 32; j < n_; j += 32) f(i, j);
-    }
-  }
+  __device__ double* row_of_panel(unsigned i) const { return panel_ + i * kPanelStride; }
 
   __device__ void eliminate_panel(unsigned first, unsigned count) {
     for (unsigned k = 0; k < count; ++k) {
@@ -123,14 +136,21 @@ class Elimination {
       __syncthreads();
       const unsigned pivot_row = row_of_step_[first + k];
       for (unsigned i = threadIdx.x; i < n_; i += blockDim.x) {
-        const double factor = panel_[k * n_ + i];
+        double* const row = row_of_panel(i);
+        const double factor = row[k];
 #pragma unroll
-        for (unsigned j = 0; j < kPanel; ++j) {
-          const double rest = (j == k ? 0 : panel_[j * n_ + i]) - factor * scaled_[j];
-          panel_[j * n_ + i] = i == pivot_row ? scaled_[j] : rest;
+        for (unsigned j = 0; j < kPanel; j += 2) {
+          const double2 old = *reinterpret_cast<const double2*>(row + j);
+          const double first_rest = (j == k ? 0 : old.x) - factor * scaled_[j];
+          const double second_rest = (j + 1 == k ? 0 : old.y) - factor * scaled_[j + 1];
+          *reinterpret_cast<double2*>(row + j) = {i == pivot_row ? scaled_[j] : first_rest,
+                                                  i == pivot_row ? scaled_[j + 1] : second_rest};
         }
       }
       __syncthreads();
+    }
+    for (unsigned i = threadIdx.x; i < n_; i += blockDim.x) {
+      for (unsigned k = 0; k < count; ++k) left_[i * n_ + first + k] = row_of_panel(i)[k];
     }
   }
 
@@ -139,7 +159,7 @@ class Elimination {
     double largest = 0;
     unsigned row = n_;
     for (unsigned i = threadIdx.x; i < n_; i += 32) {
-      const double size = std::fabs(panel_[k * n_ + i]), order = size == size ? size : INFINITY;
+      const double size = std::fabs(row_of_panel(i)[k]), order = size == size ? size : INFINITY;
       if (step_of_row_[i] == n_ && (row == n_ || order > largest)) {
         largest = order;
         row = i;
@@ -151,10 +171,10 @@ class Elimination {
     const unsigned most_high = __reduce_max_sync(kWholeWarp, high);
     const unsigned most_low = __reduce_max_sync(kWholeWarp, high == most_high ? low : 0);
     row = __reduce_min_sync(kWholeWarp, high == most_high && low == most_low ? row : n_);
-    const double pivot = panel_[k * n_ + row];
+    const double pivot = row_of_panel(row)[k];
     __syncwarp();  // until here others read which rows are taken
     if (threadIdx.x < kPanel) {
-      scaled_[threadIdx.x] = (threadIdx.x == k ? 1 : panel_[threadIdx.x * n_ + row]) / pivot;
+      scaled_[threadIdx.x] = (threadIdx.x == k ? 1 : row_of_panel(row)[threadIdx.x]) / pivot;
     }
     if (threadIdx.x == 0) {
       pivots_[first + k] = pivot;
@@ -164,26 +184,61 @@ class Elimination {
   }
 
   // Takes the pivot rows of the panel from the other columns, of which a determinant needs those to the right and the
-  // rows not yet taken.
-  __device__ void eliminate_rest(unsigned first, unsigned count, bool only_log_det) {
-    for (unsigned i = threadIdx.x / 32; i < n_; i += blockDim.x / 32) {
-      const unsigned step = step_of_row_[i];
-      if (only_log_det && step != n_) continue;
-      const bool of_panel = step >= first && step < first + count;
-      double factors[kPanel];
+  // rows not yet taken. A warp has 64 columns of some rows, and the pivot rows there in its registers.
+  __device__ void eliminate_beside(unsigned first, unsigned count, bool only_log_det) {
+    constexpr unsigned kColumns = 2, kRows = 8;  // of a lane at once
+    const unsigned begin = only_log_det ? first + count : 0, strips = (n_ - begin + 63) / 64;
+    if (strips == 0) return;
+    const unsigned warp = threadIdx.x / 32, groups = blockDim.x / 32 / strips, group = warp / strips;
+    unsigned column[kColumns];
+    bool has[kColumns];
+    double pivot_rows[kColumns][kPanel];
 #pragma unroll
-      for (unsigned k = 0; k < kPanel; ++k) factors[k] = panel_[k * n_ + i];
-      for (unsigned j = (only_log_det ? first + count : 0) + threadIdx.x % 32; j < n_; j += 32) {
-        double value = of_panel ? 0 : left_[i * n_ + j];
+    for (unsigned c = 0; c < kColumns; ++c) {
+      const unsigned j = column[c] = begin + warp % strips * 64 + c * 32 + threadIdx.x % 32;
+      has[c] = group < groups && j < n_ && (j < first || j >= first + count);
 #pragma unroll
-        for (unsigned k = 0; k < kPanel; ++k) value += factors[k] * rows_[k * n_ + j];
-        left_[i * n_ + j] = j >= first && j < first + count ? panel_[(j - first) * n_ + i] : value;
+      for (unsigned k = 0; k < kPanel; ++k) {
+        pivot_rows[c][k] = has[c] && k < count ? left_[row_of_step_[first + k] * n_ + j] : 0;
+      }
+    }
+    __syncthreads();  // before others write there
+    if (group >= groups) return;
+    for (unsigned at = group; at < n_; at += kRows * groups) {
+      double values[kRows][kColumns];
+#pragma unroll
+      for (unsigned r = 0; r < kRows; ++r) {
+        const unsigned i = at + r * groups < n_ ? at + r * groups : at, step = step_of_row_[i];
+        const bool of_panel = step >= first && step < first + count;
+#pragma unroll
+        for (unsigned c = 0; c < kColumns; ++c) values[r][c] = of_panel || !has[c] ? 0 : left_[i * n_ + column[c]];
+      }
+#pragma unroll
+      for (unsigned r = 0; r < kRows; ++r) {
+        const double* const factors = row_of_panel(at + r * groups < n_ ? at + r * groups : at);
+#pragma unroll
+        for (unsigned k = 0; k < kPanel; k += 2) {
+          const double2 two = *reinterpret_cast<const double2*>(factors + k);
+#pragma unroll
+          for (unsigned c = 0; c < kColumns; ++c) {
+            values[r][c] += two.x * pivot_rows[c][k];
+            values[r][c] += two.y * pivot_rows[c][k + 1];
+          }
+        }
+      }
+#pragma unroll
+      for (unsigned r = 0; r < kRows; ++r) {
+        const unsigned i = at + r * groups;
+#pragma unroll
+        for (unsigned c = 0; c < kColumns; ++c) {
+          if (i < n_ && has[c]) left_[i * n_ + column[c]] = values[r][c];
+        }
       }
     }
   }
 
   unsigned n_, stride_;
-  double *left_, *panel_, *rows_, *pivots_, *scaled_;
+  double *left_, *panel_, *pivots_, *scaled_;
   unsigned *step_of_row_, *row_of_step_;
 };
 
