@@ -101,7 +101,7 @@ def stages(results: Path, dry_run: bool = False) -> list[Stage]:
         Stage("kernels", [*bench, *(small if dry_run else launches)], 20),
         Stage("memory", [*measure, "memory", *options], 56),
         Stage("sampling", [*measure, "sampling", *options], 14),
-        Stage("backends", [*python, "glow_kernels", "tune", "backends"], 28, no_gpu),
+        Stage("backends", [*python, "glow_kernels", "tune", "backends"], 28, no_gpu or no_library),
     ]
 
 

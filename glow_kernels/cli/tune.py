@@ -28,7 +28,9 @@ def run(arguments: argparse.Namespace) -> None:
     """Measure, write and print the tables."""
     if arguments.what != "backends":
         _tune_launches(arguments.output)
-    if arguments.what != "launches":
+    if arguments.what is None and not (status := cuda.status()).available:
+        print(f"CUDA C++ was not measured: {status.reason}; {status.remedy}")
+    elif arguments.what != "launches":
         _compare_backends(arguments.output)
 
 
@@ -40,9 +42,6 @@ def _tune_launches(output: Path | None) -> None:
 
 
 def _compare_backends(output: Path | None) -> None:
-    if not (status := cuda.status()).available:
-        print(f"CUDA C++ was not measured: {status.reason}; {status.remedy}")
-        return
     # In a folder of its own: both tables have the name of the GPU.
     path, choice = compare(output and output / "faster")
     for operator, pairs in choice.items():
