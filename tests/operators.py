@@ -21,6 +21,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import glow_kernels as gk
 
@@ -429,6 +430,12 @@ class OperatorProperties:
         with torch.autocast(inputs[0].device.type, dtype=torch.bfloat16):
             assert_same_bits(evaluate(case.operator, inputs), expected)
 
+    def test_meta_tensors_make_results_of_the_same_shapes(self, backend, case):
+        inputs = case.draw((2, 4, 3, 5))
+        fakes = evaluate(case.operator, [tensor.to("meta") for tensor in inputs])
+        for fake, real in zip(fakes, evaluate(case.operator, inputs), strict=True):
+            assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
+
     def test_compiles_into_one_graph_with_the_same_results(self, backend, case):
         torch._dynamo.reset()
         compiled = torch.compile(case.operator, fullgraph=True, backend="aot_eager")
@@ -498,6 +505,22 @@ class DifferentiableProperties(OperatorProperties):
         inputs = [tensor.requires_grad_() for tensor in case.draw((2, 2, 2), DTYPES["float64"])]
         with gk.use_backend("reference"):
             assert torch.autograd.gradgradcheck(case.operator, inputs)
+
+    def test_derivatives_by_torch_func_and_forwards(self, backend, case):
+        inputs = tuple(case.draw((2, 3, 2), DTYPES["float64"]))
+        directions = tuple(torch.randn_like(tensor) for tensor in inputs)
+        truth = torch.func.jvp(lambda *args: evaluate(case.formula, args), inputs, directions)[1]
+        tangents = torch.func.jvp(lambda *args: evaluate(case.operator, args), inputs, directions)[1]
+        with torch.no_grad(), forward_ad.dual_level():
+            duals = map(forward_ad.make_dual, inputs, directions)
+            others = [forward_ad.unpack_dual(result).tangent for result in evaluate(case.operator, list(duals))]
+        for true, *found in zip(truth, tangents, others, strict=True):
+            for tangent in found:
+                torch.testing.assert_close(torch.zeros_like(true) if tangent is None else tangent, true)
+        upstream = tuple(random_upstream(case.operator, inputs))
+        grads = torch.func.vjp(lambda *args: evaluate(case.operator, args), *inputs)[1](upstream)
+        for grad, true in zip(grads, gradients(case.formula, inputs, upstream), strict=True):
+            torch.testing.assert_close(grad, true)
 
     @pytest.mark.usefixtures("poisoned_memory")
     def test_gradients_are_written_everywhere_and_repeat_bit_for_bit(self, backend, case):

@@ -343,6 +343,16 @@ def test_rows_of_one_vector(backend, positions, offset):
             check_gradients(case, inputs)
 
 
+@pytest.mark.parametrize("learned_gain", [False, True])
+def test_a_scale_that_overflows_is_more_than_any_floor(backend, learned_gain):
+    scale_map = ScaleMap("exp", floor=0.1)
+    case = affine_case("inverse", scale_map, "chunk_scale_shift", "scale_shift", learned_gain)
+    inputs = case.draw((3, 4, 5, 2))
+    inputs[1][:, ::3] *= 200.0
+    check_results(case, inputs, unit=200.0)
+    check_gradients(case, inputs, unit=200.0)
+
+
 def all_options():
     """Every map in both directions, without and with a learned gain."""
     for (name, scale_map), learned_gain in itertools.product(MAPS.items(), (False, True)):

@@ -196,6 +196,27 @@ def test_whole_model_compiles_into_one_graph(backend):
             assert (one - other).norm() <= 1e-5 * other.norm()
 
 
+def test_torch_func_differentiates_the_model(backend):
+    model, x, _ = draw("one-level")
+    x.requires_grad_()
+    per_sample = [torch.autograd.grad(model.log_prob(image[None]), list(model.parameters())) for image in x]
+    (grad,) = torch.autograd.grad(model.log_prob(x).sum(), x)
+    x, tangent = x.detach(), torch.randn_like(x)
+
+    def log_prob(parameters: dict[str, Tensor], image: Tensor) -> Tensor:
+        return torch.func.functional_call(model, parameters, (image[None],)).squeeze()
+
+    found = torch.func.vmap(torch.func.grad(log_prob), (None, 0))(dict(model.named_parameters()), x)
+    for actual, *expected in zip(found.values(), *per_sample, strict=True):
+        assert_close(actual, torch.stack(expected), 1e-9)
+    assert_close(torch.func.jvp(model.log_prob, (x,), (tangent,))[1], (grad * tangent).sum((1, 2, 3)), 1e-9)
+
+
+def test_a_model_on_the_meta_device_has_shapes():
+    model, x, _ = draw("colour-high")
+    assert model.to("meta").log_prob(x.to("meta")).shape == (3,)
+
+
 def test_autocast_keeps_the_density_in_float32():
     model, x, _ = draw("grey-wide", torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from operators import count_calls
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import glow_kernels as gk
@@ -402,14 +403,35 @@ def test_parts_compute_where_gradients_have_gradients(nodes):
     assert not nodes
 
 
-def test_second_derivatives_are_refused(backend):
+@every_coupling
+@pytest.mark.parametrize("power", [1, 3])
+def test_second_derivatives_are_refused(backend, kind, power):
     if backend == "reference":
         pytest.skip("the reference has them")
-    module = ready("affine", 6)
+    module = ready(kind, 6)
     x = torch.randn(3, 6, 4, 6, dtype=torch.float64, requires_grad=True)
-    (grad,) = torch.autograd.grad(module(x)[0].sum(), x, create_graph=True)
+    (grad,) = torch.autograd.grad((module(x)[0] ** power).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="memory='store'"):
         grad.square().sum().backward()
+
+
+@every_coupling
+def test_forward_derivatives_have_parts(backend, nodes, kind):
+    module = ready(kind, 6)
+    x, tangent = torch.randn(2, 3, 6, 4, 6, dtype=torch.float64)
+    with forward_ad.dual_level():
+        found = [forward_ad.unpack_dual(each).tangent for each in module(forward_ad.make_dual(x, tangent))]
+    step = 1e-6
+    after, before = module(x + step * tangent), module(x - step * tangent)
+    assert len(nodes) == 2 * (backend != "reference")
+    for derivative, one, other in zip(found, after, before, strict=True):
+        expected = (one - other) / (2 * step)
+        torch.testing.assert_close(
+            expected.new_zeros(()).expand_as(expected) if derivative is None else derivative,
+            expected,
+            rtol=1e-6,
+            atol=1e-6,
+        )
 
 
 def test_a_network_that_does_not_fit_is_named(backend):

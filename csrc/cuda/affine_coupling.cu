@@ -89,10 +89,10 @@ __device__ LogScales<A, N> log_scales(const Views<T, H>& views, const Tile& tile
   if (options.map.floor > A(0)) {
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      const A s = exponential(log_s.value[i]), floored = s + options.map.floor, share = s / floored;
-      log_s.value[i] = logarithm(floored);
-      log_s.in_u[i] *= share;
-      if (in_gain != nullptr && i < spot.count) in_gain[i] *= share;
+      const Floored<A> floored = with_floor(log_s.value[i], options.map.floor);
+      log_s.value[i] = floored.log_scale;
+      log_s.in_u[i] *= floored.share;
+      if (in_gain != nullptr && i < spot.count) in_gain[i] *= floored.share;
     }
   }
   return log_s;

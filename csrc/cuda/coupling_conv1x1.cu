@@ -56,9 +56,9 @@ __device__ LogScales<A, kAtOnce> log_scales(const Options<A>& options, const A (
   if (options.map.floor > A(0)) {
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
-      const A s = exponential(log_s.value[i]), floored = s + options.map.floor;
-      log_s.value[i] = logarithm(floored);
-      log_s.in_u[i] *= s / floored;
+      const Floored<A> floored = with_floor(log_s.value[i], options.map.floor);
+      log_s.value[i] = floored.log_scale;
+      log_s.in_u[i] *= floored.share;
     }
   }
   return log_s;

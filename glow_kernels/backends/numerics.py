@@ -70,6 +70,11 @@ def filters_of(
     return grads, weights, biases, log_scales, (dtype, scaled)
 
 
+def is_autocast_enabled(device: str) -> bool:
+    """Whether autocast is on for this type of device; meta has none, of which PyTorch must not be asked."""
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
 def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
     """Run ``function`` with autocast off on the device of its first argument.
 
@@ -80,7 +85,7 @@ def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
         device = args[0].device.type  # type: ignore[attr-defined]
-        if not torch.is_autocast_enabled(device):
+        if not is_autocast_enabled(device):
             return function(*args, **kwargs)
         with torch.autocast(device, enabled=False):
             return function(*args, **kwargs)

@@ -7,6 +7,7 @@ coupling in place of its output.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
@@ -19,6 +20,7 @@ from glow_kernels.nn.coupling import AdditiveCoupling, AffineCoupling
 from glow_kernels.nn.coupling_node import Kind, coupling_node, node_parameters
 from glow_kernels.nn.network import type_of_convolution
 from glow_kernels.nn.step import FlowStep, LinearMap
+from glow_kernels.ops._registry import differentiable_once
 from glow_kernels.ops.actnorm_conv1x1 import apply
 from glow_kernels.ops.coupling_conv1x1 import backward as boundary_backward
 from glow_kernels.ops.coupling_conv1x1 import forward as boundary_forward
@@ -115,6 +117,7 @@ class _BoundaryNode(torch.autograd.Function):
         return following, log_det
 
     @staticmethod
+    @functools.partial(differentiable_once, "a coupling and the next linear map")
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # Asked for once: torch.utils.checkpoint hands out what is saved only once.
         z, h, matrix, *saved = ctx.saved_tensors

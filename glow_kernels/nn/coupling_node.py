@@ -7,6 +7,7 @@ time. Here every pass is one that the mathematics asks for. What backward keeps 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from glow_kernels import backends
-from glow_kernels.backends.numerics import compute_dtype
+from glow_kernels.backends.numerics import compute_dtype, is_autocast_enabled
 from glow_kernels.nn import network_passes as passes
 from glow_kernels.ops import ScaleMap
+from glow_kernels.ops._registry import differentiable_once, is_transformed
 from glow_kernels.ops.actnorm_conv1x1 import apply, apply_backward
 from glow_kernels.ops.affine_coupling import backward as affine_backward
 from glow_kernels.ops.affine_coupling import forward as affine_forward
@@ -97,7 +99,7 @@ def node_parameters(x: Tensor, kind: Kind, network: nn.Module) -> list[Tensor] |
     It must be computed by a backend that is not the reference, whose gradients have gradients, and not be traced or
     transformed.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or is_transformed():
         return None
     return own_parameters(x, kind, network) if backends.select() != "reference" else None
 
@@ -115,7 +117,7 @@ def own_parameters(x: Tensor, kind: Kind, network: nn.Module) -> list[Tensor] | 
     weight, last = parameters[0], parameters[2]
     fits = (
         x.device == weight.device
-        and (x.dtype == weight.dtype or (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)))
+        and (x.dtype == weight.dtype or (x.is_floating_point() and is_autocast_enabled(x.device.type)))
         and weight.size(1) == kind.channels
         and last.size(0) == kind.outputs(x.size(1))
     )
@@ -233,6 +235,7 @@ class _CouplingNode(torch.autograd.Function):
         return y, log_det
 
     @staticmethod
+    @functools.partial(differentiable_once, "a coupling")
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # Asked for once: torch.utils.checkpoint hands out what is saved only once.
         x, matrix, y, h, *saved = ctx.saved_tensors

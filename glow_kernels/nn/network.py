@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glow_kernels.backends.numerics import is_autocast_enabled
 from glow_kernels.nn.actnorm import ActNorm
 from glow_kernels.ops import bias_relu, scale_filters
 
@@ -123,7 +124,7 @@ class _FrugalReLU(torch.autograd.Function):
 def type_of_convolution(weight: Tensor) -> torch.dtype:
     """The type to which autocast would convert ``weight``, another time at every use, or its own."""
     device = weight.device.type
-    if weight.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+    if weight.dtype == torch.float64 or not is_autocast_enabled(device):
         return weight.dtype
     return torch.get_autocast_dtype(device)
 

@@ -25,7 +25,6 @@ from glow_kernels.ops.scale_filters import scale_all, scale_all_backward
 _FACTORS = [1.0, 1.0, 3.0]
 # Found once: looking for an overload takes as long as a small operator.
 _convolution_backward = torch.ops.aten.convolution_backward.default
-_threshold_backward = torch.ops.aten.threshold_backward.default
 _threshold_backward_into = torch.ops.aten.threshold_backward.grad_input
 # In how many shares of the batch a convolution is differentiated that would take too much memory at once.
 _SHARES = 4
@@ -135,8 +134,6 @@ def backward(
         result, grad_bias = inputs.pop(), None
         if apart and not (frugal and _is_large(result, result.shape[1])):
             grad, grad_bias = bias_relu_backward(grad, result, _parts(result))
-        elif torch.is_grad_enabled():  # by whoever asks for second derivatives
-            grad = _threshold_backward(grad, result, 0)
         else:  # the gradient is the convolution's, and nobody else's
             _threshold_backward_into(grad, result, 0, grad_input=grad)
         del result

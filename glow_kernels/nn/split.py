@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glow_kernels.backends.numerics import without_autocast
 from glow_kernels.nn.network import ZeroConv2d
 from glow_kernels.ops import gaussian_log_prob, gaussian_sample, gaussian_standardize
 
@@ -56,9 +57,13 @@ class SplitPrior(nn.Module):
         return x[:, : self.channels // 2], x[:, self.channels // 2 :]
 
     def _distribution(self, kept: Tensor) -> Tensor:
-        with torch.autocast(kept.device.type, enabled=False):
-            h: Tensor = self.prior(kept)
-        return h
+        return _predicted(kept, self.prior)
+
+
+@without_autocast
+def _predicted(kept: Tensor, prior: nn.Module) -> Tensor:
+    h: Tensor = prior(kept)
+    return h
 
 
 class TopPrior(nn.Module):

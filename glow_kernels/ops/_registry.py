@@ -11,6 +11,9 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
+from torch._C._functorch import TransformType
+from torch.autograd import forward_ad
 
 from glow_kernels import backends
 from glow_kernels.backends import faster
@@ -37,6 +40,9 @@ class Operator:
             differentiated. So the gradients of the reference have gradients.
         composed: a function that computes the same from other operators. Then this is one that the native backend alone
             has in one piece, and ``composed`` takes the place of the others.
+
+    While torch.func differentiates, or tangents are computed forwards, every operator is plain PyTorch, which has rules
+    for that.
     """
 
     def __init__(
@@ -52,7 +58,7 @@ class Operator:
         composed: Callable[..., Any] | None = None,
     ) -> None:
         self._name, self._function = f"{module}_{function}", function
-        self._plain = composed
+        self._plain = composed or getattr(backends.implementation("reference", module), function)
         fast = [backend for backend in backends.PREFERENCE if backend != "reference"]
         self._support = {name: getattr(backends.implementation(name, "support"), module, _nothing) for name in fast}
         self._implementations: dict[str, _Implementation] = {}
@@ -60,12 +66,13 @@ class Operator:
             if self._support.get(backend) is _nothing:
                 continue
             if backend == "reference" and plain_reference:
-                self._plain = getattr(backends.implementation(backend, module), function)
                 continue
             name = f"{module}_{function}_{backend}"
             rule = functools.partial(_refuse, name) if backward is None else functools.partial(backward, backend)
             python = None if backend == "native" else functools.partial(_call, backend, module, function)
-            self._implementations[backend] = _Implementation(name, schema, fake, python, setup_context, rule)
+            self._implementations[backend] = _Implementation(
+                name, schema, fake, python, setup_context, rule, self._plain
+            )
 
     def __call__(self, *args: Any) -> Any:
         """Compute with the first backend in order of preference that supports ``args``."""
@@ -91,7 +98,17 @@ class Operator:
 
     def _run(self, backend: str, args: tuple[Any, ...]) -> Any:
         function = self._implementations.get(backend) or self._plain
-        return function(*args)  # type: ignore[misc]
+        return function(*args)
+
+
+def is_transformed() -> bool:
+    """Whether derivatives are taken in a way that only plain PyTorch has rules for: by torch.func, or forwards."""
+    if forward_ad._current_level >= 0:
+        return True
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    levels = torch._C._functorch.get_interpreter_stack() or []
+    return any(level.key() in (TransformType.Grad, TransformType.Jvp) for level in levels)
 
 
 class _Implementation:
@@ -105,6 +122,7 @@ class _Implementation:
         python: Callable[..., Any] | None,
         setup_context: Callable[..., None] | None,
         rule: Callable[..., Any],
+        plain: Callable[..., Any],
     ) -> None:
         qualified_name = f"glow_kernels::{name}"
         _LIBRARY.define(name + schema)  # type: ignore[no-untyped-call]
@@ -114,7 +132,7 @@ class _Implementation:
         if "!" not in schema:  # what overwrites its arguments cannot have a rule
             torch.library.register_autograd(qualified_name, rule, setup_context=setup_context, lib=_LIBRARY)
         overload: Callable[..., Any] = getattr(torch.ops.glow_kernels, name).default
-        self._overload, self._has_lists = overload, "Tensor[]" in schema
+        self._overload, self._has_lists, self._plain = overload, "Tensor[]" in schema, plain
 
         class Rule(torch.autograd.Function):
             @staticmethod
@@ -134,8 +152,12 @@ class _Implementation:
     def __call__(self, *args: Any) -> Any:
         # Whoever traces or transforms must see the operator. Otherwise its autograd rule is applied here and the
         # dispatcher goes below it, which saves more than half of the time of a call.
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-            return self._overload(*args)
+        if (
+            torch.compiler.is_compiling()
+            or torch._C._are_functorch_transforms_active()
+            or forward_ad._current_level >= 0
+        ):
+            return self._plain(*args) if is_transformed() else self._overload(*args)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             if self._has_lists:
                 return self._overload(*args)  # whose rule looks into them
@@ -154,7 +176,30 @@ def _nothing(*_: Any) -> bool:
 
 
 def _refuse(name: str, *_: Any) -> NoReturn:
-    raise RuntimeError(
+    raise RuntimeError(_refusal(name))
+
+
+def _refusal(name: str) -> str:
+    return (
         f"{name} cannot be differentiated: compute second derivatives with memory='store' and "
         "glow_kernels.use_backend('reference')"
     )
+
+
+def differentiable_once(name: str, backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., Any]:
+    """A ``backward`` whose results refuse to be differentiated, for the ``name`` of whose node they do.
+
+    Unlike those of PyTorch's ``once_differentiable`` they do so where no gradient came with a graph of its own, too:
+    they depend on what the node has kept.
+    """
+
+    @functools.wraps(backward)
+    def once(ctx: Any, *grads: Tensor) -> Any:
+        if not torch.is_grad_enabled():
+            return backward(ctx, *grads)
+        with torch.no_grad():
+            results = backward(ctx, *grads)
+        refuse: Any = torch._C._functions.DelayedError(_refusal(f"the backward of {name}").encode(), len(results))
+        return refuse(*(None if result is None else result.detach().requires_grad_() for result in results))
+
+    return once

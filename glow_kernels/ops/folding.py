@@ -37,7 +37,9 @@ def lu_weight(
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape or device.
     """
-    if not isinstance(lower, Tensor) or lower.dim() < 2 or lower.shape[-1] != lower.shape[-2]:
+    if not isinstance(lower, Tensor):
+        raise TypeError(f"lower must be a tensor, got {type(lower).__name__}")
+    if lower.dim() < 2 or lower.shape[-1] != lower.shape[-2]:
         raise ValueError(f"lower must be (*K, C, C), got {tuple(lower.shape)}")
     check_like("permutation", permutation, lower.shape, "the shape of lower", lower)
     check_like("upper", upper, lower.shape, "the shape of lower", lower)

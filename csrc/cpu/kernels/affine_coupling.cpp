@@ -35,11 +35,11 @@ double general_scales(const ScaleParameters<A>& map, int64_t count, const A* __r
       log_s.derivative *= gain[i];
     }
     if constexpr (has_floor) {
-      const A s = exponential(log_s.value), floored = s + map.floor, share = s / floored;
-      total += logarithm(floored);
-      scales.factors[i] = factor == Factor::scale ? floored : A(1) / floored;
-      log_s.derivative *= share;
-      in_gain *= share;
+      const Floored<A> floored = with_floor(log_s.value, map.floor);
+      total += floored.log_scale;
+      scales.factors[i] = factor == Factor::scale ? floored.scale : A(1) / floored.scale;
+      log_s.derivative *= floored.share;
+      in_gain *= floored.share;
     } else {
       total += log_s.value;
       if constexpr (kind != ScaleKind::sigmoid) {

@@ -63,4 +63,18 @@ GLOW_KERNELS_INLINE LogScale<A> log_scale(A u, const ScaleParameters<A>& map, A 
   }
 }
 
+template <typename A>
+struct Floored {
+  A scale, log_scale;  // s + floor and its logarithm
+  A share;             // of s in it: the derivative of that logarithm in log s
+};
+
+// The floor is nothing beside a scale that overflows.
+template <typename A>
+GLOW_KERNELS_INLINE Floored<A> with_floor(A log_s, A floor) {
+  const A s = exponential(log_s), scale = s + floor;
+  const bool overflows = scale == A(INFINITY);
+  return {scale, overflows ? log_s : logarithm(scale), overflows ? A(1) : s / scale};
+}
+
 }  // namespace glow_kernels
