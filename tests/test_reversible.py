@@ -384,11 +384,44 @@ def test_hooks_of_steps_run():
     expected = gradients(plain, x)
     seen = []
     for step in model:
-        step.register_forward_pre_hook(lambda module, args: seen.append("before"))
-        step.register_forward_hook(lambda module, args, output: seen.append("after"))
-        step.register_full_backward_hook(lambda module, grad_input, grad_output: seen.append("backward"))
+        step.register_forward_pre_hook(lambda module, args: seen.append(("before", len(args))))
+        step.register_forward_hook(lambda module, args, output: seen.append(("after", len(args), len(output))))
+        step.register_full_backward_hook(
+            lambda module, grad_input, grad_output: seen.append(("backward", len(grad_input), len(grad_output)))
+        )
     assert_same(gradients(model, x), expected, 1e-9)
-    assert seen == ["before", "after"] * 5 + ["backward"] * 5
+    # As many arguments and results as without a chain.
+    assert seen == [("before", 1), ("after", 1, 2)] * 5 + [("backward", 1, 2)] * 5
+
+
+HOOKS = {
+    "input": lambda step: step.register_forward_pre_hook(lambda _, args: 2.0 * args[0]),
+    "input in place": lambda step: step.register_forward_pre_hook(lambda _, args: (args[0].mul_(2.0),)),
+    "output": lambda step: step.register_forward_hook(lambda _, args, output: (2.0 * output[0], output[1])),
+    "output in place": lambda step: step.register_forward_hook(
+        lambda _, args, output: (output[0].mul_(2.0), output[1])
+    ),
+    "log_det": lambda step: step.register_forward_hook(lambda _, args, output: (output[0], 2.0 * output[1])),
+    "cast": lambda step: step.register_forward_pre_hook(lambda _, args: args[0].double()),
+}
+
+
+@pytest.mark.parametrize("memory", FORGETFUL)
+@pytest.mark.parametrize("hook", HOOKS)
+def test_hooks_that_change_something(memory, hook):
+    if memory == "checkpoint" and "in place" in hook:
+        pytest.skip("plain autograd, the truth, refuses it")
+    x = torch.randn(3, 6, 4, 5, dtype=torch.float64)
+    plain = chain(flow_steps(3), x)
+    if hook == "cast":  # as FSDP does it
+        plain[0].register_forward_hook(lambda _, args, output: (output[0].float(), output[1]))
+    HOOKS[hook](plain[1])
+    model = forgetting(plain, memory)
+    if memory == "checkpoint" or hook in ("log_det", "cast"):
+        assert_same(gradients(model, x), gradients(plain, x), 1e-6 if hook == "cast" else 1e-9)
+    else:
+        with pytest.raises(RuntimeError, match=r"^step 1 \(FlowStep\): a hook changes its input or its output, which"):
+            model(x)
 
 
 @pytest.mark.parametrize("memory", FORGETFUL)

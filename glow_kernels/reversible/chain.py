@@ -17,7 +17,7 @@ from glow_kernels.ops._checks import check_choice
 from glow_kernels.reversible import budget, guards
 from glow_kernels.reversible.anatomy import Anatomy
 from glow_kernels.reversible.linear_maps import LinearMaps
-from glow_kernels.reversible.link import Link, Place, register
+from glow_kernels.reversible.link import Link, Place, find, register
 from glow_kernels.reversible.offload import Shelf
 from glow_kernels.reversible.plain_step import PlainStep, cross_boundaries
 from glow_kernels.reversible.recompute import Mode
@@ -308,11 +308,11 @@ def _linked(
         return super(torch.autograd.Function, Link).apply(place, mode, steps, *arguments)  # type: ignore[no-untyped-call]
 
     hooked = [step.step for step in steps if isinstance(step, Anatomy) and _has_hooks(step.step)]
-    if torch.compiler.is_compiling() or not hooked:
+    if not hooked:
         return link(x, ghost, *context)
     if len(steps) > 1:
         raise RuntimeError("check='replay' runs several steps as one, without their hooks (FSDP): use check='raise'")
-    return _through_hooks(hooked[0], link, x, ghost, *context)
+    return _through_hooks(hooked[0], place, link, x, ghost, *context)
 
 
 def _has_hooks(step: nn.Module) -> bool:
@@ -320,9 +320,16 @@ def _has_hooks(step: nn.Module) -> bool:
     return any(hooks)
 
 
-def _through_hooks(step: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
-    """Call ``function`` as if it were the forward of ``step``: FSDP gathers the parameters of a step in its hooks."""
+@torch.compiler.disable(reason="a step of a reversible chain has hooks")  # type: ignore[untyped-decorator]
+def _through_hooks(
+    step: nn.Module, place: Place, link: Callable[..., Any], x: Tensor, ghost: Tensor | None, *context: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Call ``link`` as if it were the forward of ``step``: FSDP gathers the parameters of a step in its hooks.
+
+    Hooks see what they see without a chain. What they change is part of no step, and would not be undone.
+    """
     own = step.__dict__.get("forward")
+    inside: list[Any] = []
 
     def restore() -> None:
         if own is None:
@@ -330,12 +337,34 @@ def _through_hooks(step: nn.Module, function: Callable[..., Any], *args: Any) ->
         else:
             step.__dict__["forward"] = own
 
-    def forward(*inputs: Any) -> Any:
+    def forward(received: Tensor, *context: Tensor | None) -> tuple[Tensor, Tensor]:
         restore()
-        return function(*inputs)
+        result, log_det, following = link(received, ghost, *context)
+        inside.extend((_identity(received), _identity(result), following))
+        return result, log_det
 
+    before = _identity(x)
     step.__dict__["forward"] = forward
     try:
-        return step(*args)
+        z, log_det = step(x, *context)
     finally:
         restore()
+    received, result, following = inside
+    is_awaited = not place.keeps_output and (place.compares or not place.keeps_input)
+    if (ghost is not None and _differ(before, received)) or (is_awaited and _differ(result, _identity(z))):
+        raise RuntimeError(
+            f"{guards.step_name(find(place), place.number)}: a hook changes its input or its output, which its inverse "
+            "does not undo: do it inside the step, or use memory='store', or memory='checkpoint' with check='off'"
+        )
+    return z, log_det, following
+
+
+def _identity(tensor: Tensor) -> tuple[Any, ...]:
+    """The type of ``tensor``, and what two tensors have in common if they are one, or views of all of one."""
+    storage = tensor.untyped_storage()._cdata
+    return tensor.dtype, storage, tensor.storage_offset(), tensor.shape, tensor.stride(), guards.versions([tensor])
+
+
+def _differ(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    # The hooks of FSDP cast to the type of its parameters and back, which is exact.
+    return one[0] == other[0] and one != other

@@ -157,7 +157,7 @@ States = list[list[RandomState] | None]
 def _forward(
     place: Place, mode: Mode, steps: Sequence[Step], x: Tensor, tensors: Sequence[Any]
 ) -> tuple[Tensor, Tensor, States]:
-    chain = _find(place)
+    chain = find(place)
     context = tensors[: place.contexts]
     total: Tensor | None = None
     states: States = []
@@ -184,7 +184,7 @@ def _backward(
     states: States | None,
     private: Private = SHARED,
 ) -> Recomputed:
-    chain = _find(place)
+    chain = find(place)
     states = [None] * place.length if states is None else states
     inputs = [x, *[None] * (place.length - 1)]
     result, reached = _sweep(place, mode, steps, inputs, z, grads, tensors, needs, states, private)
@@ -215,7 +215,7 @@ def _sweep(
     private: Private = SHARED,
 ) -> tuple[Recomputed, Tensor | None]:
     """Backward through the steps from ``z``, or from the inputs that are known, and what arrived at the first step."""
-    chain = _find(place)
+    chain = find(place)
     context = tensors[: place.contexts]
     totals: list[Tensor | None] = [None] * len(tensors)
     state = reached = z
@@ -261,7 +261,7 @@ def _private(chain: ReversibleSequential, place: Place, maps: LinearMaps | None)
     return Private(state=not place.keeps_input and not chain._is_anchor(place.number + 1), grad=not place.keeps_input)
 
 
-def _find(place: Place) -> ReversibleSequential:
+def find(place: Place) -> ReversibleSequential:
     chain = _chains.get(place.handle)
     if chain is None:
         raise RuntimeError("the reversible chain that this was compiled for no longer exists")
@@ -294,7 +294,7 @@ def _steps(
     maps: Sequence[FoldedMaps],
 ) -> list[Step]:
     """The steps as forward saw them, with what it has computed with."""
-    chain = _find(place)
+    chain = find(place)
     steps: list[Step] = []
     for number, span, (start, end), own in zip(place.numbers, spans, itertools.pairwise(bounds), maps, strict=True):
         if span is None:
@@ -306,7 +306,7 @@ def _steps(
 
 
 def _anatomies(place: Place) -> list[Step]:
-    chain = _find(place)
+    chain = find(place)
     return [Anatomy.of(chain[number]) for number in place.numbers]
 
 
@@ -357,7 +357,7 @@ def _run_forward(x: Tensor, tensors: Sequence[Tensor | None], *settings: Any) ->
         z, log_det, states = _forward(place, mode, _anatomies(place), x, tensors)
     drawing = [number for number, drawn in zip(place.numbers, states, strict=True) if drawn is not None]
     if drawing:
-        name = guards.step_name(_find(place), drawing[0])
+        name = guards.step_name(find(place), drawing[0])
         raise RuntimeError(f"{name}: it draws random numbers, which needs memory='store' under torch.compile")
     return _own(z, x), log_det.contiguous()
 
