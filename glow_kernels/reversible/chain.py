@@ -104,7 +104,7 @@ class ReversibleSequential(nn.Sequential):
         self.check = check
         self.drift_limit = drift_limit
         self._drift: dict[int, Tensor] = {}
-        self._proven: set[Any] = set()
+        self._proven: dict[tuple[int, bool, bool], list[nn.Module]] = {}
         self._parts: dict[tuple[Any, ...], int] = {}
         self._handle = register(self)
 
@@ -320,7 +320,7 @@ def _has_hooks(step: nn.Module) -> bool:
     return any(hooks)
 
 
-@torch.compiler.disable(reason="a step of a reversible chain has hooks")  # type: ignore[untyped-decorator]
+@torch.compiler.disable(reason="a step of a reversible chain has hooks")  # type: ignore[no-untyped-call, untyped-decorator]
 def _through_hooks(
     step: nn.Module, place: Place, link: Callable[..., Any], x: Tensor, ghost: Tensor | None, *context: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:

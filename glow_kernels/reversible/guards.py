@@ -120,7 +120,7 @@ def prove(
     context: Sequence[Tensor | None],
     mode: Mode,
 ) -> None:
-    """Try a step out on two samples when it is first used, unless all of it is this package's own.
+    """Try a step out on two samples when it is first used, or made of other modules, unless all of it is this package's own.
 
     Raises:
         RuntimeError: it is not a function of its input and its parameters, or its inverse does not lead back.
@@ -128,14 +128,15 @@ def prove(
     """
     if isinstance(anatomy, PlainStep) or anatomy.is_standard or isinstance(x, FakeTensor) or len(x) == 0:
         return
-    key = (index, anatomy.step.training)
-    if key in chain._proven:
+    needs_inverse = chain._needs_inverse(index)
+    key = (index, anatomy.step.training, needs_inverse)
+    if chain._proven.get(key) == anatomy.modules:
         return
     sample = x[:2].detach().clone()
     sample_context = [None if tensor is None else tensor[:2] for tensor in context]
     with torch.no_grad(), mode.applied(x.device):
-        _try_out(anatomy, sample, sample_context, chain._needs_inverse(index))
-    chain._proven.add(key)
+        _try_out(anatomy, sample, sample_context, needs_inverse)
+    chain._proven[key] = anatomy.modules
 
 
 def _try_out(anatomy: Anatomy, x: Tensor, context: Sequence[Tensor | None], needs_inverse: bool) -> None:

@@ -226,7 +226,6 @@ def _sweep(
         reached = state
         given = state if inputs[index] is None else inputs[index]
         assert given is not None
-        key = (number, "closed")
         with guards.named(chain, number), guards.unchanged(step, given, "backward"):
             result = recompute.backward(
                 step,
@@ -238,10 +237,8 @@ def _sweep(
                 [*needs[: place.contexts], *needs[own]],
                 mode,
                 states[index],
-                step.is_standard or key in chain._proven,
                 private,
             )
-        chain._proven.add(key)
         state, grads = result.x, (result.grad_x, grads[1])
         totals[own] = result.grads[place.contexts :]
         for position, grad in enumerate(result.grads[: place.contexts]):
