@@ -275,11 +275,15 @@ def test_dropout_is_repeated(memory, micro_batches):
     plain = chain([FlowStep(6, network=Conditioned(3, 6, dropout=0.5)) for _ in range(5)], x)
     model = forgetting(plain, memory, micro_batches=micro_batches)
     model(x)  # tried out
+    parameters = list(plain.parameters())
     results = []
     for one in (plain, model) if micro_batches == 1 else (forgetting(plain, "checkpoint", micro_batches=2), model):
-        one(x)
+        one.train()(x)
         torch.manual_seed(5)
-        results.append(gradients(one, x))
+        loss = weighted(one(x))
+        one.eval()  # what backward does is what forward did
+        results.append(list(torch.autograd.grad(loss, parameters)))
+        assert not any(module.training for module in one.modules())
         results[-1].append(torch.rand(3).double())  # the stream of random numbers goes on as it would have
     assert_same(*results, 1e-9)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -24,7 +24,7 @@ from torch._guards import detect_fake_mode
 from glow_kernels.backends.numerics import output_format
 from glow_kernels.nn.coupling_node import SHARED, Private
 from glow_kernels.reversible import guards, recompute
-from glow_kernels.reversible.anatomy import Anatomy
+from glow_kernels.reversible.anatomy import Anatomy, in_modes
 from glow_kernels.reversible.linear_maps import FoldedMaps, LinearMaps
 from glow_kernels.reversible.offload import Shelf
 from glow_kernels.reversible.plain_step import PlainStep, Span
@@ -99,6 +99,8 @@ class Link(torch.autograd.Function):
         else:
             z, log_det, ctx.states = _forward(place, mode, steps, x, tensors)
             ctx.spans = [step.span if isinstance(step, PlainStep) else None for step in steps]
+            # Dropout and BatchNorm ask for it.
+            ctx.modes = [(m, m.training) for step in steps if not step.is_standard for m in step.modules]
             ctx.bounds = _bounds(place, steps)
             ctx.of_steps = [_maps_of(*step) for step in zip(place.numbers, ctx.spans, strict=True)]
         # Backward through a single step needs its input or its output, through several both.
@@ -143,9 +145,10 @@ class Link(torch.autograd.Function):
                 maps = ctx.maps.of(ctx.of_steps)
                 tensors = _with_maps(tensors, ctx.bounds, [[there for there, _ in own] for own in maps])
             steps = _steps(place, tensors, ctx.spans, ctx.bounds, maps)
-            result = _backward(
-                place, mode, steps, x, z, (grad_z, grad_log_det), tensors, needs, ctx.states, ctx.private
-            )
+            with in_modes(ctx.modes) if ctx.modes else nullcontext():
+                result = _backward(
+                    place, mode, steps, x, z, (grad_z, grad_log_det), tensors, needs, ctx.states, ctx.private
+                )
             reached, grad_x, tensor_grads = result.x, result.grad_x, result.grads
         ghost_grad = (reached if x is None else x) if ctx.needs_input_grad[6] else None
         return None, None, None, None, None, grad_x, ghost_grad, *tensor_grads
