@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import copy
 import gc
+import random
 import weakref
 
+import numpy as np
 import pytest
 import torch
 import torch.utils.checkpoint
@@ -266,6 +268,23 @@ def test_networks_of_users(memory, network):
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
     assert_same(gradients(forgetting(plain, memory), x), gradients(plain, x), 1e-9)
+
+
+@pytest.mark.parametrize("memory", FORGETFUL)
+@pytest.mark.parametrize("draw", [random.random, np.random.random], ids=["python", "numpy"])
+def test_numbers_of_other_generators_are_repeated(memory, draw):
+    x = torch.randn(4, 6, 4, 5, dtype=torch.float64)
+    steps = [FlowStep(6, network=Conditioned(3, 6)) for _ in range(4)]
+    plain = chain(steps, x)
+    for step in steps:
+        step.coupling.network.register_forward_hook(lambda module, args, h: draw() * h)
+    results = []
+    for one in (plain, forgetting(plain, memory)):
+        one(x)  # tried out
+        random.seed(5)
+        np.random.seed(5)
+        results.append([*gradients(one, x), torch.tensor(draw(), dtype=torch.float64)])
+    assert_same(*results, 1e-9)
 
 
 @pytest.mark.parametrize("memory", FORGETFUL)

@@ -120,7 +120,7 @@ def prove(
     context: Sequence[Tensor | None],
     mode: Mode,
 ) -> None:
-    """Try a step out on two samples when it is first used, or made of other modules, unless all of it is this package's own.
+    """Try a step out on two samples when its modules are first used, unless all of it is this package's own.
 
     Raises:
         RuntimeError: it is not a function of its input and its parameters, or its inverse does not lead back.

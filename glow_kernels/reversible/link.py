@@ -240,6 +240,7 @@ def _sweep(
                 [*needs[: place.contexts], *needs[own]],
                 mode,
                 states[index],
+                step.is_standard,
                 private,
             )
         state, grads = result.x, (result.grad_x, grads[1])

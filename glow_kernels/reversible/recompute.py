@@ -119,6 +119,7 @@ def backward(
     needs: Sequence[bool],
     mode: Mode,
     states: Sequence[RandomState] | None,
+    closed: bool,
     private: Private = SHARED,
 ) -> Recomputed:
     """Differentiate a step, given its input ``x`` or else its output ``z``; both to evaluate its output again.
@@ -127,6 +128,7 @@ def backward(
         grads: gradients of the output and of the log-determinant.
         needs: which of ``context`` and ``parameters`` need a gradient.
         states: as :func:`forward` returned them.
+        closed: as for :func:`~glow_kernels.reversible.tensors.differentiate`.
         private: of ``z`` and its gradient, what may be overwritten.
     """
     if isinstance(anatomy, PlainStep):
@@ -134,7 +136,6 @@ def backward(
     given = cast(Tensor, z if x is None else x)
     batch = len(given)
     way_back = flow_step.way_back(anatomy, private) if x is None else None
-    closed = anatomy.is_standard
     tensors = [tensor for tensor in context if tensor is not None]
     joined_x, joined_grad = _joined(batch, z, grads[0], private)
     joined_z = Joined(batch)
