@@ -23,6 +23,7 @@ import glow_kernels as gk
 from glow_kernels import ReversibleSequential
 from glow_kernels.backends import select
 from glow_kernels.nn import CouplingNetwork, FlowStep, Squeeze
+from glow_kernels.reversible.guards import CHECKS
 from glow_kernels.reversible.offload import Shelf
 from glow_kernels.reversible.plain_step import PlainStep
 from glow_kernels.training.ema import MovingAverage
@@ -173,14 +174,39 @@ def test_micro_batches(memory, micro_batches, check):
 
 
 @pytest.mark.parametrize("memory", FORGETFUL)
-def test_an_empty_batch(memory):
+@pytest.mark.parametrize("check", CHECKS)
+def test_an_empty_batch(memory, check):
     x = torch.randn(3, 6, 4, 4)
-    model = forgetting(chain(flow_steps(5), x), memory)
+    model = forgetting(chain(flow_steps(5), x), memory, check=check, anchor_every=2)
     z, log_det = model(x[:0].requires_grad_())
     assert z.shape == (0, 6, 4, 4)
     assert log_det.shape == (0,)
     (z.sum() + log_det.sum()).backward()
     assert all((p.grad == 0).all() for p in model.parameters())
+
+
+class Scalar(nn.Module):
+    """A flow of single numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.tensor(0.2))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x * self.log_scale.exp(), self.log_scale.expand(len(x))
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return z * (-self.log_scale).exp(), -self.log_scale.expand(len(z))
+
+
+@pytest.mark.parametrize("memory", FORGETFUL)
+@pytest.mark.parametrize("check", CHECKS)
+def test_states_that_are_numbers(memory, check):
+    x = torch.randn(5, dtype=torch.float64)
+    plain = chain([Scalar() for _ in range(4)], x)
+    model = forgetting(plain, memory, check=check, anchor_every=2)
+    assert_same(gradients(model, x), gradients(plain, x), 1e-9)
+    assert all(error < 1e-12 for error in model.drift().values())
 
 
 @pytest.mark.parametrize("memory", FORGETFUL)

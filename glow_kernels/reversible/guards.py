@@ -176,8 +176,10 @@ def difference(actual: Tensor, expected: Tensor) -> float:
 
 
 def drift(exact: Tensor, reconstructed: Tensor) -> Tensor:
-    """Largest over the samples of the relative L2 difference, a scalar on their device; infinite for NaN."""
-    a, b = exact.flatten(1), reconstructed.flatten(1)
+    """Largest over the samples of the relative L2 difference, a scalar on their device; infinite for NaN, 0 of none."""
+    if exact.numel() == 0:
+        return exact.new_zeros(())
+    a, b = (tensor.unsqueeze(-1).flatten(1) for tensor in (exact, reconstructed))
     error = torch.linalg.vector_norm(a - b, dim=1) / torch.linalg.vector_norm(a, dim=1).clamp_min(1e-30)
     return torch.amax(error.nan_to_num(nan=torch.inf, posinf=torch.inf))
 
