@@ -536,6 +536,25 @@ def test_copies_and_pickles_are_chains_of_their_own(tmp_path):
     assert_same(gradients(loaded, x), expected, 1e-12)
 
 
+def test_parts_and_sums_are_chains_with_the_same_options():
+    x = torch.randn(3, 6, 4, 5, dtype=torch.float64)
+    plain = chain([*flow_steps(3), Scaling(6)], x)
+    options = {"anchor_every": 2, "micro_batches": 2, "check": "flag", "offload_anchors": True, "drift_limit": 0.5}
+    model = forgetting(plain, "anchor", **options)
+    parts = [model[:2], model[:1] + model[1:], model * 2, 2 * model, model[:0:-1]]
+    for part, indices in zip(parts, ([0, 1], range(4), [*range(4)] * 2, [*range(4)] * 2, [3, 2, 1]), strict=True):
+        assert list(part) == [model[index] for index in indices]
+        assert all(getattr(part, name) == value for name, value in {"memory": "anchor", **options}.items())
+        expected = ReversibleSequential(list(part), "store")
+        assert_same(gradients(part, x), gradients(expected, x), 1e-9)
+    grown = model[:1]
+    grown += model[1:2]
+    grown.append(model[3]).insert(2, model[2]).extend(model[:1])
+    grown[4] = model[1]
+    assert list(grown) == [model[index] for index in (0, 1, 2, 3, 1)]
+    assert_same(gradients(grown, x), gradients(ReversibleSequential(list(grown), "store"), x), 1e-9)
+
+
 @pytest.mark.parametrize("memory", FORGETFUL)
 def test_the_first_training_forward_initialises(memory):
     x = 2.0 + 3.0 * torch.randn(8, 6, 4, 5)

@@ -242,6 +242,23 @@ def test_bad_options(message):
         ReversibleSequential(**{"steps": [Scaling(2)], **BAD_OPTIONS[message]})
 
 
+def test_only_steps_can_be_added():
+    model = ReversibleSequential([Scaling(2)])
+    for add in (
+        model.append,
+        lambda step: model.insert(0, step),
+        lambda step: model.extend([step]),
+        lambda step: model.__iadd__(nn.Sequential(step)),
+        lambda step: model + nn.Sequential(step),
+        lambda step: model.__setitem__(0, step),
+    ):
+        with pytest.raises(TypeError, match=r"^step [01] must be a module with an inverse, got ReLU$"):
+            add(nn.ReLU())
+    with pytest.raises(ValueError, match=r"^steps must be at least one, got none$"):
+        _ = model[:0]
+    assert len(model) == 1
+
+
 def test_context_needs_the_batch():
     x = torch.randn(4, 6, 4, 4)
     model = forgetting(chain([FlowStep(6, network=Conditioned(3, 6, context=3))], x, torch.randn(4, 3)), "anchor")

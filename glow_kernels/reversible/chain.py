@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from glow_kernels.reversible.offload import Shelf
 from glow_kernels.reversible.plain_step import PlainStep, cross_boundaries
 from glow_kernels.reversible.recompute import Mode
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 POLICIES = ("store", "checkpoint", "anchor", "invert")
 
 
@@ -35,6 +38,8 @@ class ReversibleSequential(nn.Sequential):
 
     The ActNorms and 1x1 convolutions of flow steps that are alike are folded in one call for the whole chain, and again
     in backward. The gradients of those parameters are done when that of the first step is.
+
+    Slices, sums and products are chains of the same steps with the options of the first.
 
     Args:
         steps: the steps, at least one.
@@ -75,8 +80,7 @@ class ReversibleSequential(nn.Sequential):
     ) -> None:
         steps = list(steps)
         for index, step in enumerate(steps):
-            if not isinstance(step, nn.Module) or not callable(getattr(step, "inverse", None)):
-                raise TypeError(f"step {index} must be a module with an inverse, got {type(step).__name__}")
+            _check_step(index, step)
         if not steps:
             raise ValueError("steps must be at least one, got none")
         check_choice("memory", memory, POLICIES)
@@ -177,6 +181,42 @@ class ReversibleSequential(nn.Sequential):
         """
         return {index: value.item() for index, value in sorted(self._drift.items())}
 
+    def __getitem__(self, index: Any) -> Any:
+        return self._of(list(self)[index]) if isinstance(index, slice) else super().__getitem__(index)
+
+    def __setitem__(self, index: int, module: nn.Module) -> None:
+        _check_step(index, module)
+        super().__setitem__(index, module)
+
+    def __add__(self, other: nn.Sequential) -> ReversibleSequential:
+        return self._of([*self, *other])
+
+    def __mul__(self, other: int) -> ReversibleSequential:
+        return self._of(list(self) * other)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Add a step, as ``append``, ``extend`` and ``+=`` do."""
+        _check_step(name, module)
+        super().add_module(name, module)
+
+    def insert(self, index: int, module: nn.Module) -> Self:
+        """Put a step before step ``index``."""
+        _check_step(index, module)
+        return super().insert(index, module)
+
+    def _of(self, steps: Iterable[nn.Module]) -> ReversibleSequential:
+        """A chain of other steps with the options of this one."""
+        return ReversibleSequential(
+            steps,
+            self.memory,
+            self.anchor_every,
+            self.micro_batches,
+            self.check,
+            memory_budget=self.memory_budget,
+            offload_anchors=self.offload_anchors,
+            drift_limit=self.drift_limit,
+        )
+
     def extra_repr(self) -> str:
         return f"memory={self.memory!r}, anchor_every={self.anchor_every}, micro_batches={self.micro_batches}"
 
@@ -230,6 +270,11 @@ class ReversibleSequential(nn.Sequential):
 
     def _needs_inverse(self, index: int) -> bool:
         return not self._is_anchor(index)
+
+
+def _check_step(name: object, step: object) -> None:
+    if not isinstance(step, nn.Module) or not callable(getattr(step, "inverse", None)):
+        raise TypeError(f"step {name} must be a module with an inverse, got {type(step).__name__}")
 
 
 def _in_turn(
