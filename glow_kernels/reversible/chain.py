@@ -79,8 +79,6 @@ class ReversibleSequential(nn.Sequential):
         drift_limit: float | None = None,
     ) -> None:
         steps = list(steps)
-        for index, step in enumerate(steps):
-            _check_step(index, step)
         if not steps:
             raise ValueError("steps must be at least one, got none")
         check_choice("memory", memory, POLICIES)
@@ -99,7 +97,7 @@ class ReversibleSequential(nn.Sequential):
             raise ValueError(f"memory_budget must be at least 1 byte, got {memory_budget}")
         if offload_anchors and memory not in ("anchor", "checkpoint"):
             raise ValueError(f"memory must be 'anchor' or 'checkpoint' with offload_anchors=True, got {memory!r}")
-        super().__init__(*steps)
+        super().__init__(*steps)  # which checks them, one by one
         self.memory = memory
         self.anchor_every = anchor_every
         self.micro_batches = micro_batches
@@ -353,7 +351,7 @@ def _linked(
         return super(torch.autograd.Function, Link).apply(place, mode, steps, *arguments)  # type: ignore[no-untyped-call]
 
     hooked = [step.step for step in steps if isinstance(step, Anatomy) and _has_hooks(step.step)]
-    if not hooked:
+    if torch.compiler.is_compiling() or not hooked:
         return link(x, ghost, *context)
     if len(steps) > 1:
         raise RuntimeError("check='replay' runs several steps as one, without their hooks (FSDP): use check='raise'")
@@ -365,7 +363,6 @@ def _has_hooks(step: nn.Module) -> bool:
     return any(hooks)
 
 
-@torch.compiler.disable(reason="a step of a reversible chain has hooks")  # type: ignore[no-untyped-call, untyped-decorator]
 def _through_hooks(
     step: nn.Module, place: Place, link: Callable[..., Any], x: Tensor, ghost: Tensor | None, *context: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -385,7 +382,7 @@ def _through_hooks(
     def forward(received: Tensor, *context: Tensor | None) -> tuple[Tensor, Tensor]:
         restore()
         result, log_det, following = link(received, ghost, *context)
-        inside.extend((_identity(received), _identity(result), following))
+        inside.extend((_identity(received), result, _identity(result), following))
         return result, log_det
 
     before = _identity(x)
@@ -394,7 +391,7 @@ def _through_hooks(
         z, log_det = step(x, *context)
     finally:
         restore()
-    received, result, following = inside
+    received, _, result, following = inside  # the second so that its memory is not used again yet
     is_awaited = not place.keeps_output and (place.compares or not place.keeps_input)
     if (ghost is not None and _differ(before, received)) or (is_awaited and _differ(result, _identity(z))):
         raise RuntimeError(

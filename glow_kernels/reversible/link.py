@@ -263,6 +263,7 @@ def _private(chain: ReversibleSequential, place: Place, maps: LinearMaps | None)
 
 
 def find(place: Place) -> ReversibleSequential:
+    """The chain of ``place``."""
     chain = _chains.get(place.handle)
     if chain is None:
         raise RuntimeError("the reversible chain that this was compiled for no longer exists")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 import sys
 from collections.abc import Iterator, Sequence
@@ -23,13 +24,13 @@ class RandomState:
         self._cpu = torch.get_rng_state()
         self._other = None if device.type == "cpu" or _is_capturing(device) else _module(device).get_rng_state(device)
         self._python = random.getstate()
-        self._numpy = None if _numpy() is None else _numpy().get_state()
+        self._numpy = _numpy_state()
 
     def has_moved(self) -> bool:
         """Whether anything has been drawn since."""
-        if not torch.equal(self._cpu, torch.get_rng_state()) or self._python != random.getstate():
+        if not torch.equal(self._cpu, torch.get_rng_state()):
             return True
-        if self._numpy is not None and not _is_same(self._numpy, _numpy().get_state()):
+        if self._python != random.getstate() or self._numpy != _numpy_state():
             return True
         return self._other is not None and not torch.equal(
             self._other, _module(self._device).get_rng_state(self._device)
@@ -51,17 +52,13 @@ class RandomState:
             _module(self._device).set_rng_state(self._other, self._device)
         random.setstate(self._python)
         if self._numpy is not None:
-            _numpy().set_state(self._numpy)
+            sys.modules["numpy.random"].set_state(pickle.loads(self._numpy))
 
 
-def _numpy() -> Any:
-    """The module of NumPy's generator, None if nobody has imported it."""
-    return sys.modules.get("numpy.random")
-
-
-def _is_same(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
-    """Whether two states of NumPy's generator are one: its name, an array, and three numbers."""
-    return one[2:] == other[2:] and bool((one[1] == other[1]).all())
+def _numpy_state() -> bytes | None:
+    """That of NumPy's generator, to be compared with another; None while nobody has imported it."""
+    module: Any = sys.modules.get("numpy.random")
+    return None if module is None else pickle.dumps(module.get_state(legacy=False))
 
 
 def _module(device: torch.device) -> Any:
