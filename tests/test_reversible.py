@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import copy
 import gc
+import random
 import weakref
 
+import numpy as np
 import pytest
 import torch
 import torch.utils.checkpoint
@@ -21,6 +23,7 @@ import glow_kernels as gk
 from glow_kernels import ReversibleSequential
 from glow_kernels.backends import select
 from glow_kernels.nn import CouplingNetwork, FlowStep, Squeeze
+from glow_kernels.reversible.guards import CHECKS
 from glow_kernels.reversible.offload import Shelf
 from glow_kernels.reversible.plain_step import PlainStep
 from glow_kernels.training.ema import MovingAverage
@@ -171,14 +174,39 @@ def test_micro_batches(memory, micro_batches, check):
 
 
 @pytest.mark.parametrize("memory", FORGETFUL)
-def test_an_empty_batch(memory):
+@pytest.mark.parametrize("check", CHECKS)
+def test_an_empty_batch(memory, check):
     x = torch.randn(3, 6, 4, 4)
-    model = forgetting(chain(flow_steps(5), x), memory)
+    model = forgetting(chain(flow_steps(5), x), memory, check=check, anchor_every=2)
     z, log_det = model(x[:0].requires_grad_())
     assert z.shape == (0, 6, 4, 4)
     assert log_det.shape == (0,)
     (z.sum() + log_det.sum()).backward()
     assert all((p.grad == 0).all() for p in model.parameters())
+
+
+class Scalar(nn.Module):
+    """A flow of single numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.tensor(0.2))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x * self.log_scale.exp(), self.log_scale.expand(len(x))
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return z * (-self.log_scale).exp(), -self.log_scale.expand(len(z))
+
+
+@pytest.mark.parametrize("memory", FORGETFUL)
+@pytest.mark.parametrize("check", CHECKS)
+def test_states_that_are_numbers(memory, check):
+    x = torch.randn(5, dtype=torch.float64)
+    plain = chain([Scalar() for _ in range(4)], x)
+    model = forgetting(plain, memory, check=check, anchor_every=2)
+    assert_same(gradients(model, x), gradients(plain, x), 1e-9)
+    assert all(error < 1e-12 for error in model.drift().values())
 
 
 @pytest.mark.parametrize("memory", FORGETFUL)
@@ -269,17 +297,38 @@ def test_networks_of_users(memory, network):
 
 
 @pytest.mark.parametrize("memory", FORGETFUL)
+@pytest.mark.parametrize("draw", [random.random, np.random.random], ids=["python", "numpy"])
+def test_numbers_of_other_generators_are_repeated(memory, draw):
+    x = torch.randn(4, 6, 4, 5, dtype=torch.float64)
+    steps = [FlowStep(6, network=Conditioned(3, 6)) for _ in range(4)]
+    plain = chain(steps, x)
+    for step in steps:
+        step.coupling.network.register_forward_hook(lambda module, args, h: draw() * h)
+    results = []
+    for one in (plain, forgetting(plain, memory)):
+        one(x)  # tried out
+        random.seed(5)
+        np.random.seed(5)
+        results.append([*gradients(one, x), torch.tensor(draw(), dtype=torch.float64)])
+    assert_same(*results, 1e-9)
+
+
+@pytest.mark.parametrize("memory", FORGETFUL)
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_dropout_is_repeated(memory, micro_batches):
     x = torch.randn(4, 6, 4, 5, dtype=torch.float64)
     plain = chain([FlowStep(6, network=Conditioned(3, 6, dropout=0.5)) for _ in range(5)], x)
     model = forgetting(plain, memory, micro_batches=micro_batches)
     model(x)  # tried out
+    parameters = list(plain.parameters())
     results = []
     for one in (plain, model) if micro_batches == 1 else (forgetting(plain, "checkpoint", micro_batches=2), model):
-        one(x)
+        one.train()(x)
         torch.manual_seed(5)
-        results.append(gradients(one, x))
+        loss = weighted(one(x))
+        one.eval()  # what backward does is what forward did
+        results.append(list(torch.autograd.grad(loss, parameters)))
+        assert not any(module.training for module in one.modules())
         results[-1].append(torch.rand(3).double())  # the stream of random numbers goes on as it would have
     assert_same(*results, 1e-9)
 
@@ -384,11 +433,44 @@ def test_hooks_of_steps_run():
     expected = gradients(plain, x)
     seen = []
     for step in model:
-        step.register_forward_pre_hook(lambda module, args: seen.append("before"))
-        step.register_forward_hook(lambda module, args, output: seen.append("after"))
-        step.register_full_backward_hook(lambda module, grad_input, grad_output: seen.append("backward"))
+        step.register_forward_pre_hook(lambda module, args: seen.append(("before", len(args))))
+        step.register_forward_hook(lambda module, args, output: seen.append(("after", len(args), len(output))))
+        step.register_full_backward_hook(
+            lambda module, grad_input, grad_output: seen.append(("backward", len(grad_input), len(grad_output)))
+        )
     assert_same(gradients(model, x), expected, 1e-9)
-    assert seen == ["before", "after"] * 5 + ["backward"] * 5
+    # As many arguments and results as without a chain.
+    assert seen == [("before", 1), ("after", 1, 2)] * 5 + [("backward", 1, 2)] * 5
+
+
+HOOKS = {
+    "input": lambda step: step.register_forward_pre_hook(lambda _, args: 2.0 * args[0]),
+    "input in place": lambda step: step.register_forward_pre_hook(lambda _, args: (args[0].mul_(2.0),)),
+    "output": lambda step: step.register_forward_hook(lambda _, args, output: (2.0 * output[0], output[1])),
+    "output in place": lambda step: step.register_forward_hook(
+        lambda _, args, output: (output[0].mul_(2.0), output[1])
+    ),
+    "log_det": lambda step: step.register_forward_hook(lambda _, args, output: (output[0], 2.0 * output[1])),
+    "cast": lambda step: step.register_forward_pre_hook(lambda _, args: args[0].double()),
+}
+
+
+@pytest.mark.parametrize("memory", FORGETFUL)
+@pytest.mark.parametrize("hook", HOOKS)
+def test_hooks_that_change_something(memory, hook):
+    if memory == "checkpoint" and "in place" in hook:
+        pytest.skip("plain autograd, the truth, refuses it")
+    x = torch.randn(3, 6, 4, 5, dtype=torch.float64)
+    plain = chain(flow_steps(3), x)
+    if hook == "cast":  # as FSDP does it
+        plain[0].register_forward_hook(lambda _, args, output: (output[0].float(), output[1]))
+    HOOKS[hook](plain[1])
+    model = forgetting(plain, memory)
+    if memory == "checkpoint" or hook in ("log_det", "cast"):
+        assert_same(gradients(model, x), gradients(plain, x), 1e-6 if hook == "cast" else 1e-9)
+    else:
+        with pytest.raises(RuntimeError, match=r"^step 1 \(FlowStep\): a hook changes its input or its output, which"):
+            model(x)
 
 
 @pytest.mark.parametrize("memory", FORGETFUL)
@@ -452,6 +534,25 @@ def test_copies_and_pickles_are_chains_of_their_own(tmp_path):
     del model
     assert_same(gradients(twin, x), expected, 1e-12)
     assert_same(gradients(loaded, x), expected, 1e-12)
+
+
+def test_parts_and_sums_are_chains_with_the_same_options():
+    x = torch.randn(3, 6, 4, 5, dtype=torch.float64)
+    plain = chain([*flow_steps(3), Scaling(6)], x)
+    options = {"anchor_every": 2, "micro_batches": 2, "check": "flag", "offload_anchors": True, "drift_limit": 0.5}
+    model = forgetting(plain, "anchor", **options)
+    parts = [model[:2], model[:1] + model[1:], model * 2, 2 * model, model[:0:-1]]
+    for part, indices in zip(parts, ([0, 1], range(4), [*range(4)] * 2, [*range(4)] * 2, [3, 2, 1]), strict=True):
+        assert list(part) == [model[index] for index in indices]
+        assert all(getattr(part, name) == value for name, value in {"memory": "anchor", **options}.items())
+        expected = ReversibleSequential(list(part), "store")
+        assert_same(gradients(part, x), gradients(expected, x), 1e-9)
+    grown = model[:1]
+    grown += model[1:2]
+    grown.append(model[3]).insert(2, model[2]).extend(model[:1])
+    grown[4] = model[1]
+    assert list(grown) == [model[index] for index in (0, 1, 2, 3, 1)]
+    assert_same(gradients(grown, x), gradients(ReversibleSequential(list(grown), "store"), x), 1e-9)
 
 
 @pytest.mark.parametrize("memory", FORGETFUL)

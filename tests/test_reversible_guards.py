@@ -130,6 +130,21 @@ def test_layers_that_cannot_be_recomputed_are_refused(layer):
     assert all(p.grad is None for p in steps[0].parameters())
 
 
+@pytest.mark.parametrize("memory", FORGETFUL)
+def test_what_worked_is_looked_at_again(memory):
+    x = torch.randn(4, 6, 4, 4, dtype=torch.float64)
+    layer = Borrowing(6)
+    layer.borrowed[0].requires_grad_(False)
+    model = forgetting(chain([layer, Scaling(6)], x), memory)
+    weighted(model(x)).backward()
+    layer.borrowed[0].requires_grad_(True)
+    with pytest.raises(RuntimeError, match=rf"^step 0 \(Borrowing\): {REFUSED[Borrowing]}"):
+        weighted(model(x)).backward()
+    model[1] = Counting(6).double()
+    with pytest.raises(RuntimeError, match=rf"^step 1 \(Counting\): {REFUSED[Counting]}"):
+        model(x)
+
+
 def test_checkpointed_layers_need_no_right_inverse():
     x = torch.randn(4, 6, 4, 4, dtype=torch.float64)
     plain = chain([WrongInverse(6), FlowStep(6, 8)], x)
@@ -225,6 +240,23 @@ BAD_OPTIONS = {
 def test_bad_options(message):
     with pytest.raises((ValueError, TypeError), match=f"^{re.escape(message)}$"):
         ReversibleSequential(**{"steps": [Scaling(2)], **BAD_OPTIONS[message]})
+
+
+def test_only_steps_can_be_added():
+    model = ReversibleSequential([Scaling(2)])
+    for add in (
+        model.append,
+        lambda step: model.insert(0, step),
+        lambda step: model.extend([step]),
+        lambda step: model.__iadd__(nn.Sequential(step)),
+        lambda step: model + nn.Sequential(step),
+        lambda step: model.__setitem__(0, step),
+    ):
+        with pytest.raises(TypeError, match=r"^step [01] must be a module with an inverse, got ReLU$"):
+            add(nn.ReLU())
+    with pytest.raises(ValueError, match=r"^steps must be at least one, got none$"):
+        _ = model[:0]
+    assert len(model) == 1
 
 
 def test_context_needs_the_batch():

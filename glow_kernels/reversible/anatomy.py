@@ -146,3 +146,19 @@ class Anatomy:
                 owner[key] = tensor
         for module in recurrent:  # which keep a second list of their weights
             module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
+
+
+@contextmanager
+def in_modes(modes: Sequence[tuple[nn.Module, bool]]) -> Iterator[None]:
+    """Let modules be in training inside the ``with`` block as the flag beside each says."""
+    changed = [module for module, training in modes if module.training != training]
+    _flip(changed)
+    try:
+        yield
+    finally:
+        _flip(changed)
+
+
+def _flip(modules: Sequence[nn.Module]) -> None:
+    for module in modules:
+        module.training = not module.training

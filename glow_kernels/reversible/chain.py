@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,13 @@ from glow_kernels.ops._checks import check_choice
 from glow_kernels.reversible import budget, guards
 from glow_kernels.reversible.anatomy import Anatomy
 from glow_kernels.reversible.linear_maps import LinearMaps
-from glow_kernels.reversible.link import Link, Place, register
+from glow_kernels.reversible.link import Link, Place, find, register
 from glow_kernels.reversible.offload import Shelf
 from glow_kernels.reversible.plain_step import PlainStep, cross_boundaries
 from glow_kernels.reversible.recompute import Mode
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 POLICIES = ("store", "checkpoint", "anchor", "invert")
 
@@ -35,6 +38,8 @@ class ReversibleSequential(nn.Sequential):
 
     The ActNorms and 1x1 convolutions of flow steps that are alike are folded in one call for the whole chain, and again
     in backward. The gradients of those parameters are done when that of the first step is.
+
+    Slices, sums and products are chains of the same steps with the options of the first.
 
     Args:
         steps: the steps, at least one.
@@ -74,9 +79,6 @@ class ReversibleSequential(nn.Sequential):
         drift_limit: float | None = None,
     ) -> None:
         steps = list(steps)
-        for index, step in enumerate(steps):
-            if not isinstance(step, nn.Module) or not callable(getattr(step, "inverse", None)):
-                raise TypeError(f"step {index} must be a module with an inverse, got {type(step).__name__}")
         if not steps:
             raise ValueError("steps must be at least one, got none")
         check_choice("memory", memory, POLICIES)
@@ -95,7 +97,7 @@ class ReversibleSequential(nn.Sequential):
             raise ValueError(f"memory_budget must be at least 1 byte, got {memory_budget}")
         if offload_anchors and memory not in ("anchor", "checkpoint"):
             raise ValueError(f"memory must be 'anchor' or 'checkpoint' with offload_anchors=True, got {memory!r}")
-        super().__init__(*steps)
+        super().__init__(*steps)  # which checks them, one by one
         self.memory = memory
         self.anchor_every = anchor_every
         self.micro_batches = micro_batches
@@ -104,7 +106,7 @@ class ReversibleSequential(nn.Sequential):
         self.check = check
         self.drift_limit = drift_limit
         self._drift: dict[int, Tensor] = {}
-        self._proven: set[Any] = set()
+        self._proven: dict[tuple[int, bool, bool], list[nn.Module]] = {}
         self._parts: dict[tuple[Any, ...], int] = {}
         self._handle = register(self)
 
@@ -177,6 +179,42 @@ class ReversibleSequential(nn.Sequential):
         """
         return {index: value.item() for index, value in sorted(self._drift.items())}
 
+    def __getitem__(self, index: Any) -> Any:
+        return self._of(list(self)[index]) if isinstance(index, slice) else super().__getitem__(index)
+
+    def __setitem__(self, index: int, module: nn.Module) -> None:
+        _check_step(index, module)
+        super().__setitem__(index, module)
+
+    def __add__(self, other: nn.Sequential) -> ReversibleSequential:
+        return self._of([*self, *other])
+
+    def __mul__(self, other: int) -> ReversibleSequential:
+        return self._of(list(self) * other)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Add a step, as ``append``, ``extend`` and ``+=`` do."""
+        _check_step(name, module)
+        super().add_module(name, module)
+
+    def insert(self, index: int, module: nn.Module) -> Self:
+        """Put a step before step ``index``."""
+        _check_step(index, module)
+        return super().insert(index, module)
+
+    def _of(self, steps: Iterable[nn.Module]) -> ReversibleSequential:
+        """A chain of other steps with the options of this one."""
+        return ReversibleSequential(
+            steps,
+            self.memory,
+            self.anchor_every,
+            self.micro_batches,
+            self.check,
+            memory_budget=self.memory_budget,
+            offload_anchors=self.offload_anchors,
+            drift_limit=self.drift_limit,
+        )
+
     def extra_repr(self) -> str:
         return f"memory={self.memory!r}, anchor_every={self.anchor_every}, micro_batches={self.micro_batches}"
 
@@ -230,6 +268,11 @@ class ReversibleSequential(nn.Sequential):
 
     def _needs_inverse(self, index: int) -> bool:
         return not self._is_anchor(index)
+
+
+def _check_step(name: object, step: object) -> None:
+    if not isinstance(step, nn.Module) or not callable(getattr(step, "inverse", None)):
+        raise TypeError(f"step {name} must be a module with an inverse, got {type(step).__name__}")
 
 
 def _in_turn(
@@ -312,7 +355,7 @@ def _linked(
         return link(x, ghost, *context)
     if len(steps) > 1:
         raise RuntimeError("check='replay' runs several steps as one, without their hooks (FSDP): use check='raise'")
-    return _through_hooks(hooked[0], link, x, ghost, *context)
+    return _through_hooks(hooked[0], place, link, x, ghost, *context)
 
 
 def _has_hooks(step: nn.Module) -> bool:
@@ -320,9 +363,15 @@ def _has_hooks(step: nn.Module) -> bool:
     return any(hooks)
 
 
-def _through_hooks(step: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
-    """Call ``function`` as if it were the forward of ``step``: FSDP gathers the parameters of a step in its hooks."""
+def _through_hooks(
+    step: nn.Module, place: Place, link: Callable[..., Any], x: Tensor, ghost: Tensor | None, *context: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Call ``link`` as if it were the forward of ``step``: FSDP gathers the parameters of a step in its hooks.
+
+    Hooks see what they see without a chain. What they change is part of no step, and would not be undone.
+    """
     own = step.__dict__.get("forward")
+    inside: list[Any] = []
 
     def restore() -> None:
         if own is None:
@@ -330,12 +379,34 @@ def _through_hooks(step: nn.Module, function: Callable[..., Any], *args: Any) ->
         else:
             step.__dict__["forward"] = own
 
-    def forward(*inputs: Any) -> Any:
+    def forward(received: Tensor, *context: Tensor | None) -> tuple[Tensor, Tensor]:
         restore()
-        return function(*inputs)
+        result, log_det, following = link(received, ghost, *context)
+        inside.extend((_identity(received), result, _identity(result), following))
+        return result, log_det
 
+    before = _identity(x)
     step.__dict__["forward"] = forward
     try:
-        return step(*args)
+        z, log_det = step(x, *context)
     finally:
         restore()
+    received, _, result, following = inside  # the second so that its memory is not used again yet
+    is_awaited = not place.keeps_output and (place.compares or not place.keeps_input)
+    if (ghost is not None and _differ(before, received)) or (is_awaited and _differ(result, _identity(z))):
+        raise RuntimeError(
+            f"{guards.step_name(find(place), place.number)}: a hook changes its input or its output, which its inverse "
+            "does not undo: do it inside the step, or use memory='store', or memory='checkpoint' with check='off'"
+        )
+    return z, log_det, following
+
+
+def _identity(tensor: Tensor) -> tuple[Any, ...]:
+    """The type of ``tensor``, and what two tensors have in common if they are one, or views of all of one."""
+    storage = tensor.untyped_storage()._cdata
+    return tensor.dtype, storage, tensor.storage_offset(), tensor.shape, tensor.stride(), guards.versions([tensor])
+
+
+def _differ(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    # The hooks of FSDP cast to the type of its parameters and back, which is exact.
+    return one[0] == other[0] and one != other

@@ -126,7 +126,7 @@ def _undo_linear_map(
     x, grad_x, grads = results[0], results[1], results[2:]
     if not anatomy.is_standard:
         pairs = [(tensor, grad) for tensor, grad in zip(inputs, grads, strict=True) if tensor is not None]
-        return x, grad_x, differentiate([Start.of(*pair) for pair in pairs], parameters, closed=True)
+        return x, grad_x, differentiate([Start.of(*pair) for pair in pairs], parameters, closed=False)
     of: dict[int, Tensor | None] = {}
     linear_grads = zip(inputs[:2], grads[:2], strict=True)
     for tensor, grad in (*linear_grads, *step.mixing.matrix_gradients(grads[2], grads[3])):

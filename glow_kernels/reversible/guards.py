@@ -120,7 +120,7 @@ def prove(
     context: Sequence[Tensor | None],
     mode: Mode,
 ) -> None:
-    """Try a step out on two samples when it is first used, unless all of it is this package's own.
+    """Try a step out on two samples when its modules are first used, unless all of it is this package's own.
 
     Raises:
         RuntimeError: it is not a function of its input and its parameters, or its inverse does not lead back.
@@ -128,14 +128,15 @@ def prove(
     """
     if isinstance(anatomy, PlainStep) or anatomy.is_standard or isinstance(x, FakeTensor) or len(x) == 0:
         return
-    key = (index, anatomy.step.training)
-    if key in chain._proven:
+    needs_inverse = chain._needs_inverse(index)
+    key = (index, anatomy.step.training, needs_inverse)
+    if chain._proven.get(key) == anatomy.modules:
         return
     sample = x[:2].detach().clone()
     sample_context = [None if tensor is None else tensor[:2] for tensor in context]
     with torch.no_grad(), mode.applied(x.device):
-        _try_out(anatomy, sample, sample_context, chain._needs_inverse(index))
-    chain._proven.add(key)
+        _try_out(anatomy, sample, sample_context, needs_inverse)
+    chain._proven[key] = anatomy.modules
 
 
 def _try_out(anatomy: Anatomy, x: Tensor, context: Sequence[Tensor | None], needs_inverse: bool) -> None:
@@ -175,8 +176,10 @@ def difference(actual: Tensor, expected: Tensor) -> float:
 
 
 def drift(exact: Tensor, reconstructed: Tensor) -> Tensor:
-    """Largest over the samples of the relative L2 difference, a scalar on their device; infinite for NaN."""
-    a, b = exact.flatten(1), reconstructed.flatten(1)
+    """Largest over the samples of the relative L2 difference, a scalar on their device; infinite for NaN, 0 of none."""
+    if exact.numel() == 0:
+        return exact.new_zeros(())
+    a, b = (tensor.unsqueeze(-1).flatten(1) for tensor in (exact, reconstructed))
     error = torch.linalg.vector_norm(a - b, dim=1) / torch.linalg.vector_norm(a, dim=1).clamp_min(1e-30)
     return torch.amax(error.nan_to_num(nan=torch.inf, posinf=torch.inf))
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -24,7 +24,7 @@ from torch._guards import detect_fake_mode
 from glow_kernels.backends.numerics import output_format
 from glow_kernels.nn.coupling_node import SHARED, Private
 from glow_kernels.reversible import guards, recompute
-from glow_kernels.reversible.anatomy import Anatomy
+from glow_kernels.reversible.anatomy import Anatomy, in_modes
 from glow_kernels.reversible.linear_maps import FoldedMaps, LinearMaps
 from glow_kernels.reversible.offload import Shelf
 from glow_kernels.reversible.plain_step import PlainStep, Span
@@ -99,6 +99,8 @@ class Link(torch.autograd.Function):
         else:
             z, log_det, ctx.states = _forward(place, mode, steps, x, tensors)
             ctx.spans = [step.span if isinstance(step, PlainStep) else None for step in steps]
+            # Dropout and BatchNorm ask for it.
+            ctx.modes = [(m, m.training) for step in steps if not step.is_standard for m in step.modules]
             ctx.bounds = _bounds(place, steps)
             ctx.of_steps = [_maps_of(*step) for step in zip(place.numbers, ctx.spans, strict=True)]
         # Backward through a single step needs its input or its output, through several both.
@@ -143,9 +145,10 @@ class Link(torch.autograd.Function):
                 maps = ctx.maps.of(ctx.of_steps)
                 tensors = _with_maps(tensors, ctx.bounds, [[there for there, _ in own] for own in maps])
             steps = _steps(place, tensors, ctx.spans, ctx.bounds, maps)
-            result = _backward(
-                place, mode, steps, x, z, (grad_z, grad_log_det), tensors, needs, ctx.states, ctx.private
-            )
+            with in_modes(ctx.modes) if ctx.modes else nullcontext():
+                result = _backward(
+                    place, mode, steps, x, z, (grad_z, grad_log_det), tensors, needs, ctx.states, ctx.private
+                )
             reached, grad_x, tensor_grads = result.x, result.grad_x, result.grads
         ghost_grad = (reached if x is None else x) if ctx.needs_input_grad[6] else None
         return None, None, None, None, None, grad_x, ghost_grad, *tensor_grads
@@ -157,7 +160,7 @@ States = list[list[RandomState] | None]
 def _forward(
     place: Place, mode: Mode, steps: Sequence[Step], x: Tensor, tensors: Sequence[Any]
 ) -> tuple[Tensor, Tensor, States]:
-    chain = _find(place)
+    chain = find(place)
     context = tensors[: place.contexts]
     total: Tensor | None = None
     states: States = []
@@ -184,7 +187,7 @@ def _backward(
     states: States | None,
     private: Private = SHARED,
 ) -> Recomputed:
-    chain = _find(place)
+    chain = find(place)
     states = [None] * place.length if states is None else states
     inputs = [x, *[None] * (place.length - 1)]
     result, reached = _sweep(place, mode, steps, inputs, z, grads, tensors, needs, states, private)
@@ -215,7 +218,7 @@ def _sweep(
     private: Private = SHARED,
 ) -> tuple[Recomputed, Tensor | None]:
     """Backward through the steps from ``z``, or from the inputs that are known, and what arrived at the first step."""
-    chain = _find(place)
+    chain = find(place)
     context = tensors[: place.contexts]
     totals: list[Tensor | None] = [None] * len(tensors)
     state = reached = z
@@ -226,7 +229,6 @@ def _sweep(
         reached = state
         given = state if inputs[index] is None else inputs[index]
         assert given is not None
-        key = (number, "closed")
         with guards.named(chain, number), guards.unchanged(step, given, "backward"):
             result = recompute.backward(
                 step,
@@ -238,10 +240,9 @@ def _sweep(
                 [*needs[: place.contexts], *needs[own]],
                 mode,
                 states[index],
-                step.is_standard or key in chain._proven,
+                step.is_standard,
                 private,
             )
-        chain._proven.add(key)
         state, grads = result.x, (result.grad_x, grads[1])
         totals[own] = result.grads[place.contexts :]
         for position, grad in enumerate(result.grads[: place.contexts]):
@@ -261,7 +262,8 @@ def _private(chain: ReversibleSequential, place: Place, maps: LinearMaps | None)
     return Private(state=not place.keeps_input and not chain._is_anchor(place.number + 1), grad=not place.keeps_input)
 
 
-def _find(place: Place) -> ReversibleSequential:
+def find(place: Place) -> ReversibleSequential:
+    """The chain of ``place``."""
     chain = _chains.get(place.handle)
     if chain is None:
         raise RuntimeError("the reversible chain that this was compiled for no longer exists")
@@ -294,7 +296,7 @@ def _steps(
     maps: Sequence[FoldedMaps],
 ) -> list[Step]:
     """The steps as forward saw them, with what it has computed with."""
-    chain = _find(place)
+    chain = find(place)
     steps: list[Step] = []
     for number, span, (start, end), own in zip(place.numbers, spans, itertools.pairwise(bounds), maps, strict=True):
         if span is None:
@@ -306,7 +308,7 @@ def _steps(
 
 
 def _anatomies(place: Place) -> list[Step]:
-    chain = _find(place)
+    chain = find(place)
     return [Anatomy.of(chain[number]) for number in place.numbers]
 
 
@@ -357,7 +359,7 @@ def _run_forward(x: Tensor, tensors: Sequence[Tensor | None], *settings: Any) ->
         z, log_det, states = _forward(place, mode, _anatomies(place), x, tensors)
     drawing = [number for number, drawn in zip(place.numbers, states, strict=True) if drawn is not None]
     if drawing:
-        name = guards.step_name(_find(place), drawing[0])
+        name = guards.step_name(find(place), drawing[0])
         raise RuntimeError(f"{name}: it draws random numbers, which needs memory='store' under torch.compile")
     return _own(z, x), log_det.contiguous()
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
+import random
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,16 +15,22 @@ from torch.nn.modules.dropout import _DropoutNd
 
 
 class RandomState:
-    """State of the generators that a step on ``device`` may draw from: the CPU's and the device's own."""
+    """State of the generators that a step on ``device`` may draw from: PyTorch's of the CPU and of the device, Python's
+    and NumPy's. Generators that a step has of its own are not seen.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._cpu = torch.get_rng_state()
         self._other = None if device.type == "cpu" or _is_capturing(device) else _module(device).get_rng_state(device)
+        self._python = random.getstate()
+        self._numpy = _numpy_state()
 
     def has_moved(self) -> bool:
         """Whether anything has been drawn since."""
         if not torch.equal(self._cpu, torch.get_rng_state()):
+            return True
+        if self._python != random.getstate() or self._numpy != _numpy_state():
             return True
         return self._other is not None and not torch.equal(
             self._other, _module(self._device).get_rng_state(self._device)
@@ -30,12 +39,26 @@ class RandomState:
     @contextmanager
     def replayed(self) -> Iterator[None]:
         """Draw the same numbers again inside the ``with`` block; the generators go on afterwards as if it were not."""
-        devices = [] if self._other is None else [self._device]
-        with torch.random.fork_rng(devices, device_type=self._device.type if devices else "cuda"):
-            torch.set_rng_state(self._cpu)
-            if self._other is not None:
-                _module(self._device).set_rng_state(self._other, self._device)
+        now = RandomState(self._device)
+        self._set()
+        try:
             yield
+        finally:
+            now._set()
+
+    def _set(self) -> None:
+        torch.set_rng_state(self._cpu)
+        if self._other is not None:
+            _module(self._device).set_rng_state(self._other, self._device)
+        random.setstate(self._python)
+        if self._numpy is not None:
+            sys.modules["numpy.random"].set_state(pickle.loads(self._numpy))
+
+
+def _numpy_state() -> bytes | None:
+    """That of NumPy's generator, to be compared with another; None while nobody has imported it."""
+    module: Any = sys.modules.get("numpy.random")
+    return None if module is None else pickle.dumps(module.get_state(legacy=False))
 
 
 def _module(device: torch.device) -> Any:
