@@ -6,7 +6,11 @@ Copies of both run on the same random inputs, with the same simple stand-ins for
   structure, shapes, types, values and the gradients of inputs and parameters;
 * in their own precision, with their own parameters: the accuracy rule, an error against the float64 truth of at most
   twice that of the layer as it was, plus a few units in the last place;
+* with parameters and inputs so large and so small that bounds show;
 * from before ActNorm was initialised: the same parameters after the first batch, and the same results.
+
+And the layer must do nothing that the patch would not: keep results as its attributes, checkpoint its network or switch
+autocast for it.
 """
 
 from __future__ import annotations
@@ -20,8 +24,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from glow_kernels.interop.constants import plain_attributes
 from glow_kernels.interop.copies import faithful_copy, randomised, with_flags
-from glow_kernels.interop.patch import Call, Mismatch, Patch
+from glow_kernels.interop.patch import INITIALIZED, Call, Mismatch, Patch
+from glow_kernels.interop.probe import far_out
+from glow_kernels.interop.stand_ins import StandIn
 from glow_kernels.interop.workshop import Workshop
 
 if TYPE_CHECKING:
@@ -35,6 +42,8 @@ _ULPS = 32
 # Inputs that are drawn until a layer counts as less accurate on the average: of the many tensors of a long chain of
 # steps, one is three times as far off by chance.
 _DRAWS = 8
+# Numbers per channel that show bounds.
+_FAR = (6.0, -6.0, 1e-4, -1e-4)
 
 
 @dataclass
@@ -62,6 +71,7 @@ class _Run:
     others: list[Any]
     structure: Any
     gradients: dict[str, Tensor | None]
+    recomputes: bool = False
 
 
 def prove(
@@ -79,6 +89,9 @@ def prove(
         for training in (True, False):
             _same_formula(call, before, after, training, agreement)
         _as_accurate(call, before, after, agreement)
+        if memory is None:
+            _does_nothing_else(call, before, patch)
+    _same_bounds(calls[0], before, after)
     _same_start(calls[0], before, after)
     if not agreement.values:
         raise Mismatch("none of its calls could be compared")
@@ -185,6 +198,60 @@ def _rounding(
         yield name, (error, allowed)
 
 
+def _does_nothing_else(call: Call, before: Any, patch: type[Patch]) -> None:
+    module = _prepared(before, _precision(before), True)
+    layers = (module, *patch.inner(module))
+    ignored = (*INITIALIZED, *patch.live)
+    kept = [plain_attributes(layer, ignored) for layer in layers]
+    try:
+        run = _run(call, module, _precision(before))
+        switches = any(_switches_autocast(call, module, enabled) for enabled in (False, True))
+    except Exception:  # an optional call, or one that does not run under autocast
+        return
+    for layer, attributes in zip(layers, kept, strict=True):
+        for name, value in plain_attributes(layer, ignored).items():
+            if value is not attributes.get(name, layer):
+                raise Mismatch(f"it stores its {name}")
+    if run.recomputes:
+        raise Mismatch("it runs its network again in backward, as torch.utils.checkpoint does")
+    if switches:
+        raise Mismatch("it switches autocast on or off for its network")
+
+
+def _switches_autocast(call: Call, module: nn.Module, enabled: bool) -> bool:
+    """Whether the networks in ``module`` run under another autocast than ``module`` itself."""
+    inputs = _inputs(call, module, _precision(module), torch.Generator().manual_seed(0))
+    networks = {network: network.calls for network in _stand_ins(module)}
+    if not networks:
+        return False
+    with torch.no_grad(), torch.autocast(inputs[0].device.type, torch.bfloat16, enabled=enabled):
+        call.run(module, *inputs)
+    return any(network.had_autocast is not enabled for network, calls in networks.items() if network.calls != calls)
+
+
+@torch.no_grad()
+def _same_bounds(call: Call, before: Any, after: Any) -> None:
+    """The same where numbers per channel, and the data, are far from what is common."""
+    pair = [_prepared(module, torch.float64, False) for module in (before, after)]
+    channels = call.shapes[0][1]
+    for module in pair:
+        for parameter in module.parameters():
+            if parameter.is_floating_point() and parameter.numel() <= channels:
+                values = torch.tensor(_FAR, dtype=torch.float64).repeat(channels)
+                parameter.copy_(values[: parameter.numel()].view_as(parameter))
+    runs = []
+    for module in pair:
+        inputs = _inputs(call, module, torch.float64, torch.Generator().manual_seed(0))
+        inputs[0] = far_out(inputs[0])
+        try:
+            runs.append([leaf for leaf in pytree.tree_leaves(call.run(module, *inputs)) if isinstance(leaf, Tensor)])
+        except Exception:  # not in float64
+            return
+    for index, (expected, actual) in enumerate(zip(*runs, strict=True)):
+        if expected.isfinite().all():
+            _difference(f"{call.name} with large numbers: result {index}", expected, actual, _ROUNDED)
+
+
 def _same_start(call: Call, before: Any, after: Any) -> None:
     """The first two batches of layers that initialise themselves."""
     pair = [with_flags(faithful_copy(module).train(), False) for module in (before, after)]
@@ -213,12 +280,10 @@ def _prepared(module: Any, dtype: torch.dtype, training: bool) -> Any:
 
 def _run(call: Call, module: Any, dtype: torch.dtype, seed: int = 0) -> _Run:
     generator = torch.Generator().manual_seed(seed)
-    device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    inputs = []
-    for shape in call.shapes:
-        numbers = torch.randn(shape, generator=generator, dtype=torch.float64)
-        inputs.append(numbers.to(device, dtype).requires_grad_())
+    inputs = [tensor.requires_grad_() for tensor in _inputs(call, module, dtype, generator)]
+    torch.manual_seed(seed)  # of dropout
     leaves, structure = pytree.tree_flatten(call.run(module, *inputs))
+    calls = [network.calls for network in _stand_ins(module)]
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     names = [f"input {index}" for index in range(len(inputs))]
     wanted = dict(zip(names, inputs, strict=True))
@@ -232,7 +297,19 @@ def _run(call: Call, module: Any, dtype: torch.dtype, seed: int = 0) -> _Run:
     if loss is not None:
         gradients = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
     others = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
-    return _Run([t.detach() for t in tensors], others, structure, dict(zip(wanted, gradients, strict=True)))
+    recomputes = calls != [network.calls for network in _stand_ins(module)]
+    named = dict(zip(wanted, gradients, strict=True))
+    return _Run([t.detach() for t in tensors], others, structure, named, recomputes)
+
+
+def _inputs(call: Call, module: Any, dtype: torch.dtype, generator: torch.Generator) -> list[Tensor]:
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    numbers = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in call.shapes)
+    return [tensor.to(device, dtype) for tensor in numbers]
+
+
+def _stand_ins(module: nn.Module) -> list[StandIn]:
+    return [layer for layer in module.modules() if isinstance(layer, StandIn)]
 
 
 def _same_structure(name: str, expected: _Run, actual: _Run) -> None:
