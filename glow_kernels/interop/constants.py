@@ -6,6 +6,7 @@ before it was patched. Parameters and submodules are not among them; patches rea
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection
 from typing import Any
 
@@ -16,6 +17,8 @@ from torch.utils import _pytree as pytree
 # What every module has.
 _INTERNAL = frozenset(nn.Module().__dict__)
 _PLAIN = (int, float, str, bool, type(None))
+# Of these there are two at least, so that they are read as a tuple.
+_ALWAYS = ("_is_full_backward_hook", "_is_full_backward_hook")
 _MISSING = object()
 
 
@@ -29,39 +32,33 @@ class Constants:
 
     def __init__(self, module: nn.Module, ignored: Collection[str]) -> None:
         self._ignored = frozenset(ignored)
-        self._attributes = plain_attributes(module, self._ignored)
+        attributes = plain_attributes(module, self._ignored)
+        self._attributes = {name: _copied(value) for name, value in attributes.items()}
         self._buffers = {name: buffer for name, buffer in module._buffers.items() if name not in self._ignored}
         tensors = self._attributes | self._buffers
         self._values = {name: value.detach().clone() for name, value in tensors.items() if isinstance(value, Tensor)}
-        # Identity says nothing of what a list holds.
-        self._collections = [
-            (name, pytree.tree_map(lambda leaf: leaf, value))
-            for name, value in self._attributes.items()
-            if _is_collection(value)
-        ]
-        # Identities, versions and the number of attributes at the last comparison, and its outcome.
-        self._seen: list[tuple[str, Any]] = []
+        # What was there at the last comparison, how many attributes there were, and its outcome. One comparison of
+        # tuples, which looks at identities first, costs less than a loop.
+        self._read = operator.itemgetter(*self._attributes, *_ALWAYS)
+        self._seen: tuple[Any, ...] = ()
         self._seen_buffers: list[tuple[str, Any]] = []
         self._versions: list[tuple[Tensor, int]] = []
         self._count, self._hold = -1, True
 
     def hold(self, module: nn.Module) -> bool:
         """Whether ``module`` still has them."""
-        attributes, buffers = module.__dict__, module._buffers
-        if self._count != len(attributes):
-            return self._compare(module)
-        for name, value in self._seen:
-            if attributes.get(name, _MISSING) is not value:
+        attributes = module.__dict__
+        try:
+            if self._count != len(attributes) or self._read(attributes) != self._seen:
                 return self._compare(module)
+        except Exception:  # of an attribute that is gone, or of one that cannot be compared
+            return self._compare(module)
         for name, value in self._seen_buffers:
-            if buffers.get(name, _MISSING) is not value:
+            if module._buffers.get(name, _MISSING) is not value:
                 return self._compare(module)
         for tensor, version in self._versions:
             if tensor._version != version:
                 return self._compare(module)
-        for name, value in self._collections:
-            if attributes[name] != value:
-                return False
         return self._hold
 
     def _compare(self, module: nn.Module) -> bool:
@@ -70,14 +67,15 @@ class Constants:
             self._same(name, value, owner.get(name, _MISSING))
             for owner, values in ((attributes, self._attributes), (buffers, self._buffers))
             for name, value in values.items()
-        ) and all(attributes.get(name) == value for name, value in self._collections)
+        )
         if "_is_replica" in attributes:  # of DataParallel, which shares this object and has plain parameters
             return holds
         holds = holds and not any(_matters(module, name) for name in self._new_names(module))
-        self._seen = [(name, attributes.get(name, _MISSING)) for name in self._attributes]
+        seen = {name: attributes.get(name, _MISSING) for name in (*self._attributes, *_ALWAYS)}
+        self._seen = self._read({name: _copied(value) for name, value in seen.items()})
         self._seen_buffers = [(name, buffers.get(name, _MISSING)) for name in self._buffers]
-        seen = [value for _, value in (*self._seen, *self._seen_buffers)]
-        self._versions = [(t, t._version) for t in seen if isinstance(t, Tensor) and not t.is_inference()]
+        tensors = [value for value in (*seen.values(), *dict(self._seen_buffers).values()) if isinstance(value, Tensor)]
+        self._versions = [(tensor, tensor._version) for tensor in tensors if not tensor.is_inference()]
         self._count, self._hold = len(attributes), holds
         return holds
 
@@ -104,9 +102,11 @@ def plain_attributes(module: nn.Module, ignored: Collection[str] = ()) -> dict[s
     return {name: value for name, value in attributes if name not in _INTERNAL and name not in ignored}
 
 
-def _is_collection(value: Any) -> bool:
-    leaves = pytree.tree_leaves(value)
-    return isinstance(value, (list, dict)) and all(isinstance(leaf, _PLAIN) for leaf in leaves)
+def _copied(value: Any) -> Any:
+    """``value``, or a copy of a list or dictionary of plain values, whose identity says nothing of what it holds."""
+    if not isinstance(value, (list, dict)) or not all(isinstance(leaf, _PLAIN) for leaf in pytree.tree_leaves(value)):
+        return value
+    return pytree.tree_map(lambda leaf: leaf, value)
 
 
 def _matters(module: nn.Module, name: str) -> bool:

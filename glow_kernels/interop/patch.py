@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch._C import _are_functorch_transforms_active
 from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 
@@ -157,11 +158,12 @@ def apply(module: nn.Module, patch: type[Patch], options: Any = None, memory: Me
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # compilers ask once
 def is_as_found(*modules: nn.Module) -> bool:
     """Whether ``modules`` are patched, or inner ones of a patched one, and still what they were then."""
-    for module in modules:
-        constants = module.__dict__.get(_CONSTANTS)
-        if constants is None or not constants.hold(module):
-            return False
-    return True
+    return all(map(_is_as_found, modules))
+
+
+def _is_as_found(module: nn.Module) -> bool:
+    constants = module.__dict__.get(_CONSTANTS)
+    return constants is not None and constants.hold(module)
 
 
 def memory_of(module: nn.Module) -> Memory | None:
@@ -312,7 +314,9 @@ def _method(ours: Callable[..., Any], theirs: Callable[..., Any], patch: type[Pa
 
     @functools.wraps(theirs)
     def method(self: Any, *args: Any, **options: Any) -> Any:
-        if not is_as_found(self) or (has_inner and not is_as_found(*patch.inner(self))) or _is_transformed():
+        # Neither torch.func nor forward-mode differentiation finds rules for the operators.
+        transformed = _are_functorch_transforms_active() or forward_ad._current_level >= 0
+        if transformed or not is_as_found(self) or (has_inner and not is_as_found(*patch.inner(self))):
             return theirs(self, *args, **options)
         if not args and first in options:
             args, options = (options[first],), {name: value for name, value in options.items() if name != first}
@@ -324,11 +328,6 @@ def _method(ours: Callable[..., Any], theirs: Callable[..., Any], patch: type[Pa
         return ours(self, *args, **options)
 
     return method
-
-
-def _is_transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation is at work, for which the operators have no rules."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _reduce(module: nn.Module, protocol: Any) -> Any:
