@@ -9,7 +9,7 @@ import random
 import sys
 import warnings
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -157,7 +157,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
         torch.inference_mode(False),
         torch.enable_grad(),
         warnings.catch_warnings(),
-        torch.device("cpu"),  # whatever the default is
+        nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu"),
     ):
         warnings.simplefilter("ignore")
         try:

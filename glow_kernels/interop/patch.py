@@ -232,7 +232,8 @@ def is_set(module: nn.Module, flag: Any) -> bool:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _is_still_set(module: nn.Module) -> bool:
     flag, version = module.__dict__[FLAG]
-    return flag._version == version and any(flag is tensor for tensor in module._buffers.values())
+    places = (*module._buffers.values(), *module.__dict__.values())
+    return flag._version == version and any(flag is tensor for tensor in places)
 
 
 def is_uninitialised(layer: nn.Module) -> bool:

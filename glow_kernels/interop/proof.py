@@ -65,13 +65,15 @@ class Agreement:
 
 @dataclass
 class _Run:
-    """Results of one call: the tensors among them, the gradients, and where they stood."""
+    """Results of one call: the tensors among them, the gradients, and where they stood; and what it did besides: the
+    attributes that it stored, and whether backward called networks again."""
 
     tensors: list[Tensor]
     others: list[Any]
     structure: Any
     gradients: dict[str, Tensor | None]
-    recomputes: bool = False
+    stored: list[str]
+    recomputes: bool
 
 
 def prove(
@@ -87,11 +89,12 @@ def prove(
     calls = patch.calls(module, options)
     for call in calls:
         for training in (True, False):
-            _same_formula(call, before, after, training, agreement)
+            compared = _same_formula(call, before, after, training, agreement)
+            if compared is not None and memory is None:
+                _does_nothing_else(call, *compared[:2], patch)
         _as_accurate(call, before, after, agreement)
-        if memory is None:
-            _does_nothing_else(call, before, patch)
-    _same_bounds(calls[0], before, after)
+        if compared is not None and call is calls[0]:
+            _same_bounds(call, *compared)
     _same_start(calls[0], before, after)
     if not agreement.values:
         raise Mismatch("none of its calls could be compared")
@@ -121,7 +124,10 @@ def prove_chain(modules: Sequence[nn.Module], workshop: Workshop) -> None:
     _same_formula(Call("the chain of steps", run, first.shapes), before, after, True, Agreement())
 
 
-def _same_formula(call: Call, before: Any, after: Any, training: bool, agreement: Agreement) -> None:
+def _same_formula(
+    call: Call, before: Any, after: Any, training: bool, agreement: Agreement
+) -> tuple[_Run, Any, Any] | None:
+    """What the original did, and the copies that were compared; None if it refuses this call."""
     dtype = torch.float64
     pair = [_prepared(module, dtype, training) for module in (before, after)]
     try:
@@ -133,7 +139,7 @@ def _same_formula(call: Call, before: Any, after: Any, training: bool, agreement
             expected = _run(call, pair[0], dtype)
         except Exception as error:
             if call.optional:
-                return
+                return None
             raise Mismatch(f"{call.name} does not run: {error}") from error
     actual = _run(call, pair[1], dtype)
     _same_structure(call.name, expected, actual)
@@ -145,6 +151,7 @@ def _same_formula(call: Call, before: Any, after: Any, training: bool, agreement
             f"{call.name}: gradient of {name}", gradient, actual.gradients[name], _tolerance(dtype)
         )
         _note(agreement.gradients, call, difference)
+    return expected, *pair
 
 
 def _note(largest: dict[str, float], call: Call, difference: float) -> None:
@@ -198,55 +205,44 @@ def _rounding(
         yield name, (error, allowed)
 
 
-def _does_nothing_else(call: Call, before: Any, patch: type[Patch]) -> None:
-    module = _prepared(before, _precision(before), True)
-    layers = (module, *patch.inner(module))
-    ignored = (*INITIALIZED, *patch.live)
-    kept = [plain_attributes(layer, ignored) for layer in layers]
-    try:
-        run = _run(call, module, _precision(before))
-        switches = any(_switches_autocast(call, module, enabled) for enabled in (False, True))
-    except Exception:  # an optional call, or one that does not run under autocast
-        return
-    for layer, attributes in zip(layers, kept, strict=True):
-        for name, value in plain_attributes(layer, ignored).items():
-            if value is not attributes.get(name, layer):
-                raise Mismatch(f"it stores its {name}")
+def _does_nothing_else(call: Call, run: _Run, before: Any, patch: type[Patch]) -> None:
+    stored = [name for name in run.stored if name not in patch.live]
+    if stored:
+        raise Mismatch(f"it stores its {stored[0]}")
     if run.recomputes:
         raise Mismatch("it runs its network again in backward, as torch.utils.checkpoint does")
+    networks = _stand_ins(before)
+    if not networks:
+        return
+    switches = any(network.had_autocast for network in networks)
+    calls = [network.calls for network in networks]
+    inputs = _inputs(call, before, run.tensors[0].dtype, torch.Generator().manual_seed(0))
+    with torch.no_grad(), torch.autocast(inputs[0].device.type, torch.bfloat16):
+        try:
+            call.run(before, *inputs)
+        except Exception:  # it does not run under autocast anyway
+            return
+    for network, number in zip(networks, calls, strict=True):
+        switches |= network.calls != number and not network.had_autocast
     if switches:
         raise Mismatch("it switches autocast on or off for its network")
 
 
-def _switches_autocast(call: Call, module: nn.Module, enabled: bool) -> bool:
-    """Whether the networks in ``module`` run under another autocast than ``module`` itself."""
-    inputs = _inputs(call, module, _precision(module), torch.Generator().manual_seed(0))
-    networks = {network: network.calls for network in _stand_ins(module)}
-    if not networks:
-        return False
-    with torch.no_grad(), torch.autocast(inputs[0].device.type, torch.bfloat16, enabled=enabled):
-        call.run(module, *inputs)
-    return any(network.had_autocast is not enabled for network, calls in networks.items() if network.calls != calls)
-
-
 @torch.no_grad()
-def _same_bounds(call: Call, before: Any, after: Any) -> None:
+def _same_bounds(call: Call, run: _Run, before: Any, after: Any) -> None:
     """The same where numbers per channel, and the data, are far from what is common."""
-    pair = [_prepared(module, torch.float64, False) for module in (before, after)]
-    channels = call.shapes[0][1]
-    for module in pair:
+    dtype, channels = run.tensors[0].dtype, call.shapes[0][1]
+    if dtype != torch.float64:
+        return
+    runs = []
+    for module in (before, after):
         for parameter in module.parameters():
             if parameter.is_floating_point() and parameter.numel() <= channels:
-                values = torch.tensor(_FAR, dtype=torch.float64).repeat(channels)
+                values = torch.tensor(_FAR, dtype=dtype).repeat(channels)
                 parameter.copy_(values[: parameter.numel()].view_as(parameter))
-    runs = []
-    for module in pair:
-        inputs = _inputs(call, module, torch.float64, torch.Generator().manual_seed(0))
+        inputs = _inputs(call, module, dtype, torch.Generator().manual_seed(0))
         inputs[0] = far_out(inputs[0])
-        try:
-            runs.append([leaf for leaf in pytree.tree_leaves(call.run(module, *inputs)) if isinstance(leaf, Tensor)])
-        except Exception:  # not in float64
-            return
+        runs.append([leaf for leaf in pytree.tree_leaves(call.run(module, *inputs)) if isinstance(leaf, Tensor)])
     for index, (expected, actual) in enumerate(zip(*runs, strict=True)):
         if expected.isfinite().all():
             _difference(f"{call.name} with large numbers: result {index}", expected, actual, _ROUNDED)
@@ -282,6 +278,7 @@ def _run(call: Call, module: Any, dtype: torch.dtype, seed: int = 0) -> _Run:
     generator = torch.Generator().manual_seed(seed)
     inputs = [tensor.requires_grad_() for tensor in _inputs(call, module, dtype, generator)]
     torch.manual_seed(seed)  # of dropout
+    kept = plain_attributes(module, INITIALIZED)
     leaves, structure = pytree.tree_flatten(call.run(module, *inputs))
     calls = [network.calls for network in _stand_ins(module)]
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -298,8 +295,9 @@ def _run(call: Call, module: Any, dtype: torch.dtype, seed: int = 0) -> _Run:
         gradients = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
     others = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
     recomputes = calls != [network.calls for network in _stand_ins(module)]
-    named = dict(zip(wanted, gradients, strict=True))
-    return _Run([t.detach() for t in tensors], others, structure, named, recomputes)
+    now, named = plain_attributes(module, INITIALIZED), dict(zip(wanted, gradients, strict=True))
+    stored = [name for name, value in now.items() if name not in kept or value is not kept[name]]
+    return _Run([t.detach() for t in tensors], others, structure, named, stored, recomputes)
 
 
 def _inputs(call: Call, module: Any, dtype: torch.dtype, generator: torch.Generator) -> list[Tensor]:
