@@ -206,7 +206,7 @@ def _matrix(convolution: Any) -> tuple[Tensor, Tensor | None]:
 
 def _can_fuse(block: Any) -> bool:
     coupling, _, actnorm = flows = block.flows
-    found = is_as_found(*flows, *coupling.flows)
+    found = is_as_found(*flows) and is_as_found(*coupling.flows)
     return found and actnorm.s.dim() == 4 and is_set(actnorm, actnorm.data_dep_init_done)
 
 
