@@ -132,6 +132,9 @@ def test_accelerated_model_compiles_at_once():
     y, log_det = torch.compile(flow, backend="aot_eager", fullgraph=True)(x)
     torch.testing.assert_close(y, expected)
     torch.testing.assert_close(log_det, expected_log_det)
+    flow.actnorm.initialized.fill_(0)  # again
+    y, _ = torch.compile(flow.actnorm, backend="eager")(7 * x + 3)
+    torch.testing.assert_close(y.std(), torch.tensor(1.0), atol=2e-2, rtol=0.0)
 
 
 def test_shared_layers_are_patched_once():

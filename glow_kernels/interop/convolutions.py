@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from glow_kernels.interop.copies import faithful_copy
 from glow_kernels.interop.openai import ActNorm2d, is_initialized
-from glow_kernels.interop.patch import Call, Mismatch, Patch, has_hooks, options_of, own, patch_of
+from glow_kernels.interop.patch import Call, Mismatch, Patch, has_hooks, is_as_found, options_of, own, patch_of
 from glow_kernels.interop.scale_map import round_number
 from glow_kernels.interop.stand_ins import SPATIAL
 from glow_kernels.interop.workshop import Workshop
@@ -127,7 +127,8 @@ class ActNormConv2d(Patch):
     def forward(self: Any, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) to (B, out_channels, H, W)."""
         convolution, actnorm = _convolution(self), self.actnorm
-        if not is_initialized(actnorm) or has_hooks(actnorm, *([convolution] if convolution is not self else [])):
+        watched = has_hooks(actnorm, *([convolution] if convolution is not self else []))
+        if watched or not is_as_found(actnorm) or not is_initialized(actnorm):
             result: Tensor = own(self).forward(self, x)
             return result
         shift = actnorm.bias.flatten()
@@ -149,7 +150,8 @@ class _Overwriting(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (result,), (grad,) = ctx.saved_tensors, grads
-        if torch.is_grad_enabled():  # to be differentiated again
+        # To be differentiated again, or many gradients at once.
+        if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad):
             return torch.where(result > 0, grad, ctx.slope * grad), None
         return torch.ops.aten.leaky_relu_backward.grad_input(grad, result, ctx.slope, True, grad_input=grad), None
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import random
+import sys
 import warnings
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -31,6 +33,7 @@ from glow_kernels.interop.patch import (
     Mismatch,
     Patch,
     apply,
+    is_as_found,
     is_uninitialised,
     memory_of,
     options_of,
@@ -94,7 +97,7 @@ def accelerate(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     workshop = Workshop(_memory(memory, anchor_every, micro_batches))
-    if any(_keeps_otherwise(module, workshop.memory) for module in model.modules()):
+    if any(_is_outdated(module, workshop.memory) for module in model.modules()):
         restore(model)
     rows: dict[nn.Module, LayerReport] = {}
     paths = dict(reversed([(module, name) for name, module in model.named_modules()]))
@@ -111,7 +114,10 @@ def accelerate(
             apply(module, patch, options, workshop.memories[module])
         is_uninitialised(module)  # remembers a flag that is set, which compilers cannot read
     ordered = tuple(rows[module] for _, module in model.named_modules() if module in rows)
-    return Report(ordered, "" if ordered else _why_nothing(model))
+    if not ordered:
+        return Report(note=_why_nothing(model))
+    applies = workshop.memory is None or any(row.memory for row in ordered)
+    return Report(ordered, "" if applies else f"no step was found that memory={memory!r} applies to")
 
 
 def restore(model: nn.Module) -> int:
@@ -143,15 +149,23 @@ def _with_progress(layers: Collection[tuple[nn.Module, str]]) -> Iterable[tuple[
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Random numbers, warnings and modes of the caller are none of the probing's business."""
+    numpy = sys.modules.get("numpy")
+    python_numbers, numpy_numbers = random.getstate(), None if numpy is None else numpy.random.get_state()
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda" and p.device.index is not None}
     with (
         torch.random.fork_rng(devices=sorted(devices)),
         torch.inference_mode(False),
         torch.enable_grad(),
         warnings.catch_warnings(),
+        nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu"),
     ):
         warnings.simplefilter("ignore")
-        yield
+        try:
+            yield
+        finally:
+            random.setstate(python_numbers)
+            if numpy is not None:
+                numpy.random.set_state(numpy_numbers)
 
 
 def _look_at(
@@ -170,7 +184,7 @@ def _look_at(
     if patch is not None:
         options = options_of(module)
     else:
-        patch = next((patch for patch in patches if patch.matches(module)), None)
+        patch = next((patch for patch in patches if _matches(patch, module)), None)
         if patch is None:
             return
         try:
@@ -190,6 +204,13 @@ def _look_at(
         described = "; ".join(filter(None, (options.describe() if options else "", patch.note)))
         row = dataclasses.replace(row, options=described, memory=kept, memory_reason=memory_reason, better=better)
     rows[module] = row
+
+
+def _matches(patch: type[Patch], module: nn.Module) -> bool:
+    try:
+        return patch.matches(module)
+    except Exception:  # as of parameters without shapes, or of properties that raise
+        return False
 
 
 def _examine(module: nn.Module, patch: type[Patch], workshop: Workshop, verify: bool) -> tuple[Any, Agreement | None]:
@@ -259,11 +280,12 @@ def _memory(policy: str, anchor_every: int, micro_batches: int) -> Memory | None
     return None if policy == "store" else Memory(policy, anchor_every, micro_batches)
 
 
-def _keeps_otherwise(module: nn.Module, memory: Memory | None) -> bool:
+def _is_outdated(module: nn.Module, memory: Memory | None) -> bool:
+    """Whether ``module`` is patched for another memory, or is no longer what it was then."""
     patch, current = patch_of(module), memory_of(module)
     if current is not None:
         current = dataclasses.replace(current, restores_buffers=False)
-    return patch is not None and patch.has_network and current != memory
+    return patch is not None and ((patch.has_network and current != memory) or not is_as_found(module))
 
 
 @functools.cache

@@ -213,6 +213,7 @@ class AllInOneBlock(Patch):
 
     dialect, kind = "FrEIA", "AllInOneBlock"
     has_network = True
+    live = ("w_perm", "w_perm_inv")
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:

@@ -114,6 +114,10 @@ class _Link:
         self.ghost, self.output, self.position = ghost, output, position
         self.taken = False
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A tensor that is saved has left the chain: None."""
+        return type(None), ()
+
     def follows(self, x: Tensor) -> bool:
         """Whether ``x`` is what the step returned, unchanged, and nobody has taken it."""
         return not self.taken and x.grad_fn is self.node and x._version == self.version
@@ -171,7 +175,9 @@ def initialize(module: nn.Module, method: str, *arguments: Any, **options: Any) 
     if not any(is_uninitialised(layer) for layer in Anatomy.of(module).modules):
         return
     device = next(module.parameters()).device
-    with torch.no_grad(), RandomState(device).replayed():
+    # What else the original does, the step does again.
+    others = [layer for layer in module.modules() if not is_uninitialised(layer)]
+    with torch.no_grad(), RandomState(device).replayed(), _buffers_restored(others):
         arguments, options = pytree.tree_map_only(Tensor, Tensor.clone, (arguments, options))
         getattr(own(module), method)(module, *arguments, **options)
 
@@ -187,7 +193,8 @@ def _apply(
 ) -> Any:
     mode = Mode.current(x.device, memory.micro_batches)
     anatomy = Anatomy.of(unit)
-    place = _Place(anatomy, memory, mode, keeps_input, output, len(context))
+    modes = [module.training for module in anatomy.modules]
+    place = _Place(anatomy, memory, mode, modes, keeps_input, output, len(context))
     return _Node.apply(place, x, ghost, *context, *anatomy.parameters)  # type: ignore[no-untyped-call]
 
 
@@ -197,6 +204,7 @@ class _Place(NamedTuple):
     anatomy: Anatomy
     memory: Memory
     mode: Mode
+    modes: list[bool]
     keeps_input: bool
     output: _Output
     contexts: int
@@ -232,7 +240,8 @@ class _Node(torch.autograd.Function):
         z = None
         if x is None:
             z = place.output.kept() if reconstructed is None else reconstructed
-        with _buffers_restored(place.anatomy) if place.memory.restores_buffers else nullcontext():
+        changing = place.anatomy.modules if place.memory.restores_buffers else []
+        with _modes_restored(place), _buffers_restored(changing):
             result = recompute.backward(
                 place.anatomy,
                 x,
@@ -249,13 +258,31 @@ class _Node(torch.autograd.Function):
 
 
 @contextmanager
-def _buffers_restored(anatomy: Anatomy) -> Iterator[None]:
-    before = [(name, buffer, buffer._version, buffer.clone()) for name, buffer in anatomy.step.named_buffers()]
-    yield
-    for name, buffer, version, values in before:
-        # Kernels of BatchNorm change running_mean and running_var unnoticed.
-        if buffer._version != version or ".running_" in name:
-            buffer.copy_(values)
+def _buffers_restored(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Leave the buffers of ``modules`` what they are, and their versions: nobody shall think that they were changed."""
+    owners = [module._buffers for module in modules]
+    before = [(owner, {name: (b, b.clone()) for name, b in owner.items() if b is not None}) for owner in owners]
+    try:
+        yield
+    finally:
+        for owner, buffers in before:
+            for name, (buffer, values) in buffers.items():
+                owner[name] = buffer
+                buffer.data.copy_(values)
+
+
+@contextmanager
+def _modes_restored(place: _Place) -> Iterator[None]:
+    """Training or evaluation of every module as in forward."""
+    pairs = zip(place.anatomy.modules, place.modes, strict=True)
+    changed = [(module, mode) for module, mode in pairs if module.training is not mode]
+    for module, mode in changed:
+        module.training = mode
+    try:
+        yield
+    finally:
+        for module, mode in changed:
+            module.training = not mode
 
 
 def _active(module: nn.Module) -> Memory | None:

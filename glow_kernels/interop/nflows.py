@@ -15,7 +15,7 @@ from glow_kernels.backends.numerics import wide_dtype
 from glow_kernels.interop import steps
 from glow_kernels.interop.claims import NO_SYNC
 from glow_kernels.interop.memory import initialize, run
-from glow_kernels.interop.patch import Call, Mismatch, Patch, has_hooks, is_set, options_of, own, patch_of
+from glow_kernels.interop.patch import Call, Mismatch, Patch, has_hooks, is_as_found, is_set, options_of, own
 from glow_kernels.interop.stand_ins import SPATIAL, spatial_of
 from glow_kernels.interop.steps import Parts
 from glow_kernels.interop.workshop import Workshop
@@ -243,12 +243,13 @@ def _is_pair(first: Any, second: Any) -> bool:
 
 def _can_fuse(actnorm: Any, convolution: Any, inputs: Tensor) -> bool:
     ready = not actnorm.training or is_set(actnorm, actnorm.initialized)
-    return ready and _can_fuse_convolution(convolution, inputs) and not has_hooks(actnorm, convolution)
+    fits = is_as_found(actnorm) and _can_fuse_convolution(convolution, inputs)
+    return ready and fits and not has_hooks(actnorm, convolution)
 
 
 def _can_fuse_convolution(convolution: Any, inputs: Tensor) -> bool:
     cached = convolution.using_cache and not convolution.training
-    return inputs.dim() == 4 and not cached and patch_of(convolution) is not None
+    return inputs.dim() == 4 and not cached and is_as_found(convolution)
 
 
 def _matrix(convolution: Any) -> tuple[Tensor, Tensor]:

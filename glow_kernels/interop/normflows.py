@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from glow_kernels.interop import steps
 from glow_kernels.interop.claims import DOUBLE, NO_SYNC, STABLE
 from glow_kernels.interop.memory import initialize, run
-from glow_kernels.interop.patch import Call, Patch, has_hooks, is_set, once, options_of, own
+from glow_kernels.interop.patch import Call, Patch, has_hooks, is_as_found, is_set, once, options_of, own
 from glow_kernels.interop.stand_ins import SPATIAL, spatial_of
 from glow_kernels.interop.steps import Linear, Parts
 from glow_kernels.interop.workshop import Workshop
@@ -66,6 +66,7 @@ class Invertible1x1Conv(Patch):
 
     dialect, kind = "normflows", "Invertible1x1Conv"
     methods = ("forward", "inverse")
+    live = ("P", "sign_S")
 
     @classmethod
     def improvements(cls, module: Any, options: Any) -> tuple[str, ...]:
@@ -123,6 +124,10 @@ class AffineCouplingBlock(Patch):
         return _calls(options.channels, *spatial_of(module.flows[1].param_map))
 
     @classmethod
+    def inner(cls, module: Any) -> list[nn.Module]:
+        return list(module.flows)
+
+    @classmethod
     def parts(cls, module: Any) -> Parts:
         return Parts(options_of(module), module.flows[1].param_map)
 
@@ -167,7 +172,7 @@ class GlowBlock(Patch):
 
     def forward(self: Any, z: Tensor) -> tuple[Tensor, Tensor]:
         """``x`` and ``log_det`` (B,)."""
-        if not _can_fuse(self.flows[2]) or has_hooks(*self.flows, *self.flows[0].flows):
+        if not _can_fuse(self) or has_hooks(*self.flows, *self.flows[0].flows):
             result: tuple[Tensor, Tensor] = own(self).forward(self, z)
             return result
         return steps.inverse(GlowBlock.parts(self), z)
@@ -175,7 +180,7 @@ class GlowBlock(Patch):
     def inverse(self: Any, z: Tensor) -> tuple[Tensor, Tensor]:
         """``z`` and ``log_det`` (B,)."""
         initialize(self, "inverse", z)
-        if not _can_fuse(self.flows[2]):
+        if not _can_fuse(self):
             result: tuple[Tensor, Tensor] = own(self).inverse(self, z)
             return result
         return run(self, z)
@@ -199,8 +204,10 @@ def _matrix(convolution: Any) -> tuple[Tensor, Tensor | None]:
     return lu_weight(convolution.P, convolution.L, convolution.U, convolution.log_S, convolution.sign_S)
 
 
-def _can_fuse(actnorm: Any) -> bool:
-    return actnorm.s.dim() == 4 and is_set(actnorm, actnorm.data_dep_init_done)
+def _can_fuse(block: Any) -> bool:
+    coupling, _, actnorm = flows = block.flows
+    found = is_as_found(*flows) and is_as_found(*coupling.flows)
+    return found and actnorm.s.dim() == 4 and is_set(actnorm, actnorm.data_dep_init_done)
 
 
 def _linear(actnorm: Any, convolution: Any) -> Linear:

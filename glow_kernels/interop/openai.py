@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from glow_kernels.interop import steps
 from glow_kernels.interop.claims import DOUBLE, DOUBLE_INVERSE, NO_SYNC, STABLE
 from glow_kernels.interop.memory import initialize, run
-from glow_kernels.interop.patch import Call, Patch, has_hooks, is_set, once, options_of, own, patch_of
+from glow_kernels.interop.patch import Call, Patch, has_hooks, is_as_found, is_set, once, options_of, own, patch_of
 from glow_kernels.interop.stand_ins import SPATIAL
 from glow_kernels.interop.steps import Linear, Parts
 from glow_kernels.interop.workshop import Workshop
@@ -101,6 +101,7 @@ class InvertibleConv1x1(Patch):
     """``W x``, with W a parameter (C, C) or ``P L (U + diag(s))``."""
 
     dialect, kind = "openai", "InvertibleConv1x1"
+    live = ("p", "sign_s", "l_mask", "eye")
 
     @classmethod
     def improvements(cls, module: Any, options: Any) -> tuple[str, ...]:
@@ -113,7 +114,7 @@ class InvertibleConv1x1(Patch):
         shapes = {name: tuple(tensor.shape) for name, tensor in module.named_parameters(recurse=False)}
         if set(shapes) == {"weight"}:
             shape = shapes["weight"]
-            return len(shape) == 2 and shape[0] == shape[1] and not isinstance(module, nn.Linear)
+            return len(shape) == 2 and shape[0] == shape[1] and not type(module).__module__.startswith("torch.nn.")
         factors = any(set(shapes) == {lower, upper, "log_s"} for lower, upper in TRIANGLES)
         return factors and {"p", "sign_s"} <= {name for name, _ in module.named_buffers(recurse=False)}
 
@@ -181,8 +182,7 @@ class FlowStep(Patch):
         """``y`` and the new log-determinant."""
         logdet, reverse, known = arguments(self, args, options)
         initialize(self, "forward", x, *args, **options)
-        watched = has_hooks(self.actnorm, _child(self, PERMUTATIONS))
-        if not known or logdet is None or watched or not is_initialized(self.actnorm):
+        if not known or logdet is None or not _can_fuse(self):
             return own(self).forward(self, x, *args, **options)
         y, change = steps.inverse(FlowStep.parts(self), x) if reverse else run(self, x)
         return y, logdet + (once(change) if options_of(self).scale_map is None else change)
@@ -224,12 +224,17 @@ def _flag(actnorm: Any) -> str | None:
 
 def matrix(convolution: Any) -> tuple[Tensor, Tensor | None]:
     """W (C, C), and ``log|det W|`` where it is known."""
-    parameters = convolution._parameters
-    if "weight" in parameters:
+    if hasattr(convolution, "weight"):
         return convolution.weight, None
-    lower, upper = next(names for names in TRIANGLES if names[0] in parameters)
+    lower, upper = next(names for names in TRIANGLES if hasattr(convolution, names[0]))
     factors = getattr(convolution, lower), getattr(convolution, upper)
     return lu_weight(convolution.p, *factors, convolution.log_s, convolution.sign_s)
+
+
+def _can_fuse(step: Any) -> bool:
+    layers = step.actnorm, _child(step, PERMUTATIONS)
+    learned = layers if hasattr(step, "invconv") else layers[:1]
+    return is_as_found(*learned) and is_initialized(step.actnorm) and not has_hooks(*layers)
 
 
 def _linear(step: Any) -> Linear:

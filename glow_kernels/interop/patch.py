@@ -7,22 +7,30 @@ keep the new class, as a method stored on the instance would not, and so do pick
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import inspect
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch._C import _are_functorch_transforms_active
 from torch._subclasses import FakeTensor
+from torch.autograd import forward_ad
+
+from glow_kernels.interop.constants import Constants
 
 if TYPE_CHECKING:
     from glow_kernels.interop.memory import Memory
     from glow_kernels.interop.steps import Parts
     from glow_kernels.interop.workshop import Workshop
 
-# What a patch keeps on the instance: what was found by probing, the flag that was last read as true, and what a step
-# keeps for backward.
+# What a patch keeps on the instance: what was found by probing, what that takes for constant, the flag that was last
+# read as true, and what a step keeps for backward.
 _OPTIONS = "_glow_kernels_options"
+_CONSTANTS = "_glow_kernels_constants"
 FLAG = "_glow_kernels_flag"
 MEMORY = "_glow_kernels_memory"
 # And on the generated class.
@@ -70,7 +78,9 @@ class Patch:
         dialect, kind: what the layer is recognised as.
         better: what is improved in every such layer.
         note: what of the layer stays as it was, and why, for the report.
-        methods: names of the methods that replace those of the layer.
+        methods: names of the methods that replace those of the layer. They are called while the layer's attributes and
+            buffers are what they were, with arguments that they know.
+        live: names of attributes and buffers that they read whenever they compute.
         has_network: it runs a network by :func:`glow_kernels.interop.memory.run` or ``run_alone``, whose activations
             need not be kept.
     """
@@ -80,6 +90,7 @@ class Patch:
     better: ClassVar[tuple[str, ...]] = ()
     note: ClassVar[str] = ""
     methods: ClassVar[tuple[str, ...]] = ("forward",)
+    live: ClassVar[tuple[str, ...]] = ()
     has_network: ClassVar[bool] = False
 
     @classmethod
@@ -107,14 +118,19 @@ class Patch:
         raise NotImplementedError
 
     @classmethod
+    def inner(cls, module: Any) -> Sequence[nn.Module]:
+        """Modules in ``module``, other than its network, of whose attributes the options tell too."""
+        return ()
+
+    @classmethod
     def parts(cls, module: Any) -> Parts | None:
         """What the patched ``module`` computes with, if that is a step of flow that can be computed as a whole."""
         return None
 
 
 def patch_of(module: nn.Module) -> type[Patch] | None:
-    """How ``module`` is patched, or None."""
-    return getattr(type(module), _PATCH, None)
+    """How ``module`` is patched, or None, as for a new instance of the class of one that is."""
+    return getattr(type(module), _PATCH, None) if _OPTIONS in module.__dict__ else None
 
 
 def options_of(module: nn.Module) -> Any:
@@ -134,6 +150,20 @@ def apply(module: nn.Module, patch: type[Patch], options: Any = None, memory: Me
     module.__dict__[_OPTIONS] = options
     if memory is not None:
         module.__dict__[MEMORY] = memory
+    ignored = (*INITIALIZED, *patch.live, _OPTIONS, _CONSTANTS, FLAG, MEMORY)
+    for layer in (module, *patch.inner(module)):
+        layer.__dict__[_CONSTANTS] = Constants(layer, ignored)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # compilers ask once
+def is_as_found(*modules: nn.Module) -> bool:
+    """Whether ``modules`` are patched, or inner ones of a patched one, and still what they were then."""
+    return all(map(_is_as_found, modules))
+
+
+def _is_as_found(module: nn.Module) -> bool:
+    constants = module.__dict__.get(_CONSTANTS)
+    return constants is not None and constants.hold(module)
 
 
 def memory_of(module: nn.Module) -> Memory | None:
@@ -143,18 +173,21 @@ def memory_of(module: nn.Module) -> Memory | None:
 
 def undo(module: nn.Module) -> bool:
     """Give ``module`` its own class back; False if it is not patched."""
-    if patch_of(module) is None:
+    patch, was_patched = getattr(type(module), _PATCH, None), patch_of(module) is not None
+    if patch is None:
         return False
-    module.__class__ = own(module)
-    for name in (_OPTIONS, FLAG, MEMORY):
+    for layer in patch.inner(module):
+        layer.__dict__.pop(_CONSTANTS, None)
+    module.__class__ = _without_patch(type(module))
+    for name in (_OPTIONS, _CONSTANTS, FLAG, MEMORY):
         module.__dict__.pop(name, None)
-    return True
+    return was_patched
 
 
 def why_not_patchable(module: nn.Module) -> str | None:
     """Why the class of ``module`` cannot be exchanged, or None."""
     if isinstance(module, torch.jit.ScriptModule):
-        return "it is scripted: accelerate before torch.jit.script"
+        return "it is scripted, and accelerated layers cannot be"
     if module._compiled_call_impl is not None:
         return "it is compiled: accelerate before compile()"
     if torch.nn.utils.parametrize.is_parametrized(module):
@@ -183,7 +216,7 @@ def is_set(module: nn.Module, flag: Any) -> bool:
     if not isinstance(flag, Tensor):
         return bool(flag)
     if torch.compiler.is_compiling():
-        return FLAG in module.__dict__
+        return FLAG in module.__dict__ and _is_still_set(module)
     if flag.is_inference():
         return bool(flag)
     known, version = module.__dict__.get(FLAG, (None, None))
@@ -194,6 +227,13 @@ def is_set(module: nn.Module, flag: Any) -> bool:
         return True
     module.__dict__.pop(FLAG, None)
     return False
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_still_set(module: nn.Module) -> bool:
+    flag, version = module.__dict__[FLAG]
+    places = (*module._buffers.values(), *module.__dict__.values())
+    return flag._version == version and any(flag is tensor for tensor in places)
 
 
 def is_uninitialised(layer: nn.Module) -> bool:
@@ -230,16 +270,71 @@ def once(log_det: Tensor) -> Tensor:
 def _patched_class(patch: type[Patch], original: type[nn.Module]) -> type[nn.Module]:
     if (patch, original) not in _CLASSES:
         names = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
-        names |= {name: getattr(patch, name) for name in patch.methods}
+        names |= {name: _method(getattr(patch, name), getattr(original, name), patch) for name in patch.methods}
         names |= {"__reduce_ex__": _reduce, _PATCH: patch, _ORIGINAL: original}
         _CLASSES[patch, original] = type(original.__name__, (original,), names)
     return _CLASSES[patch, original]
 
 
+def _without_patch(patched: type[nn.Module]) -> Any:
+    """The class that ``patched`` was made of, or what somebody else has made of it since, as parametrizations do."""
+    if _PATCH in vars(patched):
+        return getattr(patched, _ORIGINAL)
+    bases = tuple(_without_patch(base) if hasattr(base, _PATCH) else base for base in patched.__bases__)
+    return type(patched.__name__, bases, dict(vars(patched)))
+
+
+def _method(ours: Callable[..., Any], theirs: Callable[..., Any], patch: type[Patch]) -> Callable[..., Any]:
+    """``ours`` with the signature of ``theirs``, which is called wherever ``ours`` does not know the same."""
+    their_signature = inspect.signature(theirs)
+    first, *others = list(their_signature.parameters)[1:]
+    parameters = list(inspect.signature(ours).parameters.values())[2:]
+    reads_all = any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters)
+    passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    names = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+    known = set(names) & set(others)
+    has_inner = patch.inner.__func__ is not Patch.inner.__func__  # type: ignore[attr-defined]
+    same = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(names, others, strict=False))))
+
+    def adapted(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any] | None:
+        """All but the data, for ``ours``; None if it does not know something that is not as if it were left out."""
+        try:
+            bound = their_signature.bind(module, *args, **options).arguments
+        except TypeError:  # which the original says in its own words
+            return None
+        given = {}
+        for name, value in list(bound.items())[2:]:
+            parameter = their_signature.parameters[name]
+            if name in known:
+                given[name] = value
+            elif parameter.kind is parameter.VAR_KEYWORD and passes_on:
+                given |= value
+            elif value is not parameter.default:
+                return None
+        return given
+
+    @functools.wraps(theirs)
+    def method(self: Any, *args: Any, **options: Any) -> Any:
+        # Neither torch.func nor forward-mode differentiation finds rules for the operators.
+        transformed = _are_functorch_transforms_active() or forward_ad._current_level >= 0
+        if transformed or not is_as_found(self) or (has_inner and not is_as_found(*patch.inner(self))):
+            return theirs(self, *args, **options)
+        if not args and first in options:
+            args, options = (options[first],), {name: value for name, value in options.items() if name != first}
+        if not reads_all and (len(args) != 1 or options) and (len(args) > 1 + same or not options.keys() <= known):
+            adapted_options = adapted(self, args, options)
+            if adapted_options is None:
+                return theirs(self, *args, **options)
+            args, options = args[:1], adapted_options
+        return ours(self, *args, **options)
+
+    return method
+
+
 def _reduce(module: nn.Module, protocol: Any) -> Any:
     # A generated class cannot be found by its name, but made again.
     _, _, *state = tuple(object.__reduce_ex__(module, protocol))
-    return (_rebuild, (patch_of(module), own(module)), *state)
+    return (_rebuild, (getattr(type(module), _PATCH), own(module)), *state)
 
 
 def _rebuild(patch: type[Patch], original: type[nn.Module]) -> nn.Module:

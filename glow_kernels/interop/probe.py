@@ -235,7 +235,7 @@ class _Probe:
 
     def additive(self, read: tuple[int, ...], transformed: tuple[int, ...]) -> Coupling:
         """``y = x + factor * h``."""
-        x, h = self._normal(self.channels), self._normal(self.outputs)
+        x, h = self._normal(self.channels), far_out(self._normal(self.outputs))
         shift = _take(self.layer(x, h)[1] - x, transformed)
         factor = round_number(_ratio(shift, h), 1e-9)
         if not _close(shift, factor * h):
@@ -274,9 +274,10 @@ class _Probe:
     def order(self, transformed: tuple[int, ...], layout: str, inverted: bool) -> tuple[str, float]:
         """Order of shift and scale, and the factor of the shift."""
         h = self._normal(self.outputs)
+        slope, (raw, shift) = self._slope(transformed, h), split(h, layout)
+        shift = far_out(shift)
         x = torch.zeros(self.batch, self.channels, *self.spatial, dtype=torch.float64)
-        offset = _take(self.layer(x, h)[1], transformed)
-        slope, (_, shift) = self._slope(transformed, h), split(h, layout)
+        offset = _take(self.layer(x, merge(raw, shift, layout))[1], transformed)
         candidates = {"shift_scale": shift * slope, "scale_shift": shift, "unshift_scale": -shift * slope}
         if inverted:
             candidates = {"shift_scale": -shift, "scale_shift": -shift * slope, "unshift_scale": shift}
@@ -294,6 +295,11 @@ class _Probe:
     def _normal(self, channels: int) -> Tensor:
         shape = (self.batch, channels, *self.spatial)
         return torch.randn(shape, generator=self.generator, dtype=torch.float64)
+
+
+def far_out(normal: Tensor) -> Tensor:
+    """Small and large numbers of either sign, by which bounds show, from normal ones."""
+    return normal.sign() * (6 * normal.abs()).exp()
 
 
 def _scale_map(raw: Tensor, scale: Tensor) -> tuple[ScaleMap, bool]:

@@ -6,7 +6,11 @@ Copies of both run on the same random inputs, with the same simple stand-ins for
   structure, shapes, types, values and the gradients of inputs and parameters;
 * in their own precision, with their own parameters: the accuracy rule, an error against the float64 truth of at most
   twice that of the layer as it was, plus a few units in the last place;
+* with parameters and inputs so large and so small that bounds show;
 * from before ActNorm was initialised: the same parameters after the first batch, and the same results.
+
+And the layer must do nothing that the patch would not: keep results as its attributes, checkpoint its network or switch
+autocast for it.
 """
 
 from __future__ import annotations
@@ -20,8 +24,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from glow_kernels.interop.constants import plain_attributes
 from glow_kernels.interop.copies import faithful_copy, randomised, with_flags
-from glow_kernels.interop.patch import Call, Mismatch, Patch
+from glow_kernels.interop.patch import INITIALIZED, Call, Mismatch, Patch
+from glow_kernels.interop.probe import far_out
+from glow_kernels.interop.stand_ins import StandIn
 from glow_kernels.interop.workshop import Workshop
 
 if TYPE_CHECKING:
@@ -35,6 +42,8 @@ _ULPS = 32
 # Inputs that are drawn until a layer counts as less accurate on the average: of the many tensors of a long chain of
 # steps, one is three times as far off by chance.
 _DRAWS = 8
+# Numbers per channel that show bounds.
+_FAR = (6.0, -6.0, 1e-4, -1e-4)
 
 
 @dataclass
@@ -56,12 +65,15 @@ class Agreement:
 
 @dataclass
 class _Run:
-    """Results of one call: the tensors among them, the gradients, and where they stood."""
+    """Results of one call: the tensors among them, the gradients, and where they stood; and what it did besides: the
+    attributes that it stored, and whether backward called networks again."""
 
     tensors: list[Tensor]
     others: list[Any]
     structure: Any
     gradients: dict[str, Tensor | None]
+    stored: list[str]
+    recomputes: bool
 
 
 def prove(
@@ -77,8 +89,12 @@ def prove(
     calls = patch.calls(module, options)
     for call in calls:
         for training in (True, False):
-            _same_formula(call, before, after, training, agreement)
+            compared = _same_formula(call, before, after, training, agreement)
+            if compared is not None and memory is None:
+                _does_nothing_else(call, *compared[:2], patch)
         _as_accurate(call, before, after, agreement)
+        if compared is not None and call is calls[0]:
+            _same_bounds(call, *compared)
     _same_start(calls[0], before, after)
     if not agreement.values:
         raise Mismatch("none of its calls could be compared")
@@ -108,7 +124,10 @@ def prove_chain(modules: Sequence[nn.Module], workshop: Workshop) -> None:
     _same_formula(Call("the chain of steps", run, first.shapes), before, after, True, Agreement())
 
 
-def _same_formula(call: Call, before: Any, after: Any, training: bool, agreement: Agreement) -> None:
+def _same_formula(
+    call: Call, before: Any, after: Any, training: bool, agreement: Agreement
+) -> tuple[_Run, Any, Any] | None:
+    """What the original did, and the copies that were compared; None if it refuses this call."""
     dtype = torch.float64
     pair = [_prepared(module, dtype, training) for module in (before, after)]
     try:
@@ -120,7 +139,7 @@ def _same_formula(call: Call, before: Any, after: Any, training: bool, agreement
             expected = _run(call, pair[0], dtype)
         except Exception as error:
             if call.optional:
-                return
+                return None
             raise Mismatch(f"{call.name} does not run: {error}") from error
     actual = _run(call, pair[1], dtype)
     _same_structure(call.name, expected, actual)
@@ -132,6 +151,7 @@ def _same_formula(call: Call, before: Any, after: Any, training: bool, agreement
             f"{call.name}: gradient of {name}", gradient, actual.gradients[name], _tolerance(dtype)
         )
         _note(agreement.gradients, call, difference)
+    return expected, *pair
 
 
 def _note(largest: dict[str, float], call: Call, difference: float) -> None:
@@ -185,6 +205,49 @@ def _rounding(
         yield name, (error, allowed)
 
 
+def _does_nothing_else(call: Call, run: _Run, before: Any, patch: type[Patch]) -> None:
+    stored = [name for name in run.stored if name not in patch.live]
+    if stored:
+        raise Mismatch(f"it stores its {stored[0]}")
+    if run.recomputes:
+        raise Mismatch("it runs its network again in backward, as torch.utils.checkpoint does")
+    networks = _stand_ins(before)
+    if not networks:
+        return
+    switches = any(network.had_autocast for network in networks)
+    calls = [network.calls for network in networks]
+    inputs = _inputs(call, before, run.tensors[0].dtype, torch.Generator().manual_seed(0))
+    with torch.no_grad(), torch.autocast(inputs[0].device.type, torch.bfloat16):
+        try:
+            call.run(before, *inputs)
+        except Exception:  # it does not run under autocast anyway
+            return
+    for network, number in zip(networks, calls, strict=True):
+        switches |= network.calls != number and not network.had_autocast
+    if switches:
+        raise Mismatch("it switches autocast on or off for its network")
+
+
+@torch.no_grad()
+def _same_bounds(call: Call, run: _Run, before: Any, after: Any) -> None:
+    """The same where numbers per channel, and the data, are far from what is common."""
+    dtype, channels = run.tensors[0].dtype, call.shapes[0][1]
+    if dtype != torch.float64:
+        return
+    runs = []
+    for module in (before, after):
+        for parameter in module.parameters():
+            if parameter.is_floating_point() and parameter.numel() <= channels:
+                values = torch.tensor(_FAR, dtype=dtype).repeat(channels)
+                parameter.copy_(values[: parameter.numel()].view_as(parameter))
+        inputs = _inputs(call, module, dtype, torch.Generator().manual_seed(0))
+        inputs[0] = far_out(inputs[0])
+        runs.append([leaf for leaf in pytree.tree_leaves(call.run(module, *inputs)) if isinstance(leaf, Tensor)])
+    for index, (expected, actual) in enumerate(zip(*runs, strict=True)):
+        if expected.isfinite().all():
+            _difference(f"{call.name} with large numbers: result {index}", expected, actual, _ROUNDED)
+
+
 def _same_start(call: Call, before: Any, after: Any) -> None:
     """The first two batches of layers that initialise themselves."""
     pair = [with_flags(faithful_copy(module).train(), False) for module in (before, after)]
@@ -213,12 +276,11 @@ def _prepared(module: Any, dtype: torch.dtype, training: bool) -> Any:
 
 def _run(call: Call, module: Any, dtype: torch.dtype, seed: int = 0) -> _Run:
     generator = torch.Generator().manual_seed(seed)
-    device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    inputs = []
-    for shape in call.shapes:
-        numbers = torch.randn(shape, generator=generator, dtype=torch.float64)
-        inputs.append(numbers.to(device, dtype).requires_grad_())
+    inputs = [tensor.requires_grad_() for tensor in _inputs(call, module, dtype, generator)]
+    torch.manual_seed(seed)  # of dropout
+    kept = plain_attributes(module, INITIALIZED)
     leaves, structure = pytree.tree_flatten(call.run(module, *inputs))
+    calls = [network.calls for network in _stand_ins(module)]
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     names = [f"input {index}" for index in range(len(inputs))]
     wanted = dict(zip(names, inputs, strict=True))
@@ -232,7 +294,20 @@ def _run(call: Call, module: Any, dtype: torch.dtype, seed: int = 0) -> _Run:
     if loss is not None:
         gradients = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
     others = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
-    return _Run([t.detach() for t in tensors], others, structure, dict(zip(wanted, gradients, strict=True)))
+    recomputes = calls != [network.calls for network in _stand_ins(module)]
+    now, named = plain_attributes(module, INITIALIZED), dict(zip(wanted, gradients, strict=True))
+    stored = [name for name, value in now.items() if name not in kept or value is not kept[name]]
+    return _Run([t.detach() for t in tensors], others, structure, named, stored, recomputes)
+
+
+def _inputs(call: Call, module: Any, dtype: torch.dtype, generator: torch.Generator) -> list[Tensor]:
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    numbers = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in call.shapes)
+    return [tensor.to(device, dtype) for tensor in numbers]
+
+
+def _stand_ins(module: nn.Module) -> list[StandIn]:
+    return [layer for layer in module.modules() if isinstance(layer, StandIn)]
 
 
 def _same_structure(name: str, expected: _Run, actual: _Run) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from glow_kernels.interop import steps
 from glow_kernels.interop.claims import DOUBLE_INVERSE, NO_SYNC, STABLE
 from glow_kernels.interop.memory import initialize, run
-from glow_kernels.interop.patch import Call, Patch, has_hooks, is_set, once, options_of, own
+from glow_kernels.interop.patch import Call, Patch, has_hooks, is_as_found, is_set, once, options_of, own
 from glow_kernels.interop.stand_ins import SPATIAL
 from glow_kernels.interop.steps import Parts
 from glow_kernels.interop.workshop import Workshop
@@ -98,6 +98,7 @@ class InvConv2dLU(InvConv2d):
     """``W x`` with ``W = P L (U + diag(s))``."""
 
     kind = "InvConv2dLU"
+    live = ("w_p", "s_sign", "l_mask", "u_mask", "l_eye")
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
@@ -230,7 +231,8 @@ def _matrix(convolution: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def _can_fuse(step: Any) -> bool:
-    return is_set(step.actnorm, step.actnorm.initialized) and not has_hooks(step.actnorm, step.invconv, step.coupling)
+    layers = (step.actnorm, step.invconv, step.coupling)
+    return is_as_found(*layers) and is_set(step.actnorm, step.actnorm.initialized) and not has_hooks(*layers)
 
 
 def _linear(step: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from glow_kernels.interop.copies import faithful_copy, randomised
 from glow_kernels.interop.patch import Mismatch
+from glow_kernels.reversible.randomness import RandomState
 
 # Small, and the same for every position that a 3x3 network could see.
 SPATIAL = (4, 4)
@@ -35,12 +36,15 @@ class StandIn(nn.Module):
         self.register_buffer("mixing", mixing)
         self.answer: Tensor | None = None
         self.seen: Tensor | None = None
+        self.calls, self.had_autocast = 0, False
 
     def forward(self, x: Any, *_: Any, **__: Any) -> Tensor:
         """(B, inputs, *spatial) to (B, outputs, *spatial); further arguments make no difference."""
         if isinstance(x, (tuple, list)):
             x = x[0]
         self.seen = x
+        self.calls += 1
+        self.had_autocast = torch.is_autocast_enabled(x.device.type)
         if self.answer is not None:
             h = self.answer.to(x.dtype).expand(x.shape[0], self.outputs, *x.shape[2:]).clone()
         else:
@@ -117,10 +121,10 @@ def changes_buffers(network: nn.Module, stand_in: StandIn) -> bool:
     copied = randomised(faithful_copy(network)).train()
     inputs = _random_inputs(network, stand_in.inputs, spatial_of(network), stand_in.context)
     buffers = [buffer.clone() for buffer in copied.buffers()]
-    outputs = []
+    outputs, state = [], RandomState(inputs[0].device)
     for _ in range(2):
-        torch.manual_seed(0)
-        outputs.append(copied(*inputs))
+        with state.replayed():
+            outputs.append(copied(*inputs))
     if not torch.equal(*outputs):
         raise Mismatch("its network gives different results for the same input")
     own, nodes = {id(parameter) for parameter in copied.parameters()}, [outputs[0].grad_fn]
@@ -132,6 +136,18 @@ def changes_buffers(network: nn.Module, stand_in: StandIn) -> bool:
                 raise Mismatch("its network uses parameters that are not its own")
             nodes.extend(following for following, _ in node.next_functions)
     return any(not torch.equal(one, other) for one, other in zip(buffers, copied.buffers(), strict=True))
+
+
+@torch.no_grad()
+def mixes_samples(network: nn.Module, stand_in: StandIn) -> bool:
+    """Whether what ``network`` makes of a sample depends on the others in the batch."""
+    copied = randomised(faithful_copy(network)).train()
+    one, other = (_random_inputs(network, stand_in.inputs, spatial_of(network), stand_in.context) for _ in range(2))
+    outputs, state = [], RandomState(one[0].device)
+    for second in (one, other):
+        with state.replayed():
+            outputs.append(copied(*(torch.cat(pair) for pair in zip(one, second, strict=True)))[: len(one[0])])
+    return not torch.allclose(outputs[0], outputs[1], rtol=1e-3, atol=1e-5)
 
 
 def _random_inputs(network: nn.Module, channels: int, spatial: tuple[int, ...], context: int) -> list[Tensor]:

@@ -34,6 +34,7 @@ class Invertible1x1Conv(Patch):
         "the inverse of the 1x1 convolution follows its weight, instead of the one at the first inverse call",
         "log|det W| is finite for a negative determinant too",
     )
+    live = ("W_inverse",)
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:

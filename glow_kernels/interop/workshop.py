@@ -22,6 +22,7 @@ from glow_kernels.interop.stand_ins import (
     StandIn,
     changes_buffers,
     input_channels,
+    mixes_samples,
     stand_in_for,
 )
 
@@ -159,6 +160,8 @@ class Workshop:
             if self.memory.micro_batches > 1:
                 raise Mismatch("its network changes its buffers, as BatchNorm does, which allows no micro-batches")
             return dataclasses.replace(self.memory, restores_buffers=True)
+        if self.memory.micro_batches > 1 and any(mixes_samples(net, self.stand_ins[net]) for net in networks):
+            raise Mismatch("its network mixes samples, as BatchNorm does, which allows no micro-batches")
         return self.memory
 
     def _stand_in(self, network: nn.Module, channels: int, spatial: tuple[int, ...], context: int = 0) -> StandIn:

@@ -1,0 +1,356 @@
+"""What changes after ``accelerate``, and what layers do beside their formula: never silently something else."""
+
+from __future__ import annotations
+
+import copy
+import io
+import random
+import types
+
+import pytest
+import torch
+from dialects import chrischute, openai, rosinality
+from nflows.nn.nets import ResidualNet
+from nflows.transforms import AffineCouplingTransform
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import grad, jvp, vmap
+from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
+
+import glow_kernels as gk
+from glow_kernels.interop.patch import patch_of
+
+X = torch.randn(4, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+
+
+class Coupling(rosinality.AffineCoupling):
+    """With an option, a condition and a buffer that are looked up in every call."""
+
+    alpha, condition = 1.0, None
+
+    def __init__(self) -> None:
+        super().__init__(4, 8)
+        nn.init.normal_(self.net[-1].conv.weight, 0, 0.1)
+        self.options = {"offset": 2.0}
+        self.register_buffer("clamp", torch.tensor(3.0))
+
+    def halves(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        read, transformed = x.chunk(2, 1)
+        h = self.run_network(read if self.condition is None else read + self.condition)
+        raw, shift = h.chunk(2, 1)
+        return read, transformed, self.alpha * torch.tanh(raw + self.options["offset"]) * self.clamp, self.shift(shift)
+
+    def run_network(self, read: Tensor) -> Tensor:
+        return self.net(read)
+
+    def shift(self, shift: Tensor) -> Tensor:
+        return shift
+
+    def forward(self, x):
+        read, transformed, log_s, shift = self.halves(x)
+        return torch.cat([read, transformed * log_s.exp() + shift], 1), log_s.flatten(1).sum(1)
+
+    def reverse(self, y):
+        read, transformed, log_s, shift = self.halves(y)
+        return torch.cat([read, (transformed - shift) * (-log_s).exp()], 1)
+
+
+def flow(coupling: nn.Module | None = None) -> rosinality.Flow:
+    """An initialised step."""
+    step = rosinality.Flow(4, filter_size=8)
+    step.coupling = Coupling() if coupling is None else coupling
+    step(X)
+    return step
+
+
+def assert_same(one: nn.Module, other: nn.Module, x: Tensor = X) -> None:
+    for actual, expected in zip(one(x), other(x), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+CHANGES = {
+    "option": lambda step: setattr(step.coupling, "alpha", 0.1),
+    "condition": lambda step: setattr(step.coupling, "condition", torch.ones(4, 2, 4, 4)),
+    "item": lambda step: step.coupling.options.update(offset=1.0),
+    "buffer": lambda step: step.coupling.clamp.fill_(2.0),
+    "checkpoint": lambda step: step.load_state_dict(step.state_dict() | {"coupling.clamp": torch.tensor(2.0)}),
+    "another layer": lambda step: setattr(step, "coupling", rosinality.AffineCoupling(4, 8)),
+    "method": lambda step: setattr(
+        step.coupling, "forward", types.MethodType(lambda self, x: (3 * x, x.flatten(1).sum(1)), step.coupling)
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("copied", [False, True], ids=["itself", "copy"])
+def test_what_changes_later_has_its_effect(change, copied):
+    original = flow()
+    accelerated = copy.deepcopy(original)
+    assert not gk.accelerate(accelerated, verify=False).left_alone
+    if copied:
+        accelerated = copy.deepcopy(accelerated)
+    assert_same(accelerated, original)
+    for step in (original, accelerated):
+        torch.manual_seed(0)
+        CHANGES[change](step)
+    assert_same(accelerated, original)
+    if change not in ("method", "condition"):
+        assert not gk.accelerate(accelerated, verify=False).left_alone  # finds the new options
+        assert all(patch_of(layer) is not None for layer in (accelerated, accelerated.coupling))
+        assert_same(accelerated, original)
+
+
+def test_masks_of_a_checkpoint_count():
+    def make(mask):
+        return AffineCouplingTransform(torch.tensor(mask), lambda inputs, outputs: ResidualNet(inputs, outputs, 8))
+
+    fresh, trained = make([1, 0, 1, 0, 0, 1]), make([0, 1, 1, 0, 1, 0])
+    gk.accelerate(fresh, verify=False)
+    fresh.load_state_dict(trained.state_dict())
+    assert_same(fresh, trained, torch.randn(3, 6))
+
+
+class Storing(Coupling):
+    def forward(self, x):
+        y, self.log_det = super().forward(x)
+        return y, self.log_det
+
+
+class Checkpointing(Coupling):
+    def run_network(self, read):
+        return checkpoint(self.net, read, use_reentrant=False)
+
+
+class WithoutAutocast(Coupling):
+    def run_network(self, read):
+        with torch.autocast("cpu", enabled=False):
+            return self.net(read)
+
+
+class WithAutocast(Coupling):
+    def run_network(self, read):
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.net(read).to(read.dtype)
+
+
+class BoundedShift(Coupling):
+    def shift(self, shift):
+        return shift.clamp(-10, 10)
+
+
+class BoundedData(Coupling):
+    def forward(self, x):
+        return super().forward(x.clamp(-30, 30))
+
+
+class BoundedActNorm(rosinality.ActNorm):
+    def forward(self, x):
+        scale = self.scale.clamp(min=0.05)
+        return scale * (x + self.loc), x.shape[2] * x.shape[3] * scale.log().sum()
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (Storing, "it stores its log_det"),
+        (Checkpointing, "it runs its network again in backward"),
+        (WithoutAutocast, "it switches autocast on or off for its network"),
+        (WithAutocast, "it switches autocast on or off for its network"),
+        (BoundedShift, "the shift is not added"),
+        (BoundedData, "forward with large numbers"),
+        (lambda: BoundedActNorm(4), "forward with large numbers"),
+    ],
+)
+def test_what_a_patch_would_leave_out_is_left_alone(make, reason):
+    row = gk.accelerate(make()).layers[0]
+    assert not row.patched
+    assert row.reason.startswith(reason)
+
+
+class Conditional(rosinality.Flow):
+    def forward(self, x, condition=None):
+        y, log_det = super().forward(x)
+        return (y if condition is None else y + condition), log_det
+
+    def reverse(self, y, temperature=1.0):
+        return super().reverse(temperature * y)
+
+
+def test_arguments_are_those_of_the_original():
+    original = Conditional(4, filter_size=8)
+    original(X)
+    accelerated = copy.deepcopy(original)
+    assert not gk.accelerate(accelerated, verify=False).left_alone
+    for call in (
+        lambda step: step(x=X)[0],
+        lambda step: step(X, None)[0],
+        lambda step: step(X, condition=2.0)[0],
+        lambda step: step(X, 2.0)[0],
+        lambda step: step.reverse(y=X),
+        lambda step: step.reverse(X, 0.5),
+    ):
+        torch.testing.assert_close(call(accelerated), call(original), rtol=1e-4, atol=1e-4)
+    with pytest.raises(TypeError, match=r"forward\(\) got an unexpected keyword argument 'other'"):
+        accelerated(X, other=1)
+    step = openai.FlowStep(4, 8)
+    step(X, X.new_zeros(4))
+    gk.accelerate(step, verify=False)
+    assert torch.equal(step(x=X, logdet=X.new_zeros(4))[1], step(X, X.new_zeros(4))[1])
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+def test_transforms_of_functions_and_batches_of_gradients():
+    original = flow(rosinality.AffineCoupling(4, 8))
+    nn.init.normal_(original.coupling.net[-1].conv.weight, 0, 0.1)
+    accelerated = copy.deepcopy(original)
+    gk.accelerate(accelerated, verify=False)
+    results = []
+    for step in (original, accelerated):
+
+        def loss(x, step=step):
+            y, log_det = step(x)
+            return y.square().sum() - log_det.sum()
+
+        x = X.clone().requires_grad_()
+        y = step(x)[0]
+        both = torch.autograd.grad(y, x, torch.stack([y.detach(), X]), is_grads_batched=True)[0]
+        with forward_ad.dual_level():
+            tangent = forward_ad.unpack_dual(loss(forward_ad.make_dual(X, X))).tangent
+        results.append([grad(loss)(X), jvp(loss, (X,), (X,))[1], vmap(loss)(X[:, None]), both, tangent])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-3)
+
+
+class Scaled(nn.Module):
+    def forward(self, weight):
+        return 1.5 * weight
+
+
+@pytest.mark.parametrize("make", [lambda: rosinality.InvConv2d(4), lambda: openai.InvertibleConv1x1(4)])
+def test_parametrizations_of_accelerated_layers_survive_restore(make):
+    layer = make()
+    arguments = (X, X.new_zeros(4)) if isinstance(layer, openai.InvertibleConv1x1) else (X,)
+    original = copy.deepcopy(layer)
+    gk.accelerate(layer, verify=False)
+    for module in (layer, original):
+        parametrize.register_parametrization(module, "weight", Scaled())
+    for _ in range(2):
+        for actual, expected in zip(layer(*arguments), original(*arguments), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+        gk.restore(layer)
+    parametrize.remove_parametrizations(layer, "weight")
+    assert type(layer) is type(make())
+
+
+class Raising(nn.Module):
+    @property
+    def reverse(self):
+        raise LookupError
+
+
+def test_models_that_are_hard_to_walk_through():
+    model = nn.Sequential(flow(), nn.LazyLinear(3), nn.Embedding(8, 8), Raising())
+    paths = {row.path.partition(".")[0] for row in gk.accelerate(model, verify=False).patched}
+    assert paths == {"0"}
+    coupling = model[0].coupling
+    gk.accelerate(coupling.net[:3], verify=False)
+    new = type(coupling)()
+    assert patch_of(new) is None
+    assert_same(new, copy.deepcopy(new))
+    gk.accelerate(new, verify=False)
+    assert type(new) is type(coupling)
+
+
+def test_default_device_and_random_numbers_of_python_do_not_matter():
+    random.seed(0)
+    expected = random.random()
+
+    class Drawing(Coupling):
+        def run_network(self, read):
+            random.random()
+            return self.net(read)
+
+    step, actnorm = flow(Drawing()), rosinality.ActNorm(4)
+    random.seed(0)
+    with torch.device("meta"):
+        assert not gk.accelerate(step, verify=False).left_alone
+        assert not gk.accelerate(actnorm).left_alone
+    assert random.random() == expected
+
+
+def network(*layers: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(2, 8, 3, padding=1), *layers, nn.Conv2d(8, 4, 3, padding=1))
+
+
+class Average(nn.Module):
+    """Keeps averages in buffers, of which one changes unseen and the other is exchanged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("one", torch.zeros(8))
+        self.register_buffer("other", torch.zeros(8))
+
+    def forward(self, x):
+        mean = x.detach().mean((0, 2, 3))
+        if self.training:
+            self.one.data.lerp_(mean, 0.1)
+            self.other = self.other.lerp(mean, 0.1)
+        return x
+
+
+def both_ways(steps: nn.Module, between=lambda step: None) -> list[Tensor]:
+    """Gradients and buffers after a step of training."""
+    torch.manual_seed(0)
+    y, log_det = steps(X)
+    between(steps)
+    (y.square().sum() - log_det.sum()).backward()
+    return [parameter.grad for parameter in steps.parameters()] + [buffer.clone() for buffer in steps.buffers()]
+
+
+@pytest.mark.parametrize("between", [lambda step: None, lambda step: step.eval()], ids=["training", "evaluation"])
+def test_networks_run_again_as_in_forward_and_change_their_buffers_once(between):
+    original = rosinality.AffineCoupling(4, 8)
+    original.net = network(Average(), nn.BatchNorm2d(8), nn.Dropout(0.3), nn.ReLU())
+    accelerated = copy.deepcopy(original)
+    assert gk.accelerate(accelerated, memory="anchor").layers[0].memory == "anchor"
+    expected, actual = (both_ways(step, between) for step in (original, accelerated))
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("layer", "memory"),
+    [(nn.BatchNorm2d(8, track_running_stats=False), "store"), (nn.Dropout(0.3), "anchor"), (nn.ReLU(), "anchor")],
+)
+def test_networks_that_mix_samples_allow_no_micro_batches(layer, memory):
+    coupling = rosinality.AffineCoupling(4, 8)
+    coupling.net = network(layer)
+    row = gk.accelerate(coupling, memory="anchor", micro_batches=2).layers[0]
+    assert row.memory == memory
+    assert ("its network mixes samples" in row.memory_reason) == (memory == "store")
+
+
+def test_the_first_batch_changes_statistics_once():
+    original = chrischute.Glow(4, 8, 2)
+    accelerated = copy.deepcopy(original)
+    gk.accelerate(accelerated, memory="anchor", verify=False)
+    for model in (original, accelerated):
+        chrischute.loss(model, torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))).backward()
+    for actual, expected in zip(accelerated.buffers(), original.buffers(), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_states_of_a_chain_can_be_saved():
+    step = flow()
+    gk.accelerate(step, memory="anchor", verify=False)
+    state, _ = step(X)
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=False), state)
+
+
+def test_of_models_without_such_steps_it_says_that_memory_has_no_effect():
+    report = gk.accelerate(rosinality.ActNorm(4), memory="anchor")
+    assert report.note == "no step was found that memory='anchor' applies to"
