@@ -447,6 +447,13 @@ def test_output_that_cannot_be_written(output: str, command: str, harmless: Fail
     harmless(1, f"cannot write {output}: .*; .*use another folder", f"{command} plain --output {output}")
 
 
+def test_a_checkpoint_without_a_configuration_is_not_overwritten_unasked(runs: Path, fails: Failing) -> None:
+    (runs / "plain" / CONFIG).unlink()
+    before = bytes_of(runs)
+    fails(2, "plain already holds a run", f"train --run plain --dataset array:images.npz {shlex.join(TINY)}")
+    assert bytes_of(runs) == before
+
+
 def test_training_that_diverges(runs: Path, fails: Failing) -> None:
     """A finite loss in the first step, and weights that make no sense after it."""
     settings = f"--dataset array:images.npz {shlex.join(TINY)} --iterations 3 --learning-rate 1e30"
@@ -486,6 +493,43 @@ def test_resume_on_a_full_disk(size: int, runs: Path, fails: Failing, extended: 
     assert contents(runs / "plain") == extended
 
 
+def fill_disk(patch: pytest.MonkeyPatch, writes: int) -> None:
+    """Let that many writes succeed."""
+    left = iter(range(writes))
+    replace = os.replace
+
+    def replace_while_there_is_space(source: Path, target: Path) -> None:
+        if next(left, None) is None:
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    patch.setattr(os, "replace", replace_while_there_is_space)
+
+
+@pytest.mark.parametrize(
+    ("folder", "writes", "file", "left"),
+    [
+        ("plain", 0, LAST, {CONFIG, LAST, BEST, METRICS}),
+        ("plain", 1, CONFIG, {CONFIG, BEST, METRICS}),
+        ("new", 0, LAST, set()),
+        ("new", 1, CONFIG, set()),
+    ],
+)
+def test_a_run_that_cannot_begin_on_a_full_disk(
+    folder: str, writes: int, file: str, left: set[str], runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """No half of a run stays where there was none, and of one that it was to replace the best weights do."""
+    before = bytes_of(runs / folder)
+    start = ("train", "--overwrite", "--run", folder, "--dataset", "array:images.npz", *TINY)
+    with monkeypatch.context() as patch:
+        fill_disk(patch, writes)
+        assert cli(*start) == 1
+    assert f"cannot write {folder}/{file}: No space left" in capsys.readouterr().err
+    assert bytes_of(runs / folder).items() <= before.items()
+    assert left <= bytes_of(runs / folder).keys()
+    assert (runs / folder / LAST).exists() == (LAST in left)
+
+
 @pytest.mark.parametrize("writes", range(9))
 def test_disk_fills_up_while_training(
     writes: int,
@@ -495,16 +539,8 @@ def test_disk_fills_up_while_training(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Whichever write is the first to fail, what is there is good, and nothing is different after a resume."""
-    left = iter(range(writes))
-    replace = os.replace
-
-    def replace_while_there_is_space(source: Path, target: Path) -> None:
-        if next(left, None) is None:
-            raise OSError(28, "No space left on device")
-        replace(source, target)
-
     with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", replace_while_there_is_space)
+        fill_disk(patch, writes)
         assert cli("train", "--resume", "--run", "plain", "--iterations", 9) == 1
     message = r"error: cannot write plain/\S+: No space left on device; free some .*\n"
     assert re.fullmatch(message, capsys.readouterr().err)

@@ -79,7 +79,7 @@ def _train(arguments: argparse.Namespace, given: dict[str, Any], ranks: distribu
     if not arguments.resume:
         config.build_model_for(data)
         if ranks.is_writer:
-            run_folder.prepare(folder, config, overwrite=arguments.overwrite)
+            run_folder.prepare(folder, overwrite=arguments.overwrite)
     trainer = Trainer(
         config,
         data,
@@ -90,7 +90,11 @@ def _train(arguments: argparse.Namespace, given: dict[str, Any], ranks: distribu
         ranks=ranks,
         cuda_graph=arguments.cuda_graph,
     )
-    if arguments.resume and ranks.is_writer:
+    if not arguments.resume:
+        trainer.save()
+        if ranks.is_writer:
+            run_folder.begin(folder, config)
+    elif ranks.is_writer:
         run_folder.write_config(folder, config)
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     if ranks.is_writer:

@@ -24,24 +24,39 @@ TENSORBOARD = "tensorboard"
 PICTURES = ("samples.png", "reconstruction.png", "interpolation.png", "curve.png")
 
 
-def prepare(folder: Path, config: TrainingConfig, *, overwrite: bool) -> None:
-    """Make ``folder`` ready for a new run and write its configuration.
+def prepare(folder: Path, *, overwrite: bool) -> None:
+    """Make ``folder`` for a new run; a run that is there stays until the first checkpoint of the new one replaces it.
 
     Raises:
         UsageError: it holds a run already and ``overwrite`` is not set, or it is a file.
-        CheckpointError: it cannot be written.
+        CheckpointError: it cannot be made.
     """
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file: name a folder with --run")
-    if (folder / CONFIG).exists():
-        if not overwrite:
-            raise UsageError(f"{folder} already holds a run: continue it with --resume or replace it with --overwrite")
-        _remove_run(folder)
+    if not overwrite and any((folder / name).exists() for name in (CONFIG, LAST, BEST)):
+        raise UsageError(f"{folder} already holds a run: continue it with --resume or replace it with --overwrite")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"cannot make the run folder {folder}: {error.strerror}") from error
-    write_config(folder, config)
+
+
+def begin(folder: Path, config: TrainingConfig) -> None:
+    """Make the run whose first checkpoint is in ``folder`` the only one there.
+
+    Raises:
+        CheckpointError: its configuration cannot be written; then the checkpoint is gone too.
+    """
+    try:
+        write_config(folder, config)
+    except CheckpointError:
+        # A checkpoint beside the configuration of another run, or none, is no run.
+        (folder / LAST).unlink()
+        raise
+    # Only what a run writes: the folder may hold a user's own files.
+    for name in (BEST, METRICS, *PICTURES):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)
 
 
 def write_config(folder: Path, config: TrainingConfig) -> None:
@@ -109,10 +124,3 @@ def load_model(folder: Path, device: str | torch.device = "cpu") -> tuple[Glow, 
 def take(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     """The tensors whose names start with ``prefix``, without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _remove_run(folder: Path) -> None:
-    # Only what a run writes: the folder may hold a user's own files.
-    for name in (LAST, BEST, METRICS, *PICTURES, CONFIG):
-        (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)
