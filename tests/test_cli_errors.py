@@ -51,7 +51,8 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_images(folder / "odd.npz", size=5)
     save_images(folder / "color.npz", channels=3)
     save_images(folder / "large.npz", size=8)
-    save_images(folder / "unlabelled.npz", classes=None)
+    save_images(folder / "unlabelled.npz", classes=None, seed=1)
+    np.save(folder / "unsplit.npy", np.arange(30 * 16, dtype=np.uint8).reshape(30, 4, 4))
     save_images(folder / "nine.npz", classes=9)
     np.save(folder / "float.npy", np.ones((9, 4, 4), dtype=np.float32))
     np.save(folder / "nan.npy", np.full((9, 4, 4), np.nan))
@@ -183,7 +184,21 @@ def test_data_of_the_run_have_changed(runs: Path, fails: Failing) -> None:
     assert bytes_of(runs) == before
 
 
+def test_images_held_out_are_not_those_of_other_data_in_the_same_place(runs: Path, fails: Failing) -> None:
+    """In a tenth of other images there may be some that were trained on."""
+    assert cli("train", "--run", "split", "--dataset", "array:unsplit.npy", *TINY) == 0
+    np.save("unsplit.npy", np.zeros((31, 4, 4), dtype=np.uint8))
+    before = bytes_of(runs)
+    message = "array:unsplit.npy is not what the run was trained on: it has 25, 3, 3 images.* and had 24, 3, 3; "
+    for command in ("evaluate", "interpolate"):
+        fails(1, f"{message}restore it, or name the data with --dataset", f"{command} split")
+    assert bytes_of(runs) == before
+    assert cli("evaluate", "split", "--dataset", "array:unsplit.npy") == 0
+
+
 # Run folders
+
+OTHER_DATA = "--resume --run plain --dataset array:unlabelled.npz"
 
 
 @pytest.mark.parametrize(
@@ -196,7 +211,7 @@ def test_data_of_the_run_have_changed(runs: Path, fails: Failing) -> None:
         (2, "--resume and --overwrite exclude each other", "--resume --overwrite --run plain"),
         (2, "--resume goes on with the settings in plain: drop --levels", "--resume --run plain --levels 2"),
         (2, "--resume goes on with .*: drop --conditional", "--resume --run plain --conditional"),
-        (2, "--resume goes on with .*: drop --dataset", "--resume --run plain --dataset digits"),
+        (1, "unlabelled.npz is not what the run was .* had 32, 64, 40 others; resume with the data", OTHER_DATA),
         (2, "iterations must be at least 1, got 0", "--resume --run plain --iterations 0"),
     ],
 )
@@ -439,6 +454,16 @@ def test_other_errors_of_the_program_are_not_hidden(runs: Path, monkeypatch: pyt
 def test_backend_that_does_not_exist(harmless: Failing, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "_chosen", "quantum")  # as importing the package does from GLOW_KERNELS_BACKEND
     harmless(2, "backend must be one of .*reference, got 'quantum'", "evaluate plain")
+
+
+@pytest.mark.parametrize("command", ["sample", "interpolate"])
+@pytest.mark.parametrize("output", [".", "''", "/", "picture.jpg"])
+def test_output_that_names_no_picture(output: str, command: str, harmless: Failing) -> None:
+    harmless(2, r"--output: must be the name of a \.png file, got '", f"{command} plain --output {output}")
+
+
+def test_run_that_has_no_name_in_unicode(harmless: Failing) -> None:
+    harmless(2, r"--run/--run-folder: must be text in the encoding of this terminal, got 'b\S+'", "train --run b\udcff")
 
 
 @pytest.mark.parametrize("command", ["sample", "interpolate"])

@@ -564,14 +564,16 @@ def test_validation_is_deterministic_and_of_the_averaged_weights(conditional: bo
 
 @pytest.mark.parametrize("part", ["validation", "test"])
 def test_held_out_images_change_no_weights(part: str, tmp_path: Path) -> None:
-    """Not even the validation's images do; and nothing whatever depends on the test images."""
+    """Not even the validation's images do; and on the test images only their fingerprint depends."""
     data = make_data()
     other = dataclasses.replace(data, **{part: 15 - getattr(data, part)})
     kept = []
     for name, images in (("data", data), ("other", other)):
         trainer = make_trainer(tmp_path / name, data=images)
         trainer.train()
-        kept.append((state_of(trainer), contents(tmp_path / name)))
+        found = contents(tmp_path / name)
+        assert all(found[file][1]["model"].pop("data") == images.fingerprint for file in (LAST, BEST))
+        kept.append((state_of(trainer), found))
     assert not changed(kept[0][0], kept[1][0])
     assert (kept[0][1] == kept[1][1]) == (part == "test")
 

@@ -20,7 +20,8 @@ from glow_kernels.training.evaluation import evaluate
 from glow_kernels.training.trainer import Trainer
 
 TYPES = {"int": int, "int | None": int, "float": float, "str": str}
-CAN_CHANGE = ("iterations", "patience")
+# Of the data only where they are.
+CAN_CHANGE = ("dataset", "iterations", "patience")
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -37,7 +38,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "--run",
         "--run-folder",
         dest="folder",
-        type=Path,
+        type=common.run_to_make,
         help="run folder to make (default: runs/DATASET); for torchrun write --run-folder",
     )
     parser.add_argument("--resume", action="store_true", help="go on with the run in the run folder")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from glow_kernels.errors import CheckpointError, UsageError
+from glow_kernels.errors import CheckpointError, DataError, UsageError
 from glow_kernels.models import Glow
 from glow_kernels.training import checkpoint
 from glow_kernels.training.config import TrainingConfig
@@ -95,7 +96,23 @@ def describe_model(config: TrainingConfig, data: ImageData) -> dict[str, Any]:
         "image_size": list(data.image_size),
         "n_bins": data.n_bins,
         "num_classes": data.num_classes,
+        "data": data.fingerprint,
     }
+
+
+def check_data(document: Mapping[str, Any], data: ImageData, remedy: str) -> None:
+    """Refuse data that are not those of the run whose checkpoint has this document; earlier versions' do not tell.
+
+    Raises:
+        DataError: they are not. Its message ends with ``remedy``.
+    """
+    then, now = document["model"].get("data"), data.fingerprint
+    if then not in (None, now):
+        counts = [", ".join(str(numbers[part]) for part in ("train", "validation", "test")) for numbers in (then, now)]
+        raise DataError(
+            f"{data.name} is not what the run was trained on: it has {counts[1]} images to train, validate and test, "
+            f"and had {counts[0]}{' others' if counts[0] == counts[1] else ''}; {remedy}"
+        )
 
 
 def load_model(folder: Path, device: str | torch.device = "cpu") -> tuple[Glow, TrainingConfig, Mapping[str, Any]]:
@@ -106,12 +123,13 @@ def load_model(folder: Path, device: str | torch.device = "cpu") -> tuple[Glow, 
     Raises:
         CheckpointError: there is no run, or no usable checkpoint in it.
     """
-    read_config(folder)
+    dataset = read_config(folder).dataset
     path = folder / BEST if (folder / BEST).exists() else folder / LAST
     tensors, document = checkpoint.load(path, device)
     try:
         description: Any = document["model"]
-        config = TrainingConfig.from_json(description["config"], str(path))
+        # The data may have moved since.
+        config = replace(TrainingConfig.from_json(description["config"], str(path)), dataset=dataset)
         height, width = description["image_size"]
         shape = description["channels"], (height, width), description["n_bins"], description["num_classes"]
     except (KeyError, TypeError, ValueError) as error:

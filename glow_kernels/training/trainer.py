@@ -67,6 +67,7 @@ class Trainer:
     Raises:
         UsageError: the data do not fit the model, or a batch is too small for the ranks.
         CheckpointError: ``resume`` without a usable checkpoint.
+        DataError: ``resume`` with other data than those of the run.
         MissingDependencyError: a package that training needs is not installed.
     """
 
@@ -118,6 +119,7 @@ class Trainer:
         self.optimizer = self.update.optimizer
         if resume:
             self._restore(path, tensors, document)
+            run_folder.check_data(document, data, "resume with the data that the run began with")
         self._logged = self.progress.iteration, self.progress.seconds
         self._told = not cuda_graph
 
