@@ -348,9 +348,11 @@ def test_goals_of_the_run():
 
 
 def test_check_reads_a_file(tmp_path, capsys):
-    path = written(tmp_path / "r.jsonl", operator_row())
+    path = written(tmp_path / "r.jsonl", operator_row(), operator_row())
+    path.write_text(path.read_text()[:-9])
     assert main(["bench", "--check", "--results", str(path)]) == 0
-    out = capsys.readouterr().out
+    out, errors = capsys.readouterr()
+    assert errors == f"warning: results {path}: the last line is cut short and left out\n"
     assert re.search(r"reached +5 at least 4 +affine_coupling forward: times faster than eager", out)
     assert re.search(r"\d+ reached, 0 missed, \d+ not measured", out)
 
@@ -441,6 +443,9 @@ def test_page_of_performance_is_written_from_committed_files_alone(tmp_path, cap
     assert (tmp_path / "p.md").read_text() == document.markdown([path])
     assert main([*command, str(path)]) == 2
     assert "--markdown takes the files of --folder" in capsys.readouterr().err
+    path.unlink()
+    assert main(command) == 1
+    assert f"there are no results in {tmp_path}; run" in capsys.readouterr().err
 
 
 def test_committed_page_is_that_of_the_committed_results():

@@ -316,7 +316,9 @@ def test_evaluate_takes_the_test_images_unless_told(trained: Path, capsys: pytes
 
 
 def test_evaluate_on_other_data(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    other = save_images(tmp_path / "other.npz", seed=1)
+    other = save_images(tmp_path / "other.npz", seed=1, classes=2)
+    assert cli("evaluate", trained / "conditional", "--dataset", f"array:{other}") == 0, "a class may be missing"
+    capsys.readouterr()
     assert cli("evaluate", trained / "plain", "--dataset", f"array:{other}") == 0
     model, _, _ = run_folder.load_model(trained / "plain")
     expected = evaluation.evaluate(model, data.load(f"array:{other}").test, draws=4)

@@ -77,6 +77,8 @@ def read_config(folder: Path) -> TrainingConfig:
         CheckpointError: there is no run, or its configuration cannot be read.
     """
     path = folder / CONFIG
+    if folder.is_file():
+        raise CheckpointError(f"{folder} is a file, not a run folder: name a folder that 'glow-kernels train' made")
     if not path.is_file():
         raise CheckpointError(f"{folder} is no run folder: it has no {CONFIG}; make one with 'glow-kernels train'")
     try:
