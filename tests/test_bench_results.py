@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from glow_kernels.bench import check, compare, document, environment, page, plots, results, table, timing
+from glow_kernels.bench import check, compare, document, environment, page, plan, plots, results, table, timing
 from glow_kernels.bench.results import Writer
 from glow_kernels.cli import main
 from glow_kernels.errors import DataError, TrainingError, UsageError
@@ -127,21 +127,51 @@ def test_a_whole_last_line_without_its_end_is_kept(tmp_path):
     assert len(results.read(path)) == 3
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "has no rows"),
-        ("{\n{}\n", "line 1: not JSON"),
-        ("[]\n", "line 1: not a row"),
-        (json.dumps({"version": 99}) + "\n", "line 1: format 99 is newer than 2"),
-        (json.dumps({"version": 1}) + "\n", "line 1: format 1 is older than 2; move the file away and measure again"),
-    ],
-)
+@pytest.mark.parametrize("kept", [0, 1, 5, 12, 40])
+def test_a_first_line_cut_short_is_written_again(kept, tmp_path):
+    path = written(tmp_path / "r.jsonl")
+    path.write_text(path.read_text()[:kept])
+    written(path)
+    assert len(results.read(path)) == 1
+
+
+NO_RESULTS = {
+    "{\n{}\n": "line 1: not JSON",
+    "[]\n": "line 1: not a row",
+    '{"version":true}\n': "line 1: not a row",
+    '{"version":99}\n': "line 1: format 99 is newer than 2",
+    '{"version":1}\n': "line 1: format 1 is older than 2; move the file away and measure again",
+    '{"version":2,"run":"x"}\n': "line 1: a row without its run, kind or case; delete that line",
+    '{"version":2,"kind":"warning"}\n': "line 1: a row without its run, kind or case",
+    '{"version":2,"run":"x","kind":"operator","case":3}\n': "line 1: a row without its run, kind or case",
+    "my diary\n": "line 1: not JSON",
+    "my diary\nday 2": "line 1: not JSON",
+}
+
+
+@pytest.mark.parametrize(("text", "message"), [*NO_RESULTS.items(), ("", "has no rows")])
 def test_damaged_files_are_named(text, message, tmp_path):
     path = tmp_path / "r.jsonl"
     path.write_text(text)
     with pytest.raises(DataError, match=message):
         results.read(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        *NO_RESULTS.items(),
+        ("my diary", "is no file of results: name another with --output"),
+        ("\xff", "it is not text"),
+    ],
+)
+def test_a_file_of_something_else_is_refused_before_measuring_and_stays(text, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(plan, "run", lambda *_, **__: pytest.fail("measured"))
+    path = tmp_path / "diary.txt"
+    path.write_text(text, encoding="latin-1")
+    assert main(["bench", "operators", "--quick", "--no-compile", "--output", str(path)]) == 1
+    assert re.search(message, capsys.readouterr().err)
+    assert path.read_text(encoding="latin-1") == text
 
 
 def test_results_are_selected_by_file_or_revision(tmp_path, monkeypatch):
@@ -318,9 +348,11 @@ def test_goals_of_the_run():
 
 
 def test_check_reads_a_file(tmp_path, capsys):
-    path = written(tmp_path / "r.jsonl", operator_row())
+    path = written(tmp_path / "r.jsonl", operator_row(), operator_row())
+    path.write_text(path.read_text()[:-9])
     assert main(["bench", "--check", "--results", str(path)]) == 0
-    out = capsys.readouterr().out
+    out, errors = capsys.readouterr()
+    assert errors == f"warning: results {path}: the last line is cut short and left out\n"
     assert re.search(r"reached +5 at least 4 +affine_coupling forward: times faster than eager", out)
     assert re.search(r"\d+ reached, 0 missed, \d+ not measured", out)
 
@@ -411,6 +443,9 @@ def test_page_of_performance_is_written_from_committed_files_alone(tmp_path, cap
     assert (tmp_path / "p.md").read_text() == document.markdown([path])
     assert main([*command, str(path)]) == 2
     assert "--markdown takes the files of --folder" in capsys.readouterr().err
+    path.unlink()
+    assert main(command) == 1
+    assert f"there are no results in {tmp_path}; run" in capsys.readouterr().err
 
 
 def test_committed_page_is_that_of_the_committed_results():

@@ -172,6 +172,17 @@ def test_patience_can_change_when_a_run_goes_on(runs: Path) -> None:
     assert 6 < metrics.read(runs / "conditional")[-1]["step"] < 60
 
 
+@pytest.mark.usefixtures("_no_curve")
+def test_a_run_goes_on_where_its_data_have_moved(runs: Path) -> None:
+    moved = (runs / "images.npz").rename(runs / "moved.npz")
+    config = json.loads((runs / "plain" / CONFIG).read_text())
+    (runs / "plain" / CONFIG).write_text(json.dumps(config | {"dataset": f"array:{runs}/images.npz"}))
+    assert cli("interpolate", runs / "plain") == 1
+    assert cli("interpolate", runs / "plain", "--dataset", f"array:{moved}") == 0
+    assert cli("train", "--run", runs / "plain", "--resume", "--dataset", f"array:{moved}") == 0
+    assert cli("evaluate", runs / "plain") == 0
+
+
 def interrupt_steps(monkeypatch: pytest.MonkeyPatch, *steps: int, number: int = signal.SIGINT) -> None:
     """Send this process a signal in these steps of every training."""
 
@@ -305,7 +316,9 @@ def test_evaluate_takes_the_test_images_unless_told(trained: Path, capsys: pytes
 
 
 def test_evaluate_on_other_data(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    other = save_images(tmp_path / "other.npz", seed=1)
+    other = save_images(tmp_path / "other.npz", seed=1, classes=2)
+    assert cli("evaluate", trained / "conditional", "--dataset", f"array:{other}") == 0, "a class may be missing"
+    capsys.readouterr()
     assert cli("evaluate", trained / "plain", "--dataset", f"array:{other}") == 0
     model, _, _ = run_folder.load_model(trained / "plain")
     expected = evaluation.evaluate(model, data.load(f"array:{other}").test, draws=4)
@@ -482,7 +495,7 @@ OPTIONS = {
     },
     "evaluate": {"RUN", "--device", "--split", "--dataset", "--draws", "--batch-size"},
     "sample": {"RUN", "--device", "-n", "--temperature", "--class", "--seed", "--output"},
-    "interpolate": {"RUN", "--device", "--pair", "--rows", "--count", "--seed", "--output"},
+    "interpolate": {"RUN", "--device", "--dataset", "--pair", "--rows", "--count", "--seed", "--output"},
     "info": set(),
 }
 

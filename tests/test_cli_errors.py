@@ -51,7 +51,8 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_images(folder / "odd.npz", size=5)
     save_images(folder / "color.npz", channels=3)
     save_images(folder / "large.npz", size=8)
-    save_images(folder / "unlabelled.npz", classes=None)
+    save_images(folder / "unlabelled.npz", classes=None, seed=1)
+    np.save(folder / "unsplit.npy", np.arange(30 * 16, dtype=np.uint8).reshape(30, 4, 4))
     save_images(folder / "nine.npz", classes=9)
     np.save(folder / "float.npy", np.ones((9, 4, 4), dtype=np.float32))
     np.save(folder / "nan.npy", np.full((9, 4, 4), np.nan))
@@ -183,7 +184,21 @@ def test_data_of_the_run_have_changed(runs: Path, fails: Failing) -> None:
     assert bytes_of(runs) == before
 
 
+def test_images_held_out_are_not_those_of_other_data_in_the_same_place(runs: Path, fails: Failing) -> None:
+    """In a tenth of other images there may be some that were trained on."""
+    assert cli("train", "--run", "split", "--dataset", "array:unsplit.npy", *TINY) == 0
+    np.save("unsplit.npy", np.zeros((31, 4, 4), dtype=np.uint8))
+    before = bytes_of(runs)
+    message = "array:unsplit.npy is not what the run was trained on: it has 25, 3, 3 images.* and had 24, 3, 3; "
+    for command in ("evaluate", "interpolate"):
+        fails(1, f"{message}restore it, or name the data with --dataset", f"{command} split")
+    assert bytes_of(runs) == before
+    assert cli("evaluate", "split", "--dataset", "array:unsplit.npy") == 0
+
+
 # Run folders
+
+OTHER_DATA = "--resume --run plain --dataset array:unlabelled.npz"
 
 
 @pytest.mark.parametrize(
@@ -196,7 +211,7 @@ def test_data_of_the_run_have_changed(runs: Path, fails: Failing) -> None:
         (2, "--resume and --overwrite exclude each other", "--resume --overwrite --run plain"),
         (2, "--resume goes on with the settings in plain: drop --levels", "--resume --run plain --levels 2"),
         (2, "--resume goes on with .*: drop --conditional", "--resume --run plain --conditional"),
-        (2, "--resume goes on with .*: drop --dataset", "--resume --run plain --dataset digits"),
+        (1, "unlabelled.npz is not what the run was .* had 32, 64, 40 others; resume with the data", OTHER_DATA),
         (2, "iterations must be at least 1, got 0", "--resume --run plain --iterations 0"),
     ],
 )
@@ -206,9 +221,11 @@ def test_bad_run_to_train(code: int, message: str, command: str, harmless: Faili
 
 
 @pytest.mark.parametrize("command", COMMANDS_ON_A_RUN)
-@pytest.mark.parametrize("folder", ["empty", "missing", "images.npz"])
+@pytest.mark.parametrize("folder", ["empty", "missing", f"plain/{CONFIG}"])
 def test_folder_without_a_run(folder: str, command: str, harmless: Failing) -> None:
     message = f"{folder} is no run folder: it has no config.json; make one with 'glow-kernels train'"
+    if folder.endswith(CONFIG):
+        message = f"{folder} is a file, not a run folder: name a folder that 'glow-kernels train' made"
     harmless(1, message, f"{command} {folder}")
 
 
@@ -422,7 +439,7 @@ def test_out_of_memory_names_the_remedy(
 ) -> None:
     monkeypatch.setattr(gallery, "draw_samples", lambda *_, **__: allocate())
     assert cli("sample", "plain") == 1
-    assert re.fullmatch(r"error: out of memory: [^\n]+--memory anchor [^\n]+\n", capsys.readouterr().err)
+    assert re.fullmatch(r"error: out of memory: [^\n]+; draw fewer images with -n\n", capsys.readouterr().err)
     with pytest.raises(RuntimeError):
         cli("sample", "plain", "--debug")
 
@@ -442,9 +459,26 @@ def test_backend_that_does_not_exist(harmless: Failing, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("command", ["sample", "interpolate"])
+@pytest.mark.parametrize("output", [".", "''", "/", "picture.jpg"])
+def test_output_that_names_no_picture(output: str, command: str, harmless: Failing) -> None:
+    harmless(2, r"--output: must be the name of a \.png file, got '", f"{command} plain --output {output}")
+
+
+def test_run_that_has_no_name_in_unicode(harmless: Failing) -> None:
+    harmless(2, r"--run/--run-folder: must be text in the encoding of this terminal, got 'b\S+'", "train --run b\udcff")
+
+
+@pytest.mark.parametrize("command", ["sample", "interpolate"])
 @pytest.mark.parametrize("output", ["missing/picture.png", "empty", "images.npz/picture.png"])
 def test_output_that_cannot_be_written(output: str, command: str, harmless: Failing) -> None:
     harmless(1, f"cannot write {output}: .*; .*use another folder", f"{command} plain --output {output}")
+
+
+def test_a_checkpoint_without_a_configuration_is_not_overwritten_unasked(runs: Path, fails: Failing) -> None:
+    (runs / "plain" / CONFIG).unlink()
+    before = bytes_of(runs)
+    fails(2, "plain already holds a run", f"train --run plain --dataset array:images.npz {shlex.join(TINY)}")
+    assert bytes_of(runs) == before
 
 
 def test_training_that_diverges(runs: Path, fails: Failing) -> None:
@@ -486,6 +520,43 @@ def test_resume_on_a_full_disk(size: int, runs: Path, fails: Failing, extended: 
     assert contents(runs / "plain") == extended
 
 
+def fill_disk(patch: pytest.MonkeyPatch, writes: int) -> None:
+    """Let that many writes succeed."""
+    left = iter(range(writes))
+    replace = os.replace
+
+    def replace_while_there_is_space(source: Path, target: Path) -> None:
+        if next(left, None) is None:
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    patch.setattr(os, "replace", replace_while_there_is_space)
+
+
+@pytest.mark.parametrize(
+    ("folder", "writes", "file", "left"),
+    [
+        ("plain", 0, LAST, {CONFIG, LAST, BEST, METRICS}),
+        ("plain", 1, CONFIG, {CONFIG, BEST, METRICS}),
+        ("new", 0, LAST, set()),
+        ("new", 1, CONFIG, set()),
+    ],
+)
+def test_a_run_that_cannot_begin_on_a_full_disk(
+    folder: str, writes: int, file: str, left: set[str], runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """No half of a run stays where there was none, and of one that it was to replace the best weights do."""
+    before = bytes_of(runs / folder)
+    start = ("train", "--overwrite", "--run", folder, "--dataset", "array:images.npz", *TINY)
+    with monkeypatch.context() as patch:
+        fill_disk(patch, writes)
+        assert cli(*start) == 1
+    assert f"cannot write {folder}/{file}: No space left" in capsys.readouterr().err
+    assert bytes_of(runs / folder).items() <= before.items()
+    assert left <= bytes_of(runs / folder).keys()
+    assert (runs / folder / LAST).exists() == (LAST in left)
+
+
 @pytest.mark.parametrize("writes", range(9))
 def test_disk_fills_up_while_training(
     writes: int,
@@ -495,16 +566,8 @@ def test_disk_fills_up_while_training(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Whichever write is the first to fail, what is there is good, and nothing is different after a resume."""
-    left = iter(range(writes))
-    replace = os.replace
-
-    def replace_while_there_is_space(source: Path, target: Path) -> None:
-        if next(left, None) is None:
-            raise OSError(28, "No space left on device")
-        replace(source, target)
-
     with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", replace_while_there_is_space)
+        fill_disk(patch, writes)
         assert cli("train", "--resume", "--run", "plain", "--iterations", 9) == 1
     message = r"error: cannot write plain/\S+: No space left on device; free some .*\n"
     assert re.fullmatch(message, capsys.readouterr().err)

@@ -9,9 +9,11 @@ from dataclasses import fields
 from typing import Any
 
 import pytest
+import torch
 
 from glow_kernels.errors import CheckpointError, UsageError
 from glow_kernels.training.config import PRESETS, TrainingConfig
+from glow_kernels.training.data import ImageData
 
 # One value for each setting that is not its default.
 OTHER = {
@@ -46,10 +48,11 @@ OTHER = {
 
 
 INVALID: dict[str, list[Any]] = {
-    "flow_steps": [0, -1],
-    "levels": [0],
-    "hidden_channels": [0],
-    "iterations": [0, -5],
+    "image_size": [10**10],
+    "flow_steps": [0, -1, 10**20],
+    "levels": [0, 10**10],
+    "hidden_channels": [0, 10**19],
+    "iterations": [0, -5, 10**400],
     "batch_size": [0],
     "memory": ["less", None],
     "anchor_every": [0],
@@ -158,6 +161,15 @@ def test_image_size_must_fit_the_levels(size: tuple[int, int], levels: int, fits
     else:
         with pytest.raises(UsageError, match=rf"divisible by 2 \*\* levels.*levels = {levels}"):
             config.build_model(1, size, 4, None)
+
+
+def test_labels_that_number_no_classes_are_refused() -> None:
+    images = torch.zeros(3, 1, 4, 4, dtype=torch.uint8)
+    numbered = ImageData("made up", 16, images, images, images, num_classes=2**62 + 1)
+    with pytest.raises(
+        UsageError, match=r"at most 65536 classes, and made up has 4611686018427387905: number them 0, 1"
+    ):
+        TrainingConfig(flow_steps=1, levels=1, hidden_channels=2, conditional=True).build_model_for(numbered)
 
 
 @pytest.mark.parametrize(("conditional", "classes"), [(False, None), (True, 3)])

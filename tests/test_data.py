@@ -376,6 +376,19 @@ def test_folder_is_searched_recursively_for_images_only(tmp_path: Path) -> None:
     assert [tuple(images.shape) for images in images_of(data)] == [(n, 3, 64, 64) for n in (2, 1, 1)]
 
 
+def test_fingerprint_is_of_the_images_and_not_of_where_they_are(tmp_path: Path) -> None:
+    folders = [write_images(tmp_path / name, 9) for name in ("one", "two", "other")]
+    (folders[2] / "000.png").rename(folders[2] / "9.png")
+    one, two, other = (load(f"folder:{folder}", image_size=4).fingerprint for folder in folders)
+    assert one == two != other
+    assert one == {"train": 7, "validation": 1, "test": 1, "crc32": one["crc32"]}
+    # The values identify these, whatever the file is called.
+    arrays = [save(folder, x=noise(9, 4, 4, seed=seed)) for folder, seed in zip(folders, (0, 0, 1), strict=True)]
+    one, two, other = (load(array).fingerprint for array in arrays)
+    assert one == two != other
+    assert load("patches", image_size=8).fingerprint == load("patches", image_size=8, n_bits=5).fingerprint
+
+
 def test_folder_order_does_not_depend_on_the_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_images(tmp_path / "b", 4)
     write_images(tmp_path / "a", 7)

@@ -93,6 +93,7 @@ def test_one_image_has_no_standard_error() -> None:
     result = evaluate(make_model(), random_images(1, 1, 4, 4))
     assert math.isfinite(result.mean)
     assert math.isnan(result.standard_error)
+    assert str(result) == f"{result.mean:.4f}"
 
 
 def test_result_reads_well() -> None:

@@ -75,9 +75,20 @@ def test_last_line_cut_short_by_a_crash_is_dropped(tmp_path: Path, tail: str) ->
     assert steps_in(tmp_path) == [0, 1, 2, 3, 4]
 
 
-def test_damage_in_the_middle_is_an_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "lines",
+    [
+        '{"st\n{"step": 3, "time": 3}\n',
+        '{"x": 1}\n',
+        "3\n",
+        '{"step": 2, "time": null}\n',
+        '{"step": "2", "time": 3}\n',
+        '{"step": 2, "time": 3, "loss": "low"}\n',
+    ],
+)
+def test_damage_that_no_crash_leaves_is_an_error(lines: str, tmp_path: Path) -> None:
     path = tmp_path / metrics.FILE_NAME
-    path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    path.write_text('{"step": 1, "time": 1}\n' + lines)
     with pytest.raises(CheckpointError, match=f"{path}, line 2"):
         metrics.read(tmp_path)
 

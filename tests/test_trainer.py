@@ -11,6 +11,7 @@ import math
 import os
 import re
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,15 +20,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from glow_kernels.errors import CheckpointError, TrainingError
+from glow_kernels.errors import CheckpointError, MissingDependencyError, TrainingError
 from glow_kernels.training import checkpoint, gallery, metrics
 from glow_kernels.training.config import TrainingConfig
 from glow_kernels.training.data import ImageData
 from glow_kernels.training.ema import MovingAverage
 from glow_kernels.training.evaluation import BitsPerDim
 from glow_kernels.training.run_folder import BEST, LAST, METRICS
-from glow_kernels.training.trainer import MAX_NON_FINITE, Trainer
+from glow_kernels.training.trainer import MAX_NON_FINITE, PACKAGES, Trainer
 
 # Seven steps cross the end of an epoch of four batches, and end neither with a regular validation nor log entry.
 SETTINGS: dict[str, Any] = {
@@ -292,15 +294,54 @@ def test_training_time_adds_up_over_a_resume(tmp_path: Path) -> None:
     assert resumed.progress.seconds > trainer.progress.seconds
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@pytest.fixture
+def _with_a_terminal() -> Iterator[None]:
+    """Also where the tests run under nohup."""
+    handler = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, handler)
+
+
+@pytest.mark.usefixtures("_with_a_terminal")
+@pytest.mark.parametrize("number", SIGNALS)
 def test_signal_stops_after_the_step_and_saves(number: int, tmp_path: Path) -> None:
-    handlers = [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)]
+    handlers = [signal.getsignal(kind) for kind in SIGNALS]
     trainer = make_trainer(tmp_path)
     before_step(trainer, send(number, at=5))
     assert not trainer.train()
-    assert [signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert [signal.getsignal(kind) for kind in SIGNALS] == handlers
     assert not changed(state_of(trainer), state_of(make_trainer(tmp_path, resume=True)))
     assert checkpoint.load(tmp_path / LAST)[1]["progress"]["iteration"] == 5
+
+
+@pytest.mark.usefixtures("_with_a_terminal")
+def test_nohup_lets_a_run_go_on(tmp_path: Path) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    trainer = make_trainer(tmp_path)
+    before_step(trainer, send(signal.SIGHUP, at=5))
+    assert trainer.train()
+
+
+def test_a_reader_of_the_reports_that_leaves_costs_no_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def leave(*_: object, **__: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(tqdm, "write", leave)
+    with pytest.raises(BrokenPipeError):
+        make_trainer(tmp_path).train()
+    assert checkpoint.load(tmp_path / LAST)[1]["progress"]["iteration"] == SETTINGS["validate_every"]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_missing_package_is_named_before_training(
+    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingDependencyError, match=rf"training needs {package}: pip install 'glow_kernels\[train\]'"):
+        make_trainer(tmp_path)
 
 
 def test_signal_in_the_last_step_does_not_make_a_complete_run_incomplete(tmp_path: Path) -> None:
@@ -523,14 +564,16 @@ def test_validation_is_deterministic_and_of_the_averaged_weights(conditional: bo
 
 @pytest.mark.parametrize("part", ["validation", "test"])
 def test_held_out_images_change_no_weights(part: str, tmp_path: Path) -> None:
-    """Not even the validation's images do; and nothing whatever depends on the test images."""
+    """Not even the validation's images do; and on the test images only their fingerprint depends."""
     data = make_data()
     other = dataclasses.replace(data, **{part: 15 - getattr(data, part)})
     kept = []
     for name, images in (("data", data), ("other", other)):
         trainer = make_trainer(tmp_path / name, data=images)
         trainer.train()
-        kept.append((state_of(trainer), contents(tmp_path / name)))
+        found = contents(tmp_path / name)
+        assert all(found[file][1]["model"].pop("data") == images.fingerprint for file in (LAST, BEST))
+        kept.append((state_of(trainer), found))
     assert not changed(kept[0][0], kept[1][0])
     assert (kept[0][1] == kept[1][1]) == (part == "test")
 

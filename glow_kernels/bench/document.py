@@ -48,7 +48,7 @@ def markdown(files: Sequence[Path]) -> str:
         DataError: a file cannot be read, or there is none.
     """
     if not files:
-        raise DataError(f"there are no results in {results.FOLDER} to write about; run 'glow-kernels bench' first")
+        raise DataError("there are no results to write about; run 'glow-kernels bench' first")
     return "\n".join([_HEAD, *(_device(path) for path in files)])
 
 

@@ -15,6 +15,9 @@ VERSION = 2
 # The rest of a measured number is noise, and the file is committed.
 _DIGITS = 4
 FOLDER = Path("benchmarks/results")
+_WITHOUT_CASE = ("environment", "warning")
+# What the first line of a file begins with.
+_START = f'{{"version":{VERSION},'
 
 Row = dict[str, Any]
 
@@ -48,25 +51,27 @@ class Writer:
         rows = read(self.path)
         latest = {_name(row): index for index, row in enumerate(rows)}
         kept = [row for index, row in enumerate(rows) if row["run"] != self._run or latest[_name(row)] == index]
-        whole = self.path.with_name(f"{self.path.name}.part")
-        try:
-            whole.write_text("".join(_line(row) for row in kept))
-            whole.replace(self.path)
-        except OSError as error:
-            raise DataError(f"results cannot be written to {self.path}: {error.strerror}") from error
+        _rewrite(self.path, "".join(_line(row) for row in kept))
 
 
 def prepare(path: Path) -> None:
     """Make the folder and the file, and drop a line that an interrupted run cut short.
 
     Raises:
-        DataError: the file cannot be written.
+        DataError: the file cannot be written, or is not one that rows of this version can be appended to.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _finish_last_line(path)
+        path.touch()
     except OSError as error:
         raise DataError(f"results cannot be written to {path}: {error.strerror}") from error
+    text = _read_text(path)
+    whole = _without_cut_line(text)
+    if not whole and not (text.startswith(_START) or _START.startswith(text)):
+        raise DataError(f"{path} is no file of results: name another with --output")
+    _parse(whole, str(path))
+    if whole != text:
+        _rewrite(path, whole)
 
 
 def append(path: Path, row: Row) -> None:
@@ -86,28 +91,38 @@ def read(path: Path) -> list[Row]:
     """All rows of a file. A last line cut short, by an interruption, is left out with a warning.
 
     Raises:
-        DataError: the file cannot be read, is damaged, or was written by a newer version.
+        DataError: the file cannot be read, is damaged, or was written by another version.
     """
+    return _rows(_read_text(path), str(path))
+
+
+def _read_text(path: Path) -> str:
     try:
-        text = path.read_text()
+        return path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not text"
         raise DataError(f"results {path} cannot be read: {reason}") from error
-    return _parse(text, str(path))
+
+
+def _rows(text: str, name: str) -> list[Row]:
+    whole = _without_cut_line(text)
+    rows = _parse(whole, name)
+    if len(whole) < len(text):
+        warnings.warn(f"results {name}: the last line is cut short and left out", stacklevel=3)
+    if not rows:
+        raise DataError(f"results {name} has no rows")
+    return rows
 
 
 def _parse(text: str, name: str) -> list[Row]:
     rows = []
-    lines = text.splitlines()
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(text.splitlines(), start=1):
         try:
             row = json.loads(line)
         except ValueError as error:
-            if number == len(lines):
-                warnings.warn(f"results {name}: the last line is cut short and left out", stacklevel=3)
-                continue
             raise DataError(f"results {name}, line {number}: not JSON ({error})") from error
-        if not isinstance(row, dict) or not isinstance(row.get("version"), int):
+        # To Python true is an int.
+        if not isinstance(row, dict) or type(row.get("version")) is not int:
             raise DataError(f"results {name}, line {number}: not a row of benchmark results")
         if row["version"] > VERSION:
             raise DataError(
@@ -119,9 +134,10 @@ def _parse(text: str, name: str) -> list[Row]:
                 f"results {name}, line {number}: format {row['version']} is older than {VERSION}; move the file away "
                 "and measure again"
             )
+        named = isinstance(row.get("run"), str) and isinstance(row.get("kind"), str)
+        if not named or not (row["kind"] in _WITHOUT_CASE or isinstance(row.get("case"), dict)):
+            raise DataError(f"results {name}, line {number}: a row without its run, kind or case; delete that line")
         rows.append(row)
-    if not rows:
-        raise DataError(f"results {name} has no rows")
     return rows
 
 
@@ -141,9 +157,7 @@ def select(name: str, folder: Path = FOLDER) -> list[Row]:
     files = [file for file in listed.splitlines() if file.endswith(".jsonl")]
     if not files:
         raise DataError(f"there are no results in {folder} at {name} ({commit[:12]})")
-    return [
-        row for file in files for row in _parse(environment.git("show", f"{commit}:{file}") or "", f"{name}:{file}")
-    ]
+    return [row for file in files for row in _rows(environment.git("show", f"{commit}:{file}") or "", f"{name}:{file}")]
 
 
 def of_kind(rows: Sequence[Row], kind: str) -> Iterator[Row]:
@@ -177,16 +191,20 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.{_DIGITS}g}") if isinstance(value, float) else value
 
 
-def _finish_last_line(path: Path) -> None:
-    """Drop a line that an interrupted run cut short, so that the next row starts a line of its own."""
-    path.touch()
-    content = path.read_bytes()
-    if not content or content.endswith(b"\n"):
-        return
-    start = content.rfind(b"\n") + 1
+def _without_cut_line(text: str) -> str:
+    """All lines, each with its end, but a last one that an interrupted run cut short."""
+    end = text.rfind("\n") + 1
     try:
-        json.loads(content[start:])
+        json.loads(text[end:])
     except ValueError:
-        path.write_bytes(content[:start])
-    else:
-        path.write_bytes(content + b"\n")
+        return text[:end]
+    return text + "\n"
+
+
+def _rewrite(path: Path, text: str) -> None:
+    part = path.with_name(f"{path.name}.part")
+    try:
+        part.write_text(text)
+        part.replace(path)
+    except OSError as error:
+        raise DataError(f"results cannot be written to {path}: {error.strerror}") from error

@@ -16,6 +16,13 @@ from glow_kernels.cli import bench, evaluate, info, interpolate, sample, train, 
 from glow_kernels.errors import GlowKernelsError
 
 COMMANDS = (train, evaluate, sample, interpolate, bench, info, tune)
+LESS_MEMORY = {
+    train: "use --memory anchor and --micro-batches, or a smaller --batch-size",
+    evaluate: "use a smaller --batch-size",
+    sample: "draw fewer images with -n",
+    interpolate: "draw fewer images with --rows and --count",
+    bench: "measure smaller tensors with --shape",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,8 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if arguments.debug or not _is_out_of_memory(error):
             raise
-        remedy = "train with --memory anchor and --micro-batches, or use a smaller --batch-size"
-        print(f"error: out of memory: {_one_line(error)}; {remedy}", file=sys.stderr)
+        print(f"error: out of memory: {_one_line(error)}; {arguments.less_memory}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -65,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in COMMANDS:
         subparser = command.add_parser(subparsers)
         subparser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        subparser.set_defaults(run=command.run)
+        subparser.set_defaults(run=command.run, less_memory=LESS_MEMORY.get(command, "end other programs"))
     return parser
 
 

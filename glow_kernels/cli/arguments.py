@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from glow_kernels.errors import DataError, UsageError
 from glow_kernels.models import Glow
 from glow_kernels.training import data as datasets
+from glow_kernels.training import run_folder
 from glow_kernels.training.config import LARGEST_SEED, TrainingConfig
 from glow_kernels.training.data import ImageData
 
@@ -59,6 +62,23 @@ def not_negative(text: str) -> int:
     return _whole_number(text, 0)
 
 
+def run_to_make(text: str) -> Path:
+    """A folder whose name is text, which is what TensorBoard takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"must be text in the encoding of this terminal, got {text!r}") from None
+    return Path(text)
+
+
+def picture(text: str) -> Path:
+    """The name of a PNG file, perhaps without its ending."""
+    path = Path(text)
+    if not path.name or path.suffix.lower() not in ("", ".png"):
+        raise argparse.ArgumentTypeError(f"must be the name of a .png file, got {text!r}")
+    return path
+
+
 def temperature(text: str) -> float:
     """A finite number of at least 0."""
     try:
@@ -80,20 +100,29 @@ def _whole_number(text: str, least: int) -> int:
     return number
 
 
-def load_data(dataset: str | None, config: TrainingConfig, model: Glow) -> ImageData:
-    """The data of a run, or other data, which must fit its model.
+def add_dataset(parser: argparse.ArgumentParser) -> None:
+    """Data in place of those of the run."""
+    parser.add_argument("--dataset", help="other data of the same size, as for 'train' (default: those of the run)")
+
+
+def load_data(dataset: str | None, config: TrainingConfig, model: Glow, document: Mapping[str, Any]) -> ImageData:
+    """The data of a run, whose checkpoint has this document, or other data, which must fit its model.
 
     Raises:
-        DataError: they do not fit the model.
+        DataError: they do not fit the model, or those of the run have changed, so that images that were trained on may
+            be held out now.
     """
     data = datasets.load(dataset or config.dataset, n_bits=config.n_bits, image_size=config.image_size)
     got = (data.channels, *data.image_size), data.n_bins
     expected = (model.in_channels, *model.image_size), model.n_bins
-    if config.conditional and data.num_classes != model.num_classes:
+    # Other data may lack some classes.
+    if config.conditional and not 0 < (data.num_classes or 0) <= (model.num_classes or 0):
         raise DataError(f"{data.name} has {data.num_classes or 'no'} classes, and the model has {model.num_classes}")
     if got != expected:
         raise DataError(
             f"{data.name} has images of shape {got[0]} with {got[1]} levels, and the model takes shape {expected[0]} "
             f"with {expected[1]} levels"
         )
+    if dataset is None:
+        run_folder.check_data(document, data, "restore it, or name the data with --dataset to take them as they are")
     return data

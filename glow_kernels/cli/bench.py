@@ -5,6 +5,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,7 +104,9 @@ def measure(arguments: argparse.Namespace) -> None:
     if arguments.results is not None:
         if not arguments.check:
             raise UsageError("--results goes with --check")
-        return _print_checks(results.read(arguments.results))
+        with _warnings_as_lines():
+            rows = results.read(arguments.results)
+        return _print_checks(rows)
     rows = _measure(arguments)
     if arguments.check:
         _print_checks(rows)
@@ -235,7 +241,8 @@ def compare(arguments: argparse.Namespace) -> None:
     from glow_kernels.bench import compare as comparison
     from glow_kernels.bench import results
 
-    before, after = (results.select(name, arguments.folder) for name in (arguments.before, arguments.after))
+    with _warnings_as_lines():
+        before, after = (results.select(name, arguments.folder) for name in (arguments.before, arguments.after))
     changes, wrong = comparison.changes(before, after), comparison.newly_wrong(before, after)
     if not changes and not wrong:
         raise DataError(f"{arguments.before} and {arguments.after} have no measured case in common")
@@ -254,16 +261,18 @@ def draw(arguments: argparse.Namespace) -> None:
     from glow_kernels.bench import document, page, results
 
     files = sorted(arguments.folder.glob("*.jsonl"))
+    if not files and not arguments.results:
+        raise DataError(f"there are no results in {arguments.folder}; run 'glow-kernels bench' first")
     if arguments.markdown:
         if arguments.results:
             raise UsageError("--markdown takes the files of --folder, which are what is committed, and no others")
         path = arguments.output or DOCUMENT
-        document.write(files, path)
+        with _warnings_as_lines():
+            document.write(files, path)
         return _show(str(path))
     names = arguments.results or [str(path) for path in files]
-    if not names:
-        raise DataError(f"there are no results in {arguments.folder} to draw; run 'glow-kernels bench' first")
-    rows = [row for name in names for row in results.select(name, arguments.folder)]
+    with _warnings_as_lines():
+        rows = [row for name in names for row in results.select(name, arguments.folder)]
     for path in page.write(rows, arguments.output or PAGE):
         _show(str(path))
     return None
@@ -274,6 +283,17 @@ def _default_output(device: torch.device) -> Path:
 
     name = "".join(letter if letter.isalnum() else "-" for letter in environment.device_name(device).lower())
     return results.FOLDER / f"{name}.jsonl"
+
+
+@contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """Without the file and the line of the program that they come from."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    # One file may be read more than once.
+    for text in dict.fromkeys(str(warning.message) for warning in caught):
+        print(f"warning: {text}", file=sys.stderr)
 
 
 def _show(line: str) -> None:

@@ -24,7 +24,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     common.add_run(parser)
     common.add_device(parser)
     parser.add_argument("--split", choices=SPLITS, default="test", help="which images (default: test)")
-    parser.add_argument("--dataset", help="other data of the same size, as for 'train' (default: those of the run)")
+    common.add_dataset(parser)
     parser.add_argument(
         "--draws", type=common.positive, default=4, help="draws of the dequantisation noise (default: 4)"
     )
@@ -34,8 +34,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print bits per dimension and the reconstruction error."""
-    model, config, _ = run_folder.load_model(arguments.run_folder, common.device(arguments))
-    data = common.load_data(arguments.dataset, config, model)
+    model, config, document = run_folder.load_model(arguments.run_folder, common.device(arguments))
+    data = common.load_data(arguments.dataset, config, model, document)
     levels = getattr(data, arguments.split)
     labels = getattr(data, f"{arguments.split}_labels") if config.conditional else None
     result = evaluation.evaluate(model, levels, labels, draws=arguments.draws, batch_size=arguments.batch_size)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     )
     common.add_run(parser)
     common.add_device(parser)
+    common.add_dataset(parser)
     parser.add_argument(
         "--pair",
         nargs=2,
@@ -33,7 +33,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--rows", type=common.positive, default=8, help="random pairs to draw (default: 8)")
     parser.add_argument("--count", type=common.positive, default=9, help="images per row, ends included (default: 9)")
     parser.add_argument("--seed", type=common.not_negative, default=0, help="of the random pairs (default: 0)")
-    parser.add_argument("--output", type=Path, help="picture to write (default: interpolation.png in the run folder)")
+    parser.add_argument(
+        "--output", type=common.picture, help="picture to write (default: interpolation.png in the run folder)"
+    )
     return parser
 
 
@@ -41,8 +43,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Write the picture, one row a pair."""
     if arguments.count < 2:
         raise UsageError(f"--count must be at least 2, got {arguments.count}")
-    model, config, _ = run_folder.load_model(arguments.run_folder, common.device(arguments))
-    data = common.load_data(None, config, model)
+    model, config, document = run_folder.load_model(arguments.run_folder, common.device(arguments))
+    data = common.load_data(arguments.dataset, config, model, document)
     start, end = _pairs(arguments, len(data.test))
     labels = None
     if config.conditional and data.test_labels is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from glow_kernels.cli import arguments as common
@@ -27,7 +26,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("--class", dest="label", type=common.not_negative, help="only this class")
     parser.add_argument("--seed", type=common.not_negative, default=0, help="of the noise (default: 0)")
-    parser.add_argument("--output", type=Path, help="picture to write (default: samples.png in the run folder)")
+    parser.add_argument(
+        "--output", type=common.picture, help="picture to write (default: samples.png in the run folder)"
+    )
     return parser
 
 

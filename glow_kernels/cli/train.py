@@ -20,7 +20,8 @@ from glow_kernels.training.evaluation import evaluate
 from glow_kernels.training.trainer import Trainer
 
 TYPES = {"int": int, "int | None": int, "float": float, "str": str}
-CAN_CHANGE = ("iterations", "patience")
+# Of the data only where they are.
+CAN_CHANGE = ("dataset", "iterations", "patience")
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -37,7 +38,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "--run",
         "--run-folder",
         dest="folder",
-        type=Path,
+        type=common.run_to_make,
         help="run folder to make (default: runs/DATASET); for torchrun write --run-folder",
     )
     parser.add_argument("--resume", action="store_true", help="go on with the run in the run folder")
@@ -79,7 +80,7 @@ def _train(arguments: argparse.Namespace, given: dict[str, Any], ranks: distribu
     if not arguments.resume:
         config.build_model_for(data)
         if ranks.is_writer:
-            run_folder.prepare(folder, config, overwrite=arguments.overwrite)
+            run_folder.prepare(folder, overwrite=arguments.overwrite)
     trainer = Trainer(
         config,
         data,
@@ -90,7 +91,11 @@ def _train(arguments: argparse.Namespace, given: dict[str, Any], ranks: distribu
         ranks=ranks,
         cuda_graph=arguments.cuda_graph,
     )
-    if arguments.resume and ranks.is_writer:
+    if not arguments.resume:
+        trainer.save()
+        if ranks.is_writer:
+            run_folder.begin(folder, config)
+    elif ranks.is_writer:
         run_folder.write_config(folder, config)
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     if ranks.is_writer:

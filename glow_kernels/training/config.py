@@ -71,6 +71,10 @@ class TrainingConfig:
             "log_every",
         ):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        for option in fields(self):
+            value, limit = getattr(self, option.name), LARGEST.get(option.name, LARGEST_SEED)
+            if isinstance(value, int):
+                _require(value <= limit, option.name, f"at most {limit}", value)
         _require(
             self.memory != "store" or self.micro_batches == 1,
             "micro_batches",
@@ -83,7 +87,6 @@ class TrainingConfig:
             _require(getattr(self, name) > 0, name, "above 0", getattr(self, name))
         for name in ("learning_rate", "weight_decay", "class_weight"):
             _require(math.isfinite(getattr(self, name)), name, "finite", getattr(self, name))
-        _require(self.seed <= LARGEST_SEED, "seed", f"at most {LARGEST_SEED}", self.seed)
         _require(0 <= self.ema < 1, "ema", "in [0, 1)", self.ema)
 
     @classmethod
@@ -143,15 +146,23 @@ class TrainingConfig:
         """The model for these data.
 
         Raises:
-            UsageError: the sizes do not fit together, or ``conditional`` without classes in the data.
+            UsageError: the sizes do not fit together, or ``conditional`` without classes in the data or with too many.
         """
         if self.conditional and data.num_classes is None:
             raise UsageError(f"conditional needs data with classes, and {data.name} has none")
+        if self.conditional and data.num_classes is not None and data.num_classes > MOST_CLASSES:
+            raise UsageError(
+                f"conditional takes at most {MOST_CLASSES} classes, and {data.name} has {data.num_classes}: number "
+                "them 0, 1, 2, ..."
+            )
         return self.build_model(data.channels, data.image_size, data.n_bins, data.num_classes)
 
 
 # What the generators take.
 LARGEST_SEED = 2**63 - 1
+# Beyond these there is no model that trains, only one that is built for hours or whose sizes overflow.
+LARGEST = {"flow_steps": 10_000, "levels": 32, "hidden_channels": 2**20, "image_size": 2**16}
+MOST_CLASSES = 2**16
 
 # Types of the settings and how to say them.
 KINDS: dict[str, tuple[Any, str]] = {

@@ -26,7 +26,9 @@ class BitsPerDim:
     draws: int
 
     def __str__(self) -> str:
-        return f"{self.mean:.4f} +- {self.standard_error:.4f}"
+        # A single image has none.
+        error = f" +- {self.standard_error:.4f}" if math.isfinite(self.standard_error) else ""
+        return f"{self.mean:.4f}{error}"
 
 
 @torch.no_grad()

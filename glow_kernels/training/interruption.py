@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM become a flag that the training loop looks at between steps."""
+"""SIGINT, SIGTERM and SIGHUP become a flag that the training loop looks at between steps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from typing import Any
 
 
 class Interruption:
-    """While entered, the first SIGINT or SIGTERM sets :attr:`requested`; a second SIGINT acts as usual."""
+    """While entered, the first of these signals sets :attr:`requested`; a second SIGINT acts as usual.
+
+    SIGHUP, that the terminal is gone, does so only where it is not ignored: ``nohup`` lets a run outlive its terminal.
+    """
 
     def __init__(self) -> None:
         self.requested = False
@@ -18,7 +21,10 @@ class Interruption:
     def __enter__(self) -> Interruption:
         # Python lets only the main thread handle signals; elsewhere the owner of that thread does.
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            numbers = [signal.SIGINT, signal.SIGTERM]
+            if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+                numbers.append(signal.SIGHUP)
+            for number in numbers:
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 

@@ -24,7 +24,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
     None here, is a value that was not finite. A last line cut short by a crash is left out.
 
     Raises:
-        CheckpointError: the file cannot be read or a line before the last one is damaged.
+        CheckpointError: the file cannot be read, or a line is damaged that is not just a last one cut short.
     """
     path = folder / FILE_NAME
     if not path.exists():
@@ -36,11 +36,24 @@ def read(folder: Path) -> list[dict[str, Any]]:
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            records.append(json.loads(line))
-        except ValueError as error:
-            if number < len(lines):
-                raise CheckpointError(f"{path}, line {number}, is damaged; delete that line") from error
+            record = json.loads(line)
+        except ValueError:
+            if number == len(lines):
+                break
+            record = None
+        if not _is_record(record):
+            raise CheckpointError(f"{path}, line {number}, is damaged; delete that line")
+        records.append(record)
     return records
+
+
+def _is_record(record: Any) -> bool:
+    return (
+        isinstance(record, dict)
+        and isinstance(record.get("step"), int)
+        and isinstance(record.get("time"), (int, float))
+        and all(value is None or isinstance(value, (int, float)) for value in record.values())
+    )
 
 
 class MetricsWriter:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from glow_kernels.errors import CheckpointError, UsageError
+from glow_kernels.errors import CheckpointError, DataError, UsageError
 from glow_kernels.models import Glow
 from glow_kernels.training import checkpoint
 from glow_kernels.training.config import TrainingConfig
@@ -24,24 +25,39 @@ TENSORBOARD = "tensorboard"
 PICTURES = ("samples.png", "reconstruction.png", "interpolation.png", "curve.png")
 
 
-def prepare(folder: Path, config: TrainingConfig, *, overwrite: bool) -> None:
-    """Make ``folder`` ready for a new run and write its configuration.
+def prepare(folder: Path, *, overwrite: bool) -> None:
+    """Make ``folder`` for a new run; a run that is there stays until the first checkpoint of the new one replaces it.
 
     Raises:
         UsageError: it holds a run already and ``overwrite`` is not set, or it is a file.
-        CheckpointError: it cannot be written.
+        CheckpointError: it cannot be made.
     """
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file: name a folder with --run")
-    if (folder / CONFIG).exists():
-        if not overwrite:
-            raise UsageError(f"{folder} already holds a run: continue it with --resume or replace it with --overwrite")
-        _remove_run(folder)
+    if not overwrite and any((folder / name).exists() for name in (CONFIG, LAST, BEST)):
+        raise UsageError(f"{folder} already holds a run: continue it with --resume or replace it with --overwrite")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"cannot make the run folder {folder}: {error.strerror}") from error
-    write_config(folder, config)
+
+
+def begin(folder: Path, config: TrainingConfig) -> None:
+    """Make the run whose first checkpoint is in ``folder`` the only one there.
+
+    Raises:
+        CheckpointError: its configuration cannot be written; then the checkpoint is gone too.
+    """
+    try:
+        write_config(folder, config)
+    except CheckpointError:
+        # A checkpoint beside the configuration of another run, or none, is no run.
+        (folder / LAST).unlink()
+        raise
+    # Only what a run writes: the folder may hold a user's own files.
+    for name in (BEST, METRICS, *PICTURES):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)
 
 
 def write_config(folder: Path, config: TrainingConfig) -> None:
@@ -61,6 +77,8 @@ def read_config(folder: Path) -> TrainingConfig:
         CheckpointError: there is no run, or its configuration cannot be read.
     """
     path = folder / CONFIG
+    if folder.is_file():
+        raise CheckpointError(f"{folder} is a file, not a run folder: name a folder that 'glow-kernels train' made")
     if not path.is_file():
         raise CheckpointError(f"{folder} is no run folder: it has no {CONFIG}; make one with 'glow-kernels train'")
     try:
@@ -80,7 +98,23 @@ def describe_model(config: TrainingConfig, data: ImageData) -> dict[str, Any]:
         "image_size": list(data.image_size),
         "n_bins": data.n_bins,
         "num_classes": data.num_classes,
+        "data": data.fingerprint,
     }
+
+
+def check_data(document: Mapping[str, Any], data: ImageData, remedy: str) -> None:
+    """Refuse data that are not those of the run whose checkpoint has this document; earlier versions' do not tell.
+
+    Raises:
+        DataError: they are not. Its message ends with ``remedy``.
+    """
+    then, now = document["model"].get("data"), data.fingerprint
+    if then not in (None, now):
+        counts = [", ".join(str(numbers[part]) for part in ("train", "validation", "test")) for numbers in (then, now)]
+        raise DataError(
+            f"{data.name} is not what the run was trained on: it has {counts[1]} images to train, validate and test, "
+            f"and had {counts[0]}{' others' if counts[0] == counts[1] else ''}; {remedy}"
+        )
 
 
 def load_model(folder: Path, device: str | torch.device = "cpu") -> tuple[Glow, TrainingConfig, Mapping[str, Any]]:
@@ -91,12 +125,13 @@ def load_model(folder: Path, device: str | torch.device = "cpu") -> tuple[Glow, 
     Raises:
         CheckpointError: there is no run, or no usable checkpoint in it.
     """
-    read_config(folder)
+    dataset = read_config(folder).dataset
     path = folder / BEST if (folder / BEST).exists() else folder / LAST
     tensors, document = checkpoint.load(path, device)
     try:
         description: Any = document["model"]
-        config = TrainingConfig.from_json(description["config"], str(path))
+        # The data may have moved since.
+        config = replace(TrainingConfig.from_json(description["config"], str(path)), dataset=dataset)
         height, width = description["image_size"]
         shape = description["channels"], (height, width), description["n_bins"], description["num_classes"]
     except (KeyError, TypeError, ValueError) as error:
@@ -109,10 +144,3 @@ def load_model(folder: Path, device: str | torch.device = "cpu") -> tuple[Glow, 
 def take(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     """The tensors whose names start with ``prefix``, without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _remove_run(folder: Path) -> None:
-    # Only what a run writes: the folder may hold a user's own files.
-    for name in (LAST, BEST, METRICS, *PICTURES, CONFIG):
-        (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)

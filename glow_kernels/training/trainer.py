@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import time
 from collections.abc import Mapping
@@ -28,6 +29,8 @@ MAX_NON_FINITE = 5
 REMEDY = "Try a lower --learning-rate, a longer --warmup or a smaller --clip"
 INITIALIZATION_BATCH = 256
 VALIDATION_SEED = 1
+# What a run that is on its way would only then find missing.
+PACKAGES = ("matplotlib", "PIL", "tensorboard", "tqdm")
 
 
 @dataclass
@@ -51,7 +54,7 @@ class Trainer:
     Args:
         config: what to train and how.
         data: what to train on.
-        folder: the run folder, prepared by :func:`glow_kernels.training.run_folder.prepare`.
+        folder: the run folder, made by :func:`glow_kernels.training.run_folder.prepare`.
         device: where to train.
         resume: go on from the last checkpoint in ``folder``; on one CPU the losses are bit for bit those of a run that
             was never interrupted.
@@ -64,6 +67,8 @@ class Trainer:
     Raises:
         UsageError: the data do not fit the model, or a batch is too small for the ranks.
         CheckpointError: ``resume`` without a usable checkpoint.
+        DataError: ``resume`` with other data than those of the run.
+        MissingDependencyError: a package that training needs is not installed.
     """
 
     def __init__(
@@ -84,10 +89,14 @@ class Trainer:
         self.device = torch.device(device)
         self.show_progress = show_progress
         self.ranks = ranks
+        missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+        if missing:
+            raise MissingDependencyError(f"training needs {', '.join(missing)}: pip install 'glow_kernels[train]'")
         ranks.check_batch(min(len(data.train), config.batch_size))
         self.progress = Progress()
         self._outcome = Outcome(math.nan, math.nan, math.nan)
         self._saver = checkpoint.Saver()
+        self._is_saved = False
         torch.manual_seed(config.seed)
         # What is to be sharded may not fit on one device: it is made on the host.
         self.model = config.build_model_for(data).to("cpu" if ranks.fsdp else self.device)
@@ -110,11 +119,12 @@ class Trainer:
         self.optimizer = self.update.optimizer
         if resume:
             self._restore(path, tensors, document)
+            run_folder.check_data(document, data, "resume with the data that the run began with")
         self._logged = self.progress.iteration, self.progress.seconds
         self._told = not cuda_graph
 
     def train(self) -> bool:
-        """Train until the last iteration, an early stop, SIGINT or SIGTERM.
+        """Train until the last iteration, an early stop, SIGINT, SIGTERM or SIGHUP.
 
         Returns:
             Whether training is complete; False after a signal, when everything is saved for ``resume``.
@@ -128,12 +138,22 @@ class Trainer:
         finally:
             self._saver.finish()
 
+    def save(self) -> None:
+        """Write a checkpoint to go on from.
+
+        Raises:
+            CheckpointError: it cannot be written; an earlier one is intact.
+        """
+        self._save()
+        self._saver.finish()
+
     def _train(self) -> bool:
         self.model.train()
         with Interruption() as interruption, self._writer() as writer, self._bar() as bar:
             if writer is not None:
                 writer.truncate(self.progress.iteration)
-            self._save()
+            if not self._is_saved:
+                self._save()
             while self.progress.iteration < self.config.iterations and not self._should_stop():
                 if self.ranks.any(interruption.requested):
                     self._save()
@@ -144,9 +164,10 @@ class Trainer:
                 bar.update()
                 if self._is_due(self.config.validate_every):
                     report = self._validate(writer)
+                    # First, since whoever reads the report may have left.
+                    self._save()
                     if writer is not None:
                         bar.write(report)
-                    self._save()
         return True
 
     def _step(self, writer: metrics.MetricsWriter | None) -> None:
@@ -298,6 +319,7 @@ class Trainer:
             "progress": _finite(vars(self.progress)),
         }
         self._write(run_folder.LAST, tensors, document)
+        self._is_saved = True
 
     def _save_best(self, result: BitsPerDim) -> None:
         document: dict[str, Any] = {
@@ -344,10 +366,8 @@ class Trainer:
         return metrics.MetricsWriter(self.folder) if self.ranks.is_writer else nullcontext()
 
     def _bar(self) -> Any:
-        try:
-            from tqdm import tqdm
-        except ImportError as error:
-            raise MissingDependencyError("training needs tqdm: pip install 'glow_kernels[train]'") from error
+        from tqdm import tqdm
+
         return tqdm(
             total=self.config.iterations,
             initial=self.progress.iteration,

@@ -47,5 +47,8 @@ def load(specification: str, *, n_bits: int = 8, image_size: int | None = None) 
     # The shell leaves a ~ that is not at the beginning of an argument alone.
     path = Path(os.path.expanduser(location))
     if not os.path.exists(path):
-        raise DataError(f"{path} (from '{specification}') does not exist or cannot be reached; check the path")
+        raise DataError(
+            f"{path} (from '{specification}') does not exist or cannot be reached; check the path, or name another "
+            "with --dataset"
+        )
     return _FROM_PATH[source](specification, path, n_bits, image_size)

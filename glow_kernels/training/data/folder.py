@@ -42,7 +42,15 @@ def load(name: str, path: Path, n_bits: int, image_size: int | None) -> ImageDat
     for index, file in enumerate(files):
         images[index] = _read(file, size, pillow)
     images = to_levels(images, n_bits)
-    return ImageData(name=name, n_bins=2**n_bits, train=images[train], validation=images[validation], test=images[test])
+    names = [f"{file.relative_to(path).as_posix()} {file.stat().st_size}\n" for file in files]
+    return ImageData(
+        name=name,
+        n_bins=2**n_bits,
+        train=images[train],
+        validation=images[validation],
+        test=images[test],
+        source="".join(names).encode(errors="surrogateescape"),
+    )
 
 
 def _image_files(path: Path, pillow: ModuleType) -> list[Path]:

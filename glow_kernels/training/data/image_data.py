@@ -1,7 +1,9 @@
 """What every data source returns, and what the sources share: levels, parts and messages."""
 
 import importlib
+import zlib
 from dataclasses import dataclass
+from functools import cached_property
 from types import ModuleType
 
 import torch
@@ -27,6 +29,8 @@ class ImageData:
         validation_labels: Those of ``validation``.
         test_labels: Those of ``test``.
         num_classes: Number of classes; None, as are all labels, if the data has none.
+        source: What identifies the images where another machine may decode them a little differently; empty where
+            their values do.
     """
 
     name: str
@@ -38,6 +42,7 @@ class ImageData:
     validation_labels: Tensor | None = None
     test_labels: Tensor | None = None
     num_classes: int | None = None
+    source: bytes = b""
 
     @property
     def channels(self) -> int:
@@ -48,6 +53,16 @@ class ImageData:
     def image_size(self) -> tuple[int, int]:
         """Height and width of an image, in pixels."""
         return self.train.shape[2], self.train.shape[3]
+
+    @cached_property
+    def fingerprint(self) -> dict[str, int]:
+        """Numbers that differ if other images are in one of the parts: their counts and a checksum."""
+        parts = {"train": self.train, "validation": self.validation, "test": self.test}
+        checksum = zlib.crc32(self.source)
+        if not self.source:
+            for images in parts.values():
+                checksum = zlib.crc32(images.contiguous().numpy().data, checksum)
+        return {**{name: len(images) for name, images in parts.items()}, "crc32": checksum}
 
 
 def require(module: str, package: str, purpose: str) -> ModuleType:

@@ -39,6 +39,7 @@ def load(n_bits: int, image_size: int | None) -> ImageData:
         train=_crops(photographs, _TRAIN_BAND, size, _TRAIN_CROPS, random),
         validation=_crops(photographs, _VALIDATION_BAND, size, _VALIDATION_CROPS, random),
         test=_crops(photographs, _TEST_BAND, size, _TEST_CROPS, random),
+        source=b"photographs of scikit-learn",
     )
 
 
