@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from glow_kernels import backends
+from glow_kernels.backends.numerics import is_autocast_enabled
 from glow_kernels.nn.coupling_node import SHARED, Private
 from glow_kernels.reversible import flow_step
 from glow_kernels.reversible.anatomy import Anatomy
@@ -40,13 +41,13 @@ class Mode(NamedTuple):
     @classmethod
     def current(cls, device: torch.device, micro_batches: int) -> Mode:
         """That of the code that runs now."""
-        enabled = torch.is_autocast_enabled(device.type)
+        enabled = is_autocast_enabled(device.type)
         autocast = torch.get_autocast_dtype(device.type) if enabled else None
         return cls(micro_batches, autocast, backends.choice())
 
     def applied(self, device: torch.device) -> AbstractContextManager[Any]:
         """Backend and autocast as recorded, without the cache, which has weights that were cast without a graph."""
-        enabled = torch.is_autocast_enabled(device.type)
+        enabled = is_autocast_enabled(device.type)
         if self.autocast is None and not enabled and self.backend == backends.choice():
             return nullcontext()
         return self._changed(device)
