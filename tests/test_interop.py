@@ -72,12 +72,14 @@ def test_every_layer_is_patched_and_keeps_parameters_keys_and_types(example):
     assert repr(model) == text
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_a_training_run_has_the_same_losses(example, dtype):
+# What float64 tells, it tells in fewer steps.
+@pytest.mark.parametrize(("dtype", "part"), [(torch.float32, 1), (torch.float64, 3)], ids=str)
+def test_a_training_run_has_the_same_losses(example, dtype, part):
     original, accelerated = make(example).to(dtype), make(example).to(dtype)
     gk.accelerate(accelerated, verify=False)
-    expected, actual = (trained(example, model, example.steps) for model in (original, accelerated))
-    assert min(expected[5:]) < expected[0]  # it trains
+    steps = example.steps // part
+    expected, actual = (trained(example, model, steps) for model in (original, accelerated))
+    assert part > 1 or min(expected[5:]) < expected[0]  # it trains
     torch.testing.assert_close(torch.tensor(actual), torch.tensor(expected), rtol=1e-4, atol=0.0)
 
 
@@ -176,7 +178,7 @@ def has_closures(model: nn.Module) -> bool:
 def test_restore_undoes_it_and_calling_twice_changes_nothing(example):
     model = make(example)
     types, attributes = [type(layer) for layer in model.modules()], [set(vars(layer)) for layer in model.modules()]
-    first = gk.accelerate(model)
+    first = gk.accelerate(model, verify=False)
     patched = [type(layer) for layer in model.modules()]
     second = gk.accelerate(model, verify=False)
     assert [type(layer) for layer in model.modules()] == patched != types

@@ -57,7 +57,7 @@ CLAIMS = {
 def test_claims_are_true_of_the_dialect_and_only_originals_read_flags(name, monkeypatch):
     example = EXAMPLES[name]
     original, accelerated = make(example), make(example)
-    lines = [line for line in str(gk.accelerate(accelerated)).splitlines() if line.startswith("better: ")]
+    lines = [line for line in str(gk.accelerate(accelerated, verify=False)).splitlines() if line.startswith("better: ")]
     assert {claim for claim in ALL if any(claim in line for line in lines)} == CLAIMS[name]
     assert len(lines) == len(CLAIMS[name])
     x = images(example)

@@ -155,10 +155,13 @@ def apply(module: nn.Module, patch: type[Patch], options: Any = None, memory: Me
         layer.__dict__[_CONSTANTS] = Constants(layer, ignored)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # compilers ask once
 def is_as_found(*modules: nn.Module) -> bool:
     """Whether ``modules`` are patched, or inner ones of a patched one, and still what they were then."""
     return all(map(_is_as_found, modules))
+
+
+# Compilers ask once. PyTorch's decorator for that loads its compiler.
+is_as_found._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _is_as_found(module: nn.Module) -> bool:
@@ -229,11 +232,13 @@ def is_set(module: nn.Module, flag: Any) -> bool:
     return False
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _is_still_set(module: nn.Module) -> bool:
     flag, version = module.__dict__[FLAG]
     places = (*module._buffers.values(), *module.__dict__.values())
     return flag._version == version and any(flag is tensor for tensor in places)
+
+
+_is_still_set._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def is_uninitialised(layer: nn.Module) -> bool:
