@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from glow_kernels.interop import steps
 from glow_kernels.interop.patch import any_hooks, is_uninitialised, memory_of, own, patch_of
 from glow_kernels.reversible import guards, recompute
-from glow_kernels.reversible.anatomy import Anatomy
+from glow_kernels.reversible.anatomy import Anatomy, in_modes
 from glow_kernels.reversible.randomness import RandomState
 from glow_kernels.reversible.recompute import Mode
 
@@ -193,7 +193,7 @@ def _apply(
 ) -> Any:
     mode = Mode.current(x.device, memory.micro_batches)
     anatomy = Anatomy.of(unit)
-    modes = [module.training for module in anatomy.modules]
+    modes = [(module, module.training) for module in anatomy.modules]
     place = _Place(anatomy, memory, mode, modes, keeps_input, output, len(context))
     return _Node.apply(place, x, ghost, *context, *anatomy.parameters)  # type: ignore[no-untyped-call]
 
@@ -204,7 +204,7 @@ class _Place(NamedTuple):
     anatomy: Anatomy
     memory: Memory
     mode: Mode
-    modes: list[bool]
+    modes: list[tuple[nn.Module, bool]]
     keeps_input: bool
     output: _Output
     contexts: int
@@ -241,7 +241,7 @@ class _Node(torch.autograd.Function):
         if x is None:
             z = place.output.kept() if reconstructed is None else reconstructed
         changing = place.anatomy.modules if place.memory.restores_buffers else []
-        with _modes_restored(place), _buffers_restored(changing):
+        with in_modes(place.modes), _buffers_restored(changing):
             result = recompute.backward(
                 place.anatomy,
                 x,
@@ -269,20 +269,6 @@ def _buffers_restored(modules: Sequence[nn.Module]) -> Iterator[None]:
             for name, (buffer, values) in buffers.items():
                 owner[name] = buffer
                 buffer.data.copy_(values)
-
-
-@contextmanager
-def _modes_restored(place: _Place) -> Iterator[None]:
-    """Training or evaluation of every module as in forward."""
-    pairs = zip(place.anatomy.modules, place.modes, strict=True)
-    changed = [(module, mode) for module, mode in pairs if module.training is not mode]
-    for module, mode in changed:
-        module.training = mode
-    try:
-        yield
-    finally:
-        for module, mode in changed:
-            module.training = not mode
 
 
 def _active(module: nn.Module) -> Memory | None:

@@ -320,7 +320,7 @@ def _method(ours: Callable[..., Any], theirs: Callable[..., Any], patch: type[Pa
 
     @functools.wraps(theirs)
     def method(self: Any, *args: Any, **options: Any) -> Any:
-        # Neither torch.func nor forward-mode differentiation finds rules for the operators.
+        # What PyTorch differentiates forwards, or by torch.func, is plain PyTorch, as in the operators.
         transformed = _are_functorch_transforms_active() or forward_ad._current_level >= 0
         if transformed or not is_as_found(self) or (has_inner and not is_as_found(*patch.inner(self))):
             return theirs(self, *args, **options)
