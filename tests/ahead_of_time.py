@@ -21,7 +21,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from triton_samples import Sample, all_samples, is_bandwidth
+from triton_samples import Sample, all_samples, is_bandwidth, is_of_two_formats
 
 # Compute capability or AMD architecture, threads of a warp, bytes of shared memory that a block may have, and registers
 # and threads of a multiprocessor.
@@ -118,7 +118,7 @@ def compile_for(target: str, samples: Sequence[Sample], wanted: Iterable[Variant
             kernels.append(_read(target, operator, run(kernel, *args, **{**options, "warmup": True})))
 
     with pretending(target, launched):
-        for operator, call, _ in samples:  # noqa: B007
+        for operator, call in samples:  # noqa: B007
             call()
     return kernels
 
@@ -134,6 +134,38 @@ def _compile_part(job: tuple[str, int, int, Sequence[Variant]]) -> list[Kernel]:
     target, part, parts, wanted = job
     # Neighbours are alike, so every part gets some of each.
     return compile_for(target, all_samples(), wanted[part::parts])
+
+
+# These write nothing of the data's size, or only partial results.
+_WITHOUT_DATA = ("_sum_kernel", "_combine_kernel")
+_REDUCTIONS = ("_log_prob_kernel", "_chunk_kernel", "sums_kernel", "wide_sums_kernel")
+
+
+def faults(kernel: Kernel) -> list[str]:
+    """What no kernel may do.
+
+    It spills, its block does not fit, or it moves the bandwidth shapes less than 128 bits at a time, or single elements
+    of an ``h`` that lies otherwise than the data.
+    """
+    found = []
+    if kernel.spills or kernel.shared_memory > TARGETS[kernel.target][3] or not kernel.occupancy:
+        found.append("spills or does not fit")
+    # AMD's matrix units leave neighbouring channels of a product with different threads.
+    amd = kernel.target == "gfx942"
+    product = amd and "channels last" in kernel.operator
+    product = product and kernel.kernel.removeprefix("coupled_") in ("apply_kernel", "backward_kernel")
+    if is_bandwidth(kernel.operator) and kernel.kernel not in _WITHOUT_DATA:
+        if kernel.widest_load < 128:
+            found.append(f"reads {kernel.widest_load} bits at a time")
+        if kernel.widest_store < 128 and kernel.kernel not in _REDUCTIONS and not product:
+            found.append(f"writes {kernel.widest_store} bits at a time")
+    if is_of_two_formats(kernel.operator) and kernel.kernel.startswith(("coupled_", "mixed_")):
+        # In bfloat16, of which a single element has 16 bits.
+        if min(kernel.widest_load, kernel.widest_store) < 128 or kernel.narrowest_load < 32:
+            found.append(f"reads {kernel.narrowest_load} to {kernel.widest_load} bits of h at a time")
+        if kernel.narrowest_store < 32 and not (amd and "chunk" in kernel.operator):
+            found.append(f"writes {kernel.narrowest_store} bits at a time")
+    return [f"{kernel.operator} for {kernel.target}: {kernel.kernel} {fault}" for fault in found]
 
 
 def write_report(kernels: Sequence[Kernel], path: Path) -> None:

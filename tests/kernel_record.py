@@ -2,7 +2,7 @@
 
 It names the sources of a kernel and the list of its variants by their hashes, and sums up what compiling all of them
 gave. ``make kernels-report`` runs this: it compiles the kernels whose sources or variants are others than those of the
-record, all of their variants, and writes them into it.
+record, all of their variants, and writes them into it unless one has a fault.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ahead_of_time import TARGETS, Kernel, Variant, compile_all, variants, write_report
+from ahead_of_time import TARGETS, Kernel, Variant, compile_all, faults, variants, write_report
 from triton_samples import all_samples
 
 RECORD = Path(__file__).with_name("triton_kernels.csv")
@@ -81,6 +81,8 @@ def update(report: Path, again: bool) -> None:
         now = current(target)
         stale = [(entry, keys) for entry, keys in now if not _covers(known.get(entry.key()), entry)]
         compiled = compile_all({target: [key for _, keys in stale for key in keys]})
+        if found := [fault for kernel in compiled for fault in faults(kernel)]:
+            raise SystemExit("\n".join(found))
         fresh = {entry.key(): _summary(entry, compiled) for entry, _ in stale}
         rows |= {entry.key(): fresh.get(entry.key()) or known[entry.key()] for entry, _ in now}
         kernels += compiled

@@ -1,18 +1,21 @@
 """The host shim finds what it is there for: faults are planted in copies of a kernel, which must come out.
 
 A barrier taken away shows as a wrong result, a thread that misses one as an error with text, an access out of bounds as
-AddressSanitizer's. The product that stands in for the matrix units is held against their documentation. The operator
-tests themselves run on the shim by ``make test-cuda-host``.
+AddressSanitizer's. One library has all faults of an operator, and an environment variable chooses one. The product that
+stands in for the matrix units is held against their documentation. The operator tests themselves run on the shim by
+``make test-cuda-host``.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -149,101 +152,78 @@ SOURCES = {
     "folding": ["actnorm_conv1x1_fold.cu", "small_matrix.h"],
 }
 
-SUM = ".add(all[thread + half * width]);\n"
-BARRIER = "    __syncthreads();\n"
 
-PRODUCT = "reader = Reader<H>(h, span);\n"
-STORED = "write_tile(arguments.grad_z, work, span, dx);\n"
+class Fault(NamedTuple):
+    """Where in the sources of an operator, with the right expression in «», what it becomes, and what must come out."""
+
+    place: str
+    wrong: str = "void()"
+    outcome: str = "wrong"
+
 
 FOLDED = "reinterpret_cast<double*>(matrix + work.matrix_size()), matrix);\n"
-LOADED = f"{FOLDED}  wait_for_copies();\n"
-FOLDED_FOR_STRIPS = "        start();\n"
-READY = "        wait_for_groups<1>();\n"
-WORKED = "        work(here, pass % 2);\n"
-PUT = "put_strip<S>(total, x);\n"
-BEFORE_SUMS = "  static_assert(StripSums<S>::kScratch"
-BROUGHT = "  bring(exchange, h, tile, pairs);\n"
-CLEARED = "end_[i] = 0;\n    }\n"
-STEP = "choose_pivot(rows, free, first + k, pivot_row);\n"
-SPOT = "const auto raw_data = fetch<N>(views.data, tile, spot);\n"
-GIVEN = "// nobody else reads this pair before the barrier\n  }\n"
+SUM = ".add(all[thread + half * width]);\n"
 
-# The operator, what is replaced by what, and what must come out of it; an empty text stands for nothing wrong.
 FAULTS = {
-    "none": ("actnorm_statistics", "", "", ""),
-    "no barrier after the first store": ("actnorm_statistics", "= mine;\n  __syncthreads();", "= mine;", "wrong"),
-    "no barrier between two sums": ("actnorm_statistics", SUM + BARRIER, SUM, "wrong"),
-    "a barrier that half of the threads miss": (
-        *("actnorm_statistics", SUM + BARRIER, f"{SUM}if (thread < 128){BARRIER}"),
-        "waits for ever",
-    ),
-    "one sample too many": (
-        *("actnorm_statistics", "batch < planes.batches", "batch <= planes.batches"),
-        "heap-buffer-overflow",
-    ),
-    "none in coupling and product": ("coupling_conv1x1", "", "", ""),
-    "no barrier between product and coupling": ("coupling_conv1x1", PRODUCT + BARRIER, PRODUCT, "wrong"),
-    "no barrier between coupling and sums": ("coupling_conv1x1", f"{BARRIER}    sums.add", "    sums.add", "wrong"),
-    "no barrier between two tiles": ("coupling_conv1x1", STORED + BARRIER, STORED, "wrong"),
-    "none in a linear map that folds": ("actnorm_conv1x1", "", "", ""),
-    "no barrier between scales and folding": (
-        "actnorm_conv1x1",
-        "  __syncthreads();\n  for_each_row",
-        "  for_each_row",
-        "wrong",
-    ),
-    "no barrier between folding and product": ("actnorm_conv1x1", f"{LOADED}  __syncthreads();\n", LOADED, "wrong"),
-    "a product before its tile is there": ("actnorm_conv1x1", LOADED, FOLDED, "wrong"),
-    "folding before the weight is there": ("actnorm_conv1x1", "wait_for_copies<1>", "wait_for_copies<2>", "wrong"),
-    "no barrier of a warp between a pivot row and its step": (
-        *("actnorm_conv1x1", f"{STEP}      __syncwarp();\n", STEP),
-        "wrong",
-    ),
-    "no barrier before pivot rows change": (
-        *("actnorm_conv1x1", "__syncthreads();  // before others write there\n", "\n"),
-        "wrong",
-    ),
-    "no barrier between folding and product of strips": (
-        *("actnorm_conv1x1", f"{FOLDED_FOR_STRIPS}    {BARRIER}", FOLDED_FOR_STRIPS),
-        "wrong",
-    ),
-    "none in folding": ("folding", "", "", ""),
-    "no barrier before what a permutation picks is looked for": ("folding", CLEARED + BARRIER, CLEARED, "wrong"),
-    "no barrier before pivot rows of many channels change": (
-        *("folding", "__syncthreads();  // before others write there\n", "\n"),
-        "wrong",
-    ),
-    "none on the matrix units": ("actnorm_conv1x1_wide", "", "", ""),
-    "a product before its strip is there": ("actnorm_conv1x1_wide", READY, READY.replace("1", "2"), "wrong"),
-    "no barrier of a warp before products": (
-        *("actnorm_conv1x1_wide", f"{READY}        __syncwarp();\n", READY),
-        "wrong",
-    ),
-    "no barrier of a warp before a strip's place is taken": (
-        *("actnorm_conv1x1_wide", f"{WORKED}        __syncwarp();\n", WORKED),
-        "wrong",
-    ),
-    "no barrier of a warp before sums": ("actnorm_conv1x1_wide", f"{PUT}          __syncwarp();\n", PUT, "wrong"),
-    "no barrier between strips and all sums": (
-        "actnorm_conv1x1_wide",
-        f"  __syncthreads();\n{BEFORE_SUMS}",
-        BEFORE_SUMS,
-        "wrong",
-    ),
-    "none in a coupling with pairs to exchange": ("affine_coupling", "", "", ""),
-    "positions beyond the tensor count": (
-        *("affine_coupling", "if (i < spot.count) total += log_factor;", "total += log_factor;"),
-        "wrong",
-    ),
-    "no barrier before pairs are read": (
-        *("affine_coupling", f"{SPOT}{BROUGHT}  __syncthreads();\n", f"{SPOT}{BROUGHT}"),
-        "wrong",
-    ),
-    "no barrier before their gradients are written": (
-        *("affine_coupling", f"{GIVEN}  __syncthreads();\n", GIVEN),
-        "wrong",
-    ),
+    "actnorm_statistics": {
+        "no barrier after the first store": Fault("= mine;\n  «__syncthreads()»"),
+        "no barrier between two sums": Fault(f"{SUM}    «__syncthreads()»"),
+        "a barrier that half of the threads miss": Fault(
+            f"{SUM}    «__syncthreads()»", "void(thread < 128 && (__syncthreads(), true))", "waits for ever"
+        ),
+        "one sample too many": Fault("«batch < planes.batches»", "batch <= planes.batches", "heap-buffer-overflow"),
+    },
+    "coupling_conv1x1": {
+        "no barrier between product and coupling": Fault("reader = Reader<H>(h, span);\n    «__syncthreads()»"),
+        "no barrier between coupling and sums": Fault("«__syncthreads()»;\n    sums.add"),
+        "no barrier between two tiles": Fault("write_tile(arguments.grad_z, work, span, dx);\n    «__syncthreads()»"),
+    },
+    "actnorm_conv1x1": {
+        "no barrier between scales and folding": Fault("  «__syncthreads()»;\n  for_each_row"),
+        "no barrier between folding and product": Fault(f"{FOLDED}  wait_for_copies();\n  «__syncthreads()»"),
+        "a product before its tile is there": Fault(f"{FOLDED}  «wait_for_copies()»"),
+        "folding before the weight is there": Fault("«wait_for_copies<1>()»", "wait_for_copies<2>()"),
+        "no barrier of a warp between a pivot row and its step": Fault(
+            "choose_pivot(rows, free, first + k, pivot_row);\n      «__syncwarp()»"
+        ),
+        "no barrier before pivot rows change": Fault("«__syncthreads()»;  // before others write there"),
+        "no barrier between folding and product of strips": Fault("        start();\n        «__syncthreads()»"),
+    },
+    "folding": {
+        "no barrier before what a permutation picks is looked for": Fault("end_[i] = 0;\n    }\n    «__syncthreads()»"),
+        "no barrier before pivot rows of many channels change": Fault(
+            "«__syncthreads()»;  // before others write there"
+        ),
+    },
+    "actnorm_conv1x1_wide": {
+        "a product before its strip is there": Fault("«wait_for_groups<1>()»", "wait_for_groups<2>()"),
+        "no barrier of a warp before products": Fault("wait_for_groups<1>();\n        «__syncwarp()»"),
+        "no barrier of a warp before a strip's place is taken": Fault("work(here, pass % 2);\n        «__syncwarp()»"),
+        "no barrier of a warp before sums": Fault("put_strip<S>(total, x);\n          «__syncwarp()»"),
+        "no barrier between strips and all sums": Fault("  «__syncthreads()»;\n  static_assert(StripSums<S>::kScratch"),
+    },
+    "affine_coupling": {
+        "positions beyond the tensor count": Fault("if («i < spot.count») total += log_factor;", "true"),
+        "no barrier before pairs are read": Fault(
+            "raw_data = fetch<N>(views.data, tile, spot);\n  bring(exchange, h, tile, pairs);\n  «__syncthreads()»"
+        ),
+        "no barrier before their gradients are written": Fault(
+            "// nobody else reads this pair before the barrier\n  }\n  «__syncthreads()»"
+        ),
+    },
 }
+# Included by every file with faults.
+PLANTED = """\
+#pragma once
+
+#include <cstdlib>
+#include <string_view>
+
+inline bool planted(std::string_view fault) {
+  static const char* const chosen = std::getenv("PLANTED_FAULT");
+  return chosen != nullptr && fault == chosen;
+}
+"""
 
 
 def libraries() -> str:
@@ -291,8 +271,8 @@ def tree(tmp_path_factory):
         found.server.kill()
 
 
-def build_and_ask(tree: Tree, sources: dict[str, str], program: str) -> subprocess.CompletedProcess[str]:
-    """What ``program`` says with a library of these files of csrc/cuda alone."""
+def build(tree: Tree, sources: dict[str, str]) -> None:
+    """A library of these files of csrc/cuda alone."""
     cuda = tree.folder / "csrc" / "cuda"
     for earlier in cuda.glob("*.cu"):
         earlier.unlink()
@@ -301,27 +281,42 @@ def build_and_ask(tree: Tree, sources: dict[str, str], program: str) -> subproce
     setup, command = (tree.folder / "setup.py").read_text(), ("--quiet", "build_ext", "--inplace")
     built = tree.run(setup, *command, GLOW_KERNELS_BUILD="cuda-host", CXXFLAGS=SANITIZE)
     assert built.returncode == 0, built.stdout + built.stderr
-    return tree.run(program)
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_comes_out(tree, fault):
-    operator, right, wrong, expected = FAULTS[fault]
+def with_faults(operator: str) -> dict[str, str]:
+    """The sources of ``operator`` with all faults, each only where it is ``planted``."""
     sources = {name: (REPOSITORY / "csrc" / "cuda" / name).read_text() for name in SOURCES[operator]}
-    if right:
-        assert sum(text.count(right) for text in sources.values()) == 1
-        sources = {name: text.replace(right, wrong) for name, text in sources.items()}
-    done = build_and_ask(tree, sources, ASK.format(samples=SAMPLES[operator]))
+    places: dict[tuple[str, int, int], str] = {}
+    for fault, (place, wrong, _) in FAULTS[operator].items():
+        before, right, after = re.split("[«»]", place)
+        ((name, text),) = [each for each in sources.items() if before + right + after in each[1]]
+        assert text.count(before + right + after) == 1, fault
+        start = text.index(before + right + after) + len(before)
+        at = name, start, start + len(right)
+        places[at] = f'(planted("{fault}") ? {wrong} : {places.get(at, right)})'
+    for (name, start, end), text in sorted(places.items(), reverse=True):  # no place moves one before it
+        sources[name] = sources[name][:start] + text + sources[name][end:]
+    return {name: '#include "planted.h"\n' + text for name, text in sources.items()} | {"planted.h": PLANTED}
+
+
+def outcome(tree: Tree, program: str, fault: str) -> str:
+    """What comes out with this fault."""
+    done = tree.run(program, PLANTED_FAULT=fault)
     said = done.stdout.splitlines()
-    if not expected:
-        assert said == ["cuda host shim"], done.stdout + done.stderr
-    elif expected == "heap-buffer-overflow":
-        assert done.returncode != 0
-        assert expected in done.stderr
-        assert "parts_kernel" in done.stderr
-    else:
-        assert expected in done.stdout
-        assert said[-1] == "cuda host shim"
+    if done.returncode != 0:
+        named = "heap-buffer-overflow" in done.stderr and "parts_kernel" in done.stderr
+        return "heap-buffer-overflow" if named else done.stderr
+    assert said[-1] == "cuda host shim"
+    return next((what for what in ("waits for ever", "wrong") if what in done.stdout), " ".join(said))
+
+
+@pytest.mark.parametrize("operator", FAULTS)
+def test_planted_faults_come_out(tree, operator):
+    build(tree, with_faults(operator))
+    program = ASK.format(samples=SAMPLES[operator])
+    assert outcome(tree, program, "") == "cuda host shim"
+    outcomes = {fault: outcome(tree, program, fault) for fault in FAULTS[operator]}
+    assert outcomes == {fault: expected for fault, (_, _, expected) in FAULTS[operator].items()}
 
 
 # Registers of a lane as "Matrix Fragments for mma.m16n8k8" of the PTX ISA tells where they stand in their matrices.
@@ -374,5 +369,6 @@ print(torch.equal(torch.ops.glow_kernels.probe(with_low_bits(a), with_low_bits(b
 
 
 def test_the_product_of_a_warp_has_the_documented_fragments(tree):
-    done = build_and_ask(tree, {"probe.cu": PROBE}, ASK_PROBE)
+    build(tree, {"probe.cu": PROBE})
+    done = tree.run(ASK_PROBE)
     assert done.stdout == "True\n", done.stdout + done.stderr

@@ -1,8 +1,7 @@
 """Calls of every Triton operator that between them launch every variant of a kernel that the launch rules can choose.
 
-The tensors have no memory: the calls are made where launches are recorded or compiled, not run. A sample is *core* if
-every run of the tests compiles it: every function in both memory formats, the heaviest in every type, every size of
-matrix, and every option once. A new kernel needs samples of its own here, and ``make kernels-report``.
+The tensors have no memory: the calls are made where launches are recorded or compiled, not run. A new kernel needs
+samples of its own here, and ``make kernels-report``.
 """
 
 from __future__ import annotations
@@ -21,11 +20,10 @@ from glow_kernels.ops.affine_coupling import KINDS
 
 
 class Sample(NamedTuple):
-    """A call, and whether the tests compile what it launches."""
+    """A call, named after its operator, shape, types, formats and options."""
 
     name: str
     call: Callable[[], Any]
-    core: bool
 
 
 # Types of the data and of h.
@@ -68,17 +66,17 @@ def _tuned(sample: Sample, table: dict[str, dict[str, int]]) -> Sample:
         with mock.patch.dict(launch.MEASURED, table):
             sample.call()
 
-    return Sample(sample.name, call, core=False)
-
-
-def core_samples() -> list[Sample]:
-    """What the tests compile."""
-    return [sample for sample in all_samples() if sample.core]
+    return Sample(sample.name, call)
 
 
 def is_bandwidth(name: str) -> bool:
     """Whether a sample is of what bandwidth is measured with."""
     return any(f"{'x'.join(map(str, shape))} float32 " in name for shape in BANDWIDTH_SHAPES)
+
+
+def is_of_two_formats(name: str) -> bool:
+    """Whether a sample has contiguous data in float32 and an ``h`` in bfloat16 that lies channels last."""
+    return "float32_with_bfloat16 NCHW with channels last" in name
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32, channels_last: bool = False) -> Tensor:
@@ -109,35 +107,30 @@ def elementwise_data() -> Iterator[tuple[str, bool, Sequence[int]]]:
 def coupling_samples() -> Iterator[Sample]:
     """Every function with all types and formats, then with every map, layout and order."""
     for dtypes, channels_last, shape in elementwise_data():
-        for sample in _coupling(shape, dtypes, channels_last):
-            heaviest = "reversible" in sample.name
-            yield sample._replace(core=heaviest or (shape == BANDWIDTH_SHAPES[0] and dtypes == "float32"))
+        yield from _coupling(shape, dtypes, channels_last)
     for kind, gain, floor in itertools.product(KINDS, (False, True), (0.0, 0.1)):
         if not (kind == "sigmoid" and gain):
             scale_map = ScaleMap(kind, 0.7, 0.1, 1.5, floor, -1.0, 1.0)
             heaviest = floor > 0 and (gain or kind == "sigmoid")
             formats = [("float32", True)] + [("float64", False)] * heaviest
             for dtypes, channels_last in formats:
-                for sample in _coupling(BANDWIDTH_SHAPES[0], dtypes, channels_last, scale_map, gain):
-                    yield sample._replace(core=heaviest and "reversible" in sample.name)
+                yield from _coupling(BANDWIDTH_SHAPES[0], dtypes, channels_last, scale_map, gain)
     for layout, order in itertools.product(
         ("chunk_scale_shift", "interleaved_scale_shift"), ("shift_scale", "scale_shift", "unshift_scale")
     ):
-        for sample in _coupling(BANDWIDTH_SHAPES[0], "float32", True, layout=layout, order=order):
-            yield sample._replace(core="reversible" in sample.name)
+        yield from _coupling(BANDWIDTH_SHAPES[0], "float32", True, layout=layout, order=order)
 
 
 def mixed_coupling_samples() -> Iterator[Sample]:
     """Contiguous data with an h that lies channels last: every type and width, then every map, layout and order."""
     formats = (False, True)
     for dtypes, channels in (("float32", 12), ("float32_with_bfloat16", 6), ("float32_with_bfloat16", 12)):
-        for sample in _coupling((64, channels, 64, 64), dtypes, formats):
-            yield sample._replace(core="inverse" not in sample.name and "16" in dtypes)
+        yield from _coupling((64, channels, 64, 64), dtypes, formats)
     for kind in KINDS:
         scale_map = ScaleMap(kind, 0.7, 0.1, 1.5, 0.1, -1.0, 1.0)
         for sample in _coupling((64, 12, 64, 64), "float32_with_bfloat16", formats, scale_map, kind != "sigmoid"):
             if "reversible" in sample.name:  # the heaviest
-                yield sample._replace(core=kind == "atan")
+                yield sample
     for layout, order in (("chunk_scale_shift", "scale_shift"), ("chunk_shift_scale", "unshift_scale")):
         options = ("float32_with_bfloat16", formats, SCALE_MAP, False, layout, order)
         for sample in _coupling((64, 12, 64, 64), *options):
@@ -194,8 +187,7 @@ def gaussian_samples() -> Iterator[Sample]:
             "sample_backward": (z, z, h, layout),
             "standardize_backward": (z, z, h, layout),
         }.items():
-            core = layout.startswith("i") and dtypes == "float32" and shape == BANDWIDTH_SHAPES[0]
-            yield _sample(gaussian_log_prob, name, what, arguments, core)
+            yield _sample(gaussian_log_prob, name, what, arguments)
 
 
 def linear_data() -> Iterator[tuple[str, bool, Sequence[int]]]:
@@ -222,21 +214,16 @@ def linear_samples() -> Iterator[Sample]:
             "apply_backward (no dx)": (x, x, matrix, False),
             "apply_reversible_backward": (x, x, matrix, matrix, shift),
         }.items():
-            heaviest = dtypes != "float16" and not channels_last and "reversible" in name
-            core = shape[2] > 5 and (dtypes == "float32" or heaviest)
-            yield _sample(actnorm_conv1x1, name, what, arguments, core)
+            yield _sample(actnorm_conv1x1, name, what, arguments)
 
 
 def coupling_linear_samples() -> Iterator[Sample]:
     """Both functions with every block, type, format and width of h, then with every map, layout and order."""
     for dtypes, *formats in itertools.product(("float32", "float32_with_bfloat16"), (False, True), (False, True)):
-        # As networks in bfloat16 that lie channels last make of images that do not, or plainly.
-        usual = formats == [False, True] if "16" in dtypes else formats[0] == formats[1]
-        yield from _coupling_linear(BANDWIDTH_SHAPES[0], dtypes, formats, core=usual)
+        yield from _coupling_linear(BANDWIDTH_SHAPES[0], dtypes, formats)
         for channels in (16, 20, 32, 36, 48):
             # Log-determinants are summed in groups of 16 positions, or are not.
-            core = usual and channels in (32, 48)
-            yield from _coupling_linear((32, channels, 64, 64), dtypes, formats, core=core)
+            yield from _coupling_linear((32, channels, 64, 64), dtypes, formats)
             yield from _coupling_linear((32, channels, 4, 2), dtypes, formats)
             # In single elements.
             yield from _coupling_linear((32, channels - 1, 5, 5), dtypes, formats)
@@ -245,15 +232,14 @@ def coupling_linear_samples() -> Iterator[Sample]:
         scale_map = ScaleMap(kind, 0.7, 0.1, 1.5, 0.1, -1.0, 1.0)
         for sample in _coupling_linear(BANDWIDTH_SHAPES[1], "float32", (True, True), scale_map):
             if "backward" in sample.name:  # the heavier
-                yield sample._replace(core=kind == "atan")
+                yield sample
     for layout, order in (
         ("chunk_scale_shift", "scale_shift"),
         ("chunk_shift_scale", "unshift_scale"),
         ("interleaved_scale_shift", "shift_scale"),
     ):
         options = ("float32_with_bfloat16", (False, True), SCALE_MAP, layout, order)
-        for sample in _coupling_linear(BANDWIDTH_SHAPES[1], *options):
-            yield sample._replace(core="backward" in sample.name)
+        yield from _coupling_linear(BANDWIDTH_SHAPES[1], *options)
 
 
 def _coupling_linear(
@@ -263,7 +249,6 @@ def _coupling_linear(
     scale_map: ScaleMap = SCALE_MAP,
     layout: str = "interleaved_shift_scale",
     order: str = "shift_scale",
-    core: bool = False,
 ) -> Iterator[Sample]:
     """Both functions for z and h in these formats."""
     from glow_kernels.backends.triton import coupling_conv1x1
@@ -276,8 +261,8 @@ def _coupling_linear(
     matrix, shift, grad_log_det = (empty(*size) for size in ((channels, channels), (channels,), (batch,)))
     options = (scale_map.kind, scale_map.parameters, layout, order)
     what = describe(shape, dtypes, channels_last, scale_map.kind, layout, order)
-    yield _sample(coupling_conv1x1, "forward", what, (z, h, matrix, shift, *options), core)
-    yield _sample(coupling_conv1x1, "backward", what, (z, grad_log_det, z, h, matrix, *options), core)
+    yield _sample(coupling_conv1x1, "forward", what, (z, h, matrix, shift, *options))
+    yield _sample(coupling_conv1x1, "backward", what, (z, grad_log_det, z, h, matrix, *options))
 
 
 def folding_samples() -> Iterator[Sample]:
@@ -298,8 +283,7 @@ def folding_samples() -> Iterator[Sample]:
             calls[name] = (matrix, vector, number, vector, vector, matrix, None)
             calls[f"{name} (known)"] = (matrix, vector, number, vector, vector, matrix, number)
         for name, arguments in calls.items():
-            core = dtype == torch.float32 and (size == 64 or (size in (16, 32) and "known" not in name))
-            yield _sample(folding, name, f"4x{size}x{size} {str(dtype)[6:]}", arguments, core)
+            yield _sample(folding, name, f"4x{size}x{size} {str(dtype)[6:]}", arguments)
 
 
 def statistics_data() -> Iterator[tuple[str, bool, Sequence[int]]]:
@@ -315,8 +299,7 @@ def statistics_samples() -> Iterator[Sample]:
 
     for dtypes, channels_last, shape in statistics_data():
         x = empty(*shape, dtype=DTYPES[dtypes][0], channels_last=channels_last)
-        core = dtypes == "float32" and shape in BANDWIDTH_SHAPES
-        yield _sample(actnorm_statistics, "forward", describe(shape, dtypes, channels_last), (x,), core)
+        yield _sample(actnorm_statistics, "forward", describe(shape, dtypes, channels_last), (x,))
 
 
 def network_samples() -> Iterator[Sample]:
@@ -326,19 +309,16 @@ def network_samples() -> Iterator[Sample]:
     for dtypes, channels_last, shape in elementwise_data():
         dtype, bias_dtype = DTYPES[dtypes]
         arguments = (empty(*shape, dtype=dtype, channels_last=channels_last), empty(shape[1], dtype=bias_dtype))
-        core = dtypes == "float32" and shape == BANDWIDTH_SHAPES[0]
-        yield _sample(bias_relu, "forward", describe(shape, dtypes, channels_last), arguments, core)
+        yield _sample(bias_relu, "forward", describe(shape, dtypes, channels_last), arguments)
     for dtypes, channels_last, shape in statistics_data():
         y = empty(*shape, dtype=DTYPES[dtypes][0], channels_last=channels_last)
-        core = dtypes == "float32" and shape in BANDWIDTH_SHAPES
-        yield _sample(bias_relu, "backward", describe(shape, dtypes, channels_last), (y, y, 1), core)
+        yield _sample(bias_relu, "backward", describe(shape, dtypes, channels_last), (y, y, 1))
     for dtypes, parts in itertools.product(DTYPES, (0, 2)):
         x = empty(64, 12, 16, 16, dtype=DTYPES[dtypes][0])
-        core = dtypes in ("float32", "float32_with_bfloat16")
         what = f"64x12x16x16 {dtypes} in {parts} parts"
-        yield _sample(bias_relu, "pad", what, (x, 16, DTYPES[dtypes][1], True, parts), core)
+        yield _sample(bias_relu, "pad", what, (x, 16, DTYPES[dtypes][1], True, parts))
         if parts:
-            yield _sample(bias_relu, "bias_backward", what, (x, parts), core)
+            yield _sample(bias_relu, "bias_backward", what, (x, parts))
     yield from _filter_samples()
 
 
@@ -350,14 +330,13 @@ def _filter_samples() -> Iterator[Sample]:
         dtype, result = DTYPES[dtypes]
         weights, vectors = ([empty(*shape, dtype=dtype) for _ in range(count)] for shape in ((16, 54, 3, 3), (16,)))
         filters = (weights, vectors, vectors, [3.0] * count)
-        core = dtypes in ("float32", "float32_with_bfloat16")
         what = f"{count}x16x54x3x3 {dtypes}"
-        yield _sample(scale_filters, "forward_all", what, (*filters, result, [16, 54] * count), core)
+        yield _sample(scale_filters, "forward_all", what, (*filters, result, [16, 54] * count))
         grads = [empty(*shape, dtype=result) for _ in range(count) for shape in ((16, 54, 3, 3), (16,))]
-        yield _sample(scale_filters, "backward_all", what, (grads, *filters), core)
+        yield _sample(scale_filters, "backward_all", what, (grads, *filters))
 
 
-def _sample(module: Any, name: str, what: str, arguments: tuple[Any, ...], core: bool = False) -> Sample:
+def _sample(module: Any, name: str, what: str, arguments: tuple[Any, ...]) -> Sample:
     operator = module.__name__.rpartition(".")[2].replace("folding", "actnorm_conv1x1")
     function = getattr(module, name.split()[0])
-    return Sample(f"{operator}.{name} {what}", lambda: function(*arguments), core)
+    return Sample(f"{operator}.{name} {what}", lambda: function(*arguments))
