@@ -25,10 +25,10 @@ ELSEWHERE := $(addprefix tests/test_,triton_compile.py cuda_compile.py cuda_host
 # would run here; it is the baseline of a library for this processor. Left out is what takes a quarter of the compiling and
 # tells of pointers that AddressSanitizer tells of where they are followed.
 SANITIZED := build/sanitized
-SANITIZE := -O1 -g1 -fsanitize=address,undefined -fno-sanitize=null,object-size,pointer-overflow \
+SANITIZE := -g1 -fsanitize=address,undefined -fno-sanitize=null,object-size,pointer-overflow \
 	-fno-sanitize-recover=all -fno-omit-frame-pointer
 # Tests of what Python makes of the kernels, whose accesses are those of other tests.
-OF_PYTHON := opcheck compiles gradcheck torch_func meta_tensors autocast
+OF_PYTHON := opcheck compile gradcheck torch_func meta_tensors autocast ranks
 
 PYTEST_SANITIZED = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(1) OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto \
@@ -86,11 +86,11 @@ kernels-report: $(INSTALLED)
 		$(BIN)/python tests/cuda_resources.py reports/cuda_kernels.csv || echo "no report of the CUDA kernels"
 
 test-sanitized: $(INSTALLED)
-	GLOW_KERNELS_ISAS=baseline CXXFLAGS="$(SANITIZE) -march=native" GLOW_KERNELS_BUILD=cpu $(BIN)/python setup.py --quiet build --build-lib $(SANITIZED)
+	GLOW_KERNELS_ISAS=baseline CXXFLAGS="-O0 $(SANITIZE) -march=native" GLOW_KERNELS_BUILD=cpu $(BIN)/python setup.py --quiet build --build-lib $(SANITIZED)
 	$(call PYTEST_SANITIZED,$(SANITIZED)) $(OPERATOR_TESTS)
 
 test-cuda-host: $(INSTALLED)
-	CXXFLAGS="$(SANITIZE)" GLOW_KERNELS_BUILD=cuda-host $(BIN)/python setup.py --quiet build --build-lib $(CUDA_HOST)
+	CXXFLAGS="-O1 $(SANITIZE)" GLOW_KERNELS_BUILD=cuda-host $(BIN)/python setup.py --quiet build --build-lib $(CUDA_HOST)
 	$(call PYTEST_SANITIZED,$(CUDA_HOST)) $(OPERATOR_TESTS)
 	GLOW_KERNELS_MULTIPROCESSORS=0 $(call PYTEST_SANITIZED,$(CUDA_HOST)) $(OF_ANY_SIZE)
 	$(PYTEST) tests/test_cuda_host.py

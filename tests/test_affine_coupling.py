@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from operators import (
     DTYPES,
+    INTERPRETED,
     LARGE_DTYPES,
     LARGE_SHAPES,
     LAYOUTS,
@@ -373,6 +374,7 @@ def test_every_map_in_every_layout_and_order(backend, direction, scale_map, lear
         check_gradients(case, inputs)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="the test above has gradients of every map in float64")
 @pytest.mark.parametrize("direction", ["forward", "inverse"])
 @pytest.mark.parametrize("name", MAPS)
 def test_gradcheck_of_every_map(backend, direction, name):
