@@ -3,6 +3,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+# All that compiling needs: with --jobs=2 the rest is installed meanwhile.
+TORCH_INSTALLED := .venv/.torch
 
 LIBRARY := glow_kernels/_C.so
 
@@ -123,17 +125,20 @@ clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis glow_kernels/_C.* glow_kernels/_C_cuda.*
 
 # The folders are among what find lists, so that a file taken away counts as a change too.
-$(LIBRARY): setup.py $(shell find csrc/include csrc/cpu) | $(INSTALLED)
+$(LIBRARY): setup.py $(shell find csrc/include csrc/cpu) | $(TORCH_INSTALLED)
 	GLOW_KERNELS_BUILD=cpu $(BIN)/python setup.py --quiet build_ext --inplace
 
 no-compiler:
 	@echo "no C++ compiler: the native library is not built, the reference backend computes; install g++ or clang++"
 
 # torch comes first and pinned, since a looser requirement may fetch gigabytes; an isolated build would fetch it again.
-$(INSTALLED): pyproject.toml setup.py
+$(INSTALLED): pyproject.toml setup.py | $(TORCH_INSTALLED)
+	GLOW_KERNELS_BUILD=none $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[train,dev]"
+	@touch $@
+
+$(TORCH_INSTALLED):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "glow_kernels needs Python 3.10 or newer: choose one with 'make PYTHON=python3.12 ...'"; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" "setuptools>=77"
-	GLOW_KERNELS_BUILD=none $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[train,dev]"
 	@touch $@
