@@ -81,17 +81,16 @@ def update(report: Path, again: bool) -> None:
         now = current(target)
         stale = [(entry, keys) for entry, keys in now if not _covers(known.get(entry.key()), entry)]
         compiled = compile_all({target: [key for _, keys in stale for key in keys]})
+        kernels += compiled
+        write_report(kernels, report)
         if found := [fault for kernel in compiled for fault in faults(kernel)]:
             raise SystemExit("\n".join(found))
         fresh = {entry.key(): _summary(entry, compiled) for entry, _ in stale}
         rows |= {entry.key(): fresh.get(entry.key()) or known[entry.key()] for entry, _ in now}
-        kernels += compiled
         # After every target, so that an interruption loses no more than one.
         _write([*rows.values(), *(entry for entry in known.values() if entry.target not in {at for _, at in rows})])
-        write_report(kernels, report)
-        spilling = sum(kernel.spills > 0 for kernel in compiled)
         total = sum(entry.count for entry, _ in now)
-        print(f"{target}: compiled {len(compiled)} of {total} variants, {spilling} spill", flush=True)
+        print(f"{target}: compiled {len(compiled)} of {total} variants", flush=True)
     print(f"The record is {RECORD}; {report} has a row for each that was compiled")
 
 

@@ -8,6 +8,7 @@ another third every day, and must need no more than is recorded.
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import re
 import shutil
@@ -69,9 +70,11 @@ def test_every_target_has_the_same_kernels(built):
 
 
 @pytest.mark.skipif(not IS_RECORDED, reason="nothing is recorded of these sources: run make kernels-report")
-def test_kernels_need_no_more_than_is_recorded(built):
+def test_kernels_need_no_more_than_is_recorded(tree, built):
+    description = json.loads((tree / LIBRARY.relative_to(REPOSITORY)).with_suffix(".json").read_text())
     for kernel in built:
-        assert kernel.registers <= int(RECORDED[kernel.target]["registers"]), kernel
+        most = RECORDED[kernel.target]
+        assert most["nvcc"] != description["nvcc"] or kernel.registers <= int(most["registers"]), kernel
 
 
 @pytest.mark.parametrize("target", RECORDED)

@@ -94,6 +94,14 @@ def test_faults_are_seen(changes):
     assert fault.startswith((SOUND.operator, OF_TWO_FORMATS["operator"]))
 
 
+def test_a_kernel_with_a_fault_is_not_recorded(monkeypatch, tmp_path):
+    monkeypatch.setattr(kernel_record, "RECORD", tmp_path / "record.csv")
+    monkeypatch.setattr(kernel_record, "compile_all", lambda wanted: [replace(SOUND, spills=8)])
+    with pytest.raises(SystemExit, match="map_kernel spills"):
+        kernel_record.update(tmp_path / "report.csv", again=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["report.csv"]
+
+
 def test_the_faults_are_looked_for_in_every_operator():
     assert len({sample.name.split()[0] for sample in all_samples() if is_bandwidth(sample.name)}) >= 15
     apart = variants(sample.call for sample in all_samples() if is_of_two_formats(sample.name))
