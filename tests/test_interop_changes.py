@@ -150,6 +150,12 @@ class BoundedActNorm(rosinality.ActNorm):
         return scale * (x + self.loc), x.shape[2] * x.shape[3] * scale.log().sum()
 
 
+class UndefinedActNorm(rosinality.ActNorm):
+    def forward(self, x):
+        y, log_det = super().forward(x)
+        return y, log_det.detach() * torch.nan
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
@@ -160,10 +166,39 @@ class BoundedActNorm(rosinality.ActNorm):
         (BoundedShift, "the shift is not added"),
         (BoundedData, "forward with large numbers"),
         (lambda: BoundedActNorm(4), "forward with large numbers"),
+        (lambda: UndefinedActNorm(4), "forward: result 1 of the original layer is not finite"),
     ],
 )
 def test_what_a_patch_would_leave_out_is_left_alone(make, reason):
     row = gk.accelerate(make()).layers[0]
+    assert not row.patched
+    assert row.reason.startswith(reason)
+
+
+class Unknown(nn.Module):
+    """A layer with a name of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(4, 1, 1))
+
+    def forward(self, x):
+        return x + self.bias, None
+
+    def reverse(self, y):
+        return y - self.bias
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (Unknown, "its Unknown was left alone: it is none that is known"),
+        (BoundedShift, "its BoundedShift was left alone: the shift is not added"),
+        (lambda: rosinality.ActNorm(4), "its ActNorm is rosinality's ActNorm"),
+    ],
+)
+def test_a_step_says_why_a_layer_of_it_was_left_alone(make, reason):
+    (row,) = (row for row in gk.accelerate(flow(make())).layers if row.kind == "Flow")
     assert not row.patched
     assert row.reason.startswith(reason)
 

@@ -203,6 +203,8 @@ def _look_at(
         better = patch.improvements(module, options)
         described = "; ".join(filter(None, (options.describe() if options else "", patch.note)))
         row = dataclasses.replace(row, options=described, memory=kept, memory_reason=memory_reason, better=better)
+    else:
+        workshop.reasons[module] = reason
     rows[module] = row
 
 

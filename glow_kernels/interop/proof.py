@@ -328,7 +328,10 @@ def _difference(name: str, expected: Tensor | None, actual: Tensor | None, toler
         return 0.0
     size = max(1.0, expected.double().abs().max().item())
     difference = (actual.double() - expected.double()).abs().max().item() / size
-    if not difference <= tolerance:
+    if not math.isfinite(difference):
+        whose = "patched" if expected.isfinite().all() else "original"
+        raise Mismatch(f"{name} of the {whose} layer is not finite")
+    if difference > tolerance:
         raise Mismatch(f"{name} differs by {difference:.1e}")
     return difference
 

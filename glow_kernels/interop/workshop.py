@@ -41,6 +41,7 @@ class Workshop:
         memories: what each of them keeps.
         stand_ins: for networks of couplings.
         networks: of each module in which a coupling was found.
+        reasons: why modules were left alone.
     """
 
     def __init__(self, memory: Memory | None = None) -> None:
@@ -49,6 +50,7 @@ class Workshop:
         self.memories: dict[nn.Module, Memory | None] = {}
         self.stand_ins: dict[nn.Module, StandIn] = {}
         self.networks: dict[nn.Module, list[nn.Module]] = {}
+        self.reasons: dict[nn.Module, str] = {}
 
     def require(self, *layers: tuple[nn.Module, type[Patch]]) -> None:
         """These layers of a step will be patched in the given way, so that they can be computed together.
@@ -58,8 +60,11 @@ class Workshop:
         """
         for layer, patch in layers:
             decided, _ = self.decisions.get(layer, (None, None))
-            if decided is None or not issubclass(decided, patch):
-                raise Mismatch(f"its {type(layer).__name__} was left alone")
+            if decided is None:
+                reason = self.reasons.get(layer, "it is none that is known")
+                raise Mismatch(f"its {type(layer).__name__} was left alone: {reason}")
+            if not issubclass(decided, patch):
+                raise Mismatch(f"its {type(layer).__name__} is {decided.dialect}'s {decided.kind}")
 
     def find_coupling(
         self,
