@@ -136,7 +136,7 @@ def _compile_part(job: tuple[str, int, int, Sequence[Variant]]) -> list[Kernel]:
     return compile_for(target, all_samples(), wanted[part::parts])
 
 
-# These write nothing of the data's size, or only partial results.
+# Kernels that only add up partial results, and those that write nothing else.
 _WITHOUT_DATA = ("_sum_kernel", "_combine_kernel")
 _REDUCTIONS = ("_log_prob_kernel", "_chunk_kernel", "sums_kernel", "wide_sums_kernel")
 
@@ -162,9 +162,9 @@ def faults(kernel: Kernel) -> list[str]:
     if is_of_two_formats(kernel.operator) and kernel.kernel.startswith(("coupled_", "mixed_")):
         # In bfloat16, of which a single element has 16 bits.
         if min(kernel.widest_load, kernel.widest_store) < 128 or kernel.narrowest_load < 32:
-            found.append(f"reads {kernel.narrowest_load} to {kernel.widest_load} bits of h at a time")
+            found.append(f"moves an h that lies otherwise {kernel.narrowest_load} bits at a time, or less than 128")
         if kernel.narrowest_store < 32 and not (amd and "chunk" in kernel.operator):
-            found.append(f"writes {kernel.narrowest_store} bits at a time")
+            found.append(f"writes an h that lies otherwise {kernel.narrowest_store} bits at a time")
     return [f"{kernel.operator} for {kernel.target}: {kernel.kernel} {fault}" for fault in found]
 
 
