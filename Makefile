@@ -75,8 +75,8 @@ test-triton: $(INSTALLED)
 	$(BIN)/python -m pytest tests/test_triton_compile.py
 	TRITON_INTERPRET=1 $(PYTEST) $(OPERATOR_TESTS) tests/test_triton.py -k triton
 
-# nvcc compiles the CUDA library for all GPUs, or a third of it for one where these sources are recorded to have been;
-# where there is no nvcc, this says so.
+# nvcc compiles the CUDA library for all GPUs, or for one where these sources are recorded to have been; where there is no
+# nvcc, this says so.
 test-cuda: $(INSTALLED)
 	$(BIN)/python -m pytest -rs tests/test_cuda_compile.py
 

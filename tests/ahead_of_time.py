@@ -152,12 +152,11 @@ def faults(kernel: Kernel) -> list[str]:
         found.append("spills or does not fit")
     # AMD's matrix units leave neighbouring channels of a product with different threads.
     amd = kernel.target == "gfx942"
-    product = amd and "channels last" in kernel.operator
-    product = product and kernel.kernel.removeprefix("coupled_") in ("apply_kernel", "backward_kernel")
+    products = ("apply_kernel", "backward_kernel") if amd and "channels last" in kernel.operator else ()
     if is_bandwidth(kernel.operator) and kernel.kernel not in _WITHOUT_DATA:
         if kernel.widest_load < 128:
             found.append(f"reads {kernel.widest_load} bits at a time")
-        if kernel.widest_store < 128 and kernel.kernel not in _REDUCTIONS and not product:
+        if kernel.widest_store < 128 and kernel.kernel.removeprefix("coupled_") not in (*_REDUCTIONS, *products):
             found.append(f"writes {kernel.widest_store} bits at a time")
     if is_of_two_formats(kernel.operator) and kernel.kernel.startswith(("coupled_", "mixed_")):
         # In bfloat16, of which a single element has 16 bits.

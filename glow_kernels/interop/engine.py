@@ -99,21 +99,20 @@ def accelerate(
     workshop = Workshop(_memory(memory, anchor_every, micro_batches))
     if any(_is_outdated(module, workshop.memory) for module in model.modules()):
         restore(model)
-    rows: dict[nn.Module, LayerReport] = {}
     paths = dict(reversed([(module, name) for name, module in model.named_modules()]))
     with _undisturbed(model):
         for module, path in _with_progress(paths.items()):  # the deepest first
-            _look_at(module, path, _patches(), workshop, rows, verify)
+            _look_at(module, path, _patches(), workshop, verify)
         for module in list(workshop.decisions):
             for layer in (layer for network in workshop.networks.get(module, ()) for layer in network.modules()):
-                _look_at(layer, paths[layer], convolutions.NETWORK_PATCHES, workshop, rows, verify)
+                _look_at(layer, paths[layer], convolutions.NETWORK_PATCHES, workshop, verify)
         if verify:
-            _prove_chains(model, workshop, rows)
+            _prove_chains(model, workshop)
     for module, (patch, options) in workshop.decisions.items():
         if patch_of(module) is None:
             apply(module, patch, options, workshop.memories[module])
         is_uninitialised(module)  # remembers a flag that is set, which compilers cannot read
-    ordered = tuple(rows[module] for _, module in model.named_modules() if module in rows)
+    ordered = tuple(workshop.rows[module] for module in model.modules() if module in workshop.rows)
     if not ordered:
         return Report(note=_why_nothing(model))
     applies = workshop.memory is None or any(row.memory for row in ordered)
@@ -173,13 +172,12 @@ def _look_at(
     path: str,
     patches: Iterable[type[Patch]],
     workshop: Workshop,
-    rows: dict[nn.Module, LayerReport],
     verify: bool,
 ) -> None:
     """Decide on ``module``, unless that has been done, and add a row to the report if it is a flow layer."""
     patch, reason, options, agreement = patch_of(module), "", None, None
     memory, memory_reason = memory_of(module), ""
-    if module in rows:
+    if module in workshop.rows:
         return
     if patch is not None:
         options = options_of(module)
@@ -203,9 +201,7 @@ def _look_at(
         better = patch.improvements(module, options)
         described = "; ".join(filter(None, (options.describe() if options else "", patch.note)))
         row = dataclasses.replace(row, options=described, memory=kept, memory_reason=memory_reason, better=better)
-    else:
-        workshop.reasons[module] = reason
-    rows[module] = row
+    workshop.rows[module] = row
 
 
 def _matches(patch: type[Patch], module: nn.Module) -> bool:
@@ -241,7 +237,7 @@ def _memory_of_step(
     return memory, ""
 
 
-def _prove_chains(model: nn.Module, workshop: Workshop, rows: dict[nn.Module, LayerReport]) -> None:
+def _prove_chains(model: nn.Module, workshop: Workshop) -> None:
     """Steps that follow one another in the model, and keep little, keep everything if the chain of them disagrees."""
 
     def kind(module: nn.Module) -> Any:
@@ -263,7 +259,8 @@ def _prove_chains(model: nn.Module, workshop: Workshop, rows: dict[nn.Module, La
                 for module in chain:
                     workshop.memories[module] = None
                     reason = _first_line(error)
-                    rows[module] = dataclasses.replace(rows[module], memory="store", memory_reason=reason)
+                    row = dataclasses.replace(workshop.rows[module], memory="store", memory_reason=reason)
+                    workshop.rows[module] = row
 
 
 def _why_nothing(model: nn.Module) -> str:

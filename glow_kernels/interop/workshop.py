@@ -28,6 +28,7 @@ from glow_kernels.interop.stand_ins import (
 
 if TYPE_CHECKING:
     from glow_kernels.interop.memory import Memory
+    from glow_kernels.interop.report import LayerReport
 
 
 class Workshop:
@@ -41,7 +42,7 @@ class Workshop:
         memories: what each of them keeps.
         stand_ins: for networks of couplings.
         networks: of each module in which a coupling was found.
-        reasons: why modules were left alone.
+        rows: of the report, one for each module that was looked at and is a flow layer.
     """
 
     def __init__(self, memory: Memory | None = None) -> None:
@@ -50,7 +51,7 @@ class Workshop:
         self.memories: dict[nn.Module, Memory | None] = {}
         self.stand_ins: dict[nn.Module, StandIn] = {}
         self.networks: dict[nn.Module, list[nn.Module]] = {}
-        self.reasons: dict[nn.Module, str] = {}
+        self.rows: dict[nn.Module, LayerReport] = {}
 
     def require(self, *layers: tuple[nn.Module, type[Patch]]) -> None:
         """These layers of a step will be patched in the given way, so that they can be computed together.
@@ -61,7 +62,7 @@ class Workshop:
         for layer, patch in layers:
             decided, _ = self.decisions.get(layer, (None, None))
             if decided is None:
-                reason = self.reasons.get(layer, "it is none that is known")
+                reason = self.rows[layer].reason if layer in self.rows else "it is none that is known"
                 raise Mismatch(f"its {type(layer).__name__} was left alone: {reason}")
             if not issubclass(decided, patch):
                 raise Mismatch(f"its {type(layer).__name__} is {decided.dialect}'s {decided.kind}")
