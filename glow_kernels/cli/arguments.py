@@ -112,7 +112,9 @@ def load_data(dataset: str | None, config: TrainingConfig, model: Glow, document
         DataError: they do not fit the model, or those of the run have changed, so that images that were trained on may
             be held out now.
     """
-    data = datasets.load(dataset or config.dataset, n_bits=config.n_bits, image_size=config.image_size)
+    data = datasets.load(
+        dataset or config.dataset, n_bits=config.n_bits, image_size=config.image_size, show_progress=True
+    )
     got = (data.channels, *data.image_size), data.n_bins
     expected = (model.in_channels, *model.image_size), model.n_bins
     # Other data may lack some classes.

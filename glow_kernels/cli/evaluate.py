@@ -38,7 +38,9 @@ def run(arguments: argparse.Namespace) -> None:
     data = common.load_data(arguments.dataset, config, model, document)
     levels = getattr(data, arguments.split)
     labels = getattr(data, f"{arguments.split}_labels") if config.conditional else None
-    result = evaluation.evaluate(model, levels, labels, draws=arguments.draws, batch_size=arguments.batch_size)
+    result = evaluation.evaluate(
+        model, levels, labels, draws=arguments.draws, batch_size=arguments.batch_size, show_progress=True
+    )
     few = slice(0, arguments.batch_size)
     device = next(model.parameters()).device
     x = model.dequantize(levels[few].to(device), torch.Generator(device).manual_seed(0))

@@ -50,5 +50,6 @@ def run(arguments: argparse.Namespace) -> None:
         temperature=arguments.temperature,
         label=arguments.label,
         seed=arguments.seed,
+        show_progress=True,
     )
     print(path)

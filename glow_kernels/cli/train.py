@@ -76,7 +76,12 @@ def _train(arguments: argparse.Namespace, given: dict[str, Any], ranks: distribu
     if device.type == "cuda":
         torch.cuda.set_device(device)
     folder, config = _resumed(arguments, given) if arguments.resume else _new(arguments, given)
-    data = datasets.load(config.dataset, n_bits=config.n_bits, image_size=config.image_size)
+    data = datasets.load(
+        config.dataset,
+        n_bits=config.n_bits,
+        image_size=config.image_size,
+        show_progress=ranks.is_writer and not arguments.quiet,
+    )
     if not arguments.resume:
         config.build_model_for(data)
         if ranks.is_writer:
@@ -139,7 +144,8 @@ def _report(trainer: Trainer, data: datasets.ImageData, folder: Path, device: to
     model, config, document = run_folder.load_model(folder, "cpu" if ranks.fsdp else device)
     ranks.shard(model, device)
     labels = data.test_labels if config.conditional else None
-    result = evaluate(model, data.test, labels, draws=max(1, 4096 // len(data.test)), ranks=ranks)
+    draws = max(1, 4096 // len(data.test))
+    result = evaluate(model, data.test, labels, draws=draws, ranks=ranks, show_progress=trainer.show_progress)
     pictures = {name: folder / name if ranks.is_writer else None for name in run_folder.PICTURES}
     gallery.draw_samples(model, pictures["samples.png"])
     error = gallery.draw_reconstruction(model, data.test, labels, pictures["reconstruction.png"])

@@ -8,7 +8,7 @@ import itertools
 import random
 import sys
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -45,6 +45,7 @@ from glow_kernels.interop.proof import Agreement, prove, prove_chain
 from glow_kernels.interop.report import LayerReport, Report
 from glow_kernels.interop.workshop import Workshop
 from glow_kernels.ops._checks import check_choice
+from glow_kernels.progress import with_progress
 from glow_kernels.reversible import POLICIES
 
 # Layers with more of a structure first: survae's convolution has an inverse, that of OpenAI's ports has none.
@@ -101,7 +102,7 @@ def accelerate(
         restore(model)
     paths = dict(reversed([(module, name) for name, module in model.named_modules()]))
     with _undisturbed(model):
-        for module, path in _with_progress(paths.items()):  # the deepest first
+        for module, path in with_progress(paths.items(), "accelerate", "layers"):  # the deepest first
             _look_at(module, path, _patches(), workshop, verify)
         for module in list(workshop.decisions):
             for layer in (layer for network in workshop.networks.get(module, ()) for layer in network.modules()):
@@ -131,18 +132,6 @@ def restore(model: nn.Module) -> int:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     return sum(undo(module) for module in model.modules())
-
-
-def _with_progress(layers: Collection[tuple[nn.Module, str]]) -> Iterable[tuple[nn.Module, str]]:
-    """A bar on a terminal from the second second on, as deep models take a minute; without tqdm there is none."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return layers
-    bar: Iterable[tuple[nn.Module, str]] = tqdm(
-        layers, "accelerate", unit=" layers", delay=1, leave=False, disable=None
-    )
-    return bar
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from glow_kernels.models import Glow
+from glow_kernels.progress import with_progress
 from glow_kernels.reversible import reconstruction_error
 from glow_kernels.training.distributed import ALONE, Ranks
 
@@ -41,6 +42,7 @@ def evaluate(
     batch_size: int = 256,
     seed: int = 0,
     ranks: Ranks = ALONE,
+    show_progress: bool = False,
 ) -> BitsPerDim:
     """Bits per dimension of images, averaged over ``draws`` of the dequantisation noise.
 
@@ -52,18 +54,19 @@ def evaluate(
         batch_size: images per call of the model.
         seed: of the noise.
         ranks: who share the work; all of them call, with equal arguments, and get the same answer.
+        show_progress: a bar, where standard error is a terminal.
     """
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     total = torch.zeros(len(levels), dtype=torch.float64)
-    for _ in range(draws):
-        for start in range(0, len(levels), batch_size):
-            part = slice(start, start + batch_size)
-            # All draw the noise of all images, and so the same as one process.
-            x = model.dequantize(levels[part].to(device), generator)
-            mine = ranks.share(len(x))
-            part_labels = None if labels is None else labels[part][mine].to(device)
-            total[part][mine] += model.bits_per_dim(x[mine], part_labels).double().cpu()
+    starts = [*range(0, len(levels), batch_size)] * draws
+    for start in with_progress(starts, "evaluating", "batches", is_shown=show_progress and ranks.is_writer):
+        part = slice(start, start + batch_size)
+        # All draw the noise of all images, and so the same as one process.
+        x = model.dequantize(levels[part].to(device), generator)
+        mine = ranks.share(len(x))
+        part_labels = None if labels is None else labels[part][mine].to(device)
+        total[part][mine] += model.bits_per_dim(x[mine], part_labels).double().cpu()
     per_image = ranks.sum(total) / draws
     count = len(per_image)
     standard_error = per_image.std().item() / math.sqrt(count) if count > 1 else math.nan

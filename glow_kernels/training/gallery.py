@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from glow_kernels.models import Glow
+from glow_kernels.progress import with_progress
 from glow_kernels.training import metrics, pictures
 from glow_kernels.training.evaluation import interpolate, reconstruct
 
@@ -23,6 +24,7 @@ def draw_samples(
     label: int | None = None,
     seed: int = 0,
     batch_size: int = 256,
+    show_progress: bool = False,
 ) -> None:
     """A grid of samples; of a model with classes every class in turn, or only class ``label``.
 
@@ -31,7 +33,7 @@ def draw_samples(
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     parts = []
-    for start in range(0, count, batch_size):
+    for start in with_progress(range(0, count, batch_size), "sampling", "batches", is_shown=show_progress):
         numbers = torch.arange(start, min(start + batch_size, count), device=device)
         labels = None
         if model.num_classes is not None:

@@ -261,7 +261,13 @@ class Trainer:
         # Small splits get several draws of the noise, so that it does not drown the differences between models.
         draws = max(1, 1024 // len(levels))
         return evaluate(
-            self.average.model, levels, self._labels(split), draws=draws, seed=VALIDATION_SEED, ranks=self.ranks
+            self.average.model,
+            levels,
+            self._labels(split),
+            draws=draws,
+            seed=VALIDATION_SEED,
+            ranks=self.ranks,
+            show_progress=self.show_progress,
         )
 
     def _labels(self, split: str) -> Tensor | None:

@@ -17,7 +17,9 @@ _BUILT_IN = {"digits": digits.load, "patches": patches.load}
 _FROM_PATH = {"cifar10": cifar10.load, "folder": folder.load, "array": array.load}
 
 
-def load(specification: str, *, n_bits: int = 8, image_size: int | None = None) -> ImageData:
+def load(
+    specification: str, *, n_bits: int = 8, image_size: int | None = None, show_progress: bool = False
+) -> ImageData:
     """Read images and split them; the same call gives the same parts in the same order every time.
 
     Args:
@@ -28,6 +30,7 @@ def load(specification: str, *, n_bits: int = 8, image_size: int | None = None) 
             own number of levels (``digits``, an array with ``n_bins``) allows 8 only.
         image_size: Height and width in pixels for ``patches`` (32 if None) and ``folder`` (64 if None). For
             the other sources, which do not resize, it must be what the images have.
+        show_progress: A bar while a folder is read, where standard error is a terminal.
 
     Raises:
         DataError: the data is missing, damaged or not of the form expected.
@@ -51,4 +54,6 @@ def load(specification: str, *, n_bits: int = 8, image_size: int | None = None) 
             f"{path} (from '{specification}') does not exist or cannot be reached; check the path, or name another "
             "with --dataset"
         )
+    if source == "folder":
+        return folder.load(specification, path, n_bits, image_size, show_progress)
     return _FROM_PATH[source](specification, path, n_bits, image_size)

@@ -1,6 +1,8 @@
 """A folder of image files of any size and kind that Pillow reads, made into square RGB images of one size."""
 
+import functools
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -9,13 +11,14 @@ import torch
 from torch import Tensor
 
 from glow_kernels.errors import DataError
+from glow_kernels.progress import with_progress
 from glow_kernels.training.data.image_data import ImageData, one_line, require, split_80_10_10, to_levels
 
 _DEFAULT_SIZE = 64
 _ADD_IMAGES = "add images, for example .png or .jpg files"
 
 
-def load(name: str, path: Path, n_bits: int, image_size: int | None) -> ImageData:
+def load(name: str, path: Path, n_bits: int, image_size: int | None, show_progress: bool = False) -> ImageData:
     """The images below a folder, without labels, split 80/10/10 with at least one image in each part.
 
     An image is turned upright (EXIF), converted to RGB (transparency is dropped, of an animation the first
@@ -27,6 +30,7 @@ def load(name: str, path: Path, n_bits: int, image_size: int | None) -> ImageDat
         path: The folder; sub-folders are searched too.
         n_bits: Bits to keep of each 8-bit value, 1 .. 8.
         image_size: Height and width in pixels; 64 if None.
+        show_progress: A bar while the images are read, where standard error is a terminal.
 
     Raises:
         DataError: the folder cannot be read or has fewer than 3 images, or an image cannot be read.
@@ -39,8 +43,12 @@ def load(name: str, path: Path, n_bits: int, image_size: int | None) -> ImageDat
         raise DataError(f"{path} has no image files, in sub-folders neither; {_ADD_IMAGES}")
     train, validation, test = split_80_10_10(len(files), str(path))
     images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
-    for index, file in enumerate(files):
-        images[index] = _read(file, size, pillow)
+    with ThreadPoolExecutor() as pool:  # Pillow lets others work while it decodes
+        read = pool.map(functools.partial(_read, size=size, pillow=pillow), files)
+        for index, image in enumerate(
+            with_progress(read, "reading", "images", total=len(files), is_shown=show_progress)
+        ):
+            images[index] = image
     images = to_levels(images, n_bits)
     names = [f"{file.relative_to(path).as_posix()} {file.stat().st_size}\n" for file in files]
     return ImageData(

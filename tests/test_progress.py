@@ -1,0 +1,47 @@
+"""Bars are for people: where standard error is a terminal, and only for what takes more than a moment."""
+
+from __future__ import annotations
+
+import io
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from glow_kernels.progress import with_progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def three(seconds: float) -> Iterator[int]:
+    for number in range(3):
+        time.sleep(seconds)
+        yield number
+
+
+@pytest.mark.parametrize(
+    ("stream", "seconds", "is_shown", "has_bar"),
+    [
+        pytest.param(Terminal, 0.6, True, True, id="slow, on a terminal"),
+        pytest.param(Terminal, 0.6, False, False, id="not asked for"),
+        pytest.param(Terminal, 0.0, True, False, id="fast"),
+        pytest.param(io.StringIO, 0.6, True, False, id="into a file"),
+    ],
+)
+def test_a_bar_is_where_somebody_waits(
+    monkeypatch: pytest.MonkeyPatch, stream: type[io.StringIO], seconds: float, is_shown: bool, has_bar: bool
+) -> None:
+    errors = stream()
+    monkeypatch.setattr(sys, "stderr", errors)
+    assert list(with_progress(three(seconds), "waiting", "numbers", total=3, is_shown=is_shown)) == [0, 1, 2]
+    assert ("waiting:  67%" in errors.getvalue() and "numbers/s" in errors.getvalue()) == has_bar
+    assert bool(errors.getvalue()) == has_bar
+
+
+def test_without_tqdm_there_is_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    assert list(with_progress(three(0.0), "waiting", "numbers")) == [0, 1, 2]
