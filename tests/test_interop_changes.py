@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import random
@@ -312,6 +313,53 @@ def test_default_device_and_random_numbers_of_python_do_not_matter():
         assert not gk.accelerate(step, verify=False).left_alone
         assert not gk.accelerate(actnorm).left_alone
     assert random.random() == expected
+
+
+def test_autocast_of_the_caller_does_not_matter():
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not gk.accelerate(flow()).left_alone
+
+
+def precisions() -> list[object]:
+    """In what products of float32 are computed: the newer settings, and the older ones where they are told."""
+    cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
+    places = (cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul, mkldnn.conv, mkldnn.matmul)
+    told: list[object] = [place.fp32_precision for place in places]
+    for older in (torch.get_float32_matmul_precision, lambda: cudnn.allow_tf32):
+        with contextlib.suppress(RuntimeError):
+            told.append(older())
+    return told
+
+
+@pytest.fixture(params=["as they are", "older", "newer", "both"])
+def low_precision(request):
+    newer = (torch.backends.cuda.matmul, torch.backends.mkldnn.conv, torch.backends.mkldnn.matmul)
+    before = [place.fp32_precision for place in newer]
+    if request.param in ("older", "both"):
+        torch.set_float32_matmul_precision("medium")
+    if request.param in ("newer", "both"):
+        torch.backends.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "tf32"
+        torch.backends.mkldnn.conv.fp32_precision = "bf16"
+    yield
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.fp32_precision = "none"
+    for place, precision in zip(newer, before, strict=True):
+        place.fp32_precision = precision
+
+
+@pytest.mark.usefixtures("low_precision")
+def test_layers_are_compared_in_float32_whatever_products_are_in():
+    seen = []
+
+    class Convolution(rosinality.InvConv2d):
+        def forward(self, x):
+            seen.append(precisions()[:5])
+            return super().forward(x)
+
+    before = precisions()
+    assert not gk.accelerate(Convolution(4)).left_alone
+    assert seen.count(["ieee"] * 5) == len(seen) > 0
+    assert precisions() == before
 
 
 def network(*layers: nn.Module) -> nn.Module:

@@ -9,7 +9,7 @@ import random
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -144,16 +144,42 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
         torch.random.fork_rng(devices=sorted(devices)),
         torch.inference_mode(False),
         torch.enable_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.autocast("cuda", enabled=False),
         warnings.catch_warnings(),
         nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu"),
     ):
         warnings.simplefilter("ignore")
         try:
-            yield
+            with _exact_products():
+                yield
         finally:
             random.setstate(python_numbers)
             if numpy is not None:
                 numpy.random.set_state(numpy_numbers)
+
+
+@contextmanager
+def _exact_products() -> Iterator[None]:
+    """Products of float32 in float32: by default convolutions on a GPU are in TF32, which no operator would agree with.
+
+    PyTorch has newer settings beside older ones, and fails where it asks for an older one that says something else.
+    """
+    backends: Any = torch.backends
+    cudnn, mkldnn = backends.cudnn, backends.mkldnn
+    newer = (cudnn.conv, cudnn.rnn, backends.cuda.matmul, mkldnn.conv, mkldnn.matmul)
+    with ExitStack() as undo:
+        for setting in newer:
+            undo.callback(setattr, setting, "fp32_precision", setting.fp32_precision)
+        with suppress(RuntimeError):
+            undo.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+            torch.set_float32_matmul_precision("highest")
+        with suppress(RuntimeError):
+            undo.callback(setattr, cudnn, "allow_tf32", cudnn.allow_tf32)
+            cudnn.allow_tf32 = False
+        for setting in newer:
+            setting.fp32_precision = "ieee"
+        yield
 
 
 def _look_at(
