@@ -64,6 +64,7 @@ def stages(results: Path, dry_run: bool = False) -> list[Stage]:
     plain = "and not opcheck and not compiles"
     cuda_tests = [*tests, f"native {plain}", *OPERATOR_TESTS, "tests/test_cuda_gpu.py"]
     triton_tests = [*tests, f"triton {plain}", *OPERATOR_TESTS, "tests/test_triton_gpu.py"]
+    interop_tests = [*pytest, *_workers(), "tests/test_interop_gpu.py"]
     # Of one shape, that with 13 channels, and what has kernels of its own: all of them take ten minutes under a tool.
     telling = "(of_every_shape and 13 or every_number_of_channels and 48 or many_steps and 70)"
     sanitized = [*pytest, "-k", f"native and {telling} {plain}", "-x", *OPERATOR_TESTS]
@@ -83,6 +84,7 @@ def stages(results: Path, dry_run: bool = False) -> list[Stage]:
         Stage("info", [*python, "glow_kernels", "info"], 8),
         Stage("cuda tests", cuda_tests, checks, untested or no_library, beside=True),
         Stage("triton tests", triton_tests, checks, untested, beside=True),
+        Stage("interop tests", interop_tests, checks, untested, beside=True),
         *(
             # Of memory that PyTorch keeps for later, the tools would not see that nobody may use it.
             Stage(
@@ -96,12 +98,13 @@ def stages(results: Path, dry_run: bool = False) -> list[Stage]:
             for tool in SANITIZERS
         ),
         Stage("compile", [*measure, "compile", *options], checks, beside=True),
-        Stage("training", [*measure, "training", *options], 106),
+        Stage("training", [*measure, "training", *options], 98),
         Stage("bandwidth", [*bench, *(small if dry_run else bandwidth)], 48),
         Stage("kernels", [*bench, *(small if dry_run else launches)], 20),
-        Stage("memory", [*measure, "memory", *options], 56),
+        Stage("drop-in", [*measure, "drop_in", *options], 22),
+        Stage("memory", [*measure, "memory", *options], 46),
         Stage("sampling", [*measure, "sampling", *options], 14),
-        Stage("backends", [*python, "glow_kernels", "tune", "backends"], 28, no_gpu or no_library),
+        Stage("backends", [*python, "glow_kernels", "tune", "backends"], 24, no_gpu or no_library),
     ]
 
 

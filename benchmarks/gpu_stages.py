@@ -15,7 +15,7 @@ import gc
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from glow_kernels import CapturedStep, use_backend
+from glow_kernels import CapturedStep, accelerate, use_backend
 from glow_kernels.bench import environment, models, operators, results, timing
 from glow_kernels.bench.memory import peak_extra_bytes
 from glow_kernels.bench.timing import Call
@@ -54,6 +54,14 @@ MEMORY_POLICIES: dict[str, dict[str, Any]] = {
     "store": {},
 }
 SAMPLES = (1, 64, 256)
+# Steps, levels, width, image size and batch of existing code, and what is done to it. That the layers compute the same,
+# the tests prove; proving it again takes as long as all that is measured.
+DROP_IN = (4, 2, 512, 32, 64)
+DROP_IN_VARIANTS: dict[str, dict[str, Any] | None] = {
+    "as it was": None,
+    "accelerate": {"verify": False},
+    'accelerate, memory="anchor"': {"verify": False, "memory": "anchor"},
+}
 
 
 class Convolutions(TorchDispatchMode):
@@ -119,6 +127,23 @@ class Stages:
             for name, call in draws.items():
                 self._measure("sampling", {**case, "batch": number}, name, functools.partial(_same, call), number)
 
+    def drop_in(self) -> None:
+        """A training step of code as people have it, before and after ``accelerate``."""
+        sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+        from dialects import openai, rosinality
+
+        steps, levels, hidden, size, batch = (2, 2, 8, 8, 2) if self.toy else DROP_IN
+        codes: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Tensor], Tensor]]] = {
+            "rosinality": (lambda: rosinality.Glow(3, steps, levels, filter_size=hidden), rosinality.loss),
+            "chaiyujin": (lambda: openai.Glow(3, hidden, steps, levels), openai.loss),
+        }
+        x = torch.rand(batch, 3, size, size, device=self.device) - 0.5
+        for code, (make, loss) in codes.items():
+            case = {"code": code, "steps": steps, "levels": levels, "hidden": hidden, "image_size": size}
+            for name, options in DROP_IN_VARIANTS.items():
+                build = functools.partial(self._build_drop_in, make, loss, x, options)
+                self._measure("drop_in", {**case, "batch": batch}, name, build, batch)
+
     def _training_sizes(self) -> Sequence[tuple[int, ...]]:
         return ((2, 2, 8, 8, 2),) if self.toy else TRAINING
 
@@ -159,7 +184,7 @@ class Stages:
         }
 
     def _measure(
-        self, part: str, case: dict[str, int], name: str, build: Build, images: int, once: bool = False
+        self, part: str, case: Mapping[str, int | str], name: str, build: Build, images: int, once: bool = False
     ) -> None:
         """Time and peak of one implementation alone: several such models do not fit beside each other."""
         row: results.Row = {
@@ -204,6 +229,22 @@ class Stages:
 
     def _build_normflows(self, case: dict[str, int], x: Tensor) -> Call:
         return self._step(normflows_glow(case), x)
+
+    def _build_drop_in(
+        self,
+        make: Callable[[], nn.Module],
+        loss: Callable[[nn.Module, Tensor], Tensor],
+        x: Tensor,
+        options: dict[str, Any] | None,
+    ) -> Call:
+        torch.manual_seed(0)
+        model = make().to(self.device)
+        with torch.no_grad():
+            loss(model, x)  # which initialises ActNorm
+        if options is not None and (left := accelerate(model, **options).left_alone):
+            raise GlowKernelsError(f"{left[0].path} was left alone: {left[0].reason}")
+        parameters = list(model.parameters())
+        return lambda: torch.autograd.grad(loss(model, x), parameters)
 
     def _step(self, model: nn.Module, x: Tensor, low_precision: bool = False) -> Call:
         """Gradients of a model's mean negative log-density."""
@@ -347,7 +388,7 @@ def _network_convolutions(model: Glow, x: Tensor) -> list[tuple[Any, ...]]:
 def main(argv: list[str] | None = None) -> int:
     """Run one stage."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_stages", description=__doc__.splitlines()[0])
-    parser.add_argument("stage", choices=("compile", "training", "memory", "sampling"))
+    parser.add_argument("stage", choices=("compile", "training", "memory", "sampling", "drop_in"))
     parser.add_argument("--output", type=Path, required=True, help="file of results")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--toy", action="store_true", help="sizes of a second or so")

@@ -547,11 +547,11 @@ def test_what_the_gpu_stages_measure_runs_on_a_cpu(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     commands = {stage.name: stage.command for stage in gpu.stages(path, dry_run=True)}
     assert main(["bench", *commands["kernels"][commands["kernels"].index("operators") :]]) == 0
-    for name in ("compile", "training", "memory", "sampling"):
+    for name in ("compile", "training", "memory", "sampling", "drop-in"):
         assert commands[name][2] == "benchmarks.gpu_stages"
         assert gpu_stages.main(commands[name][3:]) == 0
     rows = list(results.of_kind(results.read(path), "model"))
-    assert {row["case"]["part"] for row in rows} == {"training_step", "memory", "sampling"}
+    assert {row["case"]["part"] for row in rows} == {"training_step", "memory", "sampling", "drop_in"}
     assert not any("failed" in row for row in rows)
     replayed = [row["case"]["implementation"].endswith("graph") for row in rows]
     assert any(replayed)
