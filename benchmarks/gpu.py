@@ -64,7 +64,7 @@ def stages(results: Path, dry_run: bool = False) -> list[Stage]:
     plain = "and not opcheck and not compiles"
     cuda_tests = [*tests, f"native {plain}", *OPERATOR_TESTS, "tests/test_cuda_gpu.py"]
     triton_tests = [*tests, f"triton {plain}", *OPERATOR_TESTS, "tests/test_triton_gpu.py"]
-    interop_tests = [*pytest, *_workers(), "tests/test_interop_gpu.py"]
+    interop_tests = [*pytest, *_workers(4), "tests/test_interop_gpu.py"]
     # Of one shape, that with 13 channels, and what has kernels of its own: all of them take ten minutes under a tool.
     telling = "(of_every_shape and 13 or every_number_of_channels and 48 or many_steps and 70)"
     sanitized = [*pytest, "-k", f"native and {telling} {plain}", "-x", *OPERATOR_TESTS]
@@ -236,9 +236,9 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if all(outcome.startswith(("ok", "skipped")) for outcome in outcomes.values()) else 1
 
 
-def _workers() -> list[str]:
+def _workers(most: int = 16) -> list[str]:
     """Options that run tests side by side, where pytest can do that: most of their time is the host's."""
-    return [] if _missing("xdist") else ["-n", str(min(16, os.cpu_count() or 1))]
+    return [] if _missing("xdist") else ["-n", str(min(most, os.cpu_count() or 1))]
 
 
 def _missing(*packages: str) -> str:
