@@ -27,6 +27,13 @@ OLDEST = {"torch": (2, 10), "triton": (3, 4)}
 # Every operator has a file of its name in the reference.
 MODULES = sorted(path.stem for path in (ROOT / "glow_kernels/backends/reference").glob("[!_]*.py"))
 OPERATOR_TESTS = [f"tests/test_{name}.py" for name in MODULES]
+# CUDA graphs of whole steps, anchors in host memory, existing code.
+MODEL_TESTS = (
+    "tests/test_graphs.py",
+    "tests/test_reversible_graphs.py",
+    "tests/test_reversible.py::test_offloaded_anchors_leave_the_gpu",
+    "tests/test_interop_gpu.py",
+)
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 CUDA = "/usr/local/cuda/bin"
 BANDWIDTH_SHAPES = "64x12x128x128,32x48x64x64"
@@ -64,7 +71,8 @@ def stages(results: Path, dry_run: bool = False) -> list[Stage]:
     plain = "and not opcheck and not compiles"
     cuda_tests = [*tests, f"native {plain}", *OPERATOR_TESTS, "tests/test_cuda_gpu.py"]
     triton_tests = [*tests, f"triton {plain}", *OPERATOR_TESTS, "tests/test_triton_gpu.py"]
-    interop_tests = [*pytest, *_workers(4), "tests/test_interop_gpu.py"]
+    # These say themselves what is on the GPU.
+    model_tests = [*pytest, *_workers(4), *MODEL_TESTS]
     # Of one shape, that with 13 channels, and what has kernels of its own: all of them take ten minutes under a tool.
     telling = "(of_every_shape and 13 or every_number_of_channels and 48 or many_steps and 70)"
     sanitized = [*pytest, "-k", f"native and {telling} {plain}", "-x", *OPERATOR_TESTS]
@@ -84,7 +92,14 @@ def stages(results: Path, dry_run: bool = False) -> list[Stage]:
         Stage("info", [*python, "glow_kernels", "info"], 8),
         Stage("cuda tests", cuda_tests, checks, untested or no_library, beside=True),
         Stage("triton tests", triton_tests, checks, untested, beside=True),
-        Stage("interop tests", interop_tests, checks, untested, beside=True),
+        Stage(
+            "model tests",
+            model_tests,
+            checks,
+            untested,
+            beside=True,
+            environment={"GLOW_KERNELS_TEST_DEVICE": "cpu"},
+        ),
         *(
             # Of memory that PyTorch keeps for later, the tools would not see that nobody may use it.
             Stage(
