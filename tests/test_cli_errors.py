@@ -196,6 +196,37 @@ def test_images_held_out_are_not_those_of_other_data_in_the_same_place(runs: Pat
     assert cli("evaluate", "split", "--dataset", "array:unsplit.npy") == 0
 
 
+@pytest.mark.parametrize(
+    ("run", "change", "message"),
+    [
+        ("plain", lambda x: {"x": x, "n_bins": 32}, r"shape \(1, 4, 4\) with 32 levels, and had .* with 16 levels"),
+        (
+            "plain",
+            lambda x: {"x": x.reshape(-1, 2, 8), "n_bins": 16},
+            r"shape \(1, 2, 8\) .*, and had shape \(1, 4, 4\) .*",
+        ),
+        ("conditional", lambda x: {"x": x, "n_bins": 16, "y": np.arange(30)[::-1] % 3}, "other labels"),
+    ],
+    ids=["levels", "size", "labels"],
+)
+def test_other_data_that_the_weights_fit(run: str, change: Any, message: str, runs: Path, fails: Failing) -> None:
+    images = np.random.default_rng(0).integers(16, size=(30, 4, 4), dtype=np.uint8)
+    np.savez("given.npz", x=images, n_bins=16, y=np.arange(30) % 3)
+    options = ["--conditional"] if run == "conditional" else []
+    assert cli("train", "--run", "run", "--dataset", "array:given.npz", *options, *TINY) == 0
+    np.savez("given.npz", **change(images))
+    before = bytes_of(runs)
+    fails(1, f"array:given.npz is not what the run .*{message}; resume with the data", "train --resume --run run")
+    assert bytes_of(runs) == before
+
+
+def test_labels_do_not_matter_to_a_run_without_classes(runs: Path, fails: Failing) -> None:
+    images = dict(np.load("images.npz"))
+    np.savez("images.npz", **{**images, "test_labels": 2 - images["test_labels"]})
+    assert cli("evaluate", "plain") == 0
+    fails(1, "other labels; restore it, or name the data with --dataset", "evaluate conditional")
+
+
 # Run folders
 
 OTHER_DATA = "--resume --run plain --dataset array:unlabelled.npz"

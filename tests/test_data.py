@@ -386,6 +386,11 @@ def test_fingerprint_is_of_the_images_and_not_of_where_they_are(tmp_path: Path) 
     arrays = [save(folder, x=noise(9, 4, 4, seed=seed)) for folder, seed in zip(folders, (0, 0, 1), strict=True)]
     one, two, other = (load(array).fingerprint for array in arrays)
     assert one == two != other
+    # Labels have a number of their own.
+    labelled = [
+        load(save(folders[0], x=noise(9, 4, 4), y=classes)).fingerprint for classes in (np.arange(9), np.ones(9, int))
+    ]
+    assert {name for name, number in labelled[0].items() if labelled[1][name] != number} == {"labels"}
     assert load("patches", image_size=8).fingerprint == load("patches", image_size=8, n_bits=5).fingerprint
 
 

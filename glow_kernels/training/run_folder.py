@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -108,13 +108,27 @@ def check_data(document: Mapping[str, Any], data: ImageData, remedy: str) -> Non
     Raises:
         DataError: they are not. Its message ends with ``remedy``.
     """
-    then, now = document["model"].get("data"), data.fingerprint
-    if then not in (None, now):
+    model = document["model"]
+    differs = f"{data.name} is not what the run was trained on: it has"
+    # The weights may fit other sizes and levels all the same.
+    before = _form(model["channels"], model["image_size"], model["n_bins"])
+    form = _form(data.channels, data.image_size, data.n_bins)
+    if form != before:
+        raise DataError(f"{differs} images of {form}, and had {before}; {remedy}")
+    then, now = model.get("data") or {}, data.fingerprint
+    changed = {name for name, number in now.items() if then.get(name, number) != number}
+    if changed - {"labels"}:
         counts = [", ".join(str(numbers[part]) for part in ("train", "validation", "test")) for numbers in (then, now)]
         raise DataError(
-            f"{data.name} is not what the run was trained on: it has {counts[1]} images to train, validate and test, "
+            f"{differs} {counts[1]} images to train, validate and test, "
             f"and had {counts[0]}{' others' if counts[0] == counts[1] else ''}; {remedy}"
         )
+    if changed and model["config"]["conditional"]:
+        raise DataError(f"{differs} other labels; {remedy}")
+
+
+def _form(channels: int, image_size: Sequence[int], n_bins: int) -> str:
+    return f"shape {(channels, *image_size)} with {n_bins} levels"
 
 
 def load_model(folder: Path, device: str | torch.device = "cpu") -> tuple[Glow, TrainingConfig, Mapping[str, Any]]:

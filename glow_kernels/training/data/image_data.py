@@ -56,13 +56,22 @@ class ImageData:
 
     @cached_property
     def fingerprint(self) -> dict[str, int]:
-        """Numbers that differ if other images are in one of the parts: their counts and a checksum."""
+        """Numbers that differ if other images are in one of the parts: their counts and a checksum.
+
+        So does ``labels``, which is there if labels are, if these differ.
+        """
         parts = {"train": self.train, "validation": self.validation, "test": self.test}
         checksum = zlib.crc32(self.source)
         if not self.source:
             for images in parts.values():
                 checksum = zlib.crc32(images.contiguous().numpy().data, checksum)
-        return {**{name: len(images) for name, images in parts.items()}, "crc32": checksum}
+        numbers = {**{name: len(images) for name, images in parts.items()}, "crc32": checksum}
+        labels = [
+            values for values in (self.train_labels, self.validation_labels, self.test_labels) if values is not None
+        ]
+        if labels:
+            numbers["labels"] = zlib.crc32(torch.cat(labels).numpy().data)
+        return numbers
 
 
 def require(module: str, package: str, purpose: str) -> ModuleType:
