@@ -13,7 +13,7 @@ from torch import Tensor
 
 from glow_kernels.models import Glow
 from glow_kernels.training import gallery
-from glow_kernels.training.evaluation import BitsPerDim, evaluate, interpolate, reconstruct
+from glow_kernels.training.evaluation import BitsPerDim, draws_for, evaluate, interpolate, reconstruct
 
 
 def random_images(*shape: int) -> Tensor:
@@ -87,6 +87,15 @@ def test_more_draws_make_the_mean_less_noisy() -> None:
         draws: np.std([evaluate(model, levels, draws=draws, seed=s).mean for s in range(20)]) for draws in (1, 16)
     }
     assert 1.5 < spread[1] / spread[16] < 12
+
+
+@pytest.mark.parametrize(
+    ("shape", "draws"),
+    [((100, 1, 8, 8), 10), ((297, 1, 8, 8), 3), ((2000, 1, 8, 8), 1), ((2, 1, 4, 4), 512), ((1, 3, 64, 64), 5)],
+)
+def test_few_images_get_several_draws_and_large_ones_fewer(shape: tuple[int, ...], draws: int) -> None:
+    """A thousand draws of one photograph would take hours."""
+    assert draws_for(torch.zeros(shape, dtype=torch.uint8), 1024) == draws
 
 
 def test_one_image_has_no_standard_error() -> None:

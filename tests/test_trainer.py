@@ -540,6 +540,16 @@ def test_best_checkpoint_has_the_averaged_weights_of_the_best_validation(tmp_pat
     assert not changed(tensors, {f"average.{name}": value for name, value in averages[4].items()})
 
 
+def test_few_large_images_are_evaluated_a_few_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer(tmp_path)
+    large = dataclasses.replace(trainer.data, validation=torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+    monkeypatch.setattr(trainer, "data", large)
+    calls = []
+    monkeypatch.setattr("glow_kernels.training.trainer.evaluate", lambda *_, draws, **__: calls.append(draws))
+    trainer.evaluate_split("validation")
+    assert calls == [5]
+
+
 def perturb(model: torch.nn.Module) -> None:
     with torch.no_grad():
         for parameter in model.parameters():

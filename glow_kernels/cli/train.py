@@ -16,7 +16,7 @@ from glow_kernels.errors import UsageError
 from glow_kernels.training import data as datasets
 from glow_kernels.training import distributed, gallery, run_folder
 from glow_kernels.training.config import TrainingConfig
-from glow_kernels.training.evaluation import evaluate
+from glow_kernels.training.evaluation import draws_for, evaluate
 from glow_kernels.training.trainer import Trainer
 
 TYPES = {"int": int, "int | None": int, "float": float, "str": str}
@@ -144,8 +144,14 @@ def _report(trainer: Trainer, data: datasets.ImageData, folder: Path, device: to
     model, config, document = run_folder.load_model(folder, "cpu" if ranks.fsdp else device)
     ranks.shard(model, device)
     labels = data.test_labels if config.conditional else None
-    draws = max(1, 4096 // len(data.test))
-    result = evaluate(model, data.test, labels, draws=draws, ranks=ranks, show_progress=trainer.show_progress)
+    result = evaluate(
+        model,
+        data.test,
+        labels,
+        draws=draws_for(data.test, 4096),
+        ranks=ranks,
+        show_progress=trainer.show_progress,
+    )
     pictures = {name: folder / name if ranks.is_writer else None for name in run_folder.PICTURES}
     gallery.draw_samples(model, pictures["samples.png"])
     error = gallery.draw_reconstruction(model, data.test, labels, pictures["reconstruction.png"])

@@ -32,6 +32,14 @@ class BitsPerDim:
         return f"{self.mean:.4f}{error}"
 
 
+def draws_for(levels: Tensor, images: int) -> int:
+    """How often to draw the noise of ``levels`` so that it does not drown the differences between models.
+
+    As often as makes ``images`` images of 8x8 values; larger ones average more noise each.
+    """
+    return max(1, min(images, images * 64 // levels[0].numel()) // len(levels))
+
+
 @torch.no_grad()
 def evaluate(
     model: Glow,

@@ -20,7 +20,7 @@ from glow_kernels.training.config import TrainingConfig
 from glow_kernels.training.data import BatchSampler, ImageData
 from glow_kernels.training.distributed import ALONE, Ranks, one_unit_at_a_time, sharded_like, whole
 from glow_kernels.training.ema import MovingAverage
-from glow_kernels.training.evaluation import BitsPerDim, drift, evaluate
+from glow_kernels.training.evaluation import BitsPerDim, draws_for, drift, evaluate
 from glow_kernels.training.interruption import Interruption
 from glow_kernels.training.objective import Objective
 from glow_kernels.training.update import Outcome, Update
@@ -258,8 +258,7 @@ class Trainer:
     def evaluate_split(self, split: str) -> BitsPerDim:
         """Bits per dimension of ``"validation"`` or ``"test"`` under the averaged weights."""
         levels = getattr(self.data, split)
-        # Small splits get several draws of the noise, so that it does not drown the differences between models.
-        draws = max(1, 1024 // len(levels))
+        draws = draws_for(levels, 1024)
         return evaluate(
             self.average.model,
             levels,
