@@ -10,6 +10,7 @@ import copy
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -267,11 +268,45 @@ BAD_OPTIONS = {
 }
 
 
+BAD_OPTIONS |= {f"n_bins must be at least 2, got {number}": {"n_bins": number} for number in (1, 0, -3)}
+BAD_OPTIONS |= {"num_classes must be at least 1, got 0": {"num_classes": 0}}
+BAD_OPTIONS |= {"hidden_channels must be at least 1, got 0": {"hidden_channels": 0}}
+
+
 @pytest.mark.parametrize("message", BAD_OPTIONS)
 def test_bad_options(message):
     options = {"in_channels": 3, "image_size": 4, "steps": 1, "levels": 2, "hidden_channels": 4}
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         Glow(**{**options, **BAD_OPTIONS[message]})
+
+
+@pytest.mark.parametrize("name", ["in_channels", "steps", "levels", "hidden_channels", "num_classes", "n_bins"])
+@pytest.mark.parametrize("value", [4.0, True, "4"])
+def test_options_that_must_be_whole_numbers(name, value):
+    with pytest.raises(TypeError, match=rf"^{name} must be a whole number, got {value!r}$"):
+        Glow(**{"in_channels": 3, "image_size": 16, "steps": 1, "levels": 2, "hidden_channels": 4, name: value})
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        (8.0, "a whole number or two, (height, width), got 8.0"),
+        (None, "a whole number or two, (height, width), got None"),
+        ((8.0, 8), "a whole number, got 8.0"),
+        ("8", "a whole number, got '8'"),
+        (True, "a whole number, got True"),
+    ],
+)
+def test_image_size_that_is_none(size, message):
+    with pytest.raises(TypeError, match=f"^image_size must be {re.escape(message)}$"):
+        Glow(1, size, steps=1, levels=1, hidden_channels=4)
+
+
+def test_numbers_of_numpy():
+    sizes = {"in_channels": 1, "image_size": 8, "steps": 1, "levels": 1, "hidden_channels": 4, "n_bins": 17}
+    model = Glow(**{name: np.int64(size) for name, size in sizes.items()})
+    assert model.image_size == (8, 8)
+    assert model.bits_per_dim(model.dequantize(torch.zeros(2, 1, 8, 8, dtype=torch.uint8))).isfinite().all()
 
 
 IMAGE = torch.zeros(3, 3, 4, 8, dtype=torch.float64)

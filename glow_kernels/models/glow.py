@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import numbers
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from glow_kernels.models import likelihood
 from glow_kernels.nn import FlowStep, SplitPrior, Squeeze, TopPrior
 from glow_kernels.ops import ScaleMap
-from glow_kernels.ops._checks import check_image
+from glow_kernels.ops._checks import check_image, check_whole
 from glow_kernels.reversible import ReversibleSequential
 
 
@@ -78,7 +79,7 @@ class Glow(nn.Module):
             the same.
 
     Raises:
-        ValueError: sizes that do not fit together, or an unknown option.
+        TypeError, ValueError: sizes that are no whole numbers or do not fit together, or an unknown option.
     """
 
     def __init__(
@@ -104,8 +105,8 @@ class Glow(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in {"in_channels": in_channels, "steps": steps, "levels": levels}.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            check_whole(name, value, 1)
+        check_whole("n_bins", n_bins, 2)
         self.in_channels = in_channels
         self.image_size = _height_and_width(image_size, levels)
         self.num_classes = num_classes
@@ -338,7 +339,11 @@ class Glow(nn.Module):
 
 
 def _height_and_width(image_size: int | Sequence[int], levels: int) -> tuple[int, int]:
-    sizes = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    if not isinstance(image_size, (numbers.Integral, Iterable)):
+        raise TypeError(f"image_size must be a whole number or two, (height, width), got {image_size!r}")
+    sizes = tuple(image_size) if isinstance(image_size, Iterable) else (image_size, image_size)
+    for size in sizes:
+        check_whole("image_size", size)
     if len(sizes) != 2 or any(size < 1 or size % 2**levels for size in sizes):
         raise ValueError(
             f"image_size must be divisible by 2 ** levels = {2**levels}, got {image_size} with levels = {levels}"

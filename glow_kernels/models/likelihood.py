@@ -52,7 +52,7 @@ def quantize(x: Tensor, n_bins: int) -> Tensor:
         ``(B, C, H, W)`` uint8.
 
     Raises:
-        ValueError: ``n_bins`` is not in 2 .. 256.
+        ValueError: ``n_bins`` is not one of 2 .. 256.
     """
     _check_bins(n_bins)
     if n_bins > 256:
@@ -66,8 +66,12 @@ def bits_per_dim(log_prob: Tensor, dimensions: int, n_bins: int) -> Tensor:
     Args:
         log_prob: log-densities in nats of images from :func:`dequantize`, any shape.
         dimensions: M = C H W, the channels counted.
-        n_bins: number of levels.
+        n_bins: number of levels, at least 2.
+
+    Raises:
+        ValueError: ``n_bins`` is below 2.
     """
+    _check_bins(n_bins)
     return (math.log(n_bins) - log_prob / dimensions) / math.log(2.0)
 
 
@@ -76,5 +80,7 @@ def _level(x: Tensor, n_bins: int) -> Tensor:
 
 
 def _check_bins(n_bins: int) -> None:
+    if n_bins % 1:
+        raise ValueError(f"n_bins must be a whole number, got {n_bins}")
     if n_bins < 2:
         raise ValueError(f"n_bins must be at least 2, got {n_bins}")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from glow_kernels.backends.numerics import is_autocast_enabled
 from glow_kernels.nn.actnorm import ActNorm
 from glow_kernels.ops import bias_relu, scale_filters
+from glow_kernels.ops._checks import check_whole
 
 # Bytes of a hidden buffer that is worth the time of the interpreter in an autograd function; and on a GPU, that of two
 # passes, since what overwrites its arguments is not fused.
@@ -92,6 +93,7 @@ class CouplingNetwork(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, hidden_channels: int = 512) -> None:
         super().__init__()
+        check_whole("hidden_channels", hidden_channels, 1)
         # Gradients of the hidden layers come from convolutions, fresh: one buffer less where they may be overwritten.
         self.frugal = False
         self.first = HiddenConv2d(in_channels, hidden_channels, 3)

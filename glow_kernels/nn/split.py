@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from glow_kernels.backends.numerics import without_autocast
 from glow_kernels.nn.network import ZeroConv2d
 from glow_kernels.ops import gaussian_log_prob, gaussian_sample, gaussian_standardize
+from glow_kernels.ops._checks import check_whole
 
 
 class SplitPrior(nn.Module):
@@ -87,6 +88,7 @@ class TopPrior(nn.Module):
             self.common = nn.Parameter(torch.zeros(2 * channels))
             self.common_log_scale = nn.Parameter(torch.zeros(2 * channels))
         if num_classes is not None:
+            check_whole("num_classes", num_classes, 1)
             self.per_class = nn.Parameter(torch.zeros(num_classes, 2 * channels))
             self.per_class_log_scale = nn.Parameter(torch.zeros(2 * channels))
 

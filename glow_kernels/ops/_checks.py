@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -41,6 +43,15 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """``value`` must be one of ``choices``."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_whole(name: str, value: Any, least: int | None = None) -> None:
+    """``value`` must be a whole number, of Python or NumPy, perhaps of at least ``least``."""
+    # To Python a bool is a number.
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+    if least is not None and value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def positions(x: Tensor) -> int:
