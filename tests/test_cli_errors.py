@@ -170,6 +170,11 @@ def test_other_data_that_do_not_fit_the_model(message: str, command: str, harmle
 
 
 @pytest.mark.parametrize("command", ["evaluate", "interpolate", "train --resume --run"])
+def test_empty_data(command: str, harmless: Failing) -> None:
+    harmless(2, "unknown data ''; use one of digits", f"{command} plain --dataset ''")
+
+
+@pytest.mark.parametrize("command", ["evaluate", "interpolate", "train --resume --run"])
 def test_data_of_the_run_are_gone(command: str, runs: Path, fails: Failing) -> None:
     (runs / "images.npz").unlink()
     before = bytes_of(runs)

@@ -113,7 +113,10 @@ def load_data(dataset: str | None, config: TrainingConfig, model: Glow, document
             be held out now.
     """
     data = datasets.load(
-        dataset or config.dataset, n_bits=config.n_bits, image_size=config.image_size, show_progress=True
+        config.dataset if dataset is None else dataset,
+        n_bits=config.n_bits,
+        image_size=config.image_size,
+        show_progress=True,
     )
     got = (data.channels, *data.image_size), data.n_bins
     expected = (model.in_channels, *model.image_size), model.n_bins
