@@ -121,6 +121,10 @@ BAD_ARGUMENTS = {
     "levels must be of an integer type, got float32": (TypeError, lambda: dequantize(torch.zeros(2), 256)),
     "levels must be of an integer type, got bool": (TypeError, lambda: dequantize(torch.zeros(2) > 0, 256)),
     "levels must be of an integer type, got complex64": (TypeError, lambda: dequantize(torch.zeros(2) * 1j, 256)),
+    "x must be a floating-point tensor, got uint8": (
+        TypeError,
+        lambda: quantize(torch.zeros(2, dtype=torch.uint8), 256),
+    ),
     "n_bins must be at least 2, got 1": (ValueError, lambda: dequantize(torch.zeros(2, dtype=torch.uint8), 1)),
     "n_bins must be at least 2, got 0": (ValueError, lambda: quantize(torch.zeros(2), 0)),
     "n_bins must be at least 2, got -2": (ValueError, lambda: bits_per_dim(torch.zeros(2), 4, -2)),

@@ -52,8 +52,11 @@ def quantize(x: Tensor, n_bins: int) -> Tensor:
         ``(B, C, H, W)`` uint8.
 
     Raises:
+        TypeError: ``x`` is not floating-point.
         ValueError: ``n_bins`` is not one of 2 .. 256.
     """
+    if not x.is_floating_point():
+        raise TypeError(f"x must be a floating-point tensor, got {str(x.dtype).removeprefix('torch.')}")
     _check_bins(n_bins)
     if n_bins > 256:
         raise ValueError(f"n_bins must be at most 256 for 8-bit pictures, got {n_bins}")
