@@ -145,6 +145,21 @@ def test_what_worked_is_looked_at_again(memory):
         model(x)
 
 
+@pytest.mark.parametrize("memory", FORGETFUL)
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_parts_of_a_batch_need_steps_that_mix_no_samples(dropout, memory):
+    x = torch.randn(5, 6, 4, 4, dtype=torch.float64)
+    norms = [nn.GroupNorm(1, 3), nn.BatchNorm2d(3, track_running_stats=False)]
+    steps = [FlowStep(6, network=nn.Sequential(norm, nn.Dropout(dropout), nn.Conv2d(3, 6, 1))) for norm in norms]
+    plain = chain(steps, x).train()
+    divided = forgetting(plain, memory, micro_batches=2)
+    divided(x[:1])  # which has no parts
+    with pytest.raises(RuntimeError, match=r"^step 1 .* of a sample depends on the others .* use micro_batches=1$"):
+        divided(x)
+    weighted(forgetting(plain, memory)(x)).backward()
+    weighted(forgetting(plain[:1], memory, micro_batches=2)(x)).backward()
+
+
 def test_checkpointed_layers_need_no_right_inverse():
     x = torch.randn(4, 6, 4, 4, dtype=torch.float64)
     plain = chain([WrongInverse(6), FlowStep(6, 8)], x)

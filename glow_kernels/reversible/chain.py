@@ -106,7 +106,7 @@ class ReversibleSequential(nn.Sequential):
         self.check = check
         self.drift_limit = drift_limit
         self._drift: dict[int, Tensor] = {}
-        self._proven: dict[tuple[int, bool, bool], list[nn.Module]] = {}
+        self._proven: dict[tuple[int, bool, bool, bool], list[nn.Module]] = {}
         self._parts: dict[tuple[Any, ...], int] = {}
         self._handle = register(self)
 

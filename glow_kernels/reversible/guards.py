@@ -128,18 +128,18 @@ def prove(
     """
     if isinstance(anatomy, PlainStep) or anatomy.is_standard or isinstance(x, FakeTensor) or len(x) == 0:
         return
-    needs_inverse = chain._needs_inverse(index)
-    key = (index, anatomy.step.training, needs_inverse)
+    needs_inverse, divides = chain._needs_inverse(index), len(mode.parts(len(x))) > 1
+    key = (index, anatomy.step.training, needs_inverse, divides)
     if chain._proven.get(key) == anatomy.modules:
         return
     sample = x[:2].detach().clone()
     sample_context = [None if tensor is None else tensor[:2] for tensor in context]
     with torch.no_grad(), mode.applied(x.device):
-        _try_out(anatomy, sample, sample_context, needs_inverse)
+        _try_out(anatomy, sample, sample_context, needs_inverse, divides)
     chain._proven[key] = anatomy.modules
 
 
-def _try_out(anatomy: Anatomy, x: Tensor, context: Sequence[Tensor | None], needs_inverse: bool) -> None:
+def _try_out(anatomy: Anatomy, x: Tensor, context: Sequence[Tensor | None], needs_inverse: bool, divides: bool) -> None:
     state = RandomState(x.device)
     results = []
     for _ in range(2):
@@ -151,6 +151,17 @@ def _try_out(anatomy: Anatomy, x: Tensor, context: Sequence[Tensor | None], need
     (z, log_det), (z_again, log_det_again) = results
     if difference(z_again, z) > _tolerance(z) or difference(log_det_again, log_det) > _tolerance(z):
         raise RuntimeError("it gives different results for the same input, so that it cannot be recomputed")
+    if divides:
+        # The first sample beside itself, not alone: not every network takes a single one.
+        beside, *context_beside = (None if t is None else t[:1].expand_as(t).clone() for t in (x, *context))
+        with state.replayed():
+            z_beside, log_det_beside = anatomy.step.forward(beside, *context_beside)
+        pairs = ((z_beside, z), (log_det_beside, log_det))
+        if any(difference(one[:1], other[:1]) > _tolerance(z) for one, other in pairs):
+            raise RuntimeError(
+                "what it makes of a sample depends on the others in the batch, which parts of it do not have; use "
+                "micro_batches=1"
+            )
     if not needs_inverse:
         return
     with unchanged(anatomy, z, "inverse"), state.replayed():
