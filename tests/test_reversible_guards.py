@@ -78,6 +78,23 @@ class WithGenerator(Scaling):
         return x * self.log_scale.exp()[:, None, None] + 0.1 * noise, self._log_det(x)
 
 
+class Storing(Scaling):
+    """Stores what a loss may use."""
+
+    def forward(self, x):
+        z, log_det = super().forward(x)
+        self.seen = [self.kept(z)]
+        return z, log_det
+
+    def kept(self, z):
+        return z.abs().mean()
+
+
+class StoringNumbers(Storing):
+    def kept(self, z):
+        return z.abs().mean().detach()
+
+
 class OneResult(Scaling):
     def forward(self, x):
         return super().forward(x)[0]
@@ -110,6 +127,7 @@ REFUSED = {
     Counting: "it gives different results for the same input",
     Lazy: "it modifies log_scale in place in forward",
     WithGenerator: "it gives different results for the same input",
+    Storing: "it stores a result, seen, which has no gradients when it is recomputed: detach it, or use memory='store'",
     OneResult: r"it must return z and log_det of shape \(B,\)",
     OneNumber: r"it must return z and log_det of shape \(B,\)",
     Borrowing: r"it uses a tensor of shape \(6, 1, 1\) that requires a gradient and is neither a parameter of it nor",
@@ -128,6 +146,15 @@ def test_layers_that_cannot_be_recomputed_are_refused(layer):
         weighted(model(x)).backward()
     assert torch.equal(x, kept)
     assert all(p.grad is None for p in steps[0].parameters())
+
+
+@pytest.mark.parametrize("memory", FORGETFUL)
+def test_numbers_and_weights_may_be_stored(memory):
+    x = torch.randn(4, 6, 4, 4, dtype=torch.float64)
+    with pytest.warns(FutureWarning):  # the older weight_norm, which stores a weight with a graph
+        network = nn.utils.weight_norm(nn.Conv2d(3, 6, 1))
+    plain = chain([StoringNumbers(6), FlowStep(6, network=network)], x)
+    assert_same(gradients(forgetting(plain, memory), x), gradients(plain, x), 1e-9)
 
 
 @pytest.mark.parametrize("memory", FORGETFUL)

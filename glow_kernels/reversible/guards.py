@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
 
 from glow_kernels.reversible.anatomy import Anatomy
 from glow_kernels.reversible.plain_step import PlainStep
 from glow_kernels.reversible.randomness import RandomState
+from glow_kernels.reversible.tensors import leaf
 
 if TYPE_CHECKING:
     from glow_kernels.reversible.chain import ReversibleSequential
@@ -151,6 +153,7 @@ def _try_out(anatomy: Anatomy, x: Tensor, context: Sequence[Tensor | None], need
     (z, log_det), (z_again, log_det_again) = results
     if difference(z_again, z) > _tolerance(z) or difference(log_det_again, log_det) > _tolerance(z):
         raise RuntimeError("it gives different results for the same input, so that it cannot be recomputed")
+    _refuse_stored_results(anatomy, x, context, state)
     if divides:
         # The first sample beside itself, not alone: not every network takes a single one.
         beside, *context_beside = (None if t is None else t[:1].expand_as(t).clone() for t in (x, *context))
@@ -169,6 +172,29 @@ def _try_out(anatomy: Anatomy, x: Tensor, context: Sequence[Tensor | None], need
     if back.shape != x.shape or difference(back, x) > _tolerance(z):
         found = f"shape {tuple(back.shape)}" if back.shape != x.shape else f"an error of {difference(back, x):.1e}"
         raise RuntimeError(f"its inverse does not lead back to its input: {found}; use memory='checkpoint'")
+
+
+def _refuse_stored_results(anatomy: Anatomy, x: Tensor, context: Sequence[Tensor | None], state: RandomState) -> None:
+    """Raise if a call stores a result in an attribute: what a chain stores there has no graph, and a loss that is made
+    of it would have no gradients."""
+    owners = dict(anatomy.step.named_modules())
+    before = [value for module in owners.values() for value in pytree.tree_leaves(vars(module))]
+    known, start = {id(value) for value in before}, leaf(x, True)
+    leaves = [leaf(parameter, parameter.requires_grad) for parameter in anatomy.parameters]
+    with torch.enable_grad(), state.replayed(), anatomy.substituted(leaves):
+        anatomy.step.forward(start.clone(), *context)
+    for name, module in owners.items():
+        for attribute, values in vars(module).items():
+            for value in pytree.tree_leaves(values):
+                if id(value) in known or not isinstance(value, Tensor) or value.grad_fn is None:
+                    continue
+                # Weights that are computed of parameters are no result.
+                (grad,) = torch.autograd.grad(value, start, torch.ones_like(value), allow_unused=True)
+                if grad is not None:
+                    raise RuntimeError(
+                        f"it stores a result, {f'{name}.{attribute}'.lstrip('.')}, which has no gradients when it is "
+                        "recomputed: detach it, or use memory='store'"
+                    )
 
 
 def _is_result(result: object, batch: int) -> bool:
