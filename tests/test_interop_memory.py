@@ -279,18 +279,28 @@ class Moody(nn.Conv2d):
         return super().forward(x) * self.calls
 
 
+class Storing(nn.Conv2d):
+    """A network that stores what a loss may use."""
+
+    def forward(self, x):
+        result = super().forward(x)
+        self.seen = [result.square().mean()]
+        return result
+
+
 @pytest.mark.parametrize(
     ("network", "options", "reason"),
     [
         (Stranger(2, 4, 1), {}, "its network uses parameters that are not its own"),
         (Moody(2, 4, 1), {}, "its network gives different results for the same input"),
+        (Storing(2, 4, 1), {}, "its network stores its seen"),
         (
             nn.Sequential(nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4)),
             {"micro_batches": 2},
             "its network changes its buffers, as BatchNorm does, which allows no micro-batches",
         ),
     ],
-    ids=["stranger", "moody", "micro-batches"],
+    ids=["stranger", "moody", "storing", "micro-batches"],
 )
 def test_networks_that_cannot_be_evaluated_again_keep_their_activations(network, options, reason):
     chain = flows(1)

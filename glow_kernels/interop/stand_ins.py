@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from glow_kernels.interop.copies import faithful_copy, randomised
 from glow_kernels.interop.patch import Mismatch
@@ -116,17 +117,24 @@ def changes_buffers(network: nn.Module, stand_in: StandIn) -> bool:
     """Whether a run of ``network`` changes its buffers.
 
     Raises:
-        Mismatch: what it computes depends on that, on chance alone, or on parameters of others.
+        Mismatch: what it computes depends on that, on chance alone, or on parameters of others; or it stores results,
+            which would have no graph in a forward that keeps no activations.
     """
     copied = randomised(faithful_copy(network)).train()
     inputs = _random_inputs(network, stand_in.inputs, spatial_of(network), stand_in.context)
     buffers = [buffer.clone() for buffer in copied.buffers()]
+    known = {id(value): value for layer in copied.modules() for value in pytree.tree_leaves(vars(layer))}
     outputs, state = [], RandomState(inputs[0].device)
     for _ in range(2):
         with state.replayed():
             outputs.append(copied(*inputs))
     if not torch.equal(*outputs):
         raise Mismatch("its network gives different results for the same input")
+    for layer in copied.modules():
+        for name, values in vars(layer).items():
+            for value in pytree.tree_leaves(values):
+                if isinstance(value, Tensor) and value.requires_grad and id(value) not in known:
+                    raise Mismatch(f"its network stores its {name}")
     own, nodes = {id(parameter) for parameter in copied.parameters()}, [outputs[0].grad_fn]
     while nodes:
         node = nodes.pop()
