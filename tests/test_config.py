@@ -62,7 +62,7 @@ INVALID: dict[str, list[Any]] = {
     "warmup": [-1],
     "patience": [-1],
     "seed": [-1, 2**64],
-    "weight_decay": [-0.1, math.nan, math.inf],
+    "weight_decay": [-0.1, math.nan, math.inf, 1001.0],
     "class_weight": [-0.1, math.nan, math.inf],
     "learning_rate": [0.0, -1e-3, math.nan, math.inf],
     "clip": [0.0, -1.0, math.nan],

@@ -87,6 +87,9 @@ class TrainingConfig:
             _require(getattr(self, name) > 0, name, "above 0", getattr(self, name))
         for name in ("learning_rate", "weight_decay", "class_weight"):
             _require(math.isfinite(getattr(self, name)), name, "finite", getattr(self, name))
+        # Beyond, a step would turn the signs of weights, and soon make them infinite.
+        most = 1.0 / self.learning_rate
+        _require(self.weight_decay <= most, "weight_decay", f"at most 1 / learning_rate = {most:g}", self.weight_decay)
         _require(0 <= self.ema < 1, "ema", "in [0, 1)", self.ema)
 
     @classmethod
