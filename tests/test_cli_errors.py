@@ -500,6 +500,12 @@ def test_output_that_names_no_picture(output: str, command: str, harmless: Faili
     harmless(2, r"--output: must be the name of a \.png file, got '", f"{command} plain --output {output}")
 
 
+@pytest.mark.parametrize("option", ["", "--overwrite", "--resume"])
+def test_run_without_a_name(option: str, harmless: Failing) -> None:
+    """It would be the current folder."""
+    harmless(2, "--run/--run-folder: must name a folder, got ''", f"train --run '' {option} {shlex.join(TINY)}")
+
+
 def test_run_that_has_no_name_in_unicode(harmless: Failing) -> None:
     harmless(2, r"--run/--run-folder: must be text in the encoding of this terminal, got 'b\S+'", "train --run b\udcff")
 

@@ -64,6 +64,9 @@ def not_negative(text: str) -> int:
 
 def run_to_make(text: str) -> Path:
     """A folder whose name is text, which is what TensorBoard takes."""
+    # What a variable that is not set leaves would be the current folder, and replace files there.
+    if not text:
+        raise argparse.ArgumentTypeError("must name a folder, got ''")
     try:
         text.encode()
     except UnicodeEncodeError:
