@@ -313,6 +313,26 @@ def test_numbers_of_other_generators_are_repeated(memory, draw):
     assert_same(*results, 1e-9)
 
 
+class Differentiating(Scaling):
+    """Finds its log-determinant by differentiating itself, whether or not that is to be differentiated again."""
+
+    @torch.enable_grad()
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x if x.requires_grad else x.requires_grad_()
+        z, _ = super().forward(x)
+        (diagonal,) = torch.autograd.grad(z.sum(), x, create_graph=True)
+        return z, diagonal.log().flatten(1).sum(1)
+
+
+@pytest.mark.parametrize("memory", FORGETFUL)
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_steps_that_differentiate_themselves(memory, micro_batches):
+    x = torch.randn(3, 6, 4, 4, dtype=torch.float64)
+    plain = chain([FlowStep(6, 8), Differentiating(6), Differentiating(6)], x)
+    model = forgetting(plain, memory, micro_batches=micro_batches)
+    assert_same(gradients(model, x), gradients(plain, x), 1e-9)
+
+
 @pytest.mark.parametrize("memory", FORGETFUL)
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_dropout_is_repeated(memory, micro_batches):

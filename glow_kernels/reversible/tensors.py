@@ -19,7 +19,8 @@ def leaf(tensor: Tensor, requires_grad: bool) -> Tensor:
 
 def part_of(tensor: Tensor, part: slice | None) -> Tensor:
     """Those samples of ``tensor``, all for None."""
-    return tensor if part is None else tensor[part]
+    # A step may differentiate itself, which slices of what requires a gradient do not allow without a graph.
+    return tensor if part is None else tensor.detach()[part]
 
 
 class Start(NamedTuple):
