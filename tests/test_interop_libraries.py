@@ -135,3 +135,11 @@ def test_every_layer_is_patched_and_trains_the_same(name, memory):
             losses[-1].backward()
             optimizer.step()
         torch.testing.assert_close(losses[1], losses[0], rtol=1e-7, atol=0.0)
+
+
+@pytest.mark.parametrize("channels", [3, 5])
+def test_additive_couplings_of_an_odd_number_of_channels(channels):
+    """Their networks return as many channels as affine ones of fewer would."""
+    report = gk.accelerate(normflows.flows.GlowBlock(channels, 8, scale=False))
+    assert report.patched
+    assert not report.left_alone

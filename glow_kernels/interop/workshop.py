@@ -115,6 +115,8 @@ class Workshop:
             gain = None if log_scale_gain is None else log_scale_gain(copied).detach().flatten()
             try:
                 found = find_coupling(layer, option, stand_in.outputs, spatial, gain)
+                if channels is None and len(found.read) != inputs:
+                    raise Mismatch(f"its network takes {inputs} channels and is given {len(found.read)}")
                 self.networks.setdefault(module, []).append(network)
                 return dataclasses.replace(found, channels_last=stand_in.channels_last)
             except Mismatch as mismatch:
