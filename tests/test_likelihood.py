@@ -128,7 +128,7 @@ BAD_ARGUMENTS = {
     "n_bins must be at least 2, got 1": (ValueError, lambda: dequantize(torch.zeros(2, dtype=torch.uint8), 1)),
     "n_bins must be at least 2, got 0": (ValueError, lambda: quantize(torch.zeros(2), 0)),
     "n_bins must be at least 2, got -2": (ValueError, lambda: bits_per_dim(torch.zeros(2), 4, -2)),
-    "n_bins must be a whole number, got 2.5": (ValueError, lambda: dequantize(torch.zeros(2, dtype=torch.uint8), 2.5)),
+    "n_bins must be a whole number, got 2.5": (TypeError, lambda: dequantize(torch.zeros(2, dtype=torch.uint8), 2.5)),
     "n_bins must be at most 256 for 8-bit pictures, got 257": (ValueError, lambda: quantize(torch.zeros(2), 257)),
 }
 

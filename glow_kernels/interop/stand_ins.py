@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from glow_kernels.interop.copies import faithful_copy, randomised
 from glow_kernels.interop.patch import Mismatch
 from glow_kernels.reversible.randomness import RandomState
+from glow_kernels.reversible.tensors import with_graph
 
 # Small, and the same for every position that a 3x3 network could see.
 SPATIAL = (4, 4)
@@ -123,18 +123,16 @@ def changes_buffers(network: nn.Module, stand_in: StandIn) -> bool:
     copied = randomised(faithful_copy(network)).train()
     inputs = _random_inputs(network, stand_in.inputs, spatial_of(network), stand_in.context)
     buffers = [buffer.clone() for buffer in copied.buffers()]
-    known = {id(value): value for layer in copied.modules() for value in pytree.tree_leaves(vars(layer))}
+    before = with_graph(copied)
     outputs, state = [], RandomState(inputs[0].device)
     for _ in range(2):
         with state.replayed():
             outputs.append(copied(*inputs))
     if not torch.equal(*outputs):
         raise Mismatch("its network gives different results for the same input")
-    for layer in copied.modules():
-        for name, values in vars(layer).items():
-            for value in pytree.tree_leaves(values):
-                if isinstance(value, Tensor) and value.requires_grad and id(value) not in known:
-                    raise Mismatch(f"its network stores its {name}")
+    for key, (name, _) in with_graph(copied).items():
+        if key not in before:
+            raise Mismatch(f"its network stores its {name}")
     own, nodes = {id(parameter) for parameter in copied.parameters()}, [outputs[0].grad_fn]
     while nodes:
         node = nodes.pop()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from glow_kernels.backends.numerics import wide_dtype
+from glow_kernels.ops._checks import check_whole
 
 
 def dequantize(levels: Tensor, n_bins: int, generator: torch.Generator | None = None) -> Tensor:
@@ -28,12 +29,12 @@ def dequantize(levels: Tensor, n_bins: int, generator: torch.Generator | None = 
         ``(B, C, H, W)`` in ``[-1/2, 1/2)``, of the default floating-point type.
 
     Raises:
-        TypeError: ``levels`` is not of an integer type.
+        TypeError: ``levels`` is not of an integer type, or ``n_bins`` is no whole number.
         ValueError: ``n_bins`` is below 2.
     """
     if levels.is_floating_point() or levels.is_complex() or levels.dtype == torch.bool:
         raise TypeError(f"levels must be of an integer type, got {str(levels.dtype).removeprefix('torch.')}")
-    _check_bins(n_bins)
+    check_whole("n_bins", n_bins, 2)
     wide = wide_dtype(levels.device)
     noise = torch.rand(levels.shape, generator=generator, device=levels.device)
     x = ((levels + noise.to(wide)) / n_bins - 0.5).to(noise.dtype)
@@ -52,12 +53,12 @@ def quantize(x: Tensor, n_bins: int) -> Tensor:
         ``(B, C, H, W)`` uint8.
 
     Raises:
-        TypeError: ``x`` is not floating-point.
-        ValueError: ``n_bins`` is not one of 2 .. 256.
+        TypeError: ``x`` is not floating-point, or ``n_bins`` is no whole number.
+        ValueError: ``n_bins`` is not in 2 .. 256.
     """
     if not x.is_floating_point():
         raise TypeError(f"x must be a floating-point tensor, got {str(x.dtype).removeprefix('torch.')}")
-    _check_bins(n_bins)
+    check_whole("n_bins", n_bins, 2)
     if n_bins > 256:
         raise ValueError(f"n_bins must be at most 256 for 8-bit pictures, got {n_bins}")
     return _level(x, n_bins).nan_to_num(0.0).clamp(0, n_bins - 1).to(torch.uint8)
@@ -72,18 +73,11 @@ def bits_per_dim(log_prob: Tensor, dimensions: int, n_bins: int) -> Tensor:
         n_bins: number of levels, at least 2.
 
     Raises:
-        ValueError: ``n_bins`` is below 2.
+        TypeError, ValueError: ``n_bins`` is no whole number, or below 2.
     """
-    _check_bins(n_bins)
+    check_whole("n_bins", n_bins, 2)
     return (math.log(n_bins) - log_prob / dimensions) / math.log(2.0)
 
 
 def _level(x: Tensor, n_bins: int) -> Tensor:
     return ((x.to(wide_dtype(x.device)) + 0.5) * n_bins).floor()
-
-
-def _check_bins(n_bins: int) -> None:
-    if n_bins % 1:
-        raise ValueError(f"n_bins must be a whole number, got {n_bins}")
-    if n_bins < 2:
-        raise ValueError(f"n_bins must be at least 2, got {n_bins}")

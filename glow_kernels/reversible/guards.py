@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils import _pytree as pytree
 
 from glow_kernels.reversible.anatomy import Anatomy
 from glow_kernels.reversible.plain_step import PlainStep
 from glow_kernels.reversible.randomness import RandomState
-from glow_kernels.reversible.tensors import leaf
+from glow_kernels.reversible.tensors import leaf, with_graph
 
 if TYPE_CHECKING:
     from glow_kernels.reversible.chain import ReversibleSequential
@@ -177,24 +176,20 @@ def _try_out(anatomy: Anatomy, x: Tensor, context: Sequence[Tensor | None], need
 def _refuse_stored_results(anatomy: Anatomy, x: Tensor, context: Sequence[Tensor | None], state: RandomState) -> None:
     """Raise if a call stores a result in an attribute: what a chain stores there has no graph, and a loss that is made
     of it would have no gradients."""
-    owners = dict(anatomy.step.named_modules())
-    before = [value for module in owners.values() for value in pytree.tree_leaves(vars(module))]
-    known, start = {id(value) for value in before}, leaf(x, True)
+    before, start = with_graph(anatomy.step), leaf(x, True)
     leaves = [leaf(parameter, parameter.requires_grad) for parameter in anatomy.parameters]
     with torch.enable_grad(), state.replayed(), anatomy.substituted(leaves):
         anatomy.step.forward(start.clone(), *context)
-    for name, module in owners.items():
-        for attribute, values in vars(module).items():
-            for value in pytree.tree_leaves(values):
-                if id(value) in known or not isinstance(value, Tensor) or value.grad_fn is None:
-                    continue
-                # Weights that are computed of parameters are no result.
-                (grad,) = torch.autograd.grad(value, start, torch.ones_like(value), allow_unused=True)
-                if grad is not None:
-                    raise RuntimeError(
-                        f"it stores a result, {f'{name}.{attribute}'.lstrip('.')}, which has no gradients when it is "
-                        "recomputed: detach it, or use memory='store'"
-                    )
+    for key, (name, value) in with_graph(anatomy.step).items():
+        if key in before:
+            continue
+        # Weights that are computed of parameters are no result.
+        (grad,) = torch.autograd.grad(value, start, torch.ones_like(value), allow_unused=True)
+        if grad is not None:
+            raise RuntimeError(
+                f"it stores a result, {name}, which has no gradients when it is recomputed: detach it, or use "
+                "memory='store'"
+            )
 
 
 def _is_result(result: object, batch: int) -> bool:

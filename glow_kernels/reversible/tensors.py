@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.utils import _pytree as pytree
 
 from glow_kernels.backends.numerics import output_format
 
@@ -15,6 +16,17 @@ from glow_kernels.backends.numerics import output_format
 def leaf(tensor: Tensor, requires_grad: bool) -> Tensor:
     """The same values as the start of a graph of its own, so that hooks and ``.grad`` of ``tensor`` stay out of it."""
     return tensor.detach().requires_grad_(requires_grad)
+
+
+def with_graph(owner: nn.Module) -> dict[int, tuple[str, Tensor]]:
+    """What has a graph in the attributes of ``owner`` and its submodules, also in lists there: by identity, where."""
+    found = {}
+    for path, module in owner.named_modules():
+        for name, values in vars(module).items():
+            for value in pytree.tree_leaves(values):
+                if isinstance(value, Tensor) and value.grad_fn is not None:
+                    found[id(value)] = f"{path}.{name}".lstrip("."), value
+    return found
 
 
 def part_of(tensor: Tensor, part: slice | None) -> Tensor:
