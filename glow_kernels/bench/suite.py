@@ -19,13 +19,14 @@ from glow_kernels.errors import BackendUnavailableError, UsageError
 
 ALLOCATORS = ("default", "tuned")
 # On a CPU every case is visited more than once, some minutes apart, since other programs and virtual machines come and
-# go, and since every visit has its tensors elsewhere in memory. Tensors beyond every cache, which take seconds to visit
-# and vary the least, less often.
-_VISITS, _VISITS_OF_LARGE, _VISITS_ON_GPU = 4, 2, 1
+# go, and since every visit has its tensors elsewhere in memory: eight visits of three rounds give ratios that are the
+# same when measured again on a busy machine, four of twelve do not. Tensors beyond every cache, which take seconds to
+# visit and vary the least, less often.
+_VISITS, _VISITS_OF_LARGE, _VISITS_ON_GPU = 8, 2, 1
 # Of so many cases one is measured a second time for itself, as a proof, but of a short run at least so many.
 _ONE_AGAIN_OF, _FEWEST_AGAIN, _AGAIN_ON_GPU = 6, 16, 6
 _COMPILE_SECONDS = 3.2
-_CHECK_SECONDS = 0.1
+_CHECK_SECONDS = 0.05
 # What the slowest candidates reach, for planning only.
 _SLOW_BYTES_PER_SECOND = 1e9
 
