@@ -5,7 +5,7 @@ The environment variable ``GLOW_KERNELS_BUILD`` says which of them to compile:
 - ``none``, the default: pure Python, which needs neither a compiler nor torch;
 - ``cpu``: ``glow_kernels/_C.so`` for the CPU, or fail and say why;
 - ``cuda``: also ``glow_kernels/_C_cuda.so`` for NVIDIA GPUs, which needs nvcc but no GPU, and no torch that has CUDA;
-- ``auto``: both where that works; elsewhere say why not and go on without.
+- ``auto``: each where that works; elsewhere say why not and go on without.
 
 ``CXX`` chooses the compiler, ``CXXFLAGS`` adds options, ``MAX_JOBS`` says how many compilers run at once, ``CUDA_HOME``
 where nvcc is and ``GLOW_KERNELS_CUDA_ARCHS``, such as ``80,90``, for which GPUs it compiles. With
@@ -26,7 +26,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
@@ -138,7 +138,7 @@ def find_nvcc() -> Nvcc:
     return Nvcc(path, ".".join(version.groups()), tuple(sorted({int(arch) for arch in archs})))
 
 
-def build(tools: Toolchain, root: Path) -> None:
+def build(tools: Toolchain, root: Path, compilers: Executor) -> None:
     """Compile what changed of the CPU library and write it and its description below ``root``."""
     units = [Unit(path, [*COMPILE.split(), *has_isas()]) for path in sorted(CSRC.glob("cpu/*.cpp"))]
     # Of an inline function that several objects hold, the linker keeps the first. With the lowest ISA first, no
@@ -148,11 +148,11 @@ def build(tools: Toolchain, root: Path) -> None:
         for isa, flags in ISAS.items()
         for path in sorted(CSRC.glob("cpu/kernels/*.cpp"))
     ]
-    link(tools, root / LIBRARY, compile_all(tools, tools.compiler, units))
+    link(tools, root / LIBRARY, compile_all(compilers, tools, tools.compiler, units))
     describe(tools, root / LIBRARY, "cpu", isas=list(ISAS))
 
 
-def build_cuda(tools: Toolchain, nvcc: Nvcc, root: Path) -> None:
+def build_cuda(tools: Toolchain, nvcc: Nvcc, root: Path, compilers: Executor) -> None:
     """The same for the CUDA library."""
     host, *options = tools.compiler
     compiler = [nvcc.path, "-ccbin", host, *(f"-Xcompiler={option}" for option in options)]
@@ -162,7 +162,7 @@ def build_cuda(tools: Toolchain, nvcc: Nvcc, root: Path) -> None:
         code += [f"compute_{generation}"] * (generation == generations[-1])
         compiler += ["-gencode", f"arch=compute_{generation},code=[{','.join(code)}]"]
     units = [Unit(path, CUDA_COMPILE.split()) for path in sorted(CSRC.glob("cuda/*.cu"))]
-    objects = compile_all(tools, compiler, units)
+    objects = compile_all(compilers, tools, compiler, units)
     stub = OBJECTS / "libtorch_cuda.so"
     source = stub.with_suffix(".cpp")
     source.write_text(CUDA_STUB)
@@ -175,12 +175,12 @@ def build_cuda(tools: Toolchain, nvcc: Nvcc, root: Path) -> None:
     describe(tools, root / CUDA_LIBRARY, "cuda", nvcc=nvcc.version, archs=list(nvcc.archs))
 
 
-def build_cuda_host(tools: Toolchain, root: Path) -> None:
+def build_cuda_host(tools: Toolchain, root: Path, compilers: Executor) -> None:
     """The CUDA sources as a library for the CPU, in the place of the CPU library."""
     flags = ["-I", str(CUDA_HOST), *CUDA_HOST_COMPILE.split(), "-x", "c++"]
     sources = [*sorted(CSRC.glob("cuda/*.cu")), *sorted(CUDA_HOST.glob("*.cpp"))]
     units = [Unit(path, flags, "host") for path in sources]
-    link(tools, root / LIBRARY, compile_all(tools, tools.compiler, units))
+    link(tools, root / LIBRARY, compile_all(compilers, tools, tools.compiler, units))
     describe(tools, root / LIBRARY, "cuda", isas=[])
 
 
@@ -197,14 +197,13 @@ def has_isas() -> list[str]:
     return [f"-DGLOW_KERNELS_HAS_{name.upper()}" for name in ISAS]
 
 
-def compile_all(tools: Toolchain, compiler: list[str], units: list[Unit]) -> list[Path]:
+def compile_all(compilers: Executor, tools: Toolchain, compiler: list[str], units: list[Unit]) -> list[Path]:
     """The objects of ``units``."""
     read = [with_headers(unit.source) for unit in units]
     # Those that read most compile longest: with them first, no compiler is left alone with one at the end.
     order = sorted(range(len(units)), key=lambda index: -sum(path.stat().st_size for path in read[index]))
-    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-        made = {index: pool.submit(compile_unit, tools, compiler, read[index], units[index]) for index in order}
-        return [made[index].result() for index in range(len(units))]
+    made = {index: compilers.submit(compile_unit, tools, compiler, read[index], units[index]) for index in order}
+    return [made[index].result() for index in range(len(units))]
 
 
 def with_headers(source: Path) -> list[Path]:
@@ -298,8 +297,8 @@ def say_without(what: str, error: CompileError) -> None:
     sys.stderr.write(f"\n*** glow_kernels WITHOUT its native {what}, which could not be built: {error}\n\n")
 
 
-def build_or_say(what: str, library: Path, build_it: Callable[[], None]) -> bool:
-    """Whether ``library`` could be built; in mode ``auto`` this says why not, else that is an error."""
+def build_or_say(what: str, library: Path, build_it: Callable[[], None]) -> None:
+    """Build ``library``; where that does not work, in mode ``auto`` say why, else raise the error."""
     try:
         build_it()
     except CompileError as error:
@@ -308,8 +307,6 @@ def build_or_say(what: str, library: Path, build_it: Callable[[], None]) -> bool
         say_without(what, error)
         for path in (library, library.with_suffix(".json")):  # of an earlier build, which must not get into this wheel
             path.unlink(missing_ok=True)
-        return False
-    return True
 
 
 class BuildNative(build_ext):
@@ -319,13 +316,26 @@ class BuildNative(build_ext):
         if not self.extensions:
             return
         root = Path("" if self.inplace else self.build_lib)
-        if MODE == "cuda-host":
-            build_cuda_host(find_toolchain(), root)
-            return
-        if not build_or_say("CPU library", root / LIBRARY, lambda: build(find_toolchain(), root)) or MODE == "cpu":
-            return
-        what = "CUDA library (Triton or the reference computes on GPUs)"
-        build_or_say(what, root / CUDA_LIBRARY, lambda: build_cuda(find_toolchain(), find_nvcc(), root))
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as compilers:
+            if MODE == "cuda-host":
+                build_cuda_host(find_toolchain(), root, compilers)
+            else:
+                self.build_beside_each_other(root, compilers)
+
+    def build_beside_each_other(self, root: Path, compilers: Executor) -> None:
+        """The libraries asked for: either has a source that takes half a minute, however many cores there are."""
+        wanted = [("CPU library", LIBRARY, lambda: build(find_toolchain(), root, compilers))]
+        if MODE != "cpu":
+            what = "CUDA library (Triton or the reference computes on GPUs)"
+            wanted.append((what, CUDA_LIBRARY, lambda: build_cuda(find_toolchain(), find_nvcc(), root, compilers)))
+        with ThreadPoolExecutor() as libraries:
+            built = [libraries.submit(build_or_say, what, root / name, build_it) for what, name, build_it in wanted]
+            try:
+                for each in as_completed(built):
+                    each.result()
+            except CompileError:
+                compilers.shutdown(wait=False, cancel_futures=True)  # of the other library, which is lost with this one
+                raise
 
     def outputs(self) -> list[str]:
         return [

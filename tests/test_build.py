@@ -463,4 +463,18 @@ def test_a_source_that_does_not_compile(tmp_path: Path, mode: str) -> None:
     if mode == "auto":
         assert "WITHOUT its native CPU library" in said
         (wheel,) = (tree / "dist").glob("*.whl")
-        assert not [name for name in zipfile.ZipFile(wheel).namelist() if "_C" in name]
+        assert not [name for name in zipfile.ZipFile(wheel).namelist() if "_C." in name]
+
+
+@needs_compiler
+def test_a_source_that_does_not_compile_ends_the_build_of_the_other_library(tmp_path: Path) -> None:
+    sources = {"cpu/broken.cpp": "int a = nonsense;\n", **{f"cuda/{index}.cu": "" for index in range(10)}}
+    environment = nvcc_of("13.0", tmp_path) | {"MAX_JOBS": "1"}
+    environment.pop("CXX")
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.write_text(f"{nvcc.read_text()}sleep 0.5\nfor last; do true; done\ntouch \"$last\"\n")
+    code, said = setup(source_tree(tmp_path / "tree", sources), "build_ext", "--inplace", environment=environment)
+    assert code == 1
+    assert "csrc/cpu/broken.cpp:1:9" in said
+    # At most one before the broken one, and one until its error is read.
+    assert said.count("compiling csrc/cuda") <= 2
