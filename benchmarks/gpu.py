@@ -88,7 +88,7 @@ def stages(results: Path, dry_run: bool = False) -> list[Stage]:
     if not dry_run:  # the CUDA library for this GPU alone, which takes about a minute
         build["GLOW_KERNELS_CUDA_ARCHS"] = os.environ.get("GLOW_KERNELS_CUDA_ARCHS") or _architecture()
     return [
-        Stage("build", [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], 80, environment=build),
+        Stage("build", [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], 70, environment=build),
         Stage("info", [*python, "glow_kernels", "info"], 8),
         Stage("cuda tests", cuda_tests, checks, untested or no_library, beside=True),
         Stage("triton tests", triton_tests, checks, untested, beside=True),
@@ -113,7 +113,7 @@ def stages(results: Path, dry_run: bool = False) -> list[Stage]:
             for tool in SANITIZERS
         ),
         Stage("compile", [*measure, "compile", *options], checks, beside=True),
-        Stage("training", [*measure, "training", *options], 98),
+        Stage("training", [*measure, "training", *options], 108),
         Stage("bandwidth", [*bench, *(small if dry_run else bandwidth)], 48),
         Stage("kernels", [*bench, *(small if dry_run else launches)], 20),
         Stage("drop-in", [*measure, "drop_in", *options], 22),
