@@ -20,11 +20,11 @@ class PaddedMatrix {
   PaddedMatrix(KeptBuffer<A>& buffer, Rows<From> matrix, bool transpose, const A* shift, int64_t channels)
       : stride_(padded(channels, kLanes<A>)), values_(buffer.reserve((channels + 1) * stride_)) {
     if (transpose) {
-      // By blocks of columns, so that the cache lines that a transpose reads are still there for the next row.
-      for (int64_t first = 0; first < channels; first += kLanes<A>) {
-        const int64_t last = std::min(first + kLanes<A>, channels);
-        for (int64_t i = 0; i < channels; ++i) {
-          for (int64_t j = first; j < last; ++j) values_[i * stride_ + j] = matrix.data[j * matrix.stride + i];
+      for (int64_t row = 0; row < channels; row += kLanes<A>) {
+        for (int64_t column = 0; column < channels; column += kLanes<A>) {
+          transpose_into(values_ + row * stride_ + column,
+                         Rows<From>{matrix.data + column * matrix.stride + row, matrix.stride},
+                         std::min(kLanes<A>, channels - row), std::min(kLanes<A>, channels - column));
         }
       }
     } else {
@@ -46,6 +46,23 @@ class PaddedMatrix {
   const A* shift() const { return shift_; }
 
  private:
+  // A block of the transpose, of at most a vector's lanes in either direction.
+  template <typename From>
+  void transpose_into(A* to, Rows<From> matrix, int64_t rows, int64_t columns) {
+    if (rows < kLanes<A> || columns < kLanes<A>) {
+      for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t j = 0; j < columns; ++j) to[i * stride_ + j] = matrix.data[j * matrix.stride + i];
+      }
+      return;
+    }
+    Vector<A> block[kLanes<A>];
+    for (int64_t j = 0; j < kLanes<A>; ++j) {
+      for (int64_t i = 0; i < kLanes<A>; ++i) block[j][i] = matrix.data[j * matrix.stride + i];
+    }
+    transpose_block<A>(block);
+    for (int64_t i = 0; i < kLanes<A>; ++i) vector_at(to + i * stride_) = block[i];
+  }
+
   int64_t stride_;
   A* values_;
   const A* shift_;
