@@ -16,7 +16,7 @@ from nflows.transforms import AffineCouplingTransform
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
 import glow_kernels as gk
@@ -277,6 +277,19 @@ def test_parametrizations_of_accelerated_layers_survive_restore(make):
         gk.restore(layer)
     parametrize.remove_parametrizations(layer, "weight")
     assert type(layer) is type(make())
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("norm", [parametrizations.weight_norm, parametrizations.spectral_norm])
+def test_scaled_convolutions_whose_weight_is_computed_are_left_alone(norm, verify):
+    layer = rosinality.ZeroConv2d(4, 6)
+    nn.init.normal_(layer.conv.weight)
+    norm(layer.conv)
+    layer.eval()
+    expected = layer(X)
+    (row,) = gk.accelerate(layer, verify=verify).layers
+    assert row.reason == "the weight of its convolution is computed, as by weight_norm"
+    torch.testing.assert_close(layer(X), expected)
 
 
 class Raising(nn.Module):

@@ -58,6 +58,8 @@ class ScaledConv2d(Patch):
         convolution = _convolution(module)
         if convolution.padding_mode != "zeros" or isinstance(convolution.padding, str):
             raise Mismatch("its padding is none of zeros")
+        if "weight" not in convolution._parameters:
+            raise Mismatch("the weight of its convolution is computed, as by weight_norm")
         name = str(_scale_name(module, convolution))
         copied = faithful_copy(module).double().cpu()
         x = torch.randn(2, convolution.in_channels, *SPATIAL, dtype=torch.float64)
