@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
@@ -402,6 +403,49 @@ def test_replicas_of_data_parallel_and_frozen_parameters():
     for layer in chain.modules():
         layer._is_replica = True  # whose parameters are no parameters
     assert_equal(torch.autograd.grad(weighted(in_turn(chain, x)), wanted), expected)
+
+
+class Slow(nn.Conv2d):
+    """A network that gives another thread half a second to come in between while backward evaluates it."""
+
+    in_backward, resumed = threading.Event(), threading.Event()
+    watched: threading.Thread | None = None
+
+    def forward(self, x):
+        if threading.current_thread() is self.watched and torch.is_grad_enabled():
+            self.in_backward.set()
+            self.resumed.wait(0.5)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("memory", POLICIES)
+def test_several_threads_train_a_model(monkeypatch, memory):
+    chain = flows()
+    chain[1].coupling.net = Slow(2, 4, 1)
+    batches = torch.randn(2, 4, 4, 6, 6)
+    parameters = list(chain.parameters())
+    expected = [parameter_gradients(chain, x) for x in batches]
+    gk.accelerate(chain, memory=memory, verify=False)
+    actual = {}
+
+    def train(number):
+        if number == 1:
+            Slow.in_backward.wait(10)
+        loss = weighted(in_turn(chain, batches[number]))
+        Slow.resumed.set()
+        actual[number] = torch.autograd.grad(loss, parameters)
+
+    threads = [threading.Thread(target=train, args=(number,)) for number in range(2)]
+    monkeypatch.setattr(Slow, "watched", threads[0])
+    monkeypatch.setattr(Slow, "in_backward", threading.Event())
+    monkeypatch.setattr(Slow, "resumed", threading.Event())
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number in range(2):
+        assert_equal(actual[number], expected[number])
+    assert all(one is other for one, other in zip(chain.parameters(), parameters, strict=True))
 
 
 def test_autocast_is_the_same_in_forward_and_backward():

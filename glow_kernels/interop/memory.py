@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from glow_kernels.interop import steps
 from glow_kernels.interop.patch import any_hooks, is_uninitialised, memory_of, own, patch_of
 from glow_kernels.reversible import guards, recompute
-from glow_kernels.reversible.anatomy import Anatomy, in_modes
+from glow_kernels.reversible.anatomy import SUBSTITUTION, Anatomy, in_modes
 from glow_kernels.reversible.randomness import RandomState
 from glow_kernels.reversible.recompute import Mode
 
@@ -192,10 +192,11 @@ def _apply(
     context: Sequence[Tensor | None],
 ) -> Any:
     mode = Mode.current(x.device, memory.micro_batches)
-    anatomy = Anatomy.of(unit)
-    modes = [(module, module.training) for module in anatomy.modules]
-    place = _Place(anatomy, memory, mode, modes, keeps_input, output, len(context))
-    return _Node.apply(place, x, ghost, *context, *anatomy.parameters)  # type: ignore[no-untyped-call]
+    with SUBSTITUTION:
+        anatomy = Anatomy.of(unit)
+        modes = [(module, module.training) for module in anatomy.modules]
+        place = _Place(anatomy, memory, mode, modes, keeps_input, output, len(context))
+        return _Node.apply(place, x, ghost, *context, *anatomy.parameters)  # type: ignore[no-untyped-call]
 
 
 class _Place(NamedTuple):

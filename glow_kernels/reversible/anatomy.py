@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,10 @@ _OWN = {
     ZeroConv2d,
     *_COUPLINGS,
 }
+
+# Held while other tensors are in the place of parameters, and where those of a step are read that may be so in another
+# thread.
+SUBSTITUTION = threading.RLock()
 
 
 @dataclass
@@ -132,13 +137,14 @@ class Anatomy:
         """
         if len(self.slots) != len(tensors):
             raise RuntimeError(f"it had {len(tensors)} parameters in forward and has {len(self.slots)} in backward")
-        originals = self.parameters
         recurrent = [module for module in self.modules if isinstance(module, nn.RNNBase)]
-        try:
-            self._fill(tensors, recurrent)
-            yield
-        finally:
-            self._fill(originals, recurrent)
+        with SUBSTITUTION:
+            originals = self.parameters
+            try:
+                self._fill(tensors, recurrent)
+                yield
+            finally:
+                self._fill(originals, recurrent)
 
     def _fill(self, tensors: Sequence[Tensor], recurrent: Sequence[nn.RNNBase]) -> None:
         for places, tensor in zip(self.slots, tensors, strict=True):
