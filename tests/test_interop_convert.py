@@ -238,6 +238,11 @@ def test_what_is_no_such_model_is_refused():
         convert(state, source="tensorflow", target="y0ast")
     with pytest.raises(ValueError, match=r"state_dict must be that of a Glow of rosinality: it has no steps"):
         convert(state, source="rosinality", target="y0ast")
+    with pytest.raises(ValueError, match=r"it has no steps, its first names are \['model', 'epoch'\]"):
+        convert({"model": state, "epoch": 3}, source="glow_kernels", target="y0ast")
+    arrays = {name: tensor.numpy() for name, tensor in state.items()}
+    with pytest.raises(TypeError, match=r"state_dict must hold tensors, got ndarray for levels\.0\.steps\.0\."):
+        convert(arrays, source="glow_kernels", target="y0ast")
     del state["levels.0.steps.0.coupling.network.last.bias"]
     with pytest.raises(ValueError, match=r"it has no levels.0.steps.0.coupling.network.last.bias"):
         convert(state, source="glow_kernels", target="y0ast")
@@ -256,3 +261,56 @@ def test_a_shuffled_model_cannot_be_converted_and_unknown_names_are_listed():
         "top_prior.per_class_log_scale",
     }
     assert "ignored: top_prior.per_class" in str(conversion)
+    assert conversion.exact  # the prior has not learned anything of classes yet
+
+
+PARTS = {  # of each dialect: of a split, of the last level, of a step before the last one
+    "glow_kernels": ("levels.0.split.", "levels.1.", "levels.0.steps.0."),
+    "rosinality": ("blocks.0.prior.", "blocks.1.flows.", "blocks.0.flows.0."),
+    "chaiyujin": ("flow.layers.3.", "flow.layers.5.", "flow.layers.1."),
+    "y0ast": ("flow.layers.3.", "flow.layers.5.", "flow.layers.1."),
+    "normflows": ("q0.1.", "flows.0.", "flows.1.0."),
+    "openai": ("model/pool0/", "model/1/", "model/0/0/"),
+}
+
+
+@pytest.mark.parametrize("source", PARTS)
+def test_a_part_of_a_model_is_refused(source):
+    state = trained(source).state_dict()
+    for part in PARTS[source]:
+        truncated = {name: tensor for name, tensor in state.items() if not name.startswith(part)}
+        with pytest.raises(ValueError, match=rf"state_dict must be that of a Glow of {source}: it"):
+            convert(truncated, source=source, target="glow_kernels")
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("glow_kernels", "top_prior.per_class"),
+        ("chaiyujin", "project_ycond.weight"),
+        ("y0ast", "project_ycond.linear.weight"),
+        ("normflows", "q0.0.loc_cc"),
+        ("openai", "model/prior/y_emb/W"),
+    ],
+)
+def test_a_prior_that_depends_on_classes_is_not_exact(source, name):
+    state = {f"module.{key}": tensor for key, tensor in trained(source, conditional=False).state_dict().items()}
+    expected = convert(state, source=source, target="glow_kernels").inexact
+    lossy = convert(state | {f"module.{name}": torch.ones(3, 96)}, source=source, target="glow_kernels")
+    assert set(lossy.inexact) - set(expected) == {
+        f"module.{name}: what the source's prior makes of classes is left out"
+    }
+
+
+def test_densities_of_normflows_that_differ_between_classes_are_not_exact():
+    state = trained("normflows").state_dict()
+    for level, channels in enumerate((24, 6)):
+        state = {name: tensor for name, tensor in state.items() if not name.startswith(f"q0.{level}.")}
+        density = normflows.distributions.ClassCondDiagGaussian((channels, 2 << level, 2 << level), 3)
+        torch.nn.init.normal_(density.loc)
+        state |= {f"q0.{level}.{name}": tensor.double() for name, tensor in density.state_dict().items()}
+    conversion = convert(state, source="normflows", target="glow_kernels")
+    line = "q0.0.loc, q0.0.log_scale: differ between positions or classes, of which the mean is taken"
+    assert line in conversion.inexact
+    mean = conversion.state_dict["top_prior.common"][:24]
+    torch.testing.assert_close(mean, state["q0.0.loc"].mean((1, 2, 3)))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from glow_kernels.interop.state_dicts import DIALECTS
-from glow_kernels.interop.weights import Keys, State
+from glow_kernels.interop.weights import Keys, State, Weights
 from glow_kernels.ops._checks import check_choice
 
 
@@ -54,9 +54,9 @@ def convert(state_dict: Mapping[str, Tensor], *, source: str, target: str, lu: b
             ``"openai"``.
 
     Raises:
-        TypeError: ``state_dict`` is no mapping, but a model for example.
-        ValueError: an unknown dialect, ``lu`` for ``"openai"``, or a state dict of something else; the message names
-            the first missing tensor.
+        TypeError: ``state_dict`` is no mapping, but a model for example, or holds something else than tensors.
+        ValueError: an unknown dialect, ``lu`` for ``"openai"``, or a state dict of something else or of a part of a
+            model; the message names the first missing tensor.
     """
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"state_dict must be a mapping of names to tensors, got {type(state_dict).__name__}")
@@ -68,7 +68,26 @@ def convert(state_dict: Mapping[str, Tensor], *, source: str, target: str, lu: b
     except KeyError as error:
         raise ValueError(f"state_dict must be that of a Glow of {source}: it has no {error.args[0]}") from None
     if not weights.levels:
-        raise ValueError(f"state_dict must be that of a Glow of {source}: it has no steps")
+        names = list(state_dict)[:3]
+        raise ValueError(f"state_dict must be that of a Glow of {source}: it has no steps, its first names are {names}")
+    _check_complete(weights, source)
     written = DIALECTS[target].write(weights, lu, inexact)
     contiguous = {name: tensor.detach().clone().contiguous() for name, tensor in written.items()}
     return Conversion(contiguous, tuple(inexact), tuple(keys.unread()))
+
+
+def _check_complete(weights: Weights, source: str) -> None:
+    if not all(weights.levels):
+        level = next(level for level, steps in enumerate(weights.levels) if not steps)
+        raise ValueError(f"state_dict must be that of a Glow of {source}: its level {level} has no steps")
+    levels, splits = len(weights.levels), len(weights.splits)
+    if splits != levels - 1:
+        raise ValueError(
+            f"state_dict must be that of a Glow of {source}: it has {splits} splits, {levels} levels have {levels - 1}"
+        )
+    channels = len(weights.levels[-1][0].bias)
+    if weights.top is not None and len(weights.top.bias) != 2 * channels:
+        raise ValueError(
+            f"state_dict must be that of a Glow of {source}: "
+            f"its last prior is of {len(weights.top.bias) // 2} channels, its last level of {channels}"
+        )

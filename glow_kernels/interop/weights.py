@@ -157,19 +157,35 @@ class Keys:
 
         Raises:
             KeyError: it is not there.
+            TypeError: it is no tensor.
         """
         found = next((key for key in (name, f"module.{name}") if key in self.tensors), None)
         if found is None:
             raise KeyError(name)
         self.seen.add(found)
-        return self.tensors[found]
+        tensor = self.tensors[found]
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"state_dict must hold tensors, got {type(tensor).__name__} for {found}")
+        return tensor
 
     def has(self, name: str) -> bool:
         """Whether it is there."""
         return name in self.tensors or f"module.{name}" in self.tensors
 
-    def numbers(self, prefix: str) -> list[int]:
-        """The numbers that follow ``prefix`` in names."""
+    def numbers(self, prefix: str) -> range:
+        """The numbers that follow ``prefix`` in names, from 0.
+
+        Raises:
+            KeyError: one of them is missing before the last.
+        """
+        found = self.sparse_numbers(prefix)
+        for number in range(found[-1] if found else 0):
+            if number not in found:
+                raise KeyError(f"{prefix}{number}")
+        return range(len(found))
+
+    def sparse_numbers(self, prefix: str) -> list[int]:
+        """The numbers that follow ``prefix`` in names, where layers without tensors lie between them."""
         found = set()
         for key in self.tensors:
             name = key.removeprefix("module.")

@@ -45,5 +45,14 @@ def note_border(name: str, convolution: Convolution, border: float, inexact: Ine
         inexact.append(f"{name}: pads its input with {border:g}, the source with {convolution.border:g}")
 
 
+def note_classes(keys: Keys, prefixes: tuple[str, ...], inexact: Inexact) -> None:
+    """That priors depend on classes, of which there are none in what is read, if tensors under ``prefixes`` do so."""
+    inexact += [
+        f"{name}: what the source's prior makes of classes is left out"
+        for name in keys.unread()
+        if name.removeprefix("module.").startswith(prefixes) and bool(keys.tensors[name].any())
+    ]
+
+
 def per_channel(values: Tensor) -> Tensor:
     return values.view(1, -1, 1, 1)

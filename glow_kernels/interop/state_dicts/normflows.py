@@ -7,7 +7,14 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from glow_kernels.interop.state_dicts.common import Inexact, note_border, per_channel, top_of, without_border
+from glow_kernels.interop.state_dicts.common import (
+    Inexact,
+    note_border,
+    note_classes,
+    per_channel,
+    top_of,
+    without_border,
+)
 from glow_kernels.interop.weights import (
     Convolution,
     Keys,
@@ -32,6 +39,7 @@ class Normflows:
             blocks = reversed(keys.numbers(f"flows.{level}."))
             levels.append([self._read_step(keys, f"flows.{level}.{block}.") for block in blocks])
             densities.append(self._read_density(keys, f"q0.{level}.", inexact))
+            note_classes(keys, (f"q0.{level}.loc_cc", f"q0.{level}.log_scale_cc"), inexact)
         splits = [_without_condition(density) for density in densities[:-1]]
         return Weights(levels, splits, densities[-1] if densities else None)
 
@@ -94,9 +102,13 @@ class Normflows:
         if keys.has(f"{name}loc_logs"):
             log_scales = [3 * keys(f"{name}{part}").flatten() for part in ("loc_logs", "log_scale_logs")]
             return constant(torch.cat((mean.flatten(), log_sd.flatten())), torch.cat(log_scales))
-        per_channel = torch.cat([tensor[0].flatten(1).mean(1) for tensor in (mean, log_sd)])
-        if any(bool((tensor != tensor[:, :, :1, :1]).any()) for tensor in (mean, log_sd)):
-            inexact.append(f"{name}loc, {name}log_scale: differ between positions, of which the mean is taken")
+        if len(mean) != 1:  # (C, H, W, classes) of ClassCondDiagGaussian
+            mean, log_sd = mean.movedim(-1, 0), log_sd.movedim(-1, 0)
+        per_channel = torch.cat([tensor.mean((0, 2, 3)) for tensor in (mean, log_sd)])
+        if any(bool((tensor != tensor[:1, :, :1, :1]).any()) for tensor in (mean, log_sd)):
+            inexact.append(
+                f"{name}loc, {name}log_scale: differ between positions or classes, of which the mean is taken"
+            )
         return constant(per_channel, torch.zeros_like(per_channel))
 
     def _write_density(self, state: State, name: str, density: Convolution) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from glow_kernels.interop.state_dicts.common import Inexact, note_border, per_channel, without_border
+from glow_kernels.interop.state_dicts.common import Inexact, note_border, note_classes, per_channel, without_border
 from glow_kernels.interop.weights import (
     Convolution,
     Keys,
@@ -30,13 +30,19 @@ class OpenAI:
     def read(self, keys: Keys, inexact: Inexact) -> Weights:
         levels: list[list[Step]] = [[]]
         splits = []
-        for layer in keys.numbers("flow.layers."):
+        expected = 1  # after the squeeze, which has no tensors
+        for layer in keys.sparse_numbers("flow.layers."):
+            if layer != expected:
+                raise KeyError(f"flow.layers.{expected}")
             name = f"flow.layers.{layer}."
             if keys.has(f"{name}actnorm.bias"):
                 levels[-1].append(self._read_step(keys, name))
+                expected = layer + 1
             else:
                 splits.append(halves(self._read_zeros(keys, f"{name}conv.")))
                 levels.append([])
+                expected = layer + 2
+        note_classes(keys, ("project_ycond.",), inexact)
         top = None
         if keys.has(f"{self.top}.logs"):
             convolution = self._read_zeros(keys, f"{self.top}.")

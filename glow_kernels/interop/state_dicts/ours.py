@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from glow_kernels.interop.state_dicts.common import Inexact, note_border, top_of, without_border
+from glow_kernels.interop.state_dicts.common import Inexact, note_border, note_classes, top_of, without_border
 from glow_kernels.interop.weights import (
     Convolution,
     Keys,
@@ -34,6 +34,7 @@ class Ours:
         top = None
         if keys.has("top_prior.common"):
             top = constant(keys("top_prior.common"), 3 * keys("top_prior.common_log_scale"))
+        note_classes(keys, ("top_prior.per_class",), inexact)
         return Weights(levels, splits, top)
 
     def write(self, weights: Weights, lu: bool | None, inexact: Inexact) -> State:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from glow_kernels.interop.state_dicts.common import Inexact, top_of
+from glow_kernels.interop.state_dicts.common import Inexact, note_classes, top_of
 from glow_kernels.interop.weights import (
     Convolution,
     Keys,
@@ -39,6 +39,7 @@ class TensorFlow:
         if keys.has("model/prior/p/b"):
             convolution = self._read_zeros(keys, "model/prior/p/", inexact)
             top = constant(convolution.bias, convolution.log_scale)
+        note_classes(keys, ("model/prior/y_emb/",), inexact)
         return Weights(levels, splits, top)
 
     def write(self, weights: Weights, lu: bool | None, inexact: Inexact) -> State:
