@@ -314,3 +314,17 @@ def test_densities_of_normflows_that_differ_between_classes_are_not_exact():
     assert line in conversion.inexact
     mean = conversion.state_dict["top_prior.common"][:24]
     torch.testing.assert_close(mean, state["q0.0.loc"].mean((1, 2, 3)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("lu", [True, False], ids=["to lu", "to plain"])
+def test_half_precision_is_not_rounded_again(dtype, lu):
+    model = trained("chaiyujin", lu=not lu)
+    half = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+    conversion = convert(half, source="chaiyujin", target="glow_kernels", lu=lu)
+    assert {tensor.dtype for tensor in conversion.state_dict.values()} == {torch.float32, torch.bool}
+    x = torch.rand(3, 3, 8, 8, dtype=torch.float64)
+    expected = log_prob(loaded("chaiyujin", not lu, half), x)
+    torch.testing.assert_close(
+        log_prob(loaded("glow_kernels", lu, conversion.state_dict), x), expected, rtol=1e-3, atol=0
+    )

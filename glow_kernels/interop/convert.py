@@ -16,7 +16,7 @@ class Conversion(NamedTuple):
     """What :func:`convert` returns; ``print`` shows what was lost.
 
     Attributes:
-        state_dict: for ``load_state_dict`` of the target.
+        state_dict: for ``load_state_dict`` of the target; of its type, or float32 if that is a half.
         inexact: what the target cannot express, so that its outputs differ; empty if they do not.
         ignored: names in the source that have no counterpart, such as buffers for bookkeeping.
     """

@@ -153,7 +153,7 @@ class Keys:
     seen: set[str] = field(default_factory=set)
 
     def __call__(self, name: str) -> Tensor:
-        """The tensor; a parallel wrapper's ``module.`` may precede its name.
+        """The tensor, in float32 if it has half precision; a parallel wrapper's ``module.`` may precede its name.
 
         Raises:
             KeyError: it is not there.
@@ -166,7 +166,8 @@ class Keys:
         tensor = self.tensors[found]
         if not isinstance(tensor, Tensor):
             raise TypeError(f"state_dict must hold tensors, got {type(tensor).__name__} for {found}")
-        return tensor
+        # What is computed here, as logarithms and products of factors, would else be rounded to three digits.
+        return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
     def has(self, name: str) -> bool:
         """Whether it is there."""
