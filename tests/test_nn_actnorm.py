@@ -220,3 +220,44 @@ def test_a_new_process_continues_bit_for_bit(tmp_path):
     expected = [model.log_prob(x), *latents, model.decode(latents), *model.state_dict().values()]
     for results in torch.load(tmp_path / "results"):
         assert all(torch.equal(one, other) for one, other in zip(results, expected, strict=True))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("use_buffers", [True, False], ids=["buffers averaged", "buffers copied"])
+def test_an_average_that_is_made_before_the_first_batch_keeps_its_parameters(use_buffers, training):
+    model = gk.models.Glow(1, 4, 2, 1, 4)
+    average = torch.optim.swa_utils.AveragedModel(model, use_buffers=use_buffers)
+    model.initialize(skewed(4, 1, 4, 4, dtype=torch.float32))
+    average.update_parameters(model)
+    average.train(training)
+    x = 5.0 * skewed(3, 1, 4, 4, dtype=torch.float32)
+    torch.testing.assert_close(average(x), model(x))
+    for expected, parameter in zip(model.parameters(), average.parameters(), strict=True):
+        assert torch.equal(parameter, expected)
+
+
+@pytest.mark.parametrize("memory", ["store", "anchor"])
+def test_functional_call_does_not_overwrite_the_parameters_that_it_is_given(memory):
+    model = gk.models.Glow(1, 4, 2, 1, 4)
+    model.initialize(skewed(4, 1, 4, 4, dtype=torch.float32))
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.device("meta"):
+        skeleton = gk.models.Glow(1, 4, 2, 1, 4, memory=memory)
+    x = 5.0 * skewed(3, 1, 4, 4, dtype=torch.float32)
+    torch.testing.assert_close(torch.func.functional_call(skeleton, state, (x,)), model(x))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(state[name], tensor)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_batch_that_is_not_finite_initialises_nothing(value):
+    layer = ActNorm(4).double()
+    x = skewed(4, 4, 3)
+    bad = x.clone()
+    bad[1, 2] = value
+    message = "^x must be finite to initialise ActNorm, got a standard deviation that is not in 1 of 4 channels$"
+    with pytest.raises(ValueError, match=message):
+        layer(bad)
+    assert not layer.initialized
+    z, _ = layer(x)
+    assert_normalised(z, statistics(x)[1])

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from glow_kernels.backends.numerics import compute_dtype
 from glow_kernels.ops._checks import check_channels, positions
@@ -65,17 +66,35 @@ class ActNorm(nn.Module):
         Raises:
             RuntimeError: not initialised, and not in training mode.
         """
-        if self._is_initialized:
+        if self.is_initialized():
             return
         if not self.training:
             self.require_initialized()
         self.initialize(x)
 
+    def is_initialized(self) -> bool:
+        """Whether the parameters have been set, from data or with the buffer that says so."""
+        if self._is_initialized:
+            return True
+        # The mirror does not see a buffer that is written or replaced from outside, as averages of models do, and
+        # functional_call: parameters that came with it must not be overwritten.
+        return _is_readable(self.initialized) and bool(self.initialized)
+
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
-        """Set the parameters from the statistics of ``x`` (B, C, *spatial), again if need be."""
+        """Set the parameters from the statistics of ``x`` (B, C, *spatial), again if need be.
+
+        Raises:
+            ValueError: ``x`` is not finite; the parameters stay as they are.
+        """
         check_channels("x", x, self.channels)
         mean, std = actnorm_statistics(x)
+        if _is_readable(std) and not bool(std.isfinite().all()):
+            channels = int(std.isfinite().logical_not().sum())
+            raise ValueError(
+                "x must be finite to initialise ActNorm, "
+                f"got a standard deviation that is not in {channels} of {self.channels} channels"
+            )
         self.bias.copy_(-mean)
         self.log_scale.copy_(-(std + self.eps).log())
         self.initialized.fill_(True)
@@ -83,7 +102,7 @@ class ActNorm(nn.Module):
 
     def require_initialized(self) -> None:
         """Raise a RuntimeError with the remedy unless the parameters have been set from data."""
-        if not self._is_initialized:
+        if not self.is_initialized():
             raise RuntimeError(
                 f"ActNorm of {self.channels} channels is not initialised: run one forward in training mode, "
                 "or model.initialize(batch), or load weights, before evaluating, inverting or sampling"
@@ -104,3 +123,8 @@ class ActNorm(nn.Module):
         flag = state_dict.get(prefix + "initialized")
         if flag is not None:
             self._is_initialized = bool(flag)
+
+
+def _is_readable(tensor: Tensor) -> bool:
+    """Whether its values are there to branch on, here and now."""
+    return not (torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor))

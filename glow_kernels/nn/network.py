@@ -55,7 +55,7 @@ class HiddenConv2d(nn.Module):
 
     def folded(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Weight and bias of the one convolution that it is before ReLU; ``x`` initialises ActNorm if need be."""
-        if not self.actnorm._is_initialized:
+        if not self.actnorm.is_initialized():
             self.actnorm.prepare(F.conv2d(x, self.weight, padding=self.padding))
         dtype = type_of_convolution(self.weight)
         return scale_filters(self.weight, self.actnorm.bias, self.actnorm.log_scale, dtype=dtype)

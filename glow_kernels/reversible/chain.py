@@ -318,7 +318,7 @@ def _initialize(
 ) -> None:
     """Run ``modules``, which ``steps`` are made of, if one of them has an ActNorm that waits for data."""
     parts = [part for module, step in zip(modules, steps, strict=True) if module.training for part in step.modules]
-    if any(isinstance(part, ActNorm) and not part._is_initialized for part in parts):
+    if any(isinstance(part, ActNorm) and not part.is_initialized() for part in parts):
         with torch.no_grad():
             for module in modules:
                 x, _ = module(x, *context)
