@@ -23,7 +23,7 @@ from glow_kernels.nn.network import HiddenConv2d
 
 NOT_INITIALISED = (
     "^ActNorm of 4 channels is not initialised: run one forward in training mode, "
-    r"or model\.initialize\(batch\), or load weights, before evaluating, inverting or sampling$"
+    r"or model\.initialize\(batch\), or load weights, before evaluating, inverting, sampling or exporting$"
 )
 
 
@@ -261,3 +261,15 @@ def test_a_batch_that_is_not_finite_initialises_nothing(value):
     assert not layer.initialized
     z, _ = layer(x)
     assert_normalised(z, statistics(x)[1])
+
+
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "not strict"])
+def test_what_is_not_initialised_is_not_exported(strict):
+    # The program would start from the statistics of every batch that it gets.
+    x = torch.randn(3, 4, 2, 2)
+    with pytest.raises(RuntimeError, match=r"ActNorm of 4 channels is not initialised: run one forward"):
+        torch.export.export(ActNorm(4), (x,), strict=strict)
+    layer = ActNorm(4)
+    layer.initialize(x)
+    exported = torch.export.export(layer, (x,), strict=strict).module()
+    torch.testing.assert_close(exported(2.0 * x), layer(2.0 * x))

@@ -329,3 +329,14 @@ def test_reconstruction_error_names_steps_and_matrices():
     assert "ill-conditioned: levels.0.steps.1.mixing (" in str(report)
     with pytest.raises(ValueError, match=r"^model must have a ReversibleSequential, got one without$"):
         gk.reconstruction_error(nn.Linear(2, 2), x)
+
+
+def test_forward_mode_derivatives_are_refused_by_name():
+    chain = ReversibleSequential([FlowStep(4, 8), FlowStep(4, 8)])
+    x = torch.randn(2, 4, 4, 4)
+    chain(x)
+    with (
+        torch.autograd.forward_ad.dual_level(),
+        pytest.raises(RuntimeError, match=r"cannot be differentiated forwards: use memory='store'"),
+    ):
+        chain(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))

@@ -64,11 +64,12 @@ class ActNorm(nn.Module):
         """Initialise from ``x`` (B, C, *spatial) if that has not happened yet and this is training.
 
         Raises:
-            RuntimeError: not initialised, and not in training mode.
+            RuntimeError: not initialised, and not in training mode, or in ``torch.export``.
         """
         if self.is_initialized():
             return
-        if not self.training:
+        # An exported program would do so at every call, since it forgets what is written to parameters.
+        if not self.training or torch.compiler.is_exporting():
             self.require_initialized()
         self.initialize(x)
 
@@ -105,7 +106,7 @@ class ActNorm(nn.Module):
         if not self.is_initialized():
             raise RuntimeError(
                 f"ActNorm of {self.channels} channels is not initialised: run one forward in training mode, "
-                "or model.initialize(batch), or load weights, before evaluating, inverting or sampling"
+                "or model.initialize(batch), or load weights, before evaluating, inverting, sampling or exporting"
             )
 
     def extra_repr(self) -> str:

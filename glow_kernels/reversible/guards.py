@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 
 from glow_kernels.reversible.anatomy import Anatomy
 from glow_kernels.reversible.plain_step import PlainStep
@@ -108,9 +109,11 @@ def refuse_second_derivatives(chain: ReversibleSequential, index: int) -> None:
 
 
 def refuse_transforms() -> None:
-    """Raise under ``torch.func``, which would differentiate something else than the chain."""
+    """Raise under ``torch.func`` and forward-mode differentiation, for which the chain has no rules."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
         raise RuntimeError("a reversible chain cannot be transformed by torch.func: use memory='store'")
+    if forward_ad._current_level >= 0:
+        raise RuntimeError("a reversible chain cannot be differentiated forwards: use memory='store'")
 
 
 def prove(
