@@ -331,6 +331,7 @@ BAD_CALLS = {
     WRONG_LABELS + "float32 of shape (3,)": (ValueError, lambda m: m.sample(3, labels=LABELS.float())),
     "labels must be a tensor, got list": (TypeError, lambda m: m.encode(IMAGE, [2, 0, 1])),
     "labels must be given: the prior has 3 classes": (ValueError, lambda m: m.sample(3)),
+    "n must be a whole number, got 2.5": (TypeError, lambda m: m.sample(2.5, labels=LABELS)),
     "n must be at least 0, got -1": (ValueError, lambda m: m.sample(-1, labels=LABELS)),
     "temperature must be at least 0, got -0.1": (ValueError, lambda m: m.sample(3, -0.1, LABELS)),
     "temperature must be at least 0, got nan": (ValueError, lambda m: m.sample(3, math.nan, LABELS)),

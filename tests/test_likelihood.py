@@ -125,6 +125,14 @@ BAD_ARGUMENTS = {
         TypeError,
         lambda: quantize(torch.zeros(2, dtype=torch.uint8), 256),
     ),
+    "levels must be in 0 .. 31 with n_bins = 32, got 0 .. 255": (
+        ValueError,
+        lambda: Glow(1, 2, 1, 1, 1, n_bins=32).dequantize(torch.tensor([[[[0, 255]]]], dtype=torch.uint8)),
+    ),
+    "levels must be in 0 .. 255 with n_bins = 256, got -1 .. 3": (
+        ValueError,
+        lambda: dequantize(torch.tensor([-1, 3]), 256),
+    ),
     "n_bins must be at least 2, got 1": (ValueError, lambda: dequantize(torch.zeros(2, dtype=torch.uint8), 1)),
     "n_bins must be at least 2, got 0": (ValueError, lambda: quantize(torch.zeros(2), 0)),
     "n_bins must be at least 2, got -2": (ValueError, lambda: bits_per_dim(torch.zeros(2), 4, -2)),

@@ -261,10 +261,10 @@ class Glow(nn.Module):
             ``(n, in_channels, height, width)``; :meth:`quantize` makes pixels of it.
 
         Raises:
+            TypeError: ``n`` is no whole number.
             ValueError: a negative ``n`` or ``temperature``; otherwise as :meth:`decode`.
         """
-        if n < 0:
-            raise ValueError(f"n must be at least 0, got {n}")
+        check_whole("n", n, 0)
         if not temperature >= 0.0:
             raise ValueError(f"temperature must be at least 0, got {temperature}")
         parameter = next(self.parameters())

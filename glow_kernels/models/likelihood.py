@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from glow_kernels.backends.numerics import wide_dtype
-from glow_kernels.ops._checks import check_whole
+from glow_kernels.ops._checks import check_whole, is_readable
 
 
 def dequantize(levels: Tensor, n_bins: int, generator: torch.Generator | None = None) -> Tensor:
@@ -30,11 +30,17 @@ def dequantize(levels: Tensor, n_bins: int, generator: torch.Generator | None = 
 
     Raises:
         TypeError: ``levels`` is not of an integer type, or ``n_bins`` is no whole number.
-        ValueError: ``n_bins`` is below 2.
+        ValueError: ``n_bins`` is below 2, or ``levels`` on the CPU are not in ``0 .. n_bins - 1``. On a GPU, to look at
+            them would be to wait for it.
     """
     if levels.is_floating_point() or levels.is_complex() or levels.dtype == torch.bool:
         raise TypeError(f"levels must be of an integer type, got {str(levels.dtype).removeprefix('torch.')}")
     check_whole("n_bins", n_bins, 2)
+    is_any_byte_valid = levels.dtype == torch.uint8 and n_bins >= 256
+    if not is_any_byte_valid and levels.is_cpu and levels.numel() and is_readable(levels):
+        low, high = (int(bound) for bound in levels.aminmax())
+        if low < 0 or high >= n_bins:
+            raise ValueError(f"levels must be in 0 .. {n_bins - 1} with n_bins = {n_bins}, got {low} .. {high}")
     wide = wide_dtype(levels.device)
     noise = torch.rand(levels.shape, generator=generator, device=levels.device)
     x = ((levels + noise.to(wide)) / n_bins - 0.5).to(noise.dtype)

@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from glow_kernels.backends.numerics import compute_dtype
-from glow_kernels.ops._checks import check_channels, positions
+from glow_kernels.ops._checks import check_channels, is_readable, positions
 from glow_kernels.ops.actnorm_statistics import actnorm_statistics
 
 
@@ -79,7 +78,7 @@ class ActNorm(nn.Module):
             return True
         # The mirror does not see a buffer that is written or replaced from outside, as averages of models do, and
         # functional_call: parameters that came with it must not be overwritten.
-        return _is_readable(self.initialized) and bool(self.initialized)
+        return is_readable(self.initialized) and bool(self.initialized)
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
@@ -90,7 +89,7 @@ class ActNorm(nn.Module):
         """
         check_channels("x", x, self.channels)
         mean, std = actnorm_statistics(x)
-        if _is_readable(std) and not bool(std.isfinite().all()):
+        if is_readable(std) and not bool(std.isfinite().all()):
             channels = int(std.isfinite().logical_not().sum())
             raise ValueError(
                 "x must be finite to initialise ActNorm, "
@@ -124,8 +123,3 @@ class ActNorm(nn.Module):
         flag = state_dict.get(prefix + "initialized")
         if flag is not None:
             self._is_initialized = bool(flag)
-
-
-def _is_readable(tensor: Tensor) -> bool:
-    """Whether its values are there to branch on, here and now."""
-    return not (torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor))

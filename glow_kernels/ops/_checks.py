@@ -7,7 +7,9 @@ import numbers
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 def check_image(name: str, x: Tensor) -> None:
@@ -52,6 +54,11 @@ def check_whole(name: str, value: Any, least: int | None = None) -> None:
         raise TypeError(f"{name} must be a whole number, got {value!r}")
     if least is not None and value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def is_readable(tensor: Tensor) -> bool:
+    """Whether its values are there to branch on, here and now."""
+    return not (torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
 def positions(x: Tensor) -> int:
