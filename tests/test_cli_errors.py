@@ -26,7 +26,7 @@ from test_trainer import contents
 from glow_kernels import backends
 from glow_kernels.cli import arguments
 from glow_kernels.errors import GlowKernelsError
-from glow_kernels.training import checkpoint, gallery
+from glow_kernels.training import checkpoint, gallery, run_folder
 from glow_kernels.training.run_folder import BEST, CONFIG, LAST, METRICS
 
 COMMANDS_ON_A_RUN = ("evaluate", "sample", "interpolate", "train --resume --run")
@@ -521,6 +521,15 @@ def test_a_checkpoint_without_a_configuration_is_not_overwritten_unasked(runs: P
     before = bytes_of(runs)
     fails(2, "plain already holds a run", f"train --run plain --dataset array:images.npz {shlex.join(TINY)}")
     assert bytes_of(runs) == before
+
+
+@pytest.mark.parametrize("options", ["--resume", "--overwrite --dataset array:images.npz --levels 1"])
+def test_a_run_folder_in_which_another_training_is_going_on(options: str, runs: Path, fails: Failing) -> None:
+    before = bytes_of(runs)
+    with run_folder.held(runs / "plain"):
+        fails(2, "plain is in use by another training: wait for it, or stop it", f"train --run plain {options}")
+    assert bytes_of(runs) == before
+    assert cli("train", "--resume", "--run", "plain", "--iterations", "7") == 0
 
 
 def test_training_that_diverges(runs: Path, fails: Failing) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import time
+from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -65,11 +66,13 @@ def run(arguments: argparse.Namespace) -> None:
     """Train, then evaluate the best weights on the test split and draw the pictures."""
     settings = {option.name: getattr(arguments, option.name) for option in fields(TrainingConfig)}
     given = {name: value for name, value in settings.items() if value is not None}
-    with distributed.joined(arguments.fsdp) as ranks:
-        _train(arguments, given, ranks)
+    with distributed.joined(arguments.fsdp) as ranks, ExitStack() as resources:
+        _train(arguments, given, ranks, resources)
 
 
-def _train(arguments: argparse.Namespace, given: dict[str, Any], ranks: distributed.Ranks) -> None:
+def _train(
+    arguments: argparse.Namespace, given: dict[str, Any], ranks: distributed.Ranks, resources: ExitStack
+) -> None:
     if distributed.is_launched():
         arguments.device = distributed.local_device(arguments.device)
     device = common.device(arguments)
@@ -86,6 +89,9 @@ def _train(arguments: argparse.Namespace, given: dict[str, Any], ranks: distribu
         config.build_model_for(data)
         if ranks.is_writer:
             run_folder.prepare(folder, overwrite=arguments.overwrite)
+    if ranks.is_writer:
+        # Two trainings in one folder would mix their checkpoints, and resume from each other's.
+        resources.enter_context(run_folder.held(folder))
     trainer = Trainer(
         config,
         data,

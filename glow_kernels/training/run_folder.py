@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,9 @@ from glow_kernels.models import Glow
 from glow_kernels.training import checkpoint
 from glow_kernels.training.config import TrainingConfig
 from glow_kernels.training.data import ImageData
+
+if sys.platform != "win32":
+    import fcntl
 
 CONFIG = "config.json"
 LAST = "last.safetensors"
@@ -40,6 +46,33 @@ def prepare(folder: Path, *, overwrite: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"cannot make the run folder {folder}: {error.strerror}") from error
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep others from training in ``folder`` meanwhile; the system lets go of it however this process ends.
+
+    Raises:
+        UsageError: another one does.
+        CheckpointError: it cannot be opened.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise CheckpointError(f"cannot open the run folder {folder}: {error.strerror}") from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"{folder} is in use by another training: wait for it, or stop it") from None
+        except OSError:
+            pass  # some network file systems have no locks
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def begin(folder: Path, config: TrainingConfig) -> None:
