@@ -472,7 +472,7 @@ def test_a_source_that_does_not_compile_ends_the_build_of_the_other_library(tmp_
     environment = nvcc_of("13.0", tmp_path) | {"MAX_JOBS": "1"}
     environment.pop("CXX")
     nvcc = tmp_path / "bin" / "nvcc"
-    nvcc.write_text(f"{nvcc.read_text()}sleep 0.5\nfor last; do true; done\ntouch \"$last\"\n")
+    nvcc.write_text(f'{nvcc.read_text()}sleep 0.5\nfor last; do true; done\ntouch "$last"\n')
     code, said = setup(source_tree(tmp_path / "tree", sources), "build_ext", "--inplace", environment=environment)
     assert code == 1
     assert "csrc/cpu/broken.cpp:1:9" in said
