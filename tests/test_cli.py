@@ -543,6 +543,13 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     assert process.returncode == 141
 
 
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_stream_that_is_closed_is_no_error(stream: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = f"array:{save_images(tmp_path / 'images.npz')}"
+    monkeypatch.setattr(sys, stream, None)
+    assert cli("train", "--run", tmp_path / "run", "--dataset", dataset, *TINY) == 0
+
+
 @pytest.mark.parametrize("seconds", [0.0, 0.5], ids=["workers start", "workers import torch"])
 def test_ctrl_c_while_the_benchmark_compiles_is_one_line(seconds: float, tmp_path: Path) -> None:
     path = tmp_path / "bench.jsonl"

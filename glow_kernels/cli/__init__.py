@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from typing import NoReturn
 
 import torch
@@ -30,6 +31,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     130 says that it was interrupted, 141 that whoever reads its output has left.
     """
+    # Python has no stream where whoever started this closed it, as by >&-, and much that writes to one then fails.
+    with (
+        open(os.devnull, "w") as nowhere,
+        redirect_stdout(sys.stdout or nowhere),
+        redirect_stderr(sys.stderr or nowhere),
+    ):
+        return _main(argv)
+
+
+def _main(argv: Sequence[str] | None) -> int:
     arguments = _parser().parse_args(argv)
     if getattr(arguments, "tune_allocator", True):
         tune_allocator()
