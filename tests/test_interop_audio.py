@@ -193,10 +193,13 @@ def test_log_determinant_of_waveglow_covers_the_batch_and_survives_a_negative_de
     torch.testing.assert_close(layer(z)[1], expected, atol=1e-5, rtol=0.0)
 
 
-@pytest.mark.parametrize("make", [lambda: audio.InvConvNear(8), lambda: audio.CouplingBlock(8, 6)])
+CONVOLUTIONS = (audio.InvConvNear, audio.CoquiInvConvNear)
+
+
+@pytest.mark.parametrize("make", [*CONVOLUTIONS, lambda channels: audio.CouplingBlock(channels, 6)])
 @pytest.mark.parametrize("reverse", [False, True])
 def test_glow_tts_layers_agree_with_masks_of_any_length(make, reverse):
-    layer = make()
+    layer = make(8)
     accelerated = copy.deepcopy(layer)
     assert len(gk.accelerate(accelerated).patched) == 1
     mask = (torch.arange(12) < torch.tensor([[12], [7], [1]])).unsqueeze(1).float()
@@ -210,12 +213,15 @@ def test_glow_tts_layers_agree_with_masks_of_any_length(make, reverse):
         torch.testing.assert_close(actual[1], expected[1], atol=1e-4, rtol=1e-5)
 
 
-def test_inverse_that_glow_tts_has_stored_is_used():
-    layer = audio.InvConvNear(8)
+@pytest.mark.parametrize("make", CONVOLUTIONS)
+def test_inverse_that_glow_tts_has_stored_is_used(make):
+    layer = make(8)
     gk.accelerate(layer)
-    layer.weight_inv = torch.eye(4)
+    layer.store_inverse()
+    with torch.no_grad():
+        layer.weight_inv.copy_(torch.eye(4))
     x = torch.randn(1, 8, 5)
-    own = audio.InvConvNear.forward(layer, x, reverse=True)[0]
+    own = make.forward(layer, x, reverse=True)[0]
     assert torch.equal(layer(x, reverse=True)[0], own)
 
 

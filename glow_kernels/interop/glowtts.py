@@ -22,7 +22,7 @@ LENGTH = 8
 Result = tuple[Tensor, "Tensor | None"]
 
 
-def _calls(channels: int) -> list[Call]:
+def _calls(channels: int, rounds: bool = False) -> list[Call]:
     shape = (2, channels, LENGTH)
 
     def mask(x: Tensor) -> Tensor:
@@ -34,7 +34,8 @@ def _calls(channels: int) -> list[Call]:
 
     return [
         Call("forward", lambda module, x: masked(module, x, False), (shape,)),
-        Call("reverse", lambda module, x: masked(module, x, True), (shape,)),
+        # Of InvConvNear, which inverts its weight in float32.
+        Call("reverse", lambda module, x: masked(module, x, True), (shape,), rounds=rounds),
         Call("without mask", lambda module, x: module(x), (shape,), optional=True),
     ]
 
@@ -48,7 +49,7 @@ class InvConvNear(Patch):
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
         shapes = {name: tuple(tensor.shape) for name, tensor in module.named_parameters(recurse=False)}
-        split = getattr(module, "n_split", None)
+        split = getattr(module, "n_split", getattr(module, "num_splits", None))  # the latter is coqui's
         return shapes == {"weight": (split, split)} and hasattr(module, "channels")
 
     @classmethod
@@ -58,16 +59,17 @@ class InvConvNear(Patch):
 
     @classmethod
     def calls(cls, module: Any, options: Any) -> list[Call]:
-        return _calls(module.channels)
+        return _calls(module.channels, rounds=True)
 
     def forward(self: Any, x: Tensor, x_mask: Any = None, reverse: bool = False, **options: Any) -> Any:
         """``z`` and ``logdet`` (B,); None in reverse."""
-        if hasattr(self, "weight_inv"):
+        if getattr(self, "weight_inv", None) is not None:
             return own(self).forward(self, x, x_mask, reverse=reverse, **options)
         batch, channels, length = x.shape
-        groups, half = channels // self.n_split, self.n_split // 2
-        grouped = x.view(batch, 2, groups, half, length).transpose(2, 3).reshape(batch, self.n_split, groups, length)
-        zeros = self.weight.new_zeros(self.n_split)
+        split = len(self.weight)
+        groups, half = channels // split, split // 2
+        grouped = x.view(batch, 2, groups, half, length).transpose(2, 3).reshape(batch, split, groups, length)
+        zeros = self.weight.new_zeros(split)
         operator = actnorm_conv1x1_inverse if reverse else actnorm_conv1x1
         z, log_det = operator(grouped, zeros, zeros, self.weight)
         z = z.view(batch, 2, half, groups, length).transpose(2, 3).reshape(batch, channels, length)

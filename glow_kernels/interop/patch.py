@@ -60,12 +60,14 @@ class Call:
         run: calls the module with the random inputs.
         shapes: of those inputs.
         optional: the layer itself may refuse this call; then it is not compared.
+        rounds: the layer rounds to float32 whatever its type.
     """
 
     name: str
     run: Callable[..., Any]
     shapes: tuple[tuple[int, ...], ...]
     optional: bool = False
+    rounds: bool = False
 
 
 class Patch:

@@ -133,16 +133,34 @@ class InvConvNear(nn.Module):
         self.weight = nn.Parameter(weight)
 
     def forward(self, x, x_mask=None, reverse=False, **kwargs):
-        b, c, t = x.size()
+        (b, c, t), n = x.size(), len(self.weight)
         length = torch.ones(b, dtype=x.dtype) * t if x_mask is None else x_mask.sum([1, 2])
         x_mask = 1 if x_mask is None else x_mask
-        x = x.view(b, 2, c // self.n_split, self.n_split // 2, t).permute(0, 1, 3, 2, 4)
-        x = x.contiguous().view(b, self.n_split, c // self.n_split, t)
-        weight = self.weight.inverse() if reverse else self.weight
-        logdet = None if reverse else torch.logdet(self.weight) * (c / self.n_split) * length
+        x = x.view(b, 2, c // n, n // 2, t).permute(0, 1, 3, 2, 4)
+        x = x.contiguous().view(b, n, c // n, t)
+        weight = self.weight_inverse() if reverse else self.weight
+        logdet = None if reverse else torch.logdet(self.weight) * (c / n) * length
         z = F.conv2d(x, weight[:, :, None, None])
-        z = z.view(b, 2, self.n_split // 2, c // self.n_split, t).permute(0, 1, 3, 2, 4)
+        z = z.view(b, 2, n // 2, c // n, t).permute(0, 1, 3, 2, 4)
         return z.contiguous().view(b, c, t) * x_mask, logdet
+
+    def weight_inverse(self):
+        if getattr(self, "weight_inv", None) is not None:
+            return self.weight_inv
+        return self.weight.float().inverse().to(self.weight.dtype)
+
+    def store_inverse(self):
+        inverse = self.weight_inverse()
+        self.weight_inv = nn.Parameter(inverse, requires_grad=False) if hasattr(self, "weight_inv") else inverse
+
+
+class CoquiInvConvNear(InvConvNear):
+    """Glow-TTS in coqui: another name, and room for the inverse from the beginning."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.num_splits, self.weight_inv = self.n_split, None
+        del self.n_split
 
 
 class WN(nn.Module):
