@@ -62,6 +62,14 @@ def test_half_precision_weights_are_left_alone(dtype):
     assert {row.reason.partition(":")[0] for row in report.left_alone} >= {"it has half-precision weights"}
 
 
+def test_of_a_checkerboard_it_says_that_positions_are_split():
+    report = gk.accelerate(normflows_glow(1, 1, split_mode="checkerboard"))
+    reasons = {row.kind: row.reason for row in report.left_alone}
+    split = "its network reads some of the positions, as of a checkerboard, not of the channels"
+    block = "its AffineCouplingBlock was left alone: "
+    assert reasons == {"AffineCouplingBlock": split, "GlowBlock": block + split}
+
+
 def test_parameters_on_several_devices_are_left_alone():
     flow = step()
     flow.coupling.to("meta")

@@ -47,6 +47,8 @@ class StandIn(nn.Module):
         self.calls += 1
         self.had_autocast = torch.is_autocast_enabled(x.device.type)
         if self.answer is not None:
+            if self.answer.dim() and self.answer.shape[2:] != x.shape[2:]:
+                raise Mismatch("its network reads some of the positions, as of a checkerboard, not of the channels")
             h = self.answer.to(x.dtype).expand(x.shape[0], self.outputs, *x.shape[2:]).clone()
         else:
             h = 1.5 * torch.tanh(torch.einsum("oc,bc...->bo...", self.mixing.to(x), x[:, : self.inputs]))
