@@ -40,11 +40,16 @@ def forward(parts: Parts, x: Tensor, *context: Tensor | None) -> tuple[Tensor, T
     """``x`` (B, C, *spatial) to ``z`` and ``log_det`` (B,); ``context`` goes to the network."""
     coupling, linear_log_det = parts.coupling, None
     if parts.linear is not None:
-        x, linear_log_det = actnorm_conv1x1(x, *parts.linear())
+        x, linear_log_det = mapped(x, parts.linear())
     read, transformed = coupling.split(x)
     h = coupling.predict(parts.network, read, *context)
     y, log_det = coupling.forward(transformed, h, _gain(parts))
     return coupling.join(read, y), log_det if linear_log_det is None else linear_log_det + log_det
+
+
+def mapped(x: Tensor, linear: Linear) -> tuple[Tensor, Tensor]:
+    """``x`` after ActNorm and convolution, and ``log_det`` (B,); of the type that ActNorm's sums and products have."""
+    return actnorm_conv1x1(x.to(torch.promote_types(x.dtype, linear[1].dtype)), *linear)
 
 
 def inverse(parts: Parts, z: Tensor, *context: Tensor | None) -> tuple[Tensor, Tensor]:
