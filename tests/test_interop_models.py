@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from dialects import openai, pclucas14, rosinality
+from dialects import openai, pclucas14, rosinality, survae
 from dialects.zoo import nflows_glow, normflows_glow, normflows_loss
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -143,6 +143,22 @@ def test_accelerated_model_compiles_at_once():
     flow.actnorm.initialized.fill_(0)  # again
     y, _ = torch.compile(flow.actnorm, backend="eager")(7 * x + 3)
     torch.testing.assert_close(y.std(), torch.tensor(1.0), atol=2e-2, rtol=0.0)
+
+
+@pytest.mark.parametrize("memory", ["store", "anchor"])
+@pytest.mark.parametrize(("how", "make"), [("trace", survae.Flow), ("export", nflows_glow)])
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace", "ignore::torch.jit.TracerWarning")
+def test_accelerated_model_is_traced_and_exported(how, make, memory):
+    model = make().eval()
+    gk.accelerate(model, memory=memory, verify=False)
+    x, other = torch.randn(2, 2, 3, 8, 8)
+    expected = model(other)
+    if how == "trace":
+        copied = torch.jit.trace(model, (x,), check_trace=False)
+    else:
+        copied = torch.export.export(model, (x,), strict=False).module()
+    for actual, result in zip(copied(other), expected, strict=True):
+        torch.testing.assert_close(actual, result, rtol=1e-4, atol=1e-4)
 
 
 def test_shared_layers_are_patched_once():

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.utils import _pytree as pytree
 
 # What every module has.
@@ -83,6 +84,8 @@ class Constants:
         if isinstance(value, Tensor):
             value = self._values[name]
             if not isinstance(current, Tensor) or current.shape != value.shape:
+                return False
+            if current.is_meta or isinstance(current, FakeTensor):  # without data, as torch.export puts them in
                 return False
             # The layer may have been moved, and its type may have changed.
             return torch.equal(current.detach().cpu().float(), value.cpu().float())

@@ -275,7 +275,9 @@ def _buffers_restored(modules: Sequence[nn.Module]) -> Iterator[None]:
 def _active(module: nn.Module) -> Memory | None:
     """What ``module`` keeps in the call that is being made; None for everything, as PyTorch does."""
     memory = memory_of(module)
-    if memory is None or not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+    if memory is None or not torch.is_grad_enabled():
+        return None
+    if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
         return None
     # Whoever watches the calls inside of a step must not see them twice.
     if any_hooks(_harmless, *Anatomy.of(module).modules[1:]):
