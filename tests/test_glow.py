@@ -357,7 +357,8 @@ def test_models_without_classes_refuse_them():
 @pytest.mark.parametrize("call", ["log_prob", "encode"])
 def test_labels_outside_the_classes_are_refused(call, label):
     model, x, _ = draw("classes")
-    with pytest.raises(IndexError, match=r"out of (range|bounds)"):
+    message = rf"^labels must be in 0 \.\. 2 for a prior of 3 classes, got {min(label, 0)} \.\. {max(label, 2)}$"
+    with pytest.raises(ValueError, match=message):
         getattr(model, call)(x, torch.tensor([0, label, 2]))
 
 

@@ -111,3 +111,9 @@ def test_autocast_does_not_touch_the_densities(backend):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         actual = results()
     assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
+
+
+def test_labels_of_single_samples_are_mapped():
+    top, z = moved(TopPrior(4, num_classes=3).double(), 0.2), torch.randn(3, 4, 2, 2, dtype=torch.float64)
+    single = torch.func.vmap(lambda z, label: top(z[None], label[None]).squeeze())
+    assert_close(single(z, LABELS), top(z, LABELS), 1e-12)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from glow_kernels.backends.numerics import without_autocast
 from glow_kernels.nn.network import ZeroConv2d
 from glow_kernels.ops import gaussian_log_prob, gaussian_sample, gaussian_standardize
-from glow_kernels.ops._checks import check_whole
+from glow_kernels.ops._checks import check_below, check_whole
 
 
 class SplitPrior(nn.Module):
@@ -114,6 +114,7 @@ class TopPrior(nn.Module):
         if self.num_classes is not None:
             if labels is None:
                 raise ValueError(f"labels must be given: the prior has {self.num_classes} classes")
+            check_below("labels", labels, self.num_classes, f" for a prior of {self.num_classes} classes")
             h = h + F.embedding(labels, self.per_class) * (3.0 * self.per_class_log_scale).exp()
         elif labels is not None:
             raise ValueError("labels must be None: the prior has no classes")

@@ -56,9 +56,22 @@ def check_whole(name: str, value: Any, least: int | None = None) -> None:
         raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
+def check_below(name: str, tensor: Tensor, count: int, meaning: str = "") -> None:
+    """Integers must be in ``0 .. count - 1``, whose ``meaning`` is told, if looking at them waits for nothing."""
+    if tensor.is_cpu and tensor.numel() and is_readable(tensor):
+        low, high = (int(bound) for bound in tensor.aminmax())
+        if low < 0 or high >= count:
+            raise ValueError(f"{name} must be in 0 .. {count - 1}{meaning}, got {low} .. {high}")
+
+
 def is_readable(tensor: Tensor) -> bool:
     """Whether its values are there to branch on, here and now."""
-    return not (torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor))
+    return not (
+        torch.compiler.is_compiling()
+        or tensor.is_meta
+        or isinstance(tensor, FakeTensor)
+        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
 
 
 def positions(x: Tensor) -> int:
