@@ -12,7 +12,6 @@ from dialects import openai, rosinality
 from dialects.zoo import EXAMPLES, Example, normflows_glow, normflows_loss
 from test_interop import can_be_pickled, images, make, mark_initialized, trained
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import glow_kernels as gk
@@ -477,31 +476,6 @@ def test_autocast_is_the_same_in_forward_and_backward():
     actual = torch.autograd.grad(weighted(results), list(chain.parameters()))
     for one, other in zip(actual, expected, strict=True):
         assert (one - other).norm() <= 1e-3 * other.norm() + 1e-5
-
-
-# Of 1x1 filters, whose layouts differ in the strides of a single position.
-@pytest.mark.filterwarnings("ignore:Grad strides do not match bucket view strides")
-def test_distributed_data_parallel_gets_its_gradients(tmp_path):
-    chain = flows()
-    x = torch.randn(4, 4, 6, 6)
-    expected = parameter_gradients(chain, x)
-    gk.accelerate(chain, memory="anchor", anchor_every=2)
-
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.chain = chain
-
-        def forward(self, x):
-            return in_turn(self.chain, x)
-
-    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        model = DistributedDataParallel(Model())
-        weighted(model(x)).backward()
-    finally:
-        torch.distributed.destroy_process_group()
-    assert_equal([parameter.grad for parameter in chain.parameters()], expected)
 
 
 def test_the_first_batch_initialises_without_keeping_activations():
