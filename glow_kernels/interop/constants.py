@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 from torch.utils import _pytree as pytree
+
+from glow_kernels.ops._checks import has_data
 
 # What every module has.
 _INTERNAL = frozenset(nn.Module().__dict__)
@@ -85,7 +86,7 @@ class Constants:
             value = self._values[name]
             if not isinstance(current, Tensor) or current.shape != value.shape:
                 return False
-            if current.is_meta or isinstance(current, FakeTensor):  # without data, as torch.export puts them in
+            if not has_data(current):  # of torch.export
                 return False
             # The layer may have been moved, and its type may have changed.
             return torch.equal(current.detach().cpu().float(), value.cpu().float())

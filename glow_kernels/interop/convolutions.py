@@ -188,8 +188,8 @@ class InPlaceSequential(Patch):
     def forward(self: Any, x: Any) -> Any:
         """As of the layers one after another."""
         layers = list(self)
-        plain = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-        plain = plain or torch._C._get_tracing_state() is not None  # of torch.jit.trace
+        is_traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+        plain = is_traced or torch._C._are_functorch_transforms_active()
         for before, layer, after in zip([None, *layers], layers, [*layers[1:], None], strict=False):
             if before is None or not _may_overwrite(before, layer) or has_hooks(before, layer):
                 x = layer(x)

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch._C import _are_functorch_transforms_active
-from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 
 from glow_kernels.interop.constants import Constants
+from glow_kernels.ops._checks import has_data
 
 if TYPE_CHECKING:
     from glow_kernels.interop.memory import Memory
@@ -205,7 +205,7 @@ def why_not_patchable(module: nn.Module) -> str | None:
     tensors = [*module.parameters(), *module.buffers()]
     if len({tensor.device for tensor in module.parameters()}) > 1:
         return "its parameters are on several devices"
-    if any(tensor.is_meta or isinstance(tensor, FakeTensor) for tensor in tensors):
+    if not all(map(has_data, tensors)):
         return "its parameters have no data yet"
     if any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in tensors):
         return "it has half-precision weights: the flow needs float32, the networks may use autocast"

@@ -66,12 +66,14 @@ def check_below(name: str, tensor: Tensor, count: int, meaning: str = "") -> Non
 
 def is_readable(tensor: Tensor) -> bool:
     """Whether its values are there to branch on, here and now."""
-    return not (
-        torch.compiler.is_compiling()
-        or tensor.is_meta
-        or isinstance(tensor, FakeTensor)
-        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    )
+    if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return False
+    return has_data(tensor)
+
+
+def has_data(tensor: Tensor) -> bool:
+    """Whether it has values at all, not only a shape and a type."""
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
 def positions(x: Tensor) -> int:
