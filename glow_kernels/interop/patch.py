@@ -7,6 +7,7 @@ keep the new class, as a method stored on the instance would not, and so do pick
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import inspect
 import itertools
@@ -159,11 +160,24 @@ def apply(module: nn.Module, patch: type[Patch], options: Any = None, memory: Me
 
 def is_as_found(*modules: nn.Module) -> bool:
     """Whether ``modules`` are patched, or inner ones of a patched one, and still what they were then."""
+    if torch.compiler.is_compiling():
+        return _is_as_found_at(*[id(module) for module in modules])
     return all(map(_is_as_found, modules))
 
 
-# Compilers ask once. PyTorch's decorator for that loads its compiler.
-is_as_found._dynamo_marked_constant = True  # type: ignore[attr-defined]
+def _is_as_found_at(*addresses: int) -> bool:
+    return all(_is_as_found(_module_at(address)) for address in addresses)
+
+
+# Compilers ask once. PyTorch's decorator for that loads its compiler. What is asked so gets addresses: before 2.12 no
+# module can be a constant.
+_is_as_found_at._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _module_at(address: int) -> nn.Module:
+    """The module with this ``id``, which somebody holds."""
+    module: nn.Module = ctypes.cast(address, ctypes.py_object).value
+    return module
 
 
 def _is_as_found(module: nn.Module) -> bool:
@@ -221,7 +235,7 @@ def is_set(module: nn.Module, flag: Any) -> bool:
     if not isinstance(flag, Tensor):
         return bool(flag)
     if torch.compiler.is_compiling():
-        return FLAG in module.__dict__ and _is_still_set(module)
+        return FLAG in module.__dict__ and _is_still_set_at(id(module))
     if flag.is_inference():
         return bool(flag)
     known, version = module.__dict__.get(FLAG, (None, None))
@@ -234,13 +248,14 @@ def is_set(module: nn.Module, flag: Any) -> bool:
     return False
 
 
-def _is_still_set(module: nn.Module) -> bool:
+def _is_still_set_at(address: int) -> bool:
+    module = _module_at(address)
     flag, version = module.__dict__[FLAG]
     places = (*module._buffers.values(), *module.__dict__.values())
     return flag._version == version and any(flag is tensor for tensor in places)
 
 
-_is_still_set._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_is_still_set_at._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def is_uninitialised(layer: nn.Module) -> bool:

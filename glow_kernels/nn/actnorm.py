@@ -67,8 +67,9 @@ class ActNorm(nn.Module):
         """
         if self.is_initialized():
             return
-        # An exported program would do so at every call, since it forgets what is written to parameters.
-        if not self.training or torch.compiler.is_exporting():
+        # An exported program would do so at every call, since it forgets what is written to parameters. Before PyTorch
+        # 2.12 torch.compiler.is_exporting() says yes to every compiler.
+        if not self.training or torch.compiler._is_exporting_flag:
             self.require_initialized()
         self.initialize(x)
 
