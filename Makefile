@@ -3,6 +3,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+# Of which tests/triton_kernels.csv is, where torch has not brought its own, as it does for NVIDIA GPUs.
+TRITON = $(shell $(BIN)/python -c 'import triton' 2>/dev/null || echo "\"triton==3.9.0; sys_platform == 'linux'\"")
 # All that compiling needs: with --jobs=2 the rest is installed meanwhile.
 TORCH_INSTALLED := .venv/.torch
 
@@ -133,7 +135,7 @@ no-compiler:
 
 # torch comes first and pinned, since a looser requirement may fetch gigabytes; an isolated build would fetch it again.
 $(INSTALLED): pyproject.toml setup.py | $(TORCH_INSTALLED)
-	GLOW_KERNELS_BUILD=none $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[train,dev]"
+	GLOW_KERNELS_BUILD=none $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[train,dev]" $(TRITON)
 	@touch $@
 
 $(TORCH_INSTALLED):

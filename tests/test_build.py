@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import setuptools
 import torch
+from packaging.requirements import Requirement
 
 from glow_kernels.backends import native
 from glow_kernels.backends.native import library as loader
@@ -391,6 +392,14 @@ def built_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (wheel,) = (tree / "dist").glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tree / "installed")
     return tree
+
+
+def test_development_takes_the_triton_that_torch_asks_for() -> None:
+    """Those of torch 2.10 and 2.13 for NVIDIA GPUs, which pip would otherwise replace, and none if it cannot."""
+    wanted = map(Requirement, importlib.metadata.requires("glow_kernels") or ())
+    (triton,) = [requirement for requirement in wanted if requirement.name == "triton"]
+    assert triton.specifier.contains("3.6.0")
+    assert triton.specifier.contains("3.7.1")
 
 
 @needs_compiler

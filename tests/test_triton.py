@@ -138,7 +138,7 @@ def test_warmup_says_what_it_needs():
 def test_tuning_without_a_gpu_names_the_reason():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    with pytest.raises(BackendUnavailableError, match="no (usable )?GPU"):
+    with pytest.raises(BackendUnavailableError, match=r"no (usable )?GPU"):
         gk.tuning.tune()
 
 
