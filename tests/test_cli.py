@@ -512,7 +512,7 @@ def test_help_mentions_every_option_with_a_text(command: str, capsys: pytest.Cap
     text = help_of(command, capsys=capsys)
     # An option at the beginning of a line, and a text after its metavariable or on the next line.
     found = re.findall(
-        r"^  (?:-h, |--run FOLDER, )?(RUN|--?[a-z-]+)(?: [A-Z{][^ \n]*)*(?:  +|\n +)\w", text, flags=re.MULTILINE
+        r"^  (?:-h, |--run(?: FOLDER)?, )?(RUN|--?[a-z-]+)(?: [A-Z{][^ \n]*)*(?:  +|\n +)\w", text, flags=re.MULTILINE
     )
     assert set(found) == OPTIONS[command] | {"--help", "--debug"}
     assert command in help_of(capsys=capsys)
