@@ -29,6 +29,7 @@ from glow_kernels.reversible.plain_step import PlainStep
 from glow_kernels.training.ema import MovingAverage
 
 FORGETFUL = ["checkpoint", "anchor", "invert"]
+CONTIGUOUS = torch.contiguous_format
 
 
 class Scaling(nn.Module):
@@ -351,6 +352,31 @@ def test_dropout_is_repeated(memory, micro_batches):
         assert not any(module.training for module in one.modules())
         results[-1].append(torch.rand(3).double())  # the stream of random numbers goes on as it would have
     assert_same(*results, 1e-9)
+
+
+class Relaid(FlowStep):
+    """A step whose inverse lays its result out in the other memory format."""
+
+    def inverse(self, z: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
+        x, log_det = super().inverse(z, *context)
+        return x.contiguous(memory_format=CONTIGUOUS if x.stride(1) == 1 else torch.channels_last), log_det
+
+
+@pytest.mark.parametrize("memory", FORGETFUL)
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("format_", [CONTIGUOUS, torch.channels_last])
+def test_dropout_is_repeated_for_states_that_lie_otherwise_in_memory(format_, micro_batches, memory):
+    # Its numbers go to elements in the order of memory.
+    x = torch.randn(5, 6, 4, 5, dtype=torch.float64).contiguous(memory_format=format_)
+    plain = chain([Relaid(6, network=Conditioned(3, 6, dropout=dropout)) for dropout in (0.5, 0.0, 0.5, 0.5)], x)
+    results = []
+    for policy in ("checkpoint", memory):
+        one = forgetting(plain, policy, micro_batches=micro_batches, check="flag")
+        one.train()(x.requires_grad_())  # tried out
+        torch.manual_seed(5)
+        results.append(list(torch.autograd.grad(weighted(one(x)), [x, *plain.parameters()])))
+    assert_same(*results, 1e-9)
+    assert all(error < 1e-9 for error in one.drift().values())
 
 
 def test_one_leaf_is_differentiated_without_touching_others():

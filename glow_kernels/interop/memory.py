@@ -222,7 +222,7 @@ class _Node(torch.autograd.Function):
         ctx.place = place
         watched = nullcontext() if place.memory.restores_buffers else guards.unchanged(place.anatomy, x, "forward")
         with watched:
-            z, log_det, ctx.states = recompute.forward(place.anatomy, x, tensors[: place.contexts], place.mode)
+            z, log_det, ctx.draws = recompute.forward(place.anatomy, x, tensors[: place.contexts], place.mode)
         ctx.save_for_backward(x if place.keeps_input else None, *tensors)
         if not place.keeps_input:
             place.output.keep(z.detach())
@@ -252,7 +252,7 @@ class _Node(torch.autograd.Function):
                 tensors[place.contexts :],
                 ctx.needs_input_grad[3:],
                 place.mode,
-                ctx.states,
+                ctx.draws,
                 closed=True,
             )
         return None, result.grad_x, result.x if ctx.needs_input_grad[2] else None, *result.grads

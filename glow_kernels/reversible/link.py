@@ -28,8 +28,7 @@ from glow_kernels.reversible.anatomy import Anatomy, in_modes
 from glow_kernels.reversible.linear_maps import FoldedMaps, LinearMaps
 from glow_kernels.reversible.offload import Shelf
 from glow_kernels.reversible.plain_step import PlainStep, Span
-from glow_kernels.reversible.randomness import RandomState
-from glow_kernels.reversible.recompute import Mode, Recomputed
+from glow_kernels.reversible.recompute import Drawn, Mode, Recomputed
 from glow_kernels.reversible.tensors import sum_of
 
 if TYPE_CHECKING:
@@ -93,11 +92,11 @@ class Link(torch.autograd.Function):
         *tensors: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.place, ctx.mode, ctx.shape, ctx.maps, ctx.states = place, mode, x.shape, maps, None
+        ctx.place, ctx.mode, ctx.shape, ctx.maps, ctx.draws = place, mode, x.shape, maps, None
         if steps is None:
             z, log_det = _forward_operator(x, list(tensors), *_plain(place, mode))
         else:
-            z, log_det, ctx.states = _forward(place, mode, steps, x, tensors)
+            z, log_det, ctx.draws = _forward(place, mode, steps, x, tensors)
             ctx.spans = [step.span if isinstance(step, PlainStep) else None for step in steps]
             # Dropout and BatchNorm ask for it.
             ctx.modes = [(m, m.training) for step in steps if not step.is_standard for m in step.modules]
@@ -147,32 +146,32 @@ class Link(torch.autograd.Function):
             steps = _steps(place, tensors, ctx.spans, ctx.bounds, maps)
             with in_modes(ctx.modes) if ctx.modes else nullcontext():
                 result = _backward(
-                    place, mode, steps, x, z, (grad_z, grad_log_det), tensors, needs, ctx.states, ctx.private
+                    place, mode, steps, x, z, (grad_z, grad_log_det), tensors, needs, ctx.draws, ctx.private
                 )
             reached, grad_x, tensor_grads = result.x, result.grad_x, result.grads
         ghost_grad = (reached if x is None else x) if ctx.needs_input_grad[6] else None
         return None, None, None, None, None, grad_x, ghost_grad, *tensor_grads
 
 
-States = list[list[RandomState] | None]
+Draws = list[list[Drawn] | None]
 
 
 def _forward(
     place: Place, mode: Mode, steps: Sequence[Step], x: Tensor, tensors: Sequence[Any]
-) -> tuple[Tensor, Tensor, States]:
+) -> tuple[Tensor, Tensor, Draws]:
     chain = find(place)
     context = tensors[: place.contexts]
     total: Tensor | None = None
-    states: States = []
+    draws: Draws = []
     for number, step in zip(place.numbers, steps, strict=True):
         with guards.named(chain, number):
             guards.prove(chain, number, step, x, context, mode)
             with guards.unchanged(step, x, "forward"):
                 x, log_det, drawn = recompute.forward(step, x, context, mode)
         total = log_det if total is None else total + log_det
-        states.append(drawn)
+        draws.append(drawn)
     assert total is not None
-    return x, total, states
+    return x, total, draws
 
 
 def _backward(
@@ -184,13 +183,13 @@ def _backward(
     grads: tuple[Tensor | None, Tensor | None],
     tensors: Sequence[Any],
     needs: Sequence[bool],
-    states: States | None,
+    draws: Draws | None,
     private: Private = SHARED,
 ) -> Recomputed:
     chain = find(place)
-    states = [None] * place.length if states is None else states
+    draws = [None] * place.length if draws is None else draws
     inputs = [x, *[None] * (place.length - 1)]
-    result, reached = _sweep(place, mode, steps, inputs, z, grads, tensors, needs, states, private)
+    result, reached = _sweep(place, mode, steps, inputs, z, grads, tensors, needs, draws, private)
     if result.z is None or reached is None:
         return result
     with guards.named(chain, place.number):
@@ -201,8 +200,8 @@ def _backward(
     for index, step in enumerate(steps[:-1]):
         given = inputs[index]
         assert given is not None
-        inputs[index + 1] = recompute.forward(step, given, tensors[: place.contexts], mode, states[index])[0]
-    return _sweep(place, mode, steps, inputs, None, grads, tensors, needs, states)[0]
+        inputs[index + 1] = recompute.forward(step, given, tensors[: place.contexts], mode, draws[index])[0]
+    return _sweep(place, mode, steps, inputs, None, grads, tensors, needs, draws)[0]
 
 
 def _sweep(
@@ -214,7 +213,7 @@ def _sweep(
     grads: tuple[Tensor | None, Tensor | None],
     tensors: Sequence[Any],
     needs: Sequence[bool],
-    states: States,
+    draws: Draws,
     private: Private = SHARED,
 ) -> tuple[Recomputed, Tensor | None]:
     """Backward through the steps from ``z``, or from the inputs that are known, and what arrived at the first step."""
@@ -239,7 +238,7 @@ def _sweep(
                 tensors[own],
                 [*needs[: place.contexts], *needs[own]],
                 mode,
-                states[index],
+                draws[index],
                 step.is_standard,
                 private,
             )
@@ -356,8 +355,8 @@ def _own(tensor: Tensor, *inputs: Tensor | None) -> Tensor:
 def _run_forward(x: Tensor, tensors: Sequence[Tensor | None], *settings: Any) -> tuple[Tensor, Tensor]:
     place, mode = _split(settings)
     with _eager():
-        z, log_det, states = _forward(place, mode, _anatomies(place), x, tensors)
-    drawing = [number for number, drawn in zip(place.numbers, states, strict=True) if drawn is not None]
+        z, log_det, draws = _forward(place, mode, _anatomies(place), x, tensors)
+    drawing = [number for number, drawn in zip(place.numbers, draws, strict=True) if drawn is not None]
     if drawing:
         name = guards.step_name(find(place), drawing[0])
         raise RuntimeError(f"{name}: it draws random numbers, which needs memory='store' under torch.compile")

@@ -22,7 +22,7 @@ from glow_kernels.reversible import flow_step
 from glow_kernels.reversible.anatomy import Anatomy
 from glow_kernels.reversible.plain_step import PlainStep
 from glow_kernels.reversible.randomness import RandomState, refuse_while_capturing
-from glow_kernels.reversible.tensors import Joined, Start, differentiate, leaf, part_of, sum_of
+from glow_kernels.reversible.tensors import Joined, Start, dense_strides, differentiate, leaf, lying, part_of, sum_of
 
 
 class Mode(NamedTuple):
@@ -70,6 +70,19 @@ class Mode(NamedTuple):
         return [slice(start, end) for start, end in itertools.pairwise(bounds)]
 
 
+class Drawn(NamedTuple):
+    """What it takes to draw the numbers of a step again for the same elements: dropout goes through memory in order.
+
+    Attributes:
+        state: of their source, before the step.
+        before, after: how the input and the output of the step lay in memory.
+    """
+
+    state: RandomState
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+
+
 class Recomputed(NamedTuple):
     """The input of a step, its output where it was evaluated, and the gradients in input, context and parameters."""
 
@@ -84,11 +97,11 @@ def forward(
     x: Tensor,
     context: Sequence[Tensor | None],
     mode: Mode,
-    states: Sequence[RandomState] | None = None,
-) -> tuple[Tensor, Tensor, list[RandomState] | None]:
-    """``z``, ``log_det`` (B,) and, if the step drew random numbers, the state of their source before every part.
+    draws: Sequence[Drawn] | None = None,
+) -> tuple[Tensor, Tensor, list[Drawn] | None]:
+    """``z``, ``log_det`` (B,) and, if the step drew random numbers, what every part takes to draw them again.
 
-    With such ``states`` of an earlier call, the numbers of that call are drawn again.
+    With such ``draws`` of an earlier call, the numbers of that call are drawn again.
     """
     batch = x.shape[0]
     z, log_det = Joined(batch), Joined(batch)
@@ -100,11 +113,12 @@ def forward(
     with torch.no_grad(), mode.applied(x.device):
         for number, part in enumerate(mode.parts(batch)):
             state = RandomState(x.device) if may_draw else None
-            with _replayed(None if states is None else states[number]):
-                part_z, part_log_det = anatomy.forward(part_of(x, part), *_parts(context, part))
+            part_x = part_of(x, part)
+            with _replayed(None if draws is None else draws[number]):
+                part_z, part_log_det = anatomy.forward(part_x, *_parts(context, part))
             if state is not None:
                 drew = drew or state.has_moved()
-                drawn.append(state)
+                drawn.append(Drawn(state, dense_strides(part_x), dense_strides(part_z)))
             z.add(part, part_z)
             log_det.add(part, part_log_det)
     return z.tensor, log_det.tensor, drawn if drew else None
@@ -119,7 +133,7 @@ def backward(
     parameters: Sequence[Tensor],
     needs: Sequence[bool],
     mode: Mode,
-    states: Sequence[RandomState] | None,
+    draws: Sequence[Drawn] | None,
     closed: bool,
     private: Private = SHARED,
 ) -> Recomputed:
@@ -128,7 +142,7 @@ def backward(
     Args:
         grads: gradients of the output and of the log-determinant.
         needs: which of ``context`` and ``parameters`` need a gradient.
-        states: as :func:`forward` returned them.
+        draws: as :func:`forward` returned them.
         closed: as for :func:`~glow_kernels.reversible.tensors.differentiate`.
         private: of ``z`` and its gradient, what may be overwritten.
     """
@@ -148,19 +162,24 @@ def backward(
         for number, part in enumerate(mode.parts(batch)):
             parts = iter([leaf(part_of(t, part), need) for t, need in zip(tensors, wanted_context, strict=True)])
             part_context = [None if tensor is None else next(parts) for tensor in context]
-            state = None if states is None else states[number]
+            drawn = None if draws is None else draws[number]
+            part_given = part_of(given, part)
+            if x is None and drawn is not None:
+                part_given = lying(part_given, drawn.after)
             grad_z, grad_log_det = (None if grad is None else part_of(grad, part) for grad in grads)
             if way_back is not None:
-                with _replayed(state):
+                with _replayed(drawn):
                     part_x, grad_x, part_grads = way_back(
-                        part_of(given, part), grad_z, grad_log_det, part_context, leaves, closed
+                        part_given, grad_z, grad_log_det, part_context, leaves, closed
                     )
             else:
-                part_x = part_of(given, part)
+                part_x = part_given
                 if x is None:
-                    with torch.no_grad(), _replayed(state):
-                        part_x, _ = anatomy.inverse(part_x, *part_context)
-                with torch.enable_grad(), _replayed(state):
+                    with torch.no_grad(), _replayed(drawn):
+                        part_x, _ = anatomy.inverse(part_given, *part_context)
+                    if drawn is not None:
+                        part_x = lying(part_x, drawn.before)
+                with torch.enable_grad(), _replayed(drawn):
                     start = leaf(part_x, True)
                     part_z, part_log_det = anatomy.forward(start, *part_context)
                 if x is not None and z is not None:
@@ -218,5 +237,5 @@ def _parts(context: Sequence[Tensor | None], part: slice | None) -> list[Tensor 
     return [None if tensor is None else part_of(tensor, part) for tensor in context]
 
 
-def _replayed(state: RandomState | None) -> AbstractContextManager[None]:
-    return nullcontext() if state is None else state.replayed()
+def _replayed(drawn: Drawn | None) -> AbstractContextManager[None]:
+    return nullcontext() if drawn is None else drawn.state.replayed()

@@ -35,6 +35,18 @@ def part_of(tensor: Tensor, part: slice | None) -> Tensor:
     return tensor if part is None else tensor.detach()[part]
 
 
+def dense_strides(tensor: Tensor) -> tuple[int, ...]:
+    """Those of a dense tensor that lies in memory as ``tensor`` does."""
+    return torch.empty_like(tensor, device="meta").stride()
+
+
+def lying(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """The same values with these strides."""
+    if tensor.stride() == strides:
+        return tensor
+    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
 class Start(NamedTuple):
     """Where a backward starts: an output, which may be freed meanwhile, and its gradient, freed with its first use.
 
