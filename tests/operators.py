@@ -496,6 +496,16 @@ class DifferentiableProperties(OperatorProperties):
             for wanted in itertools.combinations(range(len(inputs)), size):
                 check_gradients(case, inputs, wanted=wanted)
 
+    @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+    def test_results_may_be_modified_in_place(self, backend, case, layout):
+        inputs = [tensor.requires_grad_() for tensor in in_layout(case.draw((3, 4, 2, 5)), layout)]
+        factor = torch.ones((), requires_grad=True)
+        for has_graph in (True, False):
+            with torch.set_grad_enabled(has_graph):
+                results = evaluate(case.operator, inputs)
+            for result in results:
+                result.mul_(factor)
+
     def test_gradcheck(self, backend, case):
         inputs = [tensor.requires_grad_() for tensor in case.draw((2, 3, 2), DTYPES["float64"])]
         assert gradcheck(case.operator, inputs)

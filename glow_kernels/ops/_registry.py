@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, NoReturn
 
 import torch
@@ -133,11 +134,15 @@ class _Implementation:
             torch.library.register_autograd(qualified_name, rule, setup_context=setup_context, lib=_LIBRARY)
         overload: Callable[..., Any] = getattr(torch.ops.glow_kernels, name).default
         self._overload, self._has_lists, self._plain = overload, "Tensor[]" in schema, plain
+        # A result is nobody's view, however a backend makes it: a view could not be modified in place. What overwrites
+        # its arguments counts as that.
+        below = torch._C._AutoDispatchBelowAutograd if "!" in schema else torch._C._AutoDispatchBelowADInplaceOrView
+        self._below: Callable[[], AbstractContextManager[None]] = below
 
         class Rule(torch.autograd.Function):
             @staticmethod
             def forward(ctx: Any, *args: Any) -> Any:
-                with torch._C._AutoDispatchBelowAutograd():
+                with below():
                     results = overload(*args)
                 if setup_context is not None:
                     setup_context(ctx, args, results)
@@ -163,7 +168,7 @@ class _Implementation:
                 return self._overload(*args)  # whose rule looks into them
             # Function.apply adds only what functorch's transforms need.
             return super(torch.autograd.Function, self._rule).apply(*args)  # type: ignore[no-untyped-call]
-        with torch._C._AutoDispatchBelowAutograd():
+        with self._below():
             return self._overload(*args)
 
 
