@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import json
 import os
 import re
@@ -548,6 +549,14 @@ def test_a_stream_that_is_closed_is_no_error(stream: str, tmp_path: Path, monkey
     dataset = f"array:{save_images(tmp_path / 'images.npz')}"
     monkeypatch.setattr(sys, stream, None)
     assert cli("train", "--run", tmp_path / "run", "--dataset", dataset, *TINY) == 0
+
+
+def test_a_stream_that_cannot_spell_a_path_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = f"array:{save_images(tmp_path / 'images.npz')}"
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "ascii"))
+    assert cli("train", "--run", tmp_path / "r\xfcn", "--dataset", dataset, *TINY) == 0
+    assert rb"r\xfcn/samples.png" in written.getvalue()
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.5], ids=["workers start", "workers import torch"])
