@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import io
 import random
 import types
@@ -290,6 +291,45 @@ def test_scaled_convolutions_whose_weight_is_computed_are_left_alone(norm, verif
     (row,) = gk.accelerate(layer, verify=verify).layers
     assert row.reason == "the weight of its convolution is computed, as by weight_norm"
     torch.testing.assert_close(layer(X), expected)
+
+
+class Halved(nn.Conv2d):
+    def forward(self, x):
+        return 0.5 * super().forward(x)
+
+
+def with_stride(conv: nn.Conv2d) -> nn.Conv2d:
+    conv.stride = (2, 2)
+    return conv
+
+
+INNER = {
+    "class": lambda conv: Halved(4, 6, 3, padding=conv.padding, bias=conv.bias is not None),
+    "wrapper": lambda conv: nn.Sequential(conv, nn.Tanh()),
+    "option": with_stride,
+}
+
+
+@pytest.mark.parametrize("change", INNER)
+@pytest.mark.parametrize(
+    "make",
+    [rosinality.ZeroConv2d, openai.InnerConv2dZeros, functools.partial(openai.InnerConv2d, kernel_size=3)],
+    ids=["rosinality", "zeros", "actnorm"],
+)
+def test_another_convolution_inside_of_a_layer_has_its_effect(make, change):
+    layer = make(4, 6)
+    nn.init.normal_(layer.conv.weight)
+    layer(X)
+    original = copy.deepcopy(layer)
+    assert not gk.accelerate(layer, verify=False).left_alone
+    for module in (original, layer):
+        torch.manual_seed(0)
+        module.conv = INNER[change](module.conv)
+    torch.testing.assert_close(layer(X), original(X))
+    gk.accelerate(layer)  # which looks at it again
+    torch.testing.assert_close(layer(X), original(X), rtol=1e-4, atol=1e-4)
+    gk.restore(layer)
+    torch.testing.assert_close(layer(X), original(X))
 
 
 class Raising(nn.Module):

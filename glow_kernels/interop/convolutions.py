@@ -88,6 +88,10 @@ class ScaledConv2d(Patch):
     def calls(cls, module: Any, options: Any) -> list[Call]:
         return _calls(_convolution(module))
 
+    @classmethod
+    def inner(cls, module: Any) -> list[nn.Module]:
+        return _inner(module)
+
     def forward(self: Any, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) to (B, out_channels, H, W)."""
         convolution, scaling = _convolution(self), options_of(self)
@@ -125,6 +129,10 @@ class ActNormConv2d(Patch):
     @classmethod
     def calls(cls, module: Any, options: Any) -> list[Call]:
         return _calls(_convolution(module))
+
+    @classmethod
+    def inner(cls, module: Any) -> list[nn.Module]:
+        return _inner(module)
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) to (B, out_channels, H, W)."""
@@ -228,6 +236,11 @@ def _convolution(module: nn.Module) -> Any:
         return module
     inner = getattr(module, "conv", None)
     return inner if isinstance(inner, nn.Conv2d) else None
+
+
+def _inner(module: Any) -> list[nn.Module]:
+    """What is now where ``module`` had its convolution; nothing if it is a convolution itself."""
+    return [] if isinstance(module, nn.Conv2d) else [module.conv]
 
 
 def _scale_name(module: nn.Module, convolution: nn.Conv2d) -> str | None:

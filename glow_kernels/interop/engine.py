@@ -299,7 +299,9 @@ def _is_outdated(module: nn.Module, memory: Memory | None) -> bool:
     patch, current = patch_of(module), memory_of(module)
     if current is not None:
         current = dataclasses.replace(current, restores_buffers=False)
-    return patch is not None and ((patch.has_network and current != memory) or not is_as_found(module))
+    if patch is None:
+        return False
+    return (patch.has_network and current != memory) or not is_as_found(module, *patch.inner(module))
 
 
 @functools.cache

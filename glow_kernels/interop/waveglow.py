@@ -53,6 +53,10 @@ class Invertible1x1Conv(Patch):
             Call("reverse", _fresh_inverse, (shape,)),
         ]
 
+    @classmethod
+    def inner(cls, module: Any) -> list[nn.Module]:
+        return [module.conv]
+
     def forward(self: Any, z: Tensor, reverse: bool = False) -> Any:
         """``z`` and ``log_det`` () of all samples; in reverse ``z`` alone."""
         if has_hooks(self.conv):
