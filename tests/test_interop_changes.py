@@ -332,6 +332,63 @@ def test_another_convolution_inside_of_a_layer_has_its_effect(make, change):
     torch.testing.assert_close(layer(X), original(X))
 
 
+def keep(layer: nn.Module, *, with_gradient: bool) -> list[Tensor]:
+    """What ``layer`` returns from now on, or the gradient that it sends back: the very tensors."""
+    seen: list[Tensor] = []
+    if with_gradient:
+        layer.register_full_backward_hook(lambda module, grads, _: seen.extend(grads))
+    else:
+        layer.register_forward_hook(lambda module, _, result: seen.append(result[0]))
+    return seen
+
+
+def keep_by_forward(layer: nn.Module) -> list[Tensor]:
+    """What ``layer`` returns, by a forward of the instance, as tools put it there."""
+    seen: list[Tensor] = []
+    plain = layer.forward
+
+    def forward(x):
+        seen.append(plain(x))
+        return seen[-1]
+
+    layer.forward = forward
+    return seen
+
+
+WATCHED = {
+    "result of an actnorm": (openai.InnerConv2d, lambda net: keep(net[0].actnorm, with_gradient=False)),
+    "gradient of a convolution": (openai.InnerConv2d, lambda net: keep(net[2].conv, with_gradient=True)),
+    "forward of a layer": (openai.InnerConv2d, lambda net: keep_by_forward(net[0])),
+    "forward of a convolution": (functools.partial(nn.Conv2d, padding="same"), lambda net: keep_by_forward(net[0])),
+}
+
+
+@pytest.mark.parametrize("watched", WATCHED)
+def test_what_is_watched_inside_of_a_network_is_not_overwritten(watched):
+    make, watch = WATCHED[watched]
+    original = rosinality.AffineCoupling(4, 8)
+    original.net = nn.Sequential(make(2, 8, 3), nn.ReLU(), make(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    accelerated = copy.deepcopy(original)
+    assert not gk.accelerate(accelerated, verify=False).left_alone
+    results = []
+    for coupling in (original, accelerated):
+        coupling.net[0](X[:, :2])
+        seen = watch(coupling.net)
+        coupling(X.detach().requires_grad_())[0].square().sum().backward()
+        results.append(seen)
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
+
+
+def test_another_forward_of_an_activation_has_its_effect():
+    original = rosinality.AffineCoupling(4, 8)
+    nn.init.normal_(original.net[-1].conv.weight, 0, 0.1)
+    accelerated = copy.deepcopy(original)
+    assert not gk.accelerate(accelerated, verify=False).left_alone
+    for coupling in (original, accelerated):
+        coupling.net[1].forward = torch.tanh
+    assert_same(accelerated, original)
+
+
 class Raising(nn.Module):
     @property
     def reverse(self):

@@ -185,7 +185,7 @@ class InPlaceSequential(Patch):
         plain = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
         pairs = itertools.pairwise(module.children())
         return plain and any(
-            _may_overwrite(*pair) or (ActNormConv2d.matches(pair[0]) and _is_activation(pair[1])) for pair in pairs
+            (_is_plain(before) or ActNormConv2d.matches(before)) and _is_activation(layer) for before, layer in pairs
         )
 
     @classmethod
@@ -199,28 +199,34 @@ class InPlaceSequential(Patch):
         is_traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
         plain = is_traced or torch._C._are_functorch_transforms_active()
         for before, layer, after in zip([None, *layers], layers, [*layers[1:], None], strict=False):
-            if before is None or not _may_overwrite(before, layer) or has_hooks(before, layer):
+            may_overwrite = before is not None and _is_alone(before, ActNormConv2d)
+            if not may_overwrite or not _is_activation(layer) or has_hooks(layer):
                 x = layer(x)
                 continue
             slope = getattr(layer, "negative_slope", 0.0)
-            alone = after is not None and _is_convolution(after) and not has_hooks(after)
+            alone = after is not None and _is_alone(after, ActNormConv2d, ScaledConv2d)
             overwrite: Any = F.leaky_relu_ if plain or not alone or not x.requires_grad else _Overwriting.apply
             x = overwrite(x, slope)
         return x
 
 
-def _may_overwrite(before: nn.Module, layer: nn.Module) -> bool:
-    """Whether ``layer`` is an activation of a convolution that does not need its own result."""
-    return _is_activation(layer) and (type(before).forward is nn.Conv2d.forward or patch_of(before) is ActNormConv2d)
-
-
 def _is_activation(layer: nn.Module) -> bool:
-    return type(layer) is nn.ReLU or (type(layer) is nn.LeakyReLU and layer.negative_slope >= 0)
+    """Whether ``layer`` needs its own result alone."""
+    known = type(layer) is nn.ReLU or (type(layer) is nn.LeakyReLU and layer.negative_slope >= 0)
+    return known and "forward" not in vars(layer)
 
 
-def _is_convolution(layer: nn.Module) -> bool:
-    """Whether the gradient that ``layer`` sends back is that of a convolution alone."""
-    return type(layer).forward is nn.Conv2d.forward or patch_of(layer) in (ActNormConv2d, ScaledConv2d)
+def _is_plain(layer: nn.Module) -> bool:
+    return type(layer).forward is nn.Conv2d.forward and "forward" not in vars(layer)
+
+
+def _is_alone(layer: nn.Module, *patches: type[Patch]) -> bool:
+    """Whether ``layer`` is a convolution, or one in a layer with one of ``patches``, and nobody else has its result or
+    the gradient that it sends back."""
+    if patch_of(layer) not in patches:
+        return _is_plain(layer) and not has_hooks(layer)
+    parts = (layer, *layer.children())
+    return is_as_found(*parts) and not has_hooks(*parts)
 
 
 def _scaled(convolution: Any, x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
