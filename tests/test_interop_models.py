@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from dialects import openai, pclucas14, rosinality, survae
 from dialects.zoo import nflows_glow, normflows_glow, normflows_loss
+from nflows.transforms import ActNorm, CompositeTransform, OneByOneConvolution
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -179,6 +180,15 @@ def test_hooks_of_every_layer_still_run():
     assert seen == []  # nor did probing run them
     flow(torch.randn(2, 4, 6, 6))
     assert set(seen) == {name for name, _ in flow.named_modules()}
+
+
+def test_hooks_of_the_permutation_in_a_convolution_of_nflows_still_run():
+    model = CompositeTransform([ActNorm(4), OneByOneConvolution(4)])
+    assert not gk.accelerate(model, verify=False).left_alone
+    seen = []
+    model._transforms[1].permutation.register_forward_hook(lambda *_: seen.append(1))
+    model(torch.randn(2, 4, 6, 6))
+    assert len(seen) == 1
 
 
 def test_hook_that_changes_the_output_of_actnorm_has_its_effect():

@@ -249,7 +249,8 @@ def _can_fuse(actnorm: Any, convolution: Any, inputs: Tensor) -> bool:
 
 def _can_fuse_convolution(convolution: Any, inputs: Tensor) -> bool:
     cached = convolution.using_cache and not convolution.training
-    return inputs.dim() == 4 and not cached and is_as_found(convolution)
+    free = not cached and not has_hooks(convolution.permutation)
+    return inputs.dim() == 4 and free and is_as_found(convolution)
 
 
 def _matrix(convolution: Any) -> tuple[Tensor, Tensor]:
