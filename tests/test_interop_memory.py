@@ -12,6 +12,7 @@ from dialects import openai, rosinality
 from dialects.zoo import EXAMPLES, Example, normflows_glow, normflows_loss
 from test_interop import can_be_pickled, images, make, mark_initialized, trained
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import glow_kernels as gk
@@ -326,6 +327,39 @@ def test_networks_that_cannot_be_evaluated_again_keep_their_activations(network,
     row = next(row for row in report.layers if row.kind == "Flow")
     assert (row.patched, row.memory, row.memory_reason) == (True, "store", reason)
     assert f"keeps its activations: {reason}" in str(report)
+
+
+@pytest.mark.parametrize("layer", [nn.BatchNorm2d(4), nn.ReLU()])
+def test_networks_that_are_normalised_later_keep_their_activations_until_they_are_looked_at(layer):
+    original = flows(2)
+    for flow in original:
+        flow.coupling.net = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), copy.deepcopy(layer), nn.Conv2d(4, 4, 1))
+    accelerated = copy.deepcopy(original)
+    gk.accelerate(accelerated, memory="invert", verify=False)
+    x = torch.randn(4, 4, 6, 6)
+    assert_equal(parameter_gradients(accelerated, x), parameter_gradients(original, x))
+    for chain in (original, accelerated):
+        torch.manual_seed(0)
+        for flow in chain:
+            parametrizations.spectral_norm(flow.coupling.net[0])
+    assert_equal(parameter_gradients(accelerated, x), parameter_gradients(original, x))
+    report = gk.accelerate(accelerated, memory="invert", verify=False)
+    reasons = {row.memory_reason for row in report.layers if row.kind == "Flow"}
+    assert reasons == {"its network gives different results for the same input"}
+
+
+def test_a_weight_that_is_no_parameter_any_more_is_an_error_and_not_a_missing_gradient():
+    (flow,) = chain = flows(1)
+    gk.accelerate(chain, memory="invert", verify=False)
+    convolution = flow.coupling.net[0]
+    weight = nn.Parameter(convolution.weight.detach().clone())
+    del convolution.weight
+    convolution.weight = 2 * weight
+    with pytest.raises(RuntimeError, match=r"uses a tensor .* that requires a gradient"):
+        weighted(flow(torch.randn(4, 4, 6, 6))).backward()
+    gk.accelerate(chain, verify=False)
+    weighted(flow(torch.randn(4, 4, 6, 6))).backward()
+    assert weight.grad is not None
 
 
 @pytest.mark.parametrize("wrong", [1.001, float("nan")])

@@ -33,6 +33,7 @@ from glow_kernels.interop.patch import (
     Mismatch,
     Patch,
     apply,
+    consists_as_found,
     is_as_found,
     is_uninitialised,
     memory_of,
@@ -297,10 +298,12 @@ def _memory(policy: str, anchor_every: int, micro_batches: int) -> Memory | None
 def _is_outdated(module: nn.Module, memory: Memory | None) -> bool:
     """Whether ``module`` is patched for another memory, or is no longer what it was then."""
     patch, current = patch_of(module), memory_of(module)
-    if current is not None:
-        current = dataclasses.replace(current, restores_buffers=False)
     if patch is None:
         return False
+    if current is not None:
+        if not consists_as_found(module):
+            return True
+        current = dataclasses.replace(current, restores_buffers=False)
     return (patch.has_network and current != memory) or not is_as_found(module, *patch.inner(module))
 
 

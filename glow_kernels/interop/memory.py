@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from glow_kernels.interop import steps
-from glow_kernels.interop.patch import any_hooks, is_uninitialised, memory_of, own, patch_of
+from glow_kernels.interop.patch import any_hooks, consists_as_found, is_uninitialised, memory_of, own, patch_of
 from glow_kernels.reversible import guards, recompute
 from glow_kernels.reversible.anatomy import SUBSTITUTION, Anatomy, in_modes
 from glow_kernels.reversible.randomness import RandomState
@@ -253,7 +253,7 @@ class _Node(torch.autograd.Function):
                 ctx.needs_input_grad[3:],
                 place.mode,
                 ctx.draws,
-                closed=True,
+                closed=False,
             )
         return None, result.grad_x, result.x if ctx.needs_input_grad[2] else None, *result.grads
 
@@ -282,7 +282,8 @@ def _active(module: nn.Module) -> Memory | None:
     # Whoever watches the calls inside of a step must not see them twice.
     if any_hooks(_harmless, *Anatomy.of(module).modules[1:]):
         return None
-    return memory
+    # Of another network nobody knows whether it may be evaluated twice, as of one that is spectrally normalised since.
+    return memory if _is_replica(module) or consists_as_found(module) else None
 
 
 def _harmless(hook: Any) -> bool:
@@ -292,4 +293,8 @@ def _harmless(hook: Any) -> bool:
 def _is_foreign(module: nn.Module) -> bool:
     """Whether parameters cannot be told from the module: a replica of DataParallel; or nobody runs the code, but a
     compiler reads it."""
-    return torch.compiler.is_compiling() or getattr(module, "_is_replica", False)
+    return torch.compiler.is_compiling() or _is_replica(module)
+
+
+def _is_replica(module: nn.Module) -> bool:
+    return getattr(module, "_is_replica", False)

@@ -22,6 +22,7 @@ from torch.autograd import forward_ad
 
 from glow_kernels.interop.constants import Constants
 from glow_kernels.ops._checks import has_data
+from glow_kernels.reversible.anatomy import Anatomy
 
 if TYPE_CHECKING:
     from glow_kernels.interop.memory import Memory
@@ -29,11 +30,12 @@ if TYPE_CHECKING:
     from glow_kernels.interop.workshop import Workshop
 
 # What a patch keeps on the instance: what was found by probing, what that takes for constant, the flag that was last
-# read as true, and what a step keeps for backward.
+# read as true, what a step keeps for backward, and the modules with which it may keep that little.
 _OPTIONS = "_glow_kernels_options"
 _CONSTANTS = "_glow_kernels_constants"
 FLAG = "_glow_kernels_flag"
 MEMORY = "_glow_kernels_memory"
+_MODULES = "_glow_kernels_modules"
 # And on the generated class.
 _PATCH = "_glow_kernels_patch"
 _ORIGINAL = "_glow_kernels_original"
@@ -153,7 +155,8 @@ def apply(module: nn.Module, patch: type[Patch], options: Any = None, memory: Me
     module.__dict__[_OPTIONS] = options
     if memory is not None:
         module.__dict__[MEMORY] = memory
-    ignored = (*INITIALIZED, *patch.live, _OPTIONS, _CONSTANTS, FLAG, MEMORY)
+        module.__dict__[_MODULES] = Anatomy.of(module).modules
+    ignored = (*INITIALIZED, *patch.live, _OPTIONS, _CONSTANTS, FLAG, MEMORY, _MODULES)
     for layer in (module, *patch.inner(module)):
         layer.__dict__[_CONSTANTS] = Constants(layer, ignored)
 
@@ -190,6 +193,14 @@ def memory_of(module: nn.Module) -> Memory | None:
     return module.__dict__.get(MEMORY)
 
 
+def consists_as_found(module: nn.Module) -> bool:
+    """Whether a ``module`` that keeps little still consists of the modules that it had when it was patched."""
+    return module.__dict__.get(_MODULES) == Anatomy.of(module).modules
+
+
+consists_as_found._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def undo(module: nn.Module) -> bool:
     """Give ``module`` its own class back; False if it is not patched."""
     patch, was_patched = getattr(type(module), _PATCH, None), patch_of(module) is not None
@@ -198,7 +209,7 @@ def undo(module: nn.Module) -> bool:
     for layer in patch.inner(module):
         layer.__dict__.pop(_CONSTANTS, None)
     module.__class__ = _without_patch(type(module))
-    for name in (_OPTIONS, _CONSTANTS, FLAG, MEMORY):
+    for name in (_OPTIONS, _CONSTANTS, FLAG, MEMORY, _MODULES):
         module.__dict__.pop(name, None)
     return was_patched
 
