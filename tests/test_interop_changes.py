@@ -177,6 +177,20 @@ def test_what_a_patch_would_leave_out_is_left_alone(make, reason):
     assert row.reason.startswith(reason)
 
 
+class HalfTheLogDet(openai.FlowStep):
+    def normal_flow(self, x, logdet):
+        y, changed = super().normal_flow(x, logdet)
+        return y, logdet + 0.5 * (changed - logdet)
+
+
+@pytest.mark.parametrize("style", ["chaiyujin", "y0ast"])
+def test_steps_that_hold_closures_are_compared_too(style):
+    step = HalfTheLogDet(4, 8, style=style)
+    assert style == "chaiyujin" or callable(step.flow_permutation)
+    (row,) = (row for row in gk.accelerate(step).layers if row.kind == "FlowStep")
+    assert row.reason.startswith("forward: result 1 differs by")
+
+
 class Unknown(nn.Module):
     """A layer with a name of its own."""
 

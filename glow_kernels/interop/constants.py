@@ -63,6 +63,12 @@ class Constants:
                 return self._compare(module)
         return self._hold
 
+    def exchange(self, name: str, value: Any) -> None:
+        """Take ``value``, which does the same, for what the attribute ``name`` was."""
+        if name in self._attributes:
+            self._attributes[name] = value
+            self._count = -1
+
     def _compare(self, module: nn.Module) -> bool:
         attributes, buffers = module.__dict__, module._buffers
         holds = all(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glow_kernels.interop.patch import FLAG, INITIALIZED, Mismatch
+from glow_kernels.interop.patch import CONSTANTS, FLAG, INITIALIZED, Mismatch
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -38,7 +38,10 @@ def faithful_copy(module: Any, copies: dict[int, Any] | None = None) -> Any:
     for layer in copied.modules():
         for name, value in list(layer.__dict__.items()):
             if isinstance(value, types.FunctionType) and value.__closure__:
-                layer.__dict__[name] = _rebind(value, copies)
+                layer.__dict__[name] = rebound = _rebind(value, copies)
+                # A patched copy would take it for a change, and compute as the original with which it is compared.
+                if CONSTANTS in layer.__dict__:
+                    layer.__dict__[CONSTANTS].exchange(name, rebound)
     return copied
 
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 # What a patch keeps on the instance: what was found by probing, what that takes for constant, the flag that was last
 # read as true, what a step keeps for backward, and the modules with which it may keep that little.
 _OPTIONS = "_glow_kernels_options"
-_CONSTANTS = "_glow_kernels_constants"
+CONSTANTS = "_glow_kernels_constants"
 FLAG = "_glow_kernels_flag"
 MEMORY = "_glow_kernels_memory"
 _MODULES = "_glow_kernels_modules"
@@ -156,9 +156,9 @@ def apply(module: nn.Module, patch: type[Patch], options: Any = None, memory: Me
     if memory is not None:
         module.__dict__[MEMORY] = memory
         module.__dict__[_MODULES] = Anatomy.of(module).modules
-    ignored = (*INITIALIZED, *patch.live, _OPTIONS, _CONSTANTS, FLAG, MEMORY, _MODULES)
+    ignored = (*INITIALIZED, *patch.live, _OPTIONS, CONSTANTS, FLAG, MEMORY, _MODULES)
     for layer in (module, *patch.inner(module)):
-        layer.__dict__[_CONSTANTS] = Constants(layer, ignored)
+        layer.__dict__[CONSTANTS] = Constants(layer, ignored)
 
 
 def is_as_found(*modules: nn.Module) -> bool:
@@ -184,7 +184,7 @@ def _module_at(address: int) -> nn.Module:
 
 
 def _is_as_found(module: nn.Module) -> bool:
-    constants = module.__dict__.get(_CONSTANTS)
+    constants = module.__dict__.get(CONSTANTS)
     return constants is not None and constants.hold(module)
 
 
@@ -207,9 +207,9 @@ def undo(module: nn.Module) -> bool:
     if patch is None:
         return False
     for layer in patch.inner(module):
-        layer.__dict__.pop(_CONSTANTS, None)
+        layer.__dict__.pop(CONSTANTS, None)
     module.__class__ = _without_patch(type(module))
-    for name in (_OPTIONS, _CONSTANTS, FLAG, MEMORY, _MODULES):
+    for name in (_OPTIONS, CONSTANTS, FLAG, MEMORY, _MODULES):
         module.__dict__.pop(name, None)
     return was_patched
 
