@@ -177,6 +177,44 @@ def test_what_a_patch_would_leave_out_is_left_alone(make, reason):
     assert row.reason.startswith(reason)
 
 
+def square(log_det: Tensor, x: Tensor) -> Tensor:
+    """As of somebody who takes the height for the width."""
+    return log_det * x.shape[2] / x.shape[3]
+
+
+class SquareActNorm(rosinality.ActNorm):
+    def forward(self, x):
+        y, log_det = super().forward(x)
+        return y, square(log_det, x)
+
+
+class SquareFlowStep(openai.FlowStep):
+    def normal_flow(self, x, logdet):
+        y, changed = super().normal_flow(x, logdet)
+        return y, logdet + square(changed - logdet, x)
+
+
+class SquareCoupling(AffineCouplingTransform):
+    def forward(self, inputs, context=None):
+        outputs, log_det = super().forward(inputs)
+        return outputs, square(log_det, inputs)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: SquareActNorm(4),
+        lambda: SquareFlowStep(4, 8),
+        lambda: SquareCoupling([0, 0, 1, 1], lambda inputs, outputs: nn.Conv2d(inputs, outputs, 1)),
+    ],
+    ids=["rosinality", "openai", "nflows"],
+)
+def test_layers_that_take_images_for_square_are_left_alone(make):
+    layer = make()
+    row = next(row for row in gk.accelerate(layer).layers if row.path == "")
+    assert row.reason.startswith("forward: result 1 differs by")
+
+
 class HalfTheLogDet(openai.FlowStep):
     def normal_flow(self, x, logdet):
         y, changed = super().normal_flow(x, logdet)

@@ -21,7 +21,7 @@ from glow_kernels.interop.claims import NO_SYNC
 from glow_kernels.interop.memory import initialize, run, run_alone
 from glow_kernels.interop.patch import Call, Mismatch, Patch, is_set, once, options_of, own
 from glow_kernels.interop.probe import Coupling
-from glow_kernels.interop.stand_ins import SPATIAL
+from glow_kernels.interop.stand_ins import SPATIAL, VOLUME
 from glow_kernels.interop.steps import Parts
 from glow_kernels.interop.workshop import Workshop
 from glow_kernels.ops import actnorm_conv1x1
@@ -31,7 +31,7 @@ Result = tuple[Any, Any]
 
 def _spatial(module: Any) -> tuple[int, ...]:
     rank = len(module.dims_in[0]) - 1
-    return {0: (), 1: (8,), 2: SPATIAL, 3: (2, 2, 2)}[rank]
+    return {0: (), 1: (8,), 2: SPATIAL, 3: VOLUME}[rank]
 
 
 def _calls(channels: int, spatial: tuple[int, ...], conditions: tuple[int, ...] = ()) -> list[Call]:

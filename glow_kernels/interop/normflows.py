@@ -43,7 +43,7 @@ class ActNorm(Patch):
 
     @classmethod
     def calls(cls, module: Any, options: Any) -> list[Call]:
-        sizes = (size if size > 1 or index == 1 else SPATIAL[0] for index, size in enumerate(module.s.shape))
+        sizes = (size if size > 1 or index == 1 else SPATIAL[index % 2] for index, size in enumerate(module.s.shape))
         return _calls(*list(sizes)[1:])
 
     def forward(self: Any, z: Tensor) -> tuple[Tensor, Tensor]:

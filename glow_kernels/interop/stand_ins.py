@@ -12,8 +12,9 @@ from glow_kernels.interop.patch import Mismatch
 from glow_kernels.reversible.randomness import RandomState
 from glow_kernels.reversible.tensors import with_graph
 
-# Small, and the same for every position that a 3x3 network could see.
-SPATIAL = (4, 4)
+# Of images and of volumes: small, and no side as long as another, so that a layer that takes one for another shows.
+SPATIAL = (4, 6)
+VOLUME = (2, 3, 4)
 
 
 class StandIn(nn.Module):

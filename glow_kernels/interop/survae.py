@@ -15,7 +15,7 @@ from glow_kernels.interop.claims import DOUBLE_INVERSE, NO_SYNC
 from glow_kernels.interop.memory import initialize, run
 from glow_kernels.interop.patch import Call, Patch, is_set, options_of, own
 from glow_kernels.interop.probe import Coupling
-from glow_kernels.interop.stand_ins import SPATIAL
+from glow_kernels.interop.stand_ins import SPATIAL, VOLUME
 from glow_kernels.interop.steps import Parts
 from glow_kernels.interop.workshop import Workshop
 from glow_kernels.ops import actnorm_conv1x1, actnorm_conv1x1_inverse
@@ -33,7 +33,7 @@ def _calls(channels: int, spatial: tuple[int, ...]) -> list[Call]:
 
 
 def _spatial(rank: int) -> tuple[int, ...]:
-    return {0: (), 1: (8,), 2: SPATIAL, 3: (2, 2, 2)}[rank]
+    return {0: (), 1: (8,), 2: SPATIAL, 3: VOLUME}[rank]
 
 
 class ActNorm(Patch):
