@@ -229,6 +229,20 @@ def test_steps_that_hold_closures_are_compared_too(style):
     assert row.reason.startswith("forward: result 1 differs by")
 
 
+def test_global_hooks_see_no_copies_and_do_not_keep_layers_from_being_compared():
+    step = HalfTheLogDet(4, 8)
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module), always_call=True)
+    try:
+        report = gk.accelerate(step)
+        assert seen == []
+        step(X, X.new_zeros(4))
+        assert seen[-1] is step
+    finally:
+        handle.remove()
+    assert "FlowStep" in {row.kind for row in report.left_alone}
+
+
 class Unknown(nn.Module):
     """A layer with a name of its own."""
 

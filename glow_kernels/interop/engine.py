@@ -152,7 +152,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     ):
         warnings.simplefilter("ignore")
         try:
-            with _exact_products():
+            with _exact_products(), _without_global_hooks():
                 yield
         finally:
             random.setstate(python_numbers)
@@ -181,6 +181,22 @@ def _exact_products() -> Iterator[None]:
         for setting in newer:
             setting.fp32_precision = "ieee"
         yield
+
+
+@contextmanager
+def _without_global_hooks() -> Iterator[None]:
+    """Hooks for every module would see copies, and patched ones would compute as the originals to show them layers."""
+    forward = ("forward_pre_hooks", "forward_hooks", "forward_hooks_with_kwargs", "forward_hooks_always_called")
+    names = (*forward, "backward_pre_hooks", "backward_hooks")
+    registries = [getattr(torch.nn.modules.module, f"_global_{name}") for name in names]
+    hooks = [dict(registry) for registry in registries]
+    for registry in registries:
+        registry.clear()
+    try:
+        yield
+    finally:
+        for registry, before in zip(registries, hooks, strict=True):
+            registry.update(before)
 
 
 def _look_at(
