@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import threading
 
@@ -14,6 +15,7 @@ from test_interop import can_be_pickled, images, make, mark_initialized, trained
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
 
 import glow_kernels as gk
 from glow_kernels.bench.live_storages import LiveStorages
@@ -239,6 +241,21 @@ def test_state_that_does_not_arrive_is_an_error_and_not_a_wrong_gradient():
     y, log_det = chain[0](torch.randn(4, 4, 6, 6))
     chain[1](y)
     log_det.sum().backward()
+
+
+@pytest.mark.parametrize("memory", POLICIES)
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_steps_that_the_model_itself_checkpoints(memory, use_reentrant):
+    original = flows()
+    accelerated = copy.deepcopy(original)
+    gk.accelerate(accelerated, memory=memory, anchor_every=2, verify=False)
+    results = []
+    for chain in (original, accelerated):
+        x = torch.randn(4, 4, 6, 6, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        checkpointed = [functools.partial(checkpoint, step, use_reentrant=use_reentrant) for step in chain]
+        weighted(in_turn([*checkpointed, chain[0]], x)).backward()
+        results.append([x.grad, *(parameter.grad for parameter in chain.parameters())])
+    assert_equal(*results)
 
 
 def test_backward_twice_and_second_derivatives():

@@ -139,10 +139,12 @@ def run(module: nn.Module, x: Tensor, *context: Tensor | None) -> tuple[Tensor, 
     if _is_foreign(module):
         return checkpoint(unit, x, *context, use_reentrant=False)  # type: ignore[no-any-return]
     link = getattr(x, _LINK, None)
-    if link is None or memory.policy == "checkpoint" or not link.follows(x):
+    # Whoever takes care of saved tensors gets the input: torch.utils.checkpoint runs a step again, then in no chain.
+    is_hooked = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    if link is None or memory.policy == "checkpoint" or is_hooked or not link.follows(x):
         link = None
     position = 0 if link is None else link.position + 1
-    keeps_input = memory.keeps_input(position)
+    keeps_input = is_hooked or memory.keeps_input(position)
     output, ghost = _Output(), None
     if link is not None:
         ghost = link.take()
