@@ -155,34 +155,37 @@ def apply(module: nn.Module, patch: type[Patch], options: Any = None, memory: Me
     module.__dict__[_OPTIONS] = options
     if memory is not None:
         module.__dict__[MEMORY] = memory
-        module.__dict__[_MODULES] = Anatomy.of(module).modules
+        module.__dict__[_MODULES] = Anatomy.of(module).modules[1:]
     ignored = (*INITIALIZED, *patch.live, _OPTIONS, CONSTANTS, FLAG, MEMORY, _MODULES)
     for layer in (module, *patch.inner(module)):
         layer.__dict__[CONSTANTS] = Constants(layer, ignored)
 
 
+def _asked_once(question: Callable[[nn.Module], bool]) -> Callable[[nn.Module], bool]:
+    """``question``, which compilers ask while they compile.
+
+    They know the module by its address, since before PyTorch 2.12 no module can be a constant.
+    """
+
+    def at(address: int) -> bool:
+        return question(ctypes.cast(address, ctypes.py_object).value)
+
+    # PyTorch's decorator for that loads its compiler.
+    at._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+    @functools.wraps(question)
+    def ask(module: nn.Module) -> bool:
+        return at(id(module)) if torch.compiler.is_compiling() else question(module)
+
+    return ask
+
+
 def is_as_found(*modules: nn.Module) -> bool:
     """Whether ``modules`` are patched, or inner ones of a patched one, and still what they were then."""
-    if torch.compiler.is_compiling():
-        return _is_as_found_at(*[id(module) for module in modules])
     return all(map(_is_as_found, modules))
 
 
-def _is_as_found_at(*addresses: int) -> bool:
-    return all(_is_as_found(_module_at(address)) for address in addresses)
-
-
-# Compilers ask once. PyTorch's decorator for that loads its compiler. What is asked so gets addresses: before 2.12 no
-# module can be a constant.
-_is_as_found_at._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _module_at(address: int) -> nn.Module:
-    """The module with this ``id``, which somebody holds."""
-    module: nn.Module = ctypes.cast(address, ctypes.py_object).value
-    return module
-
-
+@_asked_once
 def _is_as_found(module: nn.Module) -> bool:
     constants = module.__dict__.get(CONSTANTS)
     return constants is not None and constants.hold(module)
@@ -193,12 +196,10 @@ def memory_of(module: nn.Module) -> Memory | None:
     return module.__dict__.get(MEMORY)
 
 
+@_asked_once
 def consists_as_found(module: nn.Module) -> bool:
     """Whether a ``module`` that keeps little still consists of the modules that it had when it was patched."""
-    return module.__dict__.get(_MODULES) == Anatomy.of(module).modules
-
-
-consists_as_found._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return module.__dict__.get(_MODULES) == Anatomy.of(module).modules[1:]
 
 
 def undo(module: nn.Module) -> bool:
@@ -246,7 +247,7 @@ def is_set(module: nn.Module, flag: Any) -> bool:
     if not isinstance(flag, Tensor):
         return bool(flag)
     if torch.compiler.is_compiling():
-        return FLAG in module.__dict__ and _is_still_set_at(id(module))
+        return FLAG in module.__dict__ and _is_still_set(module)
     if flag.is_inference():
         return bool(flag)
     known, version = module.__dict__.get(FLAG, (None, None))
@@ -259,14 +260,11 @@ def is_set(module: nn.Module, flag: Any) -> bool:
     return False
 
 
-def _is_still_set_at(address: int) -> bool:
-    module = _module_at(address)
+@_asked_once
+def _is_still_set(module: nn.Module) -> bool:
     flag, version = module.__dict__[FLAG]
     places = (*module._buffers.values(), *module.__dict__.values())
     return flag._version == version and any(flag is tensor for tensor in places)
-
-
-_is_still_set_at._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def is_uninitialised(layer: nn.Module) -> bool:
