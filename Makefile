@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-# Of which tests/triton_kernels.csv is, where torch has not brought its own, as it does for NVIDIA GPUs.
+# The Triton of tests/triton_kernels.csv, unless torch has brought its own, as it does for NVIDIA GPUs.
 TRITON = $(shell $(BIN)/python -c 'import triton' 2>/dev/null || echo "\"triton==3.9.0; sys_platform == 'linux'\"")
 # All that compiling needs: with --jobs=2 the rest is installed meanwhile.
 TORCH_INSTALLED := .venv/.torch

@@ -41,6 +41,22 @@ def losses(model: nn.Module, loss, batches: list) -> list[float]:
     return values
 
 
+class Halved(nn.Conv1d):
+    def forward(self, x):
+        return 0.5 * super().forward(x)
+
+
+def test_another_convolution_inside_of_waveglows_has_its_effect():
+    original, x = audio.Invertible1x1Conv(4), torch.randn(3, 4, 8)
+    accelerated = copy.deepcopy(original)
+    assert not gk.accelerate(accelerated, verify=False).left_alone
+    for layer in (original, accelerated):
+        weight = layer.conv.weight
+        layer.conv = Halved(4, 4, 1, bias=False)
+        layer.conv.weight = weight
+    torch.testing.assert_close(accelerated(x), original(x))
+
+
 @pytest.mark.parametrize("memory", ["store", "checkpoint"])
 @pytest.mark.parametrize("name", ["waveglow", "glow-tts"])
 def test_hundred_steps_of_training_have_the_same_losses(name, memory):
