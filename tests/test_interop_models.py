@@ -229,6 +229,13 @@ def test_random_numbers_parameters_and_modes_are_not_disturbed():
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
 
 
+def test_devices_that_the_model_is_not_on_keep_their_seeds(monkeypatch):
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    gk.accelerate(normflows_glow())
+    assert seeded == []
+
+
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_it_may_be_called_without_gradients(context):
     flow = step()

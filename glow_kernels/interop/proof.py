@@ -30,6 +30,7 @@ from glow_kernels.interop.patch import INITIALIZED, Call, Mismatch, Patch
 from glow_kernels.interop.probe import far_out
 from glow_kernels.interop.stand_ins import StandIn
 from glow_kernels.interop.workshop import Workshop
+from glow_kernels.reversible.randomness import seed_generators
 
 if TYPE_CHECKING:
     from glow_kernels.interop.memory import Memory
@@ -277,7 +278,7 @@ def _prepared(module: Any, dtype: torch.dtype, training: bool) -> Any:
 def _run(call: Call, module: Any, dtype: torch.dtype, seed: int = 0) -> _Run:
     generator = torch.Generator().manual_seed(seed)
     inputs = [tensor.requires_grad_() for tensor in _inputs(call, module, dtype, generator)]
-    torch.manual_seed(seed)  # of dropout
+    seed_generators(_device(module), seed)  # of dropout
     kept = plain_attributes(module, INITIALIZED)
     leaves, structure = pytree.tree_flatten(call.run(module, *inputs))
     calls = [network.calls for network in _stand_ins(module)]
@@ -301,9 +302,12 @@ def _run(call: Call, module: Any, dtype: torch.dtype, seed: int = 0) -> _Run:
 
 
 def _inputs(call: Call, module: Any, dtype: torch.dtype, generator: torch.Generator) -> list[Tensor]:
-    device = next((p.device for p in module.parameters()), torch.device("cpu"))
     numbers = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in call.shapes)
-    return [tensor.to(device, dtype) for tensor in numbers]
+    return [tensor.to(_device(module), dtype) for tensor in numbers]
+
+
+def _device(module: Any) -> torch.device:
+    return next((p.device for p in module.parameters()), torch.device("cpu"))
 
 
 def _stand_ins(module: nn.Module) -> list[StandIn]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from glow_kernels.interop.copies import faithful_copy, randomised
 from glow_kernels.interop.patch import Mismatch
-from glow_kernels.reversible.randomness import RandomState
+from glow_kernels.reversible.randomness import RandomState, seed_generators
 from glow_kernels.reversible.tensors import with_graph
 
 # Of images and of volumes: small, and no side as long as another, so that a layer that takes one for another shows.
@@ -172,7 +172,7 @@ def _takes_channels_last(network: nn.Module, x: Tensor, *others: Tensor) -> bool
         copied = randomised(faithful_copy(network)).train(training)
         outputs = []
         for layout in (torch.contiguous_format, torch.channels_last):
-            torch.manual_seed(0)  # dropout must drop the same
+            seed_generators(x.device, 0)  # dropout must drop the same
             try:
                 outputs.append(copied(x.contiguous(memory_format=layout), *others))
             except Exception:  # as from a view() of what is not contiguous
