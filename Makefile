@@ -15,6 +15,8 @@ ifeq ($(origin CXX),default)
 CXX := $(shell command -v g++ || command -v c++ || command -v clang++)
 endif
 export CXX
+# Some containers set it, in which every process of the tests would compile all sources again.
+unexport PYTHONDONTWRITEBYTECODE
 # Demo and tests run without a compiler too, on the reference backend.
 NATIVE := $(if $(shell command -v $(firstword $(CXX)) 2>/dev/null),$(LIBRARY),no-compiler)
 
