@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import os
 import signal
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ import pytest
 import torch
 
 import glow_kernels as gk
+from glow_kernels.reversible.randomness import seed_generators
 
 pytest.register_assert_rewrite("operators")
 
@@ -20,32 +20,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    # What takes half of the interpreter's time and computes nothing. It prepares triton.language at a launch, and again
-    # for every function that a kernel calls: once is enough for Triton's own, and the others see the kernels' module.
-    from triton.runtime import interpreter
-    from triton.runtime.interpreter import InterpretedFunction
-
-    _prepare_and_call, _prepared = InterpretedFunction.__call__, set()
-
-    def _call(function, *args, **kwargs):
-        module = function.fn.__module__
-        if module.startswith("triton.") and module not in _prepared:
-            _prepared.add(module)
-            return _prepare_and_call(function, *args, **kwargs)
-        return function.rewrite()(*args, **kwargs)
-
-    InterpretedFunction.__call__ = _call
-
-    # It computes of every sum and product of integers whether they overflow, and asserts that only in debug mode.
-    _builder = interpreter.interpreter_builder
-    assert not _builder.options.debug
-    _builder.options = dataclasses.replace(_builder.options, sanitize_overflow=False)
-
-
-@pytest.fixture(autouse=True)
-def _fixed_seed() -> None:
-    """Every test draws the same numbers on every run, alone or among others."""
-    torch.manual_seed(0)
+    import triton_interpreter  # noqa: F401
 
 
 # Where the tensors of the tests are: ``make gpu`` says cuda.
@@ -54,6 +29,12 @@ if DEVICE != "cpu":
     # Some tests want the bits of a gradient again, and none the ten bits of TF32.
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.allow_tf32 = False
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> None:
+    """Every test draws the same numbers on every run, alone or among others."""
+    seed_generators(torch.device(DEVICE), 0)
 
 
 @pytest.fixture(autouse=DEVICE != "cpu")

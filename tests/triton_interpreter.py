@@ -1,0 +1,53 @@
+"""Triton's interpreter without what takes most of its time and computes nothing; imported where it runs the kernels."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+from triton.language.core import block_type
+from triton.language.semantic import TritonSemantic
+from triton.runtime import interpreter
+from triton.runtime.interpreter import InterpretedFunction
+
+_prepare_and_call, _prepared = InterpretedFunction.__call__, set()
+_broadcast = TritonSemantic.broadcast_impl_value
+_with_element_type = block_type.with_element_ty
+_numpy_type = interpreter._get_np_dtype
+_numpy_type_of_scalar = functools.cache(_numpy_type)
+
+
+def _call(function: Any, *args: Any, **kwargs: Any) -> Any:
+    """It prepares triton.language at a launch, and again for every function that a kernel calls: once is enough for
+    Triton's own, and the others see the kernels' module."""
+    module = function.fn.__module__
+    if module.startswith("triton.") and module not in _prepared:
+        _prepared.add(module)
+        return _prepare_and_call(function, *args, **kwargs)
+    return function.rewrite()(*args, **kwargs)
+
+
+def _broadcast_if_shapes_differ(semantic: Any, one: Any, other: Any) -> Any:
+    same = one.type.is_block() and other.type.is_block() and list(one.type.shape) == list(other.type.shape)
+    return (one, other) if same else _broadcast(semantic, one, other)
+
+
+def _with_other_element_type(block: Any, scalar: Any) -> Any:
+    return block if scalar is block.element_ty else _with_element_type(block, scalar)
+
+
+def _numpy_type_from_cache(dtype: Any) -> Any:
+    return _numpy_type(dtype) if dtype.scalar.is_ptr() else _numpy_type_of_scalar(dtype.scalar)
+
+
+InterpretedFunction.__call__ = _call
+TritonSemantic.broadcast_impl_value = _broadcast_if_shapes_differ
+block_type.with_element_ty = _with_other_element_type
+block_type.to_ir = lambda block, builder: block  # which makes the same type again
+interpreter._get_np_dtype = _numpy_type_from_cache
+
+# It computes of every sum and product of integers whether they overflow, and asserts that only in debug mode.
+_builder = interpreter.interpreter_builder
+assert not _builder.options.debug
+_builder.options = dataclasses.replace(_builder.options, sanitize_overflow=False)
