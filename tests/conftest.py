@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -21,6 +22,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     import triton_interpreter  # noqa: F401
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector PyTorch's modules and all collected tests, each time that it runs."""
+    gc.freeze()
 
 
 # Where the tensors of the tests are: ``make gpu`` says cuda.
