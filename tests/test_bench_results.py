@@ -209,6 +209,24 @@ def test_compare_fails_if_asked_to(tmp_path, capsys):
     assert "no measured case in common" in capsys.readouterr().err
 
 
+def test_results_of_several_devices_are_not_mixed(tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="plots need matplotlib")
+    before = written(tmp_path / "before", operator_row(5.0))
+    written(before, operator_row(2.0), run="run2", device="Other CPU")
+    after = written(tmp_path / "after", operator_row(2.0))
+    written(after, operator_row(2.0), run="run2", device="Other CPU")
+    assert main(["bench", "compare", str(before), str(after)]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"slower +2.50x .*, Test CPU: 5.00 -> 2.00 times eager", out)
+    assert "2 cases compared, 1 slower" in out
+    unknown = written(tmp_path / "unknown", operator_row(2.0), device="Third CPU")
+    assert main(["bench", "compare", str(before), str(unknown)]) == 1
+    assert main(["bench", "report", str(before), "--output", str(tmp_path / "page")]) == 0
+    for device, figure in (("test-cpu", "5.00"), ("other-cpu", "2.00")):
+        text = (tmp_path / "page" / device / "report.html").read_text()
+        assert f'<td class="">{figure}</td>' in text
+
+
 def test_newly_wrong_cases_are_regressions():
     wrong = {key: value for key, value in operator_row().items() if key != "candidates"} | {"wrong": {"native": "off"}}
     assert len(compare.newly_wrong([operator_row()], [wrong])) == 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from glow_kernels.bench import results
 from glow_kernels.bench.results import Row
@@ -33,6 +33,19 @@ class Change:
     def regression(self) -> bool:
         """Slower beyond the noise."""
         return self.certain and self.factor > 1.0 + LEAST_CHANGE
+
+
+def by_device(before: list[Row], after: list[Row]) -> tuple[list[Change], list[str]]:
+    """:func:`changes` and :func:`newly_wrong` of every device in both; two single devices are compared as they are."""
+    old, new = results.by_device(before), results.by_device(after)
+    if len(old) == len(new) == 1:
+        return changes(before, after), newly_wrong(before, after)
+    found: list[Change] = []
+    wrong: list[str] = []
+    for device in old.keys() & new.keys():
+        found += [replace(change, name=f"{change.name}, {device}") for change in changes(old[device], new[device])]
+        wrong += [f"{case}, {device}" for case in newly_wrong(old[device], new[device])]
+    return sorted(found, key=lambda change: -change.factor), sorted(wrong)
 
 
 def changes(before: list[Row], after: list[Row]) -> list[Change]:

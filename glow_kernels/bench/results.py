@@ -169,6 +169,18 @@ def of_kind(rows: Sequence[Row], kind: str) -> Iterator[Row]:
     yield from latest.values()
 
 
+def by_device(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows by the name of the device that their run was on: a case is named the same on all CPUs, and on all GPUs.
+
+    Runs that do not say where they were, as the stages of ``make gpu``, are left out beside others that do.
+    """
+    devices = {row["run"]: str(row.get("device")) for row in rows if row["kind"] == "environment"}
+    groups = {
+        device: [row for row in rows if devices.get(row["run"]) == device] for device in dict.fromkeys(devices.values())
+    }
+    return groups or {"an unknown device": list(rows)}
+
+
 def key(row: Row) -> str:
     """What names a case across runs."""
     return json.dumps(row["case"], sort_keys=True)

@@ -55,7 +55,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     comparison.add_argument("after", metavar="B", help="likewise")
     comparison.add_argument("--fail", action="store_true", help="exit with code 1 if there is a regression")
     _add_folder(comparison)
-    report = actions.add_parser("report", help="a page and plots from files of results")
+    report = actions.add_parser("report", help="a page and plots from files of results, for every device")
     report.set_defaults(action=draw)
     report.add_argument("results", nargs="*", help="files of results, or git revisions; by default all in --folder")
     report.add_argument("--markdown", action="store_true", help=f"write {DOCUMENT} from the files in --folder instead")
@@ -243,7 +243,7 @@ def compare(arguments: argparse.Namespace) -> None:
 
     with _warnings_as_lines():
         before, after = (results.select(name, arguments.folder) for name in (arguments.before, arguments.after))
-    changes, wrong = comparison.changes(before, after), comparison.newly_wrong(before, after)
+    changes, wrong = comparison.by_device(before, after)
     if not changes and not wrong:
         raise DataError(f"{arguments.before} and {arguments.after} have no measured case in common")
     regressions = [change for change in changes if change.regression]
@@ -273,16 +273,21 @@ def draw(arguments: argparse.Namespace) -> None:
     names = arguments.results or [str(path) for path in files]
     with _warnings_as_lines():
         rows = [row for name in names for row in results.select(name, arguments.folder)]
-    for path in page.write(rows, arguments.output or PAGE):
-        _show(str(path))
+    folder, devices = arguments.output or PAGE, results.by_device(rows)
+    for device, measured in devices.items():
+        for path in page.write(measured, folder if len(devices) == 1 else folder / _file_name(device)):
+            _show(str(path))
     return None
 
 
 def _default_output(device: torch.device) -> Path:
     from glow_kernels.bench import environment, results
 
-    name = "".join(letter if letter.isalnum() else "-" for letter in environment.device_name(device).lower())
-    return results.FOLDER / f"{name}.jsonl"
+    return results.FOLDER / f"{_file_name(environment.device_name(device))}.jsonl"
+
+
+def _file_name(device_name: str) -> str:
+    return "".join(letter if letter.isalnum() else "-" for letter in device_name.lower())
 
 
 @contextmanager
