@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import os
 import re
 import sys
 import time
@@ -172,6 +173,12 @@ def test_a_file_of_something_else_is_refused_before_measuring_and_stays(text, me
     assert main(["bench", "operators", "--quick", "--no-compile", "--output", str(path)]) == 1
     assert re.search(message, capsys.readouterr().err)
     assert path.read_text(encoding="latin-1") == text
+
+
+def test_what_cannot_be_read_again_is_no_file_of_results(tmp_path):
+    for path in (tmp_path, Path(os.devnull)):
+        with pytest.raises(DataError, match=f"cannot be written to {path}: it is no regular file"):
+            written(path)
 
 
 def test_results_are_selected_by_file_or_revision(tmp_path, monkeypatch):

@@ -65,6 +65,9 @@ def prepare(path: Path) -> None:
         path.touch()
     except OSError as error:
         raise DataError(f"results cannot be written to {path}: {error.strerror}") from error
+    # What is written is read again: a device may have no end, and a pipe waits for others.
+    if not path.is_file():
+        raise DataError(f"results cannot be written to {path}: it is no regular file")
     text = _read_text(path)
     whole = _without_cut_line(text)
     if not whole and not (text.startswith(_START) or _START.startswith(text)):
