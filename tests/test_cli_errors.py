@@ -142,6 +142,11 @@ def harmless(runs: Path, fails: Failing) -> Iterator[Failing]:
         (1, "cannot read empty.*; name a .npy or .npz file", "array:empty"),
         (1, "empty has no image files.*; add images", "folder:empty"),
         (1, "cannot list odd.npz.*; name a folder of images", "folder:odd.npz"),
+        (
+            2,
+            "(new|plain) is inside of folder:., where its pictures would be images: name another with --run",
+            "folder:.",
+        ),
         (1, "cannot read image photos/2.png.*; replace or remove it", "folder:photos --image-size 4"),
         (1, "damaged.tar.gz is not a readable .tar.gz archive.*; download", "cifar10:damaged.tar.gz"),
         (1, "empty has no data_batch_1,.*; download", "cifar10:empty"),
