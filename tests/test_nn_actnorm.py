@@ -11,11 +11,14 @@ import io
 import pickle
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.distributed as dist
 from test_nn import assert_close, moved, ready
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 import glow_kernels as gk
 from glow_kernels.nn import ActNorm, AffineCoupling, FlowStep
@@ -273,3 +276,32 @@ def test_what_is_not_initialised_is_not_exported(strict):
     layer.initialize(x)
     exported = torch.export.export(layer, (x,), strict=strict).module()
     torch.testing.assert_close(exported(2.0 * x), layer(2.0 * x))
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    """Of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("memory", ["store", "anchor"])
+@pytest.mark.parametrize("per_step", [False, True])
+def test_nothing_is_written_to_weights_that_fsdp_gives_up(memory: str, per_step: bool, process_group: None) -> None:
+    """They would be what they were before again, and said to be initialised."""
+    x, mesh = torch.randn(4, 1, 4, 4), dist.device_mesh.init_device_mesh("cpu", (1,))
+    model = gk.models.Glow(1, 4, steps=2, levels=1, hidden_channels=4, memory=memory)
+    initialized = copy.deepcopy(model)
+    initialized.initialize(x)
+    expected = initialized(x)
+    for one in (model, initialized):
+        for step in one.levels[0].steps if per_step else ():
+            fully_shard(step, mesh=mesh)
+        fully_shard(one, mesh=mesh)
+    message = r"^ActNorm of 4 channels .* call model\.initialize\(batch\), or load weights, before fully_shard$"
+    with pytest.raises(RuntimeError, match=message):
+        model(x)
+    assert not any(module.is_initialized() for module in model.modules() if isinstance(module, ActNorm))
+    initialized(x).sum().backward()
+    assert_close(initialized(x), expected, 1e-6)

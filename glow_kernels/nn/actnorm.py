@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from glow_kernels.backends.numerics import compute_dtype
@@ -87,8 +88,14 @@ class ActNorm(nn.Module):
 
         Raises:
             ValueError: ``x`` is not finite; the parameters stay as they are.
+            RuntimeError: FSDP shards the parameters.
         """
         check_channels("x", x, self.channels)
+        if _is_sharded(self):
+            raise RuntimeError(
+                f"ActNorm of {self.channels} channels cannot be initialised where FSDP shards it, which forgets what a "
+                "forward writes: call model.initialize(batch), or load weights, before fully_shard"
+            )
         mean, std = actnorm_statistics(x)
         if is_readable(std) and not bool(std.isfinite().all()):
             channels = int(std.isfinite().logical_not().sum())
@@ -124,3 +131,14 @@ class ActNorm(nn.Module):
         flag = state_dict.get(prefix + "initialized")
         if flag is not None:
             self._is_initialized = bool(flag)
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    """Whether a module around ``module`` is under FSDP, and parameters in a forward are copies that are given up."""
+    if torch.compiler.is_compiling() or not (dist.is_available() and dist.is_initialized()):
+        return False
+    from torch.distributed._composable_state import _module_state_mapping
+    from torch.distributed.fsdp import FSDPModule
+
+    units = [unit for unit in list(_module_state_mapping) if isinstance(unit, FSDPModule)]
+    return any(part is module for unit in units for part in unit.modules())
