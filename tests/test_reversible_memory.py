@@ -7,12 +7,14 @@ every method needs, are not counted: each is dropped when it is done.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import shutil
 
 import pytest
 import torch
 from test_reversible import FORGETFUL, Scaling, forgetting, weighted
+from torch._dynamo.backends.common import aot_autograd
 
 import glow_kernels as gk
 from glow_kernels import ReversibleSequential
@@ -161,3 +163,40 @@ def test_compiled_chains_keep_no_more(memory, backend):
         assert (one - other).norm() <= 1e-5 * other.norm()
     with torch.compiler.set_stance("fail_on_recompile"):
         weighted(compiled(torch.randn_like(x))).backward()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("check", ["off", "replay"])
+def test_a_compiled_chain_computes_with_the_parameters_that_its_graph_has(check):
+    x = torch.randn(2, 4, 4, 4)
+    plain = ReversibleSequential([FlowStep(4, 4) for _ in range(3)], "store")
+    plain(x)
+    model = forgetting(plain, "anchor", anchor_every=2, check=check, drift_limit=0.0)
+    given = {name: (p.detach() + 0.1).requires_grad_() for name, p in model.named_parameters()}
+
+    def evaluate(module, parameters, x):
+        return torch.func.functional_call(module, parameters, (x,))
+
+    expected, actual = evaluate(plain, given, x), torch.compile(evaluate, backend="aot_eager")(model, given, x)
+    torch.testing.assert_close(actual, expected)
+    gradients = [torch.autograd.grad(weighted(results), list(given.values())) for results in (actual, expected)]
+    for one, other in itertools.zip_longest(*gradients):
+        assert (one - other).norm() <= 1e-4 * other.norm()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_compiled_chain_is_initialised_as_without_a_compiler():
+    x = 3.0 * torch.randn(4, 4, 4, 4) + 1.0
+    model = ReversibleSequential([FlowStep(4, 4) for _ in range(2)], "anchor")
+    eager, never_run = copy.deepcopy(model), copy.deepcopy(model)
+    z, log_det = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close((z, log_det), eager(x))
+    torch.testing.assert_close(model.state_dict(), eager.state_dict())
+
+    def refuse(*_):
+        raise RuntimeError("no such backend")
+
+    torch._dynamo.reset()
+    with pytest.raises(RuntimeError, match="no such backend"):
+        torch.compile(never_run, fullgraph=True, backend=aot_autograd(fw_compiler=refuse))(x)
+    assert not never_run[0].actnorm.is_initialized(), "a graph that was traced and not run has set nothing"

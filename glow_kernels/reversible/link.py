@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch._guards import detect_fake_mode
 
 from glow_kernels.backends.numerics import output_format
+from glow_kernels.nn.actnorm import ActNorm
 from glow_kernels.nn.coupling_node import SHARED, Private
 from glow_kernels.reversible import guards, recompute
 from glow_kernels.reversible.anatomy import Anatomy, in_modes
@@ -352,10 +353,34 @@ def _own(tensor: Tensor, *inputs: Tensor | None) -> Tensor:
     return tensor.clone() if tensor.untyped_storage().data_ptr() in storages else tensor
 
 
+@contextmanager
+def _given(place: Place, steps: Sequence[Step], tensors: Sequence[Any]) -> Iterator[None]:
+    """Let steps compute with the parameters among ``tensors``.
+
+    A graph has its own of them: it writes what it changes to the modules at its end, as the first values of ActNorm.
+    Which of those have been set is for the modules to say, and not for what traces or runs their steps.
+    """
+    norms = [module for step in steps for module in step.modules if isinstance(module, ActNorm)]
+    flags = [norm._is_initialized for norm in norms]
+    with ExitStack() as stack:
+        for step, (start, end) in zip(steps, itertools.pairwise(_bounds(place, steps)), strict=True):
+            assert isinstance(step, Anatomy)
+            stack.enter_context(step.substituted(tensors[start:end]))
+        try:
+            yield
+        finally:
+            for norm, flag in zip(norms, flags, strict=True):
+                norm._is_initialized = flag
+
+
 def _run_forward(x: Tensor, tensors: Sequence[Tensor | None], *settings: Any) -> tuple[Tensor, Tensor]:
     place, mode = _split(settings)
-    with _eager():
-        z, log_det, draws = _forward(place, mode, _anatomies(place), x, tensors)
+    steps = _anatomies(place)
+    with _eager(), _given(place, steps, tensors):
+        for module in itertools.chain.from_iterable(step.modules for step in steps):
+            if isinstance(module, ActNorm):
+                module._is_initialized = True  # by the graph, before
+        z, log_det, draws = _forward(place, mode, steps, x, tensors)
     drawing = [number for number, drawn in zip(place.numbers, draws, strict=True) if drawn is not None]
     if drawing:
         name = guards.step_name(find(place), drawing[0])
@@ -370,10 +395,11 @@ def _fake_forward(x: Tensor, tensors: Sequence[Tensor | None], *settings: Any) -
     allowed = fake_mode.allow_non_fake_inputs
     # The parameters and buffers of the step itself are real.
     fake_mode.allow_non_fake_inputs = True
-    z = x
+    z, steps = x, _anatomies(place)
     try:
-        for anatomy in _anatomies(place):
-            z, log_det, _ = recompute.forward(anatomy, z, tensors[: place.contexts], mode)
+        with _given(place, steps, tensors):
+            for step in steps:
+                z, log_det, _ = recompute.forward(step, z, tensors[: place.contexts], mode)
     finally:
         fake_mode.allow_non_fake_inputs = allowed
     return torch.empty_like(z, memory_format=output_format(z)), log_det.new_empty(log_det.shape)
@@ -390,8 +416,9 @@ def _run_backward(
     *settings: Any,
 ) -> list[Tensor]:
     place, mode = _split(settings)
-    with _eager():
-        result = _backward(place, mode, _anatomies(place), x, z, (grad_z, grad_log_det), tensors, needs, None)
+    steps = _anatomies(place)
+    with _eager(), _given(place, steps, tensors):
+        result = _backward(place, mode, steps, x, z, (grad_z, grad_log_det), tensors, needs, None)
     inputs = (x, z, grad_z)
     grads = [
         tensor.new_zeros(tensor.shape) if grad is None else grad.clone(memory_format=torch.contiguous_format)
