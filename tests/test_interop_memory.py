@@ -6,7 +6,11 @@ import copy
 import functools
 import pickle
 import threading
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
+import nflows.transforms
 import pytest
 import torch
 from dialects import openai, rosinality
@@ -88,6 +92,52 @@ def test_every_dialect_has_the_same_gradients_with_every_policy(name):
             assert (one - two).abs().max() <= 1e-7 * two.abs().max().clamp_min(1.0)
         assert gk.restore(other) == example.layers
         assert all(memory_of(layer) is None for layer in other.modules())
+
+
+class Shifted(nn.Module):
+    """A network that adds what it makes of the context."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.layer = nn.Linear(inputs, outputs)
+
+    def forward(self, x, context=None):
+        return self.layer(x) + (0.0 if context is None else self.read(context))
+
+    read: Callable[[Any], Tensor]
+
+
+CONTEXTS = {
+    "a dictionary": (lambda c: {"scale": 2.0, "shift": c}, lambda context: context["scale"] * context["shift"]),
+    "a pair": (lambda c: (c, c.exp()), lambda context: context[0] + context[1]),
+    "an object": (lambda c: SimpleNamespace(shift=c), lambda context: context.shift),
+    "the same for all": (lambda c: c[:1], lambda context: context),
+    "of other things than samples": (lambda c: torch.cat([c, c]), lambda context: context.mean(0)),
+    "samples second": (lambda c: torch.stack([c, 2 * c, c * c]), lambda context: context.mean(0)),
+    "a number": (lambda c: c.sum(), lambda context: context),
+}
+
+
+@pytest.mark.parametrize("memory", ["checkpoint", "invert"])
+@pytest.mark.parametrize("kind", CONTEXTS)
+def test_networks_get_a_context_of_any_kind(kind, memory):
+    make, read = CONTEXTS[kind]
+    original = nflows.transforms.CompositeTransform(
+        [nflows.transforms.AffineCouplingTransform([order, 1 - order] * 2, Shifted) for order in (0, 1)]
+    ).double()
+    for network in original.modules():
+        if isinstance(network, Shifted):
+            network.read = read
+    accelerated = copy.deepcopy(original)
+    assert not gk.accelerate(accelerated, memory=memory, micro_batches=2).left_alone
+    x, c = torch.randn(5, 4, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
+    results = []
+    for model in (original, accelerated):
+        leaves = [x.clone().requires_grad_(), c.clone().requires_grad_(), *model.parameters()]
+        z, log_det = model(leaves[0], make(leaves[1]))
+        loss = z.square().sum() - log_det.sum()
+        results.append([loss, *torch.autograd.grad(loss, leaves)])
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize("name", CHOSEN)

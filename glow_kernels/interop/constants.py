@@ -18,7 +18,7 @@ from glow_kernels.ops._checks import has_data
 
 # What every module has.
 _INTERNAL = frozenset(nn.Module().__dict__)
-_PLAIN = (int, float, str, bool, type(None))
+PLAIN = (int, float, str, bool, type(None))
 # Of these there are two at least, so that they are read as a tuple.
 _ALWAYS = ("_is_full_backward_hook", "_is_full_backward_hook")
 _MISSING = object()
@@ -114,7 +114,7 @@ def plain_attributes(module: nn.Module, ignored: Collection[str] = ()) -> dict[s
 
 def _copied(value: Any) -> Any:
     """``value``, or a copy of a list or dictionary of plain values, whose identity says nothing of what it holds."""
-    if not isinstance(value, (list, dict)) or not all(isinstance(leaf, _PLAIN) for leaf in pytree.tree_leaves(value)):
+    if not isinstance(value, (list, dict)) or not all(isinstance(leaf, PLAIN) for leaf in pytree.tree_leaves(value)):
         return value
     return pytree.tree_map(lambda leaf: leaf, value)
 

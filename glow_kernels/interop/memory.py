@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from glow_kernels.interop import steps
+from glow_kernels.interop.constants import PLAIN
 from glow_kernels.interop.patch import any_hooks, consists_as_found, is_uninitialised, memory_of, own, patch_of
 from glow_kernels.reversible import guards, recompute
 from glow_kernels.reversible.anatomy import SUBSTITUTION, Anatomy, in_modes
@@ -28,6 +29,8 @@ from glow_kernels.reversible.randomness import RandomState
 from glow_kernels.reversible.recompute import Mode
 
 _LINK = "_glow_kernels_link"
+# Where a tensor stood.
+_TENSOR = object()
 
 
 @dataclass(frozen=True)
@@ -55,23 +58,29 @@ class Memory:
 class _Unit(nn.Module):
     """A step of existing code as the engine takes steps."""
 
-    def __init__(self, module: nn.Module, function: Callable[..., Any] | None = None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        function: Callable[..., Any] | None = None,
+        unpacked: Callable[[Sequence[Tensor]], Sequence[Any]] = tuple,
+    ) -> None:
         super().__init__()
         self.module = module
         self.function = function
+        self.unpacked = unpacked
 
     @property
     def parts(self) -> steps.Parts:
         patch: Any = patch_of(self.module)
         parts: steps.Parts = patch.parts(self.module)
-        return parts
+        return parts._replace(network=lambda read, *context: parts.network(read, *self.unpacked(context)))
 
-    def forward(self, x: Tensor, *context: Tensor | None) -> Any:
+    def forward(self, x: Tensor, *context: Any) -> Any:
         if self.function is not None:
-            return self.function(x, *context)
+            return self.function(x, *self.unpacked(context))
         return steps.forward(self.parts, x, *context)
 
-    def inverse(self, z: Tensor, *context: Tensor | None) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, *context: Any) -> tuple[Tensor, Tensor]:
         return steps.inverse(self.parts, z, *context)
 
     def backward_from_output(self, *arguments: Any) -> tuple[Tensor, Tensor, list[Tensor | None]]:
@@ -129,15 +138,18 @@ class _Link:
         return self.ghost
 
 
-def run(module: nn.Module, x: Tensor, *context: Tensor | None) -> tuple[Tensor, Tensor]:
-    """A patched step in the density direction: ``x`` (B, C, *spatial) to ``z`` and ``log_det`` (B,)."""
-    memory = _active(module)
+def run(module: nn.Module, x: Tensor, *context: Any) -> tuple[Tensor, Tensor]:
+    """A patched step in the density direction: ``x`` (B, C, *spatial) to ``z`` and ``log_det`` (B,).
+
+    ``context`` are tensors, or anything that holds some, and go to the network.
+    """
+    memory = _active(module, x, context)
     if memory is None:
         patch: Any = patch_of(module)
         return steps.forward(patch.parts(module), x, *context)
-    unit = _Unit(module)
     if _is_foreign(module):
-        return checkpoint(unit, x, *context, use_reentrant=False)  # type: ignore[no-any-return]
+        return checkpoint(_Unit(module), x, *context, use_reentrant=False)  # type: ignore[no-any-return]
+    tensors, unpacked = _packed(context)
     link = getattr(x, _LINK, None)
     # Whoever takes care of saved tensors gets the input: torch.utils.checkpoint runs a step again, then in no chain.
     is_hooked = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
@@ -148,22 +160,23 @@ def run(module: nn.Module, x: Tensor, *context: Tensor | None) -> tuple[Tensor, 
     output, ghost = _Output(), None
     if link is not None:
         ghost = link.take()
-    z, log_det, next_ghost = _apply(unit, memory, keeps_input, output, x, ghost, context)
+    unit = _Unit(module, unpacked=unpacked)
+    z, log_det, next_ghost = _apply(unit, memory, keeps_input, output, x, ghost, tensors)
     if z.requires_grad and memory.policy != "checkpoint":
         setattr(z, _LINK, _Link(z, next_ghost, output, position))
     return z, log_det
 
 
-def run_alone(module: nn.Module, function: Callable[..., Any], x: Tensor, *context: Tensor | None) -> Any:
+def run_alone(module: nn.Module, function: Callable[..., Any], x: Tensor, *context: Any) -> Any:
     """``function(x, *context)`` of a patched layer that is no :class:`~glow_kernels.interop.steps.Parts`: it returns a
     pair of tensors (B, ...), and keeps its inputs alone."""
-    memory = _active(module)
+    memory = _active(module, x, context)
     if memory is None:
         return function(x, *context)
-    unit = _Unit(module, function)
     if _is_foreign(module):
-        return checkpoint(unit, x, *context, use_reentrant=False)
-    z, log_det, _ = _apply(unit, memory, True, _Output(), x, None, context)
+        return checkpoint(_Unit(module, function), x, *context, use_reentrant=False)
+    tensors, unpacked = _packed(context)
+    z, log_det, _ = _apply(_Unit(module, function, unpacked), memory, True, _Output(), x, None, tensors)
     return z, log_det
 
 
@@ -191,7 +204,7 @@ def _apply(
     output: _Output,
     x: Tensor,
     ghost: Tensor | None,
-    context: Sequence[Tensor | None],
+    context: Sequence[Tensor],
 ) -> Any:
     mode = Mode.current(x.device, memory.micro_batches)
     with SUBSTITUTION:
@@ -274,7 +287,20 @@ def _buffers_restored(modules: Sequence[nn.Module]) -> Iterator[None]:
                 buffer.data.copy_(values)
 
 
-def _active(module: nn.Module) -> Memory | None:
+def _packed(context: Sequence[Any]) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Sequence[Any]]]:
+    """The tensors in ``context``, and what makes a context of such tensors again."""
+    leaves, structure = pytree.tree_flatten(context)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    others = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+
+    def unpacked(tensors: Sequence[Tensor]) -> Any:
+        given = iter(tensors)
+        return pytree.tree_unflatten([next(given) if leaf is _TENSOR else leaf for leaf in others], structure)
+
+    return tensors, unpacked
+
+
+def _active(module: nn.Module, x: Tensor | None = None, context: Sequence[Any] = ()) -> Memory | None:
     """What ``module`` keeps in the call that is being made; None for everything, as PyTorch does."""
     memory = memory_of(module)
     if memory is None or not torch.is_grad_enabled():
@@ -285,7 +311,14 @@ def _active(module: nn.Module) -> Memory | None:
     if any_hooks(_harmless, *Anatomy.of(module).modules[1:]):
         return None
     # Of another network nobody knows whether it may be evaluated twice, as of one that is spectrally normalised since.
-    return memory if _is_replica(module) or consists_as_found(module) else None
+    if not _is_replica(module) and not consists_as_found(module):
+        return None
+    leaves = pytree.tree_leaves(context)
+    if not all(isinstance(leaf, (Tensor, *PLAIN)) for leaf in leaves):
+        return None  # who knows what tensors are in there
+    if x is not None and any(leaf.shape[:1] != x.shape[:1] for leaf in leaves if isinstance(leaf, Tensor)):
+        return replace(memory, micro_batches=1)  # there is nothing in it for each sample
+    return memory
 
 
 def _harmless(hook: Any) -> bool:
