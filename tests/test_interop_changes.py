@@ -12,8 +12,9 @@ import types
 import pytest
 import torch
 from dialects import chrischute, openai, rosinality
+from dialects.zoo import IgnoresContext
 from nflows.nn.nets import ResidualNet
-from nflows.transforms import AffineCouplingTransform
+from nflows.transforms import ActNorm, AffineCouplingTransform
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
@@ -213,6 +214,30 @@ def test_layers_that_take_images_for_square_are_left_alone(make):
     layer = make()
     row = next(row for row in gk.accelerate(layer).layers if row.path == "")
     assert row.reason.startswith("forward: result 1 differs by")
+
+
+class ConditionalActNorm(ActNorm):
+    def forward(self, inputs, context=None):
+        outputs, log_det = super().forward(inputs)
+        return outputs if context is None else outputs + context, log_det
+
+
+class ConditionalCoupling(AffineCouplingTransform):
+    def forward(self, inputs, context=None):
+        return super().forward(inputs if context is None else inputs * context.exp(), context)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        ConditionalActNorm(4),
+        ConditionalCoupling([0, 0, 1, 1], lambda inputs, outputs: IgnoresContext(nn.Conv2d(inputs, outputs, 1))),
+    ],
+    ids=["actnorm", "coupling"],
+)
+def test_layers_that_use_a_context_beside_their_network_are_left_alone(layer):
+    (row,) = gk.accelerate(layer).layers
+    assert row.reason == "forward does not run: it uses its context itself"
 
 
 class HalfTheLogDet(openai.FlowStep):

@@ -24,18 +24,31 @@ from glow_kernels.ops import actnorm_conv1x1, actnorm_conv1x1_inverse
 Result = tuple[Tensor, Tensor]
 
 
-def _calls(channels: int, *spatials: tuple[int, ...]) -> list[Call]:
+class _Untouchable:
+    """A context that a layer may hand to its network, or ignore, and nothing else."""
+
+    @classmethod
+    def __torch_function__(cls, *_: Any, **__: Any) -> Any:
+        raise Mismatch("it uses its context itself")
+
+    def __getattr__(self, name: str) -> Any:
+        raise Mismatch("it uses its context itself")
+
+
+def _calls(channels: int, *spatials: tuple[int, ...], context: Any = None) -> list[Call]:
     calls = []
     for spatial in spatials:
         shape = (2, channels, *spatial)
-        calls += _both_directions(shape, shape, "" if spatial else " of vectors")
+        calls += _both_directions(shape, shape, "" if spatial else " of vectors", context)
     return calls
 
 
-def _both_directions(before: tuple[int, ...], after: tuple[int, ...], suffix: str = "") -> list[Call]:
+def _both_directions(
+    before: tuple[int, ...], after: tuple[int, ...], suffix: str = "", context: Any = None
+) -> list[Call]:
     return [
-        Call("forward" + suffix, lambda module, x: module(x), (before,)),
-        Call("inverse" + suffix, lambda module, z: module.inverse(z), (after,)),
+        Call("forward" + suffix, lambda module, x: module(x, context), (before,)),
+        Call("inverse" + suffix, lambda module, z: module.inverse(z, context), (after,)),
     ]
 
 
@@ -52,7 +65,7 @@ class ActNorm(Patch):
 
     @classmethod
     def calls(cls, module: Any, options: Any) -> list[Call]:
-        return _calls(len(module.shift), SPATIAL, ())
+        return _calls(len(module.shift), SPATIAL, (), context=_Untouchable())
 
     def forward(self: Any, inputs: Tensor, context: Any = None) -> Result:
         """``outputs`` and ``logabsdet`` (B,)."""
@@ -79,7 +92,7 @@ class OneByOneConvolution(Patch):
 
     @classmethod
     def calls(cls, module: Any, options: Any) -> list[Call]:
-        return _calls(len(module.bias), SPATIAL)
+        return _calls(len(module.bias), SPATIAL, context=_Untouchable())
 
     def forward(self: Any, inputs: Tensor, context: Any = None) -> Result:
         """``outputs`` and ``logabsdet`` (B,)."""
@@ -136,7 +149,8 @@ class AffineCouplingTransform(Patch):
 
     @classmethod
     def calls(cls, module: Any, options: Any) -> list[Call]:
-        return _calls(options.channels, spatial_of(module.transform_net))
+        sizes = options.channels, spatial_of(module.transform_net)
+        return [*_calls(*sizes), *_calls(*sizes, context=_Untouchable())[:1]]
 
     @classmethod
     def parts(cls, module: Any) -> Parts:
