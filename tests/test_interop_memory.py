@@ -140,6 +140,19 @@ def test_networks_get_a_context_of_any_kind(kind, memory):
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.parametrize(
+    "read",
+    [lambda context: context.setdefault("cached", context["shift"].exp()), lambda context: context["shift"].exp_()],
+    ids=["the dictionary", "a tensor"],
+)
+def test_a_network_that_changes_its_context_is_an_error(read):
+    layer = nflows.transforms.AffineCouplingTransform([0, 1, 0, 1], Shifted)
+    layer.transform_net.read = read
+    gk.accelerate(layer, memory="anchor")
+    with pytest.raises(RuntimeError, match="changes its context: use memory='store'"):
+        layer(torch.randn(5, 4), {"shift": torch.randn(5, 4)})
+
+
 @pytest.mark.parametrize("name", CHOSEN)
 def test_a_training_run_from_the_first_batch_has_the_same_losses(name):
     example = EXAMPLES[name]

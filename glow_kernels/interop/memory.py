@@ -9,6 +9,8 @@ other people's code, and end where something else is done to the state.
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -55,29 +57,53 @@ class Memory:
         return anchor or self.policy == "checkpoint"
 
 
+class _Packing:
+    """What a context, perhaps of dictionaries, is but for the tensors in it, which autograd must be given."""
+
+    def __init__(self, context: Sequence[Any]) -> None:
+        leaves, self._structure = pytree.tree_flatten(context)
+        self._leaves = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+
+    def call(self, function: Callable[..., Any], x: Tensor, *tensors: Tensor) -> Any:
+        """``function(x, *context)`` with ``tensors`` in the places of those in the context.
+
+        Raises:
+            RuntimeError: it changes the context, which recomputing it would do again.
+        """
+        given, versions = iter(tensors), guards.versions(tensors)
+        leaves = [next(given) if leaf is _TENSOR else leaf for leaf in self._leaves]
+        context = pytree.tree_unflatten(leaves, self._structure)
+        result = function(x, *context)
+        after, structure = pytree.tree_flatten(context)
+        same = structure == self._structure and all(map(operator.is_, leaves, after))
+        if not same or guards.versions(tensors) != versions:
+            raise RuntimeError("the network of a step changes its context: use memory='store'")
+        return result
+
+
 class _Unit(nn.Module):
     """A step of existing code as the engine takes steps."""
 
     def __init__(
-        self,
-        module: nn.Module,
-        function: Callable[..., Any] | None = None,
-        unpacked: Callable[[Sequence[Tensor]], Sequence[Any]] = tuple,
+        self, module: nn.Module, function: Callable[..., Any] | None = None, packing: _Packing | None = None
     ) -> None:
         super().__init__()
         self.module = module
         self.function = function
-        self.unpacked = unpacked
+        self.packing = packing
 
     @property
     def parts(self) -> steps.Parts:
         patch: Any = patch_of(self.module)
         parts: steps.Parts = patch.parts(self.module)
-        return parts._replace(network=lambda read, *context: parts.network(read, *self.unpacked(context)))
+        return parts._replace(network=self._unpacking(parts.network))
+
+    def _unpacking(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return function if self.packing is None else functools.partial(self.packing.call, function)
 
     def forward(self, x: Tensor, *context: Any) -> Any:
         if self.function is not None:
-            return self.function(x, *self.unpacked(context))
+            return self._unpacking(self.function)(x, *context)
         return steps.forward(self.parts, x, *context)
 
     def inverse(self, z: Tensor, *context: Any) -> tuple[Tensor, Tensor]:
@@ -149,7 +175,6 @@ def run(module: nn.Module, x: Tensor, *context: Any) -> tuple[Tensor, Tensor]:
         return steps.forward(patch.parts(module), x, *context)
     if _is_foreign(module):
         return checkpoint(_Unit(module), x, *context, use_reentrant=False)  # type: ignore[no-any-return]
-    tensors, unpacked = _packed(context)
     link = getattr(x, _LINK, None)
     # Whoever takes care of saved tensors gets the input: torch.utils.checkpoint runs a step again, then in no chain.
     is_hooked = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
@@ -160,8 +185,7 @@ def run(module: nn.Module, x: Tensor, *context: Any) -> tuple[Tensor, Tensor]:
     output, ghost = _Output(), None
     if link is not None:
         ghost = link.take()
-    unit = _Unit(module, unpacked=unpacked)
-    z, log_det, next_ghost = _apply(unit, memory, keeps_input, output, x, ghost, tensors)
+    z, log_det, next_ghost = _apply(module, None, memory, keeps_input, output, x, ghost, context)
     if z.requires_grad and memory.policy != "checkpoint":
         setattr(z, _LINK, _Link(z, next_ghost, output, position))
     return z, log_det
@@ -175,8 +199,7 @@ def run_alone(module: nn.Module, function: Callable[..., Any], x: Tensor, *conte
         return function(x, *context)
     if _is_foreign(module):
         return checkpoint(_Unit(module, function), x, *context, use_reentrant=False)
-    tensors, unpacked = _packed(context)
-    z, log_det, _ = _apply(_Unit(module, function, unpacked), memory, True, _Output(), x, None, tensors)
+    z, log_det, _ = _apply(module, function, memory, True, _Output(), x, None, context)
     return z, log_det
 
 
@@ -198,20 +221,22 @@ def initialize(module: nn.Module, method: str, *arguments: Any, **options: Any) 
 
 
 def _apply(
-    unit: _Unit,
+    module: nn.Module,
+    function: Callable[..., Any] | None,
     memory: Memory,
     keeps_input: bool,
     output: _Output,
     x: Tensor,
     ghost: Tensor | None,
-    context: Sequence[Tensor],
+    context: Sequence[Any],
 ) -> Any:
     mode = Mode.current(x.device, memory.micro_batches)
+    tensors = [leaf for leaf in pytree.tree_leaves(context) if isinstance(leaf, Tensor)]
     with SUBSTITUTION:
-        anatomy = Anatomy.of(unit)
+        anatomy = Anatomy.of(_Unit(module, function, _Packing(context)))
         modes = [(module, module.training) for module in anatomy.modules]
-        place = _Place(anatomy, memory, mode, modes, keeps_input, output, len(context))
-        return _Node.apply(place, x, ghost, *context, *anatomy.parameters)  # type: ignore[no-untyped-call]
+        place = _Place(anatomy, memory, mode, modes, keeps_input, output, len(tensors))
+        return _Node.apply(place, x, ghost, *tensors, *anatomy.parameters)  # type: ignore[no-untyped-call]
 
 
 class _Place(NamedTuple):
@@ -285,19 +310,6 @@ def _buffers_restored(modules: Sequence[nn.Module]) -> Iterator[None]:
             for name, (buffer, values) in buffers.items():
                 owner[name] = buffer
                 buffer.data.copy_(values)
-
-
-def _packed(context: Sequence[Any]) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Sequence[Any]]]:
-    """The tensors in ``context``, and what makes a context of such tensors again."""
-    leaves, structure = pytree.tree_flatten(context)
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    others = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-
-    def unpacked(tensors: Sequence[Tensor]) -> Any:
-        given = iter(tensors)
-        return pytree.tree_unflatten([next(given) if leaf is _TENSOR else leaf for leaf in others], structure)
-
-    return tensors, unpacked
 
 
 def _active(module: nn.Module, x: Tensor | None = None, context: Sequence[Any] = ()) -> Memory | None:
