@@ -241,6 +241,13 @@ def test_inverse_that_glow_tts_has_stored_is_used(make):
     assert torch.equal(layer(x, reverse=True)[0], own)
 
 
+def test_a_weight_that_is_normalised_is_of_the_type_that_is_compared():
+    coupling = audio.CouplingBlock(8, 6)
+    nn.utils.weight_norm(coupling.start)
+    (row,) = gk.accelerate(coupling.double()).layers
+    assert row.patched, row.reason
+
+
 def test_coupling_whose_scale_is_not_one_under_the_mask_is_left_alone():
     report = gk.accelerate(nn.ModuleList([audio.CouplingBlock(8, 6, sigmoid_scale=True)]))
     assert [row.reason for row in report.left_alone] == ["its scale is not one where the mask is zero"]
