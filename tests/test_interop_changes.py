@@ -137,6 +137,22 @@ class WithAutocast(Coupling):
             return self.net(read).to(read.dtype)
 
 
+class WithScale(Coupling):
+    """Of a network that takes another argument too."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = ScaledNetwork(self.net)
+
+    def run_network(self, read):
+        return self.net(read, scale=self.alpha + 1.0)
+
+
+class ScaledNetwork(nn.Sequential):
+    def forward(self, x, scale=1.0):
+        return scale * super().forward(x)
+
+
 class BoundedShift(Coupling):
     def shift(self, shift):
         return shift.clamp(-10, 10)
@@ -166,6 +182,7 @@ class UndefinedActNorm(rosinality.ActNorm):
         (Checkpointing, "it runs its network again in backward"),
         (WithoutAutocast, "it switches autocast on or off for its network"),
         (WithAutocast, "it switches autocast on or off for its network"),
+        (WithScale, "its network is given more than some of the channels"),
         (BoundedShift, "the shift is not added"),
         (BoundedData, "forward with large numbers"),
         (lambda: BoundedActNorm(4), "forward with large numbers"),
@@ -227,17 +244,27 @@ class ConditionalCoupling(AffineCouplingTransform):
         return super().forward(inputs if context is None else inputs * context.exp(), context)
 
 
+class UnconditionalCoupling(AffineCouplingTransform):
+    def forward(self, inputs, context=None):
+        return super().forward(inputs)
+
+
+def network(inputs: int, outputs: int) -> nn.Module:
+    return IgnoresContext(nn.Conv2d(inputs, outputs, 1))
+
+
 @pytest.mark.parametrize(
-    "layer",
+    ("layer", "reason"),
     [
-        ConditionalActNorm(4),
-        ConditionalCoupling([0, 0, 1, 1], lambda inputs, outputs: IgnoresContext(nn.Conv2d(inputs, outputs, 1))),
+        (ConditionalActNorm(4), "forward does not run: it uses its context itself"),
+        (ConditionalCoupling([0, 0, 1, 1], network), "forward does not run: it uses its context itself"),
+        (UnconditionalCoupling([0, 0, 1, 1], network), "forward: result 0 differs by"),
     ],
-    ids=["actnorm", "coupling"],
+    ids=["actnorm", "coupling", "coupling without"],
 )
-def test_layers_that_use_a_context_beside_their_network_are_left_alone(layer):
+def test_layers_that_do_something_else_with_a_context_are_left_alone(layer, reason):
     (row,) = gk.accelerate(layer).layers
-    assert row.reason == "forward does not run: it uses its context itself"
+    assert row.reason.startswith(reason)
 
 
 class HalfTheLogDet(openai.FlowStep):

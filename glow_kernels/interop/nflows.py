@@ -16,23 +16,12 @@ from glow_kernels.interop import steps
 from glow_kernels.interop.claims import NO_SYNC
 from glow_kernels.interop.memory import initialize, run
 from glow_kernels.interop.patch import Call, Mismatch, Patch, has_hooks, is_as_found, is_set, options_of, own
-from glow_kernels.interop.stand_ins import SPATIAL, spatial_of
+from glow_kernels.interop.stand_ins import SPATIAL, Untouchable, spatial_of
 from glow_kernels.interop.steps import Parts
 from glow_kernels.interop.workshop import Workshop
 from glow_kernels.ops import actnorm_conv1x1, actnorm_conv1x1_inverse
 
 Result = tuple[Tensor, Tensor]
-
-
-class _Untouchable:
-    """A context that a layer may hand to its network, or ignore, and nothing else."""
-
-    @classmethod
-    def __torch_function__(cls, *_: Any, **__: Any) -> Any:
-        raise Mismatch("it uses its context itself")
-
-    def __getattr__(self, name: str) -> Any:
-        raise Mismatch("it uses its context itself")
 
 
 def _calls(channels: int, *spatials: tuple[int, ...], context: Any = None) -> list[Call]:
@@ -65,7 +54,7 @@ class ActNorm(Patch):
 
     @classmethod
     def calls(cls, module: Any, options: Any) -> list[Call]:
-        return _calls(len(module.shift), SPATIAL, (), context=_Untouchable())
+        return _calls(len(module.shift), SPATIAL, (), context=Untouchable())
 
     def forward(self: Any, inputs: Tensor, context: Any = None) -> Result:
         """``outputs`` and ``logabsdet`` (B,)."""
@@ -92,7 +81,7 @@ class OneByOneConvolution(Patch):
 
     @classmethod
     def calls(cls, module: Any, options: Any) -> list[Call]:
-        return _calls(len(module.bias), SPATIAL, context=_Untouchable())
+        return _calls(len(module.bias), SPATIAL, context=Untouchable())
 
     def forward(self: Any, inputs: Tensor, context: Any = None) -> Result:
         """``outputs`` and ``logabsdet`` (B,)."""
@@ -150,7 +139,7 @@ class AffineCouplingTransform(Patch):
     @classmethod
     def calls(cls, module: Any, options: Any) -> list[Call]:
         sizes = options.channels, spatial_of(module.transform_net)
-        return [*_calls(*sizes), *_calls(*sizes, context=_Untouchable())[:1]]
+        return [*_calls(*sizes), *_calls(*sizes, context=Untouchable())[:1]]
 
     @classmethod
     def parts(cls, module: Any) -> Parts:

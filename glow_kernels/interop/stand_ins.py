@@ -17,6 +17,17 @@ SPATIAL = (4, 6)
 VOLUME = (2, 3, 4)
 
 
+class Untouchable:
+    """A context that a layer may hand to its network, or ignore, and nothing else."""
+
+    @classmethod
+    def __torch_function__(cls, *_: Any, **__: Any) -> Any:
+        raise Mismatch("it uses its context itself")
+
+    def __getattr__(self, name: str) -> Any:
+        raise Mismatch("it uses its context itself")
+
+
 class StandIn(nn.Module):
     """Takes the place of a network: a smooth function of the channels at each position, or a given ``answer``.
 
@@ -40,10 +51,15 @@ class StandIn(nn.Module):
         self.seen: Tensor | None = None
         self.calls, self.had_autocast = 0, False
 
-    def forward(self, x: Any, *_: Any, **__: Any) -> Tensor:
-        """(B, inputs, *spatial) to (B, outputs, *spatial); further arguments make no difference."""
-        if isinstance(x, (tuple, list)):
-            x = x[0]
+    def forward(self, x: Any, *args: Any, **options: Any) -> Tensor:
+        """(B, inputs, *spatial) to (B, outputs, *spatial).
+
+        Raises:
+            Mismatch: there is more that a network would read, and that a patch would not give it.
+        """
+        contexts = [value for value in (*args, *options.values()) if value is not None]
+        if not all(isinstance(value, Untouchable) for value in contexts):
+            raise Mismatch("its network is given more than some of the channels")
         self.seen = x
         self.calls += 1
         self.had_autocast = torch.is_autocast_enabled(x.device.type)
@@ -53,6 +69,7 @@ class StandIn(nn.Module):
             h = self.answer.to(x.dtype).expand(x.shape[0], self.outputs, *x.shape[2:]).clone()
         else:
             h = 1.5 * torch.tanh(torch.einsum("oc,bc...->bo...", self.mixing.to(x), x[:, : self.inputs]))
+            h = h + len(contexts)  # so that it shows who hands one on
         return torch.stack(h.chunk(2, 1), -1) if self.pairs else h
 
 
