@@ -267,6 +267,26 @@ def test_layers_that_do_something_else_with_a_context_are_left_alone(layer, reas
     assert row.reason.startswith(reason)
 
 
+class DirectedConv1x1(nn.Module):
+    """As of wolf and MACOW, where ``inverse`` says which direction is that of the density."""
+
+    def __init__(self, inverse=False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.linalg.qr(torch.randn(4, 4)).Q)
+        self.inverse = inverse
+
+    def forward(self, x):
+        return torch.einsum("oc,bchw->bohw", self.weight, x), torch.slogdet(self.weight)[1]
+
+    def backward(self, y):
+        return torch.einsum("oc,bchw->bohw", self.weight.inverse(), y), -torch.slogdet(self.weight)[1]
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_layers_with_a_square_matrix_that_are_called_otherwise_are_not_taken_for_others(verify):
+    assert not gk.accelerate(DirectedConv1x1(), verify=verify).layers
+
+
 class HalfTheLogDet(openai.FlowStep):
     def normal_flow(self, x, logdet):
         y, changed = super().normal_flow(x, logdet)

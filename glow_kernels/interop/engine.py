@@ -238,7 +238,9 @@ def _look_at(
 
 def _matches(patch: type[Patch], module: nn.Module) -> bool:
     try:
-        return patch.matches(module)
+        # In wolf and MACOW inverse is no method, but says which direction is the density's.
+        has_methods = all(callable(getattr(type(module), name, None)) for name in patch.methods)
+        return has_methods and patch.matches(module)
     except Exception:  # as of parameters without shapes, or of properties that raise
         return False
 

@@ -113,8 +113,9 @@ class InvertibleConv1x1(Patch):
     def matches(cls, module: nn.Module) -> bool:
         shapes = {name: tuple(tensor.shape) for name, tensor in module.named_parameters(recurse=False)}
         if set(shapes) == {"weight"}:
-            shape = shapes["weight"]
-            return len(shape) == 2 and shape[0] == shape[1] and not type(module).__module__.startswith("torch.nn.")
+            shape, foreign = shapes["weight"], type(module).__module__.startswith("torch.nn.")
+            has_direction = len(inspect.signature(type(module).forward).parameters) >= 4
+            return len(shape) == 2 and shape[0] == shape[1] and has_direction and not foreign
         factors = any(set(shapes) == {lower, upper, "log_s"} for lower, upper in TRIANGLES)
         return factors and {"p", "sign_s"} <= {name for name, _ in module.named_buffers(recurse=False)}
 
