@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from glow_kernels.interop.memory import initialize, run_alone
-from glow_kernels.interop.patch import Call, Mismatch, Patch, options_of, own
+from glow_kernels.interop.patch import Call, Mismatch, Patch, once, options_of, own
 from glow_kernels.interop.probe import Coupling
 from glow_kernels.interop.workshop import Workshop
 from glow_kernels.ops import actnorm_conv1x1, actnorm_conv1x1_inverse
@@ -74,8 +74,8 @@ class InvConvNear(Patch):
         z, log_det = operator(grouped, zeros, zeros, self.weight)
         z = z.view(batch, 2, half, groups, length).transpose(2, 3).reshape(batch, channels, length)
         if x_mask is not None:
-            # Of every position that the mask keeps.
-            z, log_det = z * x_mask, log_det * (x_mask.sum([1, 2]) / length)
+            # Of every position that the mask keeps; there may be one mask for all samples.
+            z, log_det = z * x_mask, once(log_det) * (x_mask.sum([1, 2]) / length)
         return z, None if reverse else log_det
 
 
