@@ -137,6 +137,16 @@ class WithAutocast(Coupling):
             return self.net(read).to(read.dtype)
 
 
+class Verbose(Coupling):
+    def forward(self, x):
+        return (*super().forward(x), x)
+
+
+class Refusing(rosinality.ActNorm):
+    def forward(self, x):
+        raise NotImplementedError
+
+
 class WithScale(Coupling):
     """Of a network that takes another argument too."""
 
@@ -178,6 +188,8 @@ class UndefinedActNorm(rosinality.ActNorm):
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
+        (Verbose, "forward returns (Tensor, Tensor, Tensor), where such a layer would return (Tensor, Tensor)"),
+        (lambda: Refusing(4), "forward does not run: NotImplementedError"),
         (Storing, "it stores its log_det"),
         (Checkpointing, "it runs its network again in backward"),
         (WithoutAutocast, "it switches autocast on or off for its network"),

@@ -69,12 +69,23 @@ class _Run:
     """Results of one call: the tensors among them, the gradients, and where they stood; and what it did besides: the
     attributes that it stored, and whether backward called networks again."""
 
-    tensors: list[Tensor]
-    others: list[Any]
+    leaves: list[Any]
     structure: Any
     gradients: dict[str, Tensor | None]
     stored: list[str]
     recomputes: bool
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
+
+    @property
+    def others(self) -> list[Any]:
+        return [leaf for leaf in self.leaves if not isinstance(leaf, Tensor)]
+
+    def outline(self) -> Any:
+        """The results as they were returned, with the names of types in place of values."""
+        return pytree.tree_unflatten([type(leaf).__name__ for leaf in self.leaves], self.structure)
 
 
 def prove(
@@ -141,7 +152,7 @@ def _same_formula(
         except Exception as error:
             if call.optional:
                 return None
-            raise Mismatch(f"{call.name} does not run: {error}") from error
+            raise Mismatch(f"{call.name} does not run: {str(error) or type(error).__name__}") from error
     actual = _run(call, pair[1], dtype)
     _same_structure(call.name, expected, actual)
     for index, results in enumerate(zip(expected.tensors, actual.tensors, strict=True)):
@@ -294,11 +305,11 @@ def _run(call: Call, module: Any, dtype: torch.dtype, seed: int = 0) -> _Run:
     gradients: Sequence[Tensor | None] = [None] * len(wanted)
     if loss is not None:
         gradients = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
-    others = [leaf for leaf in leaves if not isinstance(leaf, Tensor)]
     recomputes = calls != [network.calls for network in _stand_ins(module)]
     now, named = plain_attributes(module, INITIALIZED), dict(zip(wanted, gradients, strict=True))
     stored = [name for name, value in now.items() if name not in kept or value is not kept[name]]
-    return _Run([t.detach() for t in tensors], others, structure, named, stored, recomputes)
+    leaves = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    return _Run(leaves, structure, named, stored, recomputes)
 
 
 def _inputs(call: Call, module: Any, dtype: torch.dtype, generator: torch.Generator) -> list[Tensor]:
@@ -316,7 +327,8 @@ def _stand_ins(module: nn.Module) -> list[StandIn]:
 
 def _same_structure(name: str, expected: _Run, actual: _Run) -> None:
     if expected.structure != actual.structure or expected.others != actual.others:
-        raise Mismatch(f"{name} returns {actual.structure}, not {expected.structure}")
+        theirs, ours = (str(run.outline()).replace("'", "") for run in (expected, actual))
+        raise Mismatch(f"{name} returns {theirs}, where such a layer would return {ours}")
     for index, (one, other) in enumerate(zip(expected.tensors, actual.tensors, strict=True)):
         if one.shape != other.shape:
             raise Mismatch(f"{name}: result {index} is {tuple(other.shape)}, not {tuple(one.shape)}")
