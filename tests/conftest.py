@@ -29,6 +29,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_sessionfinish() -> None:
+    """Let all go that Triton's library would take for a leak."""
+    gc.unfreeze()
+
+
 # Where the tensors of the tests are: ``make gpu`` says cuda.
 DEVICE = os.environ.get("GLOW_KERNELS_TEST_DEVICE", "cpu")
 if DEVICE != "cpu":
