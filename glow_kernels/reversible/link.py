@@ -357,8 +357,8 @@ def _own(tensor: Tensor, *inputs: Tensor | None) -> Tensor:
 def _given(place: Place, steps: Sequence[Step], tensors: Sequence[Any]) -> Iterator[None]:
     """Let steps compute with the parameters among ``tensors``.
 
-    A graph has its own of them: it writes what it changes to the modules at its end, as the first values of ActNorm.
-    Which of those have been set is for the modules to say, and not for what traces or runs their steps.
+    A graph has its own of them: it writes what it changes to the modules at its end, as the first values of ActNorm,
+    which it sets before. Whether the modules have theirs is not for what traces or runs their steps to say.
     """
     norms = [module for step in steps for module in step.modules if isinstance(module, ActNorm)]
     flags = [norm._is_initialized for norm in norms]
@@ -367,6 +367,8 @@ def _given(place: Place, steps: Sequence[Step], tensors: Sequence[Any]) -> Itera
             assert isinstance(step, Anatomy)
             stack.enter_context(step.substituted(tensors[start:end]))
         try:
+            for norm in norms:
+                norm._is_initialized = True
             yield
         finally:
             for norm, flag in zip(norms, flags, strict=True):
@@ -377,9 +379,6 @@ def _run_forward(x: Tensor, tensors: Sequence[Tensor | None], *settings: Any) ->
     place, mode = _split(settings)
     steps = _anatomies(place)
     with _eager(), _given(place, steps, tensors):
-        for module in itertools.chain.from_iterable(step.modules for step in steps):
-            if isinstance(module, ActNorm):
-                module._is_initialized = True  # by the graph, before
         z, log_det, draws = _forward(place, mode, steps, x, tensors)
     drawing = [number for number, drawn in zip(place.numbers, draws, strict=True) if drawn is not None]
     if drawing:
