@@ -252,3 +252,72 @@ def test_a_weight_that_is_normalised_is_of_the_type_that_is_compared():
 def test_coupling_whose_scale_is_not_one_under_the_mask_is_left_alone():
     report = gk.accelerate(nn.ModuleList([audio.CouplingBlock(8, 6, sigmoid_scale=True)]))
     assert [row.reason for row in report.left_alone] == ["its scale is not one where the mask is zero"]
+
+
+class SpeakerConvolution(audio.InvConvNear):
+    """Adds what it makes of ``g``."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.speaker = nn.Conv1d(3, channels, 1)
+
+    def forward(self, x, x_mask=None, reverse=False, **kwargs):
+        z, log_det = super().forward(x, x_mask, reverse)
+        return z if kwargs.get("g") is None else z + self.speaker(kwargs["g"]), log_det
+
+
+class SpeakerNetwork(audio.WN):
+    """Adds what it makes of ``g``."""
+
+    def __init__(self, hidden):
+        super().__init__(hidden)
+        self.cond_layer = nn.Conv1d(3, hidden, 1)
+
+    def forward(self, x, x_mask=None, g=None):
+        return super().forward(x if g is None else x + self.cond_layer(g), x_mask)
+
+
+class SpeakerCoupling(audio.CouplingBlock):
+    """Adds ``g``, or what has another name, to its data."""
+
+    def __init__(self, channels, name, network=audio.WN):
+        super().__init__(channels, 6)
+        self.name, self.wn = name, network(6)
+
+    def forward(self, x, x_mask=None, reverse=False, g=None, **kwargs):
+        given = {"g": g, **kwargs}.get(self.name)
+        x = x if given is None else x + given.mean(1, keepdim=True)
+        return super().forward(x, x_mask, reverse, g)
+
+
+def networks_speaker(channels):
+    coupling = audio.CouplingBlock(channels, 6)
+    coupling.wn = SpeakerNetwork(6)
+    return coupling
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "patched"),
+    [
+        (audio.InvConvNear, "g", True),
+        (SpeakerConvolution, "g", False),
+        (networks_speaker, "g", True),
+        (lambda channels: SpeakerCoupling(channels, "g"), "g", False),
+        (lambda channels: SpeakerCoupling(channels, "g", SpeakerNetwork), "g", False),
+        (lambda channels: SpeakerCoupling(channels, "pitch"), "pitch", True),
+    ],
+)
+def test_what_glow_tts_layers_make_of_a_speaker_is_not_lost(make, name, patched):
+    layer = make(8).double()
+    accelerated = copy.deepcopy(layer)
+    (row,) = gk.accelerate(accelerated, memory="checkpoint").layers
+    assert row.patched == patched, row.reason
+    x, mask = torch.randn(2, 8, 5, dtype=torch.float64), torch.ones(2, 1, 5, dtype=torch.float64)
+    given = torch.randn(2, 3, 1, dtype=torch.float64)
+    results = []
+    for each in (layer, accelerated):
+        leaves = [x.clone().requires_grad_(), given.clone().requires_grad_(), *each.parameters()]
+        z, log_det = each(leaves[0], mask, **{name: leaves[1]})
+        loss = z.square().sum() - log_det.sum()
+        results.append([loss, *torch.autograd.grad(loss, leaves, allow_unused=True)])
+    torch.testing.assert_close(*results)

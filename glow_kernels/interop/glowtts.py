@@ -15,14 +15,17 @@ from torch import Tensor, nn
 from glow_kernels.interop.memory import initialize, run_alone
 from glow_kernels.interop.patch import Call, Mismatch, Patch, once, options_of, own
 from glow_kernels.interop.probe import Coupling
+from glow_kernels.interop.stand_ins import Untouchable
 from glow_kernels.interop.workshop import Workshop
 from glow_kernels.ops import actnorm_conv1x1, actnorm_conv1x1_inverse
 
 LENGTH = 8
+_UNTOUCHABLE = Untouchable()
 Result = tuple[Tensor, "Tensor | None"]
 
 
-def _calls(channels: int, rounds: bool = False) -> list[Call]:
+def _calls(channels: int, rounds: bool = False, speaker: int = 0) -> list[Call]:
+    """The calls of a layer whose network reads ``speaker`` channels of ``g``; with 0, the layer may not use ``g``."""
     shape = (2, channels, LENGTH)
 
     def mask(x: Tensor) -> Tensor:
@@ -32,11 +35,15 @@ def _calls(channels: int, rounds: bool = False) -> list[Call]:
     def masked(module: Any, x: Tensor, reverse: bool) -> Any:
         return module(x * mask(x), mask(x), reverse=reverse)
 
+    def spoken(module: Any, x: Tensor, g: Any = _UNTOUCHABLE) -> Any:
+        return module(x * mask(x), mask(x), g=g)
+
     return [
         Call("forward", lambda module, x: masked(module, x, False), (shape,)),
         # Of InvConvNear, which inverts its weight in float32.
         Call("reverse", lambda module, x: masked(module, x, True), (shape,), rounds=rounds),
         Call("without mask", lambda module, x: module(x), (shape,), optional=True),
+        Call("with g", spoken, (shape, (2, speaker, 1)) if speaker else (shape,), optional=True),
     ]
 
 
@@ -61,10 +68,10 @@ class InvConvNear(Patch):
     def calls(cls, module: Any, options: Any) -> list[Call]:
         return _calls(module.channels, rounds=True)
 
-    def forward(self: Any, x: Tensor, x_mask: Any = None, reverse: bool = False, **options: Any) -> Any:
+    def forward(self: Any, x: Tensor, x_mask: Any = None, reverse: bool = False, g: Any = None) -> Any:
         """``z`` and ``logdet`` (B,); None in reverse."""
         if getattr(self, "weight_inv", None) is not None:
-            return own(self).forward(self, x, x_mask, reverse=reverse, **options)
+            return own(self).forward(self, x, x_mask, reverse=reverse)
         batch, channels, length = x.shape
         split = len(self.weight)
         groups, half = channels // split, split // 2
@@ -106,11 +113,12 @@ class CouplingBlock(Patch):
 
     @classmethod
     def calls(cls, module: Any, options: Any) -> list[Call]:
-        return _calls(options.channels)[:2]
+        speaker = getattr(getattr(module.wn, "cond_layer", None), "in_channels", 0)
+        return _calls(options.channels, speaker=speaker)
 
-    def forward(self: Any, x: Tensor, x_mask: Any = None, reverse: bool = False, g: Any = None, **options: Any) -> Any:
+    def forward(self: Any, x: Tensor, x_mask: Any = None, reverse: bool = False, g: Any = None) -> Any:
         """``z`` and ``logdet`` (B,); None in reverse."""
-        initialize(self, "forward", x, x_mask, reverse, g, **options)
+        initialize(self, "forward", x, x_mask, reverse, g)
         y, log_det = run_alone(self, functools.partial(_couple, self, reverse), x, x_mask, g)
         return y, None if reverse else log_det
 

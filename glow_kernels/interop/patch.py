@@ -321,7 +321,6 @@ def _method(ours: Callable[..., Any], theirs: Callable[..., Any], patch: type[Pa
     first, *others = list(their_signature.parameters)[1:]
     parameters = list(inspect.signature(ours).parameters.values())[2:]
     reads_all = any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters)
-    passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     names = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
     known = set(names) & set(others)
     has_inner = patch.inner.__func__ is not Patch.inner.__func__  # type: ignore[attr-defined]
@@ -338,8 +337,10 @@ def _method(ours: Callable[..., Any], theirs: Callable[..., Any], patch: type[Pa
             parameter = their_signature.parameters[name]
             if name in known:
                 given[name] = value
-            elif parameter.kind is parameter.VAR_KEYWORD and passes_on:
-                given |= value
+            elif parameter.kind is parameter.VAR_KEYWORD:
+                if any(option is not None for key, option in value.items() if key not in names):
+                    return None
+                given |= {key: option for key, option in value.items() if key in names}
             elif value is not parameter.default:
                 return None
         return given
