@@ -428,6 +428,31 @@ def test_networks_that_are_normalised_later_keep_their_activations_until_they_ar
     assert reasons == {"its network gives different results for the same input"}
 
 
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.(weight|spectral)_norm` is deprecated")
+@pytest.mark.parametrize(
+    ("normalise", "reason"),
+    [
+        (nn.utils.weight_norm, ""),
+        (parametrizations.weight_norm, ""),
+        (nn.utils.spectral_norm, "its network gives different results for the same input"),
+        (parametrizations.spectral_norm, "its network gives different results for the same input"),
+    ],
+)
+def test_networks_with_normalised_weights_keep_little_if_they_compute_the_same_twice(normalise, reason):
+    chains = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        chain = flows(2)
+        for flow in chain:
+            normalise(flow.coupling.net[0])
+        chains.append(chain.double())
+    original, accelerated = chains
+    report = gk.accelerate(accelerated, memory="invert", micro_batches=2)
+    assert {row.memory_reason for row in report.layers if row.kind == "Flow"} == {reason}
+    x = torch.randn(4, 4, 6, 6, dtype=torch.float64)
+    assert_equal(parameter_gradients(accelerated, x), parameter_gradients(original, x))
+
+
 def test_a_weight_that_is_no_parameter_any_more_is_an_error_and_not_a_missing_gradient():
     (flow,) = chain = flows(1)
     gk.accelerate(chain, memory="invert", verify=False)

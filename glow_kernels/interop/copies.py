@@ -10,15 +10,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from glow_kernels.interop.patch import CONSTANTS, FLAG, INITIALIZED, Mismatch
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# Without these hooks a layer would have the weight of its last call.
+_NORMS = (WeightNorm, SpectralNorm)
 
 
 def faithful_copy(module: Any, copies: dict[int, Any] | None = None) -> Any:
-    """A deep copy of ``module`` without hooks but those of ``weight_norm``, in which closures see the copy.
+    """A deep copy of ``module`` without hooks but those that normalise weights, in which closures see the copy.
 
     Args:
         module: anything.
@@ -33,7 +36,7 @@ def faithful_copy(module: Any, copies: dict[int, Any] | None = None) -> Any:
         empty = [value for value in vars(layer).values() if type(value) in (dict, OrderedDict) and not value]
         copies |= {id(value): type(value)() for value in empty}
         for hooks in (getattr(layer, name) for name in _HOOKS):
-            copies[id(hooks)] = OrderedDict(item for item in hooks.items() if isinstance(item[1], WeightNorm))
+            copies[id(hooks)] = OrderedDict(item for item in hooks.items() if isinstance(item[1], _NORMS))
         results = [value for value in vars(layer).values() if isinstance(value, Tensor) and not value.is_leaf]
         copies |= {id(value): value.detach().clone() for value in results}  # which deepcopy refuses
     try:

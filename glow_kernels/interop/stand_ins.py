@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.weight_norm import WeightNorm
 
 from glow_kernels.interop.copies import faithful_copy, randomised
 from glow_kernels.interop.patch import Mismatch
@@ -150,8 +151,10 @@ def changes_buffers(network: nn.Module, stand_in: StandIn) -> bool:
             outputs.append(copied(*inputs))
     if not torch.equal(*outputs):
         raise Mismatch("its network gives different results for the same input")
+    hooks = [(layer, hook) for layer in copied.modules() for hook in layer._forward_pre_hooks.values()]
+    weights = {id(getattr(layer, hook.name)) for layer, hook in hooks if isinstance(hook, WeightNorm)}
     for key, (name, _) in with_graph(copied).items():
-        if key not in before:
+        if key not in before and key not in weights:
             raise Mismatch(f"its network stores its {name}")
     own, nodes = {id(parameter) for parameter in copied.parameters()}, [outputs[0].grad_fn]
     while nodes:
