@@ -256,6 +256,11 @@ class ConditionalCoupling(AffineCouplingTransform):
         return super().forward(inputs if context is None else inputs * context.exp(), context)
 
 
+class TensorConditionalCoupling(AffineCouplingTransform):
+    def forward(self, inputs, context=None):
+        return super().forward(inputs + context.mean() if torch.is_tensor(context) else inputs, context)
+
+
 class UnconditionalCoupling(AffineCouplingTransform):
     def forward(self, inputs, context=None):
         return super().forward(inputs)
@@ -270,9 +275,10 @@ def network(inputs: int, outputs: int) -> nn.Module:
     [
         (ConditionalActNorm(4), "forward does not run: it uses its context itself"),
         (ConditionalCoupling([0, 0, 1, 1], network), "forward does not run: it uses its context itself"),
+        (TensorConditionalCoupling([0, 0, 1, 1], network), "forward does not run: it uses its context itself"),
         (UnconditionalCoupling([0, 0, 1, 1], network), "forward: result 0 differs by"),
     ],
-    ids=["actnorm", "coupling", "coupling without"],
+    ids=["actnorm", "coupling", "coupling of tensors", "coupling without"],
 )
 def test_layers_that_do_something_else_with_a_context_are_left_alone(layer, reason):
     (row,) = gk.accelerate(layer).layers

@@ -26,7 +26,7 @@ Result = tuple[Tensor, "Tensor | None"]
 
 def _calls(channels: int, rounds: bool = False, speaker: int = 0) -> list[Call]:
     """The calls of a layer whose network reads ``speaker`` channels of ``g``; with 0, the layer may not use ``g``."""
-    shape = (2, channels, LENGTH)
+    shape, speakers = (2, channels, LENGTH), [(2, speaker, 1)] if speaker else []
 
     def mask(x: Tensor) -> Tensor:
         lengths = torch.tensor([[LENGTH], [LENGTH - 3]], device=x.device)
@@ -43,7 +43,7 @@ def _calls(channels: int, rounds: bool = False, speaker: int = 0) -> list[Call]:
         # Of InvConvNear, which inverts its weight in float32.
         Call("reverse", lambda module, x: masked(module, x, True), (shape,), rounds=rounds),
         Call("without mask", lambda module, x: module(x), (shape,), optional=True),
-        Call("with g", spoken, (shape, (2, speaker, 1)) if speaker else (shape,), optional=True),
+        Call("with g", spoken, (shape, *speakers), optional=True, untouchable=not speaker),
     ]
 
 

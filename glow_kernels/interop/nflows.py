@@ -35,9 +35,10 @@ def _calls(channels: int, *spatials: tuple[int, ...], context: Any = None) -> li
 def _both_directions(
     before: tuple[int, ...], after: tuple[int, ...], suffix: str = "", context: Any = None
 ) -> list[Call]:
+    untouchable = isinstance(context, Untouchable)
     return [
-        Call("forward" + suffix, lambda module, x: module(x, context), (before,)),
-        Call("inverse" + suffix, lambda module, z: module.inverse(z, context), (after,)),
+        Call("forward" + suffix, lambda module, x: module(x, context), (before,), untouchable=untouchable),
+        Call("inverse" + suffix, lambda module, z: module.inverse(z, context), (after,), untouchable=untouchable),
     ]
 
 

@@ -64,6 +64,7 @@ class Call:
         shapes: of those inputs.
         optional: the layer itself may refuse this call; then it is not compared.
         rounds: the layer rounds to float32 whatever its type.
+        untouchable: it gives a context that cannot be used, nor kept for backward.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Call:
     shapes: tuple[tuple[int, ...], ...]
     optional: bool = False
     rounds: bool = False
+    untouchable: bool = False
 
 
 class Patch:

@@ -18,14 +18,11 @@ SPATIAL = (4, 6)
 VOLUME = (2, 3, 4)
 
 
-class Untouchable:
-    """A context that a layer may hand to its network, or ignore, and nothing else."""
+class Untouchable(Tensor):
+    """A context that a layer may hand to its network, or ignore, and nothing else; a tensor, for layers that ask."""
 
     @classmethod
     def __torch_function__(cls, *_: Any, **__: Any) -> Any:
-        raise Mismatch("it uses its context itself")
-
-    def __getattr__(self, name: str) -> Any:
         raise Mismatch("it uses its context itself")
 
 
