@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from test_nn import assert_close, moved, ready
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import glow_kernels as gk
 from glow_kernels.nn import ActNorm, AffineCoupling, FlowStep
@@ -299,9 +299,27 @@ def test_nothing_is_written_to_weights_that_fsdp_gives_up(memory: str, per_step:
         for step in one.levels[0].steps if per_step else ():
             fully_shard(step, mesh=mesh)
         fully_shard(one, mesh=mesh)
-    message = r"^ActNorm of 4 channels .* call model\.initialize\(batch\), or load weights, before fully_shard$"
+    message = r"^ActNorm of 4 .* call model\.initialize\(batch\), or load weights, before the model is sharded$"
     with pytest.raises(RuntimeError, match=message):
         model(x)
     assert not any(module.is_initialized() for module in model.modules() if isinstance(module, ActNorm))
     initialized(x).sum().backward()
     assert_close(initialized(x), expected, 1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:FSDP")
+@pytest.mark.parametrize("use_orig_params", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_nothing_is_written_to_those_of_the_older_fsdp(use_orig_params: bool, grad: bool, process_group: None) -> None:
+    model = gk.models.Glow(1, 4, steps=1, levels=1, hidden_channels=4)
+    sharded = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=use_orig_params)
+    with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match=r"^ActNorm of 4 channels .* is sharded$"):
+        sharded(torch.randn(4, 1, 4, 4))
+
+
+def test_nothing_is_written_to_weights_that_fsdp_gives_up_when_compiled(process_group: None) -> None:
+    model = gk.models.Glow(1, 4, steps=1, levels=1, hidden_channels=4)
+    fully_shard(model, mesh=dist.device_mesh.init_device_mesh("cpu", (1,)))
+    model.compile(backend="eager")
+    with pytest.raises(RuntimeError, match=r"^ActNorm of 4 channels .* is sharded$"):
+        model(torch.randn(4, 1, 4, 4))

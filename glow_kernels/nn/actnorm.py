@@ -94,7 +94,7 @@ class ActNorm(nn.Module):
         if _is_sharded(self):
             raise RuntimeError(
                 f"ActNorm of {self.channels} channels cannot be initialised where FSDP shards it, which forgets what a "
-                "forward writes: call model.initialize(batch), or load weights, before fully_shard"
+                "forward writes: call model.initialize(batch), or load weights, before the model is sharded"
             )
         mean, std = actnorm_statistics(x)
         if is_readable(std) and not bool(std.isfinite().all()):
@@ -135,6 +135,9 @@ class ActNorm(nn.Module):
 
 def _is_sharded(module: nn.Module) -> bool:
     """Whether a module around ``module`` is under FSDP, and parameters in a forward are copies that are given up."""
+    # Both FSDPs leave this word for torch.compile. replicate(), which is built on the newer one, does not.
+    if getattr(module, "_is_fsdp_managed_module", False):
+        return True
     if torch.compiler.is_compiling() or not (dist.is_available() and dist.is_initialized()):
         return False
     from torch.distributed._composable_state import _module_state_mapping
