@@ -408,3 +408,24 @@ def test_biases_of_actnorm_have_no_gradient_on_the_batch_that_initialised_them()
     steps = [step for level in model.levels for step in level.steps]
     assert max(step.actnorm.bias.grad.abs().max() for step in steps) < 1e-14
     assert min(step.actnorm.log_scale.grad.abs().max() for step in steps) > 1e-4
+
+
+class Decoder(torch.nn.Module):
+    """Images of latents, and samples as many."""
+
+    def __init__(self, model: Glow) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, latents: list[Tensor]) -> tuple[Tensor, Tensor]:
+        return self.model.decode(latents), self.model.sample(latents[0].shape[0])
+
+
+def test_decoding_and_sampling_are_exported_for_any_number_of_images():
+    model = ready(Glow(1, (4, 4), 1, 2, 4), torch.randn(3, 1, 4, 4)).eval()
+    two, three = ([torch.randn(n, *shape) for shape in model.latent_shapes()] for n in (2, 3))
+    batch = {0: torch.export.Dim.DYNAMIC}
+    exported = torch.export.export(Decoder(model), (two,), dynamic_shapes=([batch, batch],)).module()
+    images, samples = exported(three)
+    assert_close(images, model.decode(three), 1e-6)
+    assert samples.shape == images.shape

@@ -47,7 +47,7 @@ def test_dequantised_pixels_stay_in_their_level(n_bins, dtype):
 @pytest.mark.parametrize("noise", EXTREME_NOISE)
 @pytest.mark.parametrize("n_bins", BINS)
 def test_the_next_level_is_never_reached(monkeypatch, n_bins, noise):
-    monkeypatch.setattr(torch, "rand", lambda size, **_: torch.full(size, noise))
+    monkeypatch.setattr(torch.Tensor, "uniform_", lambda tensor, **_: tensor.fill_(noise))
     levels = every_level(n_bins)
     x = dequantize(levels, n_bins)
     assert x.min() >= -0.5
@@ -55,6 +55,14 @@ def test_the_next_level_is_never_reached(monkeypatch, n_bins, noise):
     assert torch.equal(quantize(x, n_bins), levels.to(torch.uint8))
     # A level is 2^15 or more of the least differences of x, and rounding costs a few of them.
     assert (x - ((levels.double() + noise) / n_bins - 0.5)).abs().max() < 2**-21
+
+
+def test_a_compiled_call_takes_another_number_of_images():
+    """Which is a symbol from then on."""
+    compiled = torch.compile(dequantize, fullgraph=True, backend="eager")
+    for n in (2, 3):
+        levels = torch.randint(0, 256, (n, 1, 2, 2), dtype=torch.uint8)
+        assert torch.equal(quantize(compiled(levels, 256), 256), levels)
 
 
 def test_noise_is_fresh_or_of_the_generator():

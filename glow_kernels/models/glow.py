@@ -229,8 +229,8 @@ class Glow(nn.Module):
         got = [tuple(latent.shape[1:]) for latent in latents]
         if got != self.latent_shapes():
             raise ValueError(f"latents must have the shapes (B, *) with * = {self.latent_shapes()}, got {got}")
-        batch_sizes = {latent.shape[0] for latent in latents}
-        if len(batch_sizes) > 1:
+        # Not by a set: under torch.export sizes may be symbols, which have no hash.
+        if any(latent.shape[0] != latents[0].shape[0] for latent in latents):
             sizes = ", ".join(str(latent.shape[0]) for latent in latents)
             raise ValueError(f"latents must have the same batch size, got {sizes}")
         *split_latents, top = latents
@@ -268,10 +268,11 @@ class Glow(nn.Module):
         if not temperature >= 0.0:
             raise ValueError(f"temperature must be at least 0, got {temperature}")
         parameter = next(self.parameters())
-        latents = [
-            temperature * torch.randn((n, *shape), generator=generator, device=parameter.device, dtype=parameter.dtype)
-            for shape in self.latent_shapes()
-        ]
+        latents = []
+        for shape in self.latent_shapes():
+            # Not randn: with a generator, even with None, it takes no size that is a symbol of torch.compile.
+            noise = torch.empty((n, *shape), device=parameter.device, dtype=parameter.dtype)
+            latents.append(temperature * noise.normal_(generator=generator))
         return self.decode(latents, labels)
 
     def latent_shapes(self) -> list[tuple[int, int, int]]:

@@ -39,7 +39,8 @@ def dequantize(levels: Tensor, n_bins: int, generator: torch.Generator | None = 
     if levels.dtype != torch.uint8 or n_bins < 256:  # else any byte is one of them
         check_below("levels", levels, n_bins, f" with n_bins = {n_bins}")
     wide = wide_dtype(levels.device)
-    noise = torch.rand(levels.shape, generator=generator, device=levels.device)
+    # Not rand: with a generator, even with None, it takes no size that is a symbol of torch.compile.
+    noise = torch.empty(levels.shape, device=levels.device).uniform_(generator=generator)
     x = ((levels + noise.to(wide)) / n_bins - 0.5).to(noise.dtype)
     # Rounding may have crossed into the next level, by less than one step of the type.
     return torch.nextafter(x, (x - (_level(x, n_bins) - levels)).to(x.dtype))

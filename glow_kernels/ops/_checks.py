@@ -48,9 +48,9 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 
 def check_whole(name: str, value: Any, least: int | None = None) -> None:
-    """``value`` must be a whole number, of Python or NumPy, perhaps of at least ``least``."""
+    """``value`` must be a whole number, of Python, NumPy or torch.export, perhaps of at least ``least``."""
     # To Python a bool is a number.
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+    if isinstance(value, bool) or not isinstance(value, (numbers.Integral, torch.SymInt)):
         raise TypeError(f"{name} must be a whole number, got {value!r}")
     if least is not None and value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
