@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import re
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -673,3 +674,11 @@ def test_impossible_scale_maps_are_refused(options, message):
     with pytest.raises(ValueError, match="must") as caught:
         ScaleMap(**options)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("name", ["slope", "offset", "gain", "floor", "low", "high"])
+@pytest.mark.parametrize("value", ["a", None, torch.ones((), requires_grad=True)])
+def test_scale_maps_of_other_things_than_numbers_are_refused(name, value):
+    """A tensor that is to be learned would get no gradient."""
+    with pytest.raises(TypeError, match=f"^{name} must be a number, got {re.escape(repr(value))}$"):
+        ScaleMap("exp", **{name: value})

@@ -334,6 +334,7 @@ BAD_CALLS = {
     "n must be a whole number, got 2.5": (TypeError, lambda m: m.sample(2.5, labels=LABELS)),
     "n must be at least 0, got -1": (ValueError, lambda m: m.sample(-1, labels=LABELS)),
     "temperature must be at least 0, got -0.1": (ValueError, lambda m: m.sample(3, -0.1, LABELS)),
+    "temperature must be a number, got 'hot'": (TypeError, lambda m: m.sample(3, "hot", LABELS)),
     "temperature must be at least 0, got nan": (ValueError, lambda m: m.sample(3, math.nan, LABELS)),
 }
 
@@ -429,3 +430,9 @@ def test_decoding_and_sampling_are_exported_for_any_number_of_images():
     images, samples = exported(three)
     assert_close(images, model.decode(three), 1e-6)
     assert samples.shape == images.shape
+
+
+def test_temperature_may_be_an_element_of_a_tensor():
+    model = ready(Glow(1, (4, 4), 1, 2, 4), torch.randn(3, 1, 4, 4))
+    for temperature in torch.linspace(0.0, 1.0, 2):
+        assert model.sample(1, temperature).shape == (1, 1, 4, 4)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from glow_kernels.models import likelihood
 from glow_kernels.nn import FlowStep, SplitPrior, Squeeze, TopPrior
 from glow_kernels.ops import ScaleMap
-from glow_kernels.ops._checks import check_image, check_whole
+from glow_kernels.ops._checks import check_image, check_number, check_whole
 from glow_kernels.reversible import ReversibleSequential
 
 
@@ -245,7 +245,7 @@ class Glow(nn.Module):
     def sample(
         self,
         n: int,
-        temperature: float = 0.7,
+        temperature: float | Tensor = 0.7,
         labels: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
@@ -261,10 +261,12 @@ class Glow(nn.Module):
             ``(n, in_channels, height, width)``; :meth:`quantize` makes pixels of it.
 
         Raises:
-            TypeError: ``n`` is no whole number.
+            TypeError: ``n`` is no whole number, or ``temperature`` no number.
             ValueError: a negative ``n`` or ``temperature``; otherwise as :meth:`decode`.
         """
         check_whole("n", n, 0)
+        if not isinstance(temperature, Tensor):
+            check_number("temperature", temperature)
         if not temperature >= 0.0:
             raise ValueError(f"temperature must be at least 0, got {temperature}")
         parameter = next(self.parameters())

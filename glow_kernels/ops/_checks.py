@@ -56,6 +56,13 @@ def check_whole(name: str, value: Any, least: int | None = None) -> None:
         raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
+def check_number(name: str, value: Any) -> None:
+    """``value`` must be a real number, of Python, NumPy, torch.compile or torch.export."""
+    # A tensor is none: as a constant of an operator it would get no gradient, without a word.
+    if not isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+
+
 def check_below(name: str, tensor: Tensor, count: int, meaning: str = "") -> None:
     """Integers must be in ``0 .. count - 1``, whose ``meaning`` is told, if looking at them waits for nothing."""
     if tensor.is_cpu and tensor.numel() and is_readable(tensor):

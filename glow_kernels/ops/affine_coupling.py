@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from glow_kernels.backends.numerics import compute_dtype, output_format
-from glow_kernels.ops._checks import check_choice, check_image, check_like
+from glow_kernels.ops._checks import check_choice, check_image, check_like, check_number
 from glow_kernels.ops._registry import Operator
 
 KINDS = ("sigmoid", "exp", "tanh", "atan", "softsign", "clip")
@@ -56,6 +56,7 @@ class ScaleMap:
     ``logsigmoid``. A floor above zero bounds the inverse: with ``gain = 1 - floor``, ``s`` stays in ``(floor, 1)``.
 
     Raises:
+        TypeError: a parameter is no number.
         ValueError: an unknown kind, a floor below zero, a gain of a sigmoid that is not above zero, low > high.
     """
 
@@ -69,6 +70,8 @@ class ScaleMap:
 
     def __post_init__(self) -> None:
         check_choice("kind", self.kind, KINDS)
+        for name in ("slope", "offset", "gain", "floor", "low", "high"):
+            check_number(name, getattr(self, name))
         if not self.floor >= 0.0:
             raise ValueError(f"floor must be at least 0, got {self.floor}")
         if self.kind == "sigmoid" and not self.gain > 0.0:
