@@ -317,6 +317,18 @@ def test_nothing_is_written_to_those_of_the_older_fsdp(use_orig_params: bool, gr
         sharded(torch.randn(4, 1, 4, 4))
 
 
+@pytest.mark.filterwarnings("ignore:FSDP")
+@pytest.mark.parametrize("memory", ["checkpoint", "anchor"])
+def test_steps_under_the_older_fsdp_are_refused_by_chains(memory: str, process_group: None) -> None:
+    """An inverse read the weights where they are not gathered, and the process ended."""
+    model, x = gk.models.Glow(1, 4, steps=1, levels=1, hidden_channels=4, memory=memory), torch.randn(4, 1, 4, 4)
+    model.initialize(x)
+    steps = model.levels[0].steps
+    steps[0] = FullyShardedDataParallel(steps[0], device_id=torch.device("cpu"))
+    with pytest.raises(RuntimeError, match=r"^step 0 .*: its weights are not there .* fully_shard, or wrap the whole"):
+        model(x)
+
+
 def test_nothing_is_written_to_weights_that_fsdp_gives_up_when_compiled(process_group: None) -> None:
     model = gk.models.Glow(1, 4, steps=1, levels=1, hidden_channels=4)
     fully_shard(model, mesh=dist.device_mesh.init_device_mesh("cpu", (1,)))

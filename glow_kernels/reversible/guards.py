@@ -127,11 +127,16 @@ def prove(
     """Try a step out on two samples when its modules are first used, unless all of it is this package's own.
 
     Raises:
-        RuntimeError: it is not a function of its input and its parameters, or its inverse does not lead back.
+        RuntimeError: it is not a function of its input and its parameters, or its inverse does not lead back, or its
+            weights are not there for one.
         TypeError: its result is not ``(z, log_det)``.
     """
     if isinstance(anatomy, PlainStep) or anatomy.is_standard or isinstance(x, FakeTensor) or len(x) == 0:
         return
+    # It gathers weights for forward() alone: an inverse would read memory that is not there. By its name, since to
+    # import it takes long.
+    if type(anatomy.step).__name__ == "FullyShardedDataParallel":
+        raise RuntimeError("its weights are not there to recompute it: use fully_shard, or wrap the whole model alone")
     needs_inverse, divides = chain._needs_inverse(index), len(mode.parts(len(x))) > 1
     key = (index, anatomy.step.training, needs_inverse, divides)
     if chain._proven.get(key) == anatomy.modules:
