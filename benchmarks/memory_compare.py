@@ -12,10 +12,10 @@ docs/memory/compare.json. Needs the extra "peers".
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import statistics
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -28,14 +28,10 @@ from torch.utils.checkpoint import checkpoint
 
 import glow_kernels as gk
 from glow_kernels import ReversibleSequential
+from glow_kernels.bench.live_storages import LiveStorages
 from glow_kernels.nn import FlowStep
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
-
-from glow_kernels.bench.live_storages import LiveStorages  # noqa: E402
-
-RESULTS = ROOT / "docs/memory/compare.json"
+RESULTS = Path(__file__).parents[1] / "docs/memory/compare.json"
 CHANNELS, HIDDEN, SIZE, BATCH = 12, 128, 32, 8
 REPEATS = 8
 
@@ -165,11 +161,15 @@ def peak(model: nn.Module, x: Tensor) -> int:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("steps", nargs="?", type=int, default=8)
+    parser.add_argument("coupling", nargs="?", choices=("affine", "additive"))
+    arguments = parser.parse_args()
     warnings.simplefilter("ignore")
-    count = int(sys.argv[1]) if len(sys.argv) > 1 else 8
+    count = arguments.steps
     torch.set_num_threads(1)
     gk.tune_allocator()
-    couplings = sys.argv[2:] or ["affine", "additive"]
+    couplings = [arguments.coupling] if arguments.coupling else ["affine", "additive"]
     rows = [row for row in json.loads(RESULTS.read_text()) if row["coupling"] not in couplings]
     for coupling in couplings:
         x = torch.randn(BATCH, CHANNELS, SIZE, SIZE)

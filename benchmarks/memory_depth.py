@@ -6,18 +6,15 @@ docs/memory/depth.json. A step is simulated operator by operator, so this needs 
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 import glow_kernels as gk
+from glow_kernels.bench.live_storages import training_step_bytes
 from glow_kernels.models import Glow
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
-
-from glow_kernels.bench.live_storages import training_step_bytes  # noqa: E402
-
 POLICIES = {
     "store": {"memory": "store"},
     "checkpoint": {"memory": "checkpoint"},
@@ -31,6 +28,7 @@ DEPTHS = {True: (4, 16, 48, 80), False: (6, 12)}
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     rows = []
     for name, options in POLICIES.items():
         fast = "micro_batches" not in options

@@ -5,6 +5,7 @@ Writes docs/memory/digits.json.
 
 from __future__ import annotations
 
+import argparse
 import json
 import tempfile
 from pathlib import Path
@@ -27,6 +28,7 @@ def run(memory: str, folder: Path) -> list[float]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         curves = {memory: run(memory, Path(folder) / memory) for memory in ("store", "anchor")}

@@ -8,8 +8,8 @@ file to docs/memory, as the other does.
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -98,7 +98,18 @@ def poison(count: int, updates: int) -> None:
         (RESULTS / f"poison{count}.json").write_text(json.dumps(rows, indent=1) + "\n")
 
 
-if __name__ == "__main__":
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("depth", "poison"))
+    parser.add_argument("steps", nargs="?", type=int)
+    parser.add_argument("updates", nargs="?", type=int, default=UPDATES)
+    arguments = parser.parse_args()
+    if arguments.what == "poison" and arguments.steps is None:
+        parser.error("poison needs the number of steps of flow")
     # For convolutions this small oneDNN's set-up takes longer than the work.
     with torch.backends.mkldnn.flags(enabled=False, allow_tf32=None):
-        depth() if sys.argv[1] == "depth" else poison(int(sys.argv[2]), int((sys.argv[3:] or [UPDATES])[0]))
+        depth() if arguments.what == "depth" else poison(arguments.steps, arguments.updates)
+
+
+if __name__ == "__main__":
+    main()

@@ -9,6 +9,7 @@ is what tensors live in, without the code of the libraries). Prints one line per
 
 from __future__ import annotations
 
+import argparse
 import resource
 import subprocess
 import sys
@@ -42,9 +43,15 @@ def train(memory: str, limit: float) -> None:
 
 
 def main() -> None:
-    if len(sys.argv) == 3:
-        train(sys.argv[1], float(sys.argv[2]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("memory", nargs="?", choices=("store", "checkpoint", "anchor", "invert"))
+    parser.add_argument("limit", nargs="?", type=float, help="in GiB")
+    arguments = parser.parse_args()
+    if arguments.limit is not None:
+        train(arguments.memory, arguments.limit)
         return
+    if arguments.memory is not None:
+        parser.error("a policy needs a limit in GiB")
     print(f"Glow, {STEPS} steps, {LEVELS} levels, {HIDDEN} hidden channels, {BATCH} images of {SIZE} x {SIZE}")
     for memory, limit in (("store", 4.0), ("anchor", 1.0)):
         run = subprocess.run([sys.executable, __file__, memory, str(limit)], capture_output=True, text=True)

@@ -9,10 +9,10 @@ times relative to plain autograd. The same weights for all.
 
 from __future__ import annotations
 
+import argparse
 import functools
 import gc
 import statistics
-import sys
 import time
 
 import torch
@@ -57,9 +57,14 @@ def seconds(model: Glow, x: Tensor) -> float:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sizes", nargs="*", type=int, help="steps, levels, width, image size and batch")
+    arguments = parser.parse_args()
+    if len(arguments.sizes) not in (0, 5):
+        parser.error(f"there are five sizes, got {len(arguments.sizes)}")
     torch.set_num_threads(1)
     gk.tune_allocator()
-    for sizes in [tuple(map(int, sys.argv[1:]))] if len(sys.argv) > 1 else SIZES:
+    for sizes in [tuple(arguments.sizes)] if arguments.sizes else SIZES:
         *shape, batch = sizes
         x = torch.rand(batch, 3, shape[3], shape[3]) - 0.5
         contenders = models(*shape, x)
