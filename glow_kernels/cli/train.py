@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import time
 from contextlib import ExitStack
@@ -128,10 +127,10 @@ def _train(
 def _new(arguments: argparse.Namespace, given: dict[str, Any]) -> tuple[Path, TrainingConfig]:
     dataset = given.pop("dataset", "digits")
     config = TrainingConfig.for_dataset(dataset, **given)
-    name, _, location = dataset.partition(":")
+    name, data = datasets.parsed(dataset)
     folder: Path = arguments.folder or Path("runs") / name
     # Its pictures would be data too: of others than it began with, a run does not go on.
-    if name == "folder" and location and folder.resolve().is_relative_to(Path(os.path.expanduser(location)).resolve()):
+    if name == "folder" and data is not None and folder.resolve().is_relative_to(data.resolve()):
         raise UsageError(
             f"{folder} is inside of {dataset}, where its pictures would be images: name another with --run"
         )

@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from glow_kernels.interop.memory import initialize, run_alone
 from glow_kernels.interop.patch import Call, Mismatch, Patch, once, options_of, own
 from glow_kernels.interop.probe import Coupling
-from glow_kernels.interop.stand_ins import Untouchable
+from glow_kernels.interop.stand_ins import UNTOUCHABLE
 from glow_kernels.interop.workshop import Workshop
 from glow_kernels.ops import actnorm_conv1x1, actnorm_conv1x1_inverse
 
 LENGTH = 8
-_UNTOUCHABLE = Untouchable()
 Result = tuple[Tensor, "Tensor | None"]
 
 
@@ -35,7 +34,7 @@ def _calls(channels: int, rounds: bool = False, speaker: int = 0) -> list[Call]:
     def masked(module: Any, x: Tensor, reverse: bool) -> Any:
         return module(x * mask(x), mask(x), reverse=reverse)
 
-    def spoken(module: Any, x: Tensor, g: Any = _UNTOUCHABLE) -> Any:
+    def spoken(module: Any, x: Tensor, g: Any = UNTOUCHABLE) -> Any:
         return module(x * mask(x), mask(x), g=g)
 
     return [

@@ -16,7 +16,7 @@ from glow_kernels.interop import steps
 from glow_kernels.interop.claims import NO_SYNC
 from glow_kernels.interop.memory import initialize, run
 from glow_kernels.interop.patch import Call, Mismatch, Patch, has_hooks, is_as_found, is_set, options_of, own
-from glow_kernels.interop.stand_ins import SPATIAL, Untouchable, spatial_of
+from glow_kernels.interop.stand_ins import SPATIAL, UNTOUCHABLE, spatial_of
 from glow_kernels.interop.steps import Parts
 from glow_kernels.interop.workshop import Workshop
 from glow_kernels.ops import actnorm_conv1x1, actnorm_conv1x1_inverse
@@ -24,18 +24,18 @@ from glow_kernels.ops import actnorm_conv1x1, actnorm_conv1x1_inverse
 Result = tuple[Tensor, Tensor]
 
 
-def _calls(channels: int, *spatials: tuple[int, ...], context: Any = None) -> list[Call]:
+def _calls(channels: int, *spatials: tuple[int, ...], untouchable: bool = False) -> list[Call]:
     calls = []
     for spatial in spatials:
         shape = (2, channels, *spatial)
-        calls += _both_directions(shape, shape, "" if spatial else " of vectors", context)
+        calls += _both_directions(shape, shape, "" if spatial else " of vectors", untouchable)
     return calls
 
 
 def _both_directions(
-    before: tuple[int, ...], after: tuple[int, ...], suffix: str = "", context: Any = None
+    before: tuple[int, ...], after: tuple[int, ...], suffix: str = "", untouchable: bool = False
 ) -> list[Call]:
-    untouchable = isinstance(context, Untouchable)
+    context = UNTOUCHABLE if untouchable else None
     return [
         Call("forward" + suffix, lambda module, x: module(x, context), (before,), untouchable=untouchable),
         Call("inverse" + suffix, lambda module, z: module.inverse(z, context), (after,), untouchable=untouchable),
@@ -55,7 +55,7 @@ class ActNorm(Patch):
 
     @classmethod
     def calls(cls, module: Any, options: Any) -> list[Call]:
-        return _calls(len(module.shift), SPATIAL, (), context=Untouchable())
+        return _calls(len(module.shift), SPATIAL, (), untouchable=True)
 
     def forward(self: Any, inputs: Tensor, context: Any = None) -> Result:
         """``outputs`` and ``logabsdet`` (B,)."""
@@ -82,7 +82,7 @@ class OneByOneConvolution(Patch):
 
     @classmethod
     def calls(cls, module: Any, options: Any) -> list[Call]:
-        return _calls(len(module.bias), SPATIAL, context=Untouchable())
+        return _calls(len(module.bias), SPATIAL, untouchable=True)
 
     def forward(self: Any, inputs: Tensor, context: Any = None) -> Result:
         """``outputs`` and ``logabsdet`` (B,)."""
@@ -140,7 +140,7 @@ class AffineCouplingTransform(Patch):
     @classmethod
     def calls(cls, module: Any, options: Any) -> list[Call]:
         sizes = options.channels, spatial_of(module.transform_net)
-        return [*_calls(*sizes), *_calls(*sizes, context=Untouchable())[:1]]
+        return [*_calls(*sizes), *_calls(*sizes, untouchable=True)[:1]]
 
     @classmethod
     def parts(cls, module: Any) -> Parts:

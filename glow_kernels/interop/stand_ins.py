@@ -26,6 +26,9 @@ class Untouchable(Tensor):
         raise Mismatch("it uses its context itself")
 
 
+UNTOUCHABLE = Untouchable()
+
+
 class StandIn(nn.Module):
     """Takes the place of a network: a smooth function of the channels at each position, or a given ``answer``.
 

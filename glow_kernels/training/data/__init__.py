@@ -43,12 +43,10 @@ def load(
         raise UsageError(f"image_size must be at least 1, not {image_size}")
     if specification in _BUILT_IN:
         return _BUILT_IN[specification](n_bits, image_size)
-    source, _, location = specification.partition(":")
-    if source not in _FROM_PATH or not location:
+    source, path = parsed(specification)
+    if source not in _FROM_PATH or path is None:
         forms = [*_BUILT_IN, *(f"{name}:PATH" for name in _FROM_PATH)]
         raise UsageError(f"unknown data '{specification}'; use one of {', '.join(forms)}")
-    # The shell leaves a ~ that is not at the beginning of an argument alone.
-    path = Path(os.path.expanduser(location))
     if not os.path.exists(path):
         raise DataError(
             f"{path} (from '{specification}') does not exist or cannot be reached; check the path, or name another "
@@ -57,3 +55,10 @@ def load(
     if source == "folder":
         return folder.load(specification, path, n_bits, image_size, show_progress)
     return _FROM_PATH[source](specification, path, n_bits, image_size)
+
+
+def parsed(specification: str) -> tuple[str, Path | None]:
+    """The source that ``specification`` names, and the path of its data, if it names one."""
+    source, _, location = specification.partition(":")
+    # The shell leaves a ~ that is not at the beginning of an argument alone.
+    return source, Path(os.path.expanduser(location)) if location else None
