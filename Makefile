@@ -35,16 +35,17 @@ SANITIZE := -g1 -fsanitize=address,undefined -fno-sanitize=null,object-size,poin
 	-fno-sanitize-recover=all -fno-omit-frame-pointer
 # Tests of what Python makes of the kernels, whose accesses are those of other tests.
 OF_PYTHON := opcheck compile gradcheck torch_func meta_tensors autocast ranks
+OF_KERNELS := "native $(addprefix and not ,$(OF_PYTHON))"
 
 PYTEST_SANITIZED = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(1) OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto \
-	-k "native $(addprefix and not ,$(OF_PYTHON))"
+	-k $(OF_KERNELS)
 # The CUDA sources as C++ on the CPU, checked likewise; once more those that have other kernels for small tensors, which
 # nearly all tensors of the tests are.
 CUDA_HOST := build/cuda_host
 OF_ANY_SIZE := $(addprefix tests/test_,actnorm_conv1x1.py affine_coupling.py coupling_conv1x1.py)
 
-.PHONY: help build build-cuda demo test test-triton test-sanitized test-cuda test-cuda-host bench gpu gpu-curve kernels-report lint format clean no-compiler
+.PHONY: help build build-cuda demo test test-triton test-variants test-sanitized test-cuda test-cuda-host bench gpu gpu-curve kernels-report lint format clean no-compiler
 
 help:
 	@echo "make build   compile the native CPU library, which needs a C++ compiler; CXX=clang++ chooses another"
@@ -52,6 +53,7 @@ help:
 	@echo "make demo    train a Glow on scikit-learn's digits, one to three minutes on two cores; pictures in runs/demo"
 	@echo "make test    run the tests"
 	@echo "make test-triton     run the operator tests on Triton's interpreter and compile its kernels for five GPUs"
+	@echo "make test-variants   run the operator tests on the native kernels for processors without AVX-512, and without AVX2"
 	@echo "make test-sanitized  run the operator tests on a native library with AddressSanitizer and UBSan"
 	@echo "make test-cuda   compile the CUDA kernels and see that nothing spills; needs nvcc but no GPU"
 	@echo "make test-cuda-host  run the operator tests on the CUDA kernels, compiled for the CPU with both sanitizers"
@@ -90,6 +92,11 @@ kernels-report: $(INSTALLED)
 	$(BIN)/python tests/kernel_record.py reports/kernels.csv
 	@GLOW_KERNELS_BUILD=cuda $(BIN)/python setup.py --quiet build_ext --inplace && \
 		$(BIN)/python tests/cuda_resources.py reports/cuda_kernels.csv || echo "no report of the CUDA kernels"
+
+# The kernels that processors without AVX-512, or without AVX2, get.
+test-variants: $(INSTALLED) $(LIBRARY)
+	GLOW_KERNELS_ISA=avx2 $(PYTEST) $(OPERATOR_TESTS) -k $(OF_KERNELS)
+	GLOW_KERNELS_ISA=baseline $(PYTEST) $(OPERATOR_TESTS) -k $(OF_KERNELS)
 
 test-sanitized: $(INSTALLED)
 	GLOW_KERNELS_ISAS=baseline CXXFLAGS="-O0 $(SANITIZE) -march=native" GLOW_KERNELS_BUILD=cpu $(BIN)/python setup.py --quiet build --build-lib $(SANITIZED)
