@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from glow_kernels.ops._checks import check_whole
+
 
 class CapturedStep:
     """A step of a training loop that records itself as a CUDA graph and from then on replays it.
@@ -24,7 +26,7 @@ class CapturedStep:
         warmup: calls before the recording, at least 1.
 
     Raises:
-        ValueError: ``warmup`` is below 1.
+        TypeError, ValueError: ``step`` is no function, or ``warmup`` no whole number of at least 1.
 
     Example::
 
@@ -41,8 +43,9 @@ class CapturedStep:
     """
 
     def __init__(self, step: Callable[..., Any], *, warmup: int = 3) -> None:
-        if warmup < 1:
-            raise ValueError(f"warmup must be at least 1, got {warmup}")
+        if not callable(step):
+            raise TypeError(f"step must be callable, got {type(step).__name__}")
+        check_whole("warmup", warmup, 1)
         self._step = step
         self._calls_before = warmup  # below 0 once a recording has been tried, or cannot be
         self._inputs: list[Tensor] = []

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from glow_kernels.backends import backend_status, faster, implementation
 from glow_kernels.backends.native import cuda
 from glow_kernels.errors import BackendUnavailableError, UsageError
+from glow_kernels.ops._checks import check_module, check_whole
 
 Call = Callable[[], object]
 
@@ -38,11 +39,17 @@ def warmup(model: nn.Module, shape: Sequence[int]) -> None:
         shape: of its input, (B, C, *spatial).
 
     Raises:
+        TypeError: ``model`` is no module, or ``shape`` no sequence of whole numbers.
         UsageError: the model has no parameters, which tell the device, or the shape is empty.
     """
+    check_module("model", model)
     parameter = next(model.parameters(), None)
     if parameter is None:
         raise UsageError(f"model must have parameters, got a {type(model).__name__} without any")
+    if not isinstance(shape, Sequence):
+        raise TypeError(f"shape must be a sequence of whole numbers, got {shape!r}")
+    for size in shape:
+        check_whole("a size in shape", size)
     if len(shape) < 2 or min(shape) < 1:
         raise UsageError(f"shape must be (B, C, *spatial) with sizes of at least 1, got {tuple(shape)}")
     # In training mode, so that a flow that is not initialised does so.

@@ -333,9 +333,16 @@ BAD_CALLS = {
     "labels must be given: the prior has 3 classes": (ValueError, lambda m: m.sample(3)),
     "n must be a whole number, got 2.5": (TypeError, lambda m: m.sample(2.5, labels=LABELS)),
     "n must be at least 0, got -1": (ValueError, lambda m: m.sample(-1, labels=LABELS)),
-    "temperature must be at least 0, got -0.1": (ValueError, lambda m: m.sample(3, -0.1, LABELS)),
+    "latents must be a sequence of tensors, got NoneType": (TypeError, lambda m: m.decode(None, LABELS)),
+    "latents[1] must be a tensor, got str": (TypeError, lambda m: m.decode([LATENTS[0], "z"], LABELS)),
+    "temperature must be finite and at least 0, got -0.1": (ValueError, lambda m: m.sample(3, -0.1, LABELS)),
+    "temperature must be finite and at least 0, got inf": (ValueError, lambda m: m.sample(3, math.inf, LABELS)),
+    "temperature must be one number, got a tensor of shape (3,)": (
+        ValueError,
+        lambda m: m.sample(3, torch.ones(3), LABELS),
+    ),
     "temperature must be a number, got 'hot'": (TypeError, lambda m: m.sample(3, "hot", LABELS)),
-    "temperature must be at least 0, got nan": (ValueError, lambda m: m.sample(3, math.nan, LABELS)),
+    "temperature must be finite and at least 0, got nan": (ValueError, lambda m: m.sample(3, math.nan, LABELS)),
 }
 
 

@@ -114,6 +114,10 @@ def test_every_call_is_one_step() -> None:
     assert step.is_settled
     with pytest.raises(ValueError, match="warmup must be at least 1, got 0"):
         gk.CapturedStep(lambda x: x, warmup=0)
+    with pytest.raises(TypeError, match=r"warmup must be a whole number, got 2\.5"):
+        gk.CapturedStep(lambda x: x, warmup=2.5)
+    with pytest.raises(TypeError, match="step must be callable, got int"):
+        gk.CapturedStep(3)
 
 
 def test_inputs_are_needed_to_know_the_device() -> None:

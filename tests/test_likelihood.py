@@ -126,6 +126,9 @@ def test_a_model_counts_every_value_of_an_image():
 
 
 BAD_ARGUMENTS = {
+    "levels must be a tensor, got list": (TypeError, lambda: dequantize([[1, 2]], 256)),
+    "x must be a tensor, got int": (TypeError, lambda: quantize(3, 256)),
+    "dimensions must be at least 1, got 0": (ValueError, lambda: bits_per_dim(torch.zeros(2), 0, 256)),
     "levels must be of an integer type, got float32": (TypeError, lambda: dequantize(torch.zeros(2), 256)),
     "levels must be of an integer type, got bool": (TypeError, lambda: dequantize(torch.zeros(2) > 0, 256)),
     "levels must be of an integer type, got complex64": (TypeError, lambda: dequantize(torch.zeros(2) * 1j, 256)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import pytest
@@ -13,17 +14,22 @@ from glow_kernels.nn import (
     AdditiveCoupling,
     AffineCoupling,
     ChannelPermutation,
+    CouplingNetwork,
     FlowStep,
     InvertibleConv1x1,
     SplitPrior,
     Squeeze,
     TopPrior,
+    ZeroConv2d,
 )
 
 LAYOUTS = "'chunk_scale_shift', 'chunk_shift_scale', 'interleaved_scale_shift', 'interleaved_shift_scale'"
 
 BAD_ARGUMENTS = {
     "channels must be at least 1, got 0": lambda: InvertibleConv1x1(0),
+    "channels must be at least 1, got -2": lambda: ActNorm(-2),
+    "eps must be finite and at least 0, got nan": lambda: ActNorm(4, eps=math.nan),
+    "in_channels must be at least 1, got 0": lambda: CouplingNetwork(0, 4, 8),
     "channels must be at least 1, got -1": lambda: ChannelPermutation(-1),
     "channels must be at least 2 for a coupling, got 1": lambda: FlowStep(1, 8),
     "channels must be at least 2 for a coupling, got 0": lambda: AdditiveCoupling(0, 8),
@@ -102,6 +108,10 @@ BAD_INPUTS = {
     "x must be (B, 4, H, W), got shape (2, 6, 2, 2)": lambda: SplitPrior(4)(torch.zeros(2, 6, 2, 2)),
     "x must be (B, 4, H, W), got shape (2, 4)": lambda: SplitPrior(4).encode(torch.zeros(2, 4)),
     "labels must be given: the prior has 3 classes": lambda: TopPrior(4, num_classes=3)(torch.zeros(2, 4, 1, 1)),
+    "labels must be int64 of shape (2,), got int64 of shape (1,)": (
+        lambda: TopPrior(4, num_classes=3)(torch.zeros(2, 4, 1, 1), torch.zeros(1, dtype=torch.int64))
+    ),
+    "kept must have 2 channels, got shape (2, 4, 2, 2)": lambda: SplitPrior(4).inverse(torch.zeros(2, 4, 2, 2)),
     "labels must be None: the prior has no classes": (
         lambda: TopPrior(4).decode(torch.zeros(2, 4, 1, 1), torch.zeros(2, dtype=torch.int64))
     ),
@@ -118,6 +128,33 @@ BAD_INPUTS = {
 def test_inputs(message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         BAD_INPUTS[message]()
+
+
+BAD_TYPES = {
+    "channels must be a whole number, got 'a'": [
+        lambda: ActNorm("a"),
+        lambda: InvertibleConv1x1("a"),
+        lambda: AffineCoupling("a", 8),
+        lambda: SplitPrior("a"),
+        lambda: TopPrior("a"),
+    ],
+    "eps must be a number, got None": [lambda: ActNorm(4, eps=None)],
+    "out_channels must be a whole number, got 2.5": [lambda: ZeroConv2d(2, 2.5), lambda: CouplingNetwork(2, 2.5, 8)],
+    "network must be a torch.nn.Module, got function": [lambda: AffineCoupling(4, network=lambda x: x)],
+    "x must be a tensor, got NoneType": [lambda: Squeeze()(None), lambda: SplitPrior(4)(None)],
+    "z must be a tensor, got NoneType": [lambda: Squeeze().inverse(None), lambda: TopPrior(4)(None)],
+    "kept must be a tensor, got NoneType": [lambda: SplitPrior(4).inverse(None)],
+    "eps must be a tensor, got NoneType": [lambda: TopPrior(4).decode(None)],
+    "labels must be a tensor, got int": [lambda: TopPrior(4, num_classes=3)(torch.zeros(1, 4, 1, 1), 2)],
+    "temperature must be a number, got 'a'": [lambda: SplitPrior(4).inverse(torch.zeros(1, 2, 1, 1), "a")],
+}
+
+
+@pytest.mark.parametrize("message", BAD_TYPES)
+def test_types_name_the_argument(message):
+    for call in BAD_TYPES[message]:
+        with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+            call()
 
 
 def test_types():

@@ -6,6 +6,7 @@ image, and a chain without ActNorm's initialisation that contracts. Autograd thr
 
 from __future__ import annotations
 
+import math
 import re
 
 import pytest
@@ -260,11 +261,11 @@ def test_torch_func_is_refused():
 BAD_OPTIONS = {
     "memory must be one of 'store', 'checkpoint', 'anchor', 'invert', got 'less'": {"memory": "less"},
     "check must be one of 'off', 'flag', 'raise', 'replay', got 'on'": {"check": "on"},
-    "anchor_every must be a whole number of at least 1, got 0": {"anchor_every": 0},
-    "anchor_every must be a whole number of at least 1, got 2.5": {"anchor_every": 2.5},
-    "micro_batches must be a whole number of at least 1, or 'auto', got -2": {"micro_batches": -2},
-    "micro_batches must be a whole number of at least 1, or 'auto', got 1.5": {"micro_batches": 1.5},
-    "micro_batches must be a whole number of at least 1, or 'auto', got 'all'": {"micro_batches": "all"},
+    "anchor_every must be at least 1, got 0": {"anchor_every": 0},
+    "anchor_every must be a whole number, got 2.5": {"anchor_every": 2.5},
+    "micro_batches other than 'auto' must be at least 1, got -2": {"micro_batches": -2},
+    "micro_batches other than 'auto' must be a whole number, got 1.5": {"micro_batches": 1.5},
+    "micro_batches other than 'auto' must be a whole number, got 'all'": {"micro_batches": "all"},
     "micro_batches must be 1 with memory='store', got 2": {"memory": "store", "micro_batches": 2},
     "memory_budget must be given with micro_batches='auto' and only then, got None": {"micro_batches": "auto"},
     "memory_budget must be given with micro_batches='auto' and only then, got 5": {"memory_budget": 5},
@@ -273,7 +274,11 @@ BAD_OPTIONS = {
         "memory": "invert",
         "offload_anchors": True,
     },
+    "memory_budget must be a number, got '1 GB'": {"micro_batches": "auto", "memory_budget": "1 GB"},
+    "drift_limit must be at least 0, got nan": {"drift_limit": math.nan},
+    "drift_limit must be a number, got 'low'": {"drift_limit": "low"},
     "steps must be at least one, got none": {"steps": []},
+    "steps must be modules with an inverse, got Scaling": {"steps": Scaling(2)},
     "step 1 must be a module with an inverse, got Conv2d": {"steps": [Scaling(2), nn.Conv2d(2, 2, 1)]},
 }
 
@@ -282,6 +287,14 @@ BAD_OPTIONS = {
 def test_bad_options(message):
     with pytest.raises((ValueError, TypeError), match=f"^{re.escape(message)}$"):
         ReversibleSequential(**{"steps": [Scaling(2)], **BAD_OPTIONS[message]})
+
+
+def test_what_is_no_tensor_is_refused():
+    model = ReversibleSequential([Scaling(2)])
+    with pytest.raises(TypeError, match=r"^x must be a tensor, got NoneType$"):
+        model(None)
+    with pytest.raises(TypeError, match=r"^z must be a tensor, got list$"):
+        model.inverse([1.0])
 
 
 def test_only_steps_can_be_added():
@@ -329,6 +342,10 @@ def test_reconstruction_error_names_steps_and_matrices():
     assert "ill-conditioned: levels.0.steps.1.mixing (" in str(report)
     with pytest.raises(ValueError, match=r"^model must have a ReversibleSequential, got one without$"):
         gk.reconstruction_error(nn.Linear(2, 2), x)
+    with pytest.raises(TypeError, match=r"^model must be a torch.nn.Module, got int$"):
+        gk.reconstruction_error(3, x)
+    with pytest.raises(TypeError, match=r"^condition_limit must be a number, got 'low'$"):
+        gk.reconstruction_error(model, x, condition_limit="low")
 
 
 def test_forward_mode_derivatives_are_refused_by_name():

@@ -133,6 +133,12 @@ def test_warmup_says_what_it_needs():
         gk.warmup(gk.nn.Squeeze(), (1, 4, 2, 2))
     with pytest.raises(UsageError, match=r"shape must be .*, got \(0, 4\)"):
         gk.warmup(gk.nn.InvertibleConv1x1(4), (0, 4))
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got int"):
+        gk.warmup(3, (1, 4))
+    with pytest.raises(TypeError, match="shape must be a sequence of whole numbers, got 3"):
+        gk.warmup(gk.nn.InvertibleConv1x1(4), 3)
+    with pytest.raises(TypeError, match=r"a size in shape must be a whole number, got 2\.5"):
+        gk.warmup(gk.nn.InvertibleConv1x1(4), (2.5, 4))
 
 
 def test_tuning_without_a_gpu_names_the_reason():

@@ -45,7 +45,7 @@ from glow_kernels.interop.patch import (
 from glow_kernels.interop.proof import Agreement, prove, prove_chain
 from glow_kernels.interop.report import LayerReport, Report
 from glow_kernels.interop.workshop import Workshop
-from glow_kernels.ops._checks import check_choice
+from glow_kernels.ops._checks import check_choice, check_module
 from glow_kernels.progress import with_progress
 from glow_kernels.reversible import POLICIES
 
@@ -96,8 +96,7 @@ def accelerate(
         TypeError: ``model`` is not a module.
         ValueError: an unknown policy, or a number below 1.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module("model", model)
     workshop = Workshop(_memory(memory, anchor_every, micro_batches))
     if any(_is_outdated(module, workshop.memory) for module in model.modules()):
         restore(model)
@@ -130,8 +129,7 @@ def restore(model: nn.Module) -> int:
     Raises:
         TypeError: ``model`` is not a module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module("model", model)
     return sum(undo(module) for module in model.modules())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from glow_kernels.models import likelihood
 from glow_kernels.nn import FlowStep, SplitPrior, Squeeze, TopPrior
 from glow_kernels.ops import ScaleMap
-from glow_kernels.ops._checks import check_image, check_number, check_whole
+from glow_kernels.ops._checks import check_image, check_labels, check_number, check_tensor, check_whole
 from glow_kernels.reversible import ReversibleSequential
 
 
@@ -223,9 +224,14 @@ class Glow(nn.Module):
             ``x`` ``(B, in_channels, height, width)``.
 
         Raises:
+            TypeError: ``latents`` is no sequence of tensors.
             ValueError: a latent has the wrong shape, or a 1x1 convolution is singular.
             RuntimeError: ActNorm is not initialised.
         """
+        if not isinstance(latents, Sequence):
+            raise TypeError(f"latents must be a sequence of tensors, got {type(latents).__name__}")
+        for number, latent in enumerate(latents):
+            check_tensor(f"latents[{number}]", latent)
         got = [tuple(latent.shape[1:]) for latent in latents]
         if got != self.latent_shapes():
             raise ValueError(f"latents must have the shapes (B, *) with * = {self.latent_shapes()}, got {got}")
@@ -262,13 +268,16 @@ class Glow(nn.Module):
 
         Raises:
             TypeError: ``n`` is no whole number, or ``temperature`` no number.
-            ValueError: a negative ``n`` or ``temperature``; otherwise as :meth:`decode`.
+            ValueError: a negative ``n``, a ``temperature`` that is negative, not finite or more than one number;
+                otherwise as :meth:`decode`.
         """
         check_whole("n", n, 0)
         if not isinstance(temperature, Tensor):
             check_number("temperature", temperature)
-        if not temperature >= 0.0:
-            raise ValueError(f"temperature must be at least 0, got {temperature}")
+        elif temperature.numel() != 1:
+            raise ValueError(f"temperature must be one number, got a tensor of shape {tuple(temperature.shape)}")
+        if not 0.0 <= temperature < math.inf:
+            raise ValueError(f"temperature must be finite and at least 0, got {temperature}")
         parameter = next(self.parameters())
         latents = []
         for shape in self.latent_shapes():
@@ -331,13 +340,8 @@ class Glow(nn.Module):
             raise ValueError(f"x must be (B, C, H, W) with (C, H, W) = {expected}, got {tuple(x.shape)}")
 
     def _checked_labels(self, labels: Tensor | None, x: Tensor) -> Tensor | None:
-        if labels is not None and not isinstance(labels, Tensor):
-            raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
-        if labels is not None and (labels.dtype != torch.int64 or labels.shape != x.shape[:1]):
-            raise ValueError(
-                f"labels must be int64 of shape ({x.shape[0]},), "
-                f"got {str(labels.dtype).removeprefix('torch.')} of shape {tuple(labels.shape)}"
-            )
+        if labels is not None:
+            check_labels(labels, x)
         return labels
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from glow_kernels.backends.numerics import wide_dtype
-from glow_kernels.ops._checks import check_below, check_whole
+from glow_kernels.ops._checks import check_below, check_tensor, check_whole
 
 
 def dequantize(levels: Tensor, n_bins: int, generator: torch.Generator | None = None) -> Tensor:
@@ -29,10 +29,11 @@ def dequantize(levels: Tensor, n_bins: int, generator: torch.Generator | None = 
         ``(B, C, H, W)`` in ``[-1/2, 1/2)``, of the default floating-point type.
 
     Raises:
-        TypeError: ``levels`` is not of an integer type, or ``n_bins`` is no whole number.
+        TypeError: ``levels`` is no tensor of an integer type, or ``n_bins`` is no whole number.
         ValueError: ``n_bins`` is below 2, or ``levels`` on the CPU are not in ``0 .. n_bins - 1``. On a GPU, to look at
             them would be to wait for it.
     """
+    check_tensor("levels", levels)
     if levels.is_floating_point() or levels.is_complex() or levels.dtype == torch.bool:
         raise TypeError(f"levels must be of an integer type, got {str(levels.dtype).removeprefix('torch.')}")
     check_whole("n_bins", n_bins, 2)
@@ -57,9 +58,10 @@ def quantize(x: Tensor, n_bins: int) -> Tensor:
         ``(B, C, H, W)`` uint8.
 
     Raises:
-        TypeError: ``x`` is not floating-point, or ``n_bins`` is no whole number.
+        TypeError: ``x`` is no floating-point tensor, or ``n_bins`` is no whole number.
         ValueError: ``n_bins`` is not in 2 .. 256.
     """
+    check_tensor("x", x)
     if not x.is_floating_point():
         raise TypeError(f"x must be a floating-point tensor, got {str(x.dtype).removeprefix('torch.')}")
     check_whole("n_bins", n_bins, 2)
@@ -77,8 +79,9 @@ def bits_per_dim(log_prob: Tensor, dimensions: int, n_bins: int) -> Tensor:
         n_bins: number of levels, at least 2.
 
     Raises:
-        TypeError, ValueError: ``n_bins`` is no whole number, or below 2.
+        TypeError, ValueError: ``dimensions`` or ``n_bins`` is no whole number, or below 1 or 2.
     """
+    check_whole("dimensions", dimensions, 1)
     check_whole("n_bins", n_bins, 2)
     return (math.log(n_bins) - log_prob / dimensions) / math.log(2.0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from glow_kernels.backends.numerics import compute_dtype
-from glow_kernels.ops._checks import check_channels, is_readable, positions
+from glow_kernels.ops._checks import check_channels, check_number, check_whole, is_readable, positions
 from glow_kernels.ops.actnorm_statistics import actnorm_statistics
 
 
@@ -22,12 +23,19 @@ class ActNorm(nn.Module):
     Args:
         channels: C.
         eps: added to the standard deviation, so that a constant channel gets a finite scale.
+
+    Raises:
+        TypeError, ValueError: ``channels`` is no whole number of at least 1, or ``eps`` no number of at least 0.
     """
 
     initialized: Tensor
 
     def __init__(self, channels: int, eps: float = 1e-6) -> None:
         super().__init__()
+        check_whole("channels", channels, 1)
+        check_number("eps", eps)
+        if not 0.0 <= eps < math.inf:
+            raise ValueError(f"eps must be finite and at least 0, got {eps}")
         self.channels = channels
         self.eps = eps
         self.log_scale = nn.Parameter(torch.zeros(channels))

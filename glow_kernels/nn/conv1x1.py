@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from glow_kernels.ops import actnorm_conv1x1, actnorm_conv1x1_inverse, lu_weight
-from glow_kernels.ops._checks import check_channels, check_choice
+from glow_kernels.ops._checks import check_channels, check_choice, check_whole
 from glow_kernels.ops.folding import lu_weight_backward
 
 
@@ -15,12 +15,14 @@ class ChannelMixing(nn.Module):
 
     Args:
         channels: C.
+
+    Raises:
+        TypeError, ValueError: ``channels`` is no whole number of at least 1.
     """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        if channels < 1:
-            raise ValueError(f"channels must be at least 1, got {channels}")
+        check_whole("channels", channels, 1)
         self.channels = channels
 
     def matrix(self) -> tuple[Tensor, Tensor | None]:

@@ -14,7 +14,7 @@ from glow_kernels.ops import (
     affine_coupling,
     affine_coupling_inverse,
 )
-from glow_kernels.ops._checks import check_channels, check_choice
+from glow_kernels.ops._checks import check_channels, check_choice, check_module, check_whole
 from glow_kernels.ops.affine_coupling import LAYOUTS, ORDERS, resolve_scale_map
 
 
@@ -25,9 +25,12 @@ class _Coupling(nn.Module):
 
     def __init__(self, channels: int, hidden_channels: int, network: nn.Module | None, condition_on: str) -> None:
         super().__init__()
+        check_whole("channels", channels)
         if channels < 2:
             raise ValueError(f"channels must be at least 2 for a coupling, got {channels}")
         check_choice("condition_on", condition_on, ("first", "second"))
+        if network is not None:
+            check_module("network", network)
         self.channels = channels
         self.condition_on = condition_on
         # As torch.chunk splits: the first half has the extra channel of an odd number.
@@ -89,7 +92,7 @@ class AffineCoupling(_Coupling):
         condition_on: which half feeds the network, ``"first"`` or ``"second"``.
 
     Raises:
-        ValueError: fewer than two channels, or an unknown option.
+        TypeError, ValueError: fewer than two channels, a network that is no module, or an unknown option.
     """
 
     outputs_per_channel = 2
@@ -130,7 +133,7 @@ class AdditiveCoupling(_Coupling):
         network: maps the conditioning half (B, C_a, H, W) to (B, C_b, H, W) for C_b transformed channels.
 
     Raises:
-        ValueError: fewer than two channels, or an unknown option.
+        TypeError, ValueError: fewer than two channels, a network that is no module, or an unknown option.
     """
 
     outputs_per_channel = 1

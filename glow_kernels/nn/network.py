@@ -68,10 +68,15 @@ class ZeroConv2d(nn.Module):
 
     Args:
         in_channels, out_channels: channels before and after.
+
+    Raises:
+        TypeError, ValueError: one of them is no whole number of at least 1.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
+        check_whole("in_channels", in_channels, 1)
+        check_whole("out_channels", out_channels, 1)
         self.weight = nn.Parameter(torch.zeros(out_channels, in_channels, 3, 3))
         self.bias = nn.Parameter(torch.zeros(out_channels))
         self.log_scale = nn.Parameter(torch.zeros(out_channels))
@@ -89,11 +94,15 @@ class CouplingNetwork(nn.Module):
         in_channels: channels of the half that it reads.
         out_channels: channels of its output, twice those of the other half for an affine coupling.
         hidden_channels: width of the hidden layers.
+
+    Raises:
+        TypeError, ValueError: one of them is no whole number of at least 1.
     """
 
     def __init__(self, in_channels: int, out_channels: int, hidden_channels: int = 512) -> None:
         super().__init__()
-        check_whole("hidden_channels", hidden_channels, 1)
+        for name, number in {"in_channels": in_channels, "hidden_channels": hidden_channels}.items():
+            check_whole(name, number, 1)
         # Gradients of the hidden layers come from convolutions, fresh: one buffer less where they may be overwritten.
         self.frugal = False
         self.first = HiddenConv2d(in_channels, hidden_channels, 3)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from glow_kernels.backends.numerics import without_autocast
 from glow_kernels.nn.network import ZeroConv2d
 from glow_kernels.ops import gaussian_log_prob, gaussian_sample, gaussian_standardize
-from glow_kernels.ops._checks import check_below, check_whole
+from glow_kernels.ops._checks import check_below, check_channels, check_labels, check_number, check_tensor, check_whole
 
 
 class SplitPrior(nn.Module):
@@ -20,10 +20,14 @@ class SplitPrior(nn.Module):
 
     Args:
         channels: C, even.
+
+    Raises:
+        TypeError, ValueError: ``channels`` is no even whole number of at least 2.
     """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
+        check_whole("channels", channels)
         if channels < 2 or channels % 2:
             raise ValueError(f"channels must be even and at least 2 to be split, got {channels}")
         self.channels = channels
@@ -43,9 +47,11 @@ class SplitPrior(nn.Module):
         """The inverse of :meth:`encode`; standard normal ``eps`` makes a sample."""
         return torch.cat((kept, gaussian_sample(eps, self._distribution(kept))), dim=1)
 
-    def inverse(self, kept: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    def inverse(self, kept: Tensor, temperature: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
         """The kept half (B, C/2, H, W) to ``x`` with the other half sampled, and minus its log-density (B,)."""
         h = self._distribution(kept)
+        if not isinstance(temperature, Tensor):
+            check_number("temperature", temperature)
         sample = gaussian_sample(temperature * torch.randn_like(kept), h)
         return torch.cat((kept, sample), dim=1), -gaussian_log_prob(sample, h)
 
@@ -53,11 +59,13 @@ class SplitPrior(nn.Module):
         return str(self.channels)
 
     def _halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        check_tensor("x", x)
         if x.dim() != 4 or x.shape[1] != self.channels:
             raise ValueError(f"x must be (B, {self.channels}, H, W), got shape {tuple(x.shape)}")
         return x[:, : self.channels // 2], x[:, self.channels // 2 :]
 
     def _distribution(self, kept: Tensor) -> Tensor:
+        check_channels("kept", kept, self.channels // 2)
         return _predicted(kept, self.prior)
 
 
@@ -77,10 +85,14 @@ class TopPrior(nn.Module):
         channels: C of the deepest latent.
         learned: otherwise a standard normal, up to the class.
         num_classes: number of classes to condition on, or None.
+
+    Raises:
+        TypeError, ValueError: one of the two numbers is no whole number of at least 1.
     """
 
     def __init__(self, channels: int, learned: bool = True, num_classes: int | None = None) -> None:
         super().__init__()
+        check_whole("channels", channels, 1)
         self.channels = channels
         self.learned = learned
         self.num_classes = num_classes
@@ -94,26 +106,28 @@ class TopPrior(nn.Module):
 
     def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         """Log-density (B,) of ``z`` (B, C, H, W), given ``labels`` (B,) int64 where there are classes."""
-        return gaussian_log_prob(z, self._distribution(z, labels), "chunk_mean_log_sd")
+        return gaussian_log_prob(z, self._distribution("z", z, labels), "chunk_mean_log_sd")
 
     def encode(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         """The standardised ``z`` (B, C, H, W)."""
-        return gaussian_standardize(z, self._distribution(z, labels), "chunk_mean_log_sd")
+        return gaussian_standardize(z, self._distribution("z", z, labels), "chunk_mean_log_sd")
 
     def decode(self, eps: Tensor, labels: Tensor | None = None) -> Tensor:
         """The inverse of :meth:`encode`; standard normal ``eps`` makes a sample."""
-        return gaussian_sample(eps, self._distribution(eps, labels), "chunk_mean_log_sd")
+        return gaussian_sample(eps, self._distribution("eps", eps, labels), "chunk_mean_log_sd")
 
     def extra_repr(self) -> str:
         return f"{self.channels}, learned={self.learned}, num_classes={self.num_classes}"
 
-    def _distribution(self, z: Tensor, labels: Tensor | None) -> Tensor:
+    def _distribution(self, name: str, z: Tensor, labels: Tensor | None) -> Tensor:
+        check_channels(name, z, self.channels)
         h = z.new_zeros(1, 2 * self.channels)
         if self.learned:
             h = h + self.common * (3.0 * self.common_log_scale).exp()
         if self.num_classes is not None:
             if labels is None:
                 raise ValueError(f"labels must be given: the prior has {self.num_classes} classes")
+            check_labels(labels, z)
             check_below("labels", labels, self.num_classes, f" for a prior of {self.num_classes} classes")
             h = h + F.embedding(labels, self.per_class) * (3.0 * self.per_class_log_scale).exp()
         elif labels is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from glow_kernels.backends.numerics import compute_dtype
+from glow_kernels.ops._checks import check_tensor
 
 
 class Squeeze(nn.Module):
@@ -14,8 +15,9 @@ class Squeeze(nn.Module):
         """``x`` (B, C, H, W) with even H and W to ``z`` (B, 4 C, H/2, W/2) and ``log_det`` (B,) of zeros.
 
         Raises:
-            ValueError: not four-dimensional, or an odd height or width.
+            TypeError, ValueError: no tensor, not four-dimensional, or an odd height or width.
         """
+        check_tensor("x", x)
         if x.dim() != 4 or x.shape[2] % 2 or x.shape[3] % 2:
             raise ValueError(f"x must be (B, C, H, W) with even H and W to be squeezed, got shape {tuple(x.shape)}")
         # Not F.pixel_unshuffle, which gives an empty batch the wrong shape.
@@ -27,8 +29,9 @@ class Squeeze(nn.Module):
         """``z`` (B, 4 C, H, W) to ``x`` (B, C, 2 H, 2 W) and ``log_det`` (B,) of zeros.
 
         Raises:
-            ValueError: not four-dimensional, or a number of channels that 4 does not divide.
+            TypeError, ValueError: no tensor, not four-dimensional, or a number of channels that 4 does not divide.
         """
+        check_tensor("z", z)
         if z.dim() != 4 or z.shape[1] % 4:
             raise ValueError(f"z must be (B, 4 C, H, W) to be unsqueezed, got shape {tuple(z.shape)}")
         batch, channels, height, width = z.shape

@@ -8,14 +8,25 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+
+
+def check_tensor(name: str, value: Any) -> None:
+    """``value`` must be a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
+def check_module(name: str, value: Any) -> None:
+    """``value`` must be a module."""
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"{name} must be a torch.nn.Module, got {type(value).__name__}")
 
 
 def check_image(name: str, x: Tensor) -> None:
     """``x`` must be a floating-point tensor (B, C, *spatial) with 0 to 3 spatial dimensions."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    check_tensor(name, x)
     if not x.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, got {str(x.dtype).removeprefix('torch.')}")
     if not 2 <= x.dim() <= 5:
@@ -31,8 +42,7 @@ def check_channels(name: str, x: Tensor, channels: int) -> None:
 
 def check_like(name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str, x: Tensor) -> None:
     """``tensor`` must be a floating-point tensor of this shape, whose ``meaning`` is told, on the device of ``x``."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    check_tensor(name, tensor)
     if tensor.shape != shape:
         raise ValueError(f"{name} must be {meaning} = {tuple(shape)}, got {tuple(tensor.shape)}")
     if not tensor.is_floating_point():
@@ -41,9 +51,20 @@ def check_like(name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str, 
         raise ValueError(f"{name} must be on the device of the data, {x.device}, got {tensor.device}")
 
 
+def check_labels(labels: Tensor, x: Tensor) -> None:
+    """``labels`` must be (B,) int64 classes of the images ``x`` (B, ...)."""
+    check_tensor("labels", labels)
+    if labels.dtype != torch.int64 or labels.shape != x.shape[:1]:
+        raise ValueError(
+            f"labels must be int64 of shape ({x.shape[0]},), "
+            f"got {str(labels.dtype).removeprefix('torch.')} of shape {tuple(labels.shape)}"
+        )
+
+
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """``value`` must be one of ``choices``."""
-    if value not in choices:
+    # What is no text may not be comparable, as an array is not.
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 

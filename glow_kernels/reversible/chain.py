@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from glow_kernels.nn import ActNorm, boundary_node
 from glow_kernels.nn.folding import Folded, Stack
 from glow_kernels.nn.step import LinearMap
-from glow_kernels.ops._checks import check_choice
+from glow_kernels.ops._checks import check_choice, check_number, check_tensor, check_whole
 from glow_kernels.reversible import budget, guards
 from glow_kernels.reversible.anatomy import Anatomy
 from glow_kernels.reversible.linear_maps import LinearMaps
@@ -78,23 +78,30 @@ class ReversibleSequential(nn.Sequential):
         offload_anchors: bool = False,
         drift_limit: float | None = None,
     ) -> None:
+        if not isinstance(steps, Iterable):
+            raise TypeError(f"steps must be modules with an inverse, got {type(steps).__name__}")
         steps = list(steps)
         if not steps:
             raise ValueError("steps must be at least one, got none")
         check_choice("memory", memory, POLICIES)
         check_choice("check", check, guards.CHECKS)
-        if not isinstance(anchor_every, int) or anchor_every < 1:
-            raise ValueError(f"anchor_every must be a whole number of at least 1, got {anchor_every}")
-        if micro_batches != "auto" and (not isinstance(micro_batches, int) or micro_batches < 1):
-            raise ValueError(f"micro_batches must be a whole number of at least 1, or 'auto', got {micro_batches!r}")
+        check_whole("anchor_every", anchor_every, 1)
+        if micro_batches != "auto":
+            check_whole("micro_batches other than 'auto'", micro_batches, 1)
         if memory == "store" and micro_batches != 1:
             raise ValueError(f"micro_batches must be 1 with memory='store', got {micro_batches!r}")
         if (micro_batches == "auto") != (memory_budget is not None):
             raise ValueError(
                 f"memory_budget must be given with micro_batches='auto' and only then, got {memory_budget}"
             )
-        if memory_budget is not None and memory_budget < 1:
-            raise ValueError(f"memory_budget must be at least 1 byte, got {memory_budget}")
+        if memory_budget is not None:
+            check_number("memory_budget", memory_budget)
+            if not memory_budget >= 1:
+                raise ValueError(f"memory_budget must be at least 1 byte, got {memory_budget}")
+        if drift_limit is not None:
+            check_number("drift_limit", drift_limit)
+            if not drift_limit >= 0.0:  # a limit of NaN would let everything pass
+                raise ValueError(f"drift_limit must be at least 0, got {drift_limit}")
         if offload_anchors and memory not in ("anchor", "checkpoint"):
             raise ValueError(f"memory must be 'anchor' or 'checkpoint' with offload_anchors=True, got {memory!r}")
         super().__init__(*steps)  # which checks them, one by one
@@ -120,8 +127,10 @@ class ReversibleSequential(nn.Sequential):
             context: passed to every step after ``x``; tensors (B, ...), with gradients, or None.
 
         Raises:
+            TypeError: ``x`` is no tensor.
             RuntimeError: a step cannot be recomputed, see :mod:`glow_kernels.reversible.guards`; the message names it.
         """
+        check_tensor("x", x)
         if getattr(self, "_is_replica", False):
             raise RuntimeError("a reversible chain cannot be used in DataParallel: use DistributedDataParallel")
         if self.memory == "store" or not torch.is_grad_enabled():
@@ -166,8 +175,10 @@ class ReversibleSequential(nn.Sequential):
         """``z`` (B, ...) to ``x`` and ``log_det`` (B,) of that direction; always with plain autograd.
 
         Raises:
+            TypeError: ``z`` is no tensor.
             ValueError: a 1x1 convolution is singular.
         """
+        check_tensor("z", z)
         stack = Stack.of(list(self), z)
         folded = None if stack is None else self._inverted(stack, z)
         return _in_turn([step.inverse for step in self], folded, z, context, backwards=True)  # type: ignore[misc]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from glow_kernels.backends.numerics import wide_dtype
 from glow_kernels.nn.conv1x1 import ChannelMixing
+from glow_kernels.ops._checks import check_module, check_number
 from glow_kernels.reversible import guards
 from glow_kernels.reversible.chain import ReversibleSequential
 
@@ -46,8 +47,12 @@ def reconstruction_error(model: nn.Module, *inputs: Any, condition_limit: float 
             does not look.
 
     Raises:
+        TypeError: ``model`` is no module, or ``condition_limit`` no number.
         ValueError: ``model`` has no chain, or a 1x1 convolution is singular.
     """
+    check_module("model", model)
+    if condition_limit is not None:
+        check_number("condition_limit", condition_limit)
     chains = {name: module for name, module in model.named_modules() if isinstance(module, ReversibleSequential)}
     if not chains:
         raise ValueError("model must have a ReversibleSequential, got one without")
