@@ -236,6 +236,8 @@ COMMANDS: dict[str, Callable[[Path, int], list[str]]] = {
         "digits" if rank == 0 else "array:/nowhere.npy",
     ],
     "run exists": lambda folder, _: ["train", "--run", f"{folder}/exists", *TINY],
+    "sample": lambda folder, _: ["sample", f"{folder}/tiny"],
+    "evaluate": lambda folder, _: ["evaluate", f"{folder}/tiny"],
     "one GPU": lambda folder, _: ["train", "--run", f"{folder}/gpu", "--device", "cuda:0"],
 }
 
@@ -281,6 +283,8 @@ def alone(folder: Path) -> dict[str, dict[str, Any]]:
                 trainer = new_trainer(folder / f"{wrapper} chain")
                 before_step(trainer, send(signal.SIGTERM, at=4))
                 assert not trainer.train()
+    dataset = f"array:{save_images(folder / 'images.npz')}"
+    assert cli("train", "--run", folder / "tiny", "--dataset", dataset, *TINY) == 0
     (folder / "exists").mkdir()
     (folder / "exists" / "config.json").write_text("{}")
     return results
@@ -447,6 +451,7 @@ def test_error_on_all_ranks_is_told_once(scenario: str, pattern: str, exit_code:
         ("missing data", r"error: rank \d: /nowhere.npy .*does not exist", 1),
         ("missing on the second rank", r"error: rank 1: /nowhere.npy .*does not exist", 1),
         ("run exists", r"error: rank 0: .*already holds a run", 2),
+        ("sample", r"error: rank \d: glow-kernels sample runs in one process: start it without torchrun", 2),
         ("one GPU", r"error: rank \d: --device cuda:0 is one device for 2 ranks", 2),
     ],
 )
@@ -458,6 +463,15 @@ def test_bad_run_ends_all_ranks_with_one_line_and_its_exit_code(
     lines = [line for result in results for line in (result["output"] + result["errors"]).splitlines()]
     assert len(lines) == 1, lines
     assert re.match(pattern, lines[0])
+
+
+def test_ranks_share_the_evaluation_and_one_of_them_tells(
+    folder: Path, ranks_say: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told, silent = ranks_say("evaluate")
+    assert (told["code"], silent["code"], silent["output"]) == (0, 0, "")
+    assert cli("evaluate", folder / "tiny") == 0
+    assert told["output"] == capsys.readouterr().out
 
 
 def test_fsdp_without_a_launcher_is_a_wrong_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

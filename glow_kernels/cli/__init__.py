@@ -15,7 +15,8 @@ import torch
 from glow_kernels import __version__
 from glow_kernels.allocator import tune_allocator
 from glow_kernels.cli import bench, evaluate, info, interpolate, sample, train, tune
-from glow_kernels.errors import GlowKernelsError
+from glow_kernels.errors import GlowKernelsError, UsageError
+from glow_kernels.training import distributed
 
 COMMANDS = (train, evaluate, sample, interpolate, bench, info, tune)
 LESS_MEMORY = {
@@ -49,6 +50,7 @@ def _main(argv: Sequence[str] | None) -> int:
     if getattr(arguments, "tune_allocator", True):
         tune_allocator()
     try:
+        _refuse_ranks(arguments)
         arguments.run(arguments)
         sys.stdout.flush()
     except BrokenPipeError:
@@ -86,8 +88,18 @@ def _parser() -> argparse.ArgumentParser:
     for command in COMMANDS:
         subparser = command.add_parser(subparsers)
         subparser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        subparser.set_defaults(run=command.run, less_memory=LESS_MEMORY.get(command, "end other programs"))
+        less_memory = LESS_MEMORY.get(command, "end other programs")
+        subparser.set_defaults(run=command.run, name=subparser.prog, less_memory=less_memory)
     return parser
+
+
+def _refuse_ranks(arguments: argparse.Namespace) -> None:
+    """Only training and evaluation share work out: of others every rank would do all, and write the same files."""
+    if arguments.run in (train.run, evaluate.run) or os.environ.get("WORLD_SIZE", "1") == "1":
+        return
+    with distributed.joined() as ranks:
+        if ranks.size > 1:
+            raise UsageError(f"{arguments.name} runs in one process: start it without torchrun")
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -13,7 +13,7 @@ import torch
 from glow_kernels.errors import DataError, UsageError
 from glow_kernels.models import Glow
 from glow_kernels.training import data as datasets
-from glow_kernels.training import run_folder
+from glow_kernels.training import distributed, run_folder
 from glow_kernels.training.config import LARGEST_SEED, TrainingConfig
 from glow_kernels.training.data import ImageData
 
@@ -29,12 +29,12 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def device(arguments: argparse.Namespace) -> torch.device:
-    """The device that ``--device`` names.
+    """The device that ``--device`` names, that of this rank where a launcher started several.
 
     Raises:
-        UsageError: there is no such device here.
+        UsageError: there is no such device here, or one for several ranks.
     """
-    name = arguments.device
+    name = distributed.local_device(arguments.device) if distributed.is_launched() else arguments.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

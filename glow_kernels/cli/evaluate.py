@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from glow_kernels.cli import arguments as common
-from glow_kernels.training import evaluation, run_folder
+from glow_kernels.training import distributed, evaluation, run_folder
 
 SPLITS = ("test", "validation", "train")
 
@@ -33,14 +33,27 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print bits per dimension and the reconstruction error."""
+    """Print bits per dimension and the reconstruction error; the processes of torchrun share the images."""
+    with distributed.joined() as ranks:
+        _evaluate(arguments, ranks)
+
+
+def _evaluate(arguments: argparse.Namespace, ranks: distributed.Ranks) -> None:
     model, config, document = run_folder.load_model(arguments.run_folder, common.device(arguments))
     data = common.load_data(arguments.dataset, config, model, document)
     levels = getattr(data, arguments.split)
     labels = getattr(data, f"{arguments.split}_labels") if config.conditional else None
     result = evaluation.evaluate(
-        model, levels, labels, draws=arguments.draws, batch_size=arguments.batch_size, show_progress=True
+        model,
+        levels,
+        labels,
+        draws=arguments.draws,
+        batch_size=arguments.batch_size,
+        ranks=ranks,
+        show_progress=True,
     )
+    if not ranks.is_writer:
+        return
     few = slice(0, arguments.batch_size)
     device = next(model.parameters()).device
     x = model.dequantize(levels[few].to(device), torch.Generator(device).manual_seed(0))

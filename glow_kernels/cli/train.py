@@ -73,8 +73,6 @@ def run(arguments: argparse.Namespace) -> None:
 def _train(
     arguments: argparse.Namespace, given: dict[str, Any], ranks: distributed.Ranks, resources: ExitStack
 ) -> None:
-    if distributed.is_launched():
-        arguments.device = distributed.local_device(arguments.device)
     device = common.device(arguments)
     if device.type == "cuda":
         torch.cuda.set_device(device)
