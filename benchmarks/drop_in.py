@@ -25,6 +25,7 @@ from dialects import audio, chrischute, openai, pclucas14, rosinality, survae, z
 
 import glow_kernels as gk
 from glow_kernels.bench.live_storages import LiveStorages
+from glow_kernels.cli.arguments import positive
 
 BATCH, SIZE, STEPS, LEVELS, WIDTH = 16, 32, 8, 2, 64
 Loss = Callable[[nn.Module, Tensor], Tensor]
@@ -103,8 +104,8 @@ def activations(model: nn.Module, loss: Loss, x: Tensor) -> tuple[float, float]:
 def main() -> None:
     """Print a table in Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=14)
+    parser.add_argument("--threads", type=positive, default=1)
+    parser.add_argument("--steps", type=positive, default=14)
     parser.add_argument("--tuned", action="store_true", help="with glow_kernels.tune_allocator()")
     parser.add_argument("--only", nargs="+", choices=MODELS, default=list(MODELS))
     options = parser.parse_args()

@@ -22,7 +22,8 @@ RESULTS = Path(__file__).parents[1] / "docs/memory"
 def run(memory: str, folder: Path) -> list[float]:
     config = TrainingConfig.for_dataset("digits", iterations=500, validate_every=100, memory=memory)
     run_folder.prepare(folder, overwrite=False)
-    Trainer(config, data.load("digits"), folder, show_progress=False).train()
+    if not Trainer(config, data.load("digits"), folder, show_progress=False).train():
+        raise KeyboardInterrupt
     records = metrics.read(folder)
     return [record["validation_bits_per_dim"] for record in records if "validation_bits_per_dim" in record]
 
