@@ -56,6 +56,20 @@ def test_split_keeps_the_first_half_and_scores_the_second(backend):
     assert_close(split.decode(kept, eps), x, 1e-12)
 
 
+def test_data_of_low_precision_under_autocast(backend):
+    split = moved(SplitPrior(6), 0.2)
+    x = torch.randn(3, 6, 4, 2).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        kept, log_prob = split(x)
+        same, eps = split.encode(x)
+        back = split.decode(same, eps)
+    assert kept.dtype == eps.dtype == back.dtype == torch.bfloat16
+    torch.testing.assert_close(log_prob, split(x.float())[1], rtol=1e-6, atol=0.0)
+    assert_close(back[:, :3], x[:, :3], 0.0)
+    # eps is rounded to 8 bits, relative to itself.
+    assert_close(back[:, 3:], x[:, 3:], 2e-2 * float(x.abs().max()))
+
+
 def test_split_samples_what_it_scores(backend):
     split, x = draw_split()
     kept = x[:, :3]

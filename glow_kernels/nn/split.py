@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glow_kernels.backends.numerics import without_autocast
+from glow_kernels.backends.numerics import is_autocast_enabled, without_autocast
 from glow_kernels.nn.network import ZeroConv2d
 from glow_kernels.ops import gaussian_log_prob, gaussian_sample, gaussian_standardize
 from glow_kernels.ops._checks import check_below, check_channels, check_labels, check_number, check_tensor, check_whole
@@ -66,6 +66,8 @@ class SplitPrior(nn.Module):
 
     def _distribution(self, kept: Tensor) -> Tensor:
         check_channels("kept", kept, self.channels // 2)
+        if is_autocast_enabled(kept.device.type):
+            kept = kept.to(self.prior.weight.dtype)  # data may be of a type that autocast takes in other convolutions
         return _predicted(kept, self.prior)
 
 
