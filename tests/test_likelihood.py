@@ -15,7 +15,7 @@ from torch import Tensor
 from glow_kernels.models import Glow, bits_per_dim, dequantize, quantize
 
 BINS = [2, 17, 32, 256]
-INTEGERS = [torch.uint8, torch.int16, torch.int32, torch.int64]
+INTEGERS = [torch.uint8, torch.uint16, torch.int16, torch.int32, torch.int64]
 # The least and the largest numbers of torch.rand in float32, and what lies next to them.
 EXTREME_NOISE = [0.0, 2**-24, 2**-23, 0.5, 1 - 2**-16, 1 - 2**-17, 1 - 2**-23, 1 - 2**-24]
 

@@ -37,14 +37,15 @@ def dequantize(levels: Tensor, n_bins: int, generator: torch.Generator | None = 
     if levels.is_floating_point() or levels.is_complex() or levels.dtype == torch.bool:
         raise TypeError(f"levels must be of an integer type, got {str(levels.dtype).removeprefix('torch.')}")
     check_whole("n_bins", n_bins, 2)
+    # PyTorch computes little with unsigned types of more than 8 bits, not even their largest value.
+    wide = levels.to(wide_dtype(levels.device))
     if levels.dtype != torch.uint8 or n_bins < 256:  # else any byte is one of them
-        check_below("levels", levels, n_bins, f" with n_bins = {n_bins}")
-    wide = wide_dtype(levels.device)
+        check_below("levels", wide, n_bins, f" with n_bins = {n_bins}")
     # Not rand: with a generator, even with None, it takes no size that is a symbol of torch.compile.
     noise = torch.empty(levels.shape, device=levels.device).uniform_(generator=generator)
-    x = ((levels + noise.to(wide)) / n_bins - 0.5).to(noise.dtype)
+    x = ((wide + noise.to(wide.dtype)) / n_bins - 0.5).to(noise.dtype)
     # Rounding may have crossed into the next level, by less than one step of the type.
-    return torch.nextafter(x, (x - (_level(x, n_bins) - levels)).to(x.dtype))
+    return torch.nextafter(x, (x - (_level(x, n_bins) - wide)).to(x.dtype))
 
 
 def quantize(x: Tensor, n_bins: int) -> Tensor:
