@@ -112,7 +112,7 @@ def test_train_leaves_a_complete_run_and_prints_a_table(tmp_path: Path, capsys: 
     assert config.keys() == TrainingConfig().to_json().keys()
     assert (config["dataset"], config["flow_steps"], config["schedule"]) == ("digits", 1, "constant")
 
-    model, _, document = run_folder.load_model(folder)
+    model, _, document = run_folder.load_model(str(folder))
     digits = data.load("digits")
     assert f"{sum(p.numel() for p in model.parameters()):,} parameters on 1,400 images of digits" in output
     validations = [record["validation_bits_per_dim"] for record in metrics.read(folder)[3::4]]

@@ -164,7 +164,9 @@ def _form(channels: int, image_size: Sequence[int], n_bins: int) -> str:
     return f"shape {(channels, *image_size)} with {n_bins} levels"
 
 
-def load_model(folder: Path, device: str | torch.device = "cpu") -> tuple[Glow, TrainingConfig, Mapping[str, Any]]:
+def load_model(
+    folder: str | Path, device: str | torch.device = "cpu"
+) -> tuple[Glow, TrainingConfig, Mapping[str, Any]]:
     """The best model of a run, in evaluation mode, with its configuration and its checkpoint's document.
 
     Before the first validation there is no best model yet; then it is the last one.
@@ -172,6 +174,7 @@ def load_model(folder: Path, device: str | torch.device = "cpu") -> tuple[Glow, 
     Raises:
         CheckpointError: there is no run, or no usable checkpoint in it.
     """
+    folder = Path(folder)
     dataset = read_config(folder).dataset
     path = folder / BEST if (folder / BEST).exists() else folder / LAST
     tensors, document = checkpoint.load(path, device)
