@@ -105,6 +105,17 @@ def test_one_image_has_no_standard_error() -> None:
     assert str(result) == f"{result.mean:.4f}"
 
 
+def test_counts_below_what_makes_sense_are_refused() -> None:
+    model, levels = make_model(), random_images(2, 1, 4, 4)
+    for call, message in (
+        (lambda: evaluate(model, levels, draws=0), "draws must be at least 1, got 0"),
+        (lambda: evaluate(model, levels, batch_size=-1), "batch_size must be at least 1, got -1"),
+        (lambda: interpolate(model, levels / 256 - 0.5, levels / 256 - 0.5, 1), "count must be at least 2, got 1"),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}$"):
+            call()
+
+
 def test_result_reads_well() -> None:
     assert str(BitsPerDim(3.14159, 0.00123, 10, 1)) == "3.1416 +- 0.0012"
 

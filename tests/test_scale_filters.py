@@ -175,6 +175,8 @@ def test_any_shape_layout_and_type(backend, data, shape):
         ((torch.zeros(2, 3), torch.zeros(3), torch.zeros(2)), r"bias must be \(O,\) with O = weight.shape\[0\]"),
         ((torch.zeros(2, 3), torch.zeros(2), torch.zeros(())), r"log_scale must be \(O,\) with O = weight.shape\[0\]"),
         ((torch.zeros(2, 3), torch.zeros(2), None), "log_scale must be a tensor, got NoneType"),
+        ((torch.zeros(2, 3), torch.zeros(2), torch.zeros(2), torch.ones(())), "factor must be a number, got tensor"),
+        ((torch.zeros(2, 3), torch.zeros(2), torch.zeros(2), 1.0, torch.int32), "dtype must be a floating-point type"),
     ],
 )
 def test_bad_arguments(arguments, message):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from glow_kernels.backends.numerics import compute_dtype, empty_filters, output_format
-from glow_kernels.ops._checks import check_image, check_like
+from glow_kernels.ops._checks import check_image, check_like, check_number
 from glow_kernels.ops._registry import Operator
 
 
@@ -45,6 +45,9 @@ def scale_filters(
     check_image("weight", weight)
     check_like("bias", bias, weight.shape[:1], "(O,) with O = weight.shape[0]", weight)
     check_like("log_scale", log_scale, weight.shape[:1], "(O,) with O = weight.shape[0]", weight)
+    check_number("factor", factor)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype must be a floating-point type, got {dtype!r}")
     scaled_weight, scaled_bias = _forward(weight, bias, log_scale, factor, dtype or weight.dtype)
     return scaled_weight, scaled_bias
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from glow_kernels.models import Glow
+from glow_kernels.ops._checks import check_whole
 from glow_kernels.progress import with_progress
 from glow_kernels.reversible import reconstruction_error
 from glow_kernels.training.distributed import ALONE, Ranks
@@ -63,7 +64,12 @@ def evaluate(
         seed: of the noise.
         ranks: who share the work; all of them call, with equal arguments, and get the same answer.
         show_progress: a bar, where standard error is a terminal.
+
+    Raises:
+        TypeError, ValueError: ``draws`` or ``batch_size`` is no whole number of at least 1; what the model refuses.
     """
+    check_whole("draws", draws, 1)
+    check_whole("batch_size", batch_size, 1)
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     total = torch.zeros(len(levels), dtype=torch.float64)
@@ -121,7 +127,11 @@ def interpolate(
 
     Returns:
         ``(R, count, C, H, W)``.
+
+    Raises:
+        TypeError, ValueError: ``count`` is no whole number of at least 2; what the model refuses.
     """
+    check_whole("count", count, 2)
     first_labels, last_labels = labels if labels is not None else (None, None)
     first, last = model.encode(start, first_labels), model.encode(end, last_labels)
     angle = _angle(first, last)
