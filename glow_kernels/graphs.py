@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glow_kernels.ops._checks import check_whole
+from glow_kernels.ops._checks import check_tensor, check_whole
 
 
 class CapturedStep:
@@ -63,6 +63,9 @@ class CapturedStep:
 
         Args:
             inputs: tensors on one device, of the same shapes and types at every call.
+
+        Raises:
+            TypeError: an input is no tensor.
         """
         if self._graph is None and not self._may_capture(inputs):
             return self._step(*inputs)
@@ -76,6 +79,8 @@ class CapturedStep:
         return self._outputs
 
     def _may_capture(self, inputs: Sequence[Tensor]) -> bool:
+        for number, tensor in enumerate(inputs):
+            check_tensor(f"input {number}", tensor)
         others = {tensor.device.type for tensor in inputs} - {"cuda"}
         if self._calls_before >= 0 and (others or not inputs):
             self._calls_before = -1

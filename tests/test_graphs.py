@@ -112,6 +112,8 @@ def test_every_call_is_one_step() -> None:
         result = step(torch.ones(()))
     assert result.item() == 6
     assert step.is_settled
+    with pytest.raises(TypeError, match="input 1 must be a tensor, got float"):
+        step(torch.ones(()), 0.5)
     with pytest.raises(ValueError, match="warmup must be at least 1, got 0"):
         gk.CapturedStep(lambda x: x, warmup=0)
     with pytest.raises(TypeError, match=r"warmup must be a whole number, got 2\.5"):
