@@ -372,6 +372,8 @@ def test_folder_is_searched_recursively_for_images_only(tmp_path: Path) -> None:
     (tmp_path / "cats" / "000.png").rename(tmp_path / "cats" / "000.PNG")
     (tmp_path / "notes.txt").write_text("no image")
     (tmp_path / "print.pdf").write_text("a format that Pillow writes and does not read")
+    write_images(tmp_path / ".thumbnails", 2)
+    (tmp_path / "cats" / "._001.png").write_text("what macOS keeps beside a file")
     data = load(f"folder:{tmp_path}")
     assert [tuple(images.shape) for images in images_of(data)] == [(n, 3, 64, 64) for n in (2, 1, 1)]
 

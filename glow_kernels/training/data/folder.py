@@ -27,7 +27,7 @@ def load(name: str, path: Path, n_bits: int, image_size: int | None, show_progre
 
     Args:
         name: The specification, for messages.
-        path: The folder; sub-folders are searched too.
+        path: The folder; sub-folders are searched too. Names that begin with a dot are passed over.
         n_bits: Bits to keep of each 8-bit value, 1 .. 8.
         image_size: Height and width in pixels; 64 if None.
         show_progress: A bar while the images are read, where standard error is a terminal.
@@ -62,7 +62,10 @@ def load(name: str, path: Path, n_bits: int, image_size: int | None, show_progre
 
 
 def _image_files(path: Path, pillow: ModuleType) -> list[Path]:
-    """The files with an extension of a format that Pillow reads, sorted by their path below ``path``."""
+    """The files with an extension of a format that Pillow reads, sorted by their path below ``path``.
+
+    Hidden ones are thumbnails, or what another system keeps of a file beside it, under its name: no images to train on.
+    """
     # Some formats, such as PDF, Pillow can only write.
     extensions = {extension for extension, kind in pillow.registered_extensions().items() if kind in pillow.OPEN}
     try:
@@ -76,6 +79,7 @@ def _image_files(path: Path, pillow: ModuleType) -> list[Path]:
         raise DataError(
             f"cannot list {path}: {one_line(error)}; name a folder of images and check its permissions"
         ) from error
+    files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
     return sorted(files, key=lambda file: file.relative_to(path).as_posix())
 
 
