@@ -329,6 +329,15 @@ def test_steps_under_the_older_fsdp_are_refused_by_chains(memory: str, process_g
         model(x)
 
 
+def test_networks_under_fsdp_are_refused_by_chains(process_group: None) -> None:
+    """Backward found tensors that are no parameters of the step."""
+    model, x = gk.models.Glow(1, 4, steps=1, levels=1, hidden_channels=4, memory="anchor"), torch.randn(4, 1, 4, 4)
+    model.initialize(x)
+    fully_shard(model.levels[0].steps[0].coupling.network, mesh=dist.device_mesh.init_device_mesh("cpu", (1,)))
+    with pytest.raises(RuntimeError, match=r"^step 0 .*: FSDP shards a part of it, .*: use fully_shard on the step$"):
+        model(x)
+
+
 def test_nothing_is_written_to_weights_that_fsdp_gives_up_when_compiled(process_group: None) -> None:
     model = gk.models.Glow(1, 4, steps=1, levels=1, hidden_channels=4)
     fully_shard(model, mesh=dist.device_mesh.init_device_mesh("cpu", (1,)))

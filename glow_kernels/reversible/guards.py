@@ -128,7 +128,7 @@ def prove(
 
     Raises:
         RuntimeError: it is not a function of its input and its parameters, or its inverse does not lead back, or its
-            weights are not there for one.
+            weights are not there for one, or a part of it is sharded.
         TypeError: its result is not ``(z, log_det)``.
     """
     if isinstance(anatomy, PlainStep) or anatomy.is_standard or isinstance(x, FakeTensor) or len(x) == 0:
@@ -141,6 +141,8 @@ def prove(
     key = (index, anatomy.step.training, needs_inverse, divides)
     if chain._proven.get(key) == anatomy.modules:
         return
+    if any(hasattr(module, "_get_fsdp_state") for module in anatomy.modules if module is not anatomy.step):
+        raise RuntimeError("FSDP shards a part of it, whose weights come and go within it: use fully_shard on the step")
     sample = x[:2].detach().clone()
     sample_context = [None if tensor is None else tensor[:2] for tensor in context]
     with torch.no_grad(), mode.applied(x.device):
