@@ -261,6 +261,16 @@ class TensorConditionalCoupling(AffineCouplingTransform):
         return super().forward(inputs + context.mean() if torch.is_tensor(context) else inputs, context)
 
 
+class DictionaryActNorm(ActNorm):
+    def forward(self, inputs, context=None):
+        return super().forward(inputs + context["shift"] if isinstance(context, dict) else inputs)
+
+
+class NamedCoupling(AffineCouplingTransform):
+    def forward(self, inputs, context=None):
+        return super().forward(inputs + context.shift if hasattr(context, "shift") else inputs, context)
+
+
 class UnconditionalCoupling(AffineCouplingTransform):
     def forward(self, inputs, context=None):
         return super().forward(inputs)
@@ -276,9 +286,11 @@ def network(inputs: int, outputs: int) -> nn.Module:
         (ConditionalActNorm(4), "forward does not run: it uses its context itself"),
         (ConditionalCoupling([0, 0, 1, 1], network), "forward does not run: it uses its context itself"),
         (TensorConditionalCoupling([0, 0, 1, 1], network), "forward does not run: it uses its context itself"),
+        (DictionaryActNorm(4), "forward does not run: it uses its context itself"),
+        (NamedCoupling([0, 0, 1, 1], network), "forward does not run: it uses its context itself"),
         (UnconditionalCoupling([0, 0, 1, 1], network), "forward: result 0 differs by"),
     ],
-    ids=["actnorm", "coupling", "coupling of tensors", "coupling without"],
+    ids=["actnorm", "coupling", "coupling of tensors", "actnorm of dictionaries", "coupling of names", "without"],
 )
 def test_layers_that_do_something_else_with_a_context_are_left_alone(layer, reason):
     (row,) = gk.accelerate(layer).layers

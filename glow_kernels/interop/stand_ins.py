@@ -19,10 +19,20 @@ VOLUME = (2, 3, 4)
 
 
 class Untouchable(Tensor):
-    """A context that a layer may hand to its network, or ignore, and nothing else; a tensor, for layers that ask."""
+    """A context that a layer may hand to its network, or ignore, and nothing else.
+
+    It is a tensor, for layers that ask whether it is one; to ask for another class or attribute is a use already.
+    """
 
     @classmethod
     def __torch_function__(cls, *_: Any, **__: Any) -> Any:
+        raise Mismatch("it uses its context itself")
+
+    def __getattr__(self, _: str) -> Any:
+        raise Mismatch("it uses its context itself")
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
         raise Mismatch("it uses its context itself")
 
 
