@@ -13,6 +13,7 @@ import pytest
 import torch
 from dialects import chrischute, openai, rosinality
 from dialects.zoo import IgnoresContext
+from FrEIA.modules import AffineCouplingOneSided
 from nflows.nn.nets import ResidualNet
 from nflows.transforms import ActNorm, AffineCouplingTransform
 from torch import Tensor, nn
@@ -402,6 +403,57 @@ def test_arguments_are_those_of_the_original():
     step(X, X.new_zeros(4))
     gk.accelerate(step, verify=False)
     assert torch.equal(step(x=X, logdet=X.new_zeros(4))[1], step(X, X.new_zeros(4))[1])
+
+
+class Logging(AffineCouplingOneSided):
+    def forward(self, *args, **options):
+        return super().forward(*args, **options)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_arguments_without_names_are_not_lost(verify):
+    layer = Logging([(4, 4, 6)], subnet_constructor=lambda inputs, outputs: nn.Conv2d(inputs, outputs, 1))
+    x = torch.randn(2, 4, 4, 6)
+    (expected,), _ = layer((x,), (), True)
+    (row,) = gk.accelerate(layer, verify=verify).layers
+    assert row.reason.startswith("its forward takes *args")
+    assert torch.equal(layer((x,), (), True)[0][0], expected)
+
+
+def put_closure(layer: nn.Module) -> None:
+    plain = layer.forward
+
+    @functools.wraps(plain)
+    def forward(*args, doubled=False, **options):
+        return plain(*args, **options)
+
+    layer.forward = forward
+
+
+@pytest.mark.parametrize(
+    "put", [put_closure, lambda layer: setattr(layer, "forward", torch.no_grad()(torch.no_grad()(layer.forward)))]
+)
+@pytest.mark.parametrize(
+    "step", [rosinality.Flow(4, filter_size=8), openai.FlowStep(4, 8)], ids=["rosinality", "openai"]
+)
+def test_layers_with_a_forward_of_their_own_are_left_alone_and_never_run(step, put):
+    step = copy.deepcopy(step)
+    put(step.actnorm)
+    put(step)
+    before = copy.deepcopy(step.state_dict())
+    reasons = [row.reason for row in gk.accelerate(step).layers if row.path in ("", "actnorm")]
+    assert reasons == ["its forward is not that of its class, but was put on this layer"] * 2
+    for name, value in step.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_networks_with_a_forward_of_their_own_are_run_as_copies():
+    coupling = rosinality.AffineCoupling(4, 8)
+    coupling.net = nn.Sequential(nn.Conv2d(2, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1))
+    put_closure(coupling.net)
+    (row,) = gk.accelerate(coupling).layers
+    assert row.patched, row.reason
+    assert coupling.net[1].num_batches_tracked == 0
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import types
 from collections import OrderedDict
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -82,10 +81,22 @@ def with_flags(module: Any, initialized: bool) -> Any:
     return module
 
 
-def _rebind(function: types.FunctionType, copies: Mapping[int, Any]) -> types.FunctionType:
-    """``function`` whose closure holds the copies of what it held."""
-    cells = tuple(
-        types.CellType(copies.get(id(cell.cell_contents), cell.cell_contents)) for cell in function.__closure__ or ()
-    )
+def _rebind(function: types.FunctionType, copies: dict[int, Any]) -> types.FunctionType:
+    """``function`` whose closure holds the copies of what it held, also as methods and in closures of their own."""
+    cells = tuple(types.CellType() for _ in function.__closure__ or ())
     code, names = function.__code__, function.__globals__
-    return types.FunctionType(code, names, function.__name__, function.__defaults__, cells)
+    rebound = types.FunctionType(code, names, function.__name__, function.__defaults__, cells)
+    rebound.__kwdefaults__ = function.__kwdefaults__
+    copies[id(function)] = rebound  # which its own closure may hold
+    for cell, held in zip(cells, function.__closure__ or (), strict=True):
+        cell.cell_contents = _copy_of(held.cell_contents, copies)
+    return rebound
+
+
+def _copy_of(value: Any, copies: dict[int, Any]) -> Any:
+    """What takes the place of ``value`` in the closure of a copy."""
+    if isinstance(value, types.MethodType):
+        return types.MethodType(value.__func__, copies.get(id(value.__self__), value.__self__))
+    if isinstance(value, types.FunctionType) and value.__closure__ and id(value) not in copies:
+        return _rebind(value, copies)
+    return copies.get(id(value), value)

@@ -249,7 +249,7 @@ def _examine(module: nn.Module, patch: type[Patch], workshop: Workshop, verify: 
     Raises:
         Mismatch: it must be left alone.
     """
-    reason = why_not_patchable(module)
+    reason = why_not_patchable(module, patch.methods)
     if reason is not None:
         raise Mismatch(reason)
     options = patch.examine(module, workshop)

@@ -217,8 +217,8 @@ def undo(module: nn.Module) -> bool:
     return was_patched
 
 
-def why_not_patchable(module: nn.Module) -> str | None:
-    """Why the class of ``module`` cannot be exchanged, or None."""
+def why_not_patchable(module: nn.Module, methods: Sequence[str]) -> str | None:
+    """Why the class of ``module`` cannot be exchanged for one with other ``methods``, or None."""
     if isinstance(module, torch.jit.ScriptModule):
         return "it is scripted, and accelerated layers cannot be"
     if module._compiled_call_impl is not None:
@@ -228,6 +228,12 @@ def why_not_patchable(module: nn.Module) -> str | None:
     for method in ("__reduce_ex__", "__reduce__"):
         if getattr(type(module), method) is not getattr(object, method):
             return f"its class defines {method}, which copies and pickles must keep"
+    for method in methods:
+        if method in vars(module):
+            return f"its {method} is not that of its class, but was put on this layer"
+        first = list(inspect.signature(getattr(type(module), method)).parameters.values())[:2]
+        if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in first):
+            return f"its {method} takes *args, of which it is not known what they are: functools.wraps would tell"
     if hasattr(type(module), "__deepcopy__"):
         return "its class defines __deepcopy__, which copies must keep"
     tensors = [*module.parameters(), *module.buffers()]
