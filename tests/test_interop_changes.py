@@ -15,7 +15,7 @@ from dialects import chrischute, openai, rosinality
 from dialects.zoo import IgnoresContext
 from FrEIA.modules import AffineCouplingOneSided
 from nflows.nn.nets import ResidualNet
-from nflows.transforms import ActNorm, AffineCouplingTransform
+from nflows.transforms import ActNorm, AffineCouplingTransform, OneByOneConvolution
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
@@ -296,6 +296,15 @@ def network(inputs: int, outputs: int) -> nn.Module:
 def test_layers_that_do_something_else_with_a_context_are_left_alone(layer, reason):
     (row,) = gk.accelerate(layer).layers
     assert row.reason.startswith(reason)
+
+
+def test_convolutions_of_nflows_with_a_cache_are_accelerated_after_it_was_used():
+    layer = OneByOneConvolution(4, using_cache=True).eval()
+    expected, _ = layer(X)
+    (row,) = gk.accelerate(layer).layers
+    assert row.patched, row.reason
+    layer.cache.weight.data.mul_(2)  # which is still what is used
+    torch.testing.assert_close(layer(X)[0], 2 * expected)
 
 
 class DirectedConv1x1(nn.Module):

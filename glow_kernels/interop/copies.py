@@ -36,8 +36,10 @@ def faithful_copy(module: Any, copies: dict[int, Any] | None = None) -> Any:
         copies |= {id(value): type(value)() for value in empty}
         for hooks in (getattr(layer, name) for name in _HOOKS):
             copies[id(hooks)] = OrderedDict(item for item in hooks.items() if isinstance(item[1], _NORMS))
-        results = [value for value in vars(layer).values() if isinstance(value, Tensor) and not value.is_leaf]
-        copies |= {id(value): value.detach().clone() for value in results}  # which deepcopy refuses
+        # Which deepcopy refuses; nflows keeps some in an object of its own.
+        held = [vars(layer), *(vars(value) for value in vars(layer).values() if hasattr(value, "__dict__"))]
+        results = [value for values in held for value in values.values() if isinstance(value, Tensor)]
+        copies |= {id(result): result.detach().clone() for result in results if not result.is_leaf}
     try:
         copied = copy.deepcopy(module, copies)
     except Exception as error:
