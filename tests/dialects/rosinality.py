@@ -120,7 +120,7 @@ class AffineCoupling(nn.Module):
             return torch.cat([first, second + self.net(first)], 1), None
         u, t = self.net(first).chunk(2, 1)
         s = torch.sigmoid(u + 2)
-        return torch.cat([first, (second + t) * s], 1), torch.log(s).flatten(1).sum(1)
+        return torch.cat([first, (second + t) * s], 1), torch.log(s).view(len(x), -1).sum(1)
 
     def reverse(self, y):
         first, second = y.chunk(2, 1)
@@ -178,7 +178,7 @@ class Block(nn.Module):
         else:
             mean, log_sd = self.prior(torch.zeros_like(out)).chunk(2, 1)
             z_new = out
-        log_p = gaussian_log_p(z_new, mean, log_sd).flatten(1).sum(1)
+        log_p = gaussian_log_p(z_new, mean, log_sd).view(len(x), -1).sum(1)
         return out, log_det, log_p, z_new
 
     def reverse(self, output, eps=None, reconstruct=False):
