@@ -109,6 +109,37 @@ def test_layers_that_pytorch_refuses_to_differentiate_are_left_alone():
     assert "modified inplace" in row.reason
 
 
+def test_steps_that_overwrite_views_of_their_input_are_left_alone():
+    class InPlaceStep(openai.FlowStep):
+        def overwrite(self, z, inverse):
+            h = self.f(z[:, :2])
+            z[:, 2:] -= h if inverse else -h
+            return z
+
+        def normal_flow(self, x, logdet):
+            z, logdet = self.permute(*self.actnorm(x, logdet), False)
+            return self.overwrite(z, False), logdet
+
+        def reverse_flow(self, z, logdet):
+            return self.actnorm(*self.permute(self.overwrite(z, True), logdet, True), reverse=True)
+
+    row = gk.accelerate(InPlaceStep(4, 8, coupling="additive")).layers[0]
+    assert (row.kind, row.patched) == ("FlowStep", False)
+    assert "is being used in an in-place operation" in row.reason
+
+
+def test_factors_beside_plain_attributes_are_those_of_chaiyujin():
+    convolution = openai.InvertibleConv1x1(4, LU_decomposed=True)
+    for name in ("p", "sign_s"):
+        setattr(convolution, name, convolution._buffers.pop(name))
+    x, log_det = torch.randn(2, 4, 6, 6), torch.zeros(2)
+    expected = convolution(x, log_det)
+    (row,) = gk.accelerate(convolution).layers
+    assert row.patched, row.reason
+    torch.testing.assert_close(convolution(x, log_det), expected)
+    convolution.double()(x.double(), log_det)
+
+
 def test_actnorm_with_offsets_as_in_srflow_is_computed_by_the_original_where_it_gets_them():
     class ActNormWithOffset(openai.ActNorm2d):
         def forward(self, x, logdet=None, reverse=False, offset_mask=None, bias_offset=None):

@@ -117,7 +117,7 @@ class InvertibleConv1x1(Patch):
             has_direction = len(inspect.signature(type(module).forward).parameters) >= 4
             return len(shape) == 2 and shape[0] == shape[1] and has_direction and not foreign
         factors = any(set(shapes) == {lower, upper, "log_s"} for lower, upper in TRIANGLES)
-        return factors and {"p", "sign_s"} <= {name for name, _ in module.named_buffers(recurse=False)}
+        return factors and all(isinstance(getattr(module, name, None), Tensor) for name in ("p", "sign_s"))
 
     @classmethod
     def calls(cls, module: Any, options: Any) -> list[Call]:
@@ -229,7 +229,9 @@ def matrix(convolution: Any) -> tuple[Tensor, Tensor | None]:
         return convolution.weight, None
     lower, upper = next(names for names in TRIANGLES if hasattr(convolution, names[0]))
     factors = getattr(convolution, lower), getattr(convolution, upper)
-    return lu_weight(convolution.p, *factors, convolution.log_s, convolution.sign_s)
+    # Plain attributes of chaiyujin's, which stay where they were when the layer is moved.
+    permutation, signs = convolution.p.to(factors[0]), convolution.sign_s.to(factors[0])
+    return lu_weight(permutation, *factors, convolution.log_s, signs)
 
 
 def _can_fuse(step: Any) -> bool:

@@ -144,7 +144,7 @@ class CouplingLayer(_Layer):
     @classmethod
     def examine(cls, module: Any, workshop: Workshop) -> Coupling:
         def run(copied: Any, x: Tensor) -> Tensor:
-            y: Tensor = copied.forward_(x.clone(), x.new_zeros(len(x)))[0]
+            y: Tensor = copied.forward_(x, x.new_zeros(len(x)))[0]
             return y
 
         return workshop.find_coupling(module, module.NN, run).require_halves()
