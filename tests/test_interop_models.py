@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -138,6 +139,18 @@ def test_factors_beside_plain_attributes_are_those_of_chaiyujin():
     assert row.patched, row.reason
     torch.testing.assert_close(convolution(x, log_det), expected)
     convolution.double()(x.double(), log_det)
+
+
+class CouplingWithGraph(survae.AffineCouplingBijection):
+    inverse = inspect.unwrap(survae.AffineCouplingBijection.inverse)
+
+
+@pytest.mark.parametrize("make", [survae.AffineCouplingBijection, CouplingWithGraph])
+def test_inverses_of_survae_have_a_graph_if_they_had_one(make):
+    coupling = make(nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), survae.ElementwiseParams2d(2)))
+    (row,) = gk.accelerate(coupling).layers
+    assert row.patched, row.reason
+    assert coupling.inverse(torch.randn(2, 4, 6, 6)).requires_grad == (make is CouplingWithGraph)
 
 
 def test_actnorm_with_offsets_as_in_srflow_is_computed_by_the_original_where_it_gets_them():

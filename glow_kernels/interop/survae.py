@@ -6,8 +6,11 @@ return a pair of numbers per element in a last dimension.
 
 from __future__ import annotations
 
+import dataclasses
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from glow_kernels.interop import steps
@@ -91,6 +94,17 @@ class Conv1x1(Patch):
         return actnorm_conv1x1_inverse(z, zeros, zeros, self.weight)[0]
 
 
+@dataclass(frozen=True)
+class Bijection(Coupling):
+    """A coupling whose inverse may have no graph.
+
+    Attributes:
+        inverse_has_graph: whether it has one.
+    """
+
+    inverse_has_graph: bool = True
+
+
 class CouplingBijection(Patch):
     """An affine or additive coupling."""
 
@@ -103,8 +117,12 @@ class CouplingBijection(Patch):
         return set(dict(module.named_children())) >= {"coupling_net"} and hasattr(module, "inverse")
 
     @classmethod
-    def examine(cls, module: Any, workshop: Workshop) -> Coupling:
-        return workshop.find_coupling(module, module.coupling_net, lambda copied, x: copied(x)[0]).require_halves()
+    def examine(cls, module: Any, workshop: Workshop) -> Bijection:
+        found = workshop.find_coupling(module, module.coupling_net, lambda copied, x: copied(x)[0]).require_halves()
+        z = torch.randn(2, found.channels, *SPATIAL, dtype=torch.float64, requires_grad=True)
+        has_graph = workshop.replica(module).double().cpu().inverse(z).requires_grad
+        fields = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
+        return Bijection(**fields, inverse_has_graph=has_graph)
 
     @classmethod
     def calls(cls, module: Any, options: Any) -> list[Call]:
@@ -126,7 +144,8 @@ class CouplingBijection(Patch):
 
     def inverse(self: Any, z: Tensor) -> Tensor:
         """``x``."""
-        return steps.inverse(CouplingBijection.parts(self), z)[0]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and options_of(self).inverse_has_graph):
+            return steps.inverse(CouplingBijection.parts(self), z)[0]
 
 
 def _channels(h: Tensor, x: Tensor) -> Tensor:

@@ -74,6 +74,7 @@ class AffineCouplingBijection(nn.Module):
         scale, shift = self._params(x1)
         return torch.cat([x1, scale * x2 + shift], dim=1), torch.log(scale).flatten(1).sum(1)
 
+    @torch.no_grad()
     def inverse(self, z):
         z1, z2 = torch.chunk(z, 2, dim=1)
         scale, shift = self._params(z1)
