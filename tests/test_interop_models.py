@@ -141,6 +141,45 @@ def test_factors_beside_plain_attributes_are_those_of_chaiyujin():
     convolution.double()(x.double(), log_det)
 
 
+class ActNormOfVectors(rosinality.ActNorm):
+    """As in taming-transformers and net2net."""
+
+    def forward(self, x):
+        if x.dim() == 4:
+            return super().forward(x)
+        y, log_det = super().forward(x[:, :, None, None])
+        return y[:, :, 0, 0], log_det
+
+
+def test_vectors_are_none_of_the_images_that_actnorm_takes():
+    layer = ActNormOfVectors(4)
+    x = torch.randn(8, 4)
+    layer(x)
+    expected = layer(x)
+    (row,) = gk.accelerate(layer).layers
+    assert row.patched, row.reason
+    torch.testing.assert_close(layer(x), expected)
+
+
+class ActNormWithoutChoice(rosinality.ActNorm):
+    """As in glow2, which always returns a log-determinant."""
+
+    def __init__(self, in_channel):
+        super().__init__(in_channel)
+        del self.logdet
+
+    def forward(self, x):
+        if not self.initialized:
+            self.initialize(x)
+            self.initialized.fill_(1)
+        return self.scale * (x + self.loc), x[0, 0].numel() * self.scale.abs().log().sum()
+
+
+def test_actnorm_without_a_choice_returns_a_log_determinant():
+    (row,) = gk.accelerate(ActNormWithoutChoice(4)).layers
+    assert row.patched, row.reason
+
+
 class CouplingWithGraph(survae.AffineCouplingBijection):
     inverse = inspect.unwrap(survae.AffineCouplingBijection.inverse)
 

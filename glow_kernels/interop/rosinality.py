@@ -54,10 +54,10 @@ class ActNorm(Patch):
 
     def forward(self: Any, x: Tensor) -> Any:
         """``y`` and, unless it is switched off, ``log_det`` ()."""
-        if not is_set(self, self.initialized):
+        if not is_set(self, self.initialized) or x.dim() != 4:  # some copies take vectors too
             return own(self).forward(self, x)
         y = self.scale * (x + self.loc)
-        if not self.logdet:
+        if not getattr(self, "logdet", True):
             return y
         return y, x.shape[2] * x.shape[3] * self.scale.abs().log().sum()
 
