@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from dialects import audio
 from torch import Tensor, nn
 
@@ -196,6 +197,19 @@ def test_stale_inverse_of_waveglow_is_not_imitated():
         torch.testing.assert_close(layer(layer(z)[0], reverse=True), z)
         gk.restore(layer)
         assert (layer(layer(z)[0], reverse=True) - z).abs().max() > 0.01
+
+
+class InverseWithGraph(audio.Invertible1x1Conv):
+    def forward(self, z, reverse=False):
+        return F.conv1d(z, self.conv.weight[:, :, 0].inverse()[:, :, None]) if reverse else super().forward(z)
+
+
+@pytest.mark.parametrize("make", [audio.Invertible1x1Conv, InverseWithGraph])
+def test_weights_of_waveglow_have_a_gradient_in_reverse_if_they_had_one(make):
+    layer = make(4)
+    (row,) = gk.accelerate(layer).layers
+    assert row.patched, row.reason
+    assert layer(torch.randn(2, 4, 8), reverse=True).requires_grad == (make is InverseWithGraph)
 
 
 def test_log_determinant_of_waveglow_covers_the_batch_and_survives_a_negative_determinant():

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from glow_kernels.backends.reference.affine_coupling import split
+from glow_kernels.interop.copies import faithful_copy
 from glow_kernels.interop.memory import run_alone
 from glow_kernels.interop.patch import Call, Mismatch, Patch, has_hooks, options_of, own
 from glow_kernels.interop.probe import Coupling
@@ -24,6 +26,21 @@ from glow_kernels.ops import ScaleMap, actnorm_conv1x1, actnorm_conv1x1_inverse
 
 # Of the sequences to try layers with.
 LENGTH = 8
+
+
+@dataclass(frozen=True)
+class Inverse:
+    """Of a 1x1 convolution.
+
+    Attributes:
+        has_graph: whether the weight has a gradient in reverse, as it has not in the original.
+    """
+
+    has_graph: bool
+
+    def describe(self) -> str:
+        """For the report."""
+        return ""
 
 
 class Invertible1x1Conv(Patch):
@@ -46,6 +63,12 @@ class Invertible1x1Conv(Patch):
         return kernel == [size, 1]
 
     @classmethod
+    def examine(cls, module: Any, workshop: Workshop) -> Inverse:
+        copied = faithful_copy(module).requires_grad_()
+        z = torch.zeros_like(copied.conv.weight)  # C sequences
+        return Inverse(_fresh_inverse(copied, z).requires_grad)
+
+    @classmethod
     def calls(cls, module: Any, options: Any) -> list[Call]:
         shape = (2, module.conv.in_channels, LENGTH)
         return [
@@ -64,6 +87,7 @@ class Invertible1x1Conv(Patch):
         weight = self.conv.weight[:, :, 0]
         zeros = weight.new_zeros(weight.shape[0])
         if reverse:
+            weight = weight if options_of(self).has_graph else weight.detach()
             return actnorm_conv1x1_inverse(z, zeros, zeros, weight)[0]
         z, log_det = actnorm_conv1x1(z, zeros, zeros, weight)
         return z, log_det.sum()

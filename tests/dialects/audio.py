@@ -22,7 +22,7 @@ class Invertible1x1Conv(nn.Module):
         weight = self.conv.weight.squeeze(-1)
         if reverse:
             if not hasattr(self, "W_inverse"):
-                self.W_inverse = weight.inverse()[..., None]
+                self.W_inverse = weight.inverse()[..., None].detach()
             return F.conv1d(z, self.W_inverse)
         return self.conv(z), batch_size * n_of_groups * torch.logdet(weight)
 
