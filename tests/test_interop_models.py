@@ -180,6 +180,20 @@ def test_actnorm_without_a_choice_returns_a_log_determinant():
     assert row.patched, row.reason
 
 
+@pytest.mark.parametrize("verify", [True, False])
+def test_actnorm_of_chrischutes_networks_returns_data_alone(verify):
+    class ActNormAlone(openai.ActNorm2d):
+        return_ldj = False
+
+        def forward(self, x, logdet=None, reverse=False):
+            return super().forward(x, logdet, reverse)[0]
+
+    layer = ActNormAlone(4)
+    (row,) = gk.accelerate(layer, verify=verify).layers
+    assert row.reason.startswith("it returns no log-determinant")
+    assert layer(torch.randn(2, 4, 6, 6)).shape == (2, 4, 6, 6)
+
+
 class CouplingWithGraph(survae.AffineCouplingBijection):
     inverse = inspect.unwrap(survae.AffineCouplingBijection.inverse)
 

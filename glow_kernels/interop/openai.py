@@ -16,7 +16,18 @@ from torch import Tensor, nn
 from glow_kernels.interop import steps
 from glow_kernels.interop.claims import DOUBLE, DOUBLE_INVERSE, NO_SYNC, STABLE
 from glow_kernels.interop.memory import initialize, run
-from glow_kernels.interop.patch import Call, Patch, has_hooks, is_as_found, is_set, once, options_of, own, patch_of
+from glow_kernels.interop.patch import (
+    Call,
+    Mismatch,
+    Patch,
+    has_hooks,
+    is_as_found,
+    is_set,
+    once,
+    options_of,
+    own,
+    patch_of,
+)
 from glow_kernels.interop.stand_ins import SPATIAL
 from glow_kernels.interop.steps import Linear, Parts
 from glow_kernels.interop.workshop import Workshop
@@ -81,6 +92,11 @@ class ActNorm2d(Patch):
         shape = shapes.get("bias", ())
         per_channel = len(shape) == 4 and shape[0] == 1 and shape[2:] == (1, 1)
         return set(shapes) == {"bias", "logs"} and per_channel and shapes["logs"] == shape and bool(_flag(module))
+
+    @classmethod
+    def examine(cls, module: Any, workshop: Workshop) -> None:
+        if not getattr(module, "return_ldj", True):
+            raise Mismatch("it returns no log-determinant, as chrischute's in networks")
 
     @classmethod
     def calls(cls, module: Any, options: Any) -> list[Call]:
