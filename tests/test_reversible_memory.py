@@ -200,3 +200,14 @@ def test_a_compiled_chain_is_initialised_as_without_a_compiler():
     with pytest.raises(RuntimeError, match="no such backend"):
         torch.compile(never_run, fullgraph=True, backend=aot_autograd(fw_compiler=refuse))(x)
     assert not never_run[0].actnorm.is_initialized(), "a graph that was traced and not run has set nothing"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_compiled_chain_takes_batches_of_any_size():
+    model = ReversibleSequential([FlowStep(4, 4) for _ in range(2)], "anchor")
+    model(torch.randn(4, 4, 4, 4))
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    for size in (4, 6):
+        x = torch.randn(size, 4, 4, 4, requires_grad=True)
+        actual, expected = (torch.autograd.grad(weighted(chain(x)), x) for chain in (compiled, model))
+        torch.testing.assert_close(actual, expected)

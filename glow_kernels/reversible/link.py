@@ -93,11 +93,15 @@ class Link(torch.autograd.Function):
         *tensors: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.place, ctx.mode, ctx.shape, ctx.maps, ctx.draws = place, mode, x.shape, maps, None
+        ctx.place, ctx.mode, ctx.maps, ctx.draws = place, mode, maps, None
+        remembered: Sequence[Any] = tensors
         if steps is None:
-            z, log_det = _forward_operator(x, list(tensors), *_plain(place, mode))
+            # Dynamo of PyTorch 2.11 stumbles over sizes that are symbols here: the operators alone ask for them.
+            z, log_det, following, like_x = _forward_operator(x, list(tensors), *_plain(place, mode))
+            remembered = (like_x, *tensors)
         else:
             z, log_det, ctx.draws = _forward(place, mode, steps, x, tensors)
+            following = _ghost_of(z)
             ctx.spans = [step.span if isinstance(step, PlainStep) else None for step in steps]
             # Dropout and BatchNorm ask for it.
             ctx.modes = [(m, m.training) for step in steps if not step.is_standard for m in step.modules]
@@ -107,7 +111,6 @@ class Link(torch.autograd.Function):
         keeps_output = place.keeps_output and not (place.keeps_input and place.length == 1)
         ctx.shelf = shelf if place.keeps_input else None
         kept = x if place.keeps_input and shelf is None else None
-        remembered: Sequence[Any] = tensors
         if maps is not None:
             remembered = _with_maps(tensors, ctx.bounds, [[(None, None)] * len(own) for own in ctx.of_steps])
         ctx.save_for_backward(kept, z if keeps_output else None, *remembered)
@@ -116,8 +119,7 @@ class Link(torch.autograd.Function):
         if not torch.compiler.is_compiling():
             ctx.chain = _chains[place.handle]  # alive until its backward
             ctx.private = _private(ctx.chain, place, maps)
-        # One element that nobody reads; not a view, of which FSDP would warn.
-        return z, log_det, z.new_empty_strided(z.shape, [0] * z.dim())
+        return z, log_det, following
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
@@ -127,7 +129,7 @@ class Link(torch.autograd.Function):
         grad_z, grad_log_det, reconstructed = grads
         needs = ctx.needs_input_grad[7:]
         if torch.compiler.is_compiling():
-            x, z, *tensors = ctx.saved_tensors
+            x, z, like_x, *tensors = ctx.saved_tensors
         else:
             x, z, *tensors = guards.saved_tensors(ctx, ctx.chain, place.number)
             if ctx.shelf is not None:
@@ -136,7 +138,7 @@ class Link(torch.autograd.Function):
         if z is None and (x is None or place.compares):
             z = reconstructed
         if torch.compiler.is_compiling():
-            arguments = (x, z, grad_z, grad_log_det, tensors, needs, ctx.shape)
+            arguments = (x, z, grad_z, grad_log_det, tensors, needs, like_x)
             reached, grad_x, *tensor_grads = _backward_operator(*arguments, *_plain(place, mode))
             tensor_grads = [grad if need else None for grad, need in zip(tensor_grads, needs, strict=True)]
         else:
@@ -152,6 +154,11 @@ class Link(torch.autograd.Function):
             reached, grad_x, tensor_grads = result.x, result.grad_x, result.grads
         ghost_grad = (reached if x is None else x) if ctx.needs_input_grad[6] else None
         return None, None, None, None, None, grad_x, ghost_grad, *tensor_grads
+
+
+def _ghost_of(state: Tensor) -> Tensor:
+    """One element that nobody reads; not a view, of which FSDP would warn."""
+    return state.new_empty_strided(state.shape, [0] * state.dim())
 
 
 Draws = list[list[Drawn] | None]
@@ -321,9 +328,9 @@ _SETTINGS = (
     "bool compares, int micro_batches, ScalarType? autocast, str? backend"
 )
 _SCHEMAS = (
-    f"reversible_forward(Tensor x, Tensor?[] tensors, {_SETTINGS}) -> (Tensor, Tensor)",
+    f"reversible_forward(Tensor x, Tensor?[] tensors, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor)",
     "reversible_backward(Tensor? x, Tensor? z, Tensor? grad_z, Tensor? grad_log_det, Tensor?[] tensors, bool[] needs, "
-    f"int[] shape, {_SETTINGS}) -> Tensor[]",
+    f"Tensor like_x, {_SETTINGS}) -> Tensor[]",
 )
 for _schema in _SCHEMAS:
     _LIBRARY.define(_schema)  # type: ignore[no-untyped-call]
@@ -375,7 +382,8 @@ def _given(place: Place, steps: Sequence[Step], tensors: Sequence[Any]) -> Itera
                 norm._is_initialized = flag
 
 
-def _run_forward(x: Tensor, tensors: Sequence[Tensor | None], *settings: Any) -> tuple[Tensor, Tensor]:
+# Forward gives the ghosts of its output and its input too, of which the latter is for backward.
+def _run_forward(x: Tensor, tensors: Sequence[Tensor | None], *settings: Any) -> tuple[Tensor, ...]:
     place, mode = _split(settings)
     steps = _anatomies(place)
     with _eager(), _given(place, steps, tensors):
@@ -384,10 +392,10 @@ def _run_forward(x: Tensor, tensors: Sequence[Tensor | None], *settings: Any) ->
     if drawing:
         name = guards.step_name(find(place), drawing[0])
         raise RuntimeError(f"{name}: it draws random numbers, which needs memory='store' under torch.compile")
-    return _own(z, x), log_det.contiguous()
+    return _own(z, x), log_det.contiguous(), _ghost_of(z), _ghost_of(x)
 
 
-def _fake_forward(x: Tensor, tensors: Sequence[Tensor | None], *settings: Any) -> tuple[Tensor, Tensor]:
+def _fake_forward(x: Tensor, tensors: Sequence[Tensor | None], *settings: Any) -> tuple[Tensor, ...]:
     place, mode = _split(settings)
     fake_mode = detect_fake_mode(x)
     assert fake_mode is not None
@@ -401,7 +409,8 @@ def _fake_forward(x: Tensor, tensors: Sequence[Tensor | None], *settings: Any) -
                 z, log_det, _ = recompute.forward(step, z, tensors[: place.contexts], mode)
     finally:
         fake_mode.allow_non_fake_inputs = allowed
-    return torch.empty_like(z, memory_format=output_format(z)), log_det.new_empty(log_det.shape)
+    result = torch.empty_like(z, memory_format=output_format(z))
+    return result, log_det.new_empty(log_det.shape), _ghost_of(z), _ghost_of(x)
 
 
 def _run_backward(
@@ -411,7 +420,7 @@ def _run_backward(
     grad_log_det: Tensor | None,
     tensors: Sequence[Tensor | None],
     needs: list[bool],
-    shape: list[int],
+    like_x: Tensor,
     *settings: Any,
 ) -> list[Tensor]:
     place, mode = _split(settings)
@@ -434,12 +443,12 @@ def _fake_backward(
     grad_log_det: Tensor | None,
     tensors: Sequence[Tensor | None],
     needs: list[bool],
-    shape: list[int],
+    like_x: Tensor,
     *settings: Any,
 ) -> list[Tensor]:
     given = z if x is None else x
     assert given is not None
-    state = torch.empty(shape, dtype=given.dtype, device=given.device, memory_format=output_format(given))
+    state = torch.empty(like_x.shape, dtype=given.dtype, device=given.device, memory_format=output_format(given))
     grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors if t is not None]
     return [state, torch.empty_like(state), *grads]
 
