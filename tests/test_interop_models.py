@@ -200,10 +200,23 @@ class CouplingWithGraph(survae.AffineCouplingBijection):
 
 @pytest.mark.parametrize("make", [survae.AffineCouplingBijection, CouplingWithGraph])
 def test_inverses_of_survae_have_a_graph_if_they_had_one(make):
-    coupling = make(nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), survae.ElementwiseParams2d(2)))
+    coupling = make(nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), survae.ElementwiseParams(2)))
     (row,) = gk.accelerate(coupling).layers
     assert row.patched, row.reason
     assert coupling.inverse(torch.randn(2, 4, 6, 6)).requires_grad == (make is CouplingWithGraph)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [(nn.Linear(2, 4), (3, 4)), (nn.Conv1d(2, 4, 3, padding=1), (3, 4, 8))],
+    ids=["vectors", "sequences"],
+)
+def test_couplings_of_survae_are_accelerated_whatever_they_transform(layer, shape):
+    coupling, x = survae.AffineCouplingBijection(nn.Sequential(layer, survae.ElementwiseParams(2))), torch.randn(shape)
+    expected = coupling(x), coupling.inverse(x)
+    (row,) = gk.accelerate(coupling).layers
+    assert row.patched, row.reason
+    torch.testing.assert_close((coupling(x), coupling.inverse(x)), expected)
 
 
 def test_actnorm_with_offsets_as_in_srflow_is_computed_by_the_original_where_it_gets_them():

@@ -18,7 +18,7 @@ from glow_kernels.interop.claims import DOUBLE_INVERSE, NO_SYNC
 from glow_kernels.interop.memory import initialize, run
 from glow_kernels.interop.patch import Call, Patch, is_set, options_of, own
 from glow_kernels.interop.probe import Coupling
-from glow_kernels.interop.stand_ins import SPATIAL, VOLUME
+from glow_kernels.interop.stand_ins import SPATIAL, VOLUME, spatial_of
 from glow_kernels.interop.steps import Parts
 from glow_kernels.interop.workshop import Workshop
 from glow_kernels.ops import actnorm_conv1x1, actnorm_conv1x1_inverse
@@ -118,15 +118,16 @@ class CouplingBijection(Patch):
 
     @classmethod
     def examine(cls, module: Any, workshop: Workshop) -> Bijection:
-        found = workshop.find_coupling(module, module.coupling_net, lambda copied, x: copied(x)[0]).require_halves()
-        z = torch.randn(2, found.channels, *SPATIAL, dtype=torch.float64, requires_grad=True)
+        network, spatial = module.coupling_net, spatial_of(module.coupling_net)
+        found = workshop.find_coupling(module, network, lambda copied, x: copied(x)[0], spatial=spatial).require_halves()
+        z = torch.randn(2, found.channels, *spatial, dtype=torch.float64, requires_grad=True)
         has_graph = workshop.replica(module).double().cpu().inverse(z).requires_grad
         fields = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
         return Bijection(**fields, inverse_has_graph=has_graph)
 
     @classmethod
     def calls(cls, module: Any, options: Any) -> list[Call]:
-        return _calls(options.channels, SPATIAL)
+        return _calls(options.channels, spatial_of(module.coupling_net))
 
     @classmethod
     def improvements(cls, module: Any, options: Any) -> tuple[str, ...]:

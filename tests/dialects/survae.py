@@ -45,7 +45,7 @@ class Conv1x1(nn.Module):
         return F.conv2d(z, torch.inverse(self.weight)[:, :, None, None])
 
 
-class ElementwiseParams2d(nn.Module):
+class ElementwiseParams(nn.Module):
     """Pairs of numbers per element, from alternating or adjacent parts of the channels."""
 
     def __init__(self, num_params, mode="interleaved"):
@@ -55,8 +55,8 @@ class ElementwiseParams2d(nn.Module):
     def forward(self, x):
         channels = x.shape[1] // self.num_params
         if self.mode == "interleaved":
-            return x.reshape(x.shape[0], self.num_params, channels, *x.shape[2:]).permute(0, 2, 3, 4, 1)
-        return x.reshape(x.shape[0], channels, self.num_params, *x.shape[2:]).permute(0, 1, 3, 4, 2)
+            return x.reshape(x.shape[0], self.num_params, channels, *x.shape[2:]).movedim(1, -1)
+        return x.reshape(x.shape[0], channels, self.num_params, *x.shape[2:]).movedim(2, -1)
 
 
 class AffineCouplingBijection(nn.Module):
@@ -94,7 +94,7 @@ class Flow(nn.Module):
                 nn.Conv2d(channels // 2, hidden, 3, padding=1),
                 nn.ReLU(),
                 nn.Conv2d(hidden, channels, 3, padding=1),
-                ElementwiseParams2d(2, mode),
+                ElementwiseParams(2, mode),
             )
             layers = [ActNormBijection2d(channels), AffineCouplingBijection(net, scale_fn), Conv1x1(channels)]
             self.transforms.extend(layers)
