@@ -219,6 +219,15 @@ def test_couplings_of_survae_are_accelerated_whatever_they_transform(layer, shap
     torch.testing.assert_close((coupling(x), coupling.inverse(x)), expected)
 
 
+def test_images_that_actnorm_refuses_are_not_broadcast():
+    actnorm = openai.ActNorm2d(4)
+    actnorm(torch.randn(2, 4, 6, 6))
+    assert gk.accelerate(actnorm).layers[0].patched
+    for shape in ((2, 1, 6, 6), (2, 4, 6), (2, 4)):
+        with pytest.raises(AssertionError, match="expected 4 channels"):
+            actnorm(torch.randn(shape))
+
+
 def test_actnorm_with_offsets_as_in_srflow_is_computed_by_the_original_where_it_gets_them():
     class ActNormWithOffset(openai.ActNorm2d):
         def forward(self, x, logdet=None, reverse=False, offset_mask=None, bias_offset=None):

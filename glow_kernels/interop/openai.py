@@ -105,7 +105,8 @@ class ActNorm2d(Patch):
     def forward(self: Any, x: Tensor, *args: Any, **options: Any) -> Any:
         """``y`` and the new log-determinant."""
         logdet, reverse, known = arguments(self, args, options)
-        if not known or not is_initialized(self):
+        fits = x.dim() == 4 and x.shape[1] == self.bias.shape[1]  # most refuse what would be broadcast
+        if not known or not fits or not is_initialized(self):
             return own(self).forward(self, x, *args, **options)
         change = x.shape[2] * x.shape[3] * self.logs.sum()
         if reverse:
