@@ -246,7 +246,7 @@ def matrix(convolution: Any) -> tuple[Tensor, Tensor | None]:
         return convolution.weight, None
     lower, upper = next(names for names in TRIANGLES if hasattr(convolution, names[0]))
     factors = getattr(convolution, lower), getattr(convolution, upper)
-    # Plain attributes of chaiyujin's, which stay where they were when the layer is moved.
+    # Plain attributes in earlier revisions of chaiyujin's, which stay where they were when the layer is moved.
     permutation, signs = convolution.p.to(factors[0]), convolution.sign_s.to(factors[0])
     return lu_weight(permutation, *factors, convolution.log_s, signs)
 
