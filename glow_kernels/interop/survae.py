@@ -119,7 +119,9 @@ class CouplingBijection(Patch):
     @classmethod
     def examine(cls, module: Any, workshop: Workshop) -> Bijection:
         network, spatial = module.coupling_net, spatial_of(module.coupling_net)
-        found = workshop.find_coupling(module, network, lambda copied, x: copied(x)[0], spatial=spatial).require_halves()
+        found = workshop.find_coupling(
+            module, network, lambda copied, x: copied(x)[0], spatial=spatial
+        ).require_halves()
         z = torch.randn(2, found.channels, *spatial, dtype=torch.float64, requires_grad=True)
         has_graph = workshop.replica(module).double().cpu().inverse(z).requires_grad
         fields = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}

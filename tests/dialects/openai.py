@@ -36,7 +36,7 @@ class ActNorm2d(nn.Module):
         self.inited = True
 
     def forward(self, x, logdet=None, reverse=False):
-        assert x.dim() == 4 and x.shape[1] == self.num_features, f"expected {self.num_features} channels"
+        assert x.shape[1:-2] == (self.num_features,), f"expected {self.num_features} channels"
         if not self.inited:
             self.initialize_parameters(x)
         y = x * torch.exp(-self.logs) - self.bias if reverse else (x + self.bias) * torch.exp(self.logs)
