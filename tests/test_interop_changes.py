@@ -190,7 +190,7 @@ class UndefinedActNorm(rosinality.ActNorm):
     ("make", "reason"),
     [
         (Verbose, "forward returns (Tensor, Tensor, Tensor), where such a layer would return (Tensor, Tensor)"),
-        (lambda: Refusing(4), "forward does not run: NotImplementedError"),
+        (lambda: Refusing(4), "forward does not run as such layers are called: NotImplementedError"),
         (Storing, "it stores its log_det"),
         (Checkpointing, "it runs its network again in backward"),
         (WithoutAutocast, "it switches autocast on or off for its network"),
@@ -284,18 +284,18 @@ def network(inputs: int, outputs: int) -> nn.Module:
 @pytest.mark.parametrize(
     ("layer", "reason"),
     [
-        (ConditionalActNorm(4), "forward does not run: it uses its context itself"),
-        (ConditionalCoupling([0, 0, 1, 1], network), "forward does not run: it uses its context itself"),
-        (TensorConditionalCoupling([0, 0, 1, 1], network), "forward does not run: it uses its context itself"),
-        (DictionaryActNorm(4), "forward does not run: it uses its context itself"),
-        (NamedCoupling([0, 0, 1, 1], network), "forward does not run: it uses its context itself"),
+        (ConditionalActNorm(4), "it uses its context itself"),
+        (ConditionalCoupling([0, 0, 1, 1], network), "it uses its context itself"),
+        (TensorConditionalCoupling([0, 0, 1, 1], network), "it uses its context itself"),
+        (DictionaryActNorm(4), "it uses its context itself"),
+        (NamedCoupling([0, 0, 1, 1], network), "it uses its context itself"),
         (UnconditionalCoupling([0, 0, 1, 1], network), "forward: result 0 differs by"),
     ],
     ids=["actnorm", "coupling", "coupling of tensors", "actnorm of dictionaries", "coupling of names", "without"],
 )
 def test_layers_that_do_something_else_with_a_context_are_left_alone(layer, reason):
     (row,) = gk.accelerate(layer).layers
-    assert row.reason.startswith(reason)
+    assert reason in row.reason
 
 
 def test_convolutions_of_nflows_with_a_cache_are_accelerated_after_it_was_used():

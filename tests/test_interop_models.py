@@ -106,7 +106,7 @@ def test_compiled_layers_are_left_alone():
 def test_layers_that_pytorch_refuses_to_differentiate_are_left_alone():
     (row,) = gk.accelerate(nn.ModuleList([pclucas14.AffineCoupling(4, 4, in_place=True)])).layers[:1]
     assert (row.kind, row.patched) == ("Coupling", False)
-    assert row.reason.startswith("forward_ does not run: ")
+    assert row.reason.startswith("forward_ does not run as such layers are called: ")
     assert "modified inplace" in row.reason
 
 
@@ -217,6 +217,21 @@ def test_couplings_of_survae_are_accelerated_whatever_they_transform(layer, shap
     (row,) = gk.accelerate(coupling).layers
     assert row.patched, row.reason
     torch.testing.assert_close((coupling(x), coupling.inverse(x)), expected)
+
+
+class CouplingAlone(rosinality.AffineCoupling):
+    """As in ArtFlow, whose layers return the data alone."""
+
+    def forward(self, x):
+        return super().forward(x)[0]
+
+
+def test_couplings_without_a_log_determinant_are_left_alone():
+    coupling, x = CouplingAlone(4, 8), torch.randn(2, 4, 6, 6)
+    expected = coupling(x)
+    row = gk.accelerate(coupling).layers[0]
+    assert row.reason == "it returns no log-determinant"
+    torch.testing.assert_close(coupling(x), expected)
 
 
 def test_images_that_actnorm_refuses_are_not_broadcast():

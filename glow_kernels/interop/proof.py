@@ -152,7 +152,8 @@ def _same_formula(
         except Exception as error:
             if call.optional and not isinstance(error, Mismatch):
                 return None
-            raise Mismatch(f"{call.name} does not run: {str(error) or type(error).__name__}") from error
+            cause = str(error) or type(error).__name__
+            raise Mismatch(f"{call.name} does not run as such layers are called: {cause}") from error
     actual = _run(call, pair[1], dtype)
     _same_structure(call.name, expected, actual)
     for index, results in enumerate(zip(expected.tensors, actual.tensors, strict=True)):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from glow_kernels.interop import steps
 from glow_kernels.interop.claims import DOUBLE_INVERSE, NO_SYNC, STABLE
 from glow_kernels.interop.memory import initialize, run
-from glow_kernels.interop.patch import Call, Patch, has_hooks, is_as_found, is_set, once, options_of, own
+from glow_kernels.interop.patch import Call, Mismatch, Patch, has_hooks, is_as_found, is_set, once, options_of, own
 from glow_kernels.interop.stand_ins import SPATIAL
 from glow_kernels.interop.steps import Parts
 from glow_kernels.interop.workshop import Workshop
@@ -128,7 +128,14 @@ class AffineCoupling(Patch):
 
     @classmethod
     def examine(cls, module: Any, workshop: Workshop) -> Any:
-        return workshop.find_coupling(module, module.net, lambda copied, x: copied(x)[0]).require_halves()
+        def run(copied: Any, x: Tensor) -> Tensor:
+            results = copied(x)
+            if isinstance(results, Tensor):
+                raise Mismatch("it returns no log-determinant")
+            y: Tensor = results[0]
+            return y
+
+        return workshop.find_coupling(module, module.net, run).require_halves()
 
     @classmethod
     def calls(cls, module: Any, options: Any) -> list[Call]:

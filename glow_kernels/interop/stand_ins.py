@@ -134,7 +134,7 @@ def stand_in_for(network: nn.Module, channels: int, spatial: tuple[int, ...], co
     try:
         output = faithful_copy(network)(x, *others)
     except Exception as error:
-        raise Mismatch(f"its network does not run on {channels} channels: {error}") from error
+        raise Mismatch(f"its network does not run on an input of {tuple(x.shape)}: {error}") from error
     pairs = isinstance(output, Tensor) and output.dim() == x.dim() + 1 and output.shape[-1] == 2
     if pairs:
         output = output.movedim(-1, 1).flatten(1, 2)
