@@ -339,7 +339,7 @@ def _difference(name: str, expected: Tensor | None, actual: Tensor | None, toler
     """Largest difference, relative to the largest value."""
     if expected is None or actual is None:
         if (expected is None) != (actual is None):
-            raise Mismatch(f"{name} is {'there' if expected is None else 'missing'}")
+            raise Mismatch(f"{name} is {'there, and was not before' if expected is None else 'missing'}")
         return 0.0
     if not expected.numel():
         return 0.0
