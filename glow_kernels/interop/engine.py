@@ -87,7 +87,8 @@ def accelerate(
         anchor_every: distance of the anchors.
         micro_batches: evaluate every step in this many parts of the batch, which divides the memory that its network
             takes while it works. Not for ``"store"``.
-        verify: prove every patch. Without, what was recognised and probed is trusted.
+        verify: prove every patch. Without, what was recognised and probed is trusted, which gives other numbers where a
+            layer has the structure of a known one but another formula.
 
     Returns:
         a report to print, or to read by a program.
