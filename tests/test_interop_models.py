@@ -208,8 +208,12 @@ def test_inverses_of_survae_have_a_graph_if_they_had_one(make):
 
 @pytest.mark.parametrize(
     ("layer", "shape"),
-    [(nn.Linear(2, 4), (3, 4)), (nn.Conv1d(2, 4, 3, padding=1), (3, 4, 8))],
-    ids=["vectors", "sequences"],
+    [
+        (nn.Linear(2, 4), (3, 4)),
+        (nn.Conv1d(2, 4, 3, padding=1), (3, 4, 8)),
+        (nn.Conv3d(2, 4, 3, padding=1), (3, 4, 2, 4, 6)),
+    ],
+    ids=["vectors", "sequences", "volumes"],
 )
 def test_couplings_of_survae_are_accelerated_whatever_they_transform(layer, shape):
     coupling, x = survae.AffineCouplingBijection(nn.Sequential(layer, survae.ElementwiseParams(2))), torch.randn(shape)

@@ -103,12 +103,14 @@ class PassThrough(nn.Module):
 
 
 def spatial_of(network: nn.Module) -> tuple[int, ...]:
-    """Spatial sizes to try ``network`` with, by its first layer: of images, sequences or vectors."""
+    """Spatial sizes to try ``network`` with, by its first layer: of images, volumes, sequences or vectors."""
     for layer in network.modules():
         if isinstance(layer, nn.Linear):
             return ()
         if isinstance(layer, nn.Conv1d):
             return (8,)
+        if isinstance(layer, nn.Conv3d):
+            return VOLUME
         if isinstance(layer, nn.Conv2d):
             return SPATIAL
     return SPATIAL
