@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -280,13 +281,12 @@ def call(functions: Functions, direction: str, arguments: Sequence[Tensor], grad
 
     What leads to it, as the forward of a backward alone, is done here and not in the function.
     """
-    forward, inverse = functions.forward, functions.inverse
+    forward = functions.forward
     leaves = [argument.detach().requires_grad_() for argument in arguments]
     if direction == "forward":
         return lambda: forward(*leaves)
     if direction in ("no_grad", "inverse"):
-        function = forward if direction == "no_grad" else inverse
-        return torch.no_grad()(lambda: function(*arguments))  # type: ignore[misc]
+        return torch.no_grad()(without_graph(functions, direction, arguments))
     if direction == "forward_backward":
         return lambda: _differentiate(_as_list(forward(*leaves)), leaves, grads)
     if direction == "backward":
@@ -296,6 +296,13 @@ def call(functions: Functions, direction: str, arguments: Sequence[Tensor], grad
         reversible = functions.reversible_backward
         return torch.no_grad()(lambda: reversible(*grads, *arguments))
     return lambda: _restore_and_differentiate(functions, arguments, grads)
+
+
+def without_graph(functions: Functions, direction: str, arguments: Sequence[Tensor]) -> Function:
+    """That of ``no_grad`` or ``inverse``, for a caller that records no graph."""
+    function = functions.forward if direction == "no_grad" else functions.inverse
+    assert function is not None
+    return functools.partial(function, *arguments)
 
 
 def _restore_and_differentiate(

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
 
 from glow_kernels.bench import operators, table, timing
-from glow_kernels.bench.operators import OPERATORS, Case, Functions
+from glow_kernels.bench.operators import OPERATORS, Case
 from glow_kernels.bench.plan import Show, Task
 from glow_kernels.bench.results import Row, Writer
 
@@ -38,10 +36,10 @@ def _measure(case: Case, seconds: float, device: torch.device) -> Row:
     operator = OPERATORS[case.operator]
     arguments = operator.arguments(case)
     x = torch.randn(SHAPE, device=device)
-    candidates: dict[str, list[Callable[[], object]]] = {
+    candidates: dict[str, list[operators.Function]] = {
         "elementwise": [lambda: x + 1.0],
-        "eager": [_call(operator.plain, case.direction, arguments)],
-        "ours": [_call(operator.ours, case.direction, arguments)],
+        "eager": [operators.without_graph(operator.plain, case.direction, arguments)],
+        "ours": [operators.without_graph(operator.ours, case.direction, arguments)],
     }
     with torch.no_grad():  # which takes as long to enter as half of a call
         times = timing.measure(candidates, seconds, device)
@@ -52,9 +50,3 @@ def _measure(case: Case, seconds: float, device: torch.device) -> Row:
         "ratio": list(times.ratio("ours", "elementwise")),
         "seconds": {name: times.spread(name).as_row() for name in candidates},
     }
-
-
-def _call(functions: Functions, direction: str, arguments: Sequence[Tensor]) -> Callable[[], object]:
-    function = functions.inverse if direction == "inverse" else functions.forward
-    assert function is not None
-    return functools.partial(function, *arguments)

@@ -38,6 +38,7 @@ class Coupling:
         inverted: the layer's forward is the operator's inverse.
         factor: the network's output is multiplied by this first.
         channels_last: the network computes the same on images whose channels lie next to each other in memory.
+        inverse_has_graph: the layer's inverse can be differentiated.
     """
 
     read: tuple[int, ...]
@@ -48,6 +49,7 @@ class Coupling:
     inverted: bool = False
     factor: float = 1.0
     channels_last: bool = False
+    inverse_has_graph: bool = True
 
     @property
     def channels(self) -> int:

@@ -7,7 +7,6 @@ return a pair of numbers per element in a last dimension.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -94,17 +93,6 @@ class Conv1x1(Patch):
         return actnorm_conv1x1_inverse(z, zeros, zeros, self.weight)[0]
 
 
-@dataclass(frozen=True)
-class Bijection(Coupling):
-    """A coupling whose inverse may have no graph.
-
-    Attributes:
-        inverse_has_graph: whether it has one.
-    """
-
-    inverse_has_graph: bool = True
-
-
 class CouplingBijection(Patch):
     """An affine or additive coupling."""
 
@@ -117,15 +105,14 @@ class CouplingBijection(Patch):
         return set(dict(module.named_children())) >= {"coupling_net"} and hasattr(module, "inverse")
 
     @classmethod
-    def examine(cls, module: Any, workshop: Workshop) -> Bijection:
+    def examine(cls, module: Any, workshop: Workshop) -> Coupling:
         network, spatial = module.coupling_net, spatial_of(module.coupling_net)
         found = workshop.find_coupling(
             module, network, lambda copied, x: copied(x)[0], spatial=spatial
         ).require_halves()
         z = torch.randn(2, found.channels, *spatial, dtype=torch.float64, requires_grad=True)
         has_graph = workshop.replica(module).double().cpu().inverse(z).requires_grad
-        fields = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
-        return Bijection(**fields, inverse_has_graph=has_graph)
+        return dataclasses.replace(found, inverse_has_graph=has_graph)
 
     @classmethod
     def calls(cls, module: Any, options: Any) -> list[Call]:

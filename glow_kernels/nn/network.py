@@ -101,8 +101,8 @@ class CouplingNetwork(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, hidden_channels: int = 512) -> None:
         super().__init__()
-        for name, number in {"in_channels": in_channels, "hidden_channels": hidden_channels}.items():
-            check_whole(name, number, 1)
+        check_whole("in_channels", in_channels, 1)
+        check_whole("hidden_channels", hidden_channels, 1)
         # Gradients of the hidden layers come from convolutions, fresh: one buffer less where they may be overwritten.
         self.frugal = False
         self.first = HiddenConv2d(in_channels, hidden_channels, 3)

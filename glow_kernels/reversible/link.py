@@ -327,6 +327,7 @@ _SETTINGS = (
     "int handle, int number, int length, int contexts, bool keeps_input, bool keeps_output, "
     "bool compares, int micro_batches, ScalarType? autocast, str? backend"
 )
+# The last results of forward are the ghosts of its output and, for backward, of its input.
 _SCHEMAS = (
     f"reversible_forward(Tensor x, Tensor?[] tensors, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor)",
     "reversible_backward(Tensor? x, Tensor? z, Tensor? grad_z, Tensor? grad_log_det, Tensor?[] tensors, bool[] needs, "
@@ -382,7 +383,6 @@ def _given(place: Place, steps: Sequence[Step], tensors: Sequence[Any]) -> Itera
                 norm._is_initialized = flag
 
 
-# Forward gives the ghosts of its output and its input too, of which the latter is for backward.
 def _run_forward(x: Tensor, tensors: Sequence[Tensor | None], *settings: Any) -> tuple[Tensor, ...]:
     place, mode = _split(settings)
     steps = _anatomies(place)
