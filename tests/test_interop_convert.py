@@ -33,11 +33,11 @@ class LearnedTop(openai.Glow):
         return z, -(objective + openai.gaussian_log_prob(mean, logs, z))
 
 
-def normflows_glow(lu: bool) -> nn.Module:
+def normflows_glow(lu: bool, net_actnorm: bool = False) -> nn.Module:
     flows, bases = [], []
     for level in range(LEVELS):
         channels = 3 * 2 ** (LEVELS + 1 - level)
-        blocks = [normflows.flows.GlowBlock(channels, HIDDEN, use_lu=lu) for _ in range(STEPS)]
+        blocks = [normflows.flows.GlowBlock(channels, HIDDEN, use_lu=lu, net_actnorm=net_actnorm) for _ in range(STEPS)]
         flows.append([*blocks, normflows.flows.Squeeze()])
         side = 8 // 2 ** (LEVELS - level)
         bases.append(normflows.distributions.GlowBase((channels // (2 if level else 1), side, side)))
@@ -51,7 +51,9 @@ def build(dialect: str, lu: bool) -> nn.Module:
         return rosinality.Glow(3, STEPS, LEVELS, filter_size=HIDDEN, conv_lu=lu)
     if dialect == "openai":
         return tensorflow.Glow(3, STEPS, LEVELS, HIDDEN)
-    return normflows_glow(lu) if dialect == "normflows" else LearnedTop(dialect, lu)
+    if dialect.startswith("normflows"):
+        return normflows_glow(lu, net_actnorm=dialect == "normflows with hidden ActNorms")
+    return LearnedTop(dialect, lu)
 
 
 def log_prob(model: nn.Module, x: Tensor) -> Tensor:
@@ -123,6 +125,15 @@ def test_normflows_has_priors_without_a_condition(source, lu):
         lossy = convert(trained(source, lu).state_dict(), source=source, target="normflows")
         assert lossy.inexact == ("q0.1: the source's prior depends on the channels that are kept",)
         assert "not exact" in str(lossy)
+
+
+@pytest.mark.parametrize("target", EXACT)
+def test_hidden_actnorms_of_normflows_go_into_convolutions(target):
+    model = trained("normflows with hidden ActNorms")
+    conversion = convert(model.state_dict(), source="normflows", target=target)
+    assert conversion.exact
+    assert conversion.ignored == ()
+    same(model, loaded(target, True, conversion.state_dict))
 
 
 @pytest.mark.parametrize("lu", [True, False], ids=["lu", "plain"])

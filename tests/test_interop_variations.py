@@ -176,6 +176,27 @@ def test_any_options_are_matched_exactly_or_left_alone(options, trained):
         assert report.left_alone
 
 
+@pytest.mark.parametrize("order", ["(x - t) / s", "x / s + t"])
+def test_couplings_that_run_the_other_way_are_undone_in_backward(order):
+    torch.manual_seed(0)
+    options = Options("tanh", order, "scale first", True, 1.0, 0.5, 0.7, 0.1, channels=4, log_det_factor=1.0)
+    steps = nn.ModuleList(VariedCoupling(options) for _ in range(3)).double()
+    accelerated = copy.deepcopy(steps)
+    report = gk.accelerate(accelerated, memory="invert")
+    assert [row.memory for row in report.layers] == ["invert"] * 3
+    assert "inverted" in report.layers[0].options
+    x = torch.randn(3, 4, 3, 5, dtype=torch.float64, requires_grad=True)
+    results = []
+    for chain in (steps, accelerated):
+        y, total = x, torch.zeros(3, dtype=x.dtype)
+        for step in chain:
+            y, log_det = step(y)
+            total = total + log_det
+        results.append(torch.autograd.grad((y * y.detach().cos()).sum() + total.sin().sum(), [x, *chain.parameters()]))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
 WRONG = {
     "offset": lambda c: dataclasses.replace(c, scale_map=dataclasses.replace(c.scale_map, offset=2.0 + 1e-6)),
     "floor": lambda c: dataclasses.replace(c, scale_map=dataclasses.replace(c.scale_map, floor=1e-6)),
