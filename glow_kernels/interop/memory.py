@@ -106,9 +106,6 @@ class _Unit(nn.Module):
             return self._unpacking(self.function)(x, *context)
         return steps.forward(self.parts, x, *context)
 
-    def inverse(self, z: Tensor, *context: Any) -> tuple[Tensor, Tensor]:
-        return steps.inverse(self.parts, z, *context)
-
     def backward_from_output(self, *arguments: Any) -> tuple[Tensor, Tensor, list[Tensor | None]]:
         """As :func:`glow_kernels.interop.steps.backward_from_output`."""
         return steps.backward_from_output(self.parts, *arguments)

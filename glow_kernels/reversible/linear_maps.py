@@ -59,8 +59,6 @@ class LinearMaps:
 
     def gradients(self, grads: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
         """Those of the parameters that need one, of those of what :meth:`fold` gave; after those of all steps."""
-        if self._graph is None:
-            self._found = self._fold_again()
         assert self._graph is not None
         leaves, results = self._graph
         self._graph = self._found = None
