@@ -256,6 +256,12 @@ def test_accuracy_is_judged_by_more_than_one_draw_of_inputs():
             _as_accurate(call, Rounding(*exact), Rounding(*errors), Agreement(values={"forward": 0.0}))
 
 
+@pytest.mark.parametrize(("layer", "channels"), [(rosinality.InvConv2dLU, 96), (openai.InvertibleConv1x1, 192)])
+def test_wide_rotations_are_accelerated_whose_log_determinant_is_what_rounding_leaves_of_a_sum(layer, channels):
+    torch.manual_seed(1)
+    assert not gk.accelerate(layer(channels)).left_alone
+
+
 def test_a_step_whose_order_of_layers_was_changed_is_left_alone():
     class Reordered(rosinality.Flow):
         def forward(self, x):

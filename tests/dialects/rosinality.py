@@ -80,7 +80,7 @@ class InvConv2dLU(nn.Module):
         return weight[:, :, None, None]
 
     def forward(self, x):
-        return F.conv2d(x, self.calc_weight()), x.shape[2] * x.shape[3] * self.w_s.sum()
+        return F.conv2d(x, self.calc_weight()), x.shape[2] * x.shape[3] * sum(self.w_s)
 
     def reverse(self, y):
         return F.conv2d(y, self.calc_weight()[:, :, 0, 0].inverse()[:, :, None, None])
