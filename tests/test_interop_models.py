@@ -180,6 +180,35 @@ def test_actnorm_without_a_choice_returns_a_log_determinant():
     assert row.patched, row.reason
 
 
+class ActNormWithPlainFlag(rosinality.ActNorm):
+    """As in copies whose checkpoints do not say whether it was initialised."""
+
+    def __init__(self, in_channel):
+        super().__init__(in_channel)
+        del self.initialized
+        self.initialized = False
+
+    def forward(self, x):
+        if not self.initialized:
+            self.initialize(x)
+            self.initialized = True
+        return self.scale * (x + self.loc), x[0, 0].numel() * self.scale.abs().log().sum()
+
+
+def test_steps_whose_actnorm_keeps_its_flag_as_an_attribute_are_accelerated():
+    flow, x = step(), 3 + 2 * torch.randn(4, 4, 6, 6)
+    flow.actnorm = ActNormWithPlainFlag(4)
+    original = copy.deepcopy(flow)
+    report = gk.accelerate(flow)
+    assert not report.left_alone
+    assert "wait for the device" not in str(report)
+    for _ in range(2):  # the first initialises
+        torch.testing.assert_close(flow(x), original(x))
+    flow.actnorm.initialized = False  # as after loading a checkpoint
+    original.actnorm.initialized = False
+    torch.testing.assert_close(flow(10 * x), original(10 * x))
+
+
 @pytest.mark.parametrize("verify", [True, False])
 def test_actnorm_of_chrischutes_networks_returns_data_alone(verify):
     class ActNormAlone(openai.ActNorm2d):

@@ -34,7 +34,10 @@ class ActNorm(Patch):
     """``scale * (x + loc)``; the scale is linear and may be negative."""
 
     dialect, kind = "rosinality", "ActNorm"
-    better = (NO_SYNC,)
+
+    @classmethod
+    def improvements(cls, module: Any, options: Any) -> tuple[str, ...]:
+        return (NO_SYNC,) if isinstance(module.initialized, Tensor) else ()
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
@@ -44,7 +47,7 @@ class ActNorm(Patch):
             set(names) == {"loc", "scale"}
             and len(shape) == 4
             and names["scale"] == shape
-            and isinstance(getattr(module, "initialized", None), Tensor)
+            and isinstance(getattr(module, "initialized", None), Tensor | bool)
             and hasattr(module, "reverse")
         )
 
