@@ -161,6 +161,19 @@ def test_vectors_are_none_of_the_images_that_actnorm_takes():
     torch.testing.assert_close(layer(x), expected)
 
 
+class SqueezedActNorm(rosinality.ActNorm):
+    """As in bertflow, whose images are vectors that get sides of one."""
+
+    def forward(self, x):
+        y, log_det = super().forward(x)
+        return y.squeeze(), log_det
+
+
+def test_layers_that_drop_sides_of_one_are_left_alone():
+    (row,) = gk.accelerate(SqueezedActNorm(4)).layers
+    assert row.reason == "forward of one position: result 0 is (1, 4, 1, 1), not (4,)"
+
+
 class ActNormWithoutChoice(rosinality.ActNorm):
     """As in glow2, which always returns a log-determinant."""
 
