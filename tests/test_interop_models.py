@@ -265,6 +265,41 @@ def test_couplings_of_survae_are_accelerated_whatever_they_transform(layer, shap
     torch.testing.assert_close((coupling(x), coupling.inverse(x)), expected)
 
 
+def coupling_with(network):
+    coupling = rosinality.AffineCoupling(4, 4)
+    coupling.net = network
+    return coupling
+
+
+@pytest.mark.parametrize("memory", ["store", "anchor"])
+def test_couplings_with_rosinalitys_methods_are_accelerated_on_sequences_too(memory):
+    coupling, x = coupling_with(nn.Conv1d(2, 4, 3, padding=1)), torch.randn(3, 4, 8)
+    expected = (*coupling(x), coupling.reverse(x))
+    (row,) = gk.accelerate(coupling, memory=memory).layers
+    assert (row.patched, row.memory) == (True, memory), row.reason
+    torch.testing.assert_close((*coupling(x), coupling.reverse(x)), expected)
+
+
+def test_couplings_that_halve_the_last_dimension_are_not_taken_for_couplings_of_vectors():
+    class LastHalved(rosinality.AffineCoupling):
+        def forward(self, x):
+            y, log_det = super().forward(x.movedim(-1, 1))
+            return y.movedim(1, -1), log_det
+
+        def reverse(self, y):
+            return super().reverse(y.movedim(-1, 1)).movedim(1, -1)
+
+    coupling = LastHalved(4, 4)
+    coupling.net = nn.Linear(2, 4)
+    assert not gk.accelerate(coupling).patched
+
+
+def test_of_networks_that_read_a_condition_too_it_is_said_which_channels_were_tried():
+    coupling = coupling_with(nn.Conv2d(2 + 3, 4, 3, padding=1))  # a condition of three channels
+    (row,) = gk.accelerate(coupling).layers
+    assert "on 7 channels, as its network suggests" in row.reason
+
+
 class CouplingAlone(rosinality.AffineCoupling):
     """As in ArtFlow, whose layers return the data alone."""
 

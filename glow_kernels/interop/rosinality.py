@@ -16,14 +16,14 @@ from glow_kernels.interop import steps
 from glow_kernels.interop.claims import DOUBLE_INVERSE, NO_SYNC, STABLE
 from glow_kernels.interop.memory import initialize, run
 from glow_kernels.interop.patch import Call, Mismatch, Patch, has_hooks, is_as_found, is_set, once, options_of, own
-from glow_kernels.interop.stand_ins import SPATIAL
+from glow_kernels.interop.stand_ins import SPATIAL, spatial_of
 from glow_kernels.interop.steps import Parts
 from glow_kernels.interop.workshop import Workshop
 from glow_kernels.ops import actnorm_conv1x1, actnorm_conv1x1_inverse, gaussian_log_prob, lu_weight
 
 
-def _calls(channels: int) -> list[Call]:
-    shape = (2, channels, *SPATIAL)
+def _calls(channels: int, spatial: tuple[int, ...] = SPATIAL) -> list[Call]:
+    shape = (2, channels, *spatial)
     return [
         Call("forward", lambda module, x: module(x), (shape,)),
         Call("reverse", lambda module, y: module.reverse(y), (shape,)),
@@ -138,11 +138,11 @@ class AffineCoupling(Patch):
             y: Tensor = results[0]
             return y
 
-        return workshop.find_coupling(module, module.net, run).require_halves()
+        return workshop.find_coupling(module, module.net, run, spatial=_spatial(module)).require_halves()
 
     @classmethod
     def calls(cls, module: Any, options: Any) -> list[Call]:
-        return _calls(options.channels)
+        return _calls(options.channels, _spatial(module))
 
     @classmethod
     def parts(cls, module: Any) -> Parts:
@@ -231,6 +231,11 @@ class Block(Patch):
             return z, log_det, gaussian_log_prob(z, h, "chunk_mean_log_sd"), z
         kept, dropped = z.chunk(2, 1)
         return kept, log_det, gaussian_log_prob(dropped, self.prior(kept), "chunk_mean_log_sd"), dropped
+
+
+def _spatial(coupling: Any) -> tuple[int, ...]:
+    """To compare with. Not vectors: what halves them may halve the last dimension of other tensors too."""
+    return spatial_of(coupling.net) or SPATIAL
 
 
 def _matrix(convolution: Any) -> tuple[Tensor, Tensor | None]:

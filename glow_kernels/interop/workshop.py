@@ -122,7 +122,8 @@ class Workshop:
             except Mismatch as mismatch:
                 reasons.append(str(mismatch))
             except Exception as error:
-                reasons.append(f"it does not run with chosen network outputs: {error}")
+                guess = "" if channels else f" on {option} channels, as its network suggests"
+                reasons.append(f"it does not run with chosen network outputs{guess}: {error}")
             finally:
                 stand_in.answer = stand_in.seen = None
                 for other in silenced:
