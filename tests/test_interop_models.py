@@ -236,6 +236,37 @@ def test_actnorm_of_chrischutes_networks_returns_data_alone(verify):
     assert layer(torch.randn(2, 4, 6, 6)).shape == (2, 4, 6, 6)
 
 
+class DirectionFirst:
+    """As in copies whose log-determinant comes last, or is returned alone."""
+
+    def forward(self, x, reverse=False, logdet=None):
+        return super().forward(x, logdet, reverse)
+
+
+class ActNormDirectionFirst(DirectionFirst, openai.ActNorm2d):
+    pass
+
+
+class ConvolutionDirectionFirst(DirectionFirst, openai.InvertibleConv1x1):
+    pass
+
+
+class ActNormWithoutLogDet(openai.ActNorm2d):
+    def forward(self, x, reverse=False):
+        return super().forward(x, x.new_zeros(len(x)), reverse)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("make", [ActNormDirectionFirst, ConvolutionDirectionFirst, ActNormWithoutLogDet])
+def test_the_direction_is_not_taken_for_a_log_determinant(make, verify):
+    layer, x = make(4), torch.randn(2, 4, 6, 6)
+    layer(x)
+    expected = layer(x, True)
+    (row,) = gk.accelerate(layer, verify=verify).layers
+    assert row.reason == "its arguments are not the data, a log-determinant and the direction"
+    torch.testing.assert_close(layer(x, True), expected)
+
+
 class CouplingWithGraph(survae.AffineCouplingBijection):
     inverse = inspect.unwrap(survae.AffineCouplingBijection.inverse)
 

@@ -68,6 +68,13 @@ def arguments(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any])
     return log_det, bool(reverse), known
 
 
+def _require_signature(module: Any) -> None:
+    cls: Any = type(module)
+    names, _ = _signature(cls)
+    if len(names) < 2 or names[0] == "reverse":
+        raise Mismatch("its arguments are not the data, a log-determinant and the direction")
+
+
 @functools.cache
 def _signature(original: type[nn.Module]) -> tuple[tuple[str, ...], tuple[Any, Any]]:
     """Names of the arguments after the data, and the defaults of the first two."""
@@ -97,6 +104,7 @@ class ActNorm2d(Patch):
     def examine(cls, module: Any, workshop: Workshop) -> None:
         if not getattr(module, "return_ldj", True):
             raise Mismatch("it returns no log-determinant, as chrischute's in networks")
+        _require_signature(module)
 
     @classmethod
     def calls(cls, module: Any, options: Any) -> list[Call]:
@@ -135,6 +143,10 @@ class InvertibleConv1x1(Patch):
             return len(shape) == 2 and shape[0] == shape[1] and has_direction and not foreign
         factors = any(set(shapes) == {lower, upper, "log_s"} for lower, upper in TRIANGLES)
         return factors and all(isinstance(getattr(module, name, None), Tensor) for name in ("p", "sign_s"))
+
+    @classmethod
+    def examine(cls, module: Any, workshop: Workshop) -> None:
+        _require_signature(module)
 
     @classmethod
     def calls(cls, module: Any, options: Any) -> list[Call]:
