@@ -331,6 +331,20 @@ def test_of_networks_that_read_a_condition_too_it_is_said_which_channels_were_tr
     assert "on 7 channels, as its network suggests" in row.reason
 
 
+@pytest.mark.parametrize("verify", [True, False])
+def test_padded_convolutions_whose_kernel_is_no_square_are_left_alone(verify):
+    class ZeroConvolutionInTime(rosinality.ZeroConv2d):
+        def __init__(self):
+            super().__init__(2, 4)
+            self.conv = nn.Conv2d(2, 4, (3, 1))
+
+        def forward(self, x):
+            return self.conv(F.pad(x, [0, 0, 1, 1], value=1)) * torch.exp(self.scale * 3)
+
+    (row,) = gk.accelerate(ZeroConvolutionInTime(), verify=verify).layers
+    assert row.reason.endswith("a kernel that is no square")
+
+
 class CouplingAlone(rosinality.AffineCoupling):
     """As in ArtFlow, whose layers return the data alone."""
 

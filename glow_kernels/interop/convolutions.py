@@ -76,8 +76,9 @@ class ScaledConv2d(Patch):
             corner = copied(0 * x)[0, 0, 0, 0].item()
         size = convolution.kernel_size[0]
         border = 0 if copied(x).shape == inner(x).shape else size // 2
-        if border and (set(convolution.stride) | set(convolution.dilation) | {convolution.groups}) != {1}:
-            raise Mismatch("it pads its input for strides, dilation or groups")
+        plain = (set(convolution.stride) | set(convolution.dilation) | {convolution.groups}) == {1}
+        if border and not (plain and set(convolution.kernel_size) == {size}):
+            raise Mismatch("it pads its input for strides, dilation, groups or a kernel that is no square")
         value = 0.0
         if border:
             outside = size**2 - (size - border) ** 2
