@@ -236,6 +236,34 @@ def test_actnorm_of_chrischutes_networks_returns_data_alone(verify):
     assert layer(torch.randn(2, 4, 6, 6)).shape == (2, 4, 6, 6)
 
 
+class CachedWeight:
+    """As in blow, whose factors are multiplied once before it samples."""
+
+    weight = None
+
+
+class CachedConvolution(CachedWeight, rosinality.InvConv2dLU):
+    def calc_weight(self):
+        return super().calc_weight() if self.weight is None else self.weight
+
+
+class CachedConvolutionOfOpenAI(CachedWeight, openai.InvertibleConv1x1):
+    def get_weight(self, x, reverse):
+        weight, change = super().get_weight(x, reverse)
+        return weight if self.weight is None else self.weight, change
+
+
+@pytest.mark.parametrize("make", [CachedConvolution, lambda width: CachedConvolutionOfOpenAI(width, True)])
+def test_factors_beside_a_weight_that_is_calculated_for_sampling(make):
+    layer, x = make(4), torch.randn(2, 4, 6, 6)
+    expected, double = layer(x), 2 * torch.eye(4)[:, :, None, None]
+    (row,) = gk.accelerate(layer).layers
+    assert row.patched, row.reason
+    torch.testing.assert_close(layer(x), expected)
+    layer.weight = double
+    torch.testing.assert_close(layer(x)[0], 2 * x)
+
+
 class DirectionFirst:
     """As in copies whose log-determinant comes last, or is returned alone."""
 

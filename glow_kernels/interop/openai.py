@@ -254,9 +254,9 @@ def _flag(actnorm: Any) -> str | None:
 
 def matrix(convolution: Any) -> tuple[Tensor, Tensor | None]:
     """W (C, C), and ``log|det W|`` where it is known."""
-    if hasattr(convolution, "weight"):
+    lower, upper = next((names for names in TRIANGLES if hasattr(convolution, names[0])), ("", ""))
+    if not lower:
         return convolution.weight, None
-    lower, upper = next(names for names in TRIANGLES if hasattr(convolution, names[0]))
     factors = getattr(convolution, lower), getattr(convolution, upper)
     # Plain attributes in earlier revisions of chaiyujin's, which stay where they were when the layer is moved.
     permutation, signs = convolution.p.to(factors[0]), convolution.sign_s.to(factors[0])

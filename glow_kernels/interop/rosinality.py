@@ -240,9 +240,9 @@ def _spatial(coupling: Any) -> tuple[int, ...]:
 
 def _matrix(convolution: Any) -> tuple[Tensor, Tensor | None]:
     """W (C, C), and ``log|det W|`` where it is known."""
-    if hasattr(convolution, "weight"):
-        return convolution.weight[:, :, 0, 0], None
-    return lu_weight(convolution.w_p, convolution.w_l, convolution.w_u, convolution.w_s, convolution.s_sign)
+    if hasattr(convolution, "w_l"):  # beside them copies keep a weight that they calculate for sampling
+        return lu_weight(convolution.w_p, convolution.w_l, convolution.w_u, convolution.w_s, convolution.s_sign)
+    return convolution.weight[:, :, 0, 0], None
 
 
 def _can_fuse(step: Any) -> bool:
