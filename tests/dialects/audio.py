@@ -24,7 +24,8 @@ class Invertible1x1Conv(nn.Module):
             if not hasattr(self, "W_inverse"):
                 self.W_inverse = weight.inverse()[..., None].detach()
             return F.conv1d(z, self.W_inverse)
-        return self.conv(z), batch_size * n_of_groups * torch.logdet(weight)
+        # In NVIDIA's later copies of a weight in float32, whatever type it has.
+        return self.conv(z), batch_size * n_of_groups * torch.logdet(weight.float())
 
 
 class WaveNet(nn.Module):
