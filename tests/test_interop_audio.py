@@ -171,6 +171,12 @@ def test_waveglow_synthesises_and_refuses_as_before_and_its_layers_are_still_cal
         model((spectrogram[:, :, :4], sound))
 
 
+def test_networks_that_are_given_something_else_than_those_of_waveglow_are_not_taken_for_them():
+    network = audio.WaveNet(2, 3, n_layers=1, n_channels=4)
+    del network.cond_layer  # as RAD-TTS's, which joins data and conditions
+    assert not gk.accelerate(network, memory="checkpoint").layers
+
+
 def test_networks_of_waveglow_keep_no_activations():
     torch.manual_seed(0)
     model = audio.WaveGlow(n_layers=4, width=32)

@@ -1,8 +1,8 @@
 """The dialect of NVIDIA/waveglow: a 1x1 convolution of sequences, whose log-determinant covers the whole batch.
 
 WaveGlow's couplings are no layers but written out in the model's own ``forward``, with unreduced log-scales as its
-results, so it is the model that is recognised. Its ``infer`` stays its own: it asks for memory on a GPU by name, and
-where there is none nothing can be compared.
+results, so it is the model that is recognised. Its ``infer`` stays its own: the original's asks for memory on a GPU by
+name, and where there is none nothing can be compared.
 """
 
 from __future__ import annotations
@@ -103,8 +103,10 @@ class WN(Patch):
     def matches(cls, module: nn.Module) -> bool:
         lists = ("in_layers", "res_skip_layers")
         single = ("start", "end")
-        return all(isinstance(getattr(module, name, None), nn.ModuleList) for name in lists) and all(
-            isinstance(getattr(module, name, None), nn.Conv1d) for name in single
+        return (
+            (hasattr(module, "cond_layer") or hasattr(module, "cond_layers"))  # not RAD-TTS's, of other arguments
+            and all(isinstance(getattr(module, name, None), nn.ModuleList) for name in lists)
+            and all(isinstance(getattr(module, name, None), nn.Conv1d) for name in single)
         )
 
     @classmethod
@@ -134,7 +136,7 @@ class WaveGlow(Patch):
     """The model: audio (B, T) in groups becomes channels, some of which leave early; all steps share one formula."""
 
     dialect, kind = "waveglow", "WaveGlow"
-    note = "infer keeps its own couplings: it asks for memory on a GPU by name, so that no copy can show it is the same"
+    note = "infer keeps its own couplings: where it asks for memory on a GPU by name, no copy can show it is the same"
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
