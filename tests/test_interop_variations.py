@@ -303,6 +303,7 @@ def test_actnorm_with_another_factor_in_the_exponent(factor):
         (lambda u: torch.exp(u.clip(max=4)), gk.ScaleMap("clip", high=4.0)),
         (lambda u: torch.sigmoid(u + 2.0 + 1e-7), gk.ScaleMap("sigmoid", offset=2.0 + 1e-7)),
         (lambda u: torch.ones_like(u), None),
+        (lambda u: 1 + 1e-12 * torch.sigmoid(u), None),
         (lambda u: torch.exp(torch.sin(u)), None),
         (lambda u: -torch.exp(u), None),
     ],

@@ -27,6 +27,8 @@ def fit_scale_map(raw: Tensor, scale: Tensor) -> ScaleMap | None:
     """
     if bool(scale.isnan().any()) or bool((scale < 0).any()):
         return None
+    if bool(scale.max() - scale.min() <= TOLERANCE * scale.min()):  # up to rounding it depends on nothing, as in GIN
+        return None
     for fit in (_exp, _sigmoid, _tanh, _atan, _softsign, _clip):
         try:
             parameters = fit(raw, scale)
