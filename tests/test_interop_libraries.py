@@ -137,6 +137,16 @@ def test_every_layer_is_patched_and_trains_the_same(name, memory):
         torch.testing.assert_close(losses[1], losses[0], rtol=1e-7, atol=0.0)
 
 
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("use_lu", [True, False])
+def test_matrices_of_normflows_that_multiply_vectors_are_no_convolutions(use_lu, verify):
+    layer, x = normflows.flows.mixing.InvertibleAffine(4, use_lu), torch.randn(2, 4)
+    expected = layer.inverse(x)
+    (row,) = gk.accelerate(layer, verify=verify).layers
+    assert row.reason.startswith("it does not take images")
+    torch.testing.assert_close(layer.inverse(x), expected)
+
+
 @pytest.mark.parametrize("channels", [3, 5])
 def test_additive_couplings_of_an_odd_number_of_channels(channels):
     """Their networks return as many channels as affine ones of fewer would."""

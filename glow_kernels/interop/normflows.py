@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from glow_kernels.interop import steps
 from glow_kernels.interop.claims import DOUBLE, NO_SYNC, STABLE
+from glow_kernels.interop.copies import faithful_copy
 from glow_kernels.interop.memory import initialize, run
-from glow_kernels.interop.patch import Call, Patch, has_hooks, is_as_found, is_set, once, options_of, own
+from glow_kernels.interop.patch import Call, Mismatch, Patch, has_hooks, is_as_found, is_set, once, options_of, own
 from glow_kernels.interop.stand_ins import SPATIAL, spatial_of
 from glow_kernels.interop.steps import Linear, Parts
 from glow_kernels.interop.workshop import Workshop
@@ -76,6 +77,14 @@ class Invertible1x1Conv(Patch):
     def matches(cls, module: nn.Module) -> bool:
         names = {name for name, _ in module.named_parameters(recurse=False)}
         return names in ({"W"}, {"L", "U", "log_S"}) and hasattr(module, "use_lu") and hasattr(module, "inverse")
+
+    @classmethod
+    def examine(cls, module: Any, workshop: Workshop) -> None:
+        like = next(module.parameters())
+        try:
+            faithful_copy(module).inverse(like.new_zeros(1, module.num_channels, 1, 1))
+        except Exception as error:  # of InvertibleAffine, whose formula for vectors is x W
+            raise Mismatch(f"it does not take images: {error}") from error
 
     @classmethod
     def calls(cls, module: Any, options: Any) -> list[Call]:
