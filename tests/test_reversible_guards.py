@@ -101,6 +101,11 @@ class OneResult(Scaling):
         return super().forward(x)[0]
 
 
+class OneInverse(Scaling):
+    def inverse(self, z):
+        return super().inverse(z)[0]
+
+
 class OneNumber(Scaling):
     def forward(self, x):
         return super().forward(x)[0], 0.0
@@ -129,8 +134,9 @@ REFUSED = {
     Lazy: "it modifies log_scale in place in forward",
     WithGenerator: "it gives different results for the same input",
     Storing: "it stores a result, seen, which has no gradients when it is recomputed: detach it, or use memory='store'",
-    OneResult: r"it must return z and log_det of shape \(B,\)",
-    OneNumber: r"it must return z and log_det of shape \(B,\)",
+    OneResult: r"it must return z and log_det of shape \(B,\), zeros where .* got a tensor \(2, 6, 4, 4\)",
+    OneInverse: r"its inverse must return x and log_det of shape \(B,\), zeros where .* got a tensor \(2, 6, 4, 4\)",
+    OneNumber: r"it must return z and log_det .* got \(a tensor \(2, 6, 4, 4\), float\)",
     Borrowing: r"it uses a tensor of shape \(6, 1, 1\) that requires a gradient and is neither a parameter of it nor",
 }
 
@@ -147,6 +153,14 @@ def test_layers_that_cannot_be_recomputed_are_refused(layer):
         weighted(model(x)).backward()
     assert torch.equal(x, kept)
     assert all(p.grad is None for p in steps[0].parameters())
+
+
+def test_a_tensor_alone_is_not_taken_apart_into_two_samples():
+    x = torch.randn(2, 6, 4, 4)
+    with pytest.raises(TypeError, match=r"^step 0: it must return z and log_det .* got a tensor"):
+        ReversibleSequential([OneResult(6)], "store")(x)
+    with pytest.raises(TypeError, match=r"^step 1: its inverse must return x and log_det .* got a tensor"):
+        ReversibleSequential([Scaling(6), OneInverse(6)]).inverse(x)
 
 
 @pytest.mark.parametrize("memory", FORGETFUL)

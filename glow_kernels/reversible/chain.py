@@ -127,7 +127,7 @@ class ReversibleSequential(nn.Sequential):
             context: passed to every step after ``x``; tensors (B, ...), with gradients, or None.
 
         Raises:
-            TypeError: ``x`` is no tensor.
+            TypeError: ``x`` is no tensor, or a step does not return a tensor and its log-determinant.
             RuntimeError: a step cannot be recomputed, see :mod:`glow_kernels.reversible.guards`; the message names it.
         """
         check_tensor("x", x)
@@ -175,7 +175,7 @@ class ReversibleSequential(nn.Sequential):
         """``z`` (B, ...) to ``x`` and ``log_det`` (B,) of that direction; always with plain autograd.
 
         Raises:
-            TypeError: ``z`` is no tensor.
+            TypeError: ``z`` is no tensor, or an inverse returns a tensor alone.
             ValueError: a 1x1 convolution is singular.
         """
         check_tensor("z", z)
@@ -298,8 +298,13 @@ def _in_turn(
     if folded is not None:
         calls = [functools.partial(call, linear=linear) for call, linear in zip(calls, folded.maps, strict=True)]
         log_dets = [folded.log_det]
-    for call in reversed(calls) if backwards else calls:
-        x, log_det = call(x, *context)
+    numbered = list(enumerate(calls))
+    for number, call in reversed(numbered) if backwards else numbered:
+        result = call(x, *context)
+        if isinstance(result, Tensor):  # which would be taken apart into samples
+            wanted = "its inverse must return x" if backwards else "it must return z"
+            raise TypeError(f"step {number}: {guards.wrong_result(wanted, result)}")
+        x, log_det = result
         log_dets.append(log_det)
     return x, _total(log_dets, x)
 

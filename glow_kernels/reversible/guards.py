@@ -157,7 +157,7 @@ def _try_out(anatomy: Anatomy, x: Tensor, context: Sequence[Tensor | None], need
         with unchanged(anatomy, x, "forward"), state.replayed():
             result = anatomy.step.forward(x, *context)
         if not _is_result(result, len(x)):
-            raise TypeError("it must return z and log_det of shape (B,)")
+            raise TypeError(wrong_result("it must return z", result))
         results.append(result)
     (z, log_det), (z_again, log_det_again) = results
     if difference(z_again, z) > _tolerance(z) or difference(log_det_again, log_det) > _tolerance(z):
@@ -177,7 +177,10 @@ def _try_out(anatomy: Anatomy, x: Tensor, context: Sequence[Tensor | None], need
     if not needs_inverse:
         return
     with unchanged(anatomy, z, "inverse"), state.replayed():
-        back, _ = anatomy.inverse(z, *context)
+        result = anatomy.inverse(z, *context)
+    if isinstance(result, Tensor):
+        raise TypeError(wrong_result("its inverse must return x", result))
+    back, _ = result
     if back.shape != x.shape or difference(back, x) > _tolerance(z):
         found = f"shape {tuple(back.shape)}" if back.shape != x.shape else f"an error of {difference(back, x):.1e}"
         raise RuntimeError(f"its inverse does not lead back to its input: {found}; use memory='checkpoint'")
@@ -200,6 +203,17 @@ def _refuse_stored_results(anatomy: Anatomy, x: Tensor, context: Sequence[Tensor
                 f"it stores a result, {name}, which has no gradients when it is recomputed: detach it, or use "
                 "memory='store'"
             )
+
+
+def wrong_result(wanted: str, result: object) -> str:
+    """What is wrong with the ``result`` of a step; ``wanted`` says what it must return first."""
+    return f"{wanted} and log_det of shape (B,), zeros where a network is no flow, got {_described(result)}"
+
+
+def _described(result: object) -> str:
+    if isinstance(result, tuple):
+        return f"({', '.join(map(_described, result))})"
+    return f"a tensor {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
 
 
 def _is_result(result: object, batch: int) -> bool:
