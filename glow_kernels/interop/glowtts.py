@@ -1,17 +1,20 @@
 """The dialect of jaywalnut310/glow-tts and its copies: sequences with masks, a convolution shared by channel groups.
 
 Layers are called as ``layer(x, x_mask=None, reverse=False, ...)`` and return the data and the log-determinant (B,),
-which is None in reverse.
+which is None in reverse; in NATSpeech, PortaSpeech and IMS-Toucan it is that of the inverse.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from glow_kernels.interop.copies import faithful_copy
 from glow_kernels.interop.memory import initialize, run_alone
 from glow_kernels.interop.patch import Call, Mismatch, Patch, once, options_of, own
 from glow_kernels.interop.probe import Coupling
@@ -46,6 +49,27 @@ def _calls(channels: int, rounds: bool = False, speaker: int = 0) -> list[Call]:
     ]
 
 
+@dataclass(frozen=True)
+class Inverse:
+    """Of a convolution.
+
+    Attributes:
+        has_log_det: whether the layer returns a log-determinant in reverse too.
+    """
+
+    has_log_det: bool
+
+    def describe(self) -> str:
+        """For the report."""
+        return ""
+
+
+def _has_inverse_log_det(module: Any, channels: int) -> bool:
+    x = next(module.parameters()).new_zeros(1, channels, LENGTH)
+    with torch.no_grad():
+        return faithful_copy(module)(x, torch.ones_like(x[:, :1]), reverse=True)[1] is not None
+
+
 class InvConvNear(Patch):
     """``W x`` with one W (n, n) for all groups of n channels, half of each from either half of the channels."""
 
@@ -59,16 +83,17 @@ class InvConvNear(Patch):
         return shapes == {"weight": (split, split)} and hasattr(module, "channels")
 
     @classmethod
-    def examine(cls, module: Any, workshop: Workshop) -> None:
+    def examine(cls, module: Any, workshop: Workshop) -> Inverse:
         if getattr(module, "no_jacobian", False):
             raise Mismatch("it leaves its log-determinant out")
+        return Inverse(_has_inverse_log_det(module, module.channels))
 
     @classmethod
     def calls(cls, module: Any, options: Any) -> list[Call]:
         return _calls(module.channels, rounds=True)
 
     def forward(self: Any, x: Tensor, x_mask: Any = None, reverse: bool = False, g: Any = None) -> Any:
-        """``z`` and ``logdet`` (B,); None in reverse."""
+        """``z`` and ``logdet`` (B,), or None in reverse."""
         if getattr(self, "weight_inv", None) is not None:
             return own(self).forward(self, x, x_mask, reverse=reverse)
         batch, channels, length = x.shape
@@ -82,7 +107,7 @@ class InvConvNear(Patch):
         if x_mask is not None:
             # Of every position that the mask keeps; there may be one mask for all samples.
             z, log_det = z * x_mask, once(log_det) * (x_mask.sum([1, 2]) / length)
-        return z, None if reverse else log_det
+        return z, None if reverse and not options_of(self).has_log_det else log_det
 
 
 class CouplingBlock(Patch):
@@ -108,7 +133,7 @@ class CouplingBlock(Patch):
         ).require_halves()
         if found.scale_map is None or found.scale_map.kind != "exp" or found.scale_map.offset or found.scale_map.floor:
             raise Mismatch("its scale is not one where the mask is zero")
-        return found
+        return dataclasses.replace(found, inverse_has_log_det=_has_inverse_log_det(module, channels))
 
     @classmethod
     def calls(cls, module: Any, options: Any) -> list[Call]:
@@ -116,10 +141,10 @@ class CouplingBlock(Patch):
         return _calls(options.channels, speaker=speaker)
 
     def forward(self: Any, x: Tensor, x_mask: Any = None, reverse: bool = False, g: Any = None) -> Any:
-        """``z`` and ``logdet`` (B,); None in reverse."""
+        """``z`` and ``logdet`` (B,), or None in reverse."""
         initialize(self, "forward", x, x_mask, reverse, g)
         y, log_det = run_alone(self, functools.partial(_couple, self, reverse), x, x_mask, g)
-        return y, None if reverse else log_det
+        return y, None if reverse and not options_of(self).inverse_has_log_det else log_det
 
 
 def _couple(block: Any, reverse: bool, x: Tensor, x_mask: Any, g: Any) -> tuple[Tensor, Tensor]:

@@ -207,7 +207,7 @@ class FlowDecoder(nn.Module):
 class CouplingBlock(nn.Module):
     """Glow-TTS."""
 
-    def __init__(self, in_channels, hidden, sigmoid_scale=False):
+    def __init__(self, in_channels, hidden=6, sigmoid_scale=False):
         super().__init__()
         self.sigmoid_scale = sigmoid_scale
         self.start = nn.Conv1d(in_channels // 2, hidden, 1)
