@@ -80,7 +80,7 @@ SHAPES = [
     (2, 1, 17, 3),
     (2, 3, 2, 5, 3),
 ]
-EMPTY_SHAPES = [(0, 3), (0, 4, 2, 2), (2, 3, 0), (2, 3, 0, 5)]
+EMPTY_SHAPES = [(0, 3), (0, 4, 2, 2), (2, 0, 3), (2, 3, 0), (2, 3, 0, 5)]
 # Samples that kernels cut into tiles, of sizes that are multiples of 8 and of others, and with many channels. Triton's
 # interpreter goes through a program for each of these, and 72 are enough for tiles that begin and end among them.
 LARGE_SHAPES = [(2, 8, 32, 24), (2, 5, 37, 29), (2, 72 if INTERPRETED else 600, 2, 4)]
@@ -331,7 +331,7 @@ def any_shape(draw: st.DrawFn, smallest: int = 0) -> tuple[int, ...]:
     """Shapes (B, C, *spatial); empty ones too unless the ``smallest`` size is one."""
     torch.manual_seed(0)  # the example alone decides on the numbers
     spatial = draw(st.lists(st.integers(smallest, 7), max_size=3))
-    return (draw(st.integers(smallest, 4)), draw(st.integers(1, 9)), *spatial)
+    return (draw(st.integers(smallest, 4)), draw(st.integers(smallest, 9)), *spatial)
 
 
 class OperatorProperties:

@@ -163,7 +163,7 @@ LU_CASE = Case(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("shape", [(1,), (2,), (7,), (48,), (3, 5), (2, 3, 4), (0, 3), (2, 70)], ids=str)
+@pytest.mark.parametrize("shape", [(1,), (2,), (7,), (48,), (3, 5), (2, 3, 4), (0, 3), (2, 0), (2, 70)], ids=str)
 def test_lu_weight_and_its_gradients(backend, shape, dtype):
     inputs = LU_CASE.draw(shape, (dtype, dtype))
     check_results(LU_CASE, inputs)
@@ -175,6 +175,28 @@ def test_lu_weight_with_more_than_a_permutation(backend):
     inputs = [lower, torch.randn_like(lower) * (torch.rand_like(lower) < 0.4), *others]
     check_results(LU_CASE, inputs)
     check_gradients(LU_CASE, inputs, wanted=(0, 2, 3))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "message"),
+    [
+        ("permutation", torch.eye(3), ValueError, "permutation must be the shape of lower = (4, 4), got (3, 3)"),
+        ("permutation", None, TypeError, "permutation must be a tensor, got NoneType"),
+        ("lower", torch.eye(4).int(), TypeError, "lower must be a floating-point tensor, got int32"),
+        ("lower", [[1.0]], TypeError, "lower must be a tensor, got list"),
+        ("lower", torch.zeros(4), ValueError, "lower must be (*K, C, C), got (4,)"),
+        ("lower", torch.zeros(4, 3), ValueError, "lower must be (*K, C, C), got (4, 3)"),
+        ("upper", torch.eye(4).bool(), TypeError, "upper must be a floating-point tensor, got bool"),
+        ("log_diagonal", torch.zeros(3), ValueError, "log_diagonal must be (*K, C) for this lower = (4,), got (3,)"),
+        ("diagonal_sign", torch.ones(3), ValueError, "diagonal_sign must be (*K, C) for this lower = (4,), got (3,)"),
+    ],
+)
+def test_lu_weight_names_bad_arguments(name, value, error, message):
+    arguments = dict.fromkeys(("permutation", "lower", "upper"), torch.eye(4))
+    arguments |= {"log_diagonal": torch.zeros(4), "diagonal_sign": torch.ones(4), name: value}
+    with pytest.raises(error) as caught:
+        gk.ops.lu_weight(**arguments)
+    assert str(caught.value) == message
 
 
 def test_lu_weight_gradcheck(backend):

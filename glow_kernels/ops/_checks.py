@@ -18,6 +18,13 @@ def check_tensor(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
 
 
+def check_floating(name: str, value: Any) -> None:
+    """``value`` must be a floating-point tensor."""
+    check_tensor(name, value)
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {str(value.dtype).removeprefix('torch.')}")
+
+
 def check_module(name: str, value: Any) -> None:
     """``value`` must be a module."""
     if not isinstance(value, nn.Module):
@@ -26,9 +33,7 @@ def check_module(name: str, value: Any) -> None:
 
 def check_image(name: str, x: Tensor) -> None:
     """``x`` must be a floating-point tensor (B, C, *spatial) with 0 to 3 spatial dimensions."""
-    check_tensor(name, x)
-    if not x.is_floating_point():
-        raise TypeError(f"{name} must be a floating-point tensor, got {str(x.dtype).removeprefix('torch.')}")
+    check_floating(name, x)
     if not 2 <= x.dim() <= 5:
         raise ValueError(f"{name} must be (B, C, *spatial) with 0 to 3 spatial dimensions, got shape {tuple(x.shape)}")
 
@@ -42,11 +47,9 @@ def check_channels(name: str, x: Tensor, channels: int) -> None:
 
 def check_like(name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str, x: Tensor) -> None:
     """``tensor`` must be a floating-point tensor of this shape, whose ``meaning`` is told, on the device of ``x``."""
-    check_tensor(name, tensor)
+    check_floating(name, tensor)
     if tensor.shape != shape:
         raise ValueError(f"{name} must be {meaning} = {tuple(shape)}, got {tuple(tensor.shape)}")
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name} must be a floating-point tensor, got {str(tensor.dtype).removeprefix('torch.')}")
     if tensor.device != x.device:
         raise ValueError(f"{name} must be on the device of the data, {x.device}, got {tensor.device}")
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from glow_kernels.backends.numerics import compute_dtype
-from glow_kernels.ops._checks import check_like
+from glow_kernels.ops._checks import check_floating, check_like
 from glow_kernels.ops._registry import Operator
 
 
@@ -37,8 +37,7 @@ def lu_weight(
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape or device.
     """
-    if not isinstance(lower, Tensor):
-        raise TypeError(f"lower must be a tensor, got {type(lower).__name__}")
+    check_floating("lower", lower)
     if lower.dim() < 2 or lower.shape[-1] != lower.shape[-2]:
         raise ValueError(f"lower must be (*K, C, C), got {tuple(lower.shape)}")
     check_like("permutation", permutation, lower.shape, "the shape of lower", lower)

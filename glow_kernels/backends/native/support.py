@@ -38,7 +38,7 @@ def affine_coupling(function: str, *args: Any) -> bool:
 
 
 def actnorm_conv1x1(function: str, *args: Any) -> bool:
-    """Products of large matrices are left to the reference.
+    """Products of large matrices are left to the reference, and those of none.
 
     On a GPU that begins at 64 channels, where the map is limited by arithmetic: there cuBLAS is at its best, and what a
     kernel saves by reading the data once no longer counts. Folding is in these kernels for every size that flows have.
@@ -53,7 +53,7 @@ def actnorm_conv1x1(function: str, *args: Any) -> bool:
         return fits and _takes("actnorm_conv1x1", function, x, matrix)
     first = args[0]
     most = _MAX_FOLD_CHANNELS_ON_GPU if _runs_cuda_code(first) else _MAX_CHANNELS
-    if first.dtype not in (torch.float32, torch.float64) or first.shape[-1] > most:
+    if first.dtype not in (torch.float32, torch.float64) or not 0 < first.shape[-1] <= most:
         return False
     tensors = [tensor for tensor in args if tensor is not None]
     for tensor in tensors:
@@ -65,7 +65,7 @@ def actnorm_conv1x1(function: str, *args: Any) -> bool:
 def _has_kernels_of_map(x: Tensor) -> bool:
     """Whether the kernels of the linear map are for the type and the channels of ``x``."""
     most = _MAX_CHANNELS_ON_GPU.get(x.dtype, 64) if _runs_cuda_code(x) else _MAX_CHANNELS
-    return x.dtype in _TYPES and x.shape[1] <= most
+    return x.dtype in _TYPES and 0 < x.shape[1] <= most
 
 
 def coupling_conv1x1(function: str, *args: Any) -> bool:

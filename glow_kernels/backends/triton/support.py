@@ -27,7 +27,7 @@ _MULTIPLIES_FLOAT64 = (3, 5)
 
 
 def actnorm_conv1x1(function: str, *args: Any) -> bool:
-    """Any number of channels; the folding of many is left to the reference, which calls the library."""
+    """Any number of channels but none; the folding of many is left to the reference, which calls the library."""
     tensors = [tensor for tensor in args if isinstance(tensor, Tensor)]
     if not _on_device(*tensors):
         return False
@@ -35,9 +35,10 @@ def actnorm_conv1x1(function: str, *args: Any) -> bool:
         x, matrix = args[1:3] if function.endswith("backward") else args[:2]
         if x.dtype == torch.float64 and version() < _MULTIPLIES_FLOAT64:
             return False
-        return bool(matrix.dtype == compute_dtype(x)) and _countable(x)
+        return x.shape[1] > 0 and matrix.dtype == compute_dtype(x) and _countable(x)
     # The inverse of the reference waits for the device to say that a matrix is singular.
-    return function == "fold_inverse" or tensors[0].shape[-1] <= MAX_CHANNELS_OF_A_PROGRAM
+    channels = tensors[0].shape[-1]
+    return channels > 0 and (function == "fold_inverse" or channels <= MAX_CHANNELS_OF_A_PROGRAM)
 
 
 def affine_coupling(function: str, *args: Any) -> bool:
