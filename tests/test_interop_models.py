@@ -388,6 +388,16 @@ def test_couplings_without_a_log_determinant_are_left_alone():
     torch.testing.assert_close(coupling(x), expected)
 
 
+def test_of_additive_couplings_that_are_left_alone_the_reason_is_that_of_halves():
+    class Multiplied(rosinality.AffineCoupling):
+        def forward(self, x):
+            first, second = x.chunk(2, 1)
+            return torch.cat([first, self.net(first) * second], 1), None
+
+    (row,) = gk.accelerate(Multiplied(4, 8, affine=False)).left_alone
+    assert row.reason == "the network's output is not added"
+
+
 def test_images_that_actnorm_refuses_are_not_broadcast():
     actnorm = openai.ActNorm2d(4)
     actnorm(torch.randn(2, 4, 6, 6))

@@ -101,6 +101,7 @@ class Workshop:
         inputs = input_channels(network) if inputs is None else inputs
         stand_in = self._stand_in(network, inputs, spatial, context)
         options = [channels] if channels else [inputs + stand_in.outputs // 2, inputs + stand_in.outputs]
+        options.sort(key=lambda option: option != 2 * inputs)  # halves first, of which the reason is the true one
         replaced: dict[nn.Module, nn.Module] = {network: stand_in}
         replaced |= {other: PassThrough(with_log_det) for other, with_log_det in (skipped or {}).items()}
         for other in silenced:
