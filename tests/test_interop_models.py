@@ -373,19 +373,60 @@ def test_padded_convolutions_whose_kernel_is_no_square_are_left_alone(verify):
     assert row.reason.endswith("a kernel that is no square")
 
 
-class CouplingAlone(rosinality.AffineCoupling):
-    """As in ArtFlow, whose layers return the data alone."""
+def alone(layer: type[nn.Module]) -> type[nn.Module]:
+    """A layer that returns the data alone, as those of ArtFlow."""
+
+    class Alone(layer):
+        def forward(self, x):
+            return super().forward(x)[0]
+
+    return Alone
+
+
+class FlowAlone(nn.Module):
+    def __init__(self, convolution, affine):
+        super().__init__()
+        self.actnorm = alone(rosinality.ActNorm)(4)
+        self.invconv = alone(convolution)(4)
+        self.coupling = alone(rosinality.AffineCoupling)(4, 8, affine)
 
     def forward(self, x):
-        return super().forward(x)[0]
+        return self.coupling(self.invconv(self.actnorm(x)))
+
+    def reverse(self, y):
+        return self.actnorm.reverse(self.invconv.reverse(self.coupling.reverse(y)))
 
 
-def test_couplings_without_a_log_determinant_are_left_alone():
-    coupling, x = CouplingAlone(4, 8), torch.randn(2, 4, 6, 6)
-    expected = coupling(x)
-    row = gk.accelerate(coupling).layers[0]
-    assert row.reason == "it returns no log-determinant"
-    torch.testing.assert_close(coupling(x), expected)
+@pytest.mark.parametrize("memory", ["store", "anchor"])
+@pytest.mark.parametrize(
+    ("convolution", "affine"), [(rosinality.InvConv2dLU, False), (rosinality.InvConv2d, True)], ids=["lu", "plain"]
+)
+def test_steps_without_log_determinants_are_accelerated(convolution, affine, memory):
+    model = nn.Sequential(*(FlowAlone(convolution, affine) for _ in range(2))).double()
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    model(x)
+    original = copy.deepcopy(model)
+    report = gk.accelerate(model, memory=memory)
+    assert not report.left_alone
+    assert {row.memory for row in report.layers if row.kind == "Flow"} == {memory}
+    losses = [(m[0].reverse(m(x)) ** 2).sum() for m in (model, original)]
+    grads = [torch.autograd.grad(loss, list(m.parameters())) for loss, m in zip(losses, (model, original), strict=True)]
+    torch.testing.assert_close(*grads)
+    for layer in (0, 1):
+        for name in ("actnorm", "invconv", "coupling"):  # called alone
+            pair = [getattr(m[layer], name)(x) for m in (model, original)]
+            torch.testing.assert_close(*pair)
+
+
+def test_convolutions_without_a_log_determinant_may_be_singular():
+    convolution, x = alone(rosinality.InvConv2d)(4), torch.randn(2, 4, 6, 6)
+    original = copy.deepcopy(convolution)
+    assert gk.accelerate(convolution).patched
+    for layer in (convolution, original):
+        with torch.no_grad():
+            layer.weight[0] = 0
+        layer(x).square().sum().backward()
+    torch.testing.assert_close(convolution.weight.grad, original.weight.grad)
 
 
 def test_of_additive_couplings_that_are_left_alone_the_reason_is_that_of_halves():

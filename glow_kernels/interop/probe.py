@@ -39,7 +39,8 @@ class Coupling:
         factor: the network's output is multiplied by this first.
         channels_last: the network computes the same on images whose channels lie next to each other in memory.
         inverse_has_graph: the layer's inverse can be differentiated.
-        inverse_has_log_det: the layer's inverse returns a log-determinant, where copies of a dialect differ in that.
+        forward_has_log_det, inverse_has_log_det: the layer, or its inverse, returns a log-determinant, where copies of
+            a dialect differ in that.
     """
 
     read: tuple[int, ...]
@@ -51,6 +52,7 @@ class Coupling:
     factor: float = 1.0
     channels_last: bool = False
     inverse_has_graph: bool = True
+    forward_has_log_det: bool = True
     inverse_has_log_det: bool = True
 
     @property

@@ -1,11 +1,13 @@
 """The dialect of rosinality/glow-pytorch and its many copies.
 
 Layers return their own log-determinant: ActNorm and the convolutions one without dimensions, an affine coupling (B,),
-an additive one None. ``reverse`` returns the data alone.
+an additive one None. ``reverse`` returns the data alone, and in some copies, as in ArtFlow, so does ``forward``.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 from glow_kernels.interop import steps
 from glow_kernels.interop.claims import DOUBLE_INVERSE, NO_SYNC, STABLE
+from glow_kernels.interop.copies import faithful_copy, with_flags
 from glow_kernels.interop.memory import initialize, run
 from glow_kernels.interop.patch import Call, Mismatch, Patch, has_hooks, is_as_found, is_set, once, options_of, own
 from glow_kernels.interop.stand_ins import SPATIAL, spatial_of
@@ -28,6 +31,31 @@ def _calls(channels: int, spatial: tuple[int, ...] = SPATIAL) -> list[Call]:
         Call("forward", lambda module, x: module(x), (shape,)),
         Call("reverse", lambda module, y: module.reverse(y), (shape,)),
     ]
+
+
+@dataclass(frozen=True)
+class Results:
+    """Of a linear layer.
+
+    Attributes:
+        has_log_det: whether ``forward`` returns a log-determinant beside the data.
+    """
+
+    has_log_det: bool
+
+    def describe(self) -> str:
+        """For the report."""
+        return ""
+
+
+def _results(module: nn.Module, channels: int) -> Results:
+    x = torch.randn_like(next(module.parameters()).new_empty(2, channels, *SPATIAL))
+    try:
+        with torch.no_grad():
+            return Results(not isinstance(with_flags(faithful_copy(module), True)(x), Tensor))
+    except Exception as error:
+        cause = str(error) or type(error).__name__
+        raise Mismatch(f"forward does not run as such layers are called: {cause}") from error
 
 
 class ActNorm(Patch):
@@ -52,15 +80,19 @@ class ActNorm(Patch):
         )
 
     @classmethod
+    def examine(cls, module: Any, workshop: Workshop) -> Results:
+        return _results(module, module.loc.shape[1])
+
+    @classmethod
     def calls(cls, module: Any, options: Any) -> list[Call]:
         return _calls(module.loc.shape[1])
 
     def forward(self: Any, x: Tensor) -> Any:
-        """``y`` and, unless it is switched off, ``log_det`` ()."""
+        """``y`` and, if the layer returns one, ``log_det`` ()."""
         if not is_set(self, self.initialized) or x.dim() != 4:  # some copies take vectors too
             return own(self).forward(self, x)
         y = self.scale * (x + self.loc)
-        if not getattr(self, "logdet", True):
+        if not options_of(self).has_log_det:
             return y
         return y, x.shape[2] * x.shape[3] * self.scale.abs().log().sum()
 
@@ -80,15 +112,19 @@ class InvConv2d(Patch):
         return set(names) == {"weight"} and square and hasattr(module, "reverse")
 
     @classmethod
-    def calls(cls, module: Any, options: Any) -> list[Call]:
-        return _calls(module.weight.shape[0])
+    def examine(cls, module: Any, workshop: Workshop) -> Results:
+        return _results(module, next(module.parameters()).shape[0])
 
-    def forward(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``y`` and ``log_det`` ()."""
+    @classmethod
+    def calls(cls, module: Any, options: Any) -> list[Call]:
+        return _calls(next(module.parameters()).shape[0])
+
+    def forward(self: Any, x: Tensor) -> Any:
+        """``y`` and, if the layer returns one, ``log_det`` ()."""
         weight, weight_log_det = _matrix(self)
         zeros = weight.new_zeros(weight.shape[0])
         y, log_det = actnorm_conv1x1(x, zeros, zeros, weight, weight_log_det)
-        return y, once(log_det)
+        return (y, once(log_det)) if options_of(self).has_log_det else y
 
     def reverse(self: Any, y: Tensor) -> Tensor:
         """``x``."""
@@ -109,10 +145,6 @@ class InvConv2dLU(InvConv2d):
         buffers = {name for name, _ in module.named_buffers(recurse=False)}
         return parameters == {"w_l", "w_s", "w_u"} and {"w_p", "s_sign"} <= buffers and hasattr(module, "reverse")
 
-    @classmethod
-    def calls(cls, module: Any, options: Any) -> list[Call]:
-        return _calls(module.w_l.shape[0])
-
 
 class AffineCoupling(Patch):
     """A coupling, affine or additive."""
@@ -131,14 +163,17 @@ class AffineCoupling(Patch):
 
     @classmethod
     def examine(cls, module: Any, workshop: Workshop) -> Any:
+        has_log_det = True
+
         def run(copied: Any, x: Tensor) -> Tensor:
+            nonlocal has_log_det
             results = copied(x)
-            if isinstance(results, Tensor):
-                raise Mismatch("it returns no log-determinant")
-            y: Tensor = results[0]
+            has_log_det = not isinstance(results, Tensor)
+            y: Tensor = results[0] if has_log_det else results
             return y
 
-        return workshop.find_coupling(module, module.net, run, spatial=_spatial(module)).require_halves()
+        found = workshop.find_coupling(module, module.net, run, spatial=_spatial(module)).require_halves()
+        return dataclasses.replace(found, forward_has_log_det=has_log_det)
 
     @classmethod
     def calls(cls, module: Any, options: Any) -> list[Call]:
@@ -148,10 +183,12 @@ class AffineCoupling(Patch):
     def parts(cls, module: Any) -> Parts:
         return Parts(options_of(module), module.net)
 
-    def forward(self: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """``y`` and ``log_det`` (B,), or None if the coupling is additive."""
+    def forward(self: Any, x: Tensor) -> Any:
+        """``y`` and, if the layer returns one, ``log_det`` (B,), or None if the coupling is additive."""
         initialize(self, "forward", x)
         y, log_det = run(self, x)
+        if not options_of(self).forward_has_log_det:
+            return y
         return y, None if options_of(self).scale_map is None else log_det
 
     def reverse(self: Any, y: Tensor) -> Tensor:
@@ -183,13 +220,14 @@ class Flow(Patch):
     def parts(cls, module: Any) -> Parts:
         return Parts(options_of(module.coupling), module.coupling.net, lambda: _linear(module))
 
-    def forward(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``y`` and ``log_det`` (B,); () with an additive coupling."""
+    def forward(self: Any, x: Tensor) -> Any:
+        """``y`` and, if the layers return one, ``log_det`` (B,); () with an additive coupling."""
         initialize(self, "forward", x)
         if not _can_fuse(self):
-            result: tuple[Tensor, Tensor] = own(self).forward(self, x)
-            return result
+            return own(self).forward(self, x)
         y, log_det = run(self, x)
+        if not options_of(self.coupling).forward_has_log_det:
+            return y
         return y, once(log_det) if options_of(self.coupling).scale_map is None else log_det
 
     def reverse(self: Any, y: Tensor) -> Tensor:
@@ -239,10 +277,11 @@ def _spatial(coupling: Any) -> tuple[int, ...]:
 
 
 def _matrix(convolution: Any) -> tuple[Tensor, Tensor | None]:
-    """W (C, C), and ``log|det W|`` where it is known."""
+    """W (C, C), and ``log|det W|`` where it is known; zero where nobody asks for it, so that W may be singular."""
     if hasattr(convolution, "w_l"):  # beside them copies keep a weight that they calculate for sampling
         return lu_weight(convolution.w_p, convolution.w_l, convolution.w_u, convolution.w_s, convolution.s_sign)
-    return convolution.weight[:, :, 0, 0], None
+    weight = convolution.weight[:, :, 0, 0]
+    return weight, None if options_of(convolution).has_log_det else weight.new_zeros(())
 
 
 def _can_fuse(step: Any) -> bool:
