@@ -180,6 +180,16 @@ class BoundedActNorm(rosinality.ActNorm):
         return scale * (x + self.loc), x.shape[2] * x.shape[3] * scale.log().sum()
 
 
+class ClippedConvolution(openai.InvertibleConv1x1):
+    """As in a copy of SRFlow, where no singular value of the weight is smaller than a bound; at first none is."""
+
+    def forward(self, x, logdet=None, reverse=False):
+        with torch.no_grad():
+            u, values, v = torch.linalg.svd(self.weight.double(), full_matrices=False)
+            self.weight.copy_((u @ torch.diag(values.clamp(min=1e-3)) @ v).float())
+        return super().forward(x, logdet, reverse)
+
+
 class UndefinedActNorm(rosinality.ActNorm):
     def forward(self, x):
         y, log_det = super().forward(x)
@@ -192,6 +202,7 @@ class UndefinedActNorm(rosinality.ActNorm):
         (Verbose, "forward returns (Tensor, Tensor, Tensor), where such a layer would return (Tensor, Tensor)"),
         (lambda: Refusing(4), "forward does not run as such layers are called: NotImplementedError"),
         (Storing, "it stores its log_det"),
+        (lambda: ClippedConvolution(4), "it changes its weight when it is called"),
         (Checkpointing, "it runs its network again in backward"),
         (WithoutAutocast, "it switches autocast on or off for its network"),
         (WithAutocast, "it switches autocast on or off for its network"),

@@ -9,8 +9,8 @@ Copies of both run on the same random inputs, with the same simple stand-ins for
 * with parameters and inputs so large and so small that bounds show;
 * from before ActNorm was initialised: the same parameters after the first batch, and the same results.
 
-And the layer must do nothing that the patch would not: keep results as its attributes, checkpoint its network or switch
-autocast for it.
+And the layer must do nothing that the patch would not: keep results as its attributes, change its parameters,
+checkpoint its network or switch autocast for it.
 """
 
 from __future__ import annotations
@@ -68,12 +68,13 @@ class Agreement:
 @dataclass
 class _Run:
     """Results of one call: the tensors among them, the gradients, and where they stood; and what it did besides: the
-    attributes that it stored, and whether backward called networks again."""
+    attributes that it stored, the parameters that it changed, and whether backward called networks again."""
 
     leaves: list[Any]
     structure: Any
     gradients: dict[str, Tensor | None]
     stored: list[str]
+    changed: list[str]
     recomputes: bool
 
     @property
@@ -218,6 +219,8 @@ def _does_nothing_else(call: Call, run: _Run, before: Any, patch: type[Patch]) -
     stored = [name for name in run.stored if name not in patch.live]
     if stored:
         raise Mismatch(f"it stores its {stored[0]}")
+    if run.changed:
+        raise Mismatch(f"it changes its {run.changed[0]} when it is called")
     if run.recomputes:
         raise Mismatch("it runs its network again in backward, as torch.utils.checkpoint does")
     networks = _stand_ins(before)
@@ -313,6 +316,7 @@ def _run(call: Call, module: Any, dtype: torch.dtype, seed: int = 0) -> _Run:
     inputs = [tensor.requires_grad_() for tensor in _inputs(call, module, dtype, generator)]
     seed_generators(_device(module), seed)  # of dropout
     kept = plain_attributes(module, INITIALIZED)
+    before = [(name, p, p._version, p.detach().clone()) for name, p in module.named_parameters()]
     leaves, structure = pytree.tree_flatten(call.run(module, *inputs))
     calls = [network.calls for network in _stand_ins(module)]
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -330,8 +334,10 @@ def _run(call: Call, module: Any, dtype: torch.dtype, seed: int = 0) -> _Run:
     recomputes = calls != [network.calls for network in _stand_ins(module)]
     now, named = plain_attributes(module, INITIALIZED), dict(zip(wanted, gradients, strict=True))
     stored = [name for name, value in now.items() if name not in kept or value is not kept[name]]
+    # Also to what it is: a bound that it keeps to now may change it later.
+    changed = [name for name, p, version, value in before if p._version != version or not torch.equal(p, value)]
     leaves = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    return _Run(leaves, structure, named, stored, recomputes)
+    return _Run(leaves, structure, named, stored, changed, recomputes)
 
 
 def _inputs(call: Call, module: Any, dtype: torch.dtype, generator: torch.Generator) -> list[Tensor]:
