@@ -222,6 +222,37 @@ def test_steps_whose_actnorm_keeps_its_flag_as_an_attribute_are_accelerated():
     torch.testing.assert_close(flow(10 * x), original(10 * x))
 
 
+class PortedActNorm(nn.Module):
+    """As in ports whose flag has the name that rosinality gave it."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(1, channels, 1, 1))
+        self.logs = nn.Parameter(torch.zeros(1, channels, 1, 1))
+        self.initialized = False
+
+    def forward(self, x, logdet, reverse=False):
+        if not self.initialized:
+            self.bias.data = -x.mean((0, 2, 3), keepdim=True)
+            self.logs.data = -x.std((0, 2, 3), keepdim=True).log()
+            self.initialized = True
+        change = x[0, 0].numel() * self.logs.sum()
+        if reverse:
+            return x * torch.exp(-self.logs) - self.bias, logdet - change
+        return (x + self.bias) * torch.exp(self.logs), logdet + change
+
+
+def test_steps_of_ports_whose_actnorm_names_its_flag_as_rosinality_are_accelerated():
+    flow, x, log_det = openai.FlowStep(4, 8), 3 + 2 * torch.randn(4, 4, 6, 6), torch.zeros(4)
+    flow.actnorm = PortedActNorm(4)
+    original = copy.deepcopy(flow)
+    assert not gk.accelerate(flow).left_alone
+    for _ in range(2):  # the first initialises
+        z = original(x, log_det)
+        torch.testing.assert_close(flow(x, log_det), z)
+    torch.testing.assert_close(flow(*z, reverse=True)[0], x)
+
+
 @pytest.mark.parametrize("verify", [True, False])
 def test_actnorm_of_chrischutes_networks_returns_data_alone(verify):
     class ActNormAlone(openai.ActNorm2d):

@@ -249,7 +249,7 @@ def is_initialized(actnorm: Any) -> bool:
 
 
 def _flag(actnorm: Any) -> str | None:
-    return next((name for name in ("inited", "is_initialized") if hasattr(actnorm, name)), None)
+    return next((name for name in ("inited", "is_initialized", "initialized") if hasattr(actnorm, name)), None)
 
 
 def matrix(convolution: Any) -> tuple[Tensor, Tensor | None]:
