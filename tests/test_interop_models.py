@@ -326,6 +326,32 @@ def test_the_direction_is_not_taken_for_a_log_determinant(make, verify):
     torch.testing.assert_close(layer(x, True), expected)
 
 
+class ConditionalConvolution(openai.InvertibleConv1x1):
+    """As in copies of chrischute's code, whose layers pass a condition on."""
+
+    def forward(self, x, condition, logdet, reverse=False):
+        return super().forward(x, logdet, reverse)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_condition_is_not_taken_for_a_log_determinant(verify):
+    layer, x, log_det = ConditionalConvolution(4), torch.randn(2, 4, 6, 6), torch.zeros(2)
+    (row,) = gk.accelerate(layer, verify=verify).layers
+    assert row.reason == "its arguments are not the data, a log-determinant and the direction"
+    layer(x, x, log_det)
+
+
+def test_vectors_are_multiplied_from_the_side_that_the_layer_multiplies_them():
+    class Convolution(openai.InvertibleConv1x1):
+        def forward(self, x, logdet=None, reverse=False):
+            return super().forward(x, logdet, reverse) if x.dim() == 4 else (x @ self.weight, logdet)
+
+    layer, x = Convolution(4), torch.randn(2, 4)
+    expected = layer(x)
+    assert gk.accelerate(layer).patched
+    torch.testing.assert_close(layer(x), expected)
+
+
 class CouplingWithGraph(survae.AffineCouplingBijection):
     inverse = inspect.unwrap(survae.AffineCouplingBijection.inverse)
 

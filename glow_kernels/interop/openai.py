@@ -69,9 +69,10 @@ def arguments(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any])
 
 
 def _require_signature(module: Any) -> None:
-    cls: Any = type(module)
-    names, _ = _signature(cls)
-    if len(names) < 2 or names[0] == "reverse":
+    parameters = list(inspect.signature(type(module).forward).parameters.values())[2:]
+    names = [parameter.name for parameter in parameters]
+    directions = [parameter.name for parameter in parameters if parameter.default is False]
+    if len(names) < 2 or names[0] == "reverse" or directions[:1] not in ([], names[1:2]):
         raise Mismatch("its arguments are not the data, a log-determinant and the direction")
 
 
@@ -156,7 +157,7 @@ class InvertibleConv1x1(Patch):
     def forward(self: Any, x: Tensor, *args: Any, **options: Any) -> Any:
         """``y`` and the new log-determinant."""
         logdet, reverse, known = arguments(self, args, options)
-        if not known:
+        if not known or x.dim() != 4:  # some multiply vectors from the other side
             return own(self).forward(self, x, *args, **options)
         weight, weight_log_det = matrix(self)
         zeros = weight.new_zeros(weight.shape[0])
