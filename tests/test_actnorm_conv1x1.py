@@ -425,6 +425,24 @@ def test_work_on_the_matrix_is_in_float64(backend, direction):
     assert ((log_det.double() - true_log_det).abs() <= 2 * eps * true_log_det.abs()).all()
 
 
+def test_a_weight_in_float64_is_not_rounded_before_it_is_inverted(backend):
+    # As above; rounding W would move the inverse by 1e5 eps.
+    size, eps = 8, torch.finfo(torch.float32).eps
+    data, weight, zeros = torch.randn(3, size, 5), ill_conditioned(size).double(), torch.zeros(size)
+    weight = (weight * (1 + 1e-8 * torch.randn(size, size, dtype=torch.float64))).requires_grad_()
+    result, log_det = gk.actnorm_conv1x1_inverse(data, zeros, zeros, weight)
+    (grad,) = torch.autograd.grad(result.sum() + log_det.sum(), weight)
+    inverse = torch.linalg.inv(weight)
+    truth, bound = inverse @ data.double(), inverse.abs() @ data.double().abs()
+    true_log_det = -5 * torch.linalg.slogdet(weight).logabsdet.expand(3)
+    (true_grad,) = torch.autograd.grad(truth.sum() + true_log_det.sum(), weight)
+    assert result.dtype == log_det.dtype == torch.float32
+    assert grad.dtype == torch.float64
+    assert ((result.double() - truth).abs() <= (size + 2) * eps * bound).all()
+    torch.testing.assert_close(log_det.double(), true_log_det, rtol=2 * eps, atol=0)
+    torch.testing.assert_close(grad, true_grad, rtol=1e-5, atol=1e-5 * true_grad.abs().max().item())
+
+
 def test_gradient_through_the_inverse_is_in_float64(backend):
     # As above: the sums over B P = 15 terms are float32, what W^-1 does to them is not.
     size, eps = 8, torch.finfo(torch.float32).eps

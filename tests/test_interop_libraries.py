@@ -137,6 +137,24 @@ def test_every_layer_is_patched_and_trains_the_same(name, memory):
         torch.testing.assert_close(losses[1], losses[0], rtol=1e-7, atol=0.0)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("library", ["normflows", "nflows"])
+def test_layers_whose_factors_are_ill_conditioned_are_accelerated(library):
+    torch.manual_seed(0)
+    scale = torch.logspace(-1.5, 1.5, 96)[torch.randperm(96)]
+    if library == "normflows":
+        layer = normflows.flows.GlowBlock(96, 4)
+        factors = layer.flows[1]
+        factors.U.mul_(scale[:, None])
+        factors.log_S.add_(scale.log())
+    else:
+        factors = nflows.transforms.OneByOneConvolution(96)
+        layer = nflows.transforms.CompositeTransform([nflows.transforms.ActNorm(96), factors])
+        for entries in (factors.lower_entries, factors.upper_entries):
+            entries.copy_(torch.randn_like(entries) / 96**0.5)
+    assert not gk.accelerate(layer).left_alone
+
+
 @pytest.mark.parametrize("verify", [True, False])
 @pytest.mark.parametrize("use_lu", [True, False])
 def test_matrices_of_normflows_that_multiply_vectors_are_no_convolutions(use_lu, verify):

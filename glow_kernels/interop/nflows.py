@@ -99,7 +99,7 @@ class OneByOneConvolution(Patch):
         if not _can_fuse_convolution(self, inputs):
             result: Result = own(self).inverse(self, inputs, context)
             return result
-        weight, weight_log_det = _matrix(self)
+        weight, weight_log_det = _matrix(self, to_invert=True)
         zeros = weight.new_zeros(weight.shape[0])
         return actnorm_conv1x1_inverse(inputs - self.bias[:, None, None], zeros, zeros, weight, weight_log_det)
 
@@ -213,12 +213,12 @@ class _Pair:
         return outputs.add_(self.convolution.bias[:, None, None]), log_det
 
     def inverse(self, inputs: Tensor, context: Any = None) -> Result:
-        return actnorm_conv1x1_inverse(inputs - self.convolution.bias[:, None, None], *self._linear())
+        return actnorm_conv1x1_inverse(inputs - self.convolution.bias[:, None, None], *self._linear(to_invert=True))
 
-    def _linear(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _linear(self, to_invert: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         # exp(a) x + c = exp(a) (x + c exp(-a))
         log_scale, shift = self.actnorm.log_scale, self.actnorm.shift
-        return log_scale, shift * (-log_scale).exp(), *_matrix(self.convolution)
+        return log_scale, shift * (-log_scale).exp(), *_matrix(self.convolution, to_invert)
 
 
 def _fused(transforms: list[Any], inputs: Tensor) -> list[Any]:
@@ -257,12 +257,14 @@ def _can_fuse_convolution(convolution: Any, inputs: Tensor) -> bool:
     return inputs.dim() == 4 and free and is_as_found(convolution)
 
 
-def _matrix(convolution: Any) -> tuple[Tensor, Tensor]:
-    """W (C, C) and ``log|det W|``."""
+def _matrix(convolution: Any, to_invert: bool = False) -> tuple[Tensor, Tensor]:
+    """W (C, C) and ``log|det W|``; unrounded to be inverted, as where the factors are."""
     lower, upper = convolution._create_lower_upper()
     wide = wide_dtype(lower.device)
-    product = (lower.to(wide) @ upper.to(wide)).to(lower.dtype)
-    weight = product.index_select(1, convolution.permutation._inverse_permutation)
+    product = lower.to(wide) @ upper.to(wide)
+    weight = (product if to_invert else product.to(lower.dtype)).index_select(
+        1, convolution.permutation._inverse_permutation
+    )
     return weight, convolution.upper_diag.log().sum()
 
 

@@ -92,7 +92,7 @@ class Invertible1x1Conv(Patch):
 
     def forward(self: Any, z: Tensor) -> tuple[Tensor, Tensor]:
         """``x`` and ``log_det`` ()."""
-        weight, weight_log_det = _matrix(self)
+        weight, weight_log_det = _matrix(self, to_invert=True)
         zeros = weight.new_zeros(weight.shape[0])
         x, log_det = actnorm_conv1x1_inverse(z, zeros, zeros, weight, weight_log_det)
         return x, once(log_det)
@@ -177,7 +177,10 @@ class GlowBlock(Patch):
     @classmethod
     def parts(cls, module: Any) -> Parts:
         coupling, convolution, actnorm = module.flows
-        return AffineCouplingBlock.parts(coupling)._replace(linear=lambda: _linear(actnorm, convolution))
+        return AffineCouplingBlock.parts(coupling)._replace(
+            linear=lambda: _linear(actnorm, convolution),
+            linear_to_invert=lambda: _linear(actnorm, convolution, to_invert=True),
+        )
 
     def forward(self: Any, z: Tensor) -> tuple[Tensor, Tensor]:
         """``x`` and ``log_det`` (B,)."""
@@ -206,11 +209,12 @@ def _repetitions(actnorm: Any, z: Tensor) -> int:
     return math.prod(z.shape[dimension] for dimension in actnorm.batch_dims[1:])
 
 
-def _matrix(convolution: Any) -> tuple[Tensor, Tensor | None]:
-    """W (C, C), and ``log|det W|`` where it is known."""
+def _matrix(convolution: Any, to_invert: bool = False) -> tuple[Tensor, Tensor | None]:
+    """W (C, C), and ``log|det W|`` where it is known; unrounded, where it is a product, to be inverted."""
     if not convolution.use_lu:
         return convolution.W, None
-    return lu_weight(convolution.P, convolution.L, convolution.U, convolution.log_S, convolution.sign_S)
+    assemble = steps.lu_weight_to_invert if to_invert else lu_weight
+    return assemble(convolution.P, convolution.L, convolution.U, convolution.log_S, convolution.sign_S)
 
 
 def _can_fuse(block: Any) -> bool:
@@ -219,8 +223,8 @@ def _can_fuse(block: Any) -> bool:
     return found and actnorm.s.dim() == 4 and is_set(actnorm, actnorm.data_dep_init_done)
 
 
-def _linear(actnorm: Any, convolution: Any) -> Linear:
-    return (-actnorm.s.flatten(), -actnorm.t.flatten(), *_matrix(convolution))
+def _linear(actnorm: Any, convolution: Any, to_invert: bool = False) -> Linear:
+    return (-actnorm.s.flatten(), -actnorm.t.flatten(), *_matrix(convolution, to_invert))
 
 
 PATCHES = (ActNorm, Invertible1x1Conv, GlowBlock, AffineCouplingBlock)

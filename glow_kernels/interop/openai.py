@@ -159,7 +159,7 @@ class InvertibleConv1x1(Patch):
         logdet, reverse, known = arguments(self, args, options)
         if not known or x.dim() != 4:  # some multiply vectors from the other side
             return own(self).forward(self, x, *args, **options)
-        weight, weight_log_det = matrix(self)
+        weight, weight_log_det = matrix(self, to_invert=reverse)
         zeros = weight.new_zeros(weight.shape[0])
         operator = actnorm_conv1x1_inverse if reverse else actnorm_conv1x1
         y, change = operator(x, zeros, zeros, weight, weight_log_det)
@@ -207,7 +207,8 @@ class FlowStep(Patch):
 
     @classmethod
     def parts(cls, module: Any) -> Parts:
-        return Parts(options_of(module), _child(module, NETWORKS), lambda: _linear(module))
+        linear, to_invert = functools.partial(_linear, module), functools.partial(_linear, module, to_invert=True)
+        return Parts(options_of(module), _child(module, NETWORKS), linear, linear_to_invert=to_invert)
 
     def forward(self: Any, x: Tensor, *args: Any, **options: Any) -> Any:
         """``y`` and the new log-determinant."""
@@ -253,15 +254,16 @@ def _flag(actnorm: Any) -> str | None:
     return next((name for name in ("inited", "is_initialized", "initialized") if hasattr(actnorm, name)), None)
 
 
-def matrix(convolution: Any) -> tuple[Tensor, Tensor | None]:
-    """W (C, C), and ``log|det W|`` where it is known."""
+def matrix(convolution: Any, to_invert: bool = False) -> tuple[Tensor, Tensor | None]:
+    """W (C, C), and ``log|det W|`` where it is known; unrounded, where it is a product, to be inverted."""
     lower, upper = next((names for names in TRIANGLES if hasattr(convolution, names[0])), ("", ""))
     if not lower:
         return convolution.weight, None
     factors = getattr(convolution, lower), getattr(convolution, upper)
     # Plain attributes in earlier revisions of chaiyujin's, which stay where they were when the layer is moved.
     permutation, signs = convolution.p.to(factors[0]), convolution.sign_s.to(factors[0])
-    return lu_weight(permutation, *factors, convolution.log_s, signs)
+    assemble = steps.lu_weight_to_invert if to_invert else lu_weight
+    return assemble(permutation, *factors, convolution.log_s, signs)
 
 
 def _can_fuse(step: Any) -> bool:
@@ -270,11 +272,11 @@ def _can_fuse(step: Any) -> bool:
     return is_as_found(*learned) and is_initialized(step.actnorm) and not has_hooks(*layers)
 
 
-def _linear(step: Any) -> Linear:
+def _linear(step: Any, to_invert: bool = False) -> Linear:
     """ActNorm and what mixes the channels."""
     log_scale, bias, mixing = step.actnorm.logs.flatten(), step.actnorm.bias.flatten(), _child(step, PERMUTATIONS)
     if patch_of(mixing) is InvertibleConv1x1:
-        return (log_scale, bias, *matrix(mixing))
+        return (log_scale, bias, *matrix(mixing, to_invert))
     # The matrix of a fixed permutation is what it makes of the unit vectors.
     units = torch.eye(len(bias), dtype=bias.dtype, device=bias.device)[:, :, None, None]
     return log_scale, bias, mixing(units, False)[:, :, 0, 0].T.contiguous(), bias.new_zeros(())

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from glow_kernels.backends.numerics import wide_dtype
 from glow_kernels.interop.probe import Coupling
-from glow_kernels.ops import actnorm_conv1x1, actnorm_conv1x1_inverse, actnorm_conv1x1_reversible_backward
+from glow_kernels.ops import actnorm_conv1x1, actnorm_conv1x1_inverse, actnorm_conv1x1_reversible_backward, lu_weight
 from glow_kernels.reversible.tensors import Start, differentiate, leaf, sum_of
 
 # log_scale, bias, weight and weight_log_det, as for actnorm_conv1x1.
@@ -28,12 +29,14 @@ class Parts(NamedTuple):
         network: (B, C_read, *spatial) and further arguments to (B, outputs, *spatial).
         linear: ActNorm and convolution before the coupling; None for a coupling alone.
         gain: the learned number per channel in the log-scale, if there is one.
+        linear_to_invert: ``linear`` for :func:`inverse`, where it differs: of factors, :func:`lu_weight_to_invert`.
     """
 
     coupling: Coupling
     network: Callable[..., Tensor]
     linear: Callable[[], Linear] | None = None
     gain: Callable[[], Tensor] | None = None
+    linear_to_invert: Callable[[], Linear] | None = None
 
 
 def forward(parts: Parts, x: Tensor, *context: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -61,8 +64,14 @@ def inverse(parts: Parts, z: Tensor, *context: Tensor | None) -> tuple[Tensor, T
     x = coupling.join(read, y)
     if parts.linear is None:
         return x, log_det
-    x, linear_log_det = actnorm_conv1x1_inverse(x, *parts.linear())
+    linear = parts.linear if parts.linear_to_invert is None else parts.linear_to_invert
+    x, linear_log_det = actnorm_conv1x1_inverse(x, *linear())
     return x, linear_log_det + log_det
+
+
+def lu_weight_to_invert(*factors: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`glow_kernels.ops.lu_weight` in float64: layers that invert the factors never round their product."""
+    return lu_weight(*(factor.to(wide_dtype(factor.device)) for factor in factors))
 
 
 def backward_from_output(

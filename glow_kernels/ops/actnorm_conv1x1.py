@@ -80,7 +80,8 @@ def actnorm_conv1x1_inverse(
 ) -> tuple[Tensor, Tensor]:
     """The inverse of :func:`actnorm_conv1x1`: ``x = exp(-log_scale) * (W^-1 z) - bias``.
 
-    The inverse of W is computed in float64 and then rounded.
+    The inverse of W is computed in float64 and then rounded. A ``weight`` in float64 is not rounded before, as it
+    is for the forward: that would move the inverse by as many units in the last place as W has a condition number.
 
     Args:
         z: ``(B, C, *spatial)``; the other arguments as for :func:`actnorm_conv1x1`.
@@ -93,6 +94,12 @@ def actnorm_conv1x1_inverse(
             a kernel on a GPU, which waits for nothing: there ``log_det`` is infinite and ``x`` not finite.
     """
     _check("z", z, log_scale, bias, weight, weight_log_det)
+    dtype = compute_dtype(z)
+    if weight.dtype == torch.float64 != dtype:
+        parameters = (log_scale.double(), bias.double(), weight)
+        folded = fold_inverse(*parameters, None if weight_log_det is None else weight_log_det.double())
+        matrix, shift, log_det = (tensor.to(dtype) for tensor in folded)
+        return _apply(z, matrix, shift), log_det.expand(z.shape[0]) * positions(z)
     x, log_det = invertible(_inverse, z, *_in_compute_dtype(z, log_scale, bias, weight, weight_log_det))
     return x, log_det
 
