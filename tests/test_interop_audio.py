@@ -205,6 +205,25 @@ def test_stale_inverse_of_waveglow_is_not_imitated():
         assert (layer(layer(z)[0], reverse=True) - z).abs().max() > 0.01
 
 
+@torch.no_grad()
+def nearly_singular(weight: Tensor) -> None:
+    """Give ``weight`` (C, C) or (C, C, 1) a condition of 1e4 and a positive determinant."""
+    left, right = torch.linalg.qr(torch.randn(2, len(weight), len(weight), dtype=torch.float64)).Q
+    matrix = left * torch.logspace(2, -2, len(weight), dtype=torch.float64) @ right
+    matrix[0] *= torch.linalg.det(matrix).sign()
+    weight.copy_(matrix.view_as(weight))
+
+
+def test_convolutions_that_are_nearly_singular_are_accelerated():
+    # So nearly that a change of W by chance gave it a negative determinant, and that an inverse in float32 is far off.
+    for seed in range(4):
+        torch.manual_seed(seed)
+        layers = nn.ModuleList((audio.Invertible1x1Conv(8), audio.InvConvNear(16, 8)))
+        nearly_singular(layers[0].conv.weight)
+        nearly_singular(layers[1].weight)
+        assert not gk.accelerate(layers).left_alone
+
+
 class InverseWithGraph(audio.Invertible1x1Conv):
     def forward(self, z, reverse=False):
         return F.conv1d(z, self.conv.weight[:, :, 0].inverse()[:, :, None]) if reverse else super().forward(z)

@@ -152,6 +152,7 @@ def test_layers_whose_factors_are_ill_conditioned_are_accelerated(library):
         layer = nflows.transforms.CompositeTransform([nflows.transforms.ActNorm(96), factors])
         for entries in (factors.lower_entries, factors.upper_entries):
             entries.copy_(torch.randn_like(entries) / 96**0.5)
+        factors.unconstrained_upper_diag.copy_(scale.expm1().log())
     assert not gk.accelerate(layer).left_alone
 
 

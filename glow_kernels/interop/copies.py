@@ -63,9 +63,15 @@ def randomised(module: Any) -> Any:
         # What a layer keeps together with its inverse stays that.
         kept = name.endswith("_inv") or f"{name}_inv" in parameters
         if parameter.is_floating_point() and not kept:
-            width = max(parameter.shape) if parameter.dim() and parameter.numel() > max(parameter.shape) else 4
+            # Of the matrix that it is, or whose triangle it may hold: what a large one is multiplied by stays moderate.
+            is_list = parameter.numel() == max(parameter.shape, default=1)
+            width = (2 * parameter.numel()) ** 0.5 if is_list else max(parameter.shape)
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.add_((0.2 / width**0.5 * noise).to(parameter))
+            change = (0.2 / width**0.5 * noise).to(parameter)
+            if parameter.dim() > 1 and parameter.numel() == len(parameter) ** 2 and parameter.any():
+                # A matrix keeps the sign of its determinant, however small that is: some layers take its logarithm.
+                change = (parameter.flatten(1) @ change.flatten(1)).view_as(parameter)
+            parameter.add_(change)
     return with_flags(module, True)
 
 

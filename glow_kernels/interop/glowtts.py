@@ -26,7 +26,7 @@ LENGTH = 8
 Result = tuple[Tensor, "Tensor | None"]
 
 
-def _calls(channels: int, rounds: bool = False, speaker: int = 0) -> list[Call]:
+def _calls(channels: int, speaker: int = 0) -> list[Call]:
     """The calls of a layer whose network reads ``speaker`` channels of ``g``; with 0, the layer may not use ``g``."""
     shape, speakers = (2, channels, LENGTH), [(2, speaker, 1)] if speaker else []
 
@@ -42,8 +42,7 @@ def _calls(channels: int, rounds: bool = False, speaker: int = 0) -> list[Call]:
 
     return [
         Call("forward", lambda module, x: masked(module, x, False), (shape,)),
-        # Of InvConvNear, which inverts its weight in float32.
-        Call("reverse", lambda module, x: masked(module, x, True), (shape,), rounds=rounds),
+        Call("reverse", lambda module, x: masked(module, x, True), (shape,)),
         Call("without mask", lambda module, x: module(x), (shape,), optional=True),
         Call("with g", spoken, (shape, *speakers), optional=True, untouchable=not speaker),
     ]
@@ -90,7 +89,7 @@ class InvConvNear(Patch):
 
     @classmethod
     def calls(cls, module: Any, options: Any) -> list[Call]:
-        return _calls(module.channels, rounds=True)
+        return _calls(module.channels)
 
     def forward(self: Any, x: Tensor, x_mask: Any = None, reverse: bool = False, g: Any = None) -> Any:
         """``z`` and ``logdet`` (B,), or None in reverse."""

@@ -63,7 +63,6 @@ class Call:
         run: calls the module with the random inputs.
         shapes: of those inputs.
         optional: the layer itself may refuse this call; then it is not compared.
-        rounds: the layer rounds to float32 whatever its type.
         untouchable: it gives a context that cannot be used, nor kept for backward.
     """
 
@@ -71,7 +70,6 @@ class Call:
     run: Callable[..., Any]
     shapes: tuple[tuple[int, ...], ...]
     optional: bool = False
-    rounds: bool = False
     untouchable: bool = False
 
 
