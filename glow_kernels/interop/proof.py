@@ -114,11 +114,12 @@ def prove(
         Mismatch: they differ; the message says in what.
     """
     before, after = workshop.replica(module), workshop.patched_replica(module, patch, options, memory)
+    moved = _moved(before, after)
     agreement = Agreement()
     calls = [call for call in patch.calls(module, options) if memory is None or not call.untouchable]
     for call in calls:
         for training in (True, False):
-            compared = _same_formula(call, before, after, training, agreement)
+            compared = _same_formula(call, moved, training, agreement)
             if compared is not None and memory is None:
                 _does_nothing_else(call, *compared[:2], patch)
         _as_accurate(call, before, after, agreement)
@@ -150,16 +151,19 @@ def prove_chain(modules: Sequence[nn.Module], workshop: Workshop) -> None:
             results.append(more)
         return [x, results]
 
-    _same_formula(Call("the chain of steps", run, first.shapes), before, after, True, Agreement())
+    _same_formula(Call("the chain of steps", run, first.shapes), _moved(before, after), True, Agreement())
+
+
+def _moved(*modules: Any) -> list[Any]:
+    return [randomised(faithful_copy(module)) for module in modules]
 
 
 def _same_formula(
-    call: Call, before: Any, after: Any, training: bool, agreement: Agreement
+    call: Call, moved: Sequence[Any], training: bool, agreement: Agreement
 ) -> tuple[_Run, Any, Any] | None:
     """What the original did, and the copies that were compared; None if it refuses this call."""
     try:
-        prepared = [randomised(faithful_copy(module)).train(training) for module in (before, after)]
-        expected, dtype, pair = _first_run(call, prepared, seed=0)
+        expected, dtype, pair = _first_run(call, [module.train(training) for module in moved], seed=0)
     except Exception as error:
         if call.optional and not isinstance(error, Mismatch):
             return None
