@@ -284,6 +284,15 @@ def test_steps_whose_factors_are_ill_conditioned_are_accelerated_and_invert_them
     assert error <= 2 * before + 32 * 2**-23 * truth.abs().max()
 
 
+def test_steps_of_rosinality_whose_convolution_is_nearly_singular_are_accelerated():
+    torch.manual_seed(0)
+    step = rosinality.Flow(24, 4, conv_lu=False)
+    left, right = torch.linalg.qr(torch.randn(2, 24, 24, dtype=torch.float64)).Q
+    with torch.no_grad():
+        step.invconv.weight.copy_((left * torch.logspace(2, -2, 24) @ right).view(24, 24, 1, 1))
+    assert not gk.accelerate(step).left_alone
+
+
 def test_a_step_whose_order_of_layers_was_changed_is_left_alone():
     class Reordered(rosinality.Flow):
         def forward(self, x):

@@ -7,6 +7,7 @@ an additive one None. ``reverse`` returns the data alone, and in some copies, as
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,15 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glow_kernels.backends.numerics import wide_dtype
 from glow_kernels.interop import steps
 from glow_kernels.interop.claims import DOUBLE_INVERSE, NO_SYNC, STABLE
 from glow_kernels.interop.copies import faithful_copy, with_flags
 from glow_kernels.interop.memory import initialize, run
 from glow_kernels.interop.patch import Call, Mismatch, Patch, has_hooks, is_as_found, is_set, once, options_of, own
 from glow_kernels.interop.stand_ins import SPATIAL, spatial_of
-from glow_kernels.interop.steps import Parts
+from glow_kernels.interop.steps import Linear, Parts
 from glow_kernels.interop.workshop import Workshop
 from glow_kernels.ops import actnorm_conv1x1, actnorm_conv1x1_inverse, gaussian_log_prob, lu_weight
+from glow_kernels.ops.folding import fold
 
 
 def _calls(channels: int, spatial: tuple[int, ...] = SPATIAL) -> list[Call]:
@@ -128,7 +131,7 @@ class InvConv2d(Patch):
 
     def reverse(self: Any, y: Tensor) -> Tensor:
         """``x``."""
-        weight, weight_log_det = _matrix(self)
+        weight, weight_log_det = _matrix(self, to_invert=True)
         zeros = weight.new_zeros(weight.shape[0])
         return actnorm_conv1x1_inverse(y, zeros, zeros, weight, weight_log_det)[0]
 
@@ -218,7 +221,8 @@ class Flow(Patch):
 
     @classmethod
     def parts(cls, module: Any) -> Parts:
-        return Parts(options_of(module.coupling), module.coupling.net, lambda: _linear(module))
+        linear, to_invert = functools.partial(_linear, module), functools.partial(_linear, module, to_invert=True)
+        return Parts(options_of(module.coupling), module.coupling.net, linear, linear_to_invert=to_invert)
 
     def forward(self: Any, x: Tensor) -> Any:
         """``y`` and, if the layers return one, ``log_det`` (B,); () with an additive coupling."""
@@ -276,10 +280,14 @@ def _spatial(coupling: Any) -> tuple[int, ...]:
     return spatial_of(coupling.net) or SPATIAL
 
 
-def _matrix(convolution: Any) -> tuple[Tensor, Tensor | None]:
-    """W (C, C), and ``log|det W|`` where it is known; zero where nobody asks for it, so that W may be singular."""
+def _matrix(convolution: Any, to_invert: bool = False) -> tuple[Tensor, Tensor | None]:
+    """W (C, C), and ``log|det W|`` where it is known; zero where nobody asks for it, so that W may be singular.
+
+    Unrounded, where it is a product, to be inverted.
+    """
     if hasattr(convolution, "w_l"):  # beside them copies keep a weight that they calculate for sampling
-        return lu_weight(convolution.w_p, convolution.w_l, convolution.w_u, convolution.w_s, convolution.s_sign)
+        assemble = steps.lu_weight_to_invert if to_invert else lu_weight
+        return assemble(convolution.w_p, convolution.w_l, convolution.w_u, convolution.w_s, convolution.s_sign)
     weight = convolution.weight[:, :, 0, 0]
     return weight, None if options_of(convolution).has_log_det else weight.new_zeros(())
 
@@ -289,13 +297,18 @@ def _can_fuse(step: Any) -> bool:
     return is_as_found(*layers) and is_set(step.actnorm, step.actnorm.initialized) and not has_hooks(*layers)
 
 
-def _linear(step: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def _linear(step: Any, to_invert: bool = False) -> Linear:
     # A linear scale may be negative, so that it has no logarithm: it goes into the columns of W.
-    weight, weight_log_det = _matrix(step.invconv)
+    weight, weight_log_det = _matrix(step.invconv, to_invert)
     scale = step.actnorm.scale.flatten()
-    if weight_log_det is not None:
-        weight_log_det = weight_log_det + scale.abs().log().sum()
-    return torch.zeros_like(scale), step.actnorm.loc.flatten(), weight * scale, weight_log_det
+    zeros = torch.zeros_like(scale)
+    if weight_log_det is None:
+        # Not of the scaled columns: the gradient 1 / s would be what the rounding of a sum leaves of it.
+        _, _, weight_log_det = fold(zeros, zeros, weight, None)
+    log_det = weight_log_det + scale.abs().log().sum()
+    if to_invert:
+        weight = weight.to(wide_dtype(weight.device))
+    return zeros, step.actnorm.loc.flatten(), weight * scale, log_det
 
 
 PATCHES = (ActNorm, InvConv2dLU, InvConv2d, AffineCoupling, Flow, Block)
