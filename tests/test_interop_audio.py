@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import glow_kernels as gk
 from glow_kernels.bench.live_storages import LiveStorages
+from glow_kernels.interop.copies import faithful_copy
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
 
@@ -175,6 +176,16 @@ def test_networks_that_are_given_something_else_than_those_of_waveglow_are_not_t
     network = audio.WaveNet(2, 3, n_layers=1, n_channels=4)
     del network.cond_layer  # as RAD-TTS's, which joins data and conditions
     assert not gk.accelerate(network, memory="checkpoint").layers
+
+
+def test_weights_of_networks_that_are_replaced_are_not_copied():
+    # Computed weights, as of weight_norm, are copied by hand: of a whole WaveGlow a GiB, for every comparison.
+    model = audio.WaveGlow(width=32)
+    model(waveglow_batch())
+    with LiveStorages() as storages:
+        copied = faithful_copy(model, {id(model.WN): nn.ModuleList()})
+    assert not copied.WN
+    assert storages.peak < sum(parameter.nbytes for parameter in model.WN.parameters()) / 4
 
 
 def test_networks_of_waveglow_keep_no_activations():

@@ -30,7 +30,8 @@ def faithful_copy(module: Any, copies: dict[int, Any] | None = None) -> Any:
         Mismatch: it cannot be copied.
     """
     copies = {} if copies is None else copies
-    for layer in module.modules():
+    replaced = {layer for layer in module.modules() if id(layer) in copies}
+    for _, layer in module.named_modules(memo=replaced):  # without what is inside of those
         # Of empty ones, which take deepcopy most of its time, a module has a dozen.
         empty = [value for value in vars(layer).values() if type(value) in (dict, OrderedDict) and not value]
         copies |= {id(value): type(value)() for value in empty}
