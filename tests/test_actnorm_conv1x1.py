@@ -626,6 +626,16 @@ BAD_ARGUMENTS = {
 }
 
 
+@pytest.mark.parametrize("channels", [0, 513])
+def test_the_native_library_itself_refuses_what_it_has_no_kernels_for(channels):
+    TestProperties().require_native()
+    parameters = torch.zeros(channels), torch.zeros(channels), torch.eye(channels), None
+    for function, *data in (("forward", torch.zeros(1, channels, 2)), ("fold",)):
+        operator = getattr(torch.ops.glow_kernels, f"actnorm_conv1x1_{function}_native")
+        with pytest.raises(RuntimeError, match=f"takes 1 to 512 channels, got {channels}"):
+            operator(*data, *parameters)
+
+
 @pytest.mark.parametrize(("direction", "name"), [("forward", "x"), ("inverse", "z")])
 @pytest.mark.parametrize("bad", BAD_ARGUMENTS)
 def test_bad_arguments_are_named(direction, name, bad):

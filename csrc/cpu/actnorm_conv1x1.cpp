@@ -30,8 +30,8 @@ LinearKernels<T> kernels() {
 
 void check_data(const Tensor& x) {
   STD_TORCH_CHECK(x.dim() >= 2, "x must be (B, C, *spatial)");
-  STD_TORCH_CHECK(x.size(1) <= kMaxChannels, "the native backend takes at most ", kMaxChannels, " channels, got ",
-                  x.size(1));
+  STD_TORCH_CHECK(x.size(1) >= 1 && x.size(1) <= kMaxChannels, "the native backend takes 1 to ", kMaxChannels,
+                  " channels, got ", x.size(1));
 }
 
 void check(const Tensor& x, const Tensor& matrix) {

@@ -25,7 +25,7 @@ struct Sizes {
 
   explicit Sizes(const Tensor& matrix) : steps(1), n(matrix.size(-1)) {
     STD_TORCH_CHECK(matrix.dim() >= 2 && matrix.size(-2) == n, "weight must be (*K, C, C)");
-    STD_TORCH_CHECK(n <= kMaxChannels, "the native backend takes at most ", kMaxChannels, " channels, got ", n);
+    STD_TORCH_CHECK(n >= 1 && n <= kMaxChannels, "the native backend takes 1 to ", kMaxChannels, " channels, got ", n);
     for (int64_t dimension = 0; dimension < matrix.dim() - 2; ++dimension) steps *= matrix.size(dimension);
   }
 };
