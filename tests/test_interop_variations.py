@@ -350,3 +350,18 @@ def test_options_name_what_was_found():
         "s = sigmoid(u + 2) + 0.001, interleaved_shift_scale, scale_shift, net reads the second half"
     )
     assert options_of(layer).read == (3, 4)
+
+
+def test_blocks_of_so_many_steps_that_random_numbers_overflow():
+    block = rosinality.Block(1, 6, split=False, conv_lu=False, filter_size=4)
+    block(torch.randn(2, 1, 6, 10))
+    with torch.no_grad():
+        for flow in block.flows:
+            flow.invconv.weight.mul_(1e4)
+    x = 1e-24 * torch.randn(2, 1, 6, 10)
+    expected = block(x)
+    report = gk.accelerate(block)
+    assert report.layers[0].kind == "Block"
+    assert not report.left_alone
+    for one, other in zip(block(x), expected, strict=True):
+        torch.testing.assert_close(one, other)
