@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from glow_kernels.interop.copies import faithful_copy
 from glow_kernels.interop.memory import initialize, run_alone
-from glow_kernels.interop.patch import Call, Mismatch, Patch, once, options_of, own
+from glow_kernels.interop.patch import Call, Mismatch, Patch, Results, once, options_of, own
 from glow_kernels.interop.probe import Coupling
 from glow_kernels.interop.stand_ins import UNTOUCHABLE
 from glow_kernels.interop.workshop import Workshop
@@ -48,21 +47,6 @@ def _calls(channels: int, speaker: int = 0) -> list[Call]:
     ]
 
 
-@dataclass(frozen=True)
-class Inverse:
-    """Of a convolution.
-
-    Attributes:
-        has_log_det: whether the layer returns a log-determinant in reverse too.
-    """
-
-    has_log_det: bool
-
-    def describe(self) -> str:
-        """For the report."""
-        return ""
-
-
 def _has_inverse_log_det(module: Any, channels: int) -> bool:
     x = next(module.parameters()).new_zeros(1, channels, LENGTH)
     with torch.no_grad():
@@ -82,10 +66,10 @@ class InvConvNear(Patch):
         return shapes == {"weight": (split, split)} and hasattr(module, "channels")
 
     @classmethod
-    def examine(cls, module: Any, workshop: Workshop) -> Inverse:
+    def examine(cls, module: Any, workshop: Workshop) -> Results:
         if getattr(module, "no_jacobian", False):
             raise Mismatch("it leaves its log-determinant out")
-        return Inverse(_has_inverse_log_det(module, module.channels))
+        return Results(_has_inverse_log_det(module, module.channels))
 
     @classmethod
     def calls(cls, module: Any, options: Any) -> list[Call]:

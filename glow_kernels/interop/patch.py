@@ -73,6 +73,21 @@ class Call:
     untouchable: bool = False
 
 
+@dataclass(frozen=True)
+class Results:
+    """Options of a linear layer: what it returns, where copies of a dialect differ in that.
+
+    Attributes:
+        has_log_det: a log-determinant beside the data, in the direction in which that is not certain.
+    """
+
+    has_log_det: bool
+
+    def describe(self) -> str:
+        """For the report."""
+        return ""
+
+
 class Patch:
     """How to recognise a layer, and the methods that replace its own; never instantiated.
 

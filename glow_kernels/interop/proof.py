@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from glow_kernels.interop.memory import Memory
 
 # Agreement of two ways to compute the same, relative to the largest value: of transformed data in float64; of
-# log-determinants and gradients, which some layers round to float32 whatever their type; of layers that only run in
-# float32, or round everything to it; of the log-determinants of those, sums over channels of which little may be left.
+# log-determinants and gradients; of layers that only run in float32; of the log-determinants of those, sums over
+# channels of which little may be left.
 _EXACT, _NEARLY_EXACT, _ROUNDED, _SUMMED = 1e-9, 1e-7, 2e-5, 1e-4
 _ULPS = 32
 # Inputs that are drawn until a layer counts as less accurate on the average: of the many tensors of a long chain of
@@ -172,12 +172,11 @@ def _same_formula(
     actual = _run(call, pair[1], dtype)
     _same_structure(call.name, expected, actual)
     for index, results in enumerate(zip(expected.tensors, actual.tensors, strict=True)):
-        tolerance = _tolerance(dtype, expected, results[0])
-        difference = _difference(f"{call.name}: result {index}", *results, tolerance)
+        difference = _difference(f"{call.name}: result {index}", *results, _tolerance(dtype, results[0]))
         _note(agreement.values if results[0].dim() > 1 else agreement.log_dets, call, difference)
     for name, gradient in expected.gradients.items():
         difference = _difference(
-            f"{call.name}: gradient of {name}", gradient, actual.gradients[name], _tolerance(dtype, expected)
+            f"{call.name}: gradient of {name}", gradient, actual.gradients[name], _tolerance(dtype)
         )
         _note(agreement.gradients, call, difference)
     return expected, *pair
@@ -311,7 +310,7 @@ def _same_start(call: Call, before: Any, after: Any) -> None:
             raise Mismatch(f"batch {batch} of a layer that was not initialised: {error}") from error
         _same_structure(f"batch {batch}", expected, actual)
         for index, results in enumerate(zip(expected.tensors, actual.tensors, strict=True)):
-            _difference(f"batch {batch}: result {index}", *results, _tolerance(dtype, expected, results[0]))
+            _difference(f"batch {batch}: result {index}", *results, _tolerance(dtype, results[0]))
     states = [module.state_dict() for module in pair]
     for name, state in states[0].items():
         if isinstance(state, Tensor):
@@ -408,14 +407,10 @@ def _difference(name: str, expected: Tensor | None, actual: Tensor | None, toler
     return difference
 
 
-def _tolerance(dtype: torch.dtype, expected: _Run, result: Tensor | None = None) -> float:
+def _tolerance(dtype: torch.dtype, result: Tensor | None = None) -> float:
     if dtype != torch.float64:
         return _ROUNDED if result is None or result.dim() > 1 else _SUMMED
-    if result is not None and result.dim() > 1 and result.dtype == dtype:
-        return _EXACT
-    # A log-determinant that is computed in float32 is rounded more than once, and so are gradients through it.
-    computed = [tensor for tensor in expected.tensors if tensor.is_floating_point()]
-    return _NEARLY_EXACT if all(tensor.dtype == dtype for tensor in computed) else _ROUNDED
+    return _EXACT if result is not None and result.dim() > 1 and result.dtype == dtype else _NEARLY_EXACT
 
 
 def _terms(name: str, result: Tensor) -> float:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +19,18 @@ from glow_kernels.interop import steps
 from glow_kernels.interop.claims import DOUBLE_INVERSE, NO_SYNC, STABLE
 from glow_kernels.interop.copies import faithful_copy, with_flags
 from glow_kernels.interop.memory import initialize, run
-from glow_kernels.interop.patch import Call, Mismatch, Patch, has_hooks, is_as_found, is_set, once, options_of, own
+from glow_kernels.interop.patch import (
+    Call,
+    Mismatch,
+    Patch,
+    Results,
+    has_hooks,
+    is_as_found,
+    is_set,
+    once,
+    options_of,
+    own,
+)
 from glow_kernels.interop.stand_ins import SPATIAL, spatial_of
 from glow_kernels.interop.steps import Linear, Parts
 from glow_kernels.interop.workshop import Workshop
@@ -34,21 +44,6 @@ def _calls(channels: int, spatial: tuple[int, ...] = SPATIAL) -> list[Call]:
         Call("forward", lambda module, x: module(x), (shape,)),
         Call("reverse", lambda module, y: module.reverse(y), (shape,)),
     ]
-
-
-@dataclass(frozen=True)
-class Results:
-    """Of a linear layer.
-
-    Attributes:
-        has_log_det: whether ``forward`` returns a log-determinant beside the data.
-    """
-
-    has_log_det: bool
-
-    def describe(self) -> str:
-        """For the report."""
-        return ""
 
 
 def _results(module: nn.Module, channels: int) -> Results:
