@@ -262,10 +262,8 @@ def _matrix(convolution: Any, to_invert: bool = False) -> tuple[Tensor, Tensor]:
     lower, upper = convolution._create_lower_upper()
     wide = wide_dtype(lower.device)
     product = lower.to(wide) @ upper.to(wide)
-    weight = (product if to_invert else product.to(lower.dtype)).index_select(
-        1, convolution.permutation._inverse_permutation
-    )
-    return weight, convolution.upper_diag.log().sum()
+    weight = product if to_invert else product.to(lower.dtype)
+    return weight.index_select(1, convolution.permutation._inverse_permutation), convolution.upper_diag.log().sum()
 
 
 PATCHES = (ActNorm, OneByOneConvolution, AffineCouplingTransform, CompositeTransform)
