@@ -96,8 +96,8 @@ class FlowStep(Patch):
 
     @classmethod
     def parts(cls, module: Any) -> Parts:
-        def linear() -> Linear:
-            return (module.norm.logs.flatten(), module.norm.bias.flatten(), *matrix(module.conv))
+        def linear(to_invert: bool) -> Linear:
+            return (module.norm.logs.flatten(), module.norm.bias.flatten(), *matrix(module.conv, to_invert))
 
         return AffineCoupling.parts(module.coup)._replace(linear=linear)
 

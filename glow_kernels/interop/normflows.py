@@ -6,6 +6,7 @@ direction: without dimensions from ActNorm and the 1x1 convolution, (B,) from co
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -177,10 +178,7 @@ class GlowBlock(Patch):
     @classmethod
     def parts(cls, module: Any) -> Parts:
         coupling, convolution, actnorm = module.flows
-        return AffineCouplingBlock.parts(coupling)._replace(
-            linear=lambda: _linear(actnorm, convolution),
-            linear_to_invert=lambda: _linear(actnorm, convolution, to_invert=True),
-        )
+        return AffineCouplingBlock.parts(coupling)._replace(linear=functools.partial(_linear, actnorm, convolution))
 
     def forward(self: Any, z: Tensor) -> tuple[Tensor, Tensor]:
         """``x`` and ``log_det`` (B,)."""
@@ -223,7 +221,7 @@ def _can_fuse(block: Any) -> bool:
     return found and actnorm.s.dim() == 4 and is_set(actnorm, actnorm.data_dep_init_done)
 
 
-def _linear(actnorm: Any, convolution: Any, to_invert: bool = False) -> Linear:
+def _linear(actnorm: Any, convolution: Any, to_invert: bool) -> Linear:
     return (-actnorm.s.flatten(), -actnorm.t.flatten(), *_matrix(convolution, to_invert))
 
 

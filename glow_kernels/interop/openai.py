@@ -207,8 +207,7 @@ class FlowStep(Patch):
 
     @classmethod
     def parts(cls, module: Any) -> Parts:
-        linear, to_invert = functools.partial(_linear, module), functools.partial(_linear, module, to_invert=True)
-        return Parts(options_of(module), _child(module, NETWORKS), linear, linear_to_invert=to_invert)
+        return Parts(options_of(module), _child(module, NETWORKS), functools.partial(_linear, module))
 
     def forward(self: Any, x: Tensor, *args: Any, **options: Any) -> Any:
         """``y`` and the new log-determinant."""
@@ -272,7 +271,7 @@ def _can_fuse(step: Any) -> bool:
     return is_as_found(*learned) and is_initialized(step.actnorm) and not has_hooks(*layers)
 
 
-def _linear(step: Any, to_invert: bool = False) -> Linear:
+def _linear(step: Any, to_invert: bool) -> Linear:
     """ActNorm and what mixes the channels."""
     log_scale, bias, mixing = step.actnorm.logs.flatten(), step.actnorm.bias.flatten(), _child(step, PERMUTATIONS)
     if patch_of(mixing) is InvertibleConv1x1:

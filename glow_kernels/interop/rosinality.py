@@ -216,8 +216,7 @@ class Flow(Patch):
 
     @classmethod
     def parts(cls, module: Any) -> Parts:
-        linear, to_invert = functools.partial(_linear, module), functools.partial(_linear, module, to_invert=True)
-        return Parts(options_of(module.coupling), module.coupling.net, linear, linear_to_invert=to_invert)
+        return Parts(options_of(module.coupling), module.coupling.net, functools.partial(_linear, module))
 
     def forward(self: Any, x: Tensor) -> Any:
         """``y`` and, if the layers return one, ``log_det`` (B,); () with an additive coupling."""
@@ -298,7 +297,7 @@ def _can_fuse(step: Any) -> bool:
     return is_as_found(*layers) and is_set(step.actnorm, step.actnorm.initialized) and not has_hooks(*layers)
 
 
-def _linear(step: Any, to_invert: bool = False) -> Linear:
+def _linear(step: Any, to_invert: bool) -> Linear:
     # A linear scale may be negative, so that it has no logarithm: it goes into the columns of W.
     weight, weight_log_det = _matrix(step.invconv, to_invert)
     scale = step.actnorm.scale.flatten()

@@ -27,23 +27,22 @@ class Parts(NamedTuple):
     Attributes:
         coupling: which it is.
         network: (B, C_read, *spatial) and further arguments to (B, outputs, *spatial).
-        linear: ActNorm and convolution before the coupling; None for a coupling alone.
+        linear: ActNorm and convolution before the coupling; None for a coupling alone. Told whether they are for
+            :func:`inverse`, where a product of factors is that of :func:`lu_weight_to_invert`.
         gain: the learned number per channel in the log-scale, if there is one.
-        linear_to_invert: ``linear`` for :func:`inverse`, where it differs: of factors, :func:`lu_weight_to_invert`.
     """
 
     coupling: Coupling
     network: Callable[..., Tensor]
-    linear: Callable[[], Linear] | None = None
+    linear: Callable[[bool], Linear] | None = None
     gain: Callable[[], Tensor] | None = None
-    linear_to_invert: Callable[[], Linear] | None = None
 
 
 def forward(parts: Parts, x: Tensor, *context: Tensor | None) -> tuple[Tensor, Tensor]:
     """``x`` (B, C, *spatial) to ``z`` and ``log_det`` (B,); ``context`` goes to the network."""
     coupling, linear_log_det = parts.coupling, None
     if parts.linear is not None:
-        x, linear_log_det = mapped(x, parts.linear())
+        x, linear_log_det = mapped(x, parts.linear(False))
     read, transformed = coupling.split(x)
     h = coupling.predict(parts.network, read, *context)
     y, log_det = coupling.forward(transformed, h, _gain(parts))
@@ -64,8 +63,7 @@ def inverse(parts: Parts, z: Tensor, *context: Tensor | None) -> tuple[Tensor, T
     x = coupling.join(read, y)
     if parts.linear is None:
         return x, log_det
-    linear = parts.linear if parts.linear_to_invert is None else parts.linear_to_invert
-    x, linear_log_det = actnorm_conv1x1_inverse(x, *linear())
+    x, linear_log_det = actnorm_conv1x1_inverse(x, *parts.linear(True))
     return x, linear_log_det + log_det
 
 
@@ -115,7 +113,7 @@ def backward_from_output(
     if parts.linear is None:
         return x, grad_x, grads
     with torch.enable_grad():
-        linear = [tensor for tensor in parts.linear() if tensor is not None]
+        linear = [tensor for tensor in parts.linear(False) if tensor is not None]
     constants = [tensor.detach() for tensor in linear]
     x, grad_x, *linear_grads = actnorm_conv1x1_reversible_backward(grad_x, grad_log_det, x, *constants)
     starts = [Start.of(*pair) for pair in zip(linear, linear_grads, strict=False)]
