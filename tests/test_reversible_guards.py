@@ -272,6 +272,31 @@ def test_torch_func_is_refused():
         torch.func.grad(lambda x: weighted(model(x)))(x)
 
 
+def replica(module):
+    """As DataParallel makes one for another device: parameters are copies with a graph, and plain attributes."""
+    result = module._replicate_for_data_parallel()
+    for name, child in module._modules.items():
+        result._modules[name] = replica(child)
+    for name, parameter in module._parameters.items():
+        result.__dict__[name] = parameter.clone()
+    return result
+
+
+def test_data_parallel_needs_memory_store_and_initialised_layers():
+    x = torch.randn(4, 6, 4, 4)
+    model = chain(flow_steps(3), x)
+    leaves = list(model.parameters())
+    expected = torch.autograd.grad(weighted(model(x)), leaves)
+    assert_same(torch.autograd.grad(weighted(replica(model)(x)), leaves), expected, 0.0)
+    forgetful = replica(forgetting(model, "anchor"))
+    with pytest.raises(RuntimeError, match=r"^memory='anchor' cannot train in DataParallel: .* or memory='store'$"):
+        forgetful(x)
+    with torch.no_grad():
+        assert_same(forgetful(x), model(x), 0.0)
+    with pytest.raises(RuntimeError, match=r"^ActNorm .* cannot be initialised under DataParallel .*initialize"):
+        replica(FlowStep(6, 4))(x)
+
+
 BAD_OPTIONS = {
     "memory must be one of 'store', 'checkpoint', 'anchor', 'invert', got 'less'": {"memory": "less"},
     "check must be one of 'off', 'flag', 'raise', 'replay', got 'on'": {"check": "on"},

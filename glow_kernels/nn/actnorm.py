@@ -96,13 +96,13 @@ class ActNorm(nn.Module):
 
         Raises:
             ValueError: ``x`` is not finite; the parameters stay as they are.
-            RuntimeError: FSDP shards the parameters.
+            RuntimeError: FSDP shards the parameters, or they are those of a replica of DataParallel.
         """
         check_channels("x", x, self.channels)
-        if _is_sharded(self):
+        if getattr(self, "_is_replica", False) or _is_sharded(self):
             raise RuntimeError(
-                f"ActNorm of {self.channels} channels cannot be initialised where FSDP shards it, which forgets what a "
-                "forward writes: call model.initialize(batch), or load weights, before the model is sharded"
+                f"ActNorm of {self.channels} channels cannot be initialised under DataParallel or FSDP, which forget "
+                "what a forward writes: call model.initialize(batch), or load weights, before it is wrapped or sharded"
             )
         mean, std = actnorm_statistics(x)
         if is_readable(std) and not bool(std.isfinite().all()):

@@ -131,8 +131,6 @@ class ReversibleSequential(nn.Sequential):
             RuntimeError: a step cannot be recomputed, see :mod:`glow_kernels.reversible.guards`; the message names it.
         """
         check_tensor("x", x)
-        if getattr(self, "_is_replica", False):
-            raise RuntimeError("a reversible chain cannot be used in DataParallel: use DistributedDataParallel")
         if self.memory == "store" or not torch.is_grad_enabled():
             stack = Stack.of(list(self), x)
             if stack is None or context or torch.compiler.is_compiling():
@@ -140,6 +138,10 @@ class ReversibleSequential(nn.Sequential):
             folded = stack.fold(x)
             x, log_dets = boundary_node.in_turn(list(self), folded.maps, x)
             return x, _total([folded.log_det, *log_dets], x)
+        if getattr(self, "_is_replica", False):
+            raise RuntimeError(
+                f"memory={self.memory!r} cannot train in DataParallel: use DistributedDataParallel, or memory='store'"
+            )
         if not torch.compiler.is_compiling():
             guards.refuse_transforms()
             _check_batches(x, context)
