@@ -18,6 +18,7 @@ import torch
 import torch.utils.checkpoint
 from test_nn import ready
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import glow_kernels as gk
 from glow_kernels import ReversibleSequential
@@ -263,6 +264,35 @@ def test_context_gets_its_gradient(memory):
     back, inverse_log_det = plain.inverse(z, context)
     assert_same([back, -inverse_log_det], [x, log_det], 1e-9)
     assert_same(gradients(forgetting(plain, memory), x), gradients(plain, x), 1e-9)  # networks that can do without
+
+
+class Outer(nn.Module):
+    """A step that gives its input to a module."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.inner = Scaling(channels)
+
+    def forward(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        return self.inner(x)
+
+    def inverse(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        return self.inner.inverse(z)
+
+
+@pytest.mark.parametrize("memory", FORGETFUL)
+def test_operations_can_be_counted(memory):
+    # The counter puts hooks on what modules are given, context among it.
+    x, context = torch.randn(4, 6, 4, 5, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    first, last = (FlowStep(6, network=Conditioned(3, 6, context=3)) for _ in range(2))
+    plain = chain([first, Outer(6), last], x, context)
+    model = forgetting(plain, memory, micro_batches=2)
+    expected = gradients(plain, x, context)[2:]
+    leaves = [x.requires_grad_(), context.requires_grad_(), *model.parameters()]
+    with FlopCounterMode(display=False) as counter:
+        weighted(model(x, context)).backward()
+    assert_same([tensor.grad for tensor in leaves], expected, 1e-9)
+    assert counter.get_total_flops() > 0
 
 
 class Recurrent(nn.Module):

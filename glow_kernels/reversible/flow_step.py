@@ -16,7 +16,7 @@ from glow_kernels.nn.coupling_node import Private, has_passes, in_place, uncoupl
 from glow_kernels.ops import actnorm_conv1x1_reversible_backward, affine_coupling_reversible_backward
 from glow_kernels.ops.actnorm_conv1x1 import apply_reversible_backward
 from glow_kernels.reversible.anatomy import Anatomy
-from glow_kernels.reversible.tensors import Start, differentiate, leaf, sum_of
+from glow_kernels.reversible.tensors import Start, differentiate, leaf, passed, sum_of
 
 
 def way_back(anatomy: Anatomy, private: Private) -> Callable[..., Any] | None:
@@ -70,7 +70,7 @@ def backward_from_output(
         return _backward_by_passes(anatomy, private, step, z, grad_z, grad_log_det, parameters)
     with torch.enable_grad():
         conditioning = leaf(conditioning, True)
-        h = coupling.network(conditioning, *context)
+        h = coupling.network(*passed([conditioning, *context]))
     before, grad_before, grad_h = _undo_coupling(coupling, grad_transformed, grad_log_det, transformed, h.detach())
     transformed = in_place(transformed, before, private.state)
     if grad_before is not grad_transformed:

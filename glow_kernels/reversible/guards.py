@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 from glow_kernels.reversible.anatomy import Anatomy
 from glow_kernels.reversible.plain_step import PlainStep
 from glow_kernels.reversible.randomness import RandomState
-from glow_kernels.reversible.tensors import leaf, with_graph
+from glow_kernels.reversible.tensors import leaf, part_of, with_graph
 
 if TYPE_CHECKING:
     from glow_kernels.reversible.chain import ReversibleSequential
@@ -144,7 +144,7 @@ def prove(
     if any(hasattr(module, "_get_fsdp_state") for module in anatomy.modules if module is not anatomy.step):
         raise RuntimeError("FSDP shards a part of it, whose weights come and go within it: use fully_shard on the step")
     sample = x[:2].detach().clone()
-    sample_context = [None if tensor is None else tensor[:2] for tensor in context]
+    sample_context = [None if tensor is None else part_of(tensor, slice(2)) for tensor in context]
     with torch.no_grad(), mode.applied(x.device):
         _try_out(anatomy, sample, sample_context, needs_inverse, divides)
     chain._proven[key] = anatomy.modules

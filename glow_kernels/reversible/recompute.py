@@ -22,7 +22,17 @@ from glow_kernels.reversible import flow_step
 from glow_kernels.reversible.anatomy import Anatomy
 from glow_kernels.reversible.plain_step import PlainStep
 from glow_kernels.reversible.randomness import RandomState, refuse_while_capturing
-from glow_kernels.reversible.tensors import Joined, Start, dense_strides, differentiate, leaf, lying, part_of, sum_of
+from glow_kernels.reversible.tensors import (
+    Joined,
+    Start,
+    dense_strides,
+    differentiate,
+    leaf,
+    lying,
+    part_of,
+    passed,
+    sum_of,
+)
 
 
 class Mode(NamedTuple):
@@ -181,7 +191,7 @@ def backward(
                         part_x = lying(part_x, drawn.before)
                 with torch.enable_grad(), _replayed(drawn):
                     start = leaf(part_x, True)
-                    part_z, part_log_det = anatomy.forward(start, *part_context)
+                    part_z, part_log_det = anatomy.forward(*passed([start, *part_context]))
                 if x is not None and z is not None:
                     joined_z.add(part, part_z.detach())
                 every_leaf = [start, *(t for t in part_context if t is not None), *leaves]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,11 @@ from glow_kernels.backends.numerics import output_format
 def leaf(tensor: Tensor, requires_grad: bool) -> Tensor:
     """The same values as the start of a graph of its own, so that hooks and ``.grad`` of ``tensor`` stay out of it."""
     return tensor.detach().requires_grad_(requires_grad)
+
+
+def passed(leaves: Sequence[Tensor | None]) -> list[Any]:
+    """What modules are given for ``leaves``: on a leaf hooks as FlopCounterMode's fail while gradients are computed."""
+    return [None if tensor is None else tensor.view_as(tensor) for tensor in leaves]
 
 
 def with_graph(owner: nn.Module) -> dict[int, tuple[str, Tensor]]:
