@@ -153,6 +153,20 @@ def test_loading_an_uninitialised_state_makes_uninitialised():
         layer.inverse(torch.randn(8, 4, 3, 3))
 
 
+def test_what_cannot_be_loaded_is_said_and_the_memory_stays():
+    layer = ActNorm(4)
+    layer(torch.randn(8, 4, 3, 3))
+    with pytest.raises(RuntimeError, match=r"size mismatch for initialized.* torch\.Size\(\[4\]\)"):
+        layer.load_state_dict({**layer.state_dict(), "initialized": torch.zeros(4, dtype=torch.bool)})
+    layer.inverse(torch.randn(8, 4, 3, 3))
+
+
+def test_a_state_without_values_is_loaded_as_that_of_any_module():
+    model = gk.models.Glow(1, 4, steps=1, levels=1, hidden_channels=4).to("meta")
+    model.load_state_dict(model.state_dict())
+    model.load_state_dict(model.state_dict(), assign=True)
+
+
 def test_every_actnorm_of_a_model_is_normalised_by_the_first_forward():
     model = gk.models.Glow(3, 8, steps=2, levels=2, hidden_channels=8, mixing="plain").double()
     networks, steps = [], []

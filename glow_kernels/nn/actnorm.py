@@ -136,9 +136,9 @@ class ActNorm(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        flag = state_dict.get(prefix + "initialized")
-        if flag is not None:
-            self._is_initialized = bool(flag)
+        # Not what came, which may have another shape, for which PyTorch has an error, or no values.
+        if is_readable(self.initialized):
+            self._is_initialized = bool(self.initialized)
 
 
 def _is_sharded(module: nn.Module) -> bool:
