@@ -441,5 +441,6 @@ def test_decoding_and_sampling_are_exported_for_any_number_of_images():
 
 def test_temperature_may_be_an_element_of_a_tensor():
     model = ready(Glow(1, (4, 4), 1, 2, 4), torch.randn(3, 1, 4, 4))
-    for temperature in torch.linspace(0.0, 1.0, 2):
-        assert model.sample(1, temperature).shape == (1, 1, 4, 4)
+    for temperature in [*torch.linspace(0.0, 1.0, 2), torch.ones(1, 1, 1, 1, 1, dtype=torch.float64)]:
+        sample = model.sample(1, temperature)
+        assert (sample.shape, sample.dtype) == ((1, 1, 4, 4), torch.float32)

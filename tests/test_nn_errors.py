@@ -121,6 +121,12 @@ BAD_INPUTS = {
     "h must be the shape of y = (2, 2, 2, 2), got (2, 3, 2, 2)": (
         lambda: AdditiveCoupling(4, network=nn.Conv2d(2, 3, 1)).inverse(torch.zeros(2, 4, 2, 2))
     ),
+    "temperature must be one number, got a tensor of shape (2,)": (
+        lambda: SplitPrior(4).inverse(torch.zeros(2, 2, 2, 2), torch.ones(2))
+    ),
+    "temperature must be finite and at least 0, got nan": (
+        lambda: SplitPrior(4).inverse(torch.zeros(2, 2, 2, 2), math.nan)
+    ),
 }
 
 

@@ -84,6 +84,18 @@ def test_split_samples_what_it_scores(backend):
     assert_close(-minus_log_prob, distribution.log_prob(distribution.mean).sum((1, 2, 3)), 1e-12)
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1, 1, 1, 1)])
+@pytest.mark.parametrize("of", [torch.float32, torch.float64])
+def test_a_temperature_in_a_tensor_changes_no_type_and_no_shape(shape, of):
+    split, kept = moved(SplitPrior(4), 0.2).to(torch.float32), torch.randn(3, 2, 2, 2)
+    results = []
+    for temperature in (0.5, torch.full(shape, 0.5, dtype=of)):
+        torch.manual_seed(1)
+        results.append(split.inverse(kept, temperature))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=0.0, atol=0.0)
+
+
 @pytest.mark.parametrize(("learned", "num_classes"), TOP_PRIORS)
 def test_top_prior_equals_the_formulas(backend, learned, num_classes):
     top, z, labels = draw_top(learned, num_classes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import numbers
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from glow_kernels.models import likelihood
 from glow_kernels.nn import FlowStep, SplitPrior, Squeeze, TopPrior
 from glow_kernels.ops import ScaleMap
-from glow_kernels.ops._checks import check_image, check_labels, check_number, check_tensor, check_whole
+from glow_kernels.ops._checks import check_image, check_labels, check_tensor, check_whole, checked_temperature
 from glow_kernels.reversible import ReversibleSequential
 
 
@@ -268,16 +267,11 @@ class Glow(nn.Module):
 
         Raises:
             TypeError: ``n`` is no whole number, or ``temperature`` no number.
-            ValueError: a negative ``n``, a ``temperature`` that is negative, not finite or more than one number;
-                otherwise as :meth:`decode`.
+            ValueError: a negative ``n``, a ``temperature`` of more than one number, or that is negative or not finite
+                (a tensor on a GPU is not looked at, which would be to wait for it); otherwise as :meth:`decode`.
         """
         check_whole("n", n, 0)
-        if not isinstance(temperature, Tensor):
-            check_number("temperature", temperature)
-        elif temperature.numel() != 1:
-            raise ValueError(f"temperature must be one number, got a tensor of shape {tuple(temperature.shape)}")
-        if not 0.0 <= temperature < math.inf:
-            raise ValueError(f"temperature must be finite and at least 0, got {temperature}")
+        temperature = checked_temperature(temperature)
         parameter = next(self.parameters())
         latents = []
         for shape in self.latent_shapes():

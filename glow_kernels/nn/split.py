@@ -9,7 +9,14 @@ from torch import Tensor, nn
 from glow_kernels.backends.numerics import is_autocast_enabled, without_autocast
 from glow_kernels.nn.network import ZeroConv2d
 from glow_kernels.ops import gaussian_log_prob, gaussian_sample, gaussian_standardize
-from glow_kernels.ops._checks import check_below, check_channels, check_labels, check_number, check_tensor, check_whole
+from glow_kernels.ops._checks import (
+    check_below,
+    check_channels,
+    check_labels,
+    check_tensor,
+    check_whole,
+    checked_temperature,
+)
 
 
 class SplitPrior(nn.Module):
@@ -48,10 +55,14 @@ class SplitPrior(nn.Module):
         return torch.cat((kept, gaussian_sample(eps, self._distribution(kept))), dim=1)
 
     def inverse(self, kept: Tensor, temperature: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
-        """The kept half (B, C/2, H, W) to ``x`` with the other half sampled, and minus its log-density (B,)."""
+        """The kept half (B, C/2, H, W) to ``x`` with the other half sampled, and minus its log-density (B,).
+
+        Raises:
+            TypeError, ValueError: ``kept`` does not fit, or ``temperature``, as for
+                :meth:`glow_kernels.models.Glow.sample`.
+        """
         h = self._distribution(kept)
-        if not isinstance(temperature, Tensor):
-            check_number("temperature", temperature)
+        temperature = checked_temperature(temperature)
         sample = gaussian_sample(temperature * torch.randn_like(kept), h)
         return torch.cat((kept, sample), dim=1), -gaussian_log_prob(sample, h)
 

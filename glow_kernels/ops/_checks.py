@@ -87,6 +87,24 @@ def check_number(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a number, got {value!r}")
 
 
+def checked_temperature(temperature: float | Tensor) -> float | Tensor:
+    """One number, finite and at least 0 if looking at it waits for nothing.
+
+    A tensor comes back without dimensions, so that it changes neither the type nor the shape of what it multiplies.
+    """
+    if isinstance(temperature, Tensor):
+        if temperature.numel() != 1:
+            raise ValueError(f"temperature must be one number, got a tensor of shape {tuple(temperature.shape)}")
+        temperature = temperature.reshape(())
+        if not temperature.is_cpu or not is_readable(temperature):
+            return temperature
+    else:
+        check_number("temperature", temperature)
+    if not 0.0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be finite and at least 0, got {temperature}")
+    return temperature
+
+
 def check_below(name: str, tensor: Tensor, count: int, meaning: str = "") -> None:
     """Integers must be in ``0 .. count - 1``, whose ``meaning`` is told, if looking at them waits for nothing."""
     if tensor.is_cpu and tensor.numel() and is_readable(tensor):
