@@ -270,8 +270,14 @@ def two_way(layer):
     return TwoWay
 
 
+class WithoutOption(audio.CouplingBlock):
+    def __init__(self, in_channels):
+        super().__init__(in_channels)
+        del self.sigmoid_scale
+
+
 CONVOLUTIONS = (audio.InvConvNear, audio.CoquiInvConvNear)
-BLOCKS = (audio.CouplingBlock, two_way(audio.CouplingBlock))
+BLOCKS = (audio.CouplingBlock, WithoutOption, two_way(audio.CouplingBlock))
 
 
 @pytest.mark.parametrize("make", [*CONVOLUTIONS, two_way(audio.InvConvNear), *BLOCKS])

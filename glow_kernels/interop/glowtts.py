@@ -101,7 +101,7 @@ class CouplingBlock(Patch):
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
-        return set(dict(module.named_children())) == {"start", "wn", "end"} and hasattr(module, "sigmoid_scale")
+        return set(dict(module.named_children())) == {"start", "wn", "end"}
 
     @classmethod
     def examine(cls, module: Any, workshop: Workshop) -> Coupling:

@@ -219,7 +219,7 @@ class CouplingBlock(nn.Module):
         x_0, x_1 = x.chunk(2, 1)
         out = self.end(self.wn(self.start(x_0) * x_mask, x_mask, g))
         m, logs = out.chunk(2, 1)
-        if self.sigmoid_scale:
+        if getattr(self, "sigmoid_scale", False):  # which some copies do not have
             logs = torch.log(1e-6 + torch.sigmoid(logs + 2))
         if reverse:
             return torch.cat([x_0, (x_1 - m) * torch.exp(-logs) * x_mask], 1), None
