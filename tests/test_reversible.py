@@ -774,3 +774,19 @@ def test_checkpointing_by_pytorch_works_with_the_operators(backend):
     parameters = list(plain.parameters())
     actual, expected = (torch.autograd.grad(weighted(f(x)), parameters) for f in (checkpointed, plain))
     assert_same(list(actual), list(expected), 1e-12)
+
+
+def test_checkpointing_by_pytorch_goes_around_a_chain_that_has_not_been_used_yet():
+    model = ReversibleSequential([Scaling(6), Scaling(6)])
+    x = torch.randn(3, 6, 4, 5, dtype=torch.float64, requires_grad=True)
+    z, log_det = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)
+    actual = torch.autograd.grad(weighted((z, log_det)), list(model.parameters()))
+    assert_same(list(actual), list(torch.autograd.grad(weighted(model(x)), list(model.parameters()))), 1e-12)
+
+
+def test_steps_of_others_go_through_a_chain_without_values():
+    with torch.device("meta"):
+        x = torch.randn(3, 6, 4, 5, requires_grad=True)
+        z, log_det = ReversibleSequential([Scaling(6), Scaling(6)], memory="invert")(x)
+    (z.sum() + log_det.sum()).backward()
+    assert x.grad.shape == x.shape

@@ -131,7 +131,7 @@ def prove(
             weights are not there for one, or a part of it is sharded.
         TypeError: its result is not ``(z, log_det)``.
     """
-    if isinstance(anatomy, PlainStep) or anatomy.is_standard or isinstance(x, FakeTensor) or len(x) == 0:
+    if isinstance(anatomy, PlainStep) or anatomy.is_standard or not _has_values(x):
         return
     # It gathers weights for forward() alone: an inverse would read memory that is not there. By its name, since to
     # import it takes long.
@@ -148,6 +148,10 @@ def prove(
     with torch.no_grad(), mode.applied(x.device):
         _try_out(anatomy, sample, sample_context, needs_inverse, divides)
     chain._proven[key] = anatomy.modules
+
+
+def _has_values(x: Tensor) -> bool:
+    return not isinstance(x, FakeTensor) and not x.is_meta and len(x) > 0
 
 
 def _try_out(anatomy: Anatomy, x: Tensor, context: Sequence[Tensor | None], needs_inverse: bool, divides: bool) -> None:
@@ -191,7 +195,9 @@ def _refuse_stored_results(anatomy: Anatomy, x: Tensor, context: Sequence[Tensor
     of it would have no gradients."""
     before, start = with_graph(anatomy.step), leaf(x, True)
     leaves = [leaf(parameter, parameter.requires_grad) for parameter in anatomy.parameters]
-    with torch.enable_grad(), state.replayed(), anatomy.substituted(leaves):
+    # Hooks around the chain, as those of torch.utils.checkpoint, would take what this keeps for a part of the call.
+    without_hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    with torch.enable_grad(), state.replayed(), anatomy.substituted(leaves), without_hooks:
         anatomy.step.forward(start.clone(), *context)
     for key, (name, value) in with_graph(anatomy.step).items():
         if key in before:

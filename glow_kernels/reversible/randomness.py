@@ -33,7 +33,8 @@ class RandomState:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._cpu = torch.get_rng_state()
-        self._other = None if device.type == "cpu" or _is_capturing(device) else _module(device).get_rng_state(device)
+        is_alone = device.type in ("cpu", "meta") or _is_capturing(device)
+        self._other = None if is_alone else _module(device).get_rng_state(device)
         self._python = random.getstate()
         self._numpy = _numpy_state()
 
