@@ -149,9 +149,10 @@ def test_rosinality_comes_back_as_it_was_and_negative_scales_survive(lu):
     same(model, loaded("rosinality", lu, conversion.state_dict))
 
 
+@pytest.mark.parametrize("lu", [True, False], ids=["lu", "plain but for the last block"])
 @pytest.mark.parametrize("target", [*EXACT, "normflows"])
-def test_padding_with_ones_is_named_and_the_rest_of_rosinality_is_exact(target):
-    model = trained("rosinality")
+def test_padding_with_ones_is_named_and_the_rest_of_rosinality_is_exact(target, lu):
+    model = trained("rosinality", lu)
     with torch.no_grad():
         for block in model.blocks:
             block.flows[0].actnorm.scale[0, ::2] *= -1
@@ -164,10 +165,10 @@ def test_padding_with_ones_is_named_and_the_rest_of_rosinality_is_exact(target):
                 parameter.zero_()
     conversion = convert(model.state_dict(), source="rosinality", target=target)
     assert conversion.exact
-    same(model, loaded(target, True, conversion.state_dict))
+    same(model, loaded(target, lu, conversion.state_dict))
     back = convert(conversion.state_dict, source=target, target="rosinality")
     assert back.exact
-    same(model, loaded("rosinality", True, back.state_dict))
+    same(model, loaded("rosinality", lu, back.state_dict))
 
 
 @pytest.mark.parametrize("source", ["glow_kernels", "normflows"])

@@ -62,6 +62,8 @@ def convert(state_dict: Mapping[str, Tensor], *, source: str, target: str, lu: b
         raise TypeError(f"state_dict must be a mapping of names to tensors, got {type(state_dict).__name__}")
     check_choice("source", source, tuple(DIALECTS))
     check_choice("target", target, tuple(DIALECTS))
+    if lu and target == "openai":
+        raise ValueError("lu must not be True for target='openai', whose 1x1 convolutions are matrices")
     keys, inexact = Keys(state_dict), list[str]()
     try:
         weights = DIALECTS[source].read(keys, inexact)
@@ -71,6 +73,8 @@ def convert(state_dict: Mapping[str, Tensor], *, source: str, target: str, lu: b
         names = list(state_dict)[:3]
         raise ValueError(f"state_dict must be that of a Glow of {source}: it has no steps, its first names are {names}")
     _check_complete(weights, source)
+    if lu is None:  # in one form all through, also where the source's last level, as rosinality's, has its own
+        lu = weights.levels[0][0].mixing.factors is not None
     written = DIALECTS[target].write(weights, lu, inexact)
     contiguous = {name: tensor.detach().clone().contiguous() for name, tensor in written.items()}
     return Conversion(contiguous, tuple(inexact), tuple(keys.unread()))

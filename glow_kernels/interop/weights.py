@@ -250,9 +250,9 @@ def read_mixing(keys: Keys, weight: str, factors: list[str]) -> Mixing:
     return Mixing(factors=(permutation, lower, upper, log_diagonal, sign))
 
 
-def write_mixing(state: State, mixing: Mixing, lu: bool | None, weight: str, factors: list[str]) -> None:
+def write_mixing(state: State, mixing: Mixing, lu: bool, weight: str, factors: list[str]) -> None:
     """Under the names of W, or of L, U, log|s|, P and the signs of s."""
-    if not (mixing.factors is not None if lu is None else lu):
+    if not lu:
         state[weight] = mixing.plain()
         return
     permutation, lower, upper, log_diagonal, sign = mixing.decomposed()

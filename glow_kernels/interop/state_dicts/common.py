@@ -19,8 +19,8 @@ class Dialect(Protocol):
         """The model; a KeyError names what is missing."""
         ...
 
-    def write(self, weights: Weights, lu: bool | None, inexact: Inexact) -> State:
-        """The same under this dialect's names; ``lu`` as for :func:`glow_kernels.interop.convert`."""
+    def write(self, weights: Weights, lu: bool, inexact: Inexact) -> State:
+        """The same under this dialect's names; ``lu`` says whether 1x1 convolutions are decomposed, if they can be."""
         ...
 
 

@@ -43,7 +43,7 @@ class Normflows:
         splits = [_without_condition(density) for density in densities[:-1]]
         return Weights(levels, splits, densities[-1] if densities else None)
 
-    def write(self, weights: Weights, lu: bool | None, inexact: Inexact) -> State:
+    def write(self, weights: Weights, lu: bool, inexact: Inexact) -> State:
         state: State = {}
         for level, steps in enumerate(reversed(weights.levels)):
             for block, step in enumerate(reversed(steps)):
@@ -82,7 +82,7 @@ class Normflows:
             keys(mixing + "eye")
         return negated_shift(affine_halves(step))
 
-    def _write_step(self, state: State, name: str, step: Step, lu: bool | None, inexact: Inexact) -> None:
+    def _write_step(self, state: State, name: str, step: Step, lu: bool, inexact: Inexact) -> None:
         step = affine_interleaved(negated_shift(step))
         net, mixing = f"{name}flows.0.flows.1.param_map.net.", f"{name}flows.1."
         for layer, convolution in zip((0, 2, 4), step.network, strict=True):

@@ -49,7 +49,7 @@ class OpenAI:
             top = constant(convolution.bias, convolution.log_scale)
         return Weights(levels if levels[0] else [], splits, top)
 
-    def write(self, weights: Weights, lu: bool | None, inexact: Inexact) -> State:
+    def write(self, weights: Weights, lu: bool, inexact: Inexact) -> State:
         state: State = {}
         layer = 0
         for level, steps in enumerate(weights.levels):
@@ -87,7 +87,7 @@ class OpenAI:
             )
         )
 
-    def _write_step(self, state: State, name: str, step: Step, lu: bool | None, inexact: Inexact) -> None:
+    def _write_step(self, state: State, name: str, step: Step, lu: bool, inexact: Inexact) -> None:
         step = affine_interleaved(step)
         mixing, net = f"{name}invconv.", f"{name}{self.network}."
         state[f"{name}actnorm.bias"] = per_channel(step.bias)

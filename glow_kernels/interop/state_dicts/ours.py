@@ -37,7 +37,7 @@ class Ours:
         note_classes(keys, ("top_prior.per_class",), inexact)
         return Weights(levels, splits, top)
 
-    def write(self, weights: Weights, lu: bool | None, inexact: Inexact) -> State:
+    def write(self, weights: Weights, lu: bool, inexact: Inexact) -> State:
         state: State = {}
         for level, steps in enumerate(weights.levels):
             for number, step in enumerate(steps):
@@ -73,7 +73,7 @@ class Ours:
             )
         )
 
-    def _write_step(self, state: State, name: str, step: Step, lu: bool | None, inexact: Inexact) -> None:
+    def _write_step(self, state: State, name: str, step: Step, lu: bool, inexact: Inexact) -> None:
         step = affine_interleaved(step)
         flag = torch.tensor(step.initialized)
         actnorm, network, mixing = f"{name}actnorm.", f"{name}coupling.network.", f"{name}mixing."

@@ -20,7 +20,7 @@ class Rosinality:
             priors.append(self._read_zeros(keys, f"blocks.{block}.prior."))
         return Weights(levels, priors[:-1], priors[-1] if priors else None)
 
-    def write(self, weights: Weights, lu: bool | None, inexact: Inexact) -> State:
+    def write(self, weights: Weights, lu: bool, inexact: Inexact) -> State:
         state: State = {}
         for block, steps in enumerate(weights.levels):
             # The original does not pass the option on to its last block.
@@ -52,7 +52,7 @@ class Rosinality:
                 keys(mixing + mask)
         return found.with_last(swapped(found.network[2])) if found.is_affine else found
 
-    def _write_step(self, state: State, name: str, step: Step, lu: bool | None, inexact: Inexact) -> None:
+    def _write_step(self, state: State, name: str, step: Step, lu: bool, inexact: Inexact) -> None:
         if step.is_affine:
             step = step.with_last(swapped(step.network[2]))
         net, mixing = f"{name}coupling.net.", f"{name}invconv."

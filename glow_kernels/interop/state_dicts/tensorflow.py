@@ -42,9 +42,7 @@ class TensorFlow:
         note_classes(keys, ("model/prior/y_emb/",), inexact)
         return Weights(levels, splits, top)
 
-    def write(self, weights: Weights, lu: bool | None, inexact: Inexact) -> State:
-        if lu:
-            raise ValueError("lu must not be True for target='openai', whose 1x1 convolutions are matrices")
+    def write(self, weights: Weights, lu: bool, inexact: Inexact) -> State:
         state: State = {}
         for level, steps in enumerate(weights.levels):
             for number, step in enumerate(steps):
