@@ -352,6 +352,15 @@ def test_steps_that_hold_closures_are_compared_too(style):
     assert row.reason.startswith("forward: result 1 differs by")
 
 
+@pytest.mark.parametrize("permutation", ["invconv", "shuffle"])
+def test_deep_copies_of_steps_that_use_layers_of_the_original_are_left_alone_with_that_reason(permutation):
+    original = openai.FlowStep(4, 8, permutation, style="y0ast")
+    report = gk.accelerate(copy.deepcopy(original))
+    (row,) = (row for row in report.layers if row.kind == "FlowStep")
+    assert row.reason == "a function of its own uses another step's layers, as in a deep copy: accelerate, then copy"
+    assert "FlowStep" in {row.kind for row in gk.accelerate(original).layers if row.patched}
+
+
 def test_global_hooks_see_no_copies_and_do_not_keep_layers_from_being_compared():
     step = HalfTheLogDet(4, 8)
     seen = []

@@ -185,6 +185,8 @@ class FlowStep(Patch):
 
     @classmethod
     def examine(cls, module: Any, workshop: Workshop) -> Any:
+        if _holds_others(module):
+            raise Mismatch("a function of its own uses another step's layers, as in a deep copy: accelerate, then copy")
         permutation = _child(module, PERMUTATIONS)
         learned = isinstance(getattr(module, "invconv", None), nn.Module)
         workshop.require((module.actnorm, ActNorm2d), *([(permutation, InvertibleConv1x1)] if learned else []))
@@ -279,6 +281,13 @@ def _linear(step: Any, to_invert: bool) -> Linear:
     # The matrix of a fixed permutation is what it makes of the unit vectors.
     units = torch.eye(len(bias), dtype=bias.dtype, device=bias.device)[:, :, None, None]
     return log_scale, bias, mixing(units, False)[:, :, 0, 0].T.contiguous(), bias.new_zeros(())
+
+
+def _holds_others(step: nn.Module) -> bool:
+    """Whether the closure of a function that ``step`` keeps holds a module that is no part of ``step``."""
+    closures = (getattr(value, "__closure__", None) or () for value in vars(step).values())
+    held = [cell.cell_contents for closure in closures for cell in closure]
+    return any(isinstance(value, nn.Module) and value not in set(step.modules()) for value in held)
 
 
 def _child(module: nn.Module, names: tuple[str, ...]) -> Any:
