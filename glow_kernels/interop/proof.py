@@ -386,7 +386,8 @@ def _same_structure(name: str, expected: _Run, actual: _Run) -> None:
 def _same_shapes(name: str, expected: list[Tensor], actual: list[Tensor]) -> None:
     for index, (one, other) in enumerate(zip(expected, actual, strict=True)):
         if one.shape != other.shape:
-            raise Mismatch(f"{name}: result {index} is {tuple(other.shape)}, not {tuple(one.shape)}")
+            theirs, ours = tuple(one.shape), tuple(other.shape)
+            raise Mismatch(f"{name}: result {index} is {theirs}, where that of such a layer would be {ours}")
 
 
 def _difference(name: str, expected: Tensor | None, actual: Tensor | None, tolerance: float) -> float:
