@@ -197,6 +197,33 @@ def test_couplings_that_run_the_other_way_are_undone_in_backward(order):
         torch.testing.assert_close(actual, expected)
 
 
+class TakesOnesToo(rosinality.AffineCoupling):
+    """Hands its network a channel of ones beside its half, as of coordinates."""
+
+    def __init__(self) -> None:
+        super().__init__(6, 4)
+        self.net[0] = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x):
+        first, second = x.chunk(2, 1)
+        u, t = self.net(torch.cat([first, torch.ones_like(first[:, :1])], 1)).chunk(2, 1)
+        s = torch.sigmoid(u + 2)
+        return torch.cat([first, (second + t) * s], 1), torch.log(s).flatten(1).sum(1)
+
+    def reverse(self, y):
+        first, second = y.chunk(2, 1)
+        u, t = self.net(torch.cat([first, torch.ones_like(first[:, :1])], 1)).chunk(2, 1)
+        return torch.cat([first, second / torch.sigmoid(u + 2) - t], 1)
+
+
+def test_a_coupling_whose_network_takes_more_than_one_half_is_left_alone():
+    # Of 7 channels, 4 of which are the first half, it was proven, and could not be called with its own 6.
+    layer = TakesOnesToo()
+    report = gk.accelerate(layer)
+    assert report.left_alone[-1].reason == "its network takes 4 channels and is given 5"
+    layer(torch.randn(2, 6, 4, 4))
+
+
 WRONG = {
     "offset": lambda c: dataclasses.replace(c, scale_map=dataclasses.replace(c.scale_map, offset=2.0 + 1e-6)),
     "floor": lambda c: dataclasses.replace(c, scale_map=dataclasses.replace(c.scale_map, floor=1e-6)),

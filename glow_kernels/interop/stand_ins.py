@@ -79,7 +79,7 @@ class StandIn(nn.Module):
                 raise Mismatch("its network reads some of the positions, as of a checkerboard, not of the channels")
             h = self.answer.to(x.dtype).expand(x.shape[0], self.outputs, *x.shape[2:]).clone()
         else:
-            h = 1.5 * torch.tanh(torch.einsum("oc,bc...->bo...", self.mixing.to(x), x[:, : self.inputs]).contiguous())
+            h = 1.5 * torch.tanh(torch.einsum("oc,bc...->bo...", self.mixing.to(x), x).contiguous())
             h = h + len(contexts)  # so that it shows who hands one on
         return torch.stack(h.chunk(2, 1), -1) if self.pairs else h
 

@@ -116,8 +116,9 @@ class Workshop:
             gain = None if log_scale_gain is None else log_scale_gain(copied).detach().flatten()
             try:
                 found = find_coupling(layer, option, stand_in.outputs, spatial, gain)
-                if channels is None and len(found.read) != inputs:
-                    raise Mismatch(f"its network takes {inputs} channels and is given {len(found.read)}")
+                given = _seen(stand_in).shape[1]
+                if channels is None and not len(found.read) == given == inputs:
+                    raise Mismatch(f"its network takes {inputs} channels and is given {given}")
                 self.networks.setdefault(module, []).append(network)
                 return dataclasses.replace(found, channels_last=stand_in.channels_last)
             except Mismatch as mismatch:
