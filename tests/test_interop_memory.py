@@ -409,6 +409,25 @@ def test_networks_that_cannot_be_evaluated_again_keep_their_activations(network,
     assert f"keeps its activations: {reason}" in str(report)
 
 
+class Excited(nn.Module):
+    """Of images, though its first layer is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.excite, self.last = nn.Linear(2, 2), nn.Conv2d(2, 4, 3, padding=1)
+
+    def forward(self, x):
+        return self.last(x * torch.sigmoid(self.excite(x.mean((2, 3))))[:, :, None, None])
+
+
+def test_networks_are_evaluated_again_on_data_that_they_have_run_on():
+    chain = flows(1)
+    chain[0].coupling.net = Excited()
+    report = gk.accelerate(chain, memory="anchor", micro_batches=2, verify=False)
+    row = next(row for row in report.layers if row.kind == "Flow")
+    assert (row.memory, row.memory_reason) == ("anchor", "")
+
+
 @pytest.mark.parametrize("layer", [nn.BatchNorm2d(4), nn.ReLU()])
 def test_networks_that_are_normalised_later_keep_their_activations_until_they_are_looked_at(layer):
     original = flows(2)

@@ -44,6 +44,7 @@ class StandIn(nn.Module):
 
     Args:
         inputs, outputs: channels before and after.
+        spatial: sizes that the network runs on.
         channels_last: whether the network may be given images whose channels lie next to each other in memory.
         pairs: the network returns halves of its channels as pairs in a last dimension.
         context: channels of what the network is given beside; 0 if it is given nothing.
@@ -51,10 +52,18 @@ class StandIn(nn.Module):
 
     mixing: Tensor
 
-    def __init__(self, inputs: int, outputs: int, channels_last: bool, pairs: bool, context: int = 0) -> None:
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        spatial: tuple[int, ...],
+        channels_last: bool = False,
+        pairs: bool = False,
+        context: int = 0,
+    ) -> None:
         super().__init__()
-        self.inputs, self.outputs, self.channels_last, self.pairs = inputs, outputs, channels_last, pairs
-        self.context = context
+        self.inputs, self.outputs, self.spatial = inputs, outputs, spatial
+        self.channels_last, self.pairs, self.context = channels_last, pairs, context
         generator = torch.Generator().manual_seed(0)
         mixing = torch.randn(outputs, inputs, generator=generator, dtype=torch.float64) / inputs**0.5
         self.register_buffer("mixing", mixing)
@@ -143,7 +152,7 @@ def stand_in_for(network: nn.Module, channels: int, spatial: tuple[int, ...], co
     if not isinstance(output, Tensor) or output.shape[:1] + output.shape[2:] != (2, *spatial):
         raise Mismatch("its network does not map channels to channels at every position")
     channels_last = x.dim() == 4 and _takes_channels_last(network, x, *others)
-    return StandIn(channels, output.shape[1], channels_last, pairs, context)
+    return StandIn(channels, output.shape[1], spatial, channels_last, pairs, context)
 
 
 def changes_buffers(network: nn.Module, stand_in: StandIn) -> bool:
@@ -154,7 +163,7 @@ def changes_buffers(network: nn.Module, stand_in: StandIn) -> bool:
             which would have no graph in a forward that keeps no activations.
     """
     copied = randomised(faithful_copy(network)).train()
-    inputs = _random_inputs(network, stand_in.inputs, spatial_of(network), stand_in.context)
+    inputs = _random_inputs(network, stand_in.inputs, stand_in.spatial, stand_in.context)
     buffers = [buffer.clone() for buffer in copied.buffers()]
     before = with_graph(copied)
     outputs, state = [], RandomState(inputs[0].device)
@@ -183,7 +192,7 @@ def changes_buffers(network: nn.Module, stand_in: StandIn) -> bool:
 def mixes_samples(network: nn.Module, stand_in: StandIn) -> bool:
     """Whether what ``network`` makes of a sample depends on the others in the batch."""
     copied = randomised(faithful_copy(network)).train()
-    one, other = (_random_inputs(network, stand_in.inputs, spatial_of(network), stand_in.context) for _ in range(2))
+    one, other = (_random_inputs(network, stand_in.inputs, stand_in.spatial, stand_in.context) for _ in range(2))
     outputs, state = [], RandomState(one[0].device)
     for second in (one, other):
         with state.replayed():

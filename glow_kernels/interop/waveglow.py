@@ -149,7 +149,7 @@ class WaveGlow(Patch):
         workshop.require(*((convolution, Invertible1x1Conv) for convolution in module.convinv))
         for network in module.WN:
             outputs = network.end.out_channels
-            workshop.stand_ins[network] = _PairStandIn(network.start.in_channels, outputs, False, False)
+            workshop.stand_ins[network] = _PairStandIn(network.start.in_channels, outputs, (LENGTH,))
 
         def run(copied: Any, x: Tensor) -> Tensor:
             copied.n_flows = 1
