@@ -172,3 +172,14 @@ def test_additive_couplings_of_an_odd_number_of_channels(channels):
     report = gk.accelerate(normflows.flows.GlowBlock(channels, 8, scale=False))
     assert report.patched
     assert not report.left_alone
+
+
+@pytest.mark.parametrize("memory", ["store", "checkpoint"])
+@pytest.mark.parametrize("name", ["AffineCouplingOneSided", "GLOWCouplingBlock", "AllInOneBlock"])
+def test_blocks_of_freia_without_conditions_ignore_those_that_they_are_given(name, memory):
+    block = getattr(FrEIA.modules, name)([(4, 2, 2)], subnet_constructor=lambda *sizes: nn.Conv2d(*sizes, 1))
+    x, condition = torch.randn(2, 4, 2, 2), torch.randn(2, 3, 2, 2)
+    calls = [{"c": c, "rev": rev} for c in (None, [condition]) for rev in (False, True)]
+    expected = [block([x], **call) for call in calls]
+    assert gk.accelerate(block, memory=memory, verify=False).layers[0].patched
+    torch.testing.assert_close([block([x], **call) for call in calls], expected)

@@ -50,6 +50,11 @@ def _conditions(module: Any) -> tuple[int, ...]:
     return tuple(dims[0] for dims in module.dims_c)
 
 
+def _read(module: Any, c: Any) -> Any:
+    """The conditions ``c`` of a call that ``module`` reads: a block without any ignores what it is given."""
+    return c if module.dims_c else ()
+
+
 class ActNorm(Patch):
     """``x * exp(scale) + bias`` of release 0.2."""
 
@@ -147,10 +152,10 @@ class AffineCouplingOneSided(Patch):
     def forward(self: Any, x: Any, c: Any = (), rev: bool = False, jac: bool = True) -> Result:
         """``(y,)`` and J (B,)."""
         if rev:
-            y, log_det = steps.inverse(AffineCouplingOneSided.parts(self), x[0], *c)
+            y, log_det = steps.inverse(AffineCouplingOneSided.parts(self), x[0], *_read(self, c))
         else:
             initialize(self, "forward", x, c=c, rev=rev, jac=jac)
-            y, log_det = run(self, x[0], *c)
+            y, log_det = run(self, x[0], *_read(self, c))
         return (y,), log_det
 
     @classmethod
@@ -204,7 +209,7 @@ class GLOWCouplingBlock(Patch):
     def forward(self: Any, x: Any, c: Any = (), rev: bool = False, jac: bool = True) -> Result:
         """``(y,)`` and J (B,)."""
         initialize(self, "forward", x, c=c, rev=rev, jac=jac)
-        y, log_det = run_alone(self, functools.partial(_couple_halves, self, rev), x[0], *c)
+        y, log_det = run_alone(self, functools.partial(_couple_halves, self, rev), x[0], *_read(self, c))
         return (y,), log_det
 
 
@@ -240,7 +245,7 @@ class AllInOneBlock(Patch):
     def forward(self: Any, x: Any, c: Any = (), rev: bool = False, jac: bool = True) -> Result:
         """``(y,)`` and J (B,)."""
         initialize(self, "forward", x, c=c, rev=rev, jac=jac)
-        y, log_det = run_alone(self, functools.partial(_all_in_one, self, rev), x[0], *c)
+        y, log_det = run_alone(self, functools.partial(_all_in_one, self, rev), x[0], *_read(self, c))
         return (y,), log_det
 
 
