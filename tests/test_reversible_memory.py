@@ -158,7 +158,8 @@ def test_compiled_chains_keep_no_more(memory, backend):
     eager = saved_bytes(model)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend=backend)
-    assert saved_bytes(compiled) <= eager
+    # And the ghost of every step's input or output, which is one number.
+    assert saved_bytes(compiled) <= eager + len(model) * x.element_size()
     for one, other in itertools.zip_longest(*gradients):
         assert (one - other).norm() <= 1e-5 * other.norm()
     with torch.compiler.set_stance("fail_on_recompile"):
