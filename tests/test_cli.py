@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -28,6 +29,7 @@ from test_trainer import before_step, send
 import glow_kernels
 from glow_kernels import backends
 from glow_kernels.backends import PREFERENCE, backend_status
+from glow_kernels.bench import compilation
 from glow_kernels.cli import main
 from glow_kernels.cli import train as train_command
 from glow_kernels.training import checkpoint, data, evaluation, gallery, metrics, run_folder
@@ -575,6 +577,24 @@ def test_ctrl_c_while_the_benchmark_compiles_is_one_line(seconds: float, tmp_pat
         os.killpg(process.pid, signal.SIGINT)
         assert process.stderr.read() == "interrupted\n"
     assert process.returncode == 130
+
+
+def test_ctrl_c_that_another_thread_gets_waits_until_the_workers_have_started() -> None:
+    is_over, done = threading.Event(), []
+    thread = threading.Thread(target=is_over.wait, daemon=True)
+    thread.start()
+
+    def start_workers() -> None:
+        with compilation._interrupts_held_back():
+            assert thread.ident is not None
+            signal.pthread_kill(thread.ident, signal.SIGINT)
+            time.sleep(0.05)
+            done.append(True)
+
+    with pytest.raises(KeyboardInterrupt):
+        start_workers()
+    is_over.set()
+    assert done
 
 
 def test_script_is_the_command_line() -> None:
