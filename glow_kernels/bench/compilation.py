@@ -81,8 +81,8 @@ def _interrupts_held_back() -> Iterator[None]:
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         signal.signal(signal.SIGINT, handler)
-    if held_back:
-        signal.raise_signal(signal.SIGINT)
+        if held_back:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _start_worker() -> None:

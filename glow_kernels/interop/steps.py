@@ -15,7 +15,7 @@ from torch import Tensor
 from glow_kernels.backends.numerics import wide_dtype
 from glow_kernels.interop.probe import Coupling
 from glow_kernels.ops import actnorm_conv1x1, actnorm_conv1x1_inverse, actnorm_conv1x1_reversible_backward, lu_weight
-from glow_kernels.reversible.tensors import Start, differentiate, leaf, passed, sum_of
+from glow_kernels.reversible.tensors import Start, differentiate, leaf, sum_of
 
 # log_scale, bias, weight and weight_log_det, as for actnorm_conv1x1.
 Linear = tuple[Tensor, Tensor, Tensor, "Tensor | None"]
@@ -44,7 +44,7 @@ def forward(parts: Parts, x: Tensor, *context: Tensor | None) -> tuple[Tensor, T
     if parts.linear is not None:
         x, linear_log_det = mapped(x, parts.linear(False))
     read, transformed = coupling.split(x)
-    h = coupling.predict(parts.network, *passed([read]), *context)
+    h = coupling.predict(parts.network, read, *context)
     y, log_det = coupling.forward(transformed, h, _gain(parts))
     return coupling.join(read, y), log_det if linear_log_det is None else linear_log_det + log_det
 

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
+from glow_kernels.ops._checks import has_data
 from glow_kernels.reversible.anatomy import Anatomy
 from glow_kernels.reversible.plain_step import PlainStep
 from glow_kernels.reversible.randomness import RandomState
@@ -131,7 +131,7 @@ def prove(
             weights are not there for one, or a part of it is sharded.
         TypeError: its result is not ``(z, log_det)``.
     """
-    if isinstance(anatomy, PlainStep) or anatomy.is_standard or not _has_values(x):
+    if isinstance(anatomy, PlainStep) or anatomy.is_standard or not has_data(x) or len(x) == 0:
         return
     # It gathers weights for forward() alone: an inverse would read memory that is not there. By its name, since to
     # import it takes long.
@@ -148,10 +148,6 @@ def prove(
     with torch.no_grad(), mode.applied(x.device):
         _try_out(anatomy, sample, sample_context, needs_inverse, divides)
     chain._proven[key] = anatomy.modules
-
-
-def _has_values(x: Tensor) -> bool:
-    return not isinstance(x, FakeTensor) and not x.is_meta and len(x) > 0
 
 
 def _try_out(anatomy: Anatomy, x: Tensor, context: Sequence[Tensor | None], needs_inverse: bool, divides: bool) -> None:
