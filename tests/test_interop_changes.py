@@ -628,6 +628,16 @@ def test_what_is_watched_inside_of_a_network_is_not_overwritten(watched):
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("with_graph", [False, True])
+def test_what_overflowed_below_zero_is_cut_off_by_a_relu(with_graph):
+    coupling = rosinality.AffineCoupling(4, 8)
+    with torch.no_grad():
+        coupling.net[0].bias.fill_(-torch.inf)
+    assert not gk.accelerate(coupling, verify=False).left_alone
+    with torch.set_grad_enabled(with_graph):
+        assert coupling(X)[0].isfinite().all()
+
+
 def test_another_forward_of_an_activation_has_its_effect():
     original = rosinality.AffineCoupling(4, 8)
     nn.init.normal_(original.net[-1].conv.weight, 0, 0.1)

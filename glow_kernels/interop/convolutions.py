@@ -155,7 +155,7 @@ class _Overwriting(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, slope: float) -> Tensor:
         ctx.mark_dirty(x)
         ctx.slope = slope
-        ctx.save_for_backward(F.leaky_relu_(x, slope))
+        ctx.save_for_backward(_activated(x, slope))
         return x
 
     @staticmethod
@@ -206,9 +206,15 @@ class InPlaceSequential(Patch):
                 continue
             slope = getattr(layer, "negative_slope", 0.0)
             alone = after is not None and _is_alone(after, ActNormConv2d, ScaledConv2d)
-            overwrite: Any = F.leaky_relu_ if plain or not alone or not x.requires_grad else _Overwriting.apply
+            overwrite: Any = _activated if plain or not alone or not x.requires_grad else _Overwriting.apply
             x = overwrite(x, slope)
         return x
+
+
+def _activated(x: Tensor, slope: float) -> Tensor:
+    """``x``, overwritten by its leaky ReLU."""
+    # A slope of zero would make NaN of minus infinity.
+    return F.leaky_relu_(x, slope) if slope else F.relu_(x)
 
 
 def _is_activation(layer: nn.Module) -> bool:
