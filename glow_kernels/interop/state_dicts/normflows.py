@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch import Tensor
 
@@ -40,8 +38,7 @@ class Normflows:
             levels.append([self._read_step(keys, f"flows.{level}.{block}.") for block in blocks])
             densities.append(self._read_density(keys, f"q0.{level}.", inexact))
             note_classes(keys, (f"q0.{level}.loc_cc", f"q0.{level}.log_scale_cc"), inexact)
-        splits = [_without_condition(density) for density in densities[:-1]]
-        return Weights(levels, splits, densities[-1] if densities else None)
+        return Weights(levels, densities[:-1], densities[-1] if densities else None)
 
     def write(self, weights: Weights, lu: bool, inexact: Inexact) -> State:
         state: State = {}
@@ -120,8 +117,3 @@ class Normflows:
 def _sampling_actnorm(weight: Tensor, shift: Tensor, log_scale: Tensor) -> Convolution:
     """A convolution and ActNorm ``exp(s) x + t``, which normflows' networks call in their forward direction."""
     return Convolution(weight, shift * (-log_scale).exp(), log_scale)
-
-
-def _without_condition(density: Convolution) -> Convolution:
-    # What is factored out has as many channels as what is kept.
-    return dataclasses.replace(density, weight=density.bias.new_zeros(len(density.bias), len(density.bias) // 2, 3, 3))
