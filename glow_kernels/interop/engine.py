@@ -45,7 +45,7 @@ from glow_kernels.interop.patch import (
 from glow_kernels.interop.proof import Agreement, prove, prove_chain
 from glow_kernels.interop.report import LayerReport, Report
 from glow_kernels.interop.workshop import Workshop
-from glow_kernels.ops._checks import check_choice, check_module
+from glow_kernels.ops._checks import check_choice, check_module, check_whole
 from glow_kernels.progress import with_progress
 from glow_kernels.reversible import POLICIES
 
@@ -94,7 +94,7 @@ def accelerate(
         a report to print, or to read by a program.
 
     Raises:
-        TypeError: ``model`` is not a module.
+        TypeError: ``model`` is not a module, or a number not whole.
         ValueError: an unknown policy, or a number below 1.
     """
     check_module("model", model)
@@ -305,8 +305,7 @@ def _why_nothing(model: nn.Module) -> str:
 def _memory(policy: str, anchor_every: int, micro_batches: int) -> Memory | None:
     check_choice("memory", policy, POLICIES)
     for name, value in (("anchor_every", anchor_every), ("micro_batches", micro_batches)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, got {value}")
+        check_whole(name, value, 1)
     if policy == "store" and micro_batches > 1:
         raise ValueError(f"micro_batches must be 1 with memory='store', got {micro_batches}")
     return None if policy == "store" else Memory(policy, anchor_every, micro_batches)
