@@ -95,7 +95,7 @@ def test_micro_batches_divide_the_working_set():
 
 @pytest.mark.parametrize(("megabytes", "parts"), [(1000, 1), (300, 3), (100, 6), (1, 8)])
 def test_a_budget_chooses_the_micro_batches(megabytes, parts):
-    options = {"memory": "invert", "micro_batches": "auto", "memory_budget": megabytes * 10**6}
+    options = {"memory": "invert", "micro_batches": "auto", "memory_budget": megabytes * 1e6}
     _, peak = measure(2, 1, **options)
     _, fixed = measure(2, 1, memory="invert", micro_batches=parts)
     assert peak == fixed

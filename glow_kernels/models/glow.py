@@ -100,7 +100,7 @@ class Glow(nn.Module):
         anchor_every: int = 4,
         micro_batches: int | str = 1,
         check: str = "off",
-        memory_budget: int | None = None,
+        memory_budget: float | None = None,
         offload_anchors: bool = False,
     ) -> None:
         super().__init__()

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from glow_kernels.reversible.chain import ReversibleSequential
 
 
-def micro_batches(chain: ReversibleSequential, x: Tensor, context: Sequence[Tensor | None], budget: int) -> int:
+def micro_batches(chain: ReversibleSequential, x: Tensor, context: Sequence[Tensor | None], budget: float) -> int:
     """Parts of the batch of ``x`` for which backward through every step of ``chain`` takes ``budget`` bytes at most.
 
     One part per sample if even a single sample takes more. Every step is evaluated once, on one sample.
@@ -28,7 +28,7 @@ def micro_batches(chain: ReversibleSequential, x: Tensor, context: Sequence[Tens
         with torch.enable_grad(), mode.applied(x.device), torch.random.fork_rng(enabled=x.device.type == "cpu"):
             taken, sample = _working_set(step, sample, sample_context)
         most = max(most, taken)
-    return min(len(x), -(-len(x) * most // budget))
+    return min(len(x), int(-(-len(x) * most // budget)))  # a budget may be written 1e9
 
 
 def _working_set(step: nn.Module, x: Tensor, context: Sequence[Tensor | None]) -> tuple[int, Tensor]:

@@ -74,7 +74,7 @@ class ReversibleSequential(nn.Sequential):
         micro_batches: int | str = 1,
         check: str = "off",
         *,
-        memory_budget: int | None = None,
+        memory_budget: float | None = None,
         offload_anchors: bool = False,
         drift_limit: float | None = None,
     ) -> None:
