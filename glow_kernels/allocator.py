@@ -7,11 +7,12 @@ import sys
 
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
-_THRESHOLD = 1 << 30
+_MMAP_THRESHOLDS = 1 << 30, 32 << 20  # the second is the most that glibc took before 2.35
+_TRIM_THRESHOLD = 1 << 30
 
 
 def tune_allocator() -> bool:
-    """Let glibc keep freed memory up to 1 GiB a block instead of returning it to the system at once.
+    """Let glibc keep freed memory up to 1 GiB a block, before 2.35 up to 32 MiB, instead of returning it at once.
 
     Without this every large temporary tensor is mapped anew, and its pages are faulted in one by one: operators on
     tensors of 12 MB run up to 4 times slower. It holds for the whole process and cannot be undone; memory that the
@@ -25,4 +26,5 @@ def tune_allocator() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    return bool(mallopt(_M_MMAP_THRESHOLD, _THRESHOLD)) and bool(mallopt(_M_TRIM_THRESHOLD, _THRESHOLD))
+    is_set = any(mallopt(_M_MMAP_THRESHOLD, threshold) for threshold in _MMAP_THRESHOLDS)
+    return is_set and bool(mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD))

@@ -65,6 +65,21 @@ def test_both_thresholds_must_be_accepted(monkeypatch, refused):
         assert thresholds == {-1: 2**30, -3: 2**30}
 
 
+def test_older_libraries_take_a_smaller_threshold(monkeypatch):
+    """glibc before 2.35 refuses to keep more than 32 MiB a block."""
+    thresholds = {}
+
+    def mallopt(option: int, value: int) -> int:
+        taken = option != -3 or value <= 2**25
+        thresholds.update({option: value} if taken else {})
+        return int(taken)
+
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=mallopt))
+    assert gk.tune_allocator()
+    assert thresholds == {-1: 2**30, -3: 2**25}
+
+
 class _Usage(ctypes.Structure):
     """glibc's ``struct mallinfo2``."""
 
