@@ -89,7 +89,8 @@ class CapturedStep:
 
     def _first_on_side_stream(self, inputs: Sequence[Tensor]) -> Any:
         self._calls_before -= 1
-        side, main = torch.cuda.Stream(), torch.cuda.current_stream()  # type: ignore[no-untyped-call]
+        device = inputs[0].device
+        side, main = torch.cuda.Stream(device), torch.cuda.current_stream(device)  # type: ignore[no-untyped-call]
         side.wait_stream(main)
         with torch.cuda.stream(side):
             outputs = self._step(*inputs)
@@ -99,13 +100,15 @@ class CapturedStep:
     def _capture(self, inputs: Sequence[Tensor]) -> Any:
         self._calls_before = -1
         self._inputs = [tensor.clone() for tensor in inputs]
-        graph = torch.cuda.CUDAGraph()
+        graph, device = torch.cuda.CUDAGraph(), inputs[0].device
+        # Not PyTorch's own stream for this, which is on the device that was current when it was first used.
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=stream):
                 self._outputs = self._step(*self._inputs)
         except RuntimeError as error:
             self.reason = f"the step cannot be recorded: {str(error).splitlines()[0]}"
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
             return self._step(*inputs)
         self.reason = ""
         self._graph = graph

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import glow_kernels as gk
@@ -126,6 +129,28 @@ def test_inputs_are_needed_to_know_the_device() -> None:
     step = gk.CapturedStep(lambda: torch.ones(()))
     step()
     assert step.reason == "a CUDA graph needs inputs on a CUDA device, got none"
+
+
+def test_the_graph_is_made_on_the_device_of_the_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which need not be the current one, of which it would be empty."""
+    devices = []
+
+    def stream(device: torch.device | None = None) -> mock.MagicMock:
+        devices.append(device)
+        return mock.MagicMock(device=device)
+
+    monkeypatch.setattr(torch.cuda, "Stream", stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", stream)
+    monkeypatch.setattr(torch.cuda, "graph", lambda _, stream: devices.append(stream.device) or nullcontext())
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", mock.MagicMock)
+    step = gk.CapturedStep(lambda x: x * 2, warmup=1)
+    with FakeTensorMode():
+        x = torch.ones(3, device="cuda:1")
+        for _ in range(2):
+            step(x)
+    assert step.reason == ""
+    assert devices == 4 * [x.device]
 
 
 @needs_gpu
