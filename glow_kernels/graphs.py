@@ -104,7 +104,8 @@ class CapturedStep:
         # Not PyTorch's own stream for this, which is on the device that was current when it was first used.
         stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         try:
-            with torch.cuda.graph(graph, stream=stream):
+            # Other threads go on meanwhile: that of a DataLoader that pins memory would break the recording and fail.
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 self._outputs = self._step(*self._inputs)
         except RuntimeError as error:
             self.reason = f"the step cannot be recorded: {str(error).splitlines()[0]}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -131,9 +131,14 @@ def test_inputs_are_needed_to_know_the_device() -> None:
     assert step.reason == "a CUDA graph needs inputs on a CUDA device, got none"
 
 
-def test_the_graph_is_made_on_the_device_of_the_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which need not be the current one, of which it would be empty."""
+def test_the_graph_is_made_on_the_device_of_the_inputs_beside_other_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device need not be the current one, of which it would be empty."""
     devices = []
+
+    def graph(_: Any, stream: Any, capture_error_mode: str) -> AbstractContextManager[None]:
+        assert capture_error_mode == "thread_local"
+        devices.append(stream.device)
+        return nullcontext()
 
     def stream(device: torch.device | None = None) -> mock.MagicMock:
         devices.append(device)
@@ -141,7 +146,7 @@ def test_the_graph_is_made_on_the_device_of_the_inputs(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(torch.cuda, "Stream", stream)
     monkeypatch.setattr(torch.cuda, "current_stream", stream)
-    monkeypatch.setattr(torch.cuda, "graph", lambda _, stream: devices.append(stream.device) or nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", graph)
     monkeypatch.setattr(torch.cuda, "stream", nullcontext)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", mock.MagicMock)
     step = gk.CapturedStep(lambda x: x * 2, warmup=1)
