@@ -167,6 +167,7 @@ def test_curve_smooths_training(tmp_path: Path, drawn: list[Figure]) -> None:
     raw, smooth = drawn[0].axes[0].get_lines()
     assert np.std(raw.get_ydata()) > 0.9
     assert np.std(smooth.get_ydata()) < 0.1
+    assert smooth.get_ydata()[0] == pytest.approx(np.mean(raw.get_ydata()[:21]))  # shorter at the ends
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from glow_kernels.errors import MissingDependencyError, UsageError
@@ -167,9 +168,12 @@ def _series(records: Sequence[dict[str, Any]], key: str) -> tuple[list[int], lis
 
 def _smoothed(values: list[float]) -> list[float]:
     """The mean over a window around each value, shorter at the ends, so that the curve does not lag behind."""
+    if not values:
+        return []
     reach = len(values) // 50
-    windows = (values[max(0, i - reach) : i + reach + 1] for i in range(len(values)))
-    return [sum(window) / len(window) for window in windows]
+    curve = torch.tensor([values], dtype=torch.float64)
+    smooth: list[float] = F.avg_pool1d(curve, 2 * reach + 1, 1, reach, count_include_pad=False)[0].tolist()
+    return smooth
 
 
 def _limits(curves: Sequence[list[float]]) -> tuple[float, float]:
