@@ -209,7 +209,7 @@ class Stages:
                         row["peak_extra_bytes"] = peak_extra_bytes(call, self.device)
                 row["images_per_second"] = images / row["seconds"][0]
         except Exception as error:  # too little memory, a package that is missing or fails: the others go on
-            row["failed"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+            row["failed"] = results.in_brief(error)
         call = None  # type: ignore[assignment]
         gc.collect()
         if self.device.type == "cuda":

@@ -148,13 +148,16 @@ def test_cases_that_differ_in_the_allocator_share_their_compilation():
         assert compiler.functions(dataclasses.replace(case, **other)).forward is not forward
 
 
-def test_what_cannot_be_compiled_is_named_and_the_rest_measured(monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "named"), [(RuntimeError("no\nsuch thing"), "RuntimeError: no"), (AssertionError(), "AssertionError")]
+)
+def test_what_cannot_be_compiled_is_named_and_the_rest_measured(error, named, monkeypatch):
     def broken(*arguments):
-        raise RuntimeError("no\nsuch thing")
+        raise error
 
     monkeypatch.setattr(compilation, "_compiled", lambda function: broken)
     row = Session().measure(Case("gaussian_log_prob", "no_grad", SHAPE), 0.01)
-    assert row["wrong"] == {"compile": "RuntimeError: no"}
+    assert row["wrong"] == {"compile": named}
     assert set(row["candidates"]) == {"copy", "eager", *gk.available_backends()}
 
 

@@ -18,7 +18,7 @@ from glow_kernels.bench import operators, timing
 from glow_kernels.bench.compilation import Compiler
 from glow_kernels.bench.memory import peak_extra_bytes
 from glow_kernels.bench.operators import LARGEST_MEMORY_BOUND_CHANNELS, Case, Function, Operator
-from glow_kernels.bench.results import Row
+from glow_kernels.bench.results import Row, in_brief
 from glow_kernels.bench.timing import Call, Times
 
 # Copies of the inputs that are used in rotation, so that neither what a cache holds nor where a copy happens to lie
@@ -219,7 +219,7 @@ def _results(candidates: Mapping[str, Sequence[Call]]) -> tuple[dict[str, list[T
         except Exception as error:
             if name in ("copy", "matmul", "eager"):
                 raise
-            failed[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+            failed[name] = in_brief(error)
     return results, failed
 
 
