@@ -17,6 +17,7 @@ import glow_kernels as gk
 from glow_kernels.bench import (
     chains,
     compilation,
+    environment,
     measurement,
     memory,
     models,
@@ -510,6 +511,14 @@ def test_wrong_numbers_are_named(option, message, capsys):
         main(["bench", option])
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("busy", "found"), [("97", True), ("0", False), ("[N/A]", False)])  # the last of a part of one
+def test_a_busy_gpu_is_named(busy, found, monkeypatch):
+    monkeypatch.setattr(environment, "_nvidia_smi", lambda query: f"1500, 1980, {busy}")
+    monkeypatch.setattr(environment, "_spin", lambda: 1.0)
+    warnings = environment.warnings(torch.device("cuda"))
+    assert any("GPU at 1500 of 1980 MHz" in warning for warning in warnings) == found
 
 
 def test_an_unwritable_folder_is_named(tmp_path, capsys):

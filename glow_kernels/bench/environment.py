@@ -87,7 +87,9 @@ def _throttled() -> str | None:
     if line is None:
         return None
     now, most, busy = (field.strip() for field in line.split(","))
-    return f"GPU at {now} of {most} MHz and {busy}% busy before the start" if int(busy or 0) > 10 else None
+    # A part of a GPU (MIG) says "[N/A]".
+    is_busy = busy.isdecimal() and int(busy) > 10
+    return f"GPU at {now} of {most} MHz and {busy}% busy before the start" if is_busy else None
 
 
 def _driver(device: torch.device) -> str | None:
