@@ -52,9 +52,10 @@ def warmup(model: nn.Module, shape: Sequence[int]) -> None:
         check_whole("a size in shape", size)
     if len(shape) < 2 or min(shape) < 1:
         raise UsageError(f"shape must be (B, C, *spatial) with sizes of at least 1, got {tuple(shape)}")
-    # In training mode, so that a flow that is not initialised does so.
-    flow: Any = copy.deepcopy(model).train()
-    with torch.random.fork_rng([parameter.device] if parameter.is_cuda else []):
+    # Tensors of inference mode have no backward, where a server may call this.
+    with torch.inference_mode(False), torch.random.fork_rng([parameter.device] if parameter.is_cuda else []):
+        # In training mode, so that a flow that is not initialised does so.
+        flow: Any = copy.deepcopy(model).train()
         x = torch.rand(tuple(shape), device=parameter.device, dtype=parameter.dtype).requires_grad_()
         labels: tuple[Tensor, ...] = ()
         if getattr(model, "num_classes", None) is not None:

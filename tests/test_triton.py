@@ -124,8 +124,10 @@ def test_warmup_leaves_the_model_and_random_numbers_alone():
         model.eval().encode(torch.rand(4, 3, 8, 8), torch.zeros(4, dtype=torch.int64))
 
 
-def test_warmup_of_a_layer():
-    gk.warmup(gk.nn.InvertibleConv1x1(4), (2, 4, 3))
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode])
+def test_warmup_of_a_layer(mode):
+    with mode():
+        gk.warmup(gk.nn.InvertibleConv1x1(4), (2, 4, 3))
 
 
 def test_warmup_says_what_it_needs():
