@@ -508,6 +508,19 @@ def test_a_rank_that_cannot_connect_leaves_the_word_to_one_that_has_failed(
     assert str(caught.value) == ("2" if failed else "rank 1: cannot reach the other ranks: Gloo: closed by peer")
 
 
+def test_out_of_memory_on_a_rank_names_the_remedy(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in environment(0, 0).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed, "_connect", lambda: (dist.HashStore(), 0, 1))
+    monkeypatch.setattr(signal, "signal", mock.Mock())
+    monkeypatch.setattr(Trainer, "train", mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
+    assert cli("train", "--run", tmp_path / "run", "--device", "cpu", *TINY) == 1
+    error = capsys.readouterr().err
+    assert re.fullmatch("error: out of memory: rank 0: OutOfMemoryError: .*; use --memory anchor [^\n]*\n", error)
+
+
 def test_torchrun_trains_a_sharded_model_and_leaves_a_complete_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -103,8 +103,9 @@ def _refuse_ranks(arguments: argparse.Namespace) -> None:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    # On a CPU PyTorch has no type of its own for it.
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+    # On a CPU PyTorch has no type of its own for it. What a rank raises is a RuntimeError with the rank in it.
+    found = any(isinstance(one, (MemoryError, torch.OutOfMemoryError)) for one in (error, error.__cause__))
+    return found or "can't allocate memory" in str(error)
 
 
 def _one_line(error: BaseException) -> str:
