@@ -379,6 +379,15 @@ def test_checkpoint_without_a_part_of_the_state_is_refused(key: str, tmp_path: P
         make_trainer(tmp_path, resume=True)
 
 
+def test_a_run_goes_on_on_another_kind_of_device(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    before_step(trainer, send(signal.SIGTERM, at=4))
+    trainer.train()
+    tensors, document = checkpoint.load(tmp_path / LAST)
+    checkpoint.save(tmp_path / LAST, {**tensors, "noise": torch.zeros(16, dtype=torch.uint8)}, document)  # as of a GPU
+    assert make_trainer(tmp_path, resume=True).train()
+
+
 def test_resuming_with_another_number_of_images_is_refused(tmp_path: Path) -> None:
     make_trainer(tmp_path).train()
     with pytest.raises(CheckpointError, match=r"of 18 images, not of 21; resume with the data"):

@@ -357,7 +357,10 @@ class Trainer:
             checkpoint.restore_optimizer(self.optimizer, state, document["optimizer"])
             sampler = document["sampler"]
             self.sampler.load_state_dict({**sampler, **run_folder.take(tensors, "sampler.")})
-            self.noise.set_state(tensors["noise"])
+            noise = tensors["noise"]
+            # A CPU's random numbers are not those of a GPU, nor is their state: on the other the noise begins anew.
+            if noise.shape == self.noise.get_state().shape:
+                self.noise.set_state(noise)
             progress = document["progress"]
             finite_or_inf: dict[str, Any] = {
                 name: math.inf if value is None else value for name, value in progress.items()
