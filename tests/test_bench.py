@@ -283,6 +283,27 @@ def test_call_overhead(tmp_path):
     assert all(row["ratio"][0] > 0 for row in rows)
 
 
+@pytest.mark.parametrize("part", [overhead, models])
+def test_a_part_alone_is_measured_as_in_a_full_run(part, tmp_path, monkeypatch):
+    seen = []
+
+    def measure(candidates, seconds, device):
+        seen.append(torch.get_num_threads())
+        return Times({name: [1.0] for name in candidates})
+
+    monkeypatch.setattr(timing, "measure", measure)
+    monkeypatch.setattr(part, "tune_allocator", lambda: seen.append("tuned"))
+    writer = results.Writer(tmp_path / "r.jsonl", {"kind": "environment", "run": "a"})
+    nowhere = torch.device("cpu"), writer, lambda line: None
+    with measurement.threads(2):
+        if part is overhead:
+            for task in overhead.tasks(*nowhere)[:2]:
+                task.run(0.0)
+        else:
+            models.Models(*nowhere, with_compile=False).tasks(quick=True)[1].run(0.0)
+    assert (seen[0], seen[1]) == ("tuned", writer.rows[-1]["case"]["threads"])
+
+
 @pytest.mark.filterwarnings("ignore")  # of other packages, about functions that PyTorch will remove
 @pytest.mark.parametrize("name", chains.available())
 def test_chains_are_trained(name):

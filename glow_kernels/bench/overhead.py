@@ -6,7 +6,9 @@ import functools
 
 import torch
 
+from glow_kernels import tune_allocator
 from glow_kernels.bench import operators, table, timing
+from glow_kernels.bench.measurement import threads
 from glow_kernels.bench.operators import OPERATORS, Case
 from glow_kernels.bench.plan import Show, Task
 from glow_kernels.bench.results import Row, Writer
@@ -41,7 +43,8 @@ def _measure(case: Case, seconds: float, device: torch.device) -> Row:
         "eager": [operators.without_graph(operator.plain, case.direction, arguments)],
         "ours": [operators.without_graph(operator.ours, case.direction, arguments)],
     }
-    with torch.no_grad():  # which takes as long to enter as half of a call
+    tune_allocator()
+    with threads(case.threads), torch.no_grad():  # which takes as long to enter as half of a call
         times = timing.measure(candidates, seconds, device)
     return {
         "kind": "overhead",
