@@ -68,18 +68,17 @@ def _image_files(path: Path, pillow: ModuleType) -> list[Path]:
     """
     # Some formats, such as PDF, Pillow can only write.
     extensions = {extension for extension, kind in pillow.registered_extensions().items() if kind in pillow.OPEN}
+    files: list[Path] = []
     try:
-        files = [
-            Path(folder, name)
-            for folder, _, names in os.walk(path, onerror=_raise)
-            for name in names
-            if os.path.splitext(name)[1].lower() in extensions
-        ]
+        for folder, inner, names in os.walk(path, onerror=_raise):
+            # Nor are hidden folders entered, of which some cannot be.
+            inner[:] = [name for name in inner if not name.startswith(".")]
+            shown = (name for name in names if not name.startswith("."))
+            files += (Path(folder, name) for name in shown if os.path.splitext(name)[1].lower() in extensions)
     except OSError as error:
         raise DataError(
             f"cannot list {path}: {one_line(error)}; name a folder of images and check its permissions"
         ) from error
-    files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
     return sorted(files, key=lambda file: file.relative_to(path).as_posix())
 
 
