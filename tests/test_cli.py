@@ -168,6 +168,15 @@ def test_resuming_a_finished_run_prints_the_table_again(
 
 
 @pytest.mark.usefixtures("_no_curve")
+def test_the_time_of_training_is_that_of_the_whole_run(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tensors, document = checkpoint.load(runs / "plain" / LAST)
+    document["progress"]["seconds"] = 8.0
+    checkpoint.save(runs / "plain" / LAST, tensors, document)
+    assert cli("train", "--run", runs / "plain", "--resume") == 0
+    assert "  12 images/s  (6 iterations, 8 s)" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("_no_curve")
 def test_patience_can_change_when_a_run_goes_on(runs: Path) -> None:
     """On noise nothing improves for long, so that the run ends early."""
     options = ("--iterations", 60, "--patience", 2)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import time
 from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
@@ -113,9 +112,8 @@ def _train(
             f"training a Glow of {parameters:,} parameters on {len(data.train):,} images of {data.name}, {where}",
             flush=True,
         )
-    started = time.perf_counter()
     if trainer.train():
-        _report(trainer, data, folder, device, time.perf_counter() - started)
+        _report(trainer, data, folder, device)
     elif ranks.is_writer:
         print(f"stopped at iteration {trainer.progress.iteration}, everything is saved; go on with:")
         command = f"{distributed.LAUNCH} --run-folder" if distributed.is_launched() else "glow-kernels train --run"
@@ -148,7 +146,7 @@ def _resumed(arguments: argparse.Namespace, given: dict[str, Any]) -> tuple[Path
     return arguments.folder, TrainingConfig(**{**config.to_json(), **given})
 
 
-def _report(trainer: Trainer, data: datasets.ImageData, folder: Path, device: torch.device, seconds: float) -> None:
+def _report(trainer: Trainer, data: datasets.ImageData, folder: Path, device: torch.device) -> None:
     ranks = trainer.ranks
     ranks.any(False)  # From here on all ranks read what one has written.
     model, config, document = run_folder.load_model(folder, "cpu" if ranks.fsdp else device)
@@ -175,12 +173,12 @@ def _report(trainer: Trainer, data: datasets.ImageData, folder: Path, device: to
     best = "never finite"
     if "validation_bits_per_dim" in document:
         best = f"{document['validation_bits_per_dim']:.4f}  (best, at iteration {document['iteration']:,})"
-    images_per_second = progress.iteration * len(data.train[: config.batch_size]) / progress.seconds
+    speed = progress.iteration * len(data.train[: config.batch_size]) / progress.seconds
     rows = {
         "test bits/dim": f"{result}  ({result.images:,} images, never trained on)",
         "validation": best,
         "reconstruction error": f"{error:.1e}  (largest |decode(encode(x)) - x|)",
-        "training speed": f"{images_per_second:,.0f} images/s  ({progress.iteration:,} iterations, {seconds:.0f} s)",
+        "training speed": f"{speed:,.0f} images/s  ({progress.iteration:,} iterations, {progress.seconds:.0f} s)",
         "skipped steps": f"{progress.skipped}  (non-finite loss or gradient)",
         "pictures": ", ".join(str(folder / name) for name in run_folder.PICTURES),
     }
