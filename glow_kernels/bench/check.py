@@ -142,7 +142,7 @@ def _slowest(group: str, operator: str, rows: Sequence[Row]) -> Check:
 def _large(group: str, operator: str, rows: Sequence[Row]) -> Check:
     """Forward and inverse of large shapes, in copies of the same bytes."""
     copies = [
-        (row["candidates"][row["ours"]]["seconds"][0] / row["candidates"]["copy"]["seconds"][0], _place(row))
+        (1.0 / table.ratio(row, "copy"), _place(row))
         for row in rows
         if row["case"]["direction"] in ("forward", "no_grad", "inverse") and _data_bytes(row) > _LARGE_BYTES
     ]
