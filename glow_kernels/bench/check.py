@@ -177,7 +177,7 @@ def _overhead(rows: Sequence[Row]) -> Iterator[Check]:
     ratios = [
         (row["ratio"][0], f"{row['case']['operator']} {row['case']['direction']}")
         for row in results.of_kind(rows, "overhead")
-        if row["case"]["device"] == "cpu"
+        if _is_native(row)
     ]
     worst, where = max(ratios, default=(math.nan, ""))
     yield Check("Calls", "worst operator on one 8x8 image, times one elementwise operation", 2, worst, False, where)
@@ -196,7 +196,7 @@ def _implementations(rows: Sequence[Row], part: str, sizes: Mapping[str, int], o
 
 def _training(rows: Sequence[Row]) -> Iterator[Check]:
     measured = _implementations(rows, "training_step", GLOWS[0], on_gpu=False)
-    found = {name: row["ratio_to_ours"][0] for name, row in measured.items()}
+    found = {name: row["ratio_to_ours"][0] for name, row in measured.items() if _is_native(row)}
     title = "training step of Glow, K=8, L=2, width 64, batch 16, 32x32"
     name = f"{title}: native, times faster than reference"
     yield Check("Training", name, 1.15, found.get("reference", math.nan))
@@ -290,11 +290,11 @@ def _whole_run(rows: Sequence[Row]) -> Iterator[Check]:
 
 
 def _native(rows: Sequence[Row]) -> list[Row]:
-    return [
-        row
-        for row in results.of_kind(rows, "operator")
-        if row["case"]["device"] == "cpu" and row["ours"] == "native" and "candidates" in row
-    ]
+    return [row for row in results.of_kind(rows, "operator") if _is_native(row) and "candidates" in row]
+
+
+def _is_native(row: Row) -> bool:
+    return bool(row["case"]["device"] == "cpu" and row["ours"] == "native")
 
 
 def _is_standard(case: Row) -> bool:
