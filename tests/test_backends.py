@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 from operators import MODULES, assert_same_bits, registered_operators
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import glow_kernels as gk
 from glow_kernels import backends
-from glow_kernels.backends import BackendStatus
+from glow_kernels.backends import BackendStatus, native
 from glow_kernels.errors import BackendUnavailableError, GlowKernelsError, UsageError
 
 UNKNOWN = "backend must be one of native, triton, reference, got 'cuda'"
@@ -209,6 +210,35 @@ def test_backend_may_be_chosen_inside_compiled_code(backend):
     actual = torch.compile(choose_and_compute, fullgraph=True, backend=counter)(x, h)
     assert_same_bits(actual, choose_and_compute(x, h))
     assert operators_in(counter.graphs[-1]) == {f"glow_kernels.affine_coupling_forward_{backend}.default"}
+
+
+class Coupling(nn.Module):
+    def forward(self, x: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return gk.affine_coupling(x, h)
+
+
+LOAD = """
+import sys, torch, glow_kernels
+from glow_kernels.backends.native import library
+library.PACKAGE /= sys.argv[2]
+x, h, *results = torch.load(sys.argv[1] + ".pt")
+exported = torch.export.load(sys.argv[1] + ".pt2").module()
+torch.testing.assert_close(exported(x, h), tuple(results))
+print(*torch.ops.loaded_libraries)
+"""
+
+
+@pytest.mark.parametrize("library", [".", "none"])
+def test_exported_program_opens_the_library_of_another_process_or_does_without(tmp_path, backend, library):
+    native.isa.cache_clear()
+    x, h = torch.randn(2, 3, 5), torch.randn(2, 6, 5)
+    exported = torch.export.export(Coupling(), (x, h))
+    assert operators_in(exported.graph_module) == {f"glow_kernels.affine_coupling_forward_{backend}.default"}
+    torch.export.save(exported, tmp_path / "program.pt2")
+    torch.save((x, h, *gk.affine_coupling(x, h)), tmp_path / "program.pt")
+    command = [sys.executable, "-c", LOAD, str(tmp_path / "program"), library]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert ("_C.so" in result.stdout) == (backend == "native" and library == ".")
 
 
 LEAN_IMPORT = """

@@ -70,7 +70,7 @@ class Operator:
                 continue
             name = f"{module}_{function}_{backend}"
             rule = functools.partial(_refuse, name) if backward is None else functools.partial(backward, backend)
-            python = None if backend == "native" else functools.partial(_call, backend, module, function)
+            python = self._unopened if backend == "native" else functools.partial(_call, backend, module, function)
             self._implementations[backend] = _Implementation(
                 name, schema, fake, python, setup_context, rule, self._plain
             )
@@ -87,6 +87,10 @@ class Operator:
         """Compute with ``backend``, or the reference if that does not support ``args``."""
         supported = backend == "reference" or self._support[backend](self._function, *args)
         return self._run(backend if supported else "reference", args)
+
+    def _unopened(self, *args: Any) -> Any:
+        # What calls the native operator before its library is open, or for tensors it is not for: an exported program.
+        return self.on("native" if backends.backend_status("native").available else "reference", *args)
 
     def _chosen(self, args: tuple[Any, ...]) -> str:
         candidates = backends.candidates()
@@ -120,15 +124,14 @@ class _Implementation:
         name: str,
         schema: str,
         fake: Callable[..., Any],
-        python: Callable[..., Any] | None,
+        python: Callable[..., Any],
         setup_context: Callable[..., None] | None,
         rule: Callable[..., Any],
         plain: Callable[..., Any],
     ) -> None:
         qualified_name = f"glow_kernels::{name}"
         _LIBRARY.define(name + schema)  # type: ignore[no-untyped-call]
-        if python is not None:
-            _LIBRARY.impl(name, python, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+        _LIBRARY.impl(name, python, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
         torch.library.register_fake(qualified_name, fake, lib=_LIBRARY)
         if "!" not in schema:  # what overwrites its arguments cannot have a rule
             torch.library.register_autograd(qualified_name, rule, setup_context=setup_context, lib=_LIBRARY)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 import torch
@@ -24,8 +25,16 @@ def status() -> BackendStatus:
     return BackendStatus("native", True, reason)
 
 
+@functools.cache
+def isa() -> str:
+    """Instruction set in use."""
+    # Past everyone who traces: an exported program would hold the question.
+    on_cpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+    name: str = torch.ops.glow_kernels.native_isa.default.redispatch(on_cpu)
+    return name
+
+
 def _isa() -> str:
-    """Instruction set in use, and whether ``GLOW_KERNELS_ISA`` asked in vain for another."""
-    isa: str = torch.ops.glow_kernels.native_isa()
-    wanted = os.environ.get("GLOW_KERNELS_ISA") or isa
-    return isa if wanted == isa else f"{isa} (GLOW_KERNELS_ISA={wanted} is not to be had here)"
+    """The same, and whether ``GLOW_KERNELS_ISA`` asked in vain for another."""
+    wanted = os.environ.get("GLOW_KERNELS_ISA") or isa()
+    return isa() if wanted == isa() else f"{isa()} (GLOW_KERNELS_ISA={wanted} is not to be had here)"

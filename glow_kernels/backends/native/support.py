@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glow_kernels.backends.native import cuda
+from glow_kernels.backends.native import cuda, isa
 from glow_kernels.backends.numerics import compute_dtype, filters_of, output_format
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -145,7 +145,7 @@ def _runs_cuda_code(x: Tensor) -> bool:
 
 
 def _is_host_shim() -> bool:
-    return _isa() == "cuda host shim"
+    return isa() == "cuda host shim"
 
 
 def _has_kernel(module: str, function: str, key: str) -> bool:
@@ -156,12 +156,6 @@ def _has_kernel(module: str, function: str, key: str) -> bool:
 # Constants, which torch.compile need not trace. Cached functions it would trace for all that.
 _is_host_shim._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _has_kernel._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-@functools.cache
-def _isa() -> str:
-    isa: str = torch.ops.glow_kernels.native_isa()
-    return isa
 
 
 @functools.cache
