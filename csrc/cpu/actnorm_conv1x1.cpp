@@ -41,9 +41,12 @@ void check(const Tensor& x, const Tensor& matrix) {
                   "matrix must be (C, C)");
 }
 
+// Samples of one position are positions of one sample, so that tiles are read and written where they lie.
 template <typename T>
 Positions<T> positions(const Tensor& x, T* data) {
-  return {data, planes_of(x)};
+  const Planes p = planes_of(x);
+  if (p.positions > 1) return {data, p};
+  return {data, {1, p.channels, p.batches * p.positions, 0, p.channel_stride, p.batch_stride}};
 }
 
 // P of x.
