@@ -295,6 +295,19 @@ def test_operations_can_be_counted(memory):
     assert counter.get_total_flops() > 0
 
 
+@pytest.mark.parametrize("memory", FORGETFUL)
+def test_anomaly_detection_finds_nothing(memory):
+    x = torch.randn(3, 6, 4, 5, dtype=torch.float64)
+    plain = chain([FlowStep(6, network=Conditioned(3, 6)) for _ in range(3)], x)
+    torch.use_deterministic_algorithms(True)  # which fills memory that is not initialised with NaN
+    try:
+        with torch.autograd.set_detect_anomaly(True):
+            actual = gradients(forgetting(plain, memory), x)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_same(actual, gradients(plain, x), 1e-9)
+
+
 class Recurrent(nn.Module):
     """A network with weights that it keeps in a list of its own as well."""
 

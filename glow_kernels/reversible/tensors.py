@@ -55,8 +55,8 @@ def lying(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
 class Start(NamedTuple):
     """Where a backward starts: an output, which may be freed meanwhile, and its gradient, freed with its first use.
 
-    What :func:`torch.autograd.grad` is given lives until it returns, so that it is given an empty gradient, and a hook
-    hands over the real one.
+    What :func:`torch.autograd.grad` is given lives until it returns, so that it is given a zero, in which anomaly
+    detection finds no NaN, and a hook hands over the real one.
     """
 
     edge: GradientEdge
@@ -71,7 +71,7 @@ class Start(NamedTuple):
             start = output.view_as(output)  # which has no hooks of others, who are to see the real gradient
         owned = [grad.to(output.dtype)]
         start.register_hook(lambda _: owned.pop())  # type: ignore[no-untyped-call]
-        return cls(get_gradient_edge(start), start.new_empty_strided(start.shape, [0] * start.dim()))
+        return cls(get_gradient_edge(start), start.new_zeros(()).expand(start.shape))
 
 
 def differentiate(starts: Sequence[Start | None], leaves: Sequence[Tensor], closed: bool) -> list[Tensor | None]:
