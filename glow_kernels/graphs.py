@@ -22,7 +22,8 @@ class CapturedStep:
         step: of tensors to a tensor or a tuple of tensors; forward, backward and optimizer, or any part of it. It must
             do the same work at every call and must not wait for the device (no ``item()``, no branch on a value). A
             number that changes, as a learning rate, is a tensor. It starts with ``zero_grad(set_to_none=True)`` if it
-            computes gradients; the optimizer is made with ``capturable=True``.
+            computes gradients; the optimizer is made with ``capturable=True``. An optimizer outside of it needs inputs
+            of one shape: a call with others leaves gradients of its own, and the graph goes on to write the old ones.
         warmup: calls before the recording, at least 1.
 
     Raises:
