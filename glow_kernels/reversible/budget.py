@@ -17,18 +17,32 @@ if TYPE_CHECKING:
 def micro_batches(chain: ReversibleSequential, x: Tensor, context: Sequence[Tensor | None], budget: float) -> int:
     """Parts of the batch of ``x`` for which backward through every step of ``chain`` takes ``budget`` bytes at most.
 
-    One part per sample if even a single sample takes more. Every step is evaluated once, on one sample.
+    One part per sample if even a single sample takes more. Every step is evaluated on one sample, and again on as many
+    as that says will fit, until no more do: what does not grow with the batch, as filters, counts once in a part.
     """
     if len(x) == 0:
         return 1
-    sample, sample_context = x[:1].detach(), [None if tensor is None else tensor[:1].detach() for tensor in context]
+    parts = len(x)
+    while True:
+        samples = -(-len(x) // parts)
+        # Copies: what is kept of a view has the memory of the whole.
+        some = [None if tensor is None else tensor[:samples].detach().clone() for tensor in context]
+        most = _most(chain, x[:samples].detach().clone(), some)
+        fewer = int(-(-len(x) * most // (samples * budget)))  # a budget may be written 1e9
+        if fewer >= parts:
+            return parts
+        parts = fewer
+
+
+def _most(chain: ReversibleSequential, x: Tensor, context: Sequence[Tensor | None]) -> int:
+    """The working set of the step that has the largest for ``x``."""
     mode = Mode.current(x.device, 1)
     most = 1
     for step in chain:
         with torch.enable_grad(), mode.applied(x.device), torch.random.fork_rng(enabled=x.device.type == "cpu"):
-            taken, sample = _working_set(step, sample, sample_context)
+            taken, x = _working_set(step, x, context)
         most = max(most, taken)
-    return min(len(x), int(-(-len(x) * most // budget)))  # a budget may be written 1e9
+    return most
 
 
 def _working_set(step: nn.Module, x: Tensor, context: Sequence[Tensor | None]) -> tuple[int, Tensor]:
