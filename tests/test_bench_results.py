@@ -196,6 +196,14 @@ def test_results_are_selected_by_file_or_revision(tmp_path, monkeypatch):
         results.select("main", Path("other"))
 
 
+@pytest.mark.parametrize("tracked", ["glow_kernels/__init__.py", None])
+def test_a_commit_of_another_repository_is_not_recorded(tracked, monkeypatch):
+    answers = {("rev-parse", "HEAD"): "c" * 40, ("ls-files", "--error-unmatch", "glow_kernels"): tracked}
+    monkeypatch.setattr(environment, "git", lambda *arguments: answers.get(arguments))
+    record = environment.record(torch.device("cpu"))
+    assert (record["commit"], record["dirty"]) == (("c" * 40, False) if tracked else (None, None))
+
+
 @pytest.mark.parametrize(
     ("after", "spread", "regression"), [(5.0, 0.1, False), (3.0, 0.1, True), (3.0, 0.5, False), (4.8, 0.001, False)]
 )
