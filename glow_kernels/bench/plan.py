@@ -12,7 +12,7 @@ Show = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Task:
-    """A measurement: ``run`` is given the seconds that it may take, at most ``seconds``."""
+    """A measurement: ``run`` is given the seconds that it may take, at most ``seconds``; a heading has none."""
 
     name: str
     seconds: float
@@ -27,7 +27,7 @@ def run(tasks: Sequence[Task], limit: float, show: Show, *, strict: bool = False
     """
     planned = sum(task.seconds for task in tasks)
     limit = min(limit, planned)
-    show(f"{len(tasks)} measurements, planned to take {duration(limit)}")
+    show(f"{sum(task.seconds > 0 for task in tasks)} measurements, planned to take {duration(limit)}")
     start = time.monotonic()
     left, left_out = planned, 0
     with _bar(limit) as update:
@@ -35,7 +35,7 @@ def run(tasks: Sequence[Task], limit: float, show: Show, *, strict: bool = False
             time_left = start + limit - time.monotonic()
             update(time_left, task.name)
             if strict and time_left <= 0:
-                left_out += 1
+                left_out += task.seconds > 0
                 continue
             task.run(max(0.0, min(1.0, time_left / left) * task.seconds))
             left -= task.seconds
