@@ -125,7 +125,7 @@ def _roofs(axis: Any, rows: Sequence[Row]) -> None:
     axis.plot(xs, roof, color="#444", linewidth=1, linestyle="--", label=label)
     axis.set(xscale="log", yscale="log", xlabel="flop per byte that must be moved", ylabel="Gflop/s")
     _plain_numbers(axis)
-    axis.set_title("roofline of actnorm_conv1x1, every direction and shape", fontsize=11)
+    axis.set_title("roofline of the linear map, every direction and shape", fontsize=11)
     axis.legend(fontsize=9)
 
 
