@@ -152,12 +152,13 @@ def test_cases_that_differ_in_the_allocator_share_their_compilation():
 @pytest.mark.parametrize(
     ("error", "named"), [(RuntimeError("no\nsuch thing"), "RuntimeError: no"), (AssertionError(), "AssertionError")]
 )
-def test_what_cannot_be_compiled_is_named_and_the_rest_measured(error, named, monkeypatch):
+@pytest.mark.parametrize("direction", ["no_grad", "backward"])
+def test_what_cannot_be_compiled_is_named_and_the_rest_measured(direction, error, named, monkeypatch):
     def broken(*arguments):
         raise error
 
     monkeypatch.setattr(compilation, "_compiled", lambda function: broken)
-    row = Session().measure(Case("gaussian_log_prob", "no_grad", SHAPE), 0.01)
+    row = Session().measure(Case("gaussian_log_prob", direction, SHAPE), 0.01)
     assert row["wrong"] == {"compile": named}
     assert set(row["candidates"]) == {"copy", "eager", *gk.available_backends()}
 
@@ -470,6 +471,20 @@ def test_models_become_rows(tmp_path, monkeypatch):
     trained = [row["case"]["implementation"] for row in rows if row["case"]["part"] == "training_step"]
     assert trained == [*gk.available_backends(), f"{ours} anchor"]
     assert all(row["seconds"][0] > 0 and row["peak_extra_bytes"] > 0 for row in rows)
+
+
+@pytest.mark.usefixtures("_small_convolutions")
+def test_a_model_that_cannot_be_compiled_is_named_and_the_rest_measured(tmp_path, monkeypatch):
+    def broken(model, x):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(models, "compiled", broken)
+    writer, shown = results.Writer(tmp_path / "r.jsonl", {"kind": "environment", "run": "a"}), []
+    sizes = {"steps": 1, "levels": 1, "hidden": 4, "image_size": 4, "batch": 2}
+    measure = models.Models(torch.device("cpu"), writer, shown.append, with_compile=True)
+    measure.training(0.01, "training_step", sizes, compiles=True)
+    assert shown[0] == "reference compiled cannot be measured: RuntimeError: no compiler"
+    assert len(writer.rows) == 2 + len(gk.available_backends())
 
 
 @pytest.mark.usefixtures("_small_convolutions")

@@ -93,16 +93,13 @@ class Session:
         functions = {"eager": operator.plain}
         if self._compiler is not None:
             functions["compile"] = self._compiler.functions(case)
-        calls = {
-            name: [operators.call(function, case.direction, copy, grads) for copy in copies]
-            for name, function in functions.items()
-        }
+        calls = {name: _prepared(function, case, copies, grads) for name, function in functions.items()}
         default = operators.backends_on(torch.device(case.device))[0]
         for backend in backends:
             # The default one is measured without the cost of choosing.
             choose = _default if backend == default else functools.partial(_on, backend)
             bound = _bound(choose, operator)
-            calls[backend] = [choose(operators.call(bound, case.direction, copy, grads)) for copy in copies]
+            calls[backend] = [choose(call) for call in _prepared(bound, case, copies, grads)]
         return calls
 
     def _check(
@@ -181,6 +178,21 @@ def _limit(operator: Operator, case: Case) -> dict[str, Call]:
         data = torch.randn(channels, math.prod(case.shape) // channels, device=case.device).to(source.dtype)
         limits["matmul"] = lambda: [matrix @ data for _ in range(products)]
     return limits
+
+
+def _prepared(
+    functions: operators.Functions, case: Case, copies: Sequence[list[Tensor]], grads: Sequence[Tensor]
+) -> list[Call]:
+    """A call for every copy; if what leads to it fails, as the forward of a backward, one that fails likewise."""
+    try:
+        return [operators.call(functions, case.direction, copy, grads) for copy in copies]
+    except Exception as error:
+        failure = error
+
+    def fail() -> object:
+        raise failure
+
+    return [fail]
 
 
 def _bound(choose: Callable[[Function], Function], operator: Operator) -> operators.Functions:

@@ -14,7 +14,7 @@ from glow_kernels import tune_allocator, use_backend
 from glow_kernels.bench import chains, operators, table, timing
 from glow_kernels.bench.memory import peak_extra_bytes
 from glow_kernels.bench.plan import Show, Task
-from glow_kernels.bench.results import Writer
+from glow_kernels.bench.results import Writer, in_brief
 from glow_kernels.bench.timing import Call
 from glow_kernels.models import Glow
 from glow_kernels.nn import FlowStep
@@ -74,9 +74,13 @@ class Models:
         ours = self._backends[0]
         calls[f"{ours} anchor"] = _on(ours, glow_step(self._glow(sizes, memory="anchor"), x))
         if compiles:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of the compiler, about itself
-                calls["reference compiled"] = _on("reference", glow_step(compiled(self._glow(sizes), x), x))
+            name = "reference compiled"
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # of the compiler, about itself
+                    calls[name] = _on("reference", glow_step(compiled(self._glow(sizes), x), x))
+            except Exception as error:  # whatever the compiler raises
+                self._show(f"{name} cannot be measured: {in_brief(error)}")
         self._time(part, sizes, calls, seconds)
 
     def sampling(self, seconds: float, part: str, sizes: Sizes) -> None:
@@ -102,7 +106,7 @@ class Models:
                     chain[1].to(self._device)
                     calls[name] = chains.training_step(chain, x)
             except Exception as error:  # whatever a package of others raises
-                self._show(f"{name} cannot be measured: {type(error).__name__}: {error}")
+                self._show(f"{name} cannot be measured: {in_brief(error)}")
         self._time(part, sizes, calls, seconds)
 
     def _task(self, part: str, seconds: float, measure: Callable[..., None], sizes: Sizes, *others: Any) -> Task:
