@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import sys
 import time
 from collections import Counter
 
@@ -500,6 +501,13 @@ def test_promises_of_reversible_training_become_rows(tmp_path, monkeypatch):
     assert 0 < kept["kept_bytes"] <= kept["peak_bytes"]
     assert [row["case"]["part"] for row in writer.rows[2:]] == ["gradients", "bad_row"]
     assert all(row["relative_difference"] < 1e-4 for row in writer.rows[2:])
+
+
+def test_without_photographs_a_run_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    writer, shown = results.Writer(tmp_path / "r.jsonl", {"kind": "environment", "run": "a"}), []
+    reversible.Reversible(torch.device("cpu"), writer, shown.append).bad_row()
+    assert re.match("bad_row cannot be measured: .* needs scikit-learn: pip install", shown[0])
 
 
 def test_an_interrupted_run_keeps_what_was_measured(tmp_path, monkeypatch, capsys):

@@ -13,6 +13,7 @@ from glow_kernels.bench import chains
 from glow_kernels.bench.live_storages import training_step_bytes
 from glow_kernels.bench.plan import Show, Task
 from glow_kernels.bench.results import Writer
+from glow_kernels.errors import MissingDependencyError
 from glow_kernels.models import Glow
 
 # The published benchmark of activation memory: InvertibleNetworks.jl, JOSS 9(99), 2024, figure 2.
@@ -77,7 +78,11 @@ class Reversible:
         """The same for a trained Glow and a batch of which one image has one row of noise."""
         from glow_kernels.training import data
 
-        photographs = data.load("patches", image_size=8)
+        try:
+            photographs = data.load("patches", image_size=8)
+        except MissingDependencyError as error:
+            self._show(f"bad_row cannot be measured: {error}")
+            return
         torch.manual_seed(0)
         model = Glow(3, 8, steps, 1, 32).to(self._device)
         pixels = photographs.train.to(self._device)
