@@ -241,6 +241,13 @@ def test_exported_program_opens_the_library_of_another_process_or_does_without(t
     assert ("_C.so" in result.stdout) == (backend == "native" and library == ".")
 
 
+def test_exported_program_takes_any_number_of_vectors():
+    batch = {0: torch.export.Dim.DYNAMIC}
+    exported = torch.export.export(Coupling(), (torch.randn(2, 3), torch.randn(2, 6)), dynamic_shapes=(batch, batch))
+    x, h = torch.randn(600, 3), torch.randn(600, 6)
+    torch.testing.assert_close(exported.module()(x, h), gk.affine_coupling(x, h))
+
+
 LEAN_IMPORT = """
 import sys, torch
 before = set(sys.modules)

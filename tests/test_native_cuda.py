@@ -200,6 +200,19 @@ def test_cuda_tensors_are_taken_where_the_library_has_the_operator(gpu: SimpleNa
     assert not support.gaussian_log_prob("forward", x, h, "")
 
 
+@pytest.mark.parametrize(
+    ("shape", "takes"), [((512, 15), False), ((511, 15), True), ((512, 16), True), ((512, 3, 5), True)]
+)
+def test_many_short_vectors_are_left_to_the_reference_on_the_cpu(monkeypatch, gpu, registered, shape, takes) -> None:
+    monkeypatch.setattr(support, "_is_host_shim", lambda: False)
+    names = [("affine_coupling", "backward"), ("gaussian_log_prob", "forward")]
+    registered.update((*name, key) for name in names for key in ("CPU", "CUDA"))
+    for make, expected in ((torch.empty, takes), (cuda_tensor, True)):
+        x, h = make(*shape), make(shape[0], 2 * shape[1], *shape[2:])
+        assert support.affine_coupling("backward", x, x, x, h) == expected
+        assert support.gaussian_log_prob("forward", x, h, "") == expected
+
+
 def test_filters_are_converted_on_a_gpu_and_not_on_the_cpu(gpu: SimpleNamespace, registered: set[str]) -> None:
     registered.update({("scale_filters", "backward_all", key) for key in ("CPU", "CUDA")})
     half = torch.bfloat16

@@ -32,9 +32,9 @@ _IN_ONE_CALL = {"forward": 0, "inverse": 0, "backward": 2, "inverse_backward": 2
 
 
 def affine_coupling(function: str, *args: Any) -> bool:
-    """All of it."""
+    """All but many short vectors."""
     x, h = args[2:4] if function.endswith("backward") else args[:2]
-    return (x.dtype, h.dtype) in _TYPES_WITH_H and _takes("affine_coupling", function, x, h)
+    return _has_tiles(x) and (x.dtype, h.dtype) in _TYPES_WITH_H and _takes("affine_coupling", function, x, h)
 
 
 def actnorm_conv1x1(function: str, *args: Any) -> bool:
@@ -77,9 +77,18 @@ def coupling_conv1x1(function: str, *args: Any) -> bool:
 
 
 def gaussian_log_prob(function: str, *args: Any) -> bool:
-    """All of it."""
+    """All but many short vectors."""
     z, h = args[1:3] if function.endswith("backward") else args[:2]
-    return (z.dtype, h.dtype) in _TYPES_WITH_H and _takes("gaussian_log_prob", function, z, h)
+    return _has_tiles(z) and (z.dtype, h.dtype) in _TYPES_WITH_H and _takes("gaussian_log_prob", function, z, h)
+
+
+def _has_tiles(x: Tensor) -> bool:
+    """Whether ``x`` is not made of many short vectors, each a tile on the CPU: up to 20 times slower than PyTorch.
+
+    How many there are is not asked where a program is made for any number.
+    """
+    short = x.dim() == 2 and x.shape[1] < 16 and (torch.compiler.is_compiling() or x.shape[0] >= 512)
+    return not short or _runs_cuda_code(x)
 
 
 def actnorm_statistics(function: str, x: Tensor) -> bool:
