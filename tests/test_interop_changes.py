@@ -771,6 +771,23 @@ def test_networks_run_again_as_in_forward_and_change_their_buffers_once(between)
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
+def with_another_option(step: nn.Module) -> None:
+    step.coupling.alpha = 0.1
+    if patch_of(step) is not None:
+        gk.accelerate(step, memory="checkpoint", verify=False)
+
+
+@pytest.mark.parametrize("memory", ["checkpoint", "invert"])
+@pytest.mark.parametrize("between", [gk.restore, with_another_option])
+def test_what_is_made_of_a_step_after_its_forward_has_no_effect_on_its_backward(between, memory):
+    original = flow()
+    accelerated = copy.deepcopy(original)
+    gk.accelerate(accelerated, memory=memory, verify=False)
+    expected, actual = (both_ways(step, between) for step in (original, accelerated))
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("layer", "memory"),
     [(nn.BatchNorm2d(8, track_running_stats=False), "store"), (nn.Dropout(0.3), "anchor"), (nn.ReLU(), "anchor")],

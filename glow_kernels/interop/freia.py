@@ -209,7 +209,8 @@ class GLOWCouplingBlock(Patch):
     def forward(self: Any, x: Any, c: Any = (), rev: bool = False, jac: bool = True) -> Result:
         """``(y,)`` and J (B,)."""
         initialize(self, "forward", x, c=c, rev=rev, jac=jac)
-        y, log_det = run_alone(self, functools.partial(_couple_halves, self, rev), x[0], *_read(self, c))
+        couple = functools.partial(_couple_halves, self, options_of(self), rev)
+        y, log_det = run_alone(self, couple, x[0], *_read(self, c))
         return (y,), log_det
 
 
@@ -245,7 +246,8 @@ class AllInOneBlock(Patch):
     def forward(self: Any, x: Any, c: Any = (), rev: bool = False, jac: bool = True) -> Result:
         """``(y,)`` and J (B,)."""
         initialize(self, "forward", x, c=c, rev=rev, jac=jac)
-        y, log_det = run_alone(self, functools.partial(_all_in_one, self, rev), x[0], *_read(self, c))
+        compute = functools.partial(_all_in_one, self, options_of(self), rev)
+        y, log_det = run_alone(self, compute, x[0], *_read(self, c))
         return (y,), log_det
 
 
@@ -268,8 +270,7 @@ def _find(
     return found.require_halves()
 
 
-def _couple_halves(block: Any, rev: bool, x: Tensor, *c: Tensor) -> tuple[Tensor, Tensor]:
-    halves = options_of(block)
+def _couple_halves(block: Any, halves: Halves, rev: bool, x: Tensor, *c: Tensor) -> tuple[Tensor, Tensor]:
     second, first = halves.first.split(x)
     if rev:
         second, log_det = _couple(halves.second, second, block.subnet1, first, c, rev)
@@ -280,8 +281,7 @@ def _couple_halves(block: Any, rev: bool, x: Tensor, *c: Tensor) -> tuple[Tensor
     return torch.cat((first, second), 1), log_det + other
 
 
-def _all_in_one(block: Any, rev: bool, x: Tensor, *c: Tensor) -> tuple[Tensor, Tensor]:
-    coupling = options_of(block)
+def _all_in_one(block: Any, coupling: Coupling, rev: bool, x: Tensor, *c: Tensor) -> tuple[Tensor, Tensor]:
     if rev:
         x, linear_log_det = _global_linear_inverse(block, x)
     elif block.reverse_pre_permute:

@@ -126,12 +126,11 @@ class CouplingBlock(Patch):
     def forward(self: Any, x: Tensor, x_mask: Any = None, reverse: bool = False, g: Any = None) -> Any:
         """``z`` and ``logdet`` (B,), or None in reverse."""
         initialize(self, "forward", x, x_mask, reverse, g)
-        y, log_det = run_alone(self, functools.partial(_couple, self, reverse), x, x_mask, g)
+        y, log_det = run_alone(self, functools.partial(_couple, self, options_of(self), reverse), x, x_mask, g)
         return y, None if reverse and not options_of(self).inverse_has_log_det else log_det
 
 
-def _couple(block: Any, reverse: bool, x: Tensor, x_mask: Any, g: Any) -> tuple[Tensor, Tensor]:
-    coupling = options_of(block)
+def _couple(block: Any, coupling: Coupling, reverse: bool, x: Tensor, x_mask: Any, g: Any) -> tuple[Tensor, Tensor]:
     x_mask = 1 if x_mask is None else x_mask
     read, transformed = coupling.split(x)
     # A masked output of the network scales by one and shifts by nothing.

@@ -14,7 +14,7 @@ import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -82,33 +82,26 @@ class _Packing:
 
 
 class _Unit(nn.Module):
-    """A step of existing code as the engine takes steps."""
+    """A step of existing code as the engine takes steps: with what it computes now, whatever is made of it later."""
 
     def __init__(
-        self, module: nn.Module, function: Callable[..., Any] | None = None, packing: _Packing | None = None
+        self, module: nn.Module, computation: steps.Parts | Callable[..., Any], packing: _Packing | None = None
     ) -> None:
         super().__init__()
         self.module = module
-        self.function = function
-        self.packing = packing
 
-    @property
-    def parts(self) -> steps.Parts:
-        patch: Any = patch_of(self.module)
-        parts: steps.Parts = patch.parts(self.module)
-        return parts._replace(network=self._unpacking(parts.network))
+        def unpacking(function: Callable[..., Any]) -> Callable[..., Any]:
+            return function if packing is None else functools.partial(packing.call, function)
 
-    def _unpacking(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        return function if self.packing is None else functools.partial(self.packing.call, function)
+        if isinstance(computation, steps.Parts):
+            parts = computation._replace(network=unpacking(computation.network))
+            self.function: Callable[..., Any] = functools.partial(steps.forward, parts)
+            self.backward_from_output = functools.partial(steps.backward_from_output, parts)
+        else:
+            self.function = unpacking(computation)
 
     def forward(self, x: Tensor, *context: Any) -> Any:
-        if self.function is not None:
-            return self._unpacking(self.function)(x, *context)
-        return steps.forward(self.parts, x, *context)
-
-    def backward_from_output(self, *arguments: Any) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-        """As :func:`glow_kernels.interop.steps.backward_from_output`."""
-        return steps.backward_from_output(self.parts, *arguments)
+        return self.function(x, *context)
 
 
 class _Output:
@@ -166,12 +159,12 @@ def run(module: nn.Module, x: Tensor, *context: Any) -> tuple[Tensor, Tensor]:
 
     ``context`` are tensors, or anything that holds some, and go to the network.
     """
-    memory = _active(module, x, context)
+    memory, patch = _active(module, x, context), cast(Any, patch_of(module))
+    parts = patch.parts(module)
     if memory is None:
-        patch: Any = patch_of(module)
-        return steps.forward(patch.parts(module), x, *context)
+        return steps.forward(parts, x, *context)
     if _is_foreign(module):
-        return checkpoint(_Unit(module), x, *context, use_reentrant=False)  # type: ignore[no-any-return]
+        return checkpoint(_Unit(module, parts), x, *context, use_reentrant=False)  # type: ignore[no-any-return]
     link = getattr(x, _LINK, None)
     # Whoever takes care of saved tensors gets the input: torch.utils.checkpoint runs a step again, then in no chain.
     is_hooked = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
@@ -182,7 +175,7 @@ def run(module: nn.Module, x: Tensor, *context: Any) -> tuple[Tensor, Tensor]:
     output, ghost = _Output(), None
     if link is not None:
         ghost = link.take()
-    z, log_det, next_ghost = _apply(module, None, memory, keeps_input, output, x, ghost, context)
+    z, log_det, next_ghost = _apply(module, parts, memory, keeps_input, output, x, ghost, context)
     if z.requires_grad and memory.policy != "checkpoint":
         setattr(z, _LINK, _Link(z, next_ghost, output, position))
     return z, log_det
@@ -219,7 +212,7 @@ def initialize(module: nn.Module, method: str, *arguments: Any, **options: Any) 
 
 def _apply(
     module: nn.Module,
-    function: Callable[..., Any] | None,
+    computation: steps.Parts | Callable[..., Any],
     memory: Memory,
     keeps_input: bool,
     output: _Output,
@@ -230,7 +223,7 @@ def _apply(
     mode = Mode.current(x.device, memory.micro_batches)
     tensors = [leaf for leaf in pytree.tree_leaves(context) if isinstance(leaf, Tensor)]
     with SUBSTITUTION:
-        anatomy = Anatomy.of(_Unit(module, function, _Packing(context)))
+        anatomy = Anatomy.of(_Unit(module, computation, _Packing(context)))
         modes = [(module, module.training) for module in anatomy.modules]
         place = _Place(anatomy, memory, mode, modes, keeps_input, output, len(tensors))
         return _Node.apply(place, x, ghost, *tensors, *anatomy.parameters)  # type: ignore[no-untyped-call]

@@ -124,9 +124,10 @@ class WN(Patch):
 
     def forward(self: Any, forward_input: Any) -> Any:
         """(B, outputs, T)."""
+        plain = own(self).forward
 
         def function(x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
-            output = own(self).forward(self, (x, condition))
+            output = plain(self, (x, condition))
             return output, output.new_zeros(len(output))
 
         return run_alone(self, function, *forward_input)[0]
