@@ -14,9 +14,10 @@ import nflows.transforms
 import numpy as np
 import pytest
 import torch
-from dialects import openai, rosinality
+from dialects import chrischute, openai, rosinality
 from dialects.zoo import EXAMPLES, Example, normflows_glow, normflows_loss
 from test_interop import can_be_pickled, images, make, mark_initialized, trained
+from test_reversible_guards import replica
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -586,6 +587,17 @@ def test_replicas_of_data_parallel_and_frozen_parameters():
     for layer in chain.modules():
         layer._is_replica = True  # whose parameters are no parameters
     assert_equal(torch.autograd.grad(weighted(in_turn(chain, x)), wanted), expected)
+
+
+def test_replicas_of_data_parallel_initialise_themselves():
+    original = chrischute.Glow(4, 8, 2)
+    accelerated = copy.deepcopy(original)
+    gk.accelerate(accelerated, memory="anchor", verify=False)
+    x, results = torch.randn(4, 1, 8, 8), []
+    for model in (accelerated, original):
+        loss = chrischute.loss(replica(model), x)
+        results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    assert_equal(*results)
 
 
 class Slow(nn.Conv2d):

@@ -278,7 +278,7 @@ def replica(module):
     for name, child in module._modules.items():
         result._modules[name] = replica(child)
     for name, parameter in module._parameters.items():
-        result.__dict__[name] = parameter.clone()
+        result.__dict__[name] = None if parameter is None else parameter.clone()
     return result
 
 

@@ -202,7 +202,8 @@ def initialize(module: nn.Module, method: str, *arguments: Any, **options: Any) 
         return
     if not any(is_uninitialised(layer) for layer in Anatomy.of(module).modules):
         return
-    device = next(module.parameters()).device
+    # Not that of a parameter, of which a replica of DataParallel has none.
+    device = next(leaf.device for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor))
     # What else the original does, the step does again.
     others = [layer for layer in module.modules() if not is_uninitialised(layer)]
     with torch.no_grad(), RandomState(device).replayed(), _buffers_restored(others):
