@@ -459,6 +459,10 @@ def test_page_of_performance_says_where_and_nothing_unmeasured(tmp_path):
     assert "bad row" not in text
     with pytest.raises(DataError, match="there are no results"):
         document.markdown([])
+    stages = tmp_path / "stages.jsonl"
+    results.append(stages, {"kind": "stage", "case": {"stage": "build"}, "outcome": "failed", "run": "gpu"})
+    with pytest.raises(DataError, match=f"results {stages} do not say where they were measured"):
+        document.markdown([stages])
 
 
 def test_page_of_performance_compares_trainings_at_the_same_step(tmp_path):

@@ -55,6 +55,8 @@ def markdown(files: Sequence[Path]) -> str:
 def _device(path: Path) -> str:
     rows = results.read(path)
     runs = [row for row in rows if row["kind"] == "environment"]
+    if not runs:
+        raise DataError(f"results {path} do not say where they were measured: move the file away")
     last = runs[-1]
     commits = ", ".join(dict.fromkeys(f"`{str(run['commit'])[:12]}`{_dirty(run)}" for run in runs))
     lines = [
