@@ -474,14 +474,22 @@ def out_of_memory_on_a_gpu() -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
-@pytest.mark.parametrize("allocate", [out_of_memory_on_a_gpu, lambda: torch.empty(2**60)], ids=["gpu", "cpu"])
+def out_of_memory_in_python() -> None:
+    raise MemoryError
+
+
+@pytest.mark.parametrize(
+    "allocate",
+    [out_of_memory_on_a_gpu, lambda: torch.empty(2**60), out_of_memory_in_python],
+    ids=["gpu", "cpu", "python"],
+)
 def test_out_of_memory_names_the_remedy(
     allocate: Callable[[], object], runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(gallery, "draw_samples", lambda *_, **__: allocate())
     assert cli("sample", "plain") == 1
     assert re.fullmatch(r"error: out of memory: [^\n]+; draw fewer images with -n\n", capsys.readouterr().err)
-    with pytest.raises(RuntimeError):
+    with pytest.raises((RuntimeError, MemoryError)):
         cli("sample", "plain", "--debug")
 
 

@@ -17,6 +17,7 @@ from glow_kernels.allocator import tune_allocator
 from glow_kernels.cli import bench, evaluate, info, interpolate, sample, train, tune
 from glow_kernels.errors import GlowKernelsError, UsageError
 from glow_kernels.training import distributed
+from glow_kernels.training.data.image_data import one_line
 
 COMMANDS = (train, evaluate, sample, interpolate, bench, info, tune)
 LESS_MEMORY = {
@@ -60,12 +61,12 @@ def _main(argv: Sequence[str] | None) -> int:
     except (GlowKernelsError, OSError) as error:
         if arguments.debug:
             raise
-        print(f"error: {_one_line(error)}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return getattr(error, "exit_code", 1)
     except (MemoryError, RuntimeError) as error:
         if arguments.debug or not _is_out_of_memory(error):
             raise
-        print(f"error: out of memory: {_one_line(error)}; {arguments.less_memory}", file=sys.stderr)
+        print(f"error: out of memory: {one_line(error)}; {arguments.less_memory}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -106,7 +107,3 @@ def _is_out_of_memory(error: BaseException) -> bool:
     # On a CPU PyTorch has no type of its own for it. What a rank raises is a RuntimeError with the rank in it.
     found = any(isinstance(one, (MemoryError, torch.OutOfMemoryError)) for one in (error, error.__cause__))
     return found or "can't allocate memory" in str(error)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
