@@ -62,7 +62,7 @@ std::tuple<Tensor, Tensor, Tensor> fold(const Tensor& log_scale, const Tensor& b
       const Folded<A> result{matrices + k * n * n, shifts + k * n};
       if constexpr (is_inverse) {
         log_dets[k] = static_cast<A>(kernels.fold_inverse(n, parameters.step(k), result));
-        is_singular[k] = n > 0 && std::isnan(*result.matrix);
+        is_singular[k] = std::isnan(*result.matrix);
       } else {
         kernels.fold(n, parameters.step(k), result);
         log_dets[k] = static_cast<A>(kernels.fold_log_det(n, parameters.step(k)));
