@@ -198,8 +198,10 @@ def test_initialize_of_a_model_is_the_first_training_forward():
     model = gk.models.Glow(3, 8, steps=2, levels=2, hidden_channels=8)
     other = copy.deepcopy(model)
     x = torch.randn(8, 3, 8, 8)
-    model.eval().initialize(x)
-    assert not any(module.training for module in model.modules())
+    model.eval().levels[0].train()
+    modes = [module.training for module in model.modules()]
+    model.initialize(x)
+    assert [module.training for module in model.modules()] == modes
     assert all(parameter.grad is None for parameter in model.parameters())
     other.train()(x)
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())

@@ -14,6 +14,7 @@ from glow_kernels.nn import FlowStep, SplitPrior, Squeeze, TopPrior
 from glow_kernels.ops import ScaleMap
 from glow_kernels.ops._checks import check_image, check_labels, check_tensor, check_whole, checked_temperature
 from glow_kernels.reversible import ReversibleSequential
+from glow_kernels.reversible.anatomy import in_modes
 
 
 class FlowLevel(nn.Module):
@@ -294,12 +295,8 @@ class Glow(nn.Module):
 
         The first :meth:`log_prob` in training mode does the same by itself.
         """
-        was_training = self.training
-        self.train()
-        try:
+        with in_modes([(module, True) for module in self.modules()]):
             self.log_prob(x, labels)
-        finally:
-            self.train(was_training)
 
     def dequantize(self, levels: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """:func:`glow_kernels.models.dequantize` with the model's number of levels."""
