@@ -247,6 +247,18 @@ def flows(number: int = 3, **options) -> nn.ModuleList:
     return chain
 
 
+@pytest.mark.parametrize("memory", POLICIES)
+def test_a_loss_that_is_kept_keeps_no_state_after_its_backward(memory):
+    chain = flows()
+    gk.accelerate(chain, memory=memory, verify=False)
+    x = torch.randn(4, 4, 6, 6)
+    with LiveStorages([chain]) as storages:
+        storages.ignore(x.detach())
+        loss = weighted(in_turn(chain, x))
+        torch.autograd.grad(loss, list(chain.parameters()))
+        assert storages.now < x.nbytes
+
+
 def in_turn(chain, x: Tensor) -> tuple[Tensor, Tensor]:
     total = 0
     for flow in chain:

@@ -272,6 +272,8 @@ class _Node(torch.autograd.Function):
         z = None
         if x is None:
             z = place.output.kept() if reconstructed is None else reconstructed
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            place.output.keep(None)  # as PyTorch frees what it has saved, though somebody may keep the loss
         changing = place.anatomy.modules if place.memory.restores_buffers else []
         with in_modes(place.modes), _buffers_restored(changing):
             result = recompute.backward(
