@@ -13,7 +13,7 @@ from torch import Tensor
 
 from glow_kernels.models import Glow
 from glow_kernels.training import gallery
-from glow_kernels.training.evaluation import BitsPerDim, draws_for, evaluate, interpolate, reconstruct
+from glow_kernels.training.evaluation import BitsPerDim, draws_for, evaluate, images_at_a_time, interpolate, reconstruct
 
 
 def random_images(*shape: int) -> Tensor:
@@ -55,6 +55,13 @@ def test_bits_per_dim_is_the_mean_over_images_and_draws(draws: int, num_classes:
     assert result.mean == pytest.approx(per_image.mean().item(), rel=1e-6)
     assert result.standard_error == pytest.approx(np.std(per_image.numpy(), ddof=1) / math.sqrt(10), rel=1e-5)
     assert (result.images, result.draws) == (10, draws)
+
+
+@pytest.mark.parametrize(
+    ("size", "count"), [((8, 8), 256), ((64, 64), 256), ((128, 64), 128), ((256, 256), 16), ((2048, 2048), 1)]
+)
+def test_fewer_large_images_are_taken_at_a_time(size: tuple[int, int], count: int) -> None:
+    assert images_at_a_time(size) == count
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 10, 99])

@@ -23,7 +23,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from glow_kernels.errors import CheckpointError, MissingDependencyError, TrainingError
-from glow_kernels.training import checkpoint, gallery, metrics
+from glow_kernels.models import Glow
+from glow_kernels.training import checkpoint, evaluation, gallery, metrics
 from glow_kernels.training.config import TrainingConfig
 from glow_kernels.training.data import ImageData
 from glow_kernels.training.ema import MovingAverage
@@ -612,6 +613,29 @@ def test_all_training_images_are_used(tmp_path: Path) -> None:
     trainer.model.dequantize = spy  # type: ignore[method-assign]
     trainer.train()
     assert seen == set(range(16))
+
+
+@pytest.mark.parametrize("batch_size", [4, 20])
+def test_no_more_large_images_are_taken_at_a_time_than_fit(
+    batch_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "LARGEST_OF_MOST", 1)  # so that 4x4 is large
+    seen: list[int] = []
+    dequantize, sample = Glow.dequantize, Glow.sample
+
+    def counted(model: Glow, x: Tensor, *others: Any) -> Tensor:
+        seen.append(len(x))
+        return dequantize(model, x, *others)
+
+    def sampled(model: Glow, n: int, *others: Any) -> Tensor:
+        seen.append(n)
+        return sample(model, n, *others)
+
+    monkeypatch.setattr(Glow, "dequantize", counted)
+    monkeypatch.setattr(Glow, "sample", sampled)
+    make_trainer(tmp_path, make_config(batch_size=batch_size), make_data(train=40)).train()
+    assert seen[0] == max(16, batch_size)  # which initialise the model
+    assert max(seen) == max(16, batch_size)
 
 
 # One step

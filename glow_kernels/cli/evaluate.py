@@ -28,7 +28,11 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--draws", type=common.positive, default=4, help="draws of the dequantisation noise (default: 4)"
     )
-    parser.add_argument("--batch-size", type=common.positive, default=256, help="images at a time (default: 256)")
+    parser.add_argument(
+        "--batch-size",
+        type=common.positive,
+        help="images at a time (default: 256, of more than 64x64 pixels so many fewer)",
+    )
     return parser
 
 
@@ -43,18 +47,19 @@ def _evaluate(arguments: argparse.Namespace, ranks: distributed.Ranks) -> None:
     data = common.load_data(arguments.dataset, config, model, document)
     levels = getattr(data, arguments.split)
     labels = getattr(data, f"{arguments.split}_labels") if config.conditional else None
+    batch_size = arguments.batch_size or evaluation.images_at_a_time(data.image_size)
     result = evaluation.evaluate(
         model,
         levels,
         labels,
         draws=arguments.draws,
-        batch_size=arguments.batch_size,
+        batch_size=batch_size,
         ranks=ranks,
         show_progress=True,
     )
     if not ranks.is_writer:
         return
-    few = slice(0, arguments.batch_size)
+    few = slice(0, batch_size)
     device = next(model.parameters()).device
     x = model.dequantize(levels[few].to(device), torch.Generator(device).manual_seed(0))
     _, error = evaluation.reconstruct(model, x, None if labels is None else labels[few].to(device))

@@ -15,6 +15,7 @@ from glow_kernels.reversible import reconstruction_error
 from glow_kernels.training.distributed import ALONE, Ranks
 
 DRIFT_BATCH = 16
+MOST_AT_A_TIME, LARGEST_OF_MOST = 256, 64
 CONDITION_LIMIT = 1e4
 
 
@@ -41,6 +42,15 @@ def draws_for(levels: Tensor, images: int) -> int:
     return max(1, min(images, images * 64 // levels[0].numel()) // len(levels))
 
 
+def images_at_a_time(image_size: tuple[int, int]) -> int:
+    """How many images of this size to compute on at once, without gradients: 256, of more than 64x64 pixels fewer.
+
+    So the room that a network works in does not grow with the images: reversible training takes little more.
+    """
+    height, width = image_size
+    return max(1, min(MOST_AT_A_TIME, MOST_AT_A_TIME * LARGEST_OF_MOST**2 // (height * width)))
+
+
 @torch.no_grad()
 def evaluate(
     model: Glow,
@@ -48,7 +58,7 @@ def evaluate(
     labels: Tensor | None = None,
     *,
     draws: int = 1,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     seed: int = 0,
     ranks: Ranks = ALONE,
     show_progress: bool = False,
@@ -60,7 +70,7 @@ def evaluate(
         levels: ``(N, C, H, W)`` integer pixel levels, N at least 1.
         labels: ``(N,)`` classes for a model that has classes.
         draws: noise draws per image; the bound stays the same, its estimate gets less noisy.
-        batch_size: images per call of the model.
+        batch_size: images per call of the model; as many as :func:`images_at_a_time` says if not given.
         seed: of the noise.
         ranks: who share the work; all of them call, with equal arguments, and get the same answer.
         show_progress: a bar, where standard error is a terminal.
@@ -69,6 +79,7 @@ def evaluate(
         TypeError, ValueError: ``draws`` or ``batch_size`` is no whole number of at least 1; what the model refuses.
     """
     check_whole("draws", draws, 1)
+    batch_size = images_at_a_time(model.image_size) if batch_size is None else batch_size
     check_whole("batch_size", batch_size, 1)
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)

@@ -10,7 +10,7 @@ from torch import Tensor
 from glow_kernels.models import Glow
 from glow_kernels.progress import with_progress
 from glow_kernels.training import metrics, pictures
-from glow_kernels.training.evaluation import interpolate, reconstruct
+from glow_kernels.training.evaluation import images_at_a_time, interpolate, reconstruct
 
 RECONSTRUCTED = 8
 
@@ -23,7 +23,6 @@ def draw_samples(
     temperature: float = 0.7,
     label: int | None = None,
     seed: int = 0,
-    batch_size: int = 256,
     show_progress: bool = False,
 ) -> None:
     """A grid of samples; of a model with classes every class in turn, or only class ``label``.
@@ -33,6 +32,7 @@ def draw_samples(
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     parts = []
+    batch_size = images_at_a_time(model.image_size)
     for start in with_progress(range(0, count, batch_size), "sampling", "batches", is_shown=show_progress):
         numbers = torch.arange(start, min(start + batch_size, count), device=device)
         labels = None

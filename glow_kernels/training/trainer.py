@@ -20,14 +20,13 @@ from glow_kernels.training.config import TrainingConfig
 from glow_kernels.training.data import BatchSampler, ImageData
 from glow_kernels.training.distributed import ALONE, Ranks, one_unit_at_a_time, sharded_like, whole
 from glow_kernels.training.ema import MovingAverage
-from glow_kernels.training.evaluation import BitsPerDim, draws_for, drift, evaluate
+from glow_kernels.training.evaluation import MOST_AT_A_TIME, BitsPerDim, draws_for, drift, evaluate, images_at_a_time
 from glow_kernels.training.interruption import Interruption
 from glow_kernels.training.objective import Objective
 from glow_kernels.training.update import Outcome, Update
 
 MAX_NON_FINITE = 5
 REMEDY = "Try a lower --learning-rate, a longer --warmup or a smaller --clip"
-INITIALIZATION_BATCH = 256
 VALIDATION_SEED = 1
 # What a run that is on its way would only then find missing.
 PACKAGES = ("matplotlib", "PIL", "tensorboard", "tqdm")
@@ -232,8 +231,9 @@ class Trainer:
 
     def _initialize(self) -> None:
         self.ranks.equalize(self.model)
-        # Statistics of more images than one batch has make a better start.
-        x, labels = self._batch(torch.arange(min(INITIALIZATION_BATCH, len(self.data.train))))
+        # Statistics of more images than one batch has make a better start, but of large ones only a batch may fit.
+        count = max(images_at_a_time(self.data.image_size), min(MOST_AT_A_TIME, self.config.batch_size))
+        x, labels = self._batch(torch.arange(min(count, len(self.data.train))))
         with one_unit_at_a_time(self.model, self.device) if self.ranks.fsdp else nullcontext():
             self.model.initialize(x, labels)
 
