@@ -111,8 +111,9 @@ def drift(model: Glow, levels: Tensor, labels: Tensor | None, ranks: Ranks = ALO
     The error is infinite if a matrix is singular. ``levels`` and ``labels`` are those of :func:`evaluate`.
     """
     device = next(model.parameters()).device
-    x = model.dequantize(levels[:DRIFT_BATCH].to(device), torch.Generator(device).manual_seed(0))
-    inputs = (x,) if labels is None else (x, labels[:DRIFT_BATCH].to(device))
+    few = slice(min(DRIFT_BATCH, images_at_a_time(model.image_size)))
+    x = model.dequantize(levels[few].to(device), torch.Generator(device).manual_seed(0))
+    inputs = (x,) if labels is None else (x, labels[few].to(device))
     # Sharded matrices are only whole while their step runs.
     limit = None if ranks.fsdp else CONDITION_LIMIT
     try:

@@ -49,8 +49,9 @@ def draw_reconstruction(model: Glow, levels: Tensor, labels: Tensor | None, path
     As in :func:`draw_samples`, ``path`` may be None.
     """
     device = next(model.parameters()).device
-    x = model.dequantize(levels[:RECONSTRUCTED].to(device), torch.Generator(device).manual_seed(0))
-    part_labels = None if labels is None else labels[:RECONSTRUCTED].to(device)
+    few = slice(min(RECONSTRUCTED, images_at_a_time(model.image_size)))
+    x = model.dequantize(levels[few].to(device), torch.Generator(device).manual_seed(0))
+    part_labels = None if labels is None else labels[few].to(device)
     reconstructed, error = reconstruct(model, x, part_labels)
     if path is None:
         return error
