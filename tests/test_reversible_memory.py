@@ -13,7 +13,7 @@ import shutil
 
 import pytest
 import torch
-from test_reversible import FORGETFUL, Scaling, forgetting, weighted
+from test_reversible import FORGETFUL, Conditioned, Scaling, chain, forgetting, weighted
 from torch._dynamo.backends.common import aot_autograd
 
 import glow_kernels as gk
@@ -218,4 +218,18 @@ def test_a_compiled_chain_takes_batches_of_any_size():
     for size in (4, 6):
         x = torch.randn(size, 4, 4, 4, requires_grad=True)
         actual, expected = (torch.autograd.grad(weighted(chain(x)), x) for chain in (compiled, model))
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_compiled_chain_may_be_given_no_context():
+    x, context = torch.randn(3, 6, 4, 4), torch.randn(3, 3, requires_grad=True)
+    model = forgetting(chain([FlowStep(6, network=Conditioned(3, 6, context=3)) for _ in range(2)], x), "anchor")
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for given in (None, context):
+        needed = [*model[0].coupling.parameters(), *([] if given is None else [given])]
+        actual, expected = (
+            torch.autograd.grad(weighted(each(x, given)), needed, materialize_grads=True) for each in (compiled, model)
+        )
         torch.testing.assert_close(actual, expected)

@@ -140,7 +140,8 @@ class Link(torch.autograd.Function):
         if torch.compiler.is_compiling():
             arguments = (x, z, grad_z, grad_log_det, tensors, needs, like_x)
             reached, grad_x, *tensor_grads = _backward_operator(*arguments, *_plain(place, mode))
-            tensor_grads = [grad if need else None for grad, need in zip(tensor_grads, needs, strict=True)]
+            found = iter(tensor_grads)
+            tensor_grads = [next(found) if need else None for need in needs]
         else:
             maps: list[FoldedMaps] = [[]] * place.length
             if ctx.maps is not None:
@@ -430,8 +431,8 @@ def _run_backward(
     inputs = (x, z, grad_z)
     grads = [
         tensor.new_zeros(tensor.shape) if grad is None else grad.clone(memory_format=torch.contiguous_format)
-        for grad, tensor in zip(result.grads, tensors, strict=True)
-        if tensor is not None
+        for grad, tensor, need in zip(result.grads, tensors, needs, strict=True)
+        if need and tensor is not None
     ]
     return [_own(result.x, *inputs), _own(result.grad_x, *inputs), *grads]
 
@@ -449,7 +450,8 @@ def _fake_backward(
     given = z if x is None else x
     assert given is not None
     state = torch.empty(like_x.shape, dtype=given.dtype, device=given.device, memory_format=output_format(given))
-    grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors if t is not None]
+    wanted = [tensor for tensor, need in zip(tensors, needs, strict=True) if need and tensor is not None]
+    grads = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in wanted]
     return [state, torch.empty_like(state), *grads]
 
 
