@@ -285,7 +285,7 @@ def execute(command: list[str]) -> str:
 
 
 def csrc_hash(part: str) -> str:
-    """Fingerprint of the sources of a library; glow_kernels/backends/native/__init__.py computes the same."""
+    """Fingerprint of the sources of a library; glow_kernels/backends/native/library.py computes the same."""
     digest = hashlib.sha256()
     for path in sorted(path for folder in ("include", part) for path in (CSRC / folder).rglob("*") if path.is_file()):
         digest.update(f"{path.relative_to(CSRC).as_posix()}\0".encode() + path.read_bytes())

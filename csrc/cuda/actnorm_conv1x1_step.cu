@@ -240,11 +240,11 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x_any, const Tensor& log_scale,
   return {z, log_det};
 }
 
-// Completes `finish` and runs it.
+// Completes `finish` and runs it. `grad_log_det` must have been contiguous before the launch that this follows: the
+// kernel reads it before it waits for that.
 template <typename A>
-void run_finish(const Launcher& launch, const Tensor& x, const StepTensors& step, const Tensor& grad_log_det_any,
+void run_finish(const Launcher& launch, const Tensor& x, const StepTensors& step, const Tensor& grad_log_det,
                 Finish<A> finish, Gradients& grads) {
-  const Tensor grad_log_det = as_contiguous(grad_log_det_any);
   STD_TORCH_CHECK(grad_log_det.numel() == x.size(0), "grad_log_det must be (B,)");
   auto& [log_scale, bias, weight, known] = grads;
   finish.n = static_cast<unsigned>(step.n());
@@ -262,13 +262,13 @@ void run_finish(const Launcher& launch, const Tensor& x, const StepTensors& step
   launch.next(step.n(), static_cast<int>(threads), int64_t{threads} * 8, finish_kernel<A>, finish);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_any, const Tensor& grad_log_det,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_any, const Tensor& grad_log_det_any,
                                                             const Tensor& x_any, const Tensor& log_scale,
                                                             const Tensor& bias, const Tensor& weight,
                                                             std::optional<Tensor> weight_log_det, bool needs_grad_x) {
   check_data(x_any);
   const Launcher launch(x_any);
-  const Tensor grad = with_planes(grad_any), x = with_planes(x_any);
+  const Tensor grad = with_planes(grad_any), x = with_planes(x_any), grad_log_det = as_contiguous(grad_log_det_any);
   const StepTensors step(x, log_scale, bias, weight, weight_log_det);
   const int64_t n = step.n(), others = step.knows_log_det() ? 0 : 1;
   Tensor grad_x = needs_grad_x ? empty_output(x_any) : empty_vector(0, x.scalar_type(), x);
@@ -316,11 +316,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_a
 
 // Here nothing hides the elimination: x = M^-1 z waits for it.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> reversible_backward_of_step(
-    const Tensor& grad, const Tensor& grad_log_det, const Tensor& z_any, const Tensor& log_scale, const Tensor& bias,
-    const Tensor& weight, std::optional<Tensor> weight_log_det) {
+    const Tensor& grad, const Tensor& grad_log_det_any, const Tensor& z_any, const Tensor& log_scale,
+    const Tensor& bias, const Tensor& weight, std::optional<Tensor> weight_log_det) {
   check_data(z_any);
   const Launcher launch(z_any);
-  const Tensor z = with_planes(z_any);
+  const Tensor z = with_planes(z_any), grad_log_det = as_contiguous(grad_log_det_any);
   const StepTensors step(z, log_scale, bias, weight, weight_log_det);
   const int64_t n = step.n();
   Tensor matrix = step.empty_matrix(), inverse = step.empty_matrix(), inverse_shift = step.empty_channels();
