@@ -30,7 +30,7 @@ def wide_apply_kernel(
         shift = tl.load(shift_ptr + channels * shift_i, channels < C, other=0.0)
     z = _product(
         x_ptr, (x_b, x_c, x_p), rows, P, count, matrix_ptr, matrix_i, matrix_j, shift, channels, C,
-        False, not CHANNELS_LAST, CHANNELS_LAST, VECTOR, PRECISION,
+        CHANNELS_LAST, VECTOR, PRECISION,
     )  # fmt: skip
     at = row_pointers(out_ptr, (out_b, out_c, out_p), rows, P, channels, CHANNELS_LAST, VECTOR)
     store(at, z, (rows < count)[:, None] & (channels < C)[None, :])
@@ -75,10 +75,9 @@ def _tile(
 @triton.jit
 def _product(
     x_ptr, x_strides, rows, P, count, matrix_ptr, matrix_i, matrix_j, shift, channels, C,
-    UNROLLED: tl.constexpr, TRANSPOSED: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``sum_j M[channels, j] x[j] + shift``, read 16 channels of x at a time, as (channels, positions) if TRANSPOSED.
+    """``sum_j M[channels, j] x[j] + shift``, read 16 channels of x at a time, the way round in which they lie.
 
     So a dot product on the arithmetic units has room in the registers, and one on the matrix units, which cut off what
     does not fit, rounds its sum of 16 terms to the nearest.
@@ -87,44 +86,19 @@ def _product(
         out = tl.zeros((rows.shape[0], channels.shape[0]), shift.dtype) + shift[None, :]
     else:
         out = tl.zeros((channels.shape[0], rows.shape[0]), shift.dtype) + shift[:, None]
-    # Unrolled, so that a loop over tiles is the innermost one: the compiler issues loads ahead of that one only.
-    if UNROLLED:
-        for first in tl.static_range(0, channels.shape[0], 16):
-            some = first + tl.arange(0, 16)
-            out = _add_product(
-                out, x_ptr, x_strides, rows, P, count, matrix_ptr, matrix_i, matrix_j, channels, some, C,
-                TRANSPOSED, CHANNELS_LAST, VECTOR, PRECISION,
-            )  # fmt: skip
-    else:
-        for first in range(0, C, 16):
-            some = first + tl.arange(0, 16)
-            out = _add_product(
-                out, x_ptr, x_strides, rows, P, count, matrix_ptr, matrix_i, matrix_j, channels, some, C,
-                TRANSPOSED, CHANNELS_LAST, VECTOR, PRECISION,
-            )  # fmt: skip
+    for first in range(0, C, 16):
+        some = first + tl.arange(0, 16)
+        x_at = row_pointers(x_ptr, x_strides, rows, P, some, CHANNELS_LAST, VECTOR, not CHANNELS_LAST)
+        at = channels[None, :] * matrix_i + some[:, None] * matrix_j
+        columns = tl.load(matrix_ptr + at, (channels < C)[None, :] & (some < C)[:, None], other=0.0)
+        if CHANNELS_LAST:
+            x = tl.load(x_at, (rows < count)[:, None] & (some < C)[None, :], other=0.0).to(out.dtype)
+            out = tl.dot(x, columns, out, input_precision=PRECISION, out_dtype=out.dtype)
+        else:
+            # Otherwise the matrix units of compute capability 8 would have x copied 4 bytes at a time.
+            x = tl.load(x_at, (rows < count)[None, :] & (some < C)[:, None], other=0.0).to(out.dtype)
+            out = tl.dot(tl.trans(columns), x, out, input_precision=PRECISION, out_dtype=out.dtype)
     return out if CHANNELS_LAST else tl.trans(out)
-
-
-@triton.jit
-def _add_product(
-    out, x_ptr, x_strides, rows, P, count, matrix_ptr, matrix_i, matrix_j, channels, some, C,
-    TRANSPOSED: tl.constexpr, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """``out + M[channels, some] x[some]``, the way round in which the data lie."""
-    x_at = row_pointers(x_ptr, x_strides, rows, P, some, CHANNELS_LAST, VECTOR, TRANSPOSED)
-    if TRANSPOSED:
-        # Otherwise the matrix units of compute capability 8 would have x copied 4 bytes at a time.
-        x = tl.load(x_at, (rows < count)[None, :] & (some < C)[:, None], other=0.0).to(out.dtype)
-    else:
-        x = tl.load(x_at, (rows < count)[:, None] & (some < C)[None, :], other=0.0).to(out.dtype)
-    at = channels[None, :] * matrix_i + some[:, None] * matrix_j
-    columns = tl.load(matrix_ptr + at, (channels < C)[None, :] & (some < C)[:, None], other=0.0)
-    if CHANNELS_LAST:
-        return tl.dot(x, columns, out, input_precision=PRECISION, out_dtype=out.dtype)
-    elif TRANSPOSED:
-        return tl.dot(tl.trans(columns), x, out, input_precision=PRECISION, out_dtype=out.dtype)
-    else:
-        return tl.dot(tl.trans(columns), tl.trans(x), out, input_precision=PRECISION, out_dtype=out.dtype)
 
 
 @triton.jit
