@@ -105,8 +105,9 @@ class CapturedStep:
         # Not PyTorch's own stream for this, which is on the device that was current when it was first used.
         stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         try:
-            # Other threads go on meanwhile: that of a DataLoader that pins memory would break the recording and fail.
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            # Where it fails, torch.cuda.graph leaves its stream in use. Other threads go on meanwhile: that of a
+            # DataLoader that pins memory would break the recording and fail.
+            with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 self._outputs = self._step(*self._inputs)
         except RuntimeError as error:
             self.reason = f"the step cannot be recorded: {str(error).splitlines()[0]}"

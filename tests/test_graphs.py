@@ -158,6 +158,40 @@ def test_the_graph_is_made_on_the_device_of_the_inputs_beside_other_threads(monk
     assert devices == 4 * [x.device]
 
 
+def test_a_failed_recording_leaves_the_stream_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.cuda.graph leaves its own in use where it cannot end the recording."""
+    current: list[Any] = ["main"]
+
+    class Using:
+        def __init__(self, stream: Any) -> None:
+            self.stream = stream
+
+        def __enter__(self) -> None:
+            self.before, current[0] = current[0], self.stream
+
+        def __exit__(self, *_: object) -> None:
+            current[0] = self.before
+
+    class Recording(Using):
+        def __init__(self, _: Any, stream: Any, capture_error_mode: str) -> None:
+            super().__init__(stream)
+
+        def __exit__(self, *_: object) -> None:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    for name in ("Stream", "current_stream", "CUDAGraph", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: mock.MagicMock())
+    monkeypatch.setattr(torch.cuda, "stream", Using)
+    monkeypatch.setattr(torch.cuda, "graph", Recording)
+    used = []
+    step = gk.CapturedStep(lambda x: used.append(current[0]), warmup=1)
+    with FakeTensorMode():
+        for _ in range(3):
+            step(torch.ones(3, device="cuda:0"))
+    assert step.reason == "the step cannot be recorded: operation failed due to a previous error during capture"
+    assert used[2:] == ["main", "main"]
+
+
 @needs_gpu
 def test_graph_takes_new_inputs_and_other_shapes_run_as_they_are() -> None:
     step = gk.CapturedStep(lambda x: x * 2, warmup=1)
