@@ -18,6 +18,7 @@ import torch
 import torch.utils.checkpoint
 from test_nn import ready
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
 import glow_kernels as gk
@@ -338,6 +339,16 @@ def test_networks_of_users(memory, network):
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
     assert_same(gradients(forgetting(plain, memory), x), gradients(plain, x), 1e-9)
+
+
+@pytest.mark.parametrize("memory", FORGETFUL)
+def test_weights_that_parametrizations_cache_have_gradients(memory):
+    x = torch.randn(3, 6, 4, 5, dtype=torch.float64)
+    network = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 6, 3, padding=1))
+    plain = chain(flow_steps(5, network=network), x)
+    with parametrize.cached():
+        actual = gradients(forgetting(plain, memory), x)
+    assert_same(actual, gradients(plain, x), 1e-9)
 
 
 @pytest.mark.parametrize("memory", FORGETFUL)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.utils import parametrize
 
 from glow_kernels import backends
 from glow_kernels.backends.numerics import is_autocast_enabled
@@ -56,20 +57,25 @@ class Mode(NamedTuple):
         return cls(micro_batches, autocast, backends.choice())
 
     def applied(self, device: torch.device) -> AbstractContextManager[Any]:
-        """Backend and autocast as recorded, without the cache, which has weights that were cast without a graph."""
-        enabled = is_autocast_enabled(device.type)
-        if self.autocast is None and not enabled and self.backend == backends.choice():
+        """Backend and autocast as recorded, without caches of weights, which forward computed without a graph."""
+        is_same = self.autocast is None and not is_autocast_enabled(device.type) and self.backend == backends.choice()
+        if is_same and not parametrize._cache_enabled:
             return nullcontext()
         return self._changed(device)
 
     @contextmanager
     def _changed(self, device: torch.device) -> Iterator[None]:
         on = self.autocast is not None
-        with (
-            backends.restored(self.backend),
-            torch.autocast(device.type, self.autocast, enabled=on, cache_enabled=not on),
-        ):
-            yield
+        caching = parametrize._cache_enabled  # a number, which other threads may count up and down meanwhile
+        parametrize._cache_enabled -= caching
+        try:
+            with (
+                backends.restored(self.backend),
+                torch.autocast(device.type, self.autocast, enabled=on, cache_enabled=not on),
+            ):
+                yield
+        finally:
+            parametrize._cache_enabled += caching
 
     def parts(self, batch: int) -> list[slice | None]:
         """Slices of the batch, of sizes that differ by at most one; a single None for all of it."""
