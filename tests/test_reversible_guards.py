@@ -188,6 +188,19 @@ def test_what_worked_is_looked_at_again(memory):
 
 
 @pytest.mark.parametrize("memory", FORGETFUL)
+@pytest.mark.parametrize("path", ["coupling.network.last", "mixing", "actnorm"])
+def test_a_weight_in_place_of_a_parameter_is_an_error_and_not_a_missing_gradient(path, memory):
+    x = torch.randn(4, 6, 4, 4, dtype=torch.float64)
+    model = forgetting(chain([FlowStep(6, 8)], x), memory)
+    module = model[0].get_submodule(path)
+    name, weight = next(module.named_parameters())
+    delattr(module, name)
+    setattr(module, name, 2.0 * weight)
+    with pytest.raises(RuntimeError, match=r"^step 0 \(FlowStep\): it uses a tensor .* that requires a gradient"):
+        weighted(model(x)).backward()
+
+
+@pytest.mark.parametrize("memory", FORGETFUL)
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_parts_of_a_batch_need_steps_that_mix_no_samples(dropout, memory):
     x = torch.randn(5, 6, 4, 4, dtype=torch.float64)
