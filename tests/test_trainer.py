@@ -13,6 +13,7 @@ import re
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -214,6 +215,25 @@ def test_a_checkpoint_that_cannot_be_written_beside_training_ends_it(
     with pytest.raises(CheckpointError, match="no space left"):
         trainer.train()
     assert trainer.progress.iteration == 3  # where the next one was due
+
+
+def test_a_checkpoint_that_is_asked_for_is_there_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(*arguments: Any) -> None:
+        time.sleep(0.1)
+        save(*arguments)
+
+    save = checkpoint.save
+    monkeypatch.setattr(Trainer, "_trains_beside", True)
+    monkeypatch.setattr(checkpoint, "save", late)
+    make_trainer(tmp_path).save()
+    assert (tmp_path / LAST).exists()
+
+
+def test_steps_of_which_the_device_has_not_told_yet_count_in_a_checkpoint(tmp_path: Path) -> None:
+    trainer = Trainer(make_config(), make_data(), tmp_path, show_progress=False, cuda_graph=True)
+    before_step(trainer, send(signal.SIGTERM, at=1))
+    assert not trainer.train()
+    assert make_trainer(tmp_path, resume=True).progress.updates == 1
 
 
 @pytest.mark.parametrize("crash", [1, 3, 6])
