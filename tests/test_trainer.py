@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import math
 import os
 import re
@@ -313,6 +314,18 @@ def test_training_time_adds_up_over_a_resume(tmp_path: Path) -> None:
     assert resumed.progress.seconds == trainer.progress.seconds > 0
     resumed.train()
     assert resumed.progress.seconds > trainer.progress.seconds
+
+
+def test_images_per_second_are_those_since_the_last_record_or_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = (number**2 for number in itertools.count())  # so that the steps take 1, 5, 9, 13, ... seconds
+    monkeypatch.setattr(time, "perf_counter", times.__next__)
+    trainer = make_trainer(tmp_path)
+    before_step(trainer, send(signal.SIGTERM, at=3))
+    trainer.train()
+    make_trainer(tmp_path, resume=True).train()
+    assert values_of(tmp_path, "images_per_second") == [8 / (1 + 5), 4 / 13, 8 / (17 + 21), 4 / 25]
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -696,7 +709,7 @@ def test_gradients_are_scaled_down_to_the_largest_norm(clip: float, tmp_path: Pa
 @pytest.mark.parametrize("optimizer", ["adam", "adamax"])
 def test_weight_decay_shrinks_the_convolutions_of_couplings_alone(optimizer: str, tmp_path: Path) -> None:
     """One step with decay ends where one without does, less learning rate times decay times the weights before."""
-    settings = {"optimizer": optimizer, "iterations": 1, "warmup": 0, "learning_rate": 0.1}
+    settings = {"optimizer": optimizer, "iterations": 1, "warmup": 2, "learning_rate": 0.2}
     states = []
     for decay in (0.0, 0.5):
         trainer = make_trainer(tmp_path / str(decay), make_config(weight_decay=decay, **settings))
