@@ -338,12 +338,14 @@ def test_evaluate_on_other_data(trained: Path, tmp_path: Path, capsys: pytest.Ca
 
 
 def test_before_the_first_validation_the_last_weights_are_used(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """And not the best ones of a run that was replaced."""
+    folder = runs / "plain"
     interrupt_steps(monkeypatch, 2)
-    assert cli("train", "--run", tmp_path, "--dataset", f"array:{trained}/images.npz", *TINY) == 0
-    assert not (tmp_path / BEST).exists()
-    assert cli("evaluate", tmp_path) == 0
+    assert cli("train", "--overwrite", "--run", folder, "--dataset", f"array:{runs}/images.npz", *TINY) == 0
+    assert {path.name for path in folder.iterdir()} == {CONFIG, LAST, METRICS, TENSORBOARD}
+    assert cli("evaluate", folder) == 0
     assert "bits/dim on 40 test images" in capsys.readouterr().out
 
 
