@@ -196,6 +196,12 @@ class UndefinedActNorm(rosinality.ActNorm):
         return y, log_det.detach() * torch.nan
 
 
+class OtherInEvaluation(rosinality.ActNorm):
+    def forward(self, x):
+        y, log_det = super().forward(x)
+        return y if self.training else 2 * y, log_det
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
@@ -211,6 +217,7 @@ class UndefinedActNorm(rosinality.ActNorm):
         (BoundedData, "forward with large numbers"),
         (lambda: BoundedActNorm(4), "forward with large numbers"),
         (lambda: UndefinedActNorm(4), "forward: result 1 of the original layer is not finite"),
+        (lambda: OtherInEvaluation(4), "forward: result 0 differs"),
     ],
 )
 def test_what_a_patch_would_leave_out_is_left_alone(make, reason):
