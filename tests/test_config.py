@@ -179,10 +179,12 @@ def test_model_has_classes_only_if_conditional(conditional: bool, classes: int |
 
 
 def test_model_is_what_the_settings_say() -> None:
-    config = TrainingConfig(flow_steps=3, levels=2, hidden_channels=5, coupling="additive", mixing="reverse")
+    kept = {"memory": "anchor", "anchor_every": 3, "micro_batches": 2}
+    config = TrainingConfig(flow_steps=3, levels=2, hidden_channels=5, coupling="additive", mixing="reverse", **kept)
     model = config.build_model(3, (8, 4), 16, None)
     assert (model.in_channels, model.image_size, model.n_bins) == (3, (8, 4), 16)
     assert [len(level.steps) for level in model.levels] == [3, 3]
+    assert all(getattr(level.steps, name) == value for level in model.levels for name, value in kept.items())
     step = model.levels[0].steps[0]
     assert step.coupling.network.first.weight.shape[0] == 5
     # Additive: one output per channel that is changed; affine has two.

@@ -31,6 +31,7 @@ from glow_kernels.training.config import TrainingConfig
 from glow_kernels.training.data import ImageData
 from glow_kernels.training.ema import MovingAverage
 from glow_kernels.training.evaluation import BitsPerDim
+from glow_kernels.training.objective import Objective
 from glow_kernels.training.run_folder import BEST, LAST, METRICS
 from glow_kernels.training.trainer import MAX_NON_FINITE, PACKAGES, Trainer
 
@@ -778,3 +779,11 @@ def test_classification_counts_as_much_as_its_weight(tmp_path: Path) -> None:
         assert max(values_of(tmp_path / str(weight), "train_bits_per_dim")) < 6
     assert right[0.0] < 0.4
     assert right[10.0] > 0.6
+
+
+def test_classification_is_counted_in_bits() -> None:
+    """At the start the head does not tell the three classes apart."""
+    config, data = make_config(conditional=True, class_weight=10.0), make_data()
+    model = config.build_model_for(data)
+    loss, bits = Objective(model, config)(model.dequantize(data.train), data.train_labels)
+    assert (loss - bits).item() == pytest.approx(10.0 * math.log2(3), rel=1e-5)
