@@ -190,6 +190,19 @@ class ClippedConvolution(openai.InvertibleConv1x1):
         return super().forward(x, logdet, reverse)
 
 
+class DecayingActNorm(rosinality.ActNorm):
+    def forward(self, x):
+        result = super().forward(x)
+        self.loc.data.mul_(0.9)  # of which its version does not tell
+        return result
+
+
+class ActNormThatReturnsZero(openai.ActNorm2d):
+    def forward(self, x, logdet=None, reverse=False):
+        y, logdet = super().forward(x, logdet, reverse)
+        return y, 0.0 if logdet is None else logdet
+
+
 class UndefinedActNorm(rosinality.ActNorm):
     def forward(self, x):
         y, log_det = super().forward(x)
@@ -209,6 +222,8 @@ class OtherInEvaluation(rosinality.ActNorm):
         (lambda: Refusing(4), "forward does not run as such layers are called: NotImplementedError"),
         (Storing, "it stores its log_det"),
         (lambda: ClippedConvolution(4), "it changes its weight when it is called"),
+        (lambda: DecayingActNorm(4), "it changes its loc when it is called"),
+        (lambda: ActNormThatReturnsZero(4), "forward without logdet returns (Tensor, float), where such"),
         (Checkpointing, "it runs its network again in backward"),
         (WithoutAutocast, "it switches autocast on or off for its network"),
         (WithAutocast, "it switches autocast on or off for its network"),
