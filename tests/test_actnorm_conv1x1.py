@@ -38,6 +38,7 @@ from torch import Tensor
 
 import glow_kernels as gk
 from glow_kernels.backends.numerics import compute_dtype
+from glow_kernels.ops.folding import invertible
 
 # Around the sizes of the tiles in the interpreter.
 CHANNELS = [1, 2, 3, 6, 15, 16, 17, 31, 33, 48, 64, 65] if INTERPRETED else list(range(1, 51))
@@ -517,6 +518,14 @@ def test_singular_weight_has_no_log_det_and_no_inverse(backend, weight, dtype):
     with pytest.raises(ValueError, match="weight") as caught:
         gk.actnorm_conv1x1_inverse(data, log_scale, bias, weight)
     assert str(caught.value) == "weight must be invertible, got a singular (3, 3) matrix"
+
+
+def test_other_errors_than_a_singular_weight_stay_what_they_are():
+    def fail() -> None:
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        invertible(fail)
 
 
 def long_double_log_det(weight):

@@ -13,7 +13,15 @@ from torch import Tensor
 
 from glow_kernels.models import Glow
 from glow_kernels.training import gallery
-from glow_kernels.training.evaluation import BitsPerDim, draws_for, evaluate, images_at_a_time, interpolate, reconstruct
+from glow_kernels.training.evaluation import (
+    BitsPerDim,
+    draws_for,
+    drift,
+    evaluate,
+    images_at_a_time,
+    interpolate,
+    reconstruct,
+)
 
 
 def random_images(*shape: int) -> Tensor:
@@ -141,6 +149,13 @@ def test_reconstruction_error_shows_what_is_wrong(monkeypatch: pytest.MonkeyPatc
     decode = model.decode
     monkeypatch.setattr(model, "decode", lambda latents, labels: decode(latents, labels) - 0.25)
     assert reconstruct(model, torch.rand(5, 1, 4, 4) - 0.5)[1] == pytest.approx(0.25, rel=1e-3)
+
+
+def test_a_singular_matrix_has_an_infinite_error() -> None:
+    model = make_model()
+    with torch.no_grad():
+        model.levels[0].steps[0].mixing.log_diagonal[0] = -math.inf
+    assert drift(model, random_images(5, 1, 4, 4), None) == (math.inf, "")
 
 
 def flat_latents(model: Glow, x: Tensor, labels: Tensor | None = None) -> Tensor:

@@ -795,6 +795,7 @@ def test_report_is_a_table_and_plain_values():
     assert set(row["agreement"]["values"]) == set(row["agreement"]["gradients"]) == {"forward", "reverse"}
     assert set(row["agreement"]["log_dets"]) == {"forward"}  # this dialect's reverse returns the data alone
     assert row["agreement"]["values"]["forward"] < 1e-12
+    assert min(row["agreement"]["rounding"]) > 0
 
 
 def test_underflowing_scales_stay_finite():
