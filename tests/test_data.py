@@ -396,6 +396,17 @@ def test_fingerprint_is_of_the_images_and_not_of_where_they_are(tmp_path: Path) 
     assert load("patches", image_size=8).fingerprint == load("patches", image_size=8, n_bits=5).fingerprint
 
 
+@pytest.mark.parametrize("part", ["train", "validation", "test"])
+def test_fingerprint_is_of_all_parts(part: str) -> None:
+    parts = {name: torch.zeros(2, 1, 2, 2, dtype=torch.uint8) for name in ("train", "validation", "test")}
+    labels = {f"{name}_labels": torch.zeros(2, dtype=torch.int64) for name in parts}
+    before = ImageData("made up", 4, **parts, **labels).fingerprint
+    images = ImageData("made up", 4, **{**parts, part: parts[part] + 1}, **labels).fingerprint
+    classes = ImageData("made up", 4, **parts, **{**labels, f"{part}_labels": labels[f"{part}_labels"] + 1}).fingerprint
+    assert [name for name, number in images.items() if before[name] != number] == ["crc32"]
+    assert [name for name, number in classes.items() if before[name] != number] == ["labels"]
+
+
 def test_folder_order_does_not_depend_on_the_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_images(tmp_path / "b", 4)
     write_images(tmp_path / "a", 7)
