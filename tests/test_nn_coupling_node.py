@@ -179,6 +179,10 @@ def _hooked_in_backward(module: nn.Module) -> None:
     module.network.second.register_full_backward_hook(lambda *_: None)
 
 
+def _hooked_before_backward(module: nn.Module) -> None:
+    module.network.second.register_full_backward_pre_hook(lambda *_: None)
+
+
 def _replaced(module: nn.Module) -> None:
     original = module.network.second.forward
     module.network.second.forward = lambda *args: original(*args)
@@ -200,7 +204,7 @@ def _not_initialized(module: nn.Module) -> None:
 
 
 ALTERATIONS = (
-    *(_hooked, _hooked_before, _hooked_in_backward),
+    *(_hooked, _hooked_before, _hooked_in_backward, _hooked_before_backward),
     *(_replaced, _parametrized, _of_a_subclass, _not_initialized),
 )
 

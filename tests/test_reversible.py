@@ -689,6 +689,16 @@ def test_autocast_is_repeated_in_backward(memory, backward_inside):
     assert any((one - other).norm() > 1e-3 * other.norm() for one, other in zip(expected, exact, strict=True))
 
 
+@pytest.mark.parametrize("memory", FORGETFUL)
+def test_autocast_around_backward_alone_changes_nothing(memory):
+    x = torch.randn(4, 6, 8, 8, requires_grad=True)
+    model = forgetting(chain(flow_steps(6), x), memory)
+    loss = weighted(model(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = torch.autograd.grad(loss, [x, *model.parameters()])
+    assert_same(actual, torch.autograd.grad(weighted(model(x)), [x, *model.parameters()]), 1e-7)
+
+
 def test_gradient_scaler():
     x = torch.randn(4, 6, 8, 8)
     plain = chain(flow_steps(5), x)

@@ -182,7 +182,7 @@ def test_what_worked_is_looked_at_again(memory):
     layer.borrowed[0].requires_grad_(True)
     with pytest.raises(RuntimeError, match=rf"^step 0 \(Borrowing\): {REFUSED[Borrowing]}"):
         weighted(model(x)).backward()
-    model[1] = Counting(6).double()
+    model[1] = Counting(6).double().train(model[1].training)
     with pytest.raises(RuntimeError, match=rf"^step 1 \(Counting\): {REFUSED[Counting]}"):
         model(x)
 
@@ -218,7 +218,11 @@ def test_parts_of_a_batch_need_steps_that_mix_no_samples(dropout, memory):
 def test_checkpointed_layers_need_no_right_inverse():
     x = torch.randn(4, 6, 4, 4, dtype=torch.float64)
     plain = chain([WrongInverse(6), FlowStep(6, 8)], x)
-    assert_same(gradients(forgetting(plain, "checkpoint"), x), gradients(plain, x), 1e-9)
+    model = forgetting(plain, "checkpoint")
+    assert_same(gradients(model, x), gradients(plain, x), 1e-9)
+    model.memory = "invert"
+    with pytest.raises(RuntimeError, match=REFUSED[WrongInverse]):
+        model(x)
 
 
 @pytest.mark.parametrize("memory", FORGETFUL)
