@@ -438,8 +438,15 @@ def test_forward_derivatives_have_parts(backend, nodes, kind):
         )
 
 
+def test_autocast_leaves_float64_alone(backend):
+    module, x = ready("affine", 6), torch.randn(3, 6, 4, 6, dtype=torch.float64)
+    expected = module(x)
+    with torch.autocast(x.device.type, torch.bfloat16):
+        assert all(torch.equal(one, other) for one, other in zip(module(x), expected, strict=True))
+
+
 def test_a_network_that_does_not_fit_is_named(backend):
     module = ready("affine", 6)
-    module.network = gk.nn.CouplingNetwork(3, 4, 8).double()
+    module.network = ready("additive", 6).network
     with pytest.raises(ValueError, match="h must be"):
         module(torch.randn(3, 6, 4, 6, dtype=torch.float64))
