@@ -8,6 +8,7 @@ autocast, shared and frozen parameters, context.
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import random
 import weakref
@@ -541,6 +542,15 @@ def test_hooks_of_steps_run():
     assert_same(gradients(model, x), expected, 1e-9)
     # As many arguments and results as without a chain.
     assert seen == [("before", 1), ("after", 1, 2)] * 5 + [("backward", 1, 2)] * 5
+
+
+def test_a_forward_of_a_step_s_own_is_there_again_after_its_hooks():
+    x = torch.randn(3, 6, 4, 5, dtype=torch.float64)
+    model = forgetting(chain(flow_steps(2), x), "anchor")
+    own = model[1].forward = functools.partial(model[1].forward)
+    model[1].register_forward_hook(lambda *_: None)
+    assert_same(gradients(model, x), gradients(model, x), 1e-9)
+    assert model[1].forward is own
 
 
 HOOKS = {
