@@ -62,9 +62,8 @@ class LinearMaps:
         assert self._graph is not None
         leaves, results = self._graph
         self._graph = self._found = None
-        with backends.restored(self._backend):
-            wanted = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
-            found = iter(torch.autograd.grad(results, wanted, grads, allow_unused=True))
+        wanted = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
+        found = iter(torch.autograd.grad(results, wanted, grads, allow_unused=True))
         return [next(found) if need else None for need in needs]
 
     def _fold_again(self) -> FoldedMaps:
