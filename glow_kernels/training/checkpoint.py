@@ -5,7 +5,6 @@ unpickled.
 """
 
 import contextlib
-import copy
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -105,13 +104,13 @@ class Saver:
         self._writing: Future[None] | None = None
 
     def start(self, path: Path, tensors: Mapping[str, Tensor], document: Mapping[str, JSON]) -> None:
-        """Write as :func:`save` does, after the one before, and return at once; nobody may change the tensors.
+        """Write as :func:`save` does, after the one before, and return at once; nobody may change what it is given.
 
         Raises:
             CheckpointError, MissingDependencyError, TypeError: the one before could not be written.
         """
         self.finish()
-        self._writing = self._pool.submit(save, path, dict(tensors), copy.deepcopy(document))
+        self._writing = self._pool.submit(save, path, tensors, document)
 
     def finish(self) -> None:
         """Wait until everything is written.
