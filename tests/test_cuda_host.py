@@ -111,16 +111,19 @@ def sample(n):
     return weight, torch.randn(n, n), torch.randn(()), permutation, *torch.randn(2, n, n), *torch.randn(2, n)
 samples = [sample(7), sample(40)]
 """,
-    # Of no multiprocessors, so that no tensor is small: two blocks, some warps of which have three strips in turn.
+    # Of no multiprocessors, so that no tensor is small: two blocks, some warps of which have three strips in turn. With
+    # as little shared memory as a block has on sm_86, other kernels compute.
     "actnorm_conv1x1_wide": """\
 from glow_kernels.ops.actnorm_conv1x1 import apply, apply_backward, apply_reversible_backward
 os.environ["GLOW_KERNELS_MULTIPROCESSORS"] = "0"
-def compute(x, grad, matrix, inverse, shift):
+def compute(kib, x, grad, matrix, inverse, shift):
+    os.environ["GLOW_KERNELS_SHARED_BYTES"] = str(kib * 1024)
     backward = apply_reversible_backward(grad, x, matrix, inverse, shift)
     return apply(x, matrix, shift), *apply_backward(grad, x, matrix), *backward
 sizes = ((3, 45, 212), (3, 45, 212), (45, 45), (45, 45), (45,))
 channels_last = *(torch.randn(3, 350, 32).mT for _ in range(2)), *map(torch.randn, ((32, 32), (32, 32), (32,)))
-samples = [tuple(0.3 * part for part in sample) for sample in (tuple(map(torch.randn, sizes)), channels_last)]
+contiguous, channels_last = ([0.3 * part for part in sample] for sample in (map(torch.randn, sizes), channels_last))
+samples = [(227, *contiguous), (227, *channels_last), (99, *contiguous)]
 """,
     # Of contiguous data with an h that lies channels last, in tiles that end among the positions of a thread.
     "affine_coupling": """\

@@ -10,8 +10,8 @@
 
 namespace glow_kernels {
 
-// Where a tensor is one of those, these compute what the operators of actnorm_conv1x1.cu do, of tensors that have
-// planes and contiguous matrices, and return true.
+// Where a tensor is one of those, and a block has the shared memory for it, these compute what the operators of
+// actnorm_conv1x1.cu do, of tensors that have planes and contiguous matrices, and return true.
 bool apply_wide(const Launcher& launch, const Tensor& x, const Tensor& matrix, const Tensor& shift, Tensor& z);
 
 // grad_x may have no elements, for none.

@@ -102,6 +102,15 @@ class Launcher {
 #endif
   }
 
+  // Bytes of shared memory that a block can have.
+  int64_t most_shared_bytes() const {
+#if defined(__CUDACC__)
+    return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+#else
+    return cuda_host::most_shared_bytes();
+#endif
+  }
+
   // Blocks that the device runs at the same time: on each multiprocessor `most`, or fewer with this much shared memory.
   int64_t resident_blocks([[maybe_unused]] int64_t shared_bytes, int64_t most) const {
 #if defined(__CUDACC__)

@@ -246,7 +246,9 @@ void launch(unsigned blocks, unsigned layers, unsigned threads, size_t shared_by
   if (threads == 0 || threads % kWarp != 0 || threads > 1024) {
     throw std::runtime_error("a block has 32 to 1024 threads, a multiple of 32, not " + std::to_string(threads));
   }
-  if (shared_bytes > 227 * 1024) throw std::runtime_error("a block has at most 227 KiB of shared memory");
+  if (shared_bytes > static_cast<size_t>(most_shared_bytes())) {
+    throw std::runtime_error("a block has at most " + std::to_string(most_shared_bytes()) + " bytes of shared memory");
+  }
   const std::lock_guard<std::mutex> lock(only_one);
   Schedule schedule;
   std::vector<unsigned> order(blocks * layers);
@@ -263,6 +265,11 @@ void launch(unsigned blocks, unsigned layers, unsigned threads, size_t shared_by
 int multiprocessors() {
   const char* text = std::getenv("GLOW_KERNELS_MULTIPROCESSORS");
   return text ? std::atoi(text) : 1;
+}
+
+int most_shared_bytes() {
+  const char* text = std::getenv("GLOW_KERNELS_SHARED_BYTES");
+  return text ? std::atoi(text) : 227 * 1024;
 }
 
 void* shared_memory(const void* key, size_t bytes) { return running->shared_memory(key, bytes); }

@@ -57,6 +57,8 @@ void launch(unsigned blocks, unsigned layers, unsigned threads, size_t shared_by
 
 // GLOW_KERNELS_MULTIPROCESSORS, 1 without it: with 0, which no device has, no tensor is small.
 int multiprocessors();
+// GLOW_KERNELS_SHARED_BYTES, those of sm_90 without it.
+int most_shared_bytes();
 
 // Memory that the threads of a block share: one piece for every `key`, of this size, until the block ends.
 void* shared_memory(const void* key, size_t bytes);
