@@ -110,5 +110,5 @@ def test_a_singular_weight_is_refused_by_the_inverse_only():
     z, log_det = step(x)
     assert z.isfinite().all()
     assert torch.equal(log_det, torch.full((2,), -torch.inf))
-    with pytest.raises(ValueError, match=r"^weight must be invertible, got a singular \(4, 4\) matrix$"):
+    with pytest.raises(ValueError, match=r"^weight must be invertible, got a singular \(4, 4\) matrix, or"):
         step.inverse(x)

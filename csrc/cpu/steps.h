@@ -82,7 +82,8 @@ class ParameterGradients {
 };
 
 inline void check_invertible(bool is_invertible, int64_t n) {
-  STD_TORCH_CHECK(is_invertible, "weight must be invertible, got a singular (", n, ", ", n, ") matrix");
+  STD_TORCH_CHECK(is_invertible, "weight must be invertible, got a singular (", n, ", ", n,
+                  ") matrix, or parameters that are not finite");
 }
 
 }  // namespace glow_kernels

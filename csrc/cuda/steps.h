@@ -22,7 +22,8 @@ void check_invertible(const Tensor& inverse, int64_t n) {
   if (!inverse.is_cpu()) return;
   const A* const data = inverse.const_data_ptr<A>();
   const bool finite = std::all_of(data, data + inverse.numel(), [](A value) { return std::isfinite(value); });
-  STD_TORCH_CHECK(finite, "weight must be invertible, got a singular (", n, ", ", n, ") matrix");
+  STD_TORCH_CHECK(finite, "weight must be invertible, got a singular (", n, ", ", n,
+                  ") matrix, or parameters that are not finite");
 }
 
 // Parameters or gradients of all steps, float or double: a branch that all threads agree on.

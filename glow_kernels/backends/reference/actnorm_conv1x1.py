@@ -202,4 +202,4 @@ def _check_invertible(inverse: Tensor, info: Tensor) -> None:
         return
     if bool((info != 0).any()) or not bool(inverse.isfinite().all()):
         size = tuple(inverse.shape[-2:])
-        raise ValueError(f"weight must be invertible, got a singular {size} matrix")
+        raise ValueError(f"weight must be invertible, got a singular {size} matrix, or parameters that are not finite")

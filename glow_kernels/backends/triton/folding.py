@@ -75,7 +75,8 @@ def fold_inverse(
     else:
         matrix, shift, log_det = _fold(log_scale, bias, weight, weight_log_det, inverse=True)
     if weight.device.type == "cpu" and not bool(matrix.isfinite().all()):
-        raise ValueError(f"weight must be invertible, got a singular {tuple(weight.shape[-2:])} matrix")
+        size = tuple(weight.shape[-2:])
+        raise ValueError(f"weight must be invertible, got a singular {size} matrix, or parameters that are not finite")
     return matrix, shift, log_det
 
 
