@@ -239,7 +239,7 @@ def test_deep_model_reconstructs_photographs_after_training():
     # For convolutions this small oneDNN's set-up takes longer than the work.
     with torch.backends.mkldnn.flags(enabled=False, allow_tf32=None):
         model.initialize(model.dequantize(photographs.train[:64]))
-        for step in range(60):
+        for step in range(200):
             optimizer.param_groups[0]["lr"] = 1e-3 * min(1.0, (step + 1) / 30)
             x = model.dequantize(photographs.train[torch.randint(len(photographs.train), (16,))])
             loss = model.bits_per_dim(x).mean()
