@@ -357,6 +357,38 @@ def test_hooks_inside_of_a_step_see_every_call_once():
     assert len(seen) == 1
     handle.remove()
     assert_equal(parameter_gradients(chain, x), expected)
+    layers = []
+    handle = nn.modules.module.register_module_forward_hook(lambda layer, *_: layers.append(layer))
+    try:
+        assert_equal(parameter_gradients(chain, x), expected)
+    finally:
+        handle.remove()
+    assert layers.count(chain[1].coupling.net[0]) == 1
+
+
+class Counter(nn.Module):
+    """Counts its calls in a buffer once it is told to."""
+
+    counts = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        if self.counts:
+            self.calls += 1
+        return x
+
+
+@pytest.mark.parametrize("memory", POLICIES)
+def test_a_buffer_that_changes_later_is_an_error_and_does_not_change_twice(memory):
+    chain = flows()
+    chain[1].coupling.net = nn.Sequential(nn.Conv2d(2, 4, 1), Counter())
+    gk.accelerate(chain, memory=memory, verify=False)
+    chain[1].coupling.net[1].counts = True
+    with pytest.raises(RuntimeError, match=r"^it modifies module\.coupling\.net\.1\.calls in place in forward"):
+        in_turn(chain, torch.randn(4, 4, 6, 6))
 
 
 def test_running_statistics_change_once_and_random_numbers_are_the_same():
