@@ -423,7 +423,8 @@ class Relaid(FlowStep):
 def test_dropout_is_repeated_for_states_that_lie_otherwise_in_memory(format_, micro_batches, memory):
     # Its numbers go to elements in the order of memory.
     x = torch.randn(5, 6, 4, 5, dtype=torch.float64).contiguous(memory_format=format_)
-    plain = chain([Relaid(6, network=Conditioned(3, 6, dropout=dropout)) for dropout in (0.5, 0.0, 0.5, 0.5)], x)
+    # Step 0 keeps its input, and step 2 draws nothing, so that nobody lays what it gives to step 1.
+    plain = chain([Relaid(6, network=Conditioned(3, 6, dropout=dropout)) for dropout in (0.5, 0.5, 0.0, 0.5)], x)
     results = []
     for policy in ("checkpoint", memory):
         one = forgetting(plain, policy, micro_batches=micro_batches, check="flag")
@@ -542,6 +543,7 @@ def test_hooks_of_steps_run():
     assert_same(gradients(model, x), expected, 1e-9)
     # As many arguments and results as without a chain.
     assert seen == [("before", 1), ("after", 1, 2)] * 5 + [("backward", 1, 2)] * 5
+    assert not any(step.coupling.network.frugal for step in model)  # whoever calls it next may go back twice
 
 
 def test_a_forward_of_a_step_s_own_is_there_again_after_its_hooks():
@@ -551,6 +553,18 @@ def test_a_forward_of_a_step_s_own_is_there_again_after_its_hooks():
     model[1].register_forward_hook(lambda *_: None)
     assert_same(gradients(model, x), gradients(model, x), 1e-9)
     assert model[1].forward is own
+
+
+def test_a_hook_that_fails_changes_no_later_call():
+    x = torch.randn(3, 6, 4, 5, dtype=torch.float64)
+    model = forgetting(chain(flow_steps(2), x), "anchor")
+    expected = gradients(model, x)
+    handle = model[1].register_forward_pre_hook(lambda *_: {}["missing"])
+    with pytest.raises(KeyError):
+        model(x)
+    handle.remove()
+    assert "forward" not in model[1].__dict__
+    assert_same(gradients(model, x), expected, 1e-9)
 
 
 HOOKS = {
@@ -676,6 +690,15 @@ def test_the_first_training_forward_initialises(memory):
     assert_same([p.grad for p in model.parameters()], [p.grad for p in plain.parameters()], 1e-5)
 
 
+@pytest.mark.parametrize("memory", FORGETFUL)
+def test_a_budget_initialises_from_the_whole_batch(memory):
+    x = 2.0 + 3.0 * torch.randn(8, 6, 4, 5)
+    plain = ReversibleSequential(flow_steps(2), "store")
+    model = ReversibleSequential(copy.deepcopy(list(plain)), memory, micro_batches="auto", memory_budget=1e9)
+    for one, other in zip(model(x), plain(x), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize("backward_inside", [True, False])
 @pytest.mark.parametrize("memory", FORGETFUL)
 def test_autocast_is_repeated_in_backward(memory, backward_inside):
@@ -786,8 +809,11 @@ def test_nothing_but_anchors_is_offloaded(monkeypatch):
     calls.clear()
     shelf = Shelf(x.device)
     assert [shelf.put(state) for state in states[:3]] == [0, 1, 2]
-    shelf.get(2)
+    kept = states[2].clone()
+    states[2].zero_()
+    shelf.get(2).zero_()
     assert calls == ["fetch 2", "fetch 1"]  # one ahead
+    assert torch.equal(shelf.get(2), kept)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

@@ -200,6 +200,30 @@ def test_a_weight_in_place_of_a_parameter_is_an_error_and_not_a_missing_gradient
         weighted(model(x)).backward()
 
 
+class Sharing(Scaling):
+    """Mixes the log-determinants of all samples in training."""
+
+    def forward(self, x):
+        z, log_det = super().forward(x)
+        return z, log_det + x.sum() if self.training else log_det
+
+
+def test_parts_of_a_batch_need_log_determinants_of_their_own_and_training_is_tried_out_too():
+    x = torch.randn(4, 6, 4, 4)
+    divided = ReversibleSequential([Sharing(6)], "checkpoint", micro_batches=2)
+    divided.eval()(x)
+    with pytest.raises(RuntimeError, match=r"^step 0 .* of a sample depends on the others"):
+        divided.train()(x)
+
+
+def test_steps_that_are_replayed_together_have_no_hooks():
+    x = torch.randn(4, 6, 4, 4)
+    model = ReversibleSequential([Scaling(6), Scaling(6)], "anchor", check="replay")
+    model[1].register_forward_hook(lambda *_: None)
+    with pytest.raises(RuntimeError, match=r"^check='replay' runs several steps as one, without their hooks"):
+        model(x)
+
+
 @pytest.mark.parametrize("memory", FORGETFUL)
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_parts_of_a_batch_need_steps_that_mix_no_samples(dropout, memory):
