@@ -107,6 +107,16 @@ def test_network_equals_the_formulas():
     assert_close(network(x), plain_network(x, network), 1e-12)
 
 
+def test_only_a_frugal_network_overwrites_the_gradients_that_it_gets(monkeypatch):
+    monkeypatch.setattr(network_module, "_LARGE", 0)
+    network = ready(CouplingNetwork(2, 4, 8), x := torch.randn(3, 2, 4, 5))
+    seen = []
+    h = network.second(network.first(x.requires_grad_()))
+    h.register_hook(lambda grad: seen.extend((grad, grad.clone())))
+    network.last(h).sum().backward()
+    assert torch.equal(*seen)
+
+
 @pytest.mark.parametrize("frugal", [False, True])
 def test_network_is_the_same_where_bias_and_relu_are_one_pass(backend, monkeypatch, frugal):
     monkeypatch.setattr(network_module, "is_bias_apart", lambda x: True)

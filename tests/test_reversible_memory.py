@@ -110,6 +110,16 @@ def test_a_budget_counts_filters_once():
     assert list(chain._parts.values()) == [1]
 
 
+def test_a_budget_chooses_anew_for_another_batch_and_under_autocast():
+    chain = ReversibleSequential([FlowStep(4, 64)], "invert", micro_batches="auto", memory_budget=3e5)
+    chain(torch.randn(1, 4, 8, 8))
+    chain(torch.randn(16, 4, 8, 8))
+    with torch.autocast("cpu", torch.bfloat16):
+        chain(torch.randn(16, 4, 8, 8))
+    one, all_, half = chain._parts.values()
+    assert one < half < all_
+
+
 @pytest.mark.parametrize(
     "options", [{"memory": "anchor"}, {"memory": "invert", "micro_batches": 4}, {"memory": "store"}]
 )
