@@ -177,6 +177,28 @@ def test_micro_batches(memory, micro_batches, check):
     assert_same(gradients(model, x, context), gradients(plain, x, context), 1e-9)
 
 
+class Shifting(Scaling):
+    """Autograd gives both shifts one tensor as their gradient."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.shifts = nn.ParameterList([torch.zeros(channels, 1, 1), torch.ones(channels, 1, 1)])
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        z, log_det = super().forward(x)
+        return z + (self.shifts[0] + self.shifts[1]), log_det
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return super().inverse(z - (self.shifts[0] + self.shifts[1]))
+
+
+@pytest.mark.parametrize("memory", FORGETFUL)
+def test_parts_of_gradients_that_are_one_tensor(memory):
+    x = torch.randn(4, 6, 4, 5, dtype=torch.float64)
+    plain = chain([Shifting(6), Shifting(6)], x)
+    assert_same(gradients(forgetting(plain, memory, micro_batches=2), x), gradients(plain, x), 1e-9)
+
+
 @pytest.mark.parametrize("memory", FORGETFUL)
 @pytest.mark.parametrize("check", CHECKS)
 def test_an_empty_batch(memory, check):
