@@ -307,6 +307,16 @@ def test_a_state_that_is_modified_in_place_is_an_error_and_not_a_wrong_gradient(
         log_det.sum().backward()
 
 
+def test_a_state_that_is_modified_without_a_graph_before_the_next_step_is_an_error_too():
+    chain = flows()
+    gk.accelerate(chain, memory="invert", verify=False)
+    y, _ = chain[0](torch.randn(4, 4, 6, 6))
+    with torch.no_grad():
+        y.add_(1.0)
+    with pytest.raises(RuntimeError, match=r"modified in place: use memory='checkpoint'"):
+        weighted(chain[1](y)).backward()
+
+
 def test_state_that_does_not_arrive_is_an_error_and_not_a_wrong_gradient():
     chain = flows(2)
     gk.accelerate(chain, memory="invert")
