@@ -175,6 +175,17 @@ class BoundedData(Coupling):
         return super().forward(x.clamp(-30, 30))
 
 
+class BoundedInverse(rosinality.AffineCoupling):
+    def reverse(self, y):
+        return super().reverse(y).clamp(-30, 30)
+
+
+class BoundedInverseOfConvolution(openai.InvertibleConv1x1):
+    def forward(self, x, logdet=None, reverse=False):
+        z, logdet = super().forward(x, logdet, reverse)
+        return z.clamp(-30, 30) if reverse else z, logdet
+
+
 class BoundedActNorm(rosinality.ActNorm):
     def forward(self, x):
         scale = self.scale.clamp(min=0.05)
@@ -231,6 +242,8 @@ class OtherInEvaluation(rosinality.ActNorm):
         (WithScale, "its network is given more than some of the channels"),
         (BoundedShift, "the shift is not added"),
         (BoundedData, "forward with large numbers"),
+        (lambda: BoundedInverse(4), "reverse with large numbers"),
+        (lambda: BoundedInverseOfConvolution(4), "reverse with large numbers"),
         (lambda: BoundedActNorm(4), "forward with large numbers"),
         (lambda: UndefinedActNorm(4), "forward: result 1 of the original layer is not finite"),
         (lambda: OtherInEvaluation(4), "forward: result 0 differs"),
