@@ -180,6 +180,19 @@ class BoundedInverse(rosinality.AffineCoupling):
         return super().reverse(y).clamp(-30, 30)
 
 
+class BoundedInverseScale(rosinality.AffineCoupling):
+    def reverse(self, y):
+        read, transformed = y.chunk(2, 1)
+        raw, shift = self.net(read).chunk(2, 1)
+        return torch.cat((read, transformed / torch.sigmoid(raw + 2).clamp(min=0.1) - shift), 1)
+
+
+class BoundedLogDet(rosinality.AffineCoupling):
+    def forward(self, x):
+        scale = torch.sigmoid(self.net(x.chunk(2, 1)[0]).chunk(2, 1)[0] + 2)
+        return super().forward(x)[0], scale.clamp(min=0.1).log().flatten(1).sum(1)
+
+
 class BoundedInverseOfConvolution(openai.InvertibleConv1x1):
     def forward(self, x, logdet=None, reverse=False):
         z, logdet = super().forward(x, logdet, reverse)
@@ -243,6 +256,8 @@ class OtherInEvaluation(rosinality.ActNorm):
         (BoundedShift, "the shift is not added"),
         (BoundedData, "forward with large numbers"),
         (lambda: BoundedInverse(4), "reverse with large numbers"),
+        (lambda: BoundedInverseScale(4), "reverse with large network outputs"),
+        (lambda: BoundedLogDet(4), "forward with large network outputs"),
         (lambda: BoundedInverseOfConvolution(4), "reverse with large numbers"),
         (lambda: BoundedActNorm(4), "forward with large numbers"),
         (lambda: UndefinedActNorm(4), "forward: result 1 of the original layer is not finite"),

@@ -6,7 +6,7 @@ Copies of both run on the same random inputs, with the same simple stand-ins for
   evaluation mode, both directions: structure, shapes, types, values and the gradients of inputs and parameters;
 * in their own precision, with their own parameters: the accuracy rule, an error against the float64 truth of at most
   twice that of the layer as it was, plus a few units in the last place;
-* with inputs, and forward with parameters, so large and so small that bounds show;
+* with inputs and network outputs, and forward with parameters, so large and so small that bounds show;
 * from before ActNorm was initialised: the same parameters after the first batch, and the same results.
 
 And the layer must do nothing that the patch would not: keep results as its attributes, change its parameters,
@@ -48,6 +48,8 @@ _ULPS = 32
 _DRAWS = 8
 # Numbers per channel that show bounds.
 _FAR = (6.0, -6.0, 1e-4, -1e-4)
+# Outputs of networks that do, and leave of the data what can be compared.
+_REACH = 8.0
 
 
 @dataclass
@@ -275,6 +277,12 @@ def _same_bounds(call: Call, run: _Run, before: Any, after: Any, far_parameters:
                 parameter.copy_(values[: parameter.numel()].view_as(parameter))
     name = f"{call.name} with large numbers"
     _same_results(name, *(_far_results(call, module, dtype) for module in (before, after)))
+    for network in (*_stand_ins(before), *_stand_ins(after)):
+        network.reach = _REACH
+    if _stand_ins(before):
+        name = f"{call.name} with large network outputs"
+        inputs = _inputs(call, before, dtype, torch.Generator().manual_seed(0))
+        _same_results(name, *(_tensors(_results(call, module, inputs)) for module in (before, after)))
     single = dataclasses.replace(call, shapes=tuple((1, *shape[1:2], *(1,) * len(shape[2:])) for shape in call.shapes))
     try:
         expected = _far_results(single, before, dtype)
@@ -286,7 +294,11 @@ def _same_bounds(call: Call, run: _Run, before: Any, after: Any, far_parameters:
 def _far_results(call: Call, module: Any, dtype: torch.dtype) -> list[Tensor]:
     inputs = _inputs(call, module, dtype, torch.Generator().manual_seed(0))
     inputs[0] = far_out(inputs[0])
-    return [leaf for leaf in pytree.tree_leaves(_results(call, module, inputs)) if isinstance(leaf, Tensor)]
+    return _tensors(_results(call, module, inputs))
+
+
+def _tensors(results: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(results) if isinstance(leaf, Tensor)]
 
 
 def _same_results(name: str, expected: list[Tensor], actual: list[Tensor]) -> None:
