@@ -234,6 +234,18 @@ class UndefinedActNorm(rosinality.ActNorm):
         return y, log_det.detach() * torch.nan
 
 
+class WithoutGradientOfOffset(rosinality.ActNorm):
+    def forward(self, x):
+        height, width = x.shape[2:]
+        return self.scale * (x + self.loc.detach()), height * width * self.scale.abs().log().sum()
+
+
+class WithoutGradientOfLogDet(rosinality.ActNorm):
+    def forward(self, x):
+        y, log_det = super().forward(x)
+        return y, log_det.detach()
+
+
 class OtherInEvaluation(rosinality.ActNorm):
     def forward(self, x):
         y, log_det = super().forward(x)
@@ -261,6 +273,8 @@ class OtherInEvaluation(rosinality.ActNorm):
         (lambda: BoundedInverseOfConvolution(4), "reverse with large numbers"),
         (lambda: BoundedActNorm(4), "forward with large numbers"),
         (lambda: UndefinedActNorm(4), "forward: result 1 of the original layer is not finite"),
+        (lambda: WithoutGradientOfOffset(4), "forward: gradient of loc is there, and was not before"),
+        (lambda: WithoutGradientOfLogDet(4), "forward: gradient of scale differs"),
         (lambda: OtherInEvaluation(4), "forward: result 0 differs"),
     ],
 )
