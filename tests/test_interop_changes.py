@@ -514,6 +514,21 @@ def test_arguments_without_names_are_not_lost(verify):
     assert torch.equal(layer((x,), (), True)[0][0], expected)
 
 
+class WithFactor(rosinality.ActNorm):
+    def forward(self, x, **options):
+        y, log_det = super().forward(x)
+        return options.get("factor", 1) * y, log_det
+
+
+def test_options_without_names_have_their_effect():
+    original = WithFactor(4)
+    original(X)
+    accelerated = copy.deepcopy(original)
+    assert not gk.accelerate(accelerated).left_alone
+    for options in ({}, {"factor": 2}):
+        torch.testing.assert_close(accelerated(X, **options)[0], original(X, **options)[0])
+
+
 def put_closure(layer: nn.Module) -> None:
     plain = layer.forward
 
