@@ -57,6 +57,17 @@ class Counting(Scaling):
         return x * self.log_scale.exp()[:, None, None] + 0.01 * self.calls, self._log_det(x)
 
 
+class CountingLogDet(Scaling):
+    """The same of its log-determinant alone."""
+
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        z, log_det = super().forward(x)
+        return z, log_det + 0.01 * self.calls
+
+
 class Lazy(Scaling):
     """Sets its own parameter in the first forward."""
 
@@ -131,6 +142,7 @@ REFUSED = {
     InPlace: "it modifies its input in place in forward",
     InPlaceInverse: "it modifies its input in place in inverse",
     Counting: "it gives different results for the same input",
+    CountingLogDet: "it gives different results for the same input",
     Lazy: "it modifies log_scale in place in forward",
     WithGenerator: "it gives different results for the same input",
     Storing: "it stores a result, seen, which has no gradients when it is recomputed: detach it, or use memory='store'",
