@@ -365,6 +365,17 @@ def test_networks_of_users(memory, network):
 
 
 @pytest.mark.parametrize("memory", FORGETFUL)
+@pytest.mark.parametrize("count", [1, 2])  # one folds for itself
+def test_layers_of_a_network_may_share_parameters(memory, count):
+    x = torch.randn(3, 6, 4, 5, dtype=torch.float64)
+    steps = flow_steps(count)
+    for step in steps:
+        step.coupling.network.second.actnorm = step.coupling.network.first.actnorm
+    plain = chain(steps, x)
+    assert_same(gradients(forgetting(plain, memory), x), gradients(plain, x), 1e-9)
+
+
+@pytest.mark.parametrize("memory", FORGETFUL)
 def test_weights_that_parametrizations_cache_have_gradients(memory):
     x = torch.randn(3, 6, 4, 5, dtype=torch.float64)
     network = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 6, 3, padding=1))
