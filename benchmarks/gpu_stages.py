@@ -29,7 +29,7 @@ from glow_kernels import CapturedStep, accelerate, use_backend
 from glow_kernels.bench import environment, models, operators, results, timing
 from glow_kernels.bench.memory import peak_extra_bytes
 from glow_kernels.bench.timing import Call
-from glow_kernels.errors import GlowKernelsError
+from glow_kernels.errors import GlowKernelsError, in_brief
 from glow_kernels.models import Glow
 from glow_kernels.nn import FlowStep
 
@@ -209,7 +209,7 @@ class Stages:
                         row["peak_extra_bytes"] = peak_extra_bytes(call, self.device)
                 row["images_per_second"] = images / row["seconds"][0]
         except Exception as error:  # too little memory, a package that is missing or fails: the others go on
-            row["failed"] = results.in_brief(error)
+            row["failed"] = in_brief(error)
         call = None  # type: ignore[assignment]
         gc.collect()
         if self.device.type == "cuda":

@@ -38,3 +38,14 @@ class MissingDependencyError(GlowKernelsError, ImportError):
 
 class RegressionError(GlowKernelsError):
     """A benchmark became slower, or its results wrong."""
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error of another library, fit to stand inside one of ours."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def in_brief(error: BaseException) -> str:
+    """The type of an error and the first line of its message, if it has one, without what compilers add."""
+    name, message = type(error).__name__, str(error).strip()
+    return f"{name}: {message.splitlines()[0][:200]}" if message else name

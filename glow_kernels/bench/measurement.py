@@ -18,8 +18,9 @@ from glow_kernels.bench import operators, timing
 from glow_kernels.bench.compilation import Compiler
 from glow_kernels.bench.memory import peak_extra_bytes
 from glow_kernels.bench.operators import LARGEST_MEMORY_BOUND_CHANNELS, Case, Function, Operator
-from glow_kernels.bench.results import Row, in_brief
+from glow_kernels.bench.results import Row
 from glow_kernels.bench.timing import Call, Times
+from glow_kernels.errors import in_brief
 
 # Copies of the inputs that are used in rotation, so that neither what a cache holds nor where a copy happens to lie
 # decides. Of tensors beyond every cache one is enough.

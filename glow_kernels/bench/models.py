@@ -14,8 +14,9 @@ from glow_kernels import tune_allocator, use_backend
 from glow_kernels.bench import chains, operators, table, timing
 from glow_kernels.bench.memory import peak_extra_bytes
 from glow_kernels.bench.plan import Show, Task
-from glow_kernels.bench.results import Writer, in_brief
+from glow_kernels.bench.results import Writer
 from glow_kernels.bench.timing import Call
+from glow_kernels.errors import in_brief
 from glow_kernels.models import Glow
 from glow_kernels.nn import FlowStep
 

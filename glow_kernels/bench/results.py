@@ -189,12 +189,6 @@ def key(row: Row) -> str:
     return json.dumps(row["case"], sort_keys=True)
 
 
-def in_brief(error: Exception) -> str:
-    """What a row says of an error: its type and the first line of its message, if it has one."""
-    name, message = type(error).__name__, str(error).strip()
-    return f"{name}: {message.splitlines()[0][:200]}" if message else name
-
-
 def _name(row: Row) -> tuple[Any, ...]:
     """What rows share of which the last counts."""
     return row["run"], row["kind"], key(row) if "case" in row else json.dumps(row, sort_keys=True)

@@ -15,9 +15,8 @@ import torch
 from glow_kernels import __version__
 from glow_kernels.allocator import tune_allocator
 from glow_kernels.cli import bench, evaluate, info, interpolate, sample, train, tune
-from glow_kernels.errors import GlowKernelsError, UsageError
+from glow_kernels.errors import GlowKernelsError, UsageError, one_line
 from glow_kernels.training import distributed
-from glow_kernels.training.data.image_data import one_line
 
 COMMANDS = (train, evaluate, sample, interpolate, bench, info, tune)
 LESS_MEMORY = {

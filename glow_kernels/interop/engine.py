@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from glow_kernels.errors import in_brief
 from glow_kernels.interop import (
     chrischute,
     convolutions,
@@ -223,7 +224,7 @@ def _look_at(
         except Mismatch as mismatch:
             reason = _first_line(mismatch)
         except Exception as error:  # whatever a layer does that nobody thought of, it is left alone
-            reason = f"it could not be examined: {type(error).__name__}: {_first_line(error)}"
+            reason = f"it could not be examined: {in_brief(error)}"
     name, patched = type(module).__name__, not reason
     row = LayerReport(path, name, patch.dialect, patch.kind, patched, agreement=agreement, reason=reason)
     if patched:

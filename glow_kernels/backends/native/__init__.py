@@ -19,7 +19,7 @@ def status() -> BackendStatus:
         built, stale = load(LIBRARY)
     except UnusableError as error:
         return BackendStatus("native", False, error.reason, error.remedy)
-    reason = f"C++ on the CPU, {_isa()}, built with torch {built['torch']}"
+    reason = f"C++ on the CPU, {_described_isa()}, built with torch {built['torch']}"
     if stale:
         return BackendStatus("native", True, f"{reason}, out of date: csrc has changed since", "run 'make build'")
     return BackendStatus("native", True, reason)
@@ -34,7 +34,7 @@ def isa() -> str:
     return name
 
 
-def _isa() -> str:
+def _described_isa() -> str:
     """The same, and whether ``GLOW_KERNELS_ISA`` asked in vain for another."""
     wanted = os.environ.get("GLOW_KERNELS_ISA") or isa()
     return isa() if wanted == isa() else f"{isa()} (GLOW_KERNELS_ISA={wanted} is not to be had here)"

@@ -17,11 +17,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from glow_kernels.errors import DataError, UsageError
+from glow_kernels.errors import DataError, UsageError, one_line
 from glow_kernels.training.data.image_data import (
     ImageData,
     check_image_size,
-    one_line,
     require,
     split_80_10_10,
     to_levels,

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glow_kernels.errors import DataError
-from glow_kernels.training.data.image_data import ImageData, check_image_size, one_line, to_levels
+from glow_kernels.errors import DataError, one_line
+from glow_kernels.training.data.image_data import ImageData, check_image_size, to_levels
 
 _TRAIN_BATCHES = tuple(f"data_batch_{number}" for number in range(1, 6))
 _BATCHES = (*_TRAIN_BATCHES, "test_batch")

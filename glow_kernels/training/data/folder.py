@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glow_kernels.errors import DataError
+from glow_kernels.errors import DataError, one_line
 from glow_kernels.progress import with_progress
-from glow_kernels.training.data.image_data import ImageData, one_line, require, split_80_10_10, to_levels
+from glow_kernels.training.data.image_data import ImageData, require, split_80_10_10, to_levels
 
 _DEFAULT_SIZE = 64
 _ADD_IMAGES = "add images, for example .png or .jpg files"

@@ -86,11 +86,6 @@ def require(module: str, package: str, purpose: str) -> ModuleType:
         raise MissingDependencyError(f"{purpose} needs {package}: pip install 'glow_kernels[train]'") from error
 
 
-def one_line(error: Exception) -> str:
-    """The message of an error of another library, fit to stand inside one of ours."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 def to_levels(images: Tensor, n_bits: int) -> Tensor:
     """Keep the ``n_bits`` most significant bits of 8-bit images (uint8, any shape)."""
     return images >> (8 - n_bits)
