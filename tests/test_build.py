@@ -237,7 +237,8 @@ def test_a_library_that_is_out_of_date(
         case "no csrc at all":
             shutil.rmtree(csrc)
     monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
-    monkeypatch.setattr(native, "_isa", lambda: "avx2")
+    monkeypatch.setattr(native, "isa", lambda: "avx2")
+    monkeypatch.delenv("GLOW_KERNELS_ISA", raising=False)
 
     with caplog.at_level(logging.WARNING):
         status = native.status()
