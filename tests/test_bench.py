@@ -9,6 +9,7 @@ import re
 import sys
 import time
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -102,20 +103,23 @@ def test_a_case_becomes_a_row(case):
 
 
 def test_on_a_gpu_the_figures_are_of_replays_where_they_can_be_captured(monkeypatch):
-    calls = {
-        "copy": [lambda: time.sleep(2e-3)],
-        "eager": [lambda: time.sleep(9e-3)],
-        "ours": [lambda: time.sleep(8e-3)],
-    }
-    replays = {"copy": [lambda: time.sleep(2e-3)], "ours": [lambda: time.sleep(3e-3)]}
+    now = [0.0]
+
+    def lasting(seconds):
+        return [lambda: now.append(now.pop() + seconds)]
+
+    calls = {"copy": lasting(2e-3), "eager": lasting(9e-3), "ours": lasting(8e-3)}
+    replays = {"copy": lasting(2e-3), "ours": lasting(3e-3)}
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(timing, "as_graphs", lambda candidates: dict(replays))
     device = torch.device("cpu")
     times = timing.measure(calls, 0.05, device)
     row = measurement._replays(calls, times, 0.05, device, ["copy"], dict.fromkeys(calls, 1), "ours")
     found = row["candidates"]
-    assert found["ours"]["seconds"][0] < 6e-3 < found["ours"]["call"][0]
-    assert found["eager"]["ratio_to_ours"][0] == pytest.approx(3, rel=0.2)
-    assert found["ours"]["percent_of_limit"] == pytest.approx(67, rel=0.2)
+    assert found["ours"]["seconds"][0] == pytest.approx(3e-3)
+    assert found["ours"]["call"][0] == pytest.approx(8e-3)
+    assert found["eager"]["ratio_to_ours"][0] == pytest.approx(3)
+    assert found["ours"]["percent_of_limit"] == pytest.approx(200 / 3)
     assert [found[name]["replayed"] for name in calls] == [True, False, True]
     row |= {"case": Case("affine_coupling", "forward", SHAPE).as_dict(), "ours": "ours", "bytes": 1000}
     assert re.search(r" 9\d+\.\d\* ", table.operator_line(row))
