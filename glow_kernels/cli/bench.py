@@ -35,7 +35,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     """Declare the command."""
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "bench",
-        help="how fast the operators and models are here",
+        help="measure how fast the operators and models are here",
         description="Measure operators against eager PyTorch, torch.compile and a copy of the same bytes, and models "
         "against each other.",
     )
@@ -52,7 +52,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     comparison.add_argument(
         "before", metavar="A", help="file of results, or git revision: what was committed in --folder then"
     )
-    comparison.add_argument("after", metavar="B", help="likewise")
+    comparison.add_argument("after", metavar="B", help="what to compare it with, likewise")
     comparison.add_argument("--fail", action="store_true", help="exit with code 1 if there is a regression")
     _add_folder(comparison)
     report = actions.add_parser("report", help="a page and plots from files of results, for every device")
@@ -76,25 +76,26 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(name, default=unset or default, help=text, **options)
 
     add("--quick", False, "few shapes and directions, in under 3 minutes instead of 20", action="store_true")
-    add("--minutes", None, "time for the whole run, shared out among its measurements", type=_positive)
-    add("--operator", None, "names, with commas between", type=_names)
-    add("--direction", None, "names, with commas between", type=_names)
-    add("--shape", None, "BxCxHxW, with commas between", type=_names)
-    add("--dtype", None, "names, with commas between", type=_names)
-    add("--memory-format", None, "contiguous, channels_last", type=_names)
-    add("--threads", None, "numbers of threads, with commas between", type=_numbers)
-    add("--allocator", None, "default, tuned: the C library's as it is or as tune_allocator() sets it", type=_names)
-    add("--backend", [], "ours to measure, with commas between; the first is compared", type=_names)
-    add("--seconds", None, "time for every case of an operator", type=_positive)
-    add("--no-compile", False, "leave torch.compile out, which takes most of the time", action="store_true")
-    add("--check", False, "then print the goals: reached or missed", action="store_true")
-    add("--results", None, "with --check: measure nothing, look at this file", type=Path)
+    add("--minutes", None, "time for the whole run, divided among its measurements", type=_positive)
+    add("--operator", None, "names, comma-separated; an unknown one lists them all", type=_names)
+    add("--direction", None, "names, comma-separated; an unknown one lists them all", type=_names)
+    add("--shape", None, "BxCxHxW, comma-separated", type=_names)
+    add("--dtype", None, "names, comma-separated; an unknown one lists them all", type=_names)
+    add("--memory-format", None, "contiguous, channels_last or both, comma-separated", type=_names)
+    add("--threads", None, "numbers of threads, comma-separated", type=_numbers)
+    add("--allocator", None, "default, tuned or both: the C library's own, or set by tune_allocator()", type=_names)
+    add("--backend", [], "our backends to measure, comma-separated; the first is compared with eager", type=_names)
+    add("--seconds", None, "seconds for every case of an operator", type=_positive)
+    add("--no-compile", False, "skip torch.compile, which takes most of the time", action="store_true")
+    add("--check", False, "afterwards print which goals are reached", action="store_true")
+    add("--results", None, "with --check: check this file instead of measuring", type=Path)
     add("--device", "auto", "cpu, cuda, cuda:1, ...; the default is a GPU if there is one")
     add("--output", None, "file of results (default: a file named after the device in benchmarks/results)", type=Path)
 
 
 def _add_folder(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--folder", type=Path, default=Path("benchmarks/results"), help="of results (%(default)s)")
+    default = Path("benchmarks/results")
+    parser.add_argument("--folder", type=Path, default=default, help="folder of results (default: %(default)s)")
 
 
 def measure(arguments: argparse.Namespace) -> None:

@@ -31,7 +31,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--batch-size",
         type=common.positive,
-        help="images at a time (default: 256, of more than 64x64 pixels so many fewer)",
+        help="images at a time (default: 256, fewer if they are larger than 64x64)",
     )
     return parser
 

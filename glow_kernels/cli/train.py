@@ -30,8 +30,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "train",
         help="train a Glow",
         description="Train a Glow. Without options: the 8x8 digits of scikit-learn, in a few minutes on a CPU. "
-        "Ctrl-C saves and stops; --resume goes on as if nothing had happened. On several devices: "
-        f"{distributed.LAUNCH}, where a batch is split over the processes.",
+        "Ctrl-C saves and stops; --resume continues as if nothing had happened. On several devices: "
+        f"{distributed.LAUNCH}; every batch is split over the processes.",
     )
     # torchrun takes --run for a short form of two options of its own, and fails.
     parser.add_argument(
@@ -39,20 +39,22 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "--run-folder",
         dest="folder",
         type=common.run_to_make,
-        help="run folder to make (default: runs/DATASET); for torchrun write --run-folder",
+        help="run folder to make or resume (default: runs/DATASET); with torchrun write --run-folder",
     )
-    parser.add_argument("--resume", action="store_true", help="go on with the run in the run folder")
+    parser.add_argument("--resume", action="store_true", help="continue the run in the run folder")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in the run folder")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument("--fsdp", action="store_true", help="shard the weights over the processes of torchrun")
     parser.add_argument("--cuda-graph", action="store_true", help="replay a whole step as one CUDA graph (adam only)")
     common.add_device(parser)
     group = parser.add_argument_group(
-        "settings", "defaults depend on the data; a run keeps its settings in config.json"
+        "settings", "digits and patches have smaller defaults; a run keeps its settings in config.json"
     )
     for option in fields(TrainingConfig):
         flag = "--" + option.name.replace("_", "-")
         description = option.metadata["help"]
+        if option.default is not None and option.type != "bool":
+            description += f" (default: {option.default})"
         if option.type == "bool":
             group.add_argument(flag, dest=option.name, action="store_true", default=None, help=description)
         else:

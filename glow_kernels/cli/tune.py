@@ -16,8 +16,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "tune",
         help="measure launch parameters of the Triton kernels on this GPU, and CUDA C++ against Triton",
         description="Measure the launch parameters of the Triton kernels on this GPU, then whether they or CUDA C++ "
-        "are faster, and write the tables that the package reads from then on, a few minutes. Without them, rules that "
-        "hold everywhere are used, and CUDA C++.",
+        "are faster, and write the tables that the package uses from then on; this takes a few minutes. Without these "
+        "tables general rules choose the parameters, and CUDA C++ is preferred.",
     )
     parser.add_argument("what", nargs="?", choices=("launches", "backends"), help="only one of the two")
     parser.add_argument("--output", type=Path, help="folder to write to (default: the package's own)")
