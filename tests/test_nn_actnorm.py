@@ -341,7 +341,7 @@ def test_steps_under_the_older_fsdp_are_refused_by_chains(memory: str, process_g
     model.initialize(x)
     steps = model.levels[0].steps
     steps[0] = FullyShardedDataParallel(steps[0], device_id=torch.device("cpu"))
-    with pytest.raises(RuntimeError, match=r"^step 0 .*: its weights are not there .* fully_shard, or wrap the whole"):
+    with pytest.raises(RuntimeError, match=r"^step 0 .*: its weights are freed before .* fully_shard, or wrap only"):
         model(x)
 
 

@@ -82,7 +82,7 @@ class ReversibleSequential(nn.Sequential):
             raise TypeError(f"steps must be modules with an inverse, got {type(steps).__name__}")
         steps = list(steps)
         if not steps:
-            raise ValueError("steps must be at least one, got none")
+            raise ValueError("steps must have at least one step, got none")
         check_choice("memory", memory, POLICIES)
         check_choice("check", check, guards.CHECKS)
         check_whole("anchor_every", anchor_every, 1)
@@ -146,7 +146,7 @@ class ReversibleSequential(nn.Sequential):
             guards.refuse_transforms()
             _check_batches(x, context)
         elif self.offload_anchors:
-            raise RuntimeError("offload_anchors=True cannot be compiled: compile the networks, or do without it")
+            raise RuntimeError("offload_anchors=True cannot be compiled: compile the networks only, or do not offload")
         shelf = Shelf(x.device) if self.offload_anchors else None
         mode = Mode.current(x.device, self._micro_batches(x, context))
         ghost: Tensor | None = None
@@ -346,7 +346,9 @@ def _check_batches(x: Tensor, context: tuple[Tensor | None, ...]) -> None:
     for number, tensor in enumerate(context):
         if tensor is not None and (not isinstance(tensor, Tensor) or tensor.shape[:1] != x.shape[:1]):
             got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise ValueError(f"context {number} must be a tensor with the batch of x, {x.shape[0]}, first, got {got}")
+            raise ValueError(
+                f"context {number} must be a tensor whose first dimension is the batch of x, {x.shape[0]}, got {got}"
+            )
 
 
 def _linked(

@@ -75,9 +75,9 @@ def _watched(anatomy: Anatomy, state: Tensor, direction: str) -> Iterator[None]:
         names = {id(tensor): name for name, tensor in named_tensors}
         changed = [t for t, old, new in zip((state, *owned), before, after, strict=True) if old != new]
         raise RuntimeError(
-            f"it modifies {', '.join(names.get(id(t), 'its input') for t in changed)} in place in {direction}, so that "
-            "recomputing it gives something else; use memory='store', or a step without side effects (BatchNorm in "
-            "evaluation mode, initialised layers)"
+            f"it modifies {', '.join(names.get(id(t), 'its input') for t in changed)} in place in {direction}, so "
+            "recomputing it would give a different result: use memory='store', or a step without side effects "
+            "(BatchNorm in evaluation mode, initialised layers)"
         )
 
 
@@ -111,9 +111,9 @@ def refuse_second_derivatives(chain: ReversibleSequential, index: int) -> None:
 def refuse_transforms() -> None:
     """Raise under ``torch.func`` and forward-mode differentiation, for which the chain has no rules."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
-        raise RuntimeError("a reversible chain cannot be transformed by torch.func: use memory='store'")
+        raise RuntimeError("a reversible chain does not support torch.func: use memory='store'")
     if forward_ad._current_level >= 0:
-        raise RuntimeError("a reversible chain cannot be differentiated forwards: use memory='store'")
+        raise RuntimeError("a reversible chain does not support forward-mode differentiation: use memory='store'")
 
 
 def prove(
@@ -127,8 +127,8 @@ def prove(
     """Try a step out on two samples when its modules are first used, unless all of it is this package's own.
 
     Raises:
-        RuntimeError: it is not a function of its input and its parameters, or its inverse does not lead back, or its
-            weights are not there for one, or a part of it is sharded.
+        RuntimeError: it is not a function of its input and its parameters, its inverse does not return its input, its
+            weights are freed before it is called, or a part of it is sharded.
         TypeError: its result is not ``(z, log_det)``.
     """
     if isinstance(anatomy, PlainStep) or anatomy.is_standard or not has_data(x) or len(x) == 0:
@@ -136,13 +136,15 @@ def prove(
     # It gathers weights for forward() alone: an inverse would read memory that is not there. By its name, since to
     # import it takes long.
     if type(anatomy.step).__name__ == "FullyShardedDataParallel":
-        raise RuntimeError("its weights are not there to recompute it: use fully_shard, or wrap the whole model alone")
+        raise RuntimeError(
+            "its weights are freed before it is recomputed: use fully_shard, or wrap only the whole model"
+        )
     needs_inverse, divides = chain._needs_inverse(index), len(mode.parts(len(x))) > 1
     key = (index, anatomy.step.training, needs_inverse, divides)
     if chain._proven.get(key) == anatomy.modules:
         return
     if any(hasattr(module, "_get_fsdp_state") for module in anatomy.modules if module is not anatomy.step):
-        raise RuntimeError("FSDP shards a part of it, whose weights come and go within it: use fully_shard on the step")
+        raise RuntimeError("FSDP shards a part of it, whose weights are freed within it: use fully_shard on the step")
     sample = x[:2].detach().clone()
     sample_context = [None if tensor is None else part_of(tensor, slice(2)) for tensor in context]
     with torch.no_grad(), mode.applied(x.device):
@@ -161,7 +163,7 @@ def _try_out(anatomy: Anatomy, x: Tensor, context: Sequence[Tensor | None], need
         results.append(result)
     (z, log_det), (z_again, log_det_again) = results
     if difference(z_again, z) > _tolerance(z) or difference(log_det_again, log_det) > _tolerance(z):
-        raise RuntimeError("it gives different results for the same input, so that it cannot be recomputed")
+        raise RuntimeError("it gives different results for the same input, so it cannot be recomputed")
     _refuse_stored_results(anatomy, x, context, state)
     if divides:
         # The first sample beside itself, not alone: not every network takes a single one.
@@ -171,7 +173,7 @@ def _try_out(anatomy: Anatomy, x: Tensor, context: Sequence[Tensor | None], need
         pairs = ((z_beside, z), (log_det_beside, log_det))
         if any(difference(one[:1], other[:1]) > _tolerance(z) for one, other in pairs):
             raise RuntimeError(
-                "what it makes of a sample depends on the others in the batch, which parts of it do not have; use "
+                "its result for a sample depends on the others in the batch, so it cannot be computed in parts: use "
                 "micro_batches=1"
             )
     if not needs_inverse:
@@ -183,7 +185,7 @@ def _try_out(anatomy: Anatomy, x: Tensor, context: Sequence[Tensor | None], need
     back, _ = result
     if back.shape != x.shape or difference(back, x) > _tolerance(z):
         found = f"shape {tuple(back.shape)}" if back.shape != x.shape else f"an error of {difference(back, x):.1e}"
-        raise RuntimeError(f"its inverse does not lead back to its input: {found}; use memory='checkpoint'")
+        raise RuntimeError(f"its inverse does not return its input: {found}; use memory='checkpoint'")
 
 
 def _refuse_stored_results(anatomy: Anatomy, x: Tensor, context: Sequence[Tensor | None], state: RandomState) -> None:
@@ -209,7 +211,7 @@ def _refuse_stored_results(anatomy: Anatomy, x: Tensor, context: Sequence[Tensor
 
 def wrong_result(wanted: str, result: object) -> str:
     """What is wrong with the ``result`` of a step; ``wanted`` says what it must return first."""
-    return f"{wanted} and log_det of shape (B,), zeros where a network is no flow, got {_described(result)}"
+    return f"{wanted} and log_det of shape (B,), which is zero if it is not a flow, got {_described(result)}"
 
 
 def _described(result: object) -> str:
