@@ -74,7 +74,7 @@ def prepared(make: Callable[[], nn.Module], loss: Loss, x: Tensor, options: dict
     if options is not None:
         report = gk.accelerate(model, **options)
         for row in report.left_alone:
-            print(f"left alone: {row.path}: {row.reason}", file=sys.stderr)
+            print(f"not patched: {row.path}: {row.reason}", file=sys.stderr)
     return model
 
 

@@ -242,7 +242,7 @@ class Stages:
         with torch.no_grad():
             loss(model, x)  # which initialises ActNorm
         if options is not None and (left := accelerate(model, **options).left_alone):
-            raise GlowKernelsError(f"{left[0].path} was left alone: {left[0].reason}")
+            raise GlowKernelsError(f"{left[0].path} is not patched: {left[0].reason}")
         parameters = list(model.parameters())
         return lambda: torch.autograd.grad(loss(model, x), parameters)
 

@@ -256,7 +256,7 @@ class OtherInEvaluation(rosinality.ActNorm):
     ("make", "reason"),
     [
         (Verbose, "forward returns (Tensor, Tensor, Tensor), where such a layer would return (Tensor, Tensor)"),
-        (lambda: Refusing(4), "forward does not run as such layers are called: NotImplementedError"),
+        (lambda: Refusing(4), "forward fails when it is called as such layers are: NotImplementedError"),
         (Storing, "it stores its log_det"),
         (lambda: ClippedConvolution(4), "it changes its weight when it is called"),
         (lambda: DecayingActNorm(4), "it changes its loc when it is called"),
@@ -457,8 +457,8 @@ class Unknown(nn.Module):
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (Unknown, "its Unknown was left alone: it is none that is known"),
-        (BoundedShift, "its BoundedShift was left alone: the shift is not added"),
+        (Unknown, "its Unknown is not patched: it is not a known layer"),
+        (BoundedShift, "its BoundedShift is not patched: the shift is not added"),
         (lambda: rosinality.ActNorm(4), "its ActNorm is rosinality's ActNorm"),
     ],
 )

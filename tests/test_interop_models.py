@@ -40,7 +40,7 @@ def test_model_without_flow_layers_is_left_as_it_was():
     assert report.as_dict() == {
         "patched": [],
         "left_alone": [],
-        "note": "no flow layers were recognised: the model is as it was",
+        "note": "no flow layers were recognised: the model is unchanged",
     }
     assert str(report).splitlines()[0] == report.note
 
@@ -68,7 +68,7 @@ def test_of_a_checkerboard_it_says_that_positions_are_split():
     report = gk.accelerate(normflows_glow(1, 1, split_mode="checkerboard"))
     reasons = {row.kind: row.reason for row in report.left_alone}
     split = "its network reads some of the positions, as of a checkerboard, not of the channels"
-    block = "its AffineCouplingBlock was left alone: "
+    block = "its AffineCouplingBlock is not patched: "
     assert reasons == {"AffineCouplingBlock": split, "GlowBlock": block + split}
 
 
@@ -106,7 +106,7 @@ def test_compiled_layers_are_left_alone():
 def test_layers_that_pytorch_refuses_to_differentiate_are_left_alone():
     (row,) = gk.accelerate(nn.ModuleList([pclucas14.AffineCoupling(4, 4, in_place=True)])).layers[:1]
     assert (row.kind, row.patched) == ("Coupling", False)
-    assert row.reason.startswith("forward_ does not run as such layers are called: ")
+    assert row.reason.startswith("forward_ fails when it is called as such layers are: ")
     assert "modified inplace" in row.reason
 
 
@@ -427,7 +427,7 @@ def test_padded_convolutions_whose_kernel_is_no_square_are_left_alone(verify):
             return self.conv(F.pad(x, [0, 0, 1, 1], value=1)) * torch.exp(self.scale * 3)
 
     (row,) = gk.accelerate(ZeroConvolutionInTime(), verify=verify).layers
-    assert row.reason.endswith("a kernel that is no square")
+    assert row.reason.endswith("a kernel that is not square")
 
 
 def alone(layer: type[nn.Module]) -> type[nn.Module]:

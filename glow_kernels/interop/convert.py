@@ -40,10 +40,10 @@ class Conversion(NamedTuple):
 def convert(state_dict: Mapping[str, Tensor], *, source: str, target: str, lu: bool | None = None) -> Conversion:
     """Rewrite the weights of one implementation of a multi-scale Glow for another.
 
-    What a ``state_dict`` does not say is taken to be what all of them do by default: three convolutions in a coupling
-    network, ReLU, ``s = sigmoid(u + 2)``, the network reads the first half. Prefixes ``module.`` of parallel wrappers
-    are understood. Junk outside of triangular factors is dropped, negative scales go into the 1x1 convolution where
-    the target's are exponentials, hidden scales into convolutions where the target has none.
+    What a ``state_dict`` does not say is assumed to be the default of all implementations: three convolutions in a
+    coupling network, ReLU, ``s = sigmoid(u + 2)``, the network reads the first half. A prefix ``module.`` from parallel
+    wrappers is understood. Values outside triangular factors are dropped; negative scales move into the 1x1 convolution
+    where the target's are exponentials, hidden scales into convolutions where the target has none.
 
     Args:
         state_dict: of the source.
@@ -54,7 +54,7 @@ def convert(state_dict: Mapping[str, Tensor], *, source: str, target: str, lu: b
             ``"openai"``.
 
     Raises:
-        TypeError: ``state_dict`` is no mapping, but a model for example, or holds something else than tensors.
+        TypeError: ``state_dict`` is not a mapping, but for example a model, or holds anything but tensors.
         ValueError: an unknown dialect, ``lu`` for ``"openai"``, or a state dict of something else or of a part of a
             model; the message names the first missing tensor.
     """
@@ -93,5 +93,5 @@ def _check_complete(weights: Weights, source: str) -> None:
     if weights.top is not None and len(weights.top.bias) != 2 * channels:
         raise ValueError(
             f"state_dict must be that of a Glow of {source}: "
-            f"its last prior is of {len(weights.top.bias) // 2} channels, its last level of {channels}"
+            f"its last prior has {len(weights.top.bias) // 2} channels, its last level {channels}"
         )

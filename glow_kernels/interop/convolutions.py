@@ -57,7 +57,7 @@ class ScaledConv2d(Patch):
     def examine(cls, module: Any, workshop: Workshop) -> Scaling:
         convolution = _convolution(module)
         if convolution.padding_mode != "zeros" or isinstance(convolution.padding, str):
-            raise Mismatch("its padding is none of zeros")
+            raise Mismatch("its padding is not zeros")
         if "weight" not in convolution._parameters:
             raise Mismatch("the weight of its convolution is computed, as by weight_norm")
         name = str(_scale_name(module, convolution))
@@ -78,7 +78,7 @@ class ScaledConv2d(Patch):
         border = 0 if copied(x).shape == inner(x).shape else size // 2
         plain = (set(convolution.stride) | set(convolution.dilation) | {convolution.groups}) == {1}
         if border and not (plain and set(convolution.kernel_size) == {size}):
-            raise Mismatch("it pads its input for strides, dilation, groups or a kernel that is no square")
+            raise Mismatch("it pads its input itself and has strides, dilation, groups or a kernel that is not square")
         value = 0.0
         if border:
             outside = size**2 - (size - border) ** 2
@@ -125,7 +125,7 @@ class ActNormConv2d(Patch):
     def examine(cls, module: Any, workshop: Workshop) -> None:
         workshop.require((module.actnorm, ActNorm2d))
         if _convolution(module).padding_mode != "zeros":
-            raise Mismatch("its padding is none of zeros")
+            raise Mismatch("its padding is not zeros")
 
     @classmethod
     def calls(cls, module: Any, options: Any) -> list[Call]:

@@ -71,31 +71,31 @@ def accelerate(
 ) -> Report:
     """Make the flow layers of ``model`` compute with the fused operators, in place, and change nothing else.
 
-    Layers are recognised by their structure; options that copies of well-known code may have changed, as the scale
-    function of a coupling, are found by probing; then each patched layer is compared with the original, in both
-    directions and with gradients, and left alone if they disagree. Parameters, buffers, ``state_dict`` keys, hooks,
-    optimizers, modes, copying and pickling stay as they were. Calling it again changes nothing but ``memory``.
+    Layers are recognised by their structure; options that copies of well-known code may have changed, such as the
+    scale function of a coupling, are found by probing; then each patched layer is compared with the original, in both
+    directions and with gradients, and unpatched if they disagree. Parameters, buffers, ``state_dict`` keys, hooks,
+    optimizers, modes, copying and pickling stay as they were. Calling it again only changes ``memory``.
 
-    With another ``memory`` than ``"store"``, layers that run a network keep no activations of it for backward, which
-    recomputes them. Steps of which one is given the very tensor that another returned form a chain, as in a
-    :class:`~glow_kernels.ReversibleSequential`. In training under ``torch.compile``, and in ``DataParallel``, each
+    Unless ``memory`` is ``"store"``, layers that run a network keep no activations of it; backward recomputes them. If
+    a step receives the very tensor that another one returned, the two form a chain, as in a
+    :class:`~glow_kernels.ReversibleSequential`. In training under ``torch.compile``, and in ``DataParallel``, each step
     keeps its input. A step with hooks on its layers keeps everything while it has them.
 
     Args:
         model: any module; layers are looked for at every depth.
         memory: what a chain keeps: ``"store"`` everything, as PyTorch does; ``"checkpoint"`` the state before every
             step; ``"anchor"`` that before every ``anchor_every``-th and the last one; ``"invert"`` the last one.
-        anchor_every: distance of the anchors.
+        anchor_every: number of steps from one anchor to the next.
         micro_batches: evaluate every step in this many parts of the batch, which divides the memory that its network
             takes while it works. Not for ``"store"``.
-        verify: prove every patch. Without, what was recognised and probed is trusted, which gives other numbers where a
-            layer has the structure of a known one but another formula.
+        verify: compare every patched layer with the original. Without, results are wrong where a layer has the
+            structure of a known one but another formula.
 
     Returns:
-        a report to print, or to read by a program.
+        A report to print, or to read by a program.
 
     Raises:
-        TypeError: ``model`` is not a module, or a number not whole.
+        TypeError: ``model`` is not a module, or a number is not whole.
         ValueError: an unknown policy, or a number below 1.
     """
     check_module("model", model)
@@ -126,7 +126,7 @@ def restore(model: nn.Module) -> int:
     """Undo :func:`accelerate`: every layer gets its own class back.
 
     Returns:
-        how many layers were restored.
+        The number of layers that were restored.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -137,7 +137,7 @@ def restore(model: nn.Module) -> int:
 
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Random numbers, warnings and modes of the caller are none of the probing's business."""
+    """Keep random numbers, warnings and modes of the caller as they are while layers are probed."""
     numpy = sys.modules.get("numpy")
     python_numbers, numpy_numbers = random.getstate(), None if numpy is None else numpy.random.get_state()
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda" and p.device.index is not None}
@@ -299,8 +299,10 @@ def _prove_chains(model: nn.Module, workshop: Workshop) -> None:
 
 def _why_nothing(model: nn.Module) -> str:
     if any(type(module).__module__.startswith("glow_kernels.") for module in model.modules()):
-        return "the model is made of layers of glow_kernels, which are fast as they are and take memory=... when made"
-    return "no flow layers were recognised: the model is as it was"
+        return (
+            "the model is made of layers of glow_kernels, which are fast already; give memory=... to their constructors"
+        )
+    return "no flow layers were recognised: the model is unchanged"
 
 
 def _memory(policy: str, anchor_every: int, micro_batches: int) -> Memory | None:

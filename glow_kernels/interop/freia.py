@@ -199,7 +199,7 @@ class GLOWCouplingBlock(Patch):
         first = _find(module, module.subnet2, workshop, silenced=module.subnet1)
         second = _find(module, module.subnet1, workshop, silenced=module.subnet2)
         if first.reads_first or not second.reads_first:
-            raise Mismatch("its networks read other halves")
+            raise Mismatch("its networks read the halves in another order")
         return Halves(first, second)
 
     @classmethod

@@ -123,8 +123,8 @@ class _Output:
         """
         if self._state is None:
             raise RuntimeError(
-                "the state after a step was to come from the backward of the step that follows, which has no part in "
-                "what is differentiated: use memory='checkpoint'"
+                "the backward of a step needs the state from the step that follows it, which is not part of what is "
+                "differentiated: use memory='checkpoint'"
             )
         if self._state._version != self._version:
             raise RuntimeError("the state after a step was modified in place: use memory='checkpoint'")

@@ -186,7 +186,7 @@ class Split(_Layer):
     @classmethod
     def calls(cls, module: Any, options: Any) -> list[Call]:
         if not isinstance(module.conv_zero, nn.Conv2d):
-            raise Mismatch("its prior is no convolution")
+            raise Mismatch("its prior is not a convolution")
         return _calls(2 * module.conv_zero.in_channels)[:1]
 
     def forward_(self: Any, x: Tensor, objective: Any) -> Result:

@@ -170,7 +170,7 @@ def _same_formula(
         if call.optional and not isinstance(error, Mismatch):
             return None
         cause = str(error) or type(error).__name__
-        raise Mismatch(f"{call.name} does not run as such layers are called: {cause}") from error
+        raise Mismatch(f"{call.name} fails when it is called as such layers are: {cause}") from error
     actual = _run(call, pair[1], dtype)
     _same_structure(call.name, expected, actual)
     for index, results in enumerate(zip(expected.tensors, actual.tensors, strict=True)):
@@ -213,7 +213,9 @@ def _as_accurate(call: Call, before: Any, after: Any, agreement: Agreement) -> N
             agreement.rounding = max([agreement.rounding, *means.values()])
             return
     error, allowed = means[wrong[0]]
-    raise Mismatch(f"{call.name}: {wrong[0]} is {error:.0f} units in the last place off, {allowed:.0f} before")
+    raise Mismatch(
+        f"{call.name}: {wrong[0]} is off by {error:.0f} units in the last place, {allowed:.0f} in the original"
+    )
 
 
 def _rounding(

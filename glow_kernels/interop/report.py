@@ -18,11 +18,11 @@ class LayerReport:
         dialect, kind: what it was recognised as.
         patched: whether it computes with the fused operators now.
         options: what was found by probing.
-        agreement: what was measured between before and after; None without ``verify`` or if it was left alone.
-        reason: why it was left alone.
-        memory: what a step that runs a network keeps for backward, ``"store"`` for everything; ``""`` for others.
-        memory_reason: why it keeps everything although it was to keep less.
-        better: what is improved beside speed.
+        agreement: differences between original and patched layer; None without ``verify`` or if it is not patched.
+        reason: why it is not patched.
+        memory: what a step that runs a network keeps for backward, ``"store"`` for everything; ``""`` for other layers.
+        memory_reason: why it keeps everything although less was asked for.
+        better: flaws of the original that are fixed.
     """
 
     path: str
@@ -52,7 +52,7 @@ class Report:
 
     @property
     def left_alone(self) -> tuple[LayerReport, ...]:
-        """The layers that stayed as they were, with a ``reason`` each."""
+        """The layers that are not patched, with a ``reason`` each."""
         return tuple(layer for layer in self.layers if not layer.patched)
 
     def as_dict(self) -> dict[str, Any]:
@@ -66,7 +66,7 @@ class Report:
     def __str__(self) -> str:
         lines = [self.note] if self.note else []
         rows: list[tuple[str, ...]] = [
-            ("layer", "recognised as", "data", "log-det", "gradient", "options, or why it was left alone")
+            ("layer", "recognised as", "data", "log-det", "gradient", "options, or why it is not patched")
         ]
         rows += [_row(layer) for layer in self.layers]
         if self.layers:
@@ -76,7 +76,7 @@ class Report:
                 lines.append("  ".join([*cells, row[-1]]).rstrip())
         lines.append(f"{len(self.patched)} of {len(self.layers)} flow layers accelerated")
         if any(layer.agreement for layer in self.patched):
-            lines.append("data, log-det, gradient: largest difference between before and after, relative to the values")
+            lines.append("data, log-det, gradient: largest difference from the original, relative to the values")
         better = dict.fromkeys(line for layer in self.patched for line in layer.better)
         lines += [f"better: {line}" for line in better]
         return "\n".join(lines)
@@ -86,7 +86,7 @@ def _row(layer: LayerReport) -> tuple[str, ...]:
     measured: list[dict[str, float]] = [{}, {}, {}]
     if layer.agreement is not None:
         measured = [layer.agreement.values, layer.agreement.log_dets, layer.agreement.gradients]
-    text = [layer.options if layer.patched else f"left alone: {layer.reason}"]
+    text = [layer.options if layer.patched else f"not patched: {layer.reason}"]
     if layer.memory not in ("", "store"):
         text.append(f"keeps no activations ({layer.memory})")
     if layer.memory_reason:

@@ -53,7 +53,7 @@ def _results(module: nn.Module, channels: int) -> Results:
             return Results(not isinstance(with_flags(faithful_copy(module), True)(x), Tensor))
     except Exception as error:
         cause = str(error) or type(error).__name__
-        raise Mismatch(f"forward does not run as such layers are called: {cause}") from error
+        raise Mismatch(f"forward fails when it is called as such layers are: {cause}") from error
 
 
 class ActNorm(Patch):

@@ -62,8 +62,8 @@ class Workshop:
         for layer, patch in layers:
             decided, _ = self.decisions.get(layer, (None, None))
             if decided is None:
-                reason = self.rows[layer].reason if layer in self.rows else "it is none that is known"
-                raise Mismatch(f"its {type(layer).__name__} was left alone: {reason}")
+                reason = self.rows[layer].reason if layer in self.rows else "it is not a known layer"
+                raise Mismatch(f"its {type(layer).__name__} is not patched: {reason}")
             if not issubclass(decided, patch):
                 raise Mismatch(f"its {type(layer).__name__} is {decided.dialect}'s {decided.kind}")
 
