@@ -429,7 +429,7 @@ def test_the_library_computes_with_the_instruction_set_asked_for(
     ).stdout
     built_with = f"built with torch {importlib.metadata.version('torch')}"
     best = {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "baseline")
-    in_vain = f"{best} (GLOW_KERNELS_ISA=mmx is not to be had here)"
+    in_vain = f"{best} (GLOW_KERNELS_ISA=mmx is not available here)"
     # The second number is baseline's in every variant: a function that they share must run on every processor.
     assert [json.loads(line) for line in said.splitlines()] == [
         [[], True, f"C++ on the CPU, baseline, {built_with}", "baseline", [4, 4]],

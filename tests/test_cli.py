@@ -222,7 +222,7 @@ def test_the_command_that_an_interrupted_run_prints_goes_on_with_it(
         interrupt_steps(patch, 4, 10)
         assert cli(*start) == 0
     output = capsys.readouterr().out
-    assert f"stopped at iteration {10 if extended else 4}, everything is saved; go on with:" in output
+    assert f"stopped at iteration {10 if extended else 4}, everything is saved; continue with:" in output
     command = shlex.split(output.splitlines()[-1])
     assert command[0] == "glow-kernels"
     assert cli(*command[1:]) == 0

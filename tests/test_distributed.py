@@ -427,7 +427,7 @@ def test_error_on_one_rank_is_named_there_and_ends_the_other_without_a_word(
 def test_a_rank_that_is_killed_ends_the_other_with_a_message(folder: Path, ranks_say: Any) -> None:
     first = ranks_say("ddp killed")[0]
     assert (first["kind"], first["exit_code"]) == ("TrainingError", 1)
-    assert first["message"].startswith("rank 0: another rank has gone without a word, killed perhaps")
+    assert first["message"].startswith("rank 0: another rank exited without a message, perhaps killed")
     assert checkpoint.load(folder / "ddp killed" / LAST)
 
 

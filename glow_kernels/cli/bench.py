@@ -104,7 +104,7 @@ def measure(arguments: argparse.Namespace) -> None:
 
     if arguments.results is not None:
         if not arguments.check:
-            raise UsageError("--results goes with --check")
+            raise UsageError("--results needs --check")
         with _warnings_as_lines():
             rows = results.read(arguments.results)
         return _print_checks(rows)
@@ -126,7 +126,7 @@ def _measure(arguments: argparse.Namespace) -> list[Row]:
     suite.require(arguments.backend)
     if "operators" in arguments.parts and not any(case for selection in selections for case in selection.cases()):
         raise UsageError(
-            "nothing to measure: none of these operators has such a direction, and a backend for it on this device"
+            "nothing to measure: none of these operators has such a direction and a backend for it on this device"
         )
     path = arguments.output or _default_output(device)
     writer = results.Writer(path, environment.record(device))
@@ -139,7 +139,7 @@ def _measure(arguments: argparse.Namespace) -> list[Row]:
         strict = device.type == "cuda" and arguments.minutes is not None
         plan.run(_tasks(arguments, selections, device, writer), limit, _show, strict=strict)
     except KeyboardInterrupt:
-        _show(f"what was measured until now is in {path}")
+        _show(f"the results so far are in {path}")
         raise
     writer.finish()
     for line in table.summary(writer.rows):
@@ -266,7 +266,7 @@ def draw(arguments: argparse.Namespace) -> None:
         raise DataError(f"there are no results in {arguments.folder}; run 'glow-kernels bench' first")
     if arguments.markdown:
         if arguments.results:
-            raise UsageError("--markdown takes the files of --folder, which are what is committed, and no others")
+            raise UsageError("--markdown takes the files of --folder only: leave out the names of files")
         path = arguments.output or DOCUMENT
         with _warnings_as_lines():
             document.write(files, path)

@@ -117,7 +117,7 @@ def _train(
     if trainer.train():
         _report(trainer, data, folder, device)
     elif ranks.is_writer:
-        print(f"stopped at iteration {trainer.progress.iteration}, everything is saved; go on with:")
+        print(f"stopped at iteration {trainer.progress.iteration}, everything is saved; continue with:")
         command = f"{distributed.LAUNCH} --run-folder" if distributed.is_launched() else "glow-kernels train --run"
         print(f"  {command} {shlex.quote(str(folder))} --resume")
 
@@ -130,20 +130,20 @@ def _new(arguments: argparse.Namespace, given: dict[str, Any]) -> tuple[Path, Tr
     # Its pictures would be data too: of others than it began with, a run does not go on.
     if name == "folder" and data is not None and folder.resolve().is_relative_to(data.resolve()):
         raise UsageError(
-            f"{folder} is inside of {dataset}, where its pictures would be images: name another with --run"
+            f"{folder} is inside {dataset}, so its pictures would be training images: name another folder with --run"
         )
     return folder, config
 
 
 def _resumed(arguments: argparse.Namespace, given: dict[str, Any]) -> tuple[Path, TrainingConfig]:
     if arguments.overwrite:
-        raise UsageError("--resume and --overwrite exclude each other")
+        raise UsageError("--resume and --overwrite cannot be used together")
     if arguments.folder is None:
-        raise UsageError("--resume needs --run: name the run folder to go on with")
+        raise UsageError("--resume needs --run: name the run folder to continue")
     for name in given:
         if name not in CAN_CHANGE:
             flag = "--" + name.replace("_", "-")
-            raise UsageError(f"--resume goes on with the settings in {arguments.folder}: drop {flag}")
+            raise UsageError(f"--resume continues with the settings in {arguments.folder}: leave out {flag}")
     config = run_folder.read_config(arguments.folder)
     return arguments.folder, TrainingConfig(**{**config.to_json(), **given})
 

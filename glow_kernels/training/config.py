@@ -173,7 +173,7 @@ KINDS: dict[str, tuple[Any, str]] = {
     "int | None": (int, "a whole number"),
     "float": ((int, float), "a number"),
     "bool": (bool, "true or false"),
-    "str": (str, "a text"),
+    "str": (str, "a string"),
 }
 
 # Small data and small images want small models; everything else gets the paper's size.

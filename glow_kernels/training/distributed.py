@@ -194,13 +194,13 @@ def local_device(name: str) -> str:
 def joined(fsdp: bool = False) -> Iterator[Ranks]:
     """The ranks that were launched together, connected; or this process alone.
 
-    An error in the body ends every rank: the first to fail raises it with its rank in the message, the others leave
-    without a word and with the same exit code. Over gloo they notice at their next collective; over NCCL, whose
+    An error in the body ends every rank: the first to fail raises it with its rank in the message, the others exit
+    silently with the same exit code. Over gloo they notice at their next collective; over NCCL, whose
     collectives cannot see that a rank is gone, the launcher ends them.
 
     Raises:
         UsageError: ``fsdp`` without a launcher, or a launcher that does not say how to connect.
-        TrainingError: the other ranks cannot be reached, or one vanished without a word.
+        TrainingError: the other ranks cannot be reached, or one exited without a message.
     """
     if not is_launched():
         if fsdp:
@@ -248,7 +248,7 @@ def _joint(error: Exception, store: Any, rank: int) -> BaseException:
     if first != mine:
         return SystemExit(int(first.split()[1]))
     if _is_lost_contact(error):
-        why = "another rank has gone without a word, killed perhaps; go on from the last checkpoint with --resume"
+        why = "another rank exited without a message, perhaps killed: continue from the last checkpoint with --resume"
         return TrainingError(f"rank {rank}: {why} ({str(error).splitlines()[0]})")
     if not isinstance(error, (GlowKernelsError, OSError)):
         return RuntimeError(f"rank {rank}: {type(error).__name__}: {error}")

@@ -28,13 +28,13 @@ from glow_kernels.training.update import Outcome, Update
 MAX_NON_FINITE = 5
 REMEDY = "Try a lower --learning-rate, a longer --warmup or a smaller --clip"
 VALIDATION_SEED = 1
-# What a run that is on its way would only then find missing.
+# Otherwise a run would find them missing only at its first validation.
 PACKAGES = ("matplotlib", "PIL", "tensorboard", "tqdm")
 
 
 @dataclass
 class Progress:
-    """What changes while a run goes on, besides tensors; saved with every checkpoint."""
+    """What changes during a run, besides tensors; saved with every checkpoint."""
 
     iteration: int = 0
     updates: int = 0
@@ -55,13 +55,13 @@ class Trainer:
         data: what to train on.
         folder: the run folder, made by :func:`glow_kernels.training.run_folder.prepare`.
         device: where to train.
-        resume: go on from the last checkpoint in ``folder``; on one CPU the losses are bit for bit those of a run that
-            was never interrupted.
+        resume: continue from the last checkpoint in ``folder``; on one CPU the losses are bit for bit those of a run
+            that was never interrupted.
         show_progress: a progress bar, where standard error is a terminal.
         ranks: the processes that train together, all of which call the same methods. The one that writes needs
             ``folder``; to resume all of them read it.
         cuda_graph: leave every decision in a step to the device, and replay the step as a CUDA graph; where that cannot
-            be, the reason is printed and training goes on without.
+            be, the reason is printed and training continues without.
 
     Raises:
         UsageError: the data do not fit the model, or a batch is too small for the ranks.
@@ -138,7 +138,7 @@ class Trainer:
             self._saver.finish()
 
     def save(self) -> None:
-        """Write a checkpoint to go on from.
+        """Write a checkpoint to resume from.
 
         Raises:
             CheckpointError: it cannot be written; an earlier one is intact.
@@ -296,13 +296,13 @@ class Trainer:
     def _divergence_report(self, iteration: int) -> str:
         return (
             f"{MAX_NON_FINITE} steps in a row gave a non-finite loss or gradient, the last at iteration "
-            f"{iteration}; the weights were not touched by them, and the last good checkpoint is "
+            f"{iteration}; they did not change the weights, and the last good checkpoint is "
             f"{self.folder / run_folder.LAST}. {REMEDY}"
         )
 
     def _nonsense_report(self, why: str) -> str:
         return (
-            f"the weights make no sense any more at iteration {self.progress.iteration}: {why}; the last good "
+            f"the weights are unusable at iteration {self.progress.iteration}: {why}; the last good "
             f"checkpoint is {self.folder / run_folder.LAST}. {REMEDY}"
         )
 
@@ -348,7 +348,7 @@ class Trainer:
 
     @property
     def _trains_beside(self) -> bool:
-        """Whether training goes on while a checkpoint is written, for which a host has time whose device works."""
+        """Whether training continues while a checkpoint is written: the host is idle while another device computes."""
         return self.device.type != "cpu"
 
     def _restore(self, path: Path, tensors: dict[str, Tensor], document: Mapping[str, Any]) -> None:

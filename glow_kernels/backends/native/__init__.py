@@ -37,4 +37,4 @@ def isa() -> str:
 def _described_isa() -> str:
     """The same, and whether ``GLOW_KERNELS_ISA`` asked in vain for another."""
     wanted = os.environ.get("GLOW_KERNELS_ISA") or isa()
-    return isa() if wanted == isa() else f"{isa()} (GLOW_KERNELS_ISA={wanted} is not to be had here)"
+    return isa() if wanted == isa() else f"{isa()} (GLOW_KERNELS_ISA={wanted} is not available here)"

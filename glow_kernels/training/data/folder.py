@@ -40,7 +40,7 @@ def load(name: str, path: Path, n_bits: int, image_size: int | None, show_progre
     size = _DEFAULT_SIZE if image_size is None else image_size
     files = _image_files(path, pillow)
     if not files:
-        raise DataError(f"{path} has no image files, in sub-folders neither; {_ADD_IMAGES}")
+        raise DataError(f"{path} has no image files, not even in sub-folders; {_ADD_IMAGES}")
     train, validation, test = split_80_10_10(len(files), str(path))
     images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
     with ThreadPoolExecutor() as pool:  # Pillow lets others work while it decodes
