@@ -12,11 +12,11 @@ _TRIM_THRESHOLD = 1 << 30
 
 
 def tune_allocator() -> bool:
-    """Let glibc keep freed memory up to 1 GiB a block, before 2.35 up to 32 MiB, instead of returning it at once.
+    """Let glibc keep freed blocks of up to 1 GiB, before 2.35 up to 32 MiB, instead of returning them at once.
 
     Without this every large temporary tensor is mapped anew, and its pages are faulted in one by one: operators on
-    tensors of 12 MB run up to 4 times slower. It holds for the whole process and cannot be undone; memory that the
-    process has used stays with it. The command line calls it at its start.
+    tensors of 12 MB run up to 4 times slower. It applies to the whole process and cannot be undone; the process keeps
+    the memory that it has used. The command line calls it at its start.
 
     Returns:
         Whether the allocator was tuned; False where there is no glibc.

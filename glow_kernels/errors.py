@@ -11,7 +11,7 @@ class GlowKernelsError(Exception):
 
 
 class UsageError(GlowKernelsError, ValueError):
-    """An option, or a combination of options, that makes no sense."""
+    """An option, or a combination of options, that is not valid."""
 
     exit_code = 2
 
@@ -25,7 +25,7 @@ class CheckpointError(GlowKernelsError):
 
 
 class TrainingError(GlowKernelsError):
-    """Training cannot go on."""
+    """Training cannot continue."""
 
 
 class BackendUnavailableError(GlowKernelsError, RuntimeError):

@@ -14,20 +14,22 @@ from glow_kernels.ops._checks import check_tensor, check_whole
 class CapturedStep:
     """A step of a training loop that records itself as a CUDA graph and from then on replays it.
 
-    Every call is one step. The first ``warmup`` calls run as they are, so that libraries and the optimizer make what
-    they keep; the next one is recorded; each later one copies its inputs to where the graph reads them and replays.
-    What cannot be recorded, or has other shapes, runs as it is, and :attr:`reason` says why.
+    Every call is one step. The first ``warmup`` calls run normally, so that libraries and the optimizer allocate their
+    state; the next one is recorded; each later one copies its inputs to where the graph reads them and replays it. A
+    call with inputs of other shapes runs normally. So does every call if the step cannot be recorded; :attr:`reason`
+    then says why.
 
     Args:
-        step: of tensors to a tensor or a tuple of tensors; forward, backward and optimizer, or any part of it. It must
-            do the same work at every call and must not wait for the device (no ``item()``, no branch on a value). A
-            number that changes, as a learning rate, is a tensor. It starts with ``zero_grad(set_to_none=True)`` if it
-            computes gradients; the optimizer is made with ``capturable=True``. An optimizer outside of it needs inputs
-            of one shape: a call with others leaves gradients of its own, and the graph goes on to write the old ones.
+        step: a function of tensors that returns a tensor or a tuple of tensors: forward, backward and optimizer, or
+            any part of it. It must do the same work at every call and must not wait for the device (no ``item()``, no
+            branch on a value). A number that changes, such as a learning rate, must be a tensor. If it computes
+            gradients it must start with ``zero_grad(set_to_none=True)``; its optimizer needs ``capturable=True``. If
+            the optimizer is outside of it, all inputs must have one shape: a call with another shape makes new
+            gradient tensors, while the graph continues to write the old ones.
         warmup: calls before the recording, at least 1.
 
     Raises:
-        TypeError, ValueError: ``step`` is no function, or ``warmup`` no whole number of at least 1.
+        TypeError, ValueError: ``step`` is not callable, or ``warmup`` is not a whole number of at least 1.
 
     Example::
 
@@ -56,7 +58,7 @@ class CapturedStep:
 
     @property
     def is_settled(self) -> bool:
-        """Whether it is known if calls replay a graph; if they do not, :attr:`reason` says why."""
+        """Whether recording has been tried, or cannot be; if it failed :attr:`reason` says why, else that is empty."""
         return self._calls_before < 0
 
     def __call__(self, *inputs: Tensor) -> Any:
@@ -66,7 +68,7 @@ class CapturedStep:
             inputs: tensors on one device, of the same shapes and types at every call.
 
         Raises:
-            TypeError: an input is no tensor.
+            TypeError: an input is not a tensor.
         """
         if self._graph is None and not self._may_capture(inputs):
             return self._step(*inputs)

@@ -28,19 +28,19 @@ Call = Callable[[], object]
 
 
 def warmup(model: nn.Module, shape: Sequence[int]) -> None:
-    """Run a flow once forward, backward and inverse, so that every kernel that it needs is compiled.
+    """Run a flow once forward, backward and inverse, so that all kernels that it needs are compiled.
 
     Triton compiles a kernel at its first launch, which takes a second or so. This works on a copy: the model, its
-    gradients and the random numbers stay as they are. On a CPU there is nothing to compile, and it is one step.
+    gradients and the random numbers stay as they are. On a CPU there is nothing to compile.
 
     Args:
         model: a flow with ``encode`` and ``decode``, like :class:`glow_kernels.models.Glow`, or a layer whose forward
-            returns ``(z, log_det)`` and that has an ``inverse``; on the device and of the type that it will have.
+            returns ``(z, log_det)`` and that has an ``inverse``; already on its device and of its type.
         shape: of its input, (B, C, *spatial).
 
     Raises:
-        TypeError: ``model`` is no module, or ``shape`` no sequence of whole numbers.
-        UsageError: the model has no parameters, which tell the device, or the shape is empty.
+        TypeError: ``model`` is not a module, or ``shape`` not a sequence of whole numbers.
+        UsageError: the model has no parameters, which tell the device, or the shape is not one of data.
     """
     check_module("model", model)
     parameter = next(model.parameters(), None)

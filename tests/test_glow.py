@@ -313,7 +313,7 @@ IMAGE = torch.zeros(3, 3, 4, 8, dtype=torch.float64)
 LATENTS = [torch.zeros(3, 6, 2, 4, dtype=torch.float64), torch.zeros(3, 24, 1, 2, dtype=torch.float64)]
 WRONG_IMAGE = "x must be (B, C, H, W) with (C, H, W) = (3, 4, 8), got "
 WRONG_LATENTS = "latents must have the shapes (B, *) with * = [(6, 2, 4), (24, 1, 2)], got "
-NO_FLOAT = "x must be a floating-point tensor, got uint8: make one of integer pixels with model.dequantize(levels)"
+NO_FLOAT = "x must be a floating-point tensor, got uint8: convert integer pixels with model.dequantize(levels)"
 WRONG_LABELS = "labels must be int64 of shape (3,), got "
 
 BAD_CALLS = {

@@ -274,7 +274,7 @@ def test_a_batch_that_is_not_finite_initialises_nothing(value):
     x = skewed(4, 4, 3)
     bad = x.clone()
     bad[1, 2] = value
-    message = "^x must be finite to initialise ActNorm, got a standard deviation that is not in 1 of 4 channels$"
+    message = "^x must be finite to initialise ActNorm, got a standard deviation that is not finite in 1 of 4 channels$"
     with pytest.raises(ValueError, match=message):
         layer(bad)
     assert not layer.initialized

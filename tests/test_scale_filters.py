@@ -293,9 +293,9 @@ def test_of_several_the_reference_alone_is_differentiated(backend):
 def test_of_several_all_must_be_as_many(backend):
     weight, vector = torch.zeros(2, 3), torch.zeros(2)
     for weights, factors in (([], []), ([weight], []), ([weight, weight], [1.0])):
-        with pytest.raises(ValueError, match="factors must be as many, at least one"):
+        with pytest.raises(ValueError, match="factors must have one length of at least 1"):
             scale_all(weights, [vector], [vector], factors, torch.float32)
-    with pytest.raises(ValueError, match="grads must be two for every one of 1 weights, got 1"):
+    with pytest.raises(ValueError, match="grads must be two per weight, 2, got 1"):
         scale_all_backward([weight], [weight], [vector], [vector], [1.0])
     with pytest.raises(ValueError, match=r"sizes must be at least \(O, I\) of every weight, \[2, 3\], got \[2, 2\]"):
         scale_all([weight], [vector], [vector], [1.0], torch.float32, [(2, 2)])

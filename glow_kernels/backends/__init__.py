@@ -1,7 +1,7 @@
 """Which backend computes an operator, and why.
 
 An explicit choice (:func:`use_backend`, or the environment variable ``GLOW_KERNELS_BACKEND`` when this is imported) is
-obeyed or refused with a reason; without one, the first backend of :data:`PREFERENCE` that can run here is taken.
+used, or refused with a reason; without one, the first backend of :data:`PREFERENCE` that supports the arguments is.
 """
 
 from __future__ import annotations
@@ -55,7 +55,11 @@ def available_backends() -> tuple[str, ...]:
 def use_backend(name: str) -> AbstractContextManager[None]:
     """Compute every operator with backend ``name`` inside the ``with`` block.
 
-    The choice holds for the whole process, other threads included, and may be nested.
+    What the backend does not support is left to the reference. The choice holds for the whole process, other threads
+    included, and may be nested.
+
+    Args:
+        name: ``"native"``, ``"triton"`` or ``"reference"``.
 
     Raises:
         UsageError: ``name`` is not a backend of this package.

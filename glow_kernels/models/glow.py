@@ -73,14 +73,14 @@ class Glow(nn.Module):
         mixing: ``"lu"``, ``"plain"``, ``"reverse"`` or ``"shuffle"``; see :class:`~glow_kernels.nn.FlowStep`.
         scale_map: of the affine coupling, see :func:`glow_kernels.affine_coupling`.
         learn_top: learn the prior of the deepest latent; otherwise it is standard normal.
-        num_classes: condition that prior on classes, and add the classification head of the paper.
+        num_classes: condition this prior on classes, and add the classification head of the paper.
         n_bins: number of levels of a pixel value, 256 for 8-bit images.
         memory, anchor_every, micro_batches, check, memory_budget, offload_anchors: what the steps of a level keep for
-            backward, see :class:`~glow_kernels.ReversibleSequential`; ``"store"`` keeps everything. The weights are
-            the same.
+            backward, see :class:`~glow_kernels.ReversibleSequential`; ``"store"`` keeps everything. The weights do not
+            depend on it.
 
     Raises:
-        TypeError, ValueError: sizes that are no whole numbers or do not fit together, or an unknown option.
+        TypeError, ValueError: sizes that are not whole numbers or do not fit together, or an unknown option.
     """
 
     def __init__(
@@ -224,7 +224,7 @@ class Glow(nn.Module):
             ``x`` ``(B, in_channels, height, width)``.
 
         Raises:
-            TypeError: ``latents`` is no sequence of tensors.
+            TypeError: ``latents`` is not a sequence of tensors.
             ValueError: a latent has the wrong shape, or a 1x1 convolution is singular.
             RuntimeError: ActNorm is not initialised.
         """
@@ -267,9 +267,9 @@ class Glow(nn.Module):
             ``(n, in_channels, height, width)``; :meth:`quantize` makes pixels of it.
 
         Raises:
-            TypeError: ``n`` is no whole number, or ``temperature`` no number.
+            TypeError: ``n`` is not a whole number, or ``temperature`` not a number.
             ValueError: a negative ``n``, a ``temperature`` of more than one number, or that is negative or not finite
-                (a tensor on a GPU is not looked at, which would be to wait for it); otherwise as :meth:`decode`.
+                (not checked for a tensor on a GPU, which would wait for it); otherwise as :meth:`decode`.
         """
         check_whole("n", n, 0)
         temperature = checked_temperature(temperature)
@@ -323,7 +323,7 @@ class Glow(nn.Module):
         if isinstance(x, Tensor) and not x.is_floating_point():
             raise TypeError(
                 f"x must be a floating-point tensor, got {str(x.dtype).removeprefix('torch.')}: "
-                "make one of integer pixels with model.dequantize(levels)"
+                "convert integer pixels with model.dequantize(levels)"
             )
         check_image("x", x)
         expected = (self.in_channels, *self.image_size)

@@ -18,7 +18,7 @@ from glow_kernels.ops._checks import check_below, check_tensor, check_whole
 
 
 def dequantize(levels: Tensor, n_bins: int, generator: torch.Generator | None = None) -> Tensor:
-    """``(levels + u) / n_bins - 1/2`` with fresh uniform noise ``u``; ``levels`` is left as it is.
+    """``(levels + u) / n_bins - 1/2`` with fresh uniform noise ``u``; ``levels`` is not modified.
 
     Args:
         levels: ``(B, C, H, W)``, an integer type, values in ``0 .. n_bins - 1``.
@@ -29,9 +29,9 @@ def dequantize(levels: Tensor, n_bins: int, generator: torch.Generator | None = 
         ``(B, C, H, W)`` in ``[-1/2, 1/2)``, of the default floating-point type.
 
     Raises:
-        TypeError: ``levels`` is no tensor of an integer type, or ``n_bins`` is no whole number.
-        ValueError: ``n_bins`` is below 2, or ``levels`` on the CPU are not in ``0 .. n_bins - 1``. On a GPU, to look at
-            them would be to wait for it.
+        TypeError: ``levels`` is not a tensor of an integer type, or ``n_bins`` is not a whole number.
+        ValueError: ``n_bins`` is below 2, or ``levels`` are not in ``0 .. n_bins - 1`` (not checked on a GPU, which
+            would wait for it).
     """
     check_tensor("levels", levels)
     if levels.is_floating_point() or levels.is_complex() or levels.dtype == torch.bool:
@@ -59,7 +59,7 @@ def quantize(x: Tensor, n_bins: int) -> Tensor:
         ``(B, C, H, W)`` uint8.
 
     Raises:
-        TypeError: ``x`` is no floating-point tensor, or ``n_bins`` is no whole number.
+        TypeError: ``x`` is not a floating-point tensor, or ``n_bins`` is not a whole number.
         ValueError: ``n_bins`` is not in 2 .. 256.
     """
     check_tensor("x", x)
@@ -80,7 +80,7 @@ def bits_per_dim(log_prob: Tensor, dimensions: int, n_bins: int) -> Tensor:
         n_bins: number of levels, at least 2.
 
     Raises:
-        TypeError, ValueError: ``dimensions`` or ``n_bins`` is no whole number, or below 1 or 2.
+        TypeError, ValueError: ``dimensions`` is not a whole number of at least 1, or ``n_bins`` of at least 2.
     """
     check_whole("dimensions", dimensions, 1)
     check_whole("n_bins", n_bins, 2)

@@ -92,7 +92,7 @@ class ActNorm(nn.Module):
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
-        """Set the parameters from the statistics of ``x`` (B, C, *spatial), again if need be.
+        """Set the parameters from the statistics of ``x`` (B, C, *spatial), even if they have been set before.
 
         Raises:
             ValueError: ``x`` is not finite; the parameters stay as they are.
@@ -101,7 +101,7 @@ class ActNorm(nn.Module):
         check_channels("x", x, self.channels)
         if getattr(self, "_is_replica", False) or _is_sharded(self):
             raise RuntimeError(
-                f"ActNorm of {self.channels} channels cannot be initialised under DataParallel or FSDP, which forget "
+                f"ActNorm of {self.channels} channels cannot be initialised under DataParallel or FSDP, which discard "
                 "what a forward writes: call model.initialize(batch), or load weights, before it is wrapped or sharded"
             )
         mean, std = actnorm_statistics(x)
@@ -109,7 +109,7 @@ class ActNorm(nn.Module):
             channels = int(std.isfinite().logical_not().sum())
             raise ValueError(
                 "x must be finite to initialise ActNorm, "
-                f"got a standard deviation that is not in {channels} of {self.channels} channels"
+                f"got a standard deviation that is not finite in {channels} of {self.channels} channels"
             )
         self.bias.copy_(-mean)
         self.log_scale.copy_(-(std + self.eps).log())

@@ -109,11 +109,11 @@ def scale_all_backward(
         float32 or float64; those of the second, and so on.
 
     Raises:
-        ValueError: as :func:`scale_all`, or ``grads`` are not two for every weight.
+        ValueError: as :func:`scale_all`, or ``grads`` are not two per weight.
     """
     _check_counts(weights, biases, log_scales, factors)
     if len(grads) != 2 * len(weights):
-        raise ValueError(f"grads must be two for every one of {len(weights)} weights, got {len(grads)}")
+        raise ValueError(f"grads must be two per weight, {2 * len(weights)}, got {len(grads)}")
     filters = (list(weights), list(biases), list(log_scales), list(factors))
     results: list[Tensor] = _backward_all(list(grads), *filters)
     return results
@@ -125,7 +125,7 @@ def _check_counts(*lists: Sequence[Any]) -> None:
         if len(each) != count or count == 0:
             counts = [len(each) for each in lists]
             raise ValueError(
-                f"weights, biases, log_scales and factors must be as many, at least one of each, got {counts}"
+                f"weights, biases, log_scales and factors must have one length of at least 1, got {counts}"
             )
 
 

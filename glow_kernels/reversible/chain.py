@@ -29,41 +29,40 @@ POLICIES = ("store", "checkpoint", "anchor", "invert")
 
 
 class ReversibleSequential(nn.Sequential):
-    """Invertible steps one after the other, of which the backward recomputes what other modules keep.
+    """Invertible steps in sequence, whose backward recomputes what other modules keep for it.
 
     A step is any module with ``forward(x, *context) -> (z, log_det)`` and ``inverse(z, *context) -> (x, log_det)``.
     Backward goes through the chain from its output: it reconstructs the state before every step by inverting the step,
     or takes it from an anchor, and evaluates the step again for its gradients. The network of a
     :class:`~glow_kernels.nn.FlowStep` is evaluated once for both, that of any other step twice where it is inverted.
 
-    The ActNorms and 1x1 convolutions of flow steps that are alike are folded in one call for the whole chain, and again
-    in backward. The gradients of those parameters are done when that of the first step is.
+    The ActNorms and 1x1 convolutions of flow steps of one kind are folded in one call for the whole chain, and again in
+    backward. The gradients of those parameters are ready when that of the first step is.
 
     Slices, sums and products are chains of the same steps with the options of the first.
 
     Args:
         steps: the steps, at least one.
         memory: what is kept for backward: ``"store"`` everything, as PyTorch does; ``"checkpoint"`` the state before
-            every step; ``"anchor"`` that before every ``anchor_every``-th step, so that fewer steps than that are
+            every step; ``"anchor"`` the state before every ``anchor_every``-th step, so that fewer steps than that are
             inverted in a row; ``"invert"`` nothing. Inverting many steps in a row amplifies rounding errors
-            exponentially, and to infinity for inputs unlike the training data: anchors stop that.
-        anchor_every: distance of the anchors.
+            exponentially, and to infinity for inputs unlike the training data; anchors prevent that.
+        anchor_every: number of steps from one anchor to the next.
         micro_batches: evaluate every step in this many parts of the batch, one after the other, which divides the
             memory that the network of a step takes while it works; ``"auto"`` finds the number from ``memory_budget``.
             Not for ``"store"``.
         check: compare the state that arrives at an anchor with the exact one: ``"off"``; ``"flag"`` records it for
-            :meth:`drift`; ``"raise"`` raises where it is above ``drift_limit``; ``"replay"`` computes the
-            gradients since that anchor again, from exact states, so that they are right. Both wait for the device at
-            every anchor. The input of the chain is kept for it too.
+            :meth:`drift`; ``"raise"`` raises an error if it is above ``drift_limit``; ``"replay"`` then computes the
+            gradients since that anchor again, from exact states. The last two wait for the device at every anchor. The
+            input of the chain is kept too, unless this is ``"off"``.
         memory_budget: bytes that one step may take while it works, for ``micro_batches="auto"``; one sample at a time
             if that is too little.
-        offload_anchors: keep the anchors in host memory; on CUDA they are copied while the computation goes on, to
-            pinned memory and back one ahead. Parameters and everything else stay. Not under ``torch.compile``, nor in
-            a CUDA graph.
+        offload_anchors: keep the anchors in host memory; on CUDA they are copied to pinned memory asynchronously, and
+            prefetched one ahead. Everything else stays on the device. Not under ``torch.compile``, nor in a CUDA graph.
         drift_limit: relative error of a state; 1e-4 by default, 1e-9 in float64, 3e-2 with networks in low precision.
 
     Raises:
-        TypeError, ValueError: no steps, or steps that are no modules with an inverse; an unknown option.
+        TypeError, ValueError: no steps, steps that are not modules with an inverse, or an unknown option.
     """
 
     def __init__(
@@ -127,7 +126,7 @@ class ReversibleSequential(nn.Sequential):
             context: passed to every step after ``x``; tensors (B, ...), with gradients, or None.
 
         Raises:
-            TypeError: ``x`` is no tensor, or a step does not return a tensor and its log-determinant.
+            TypeError: ``x`` is not a tensor, or a step does not return a tensor and its log-determinant.
             RuntimeError: a step cannot be recomputed, see :mod:`glow_kernels.reversible.guards`; the message names it.
         """
         check_tensor("x", x)
@@ -177,7 +176,7 @@ class ReversibleSequential(nn.Sequential):
         """``z`` (B, ...) to ``x`` and ``log_det`` (B,) of that direction; always with plain autograd.
 
         Raises:
-            TypeError: ``z`` is no tensor, or an inverse returns a tensor alone.
+            TypeError: ``z`` is not a tensor, or an inverse returns only a tensor.
             ValueError: a 1x1 convolution is singular.
         """
         check_tensor("z", z)

@@ -20,7 +20,7 @@ class Reconstruction:
     """Relative L2 errors, the largest over the samples; infinite where something is not finite.
 
     Attributes:
-        error: of inverting a whole chain, the largest over the chains. This is what ``memory="invert"`` meets.
+        error: of inverting a whole chain, as ``memory="invert"`` does; the largest over the chains.
         steps: of inverting every step by itself, by its name in the model.
         ill_conditioned: condition numbers of the 1x1 convolutions that are above the limit, by name.
     """
@@ -43,11 +43,11 @@ def reconstruction_error(model: nn.Module, *inputs: Any, condition_limit: float 
     Args:
         model: a chain, or a model that has some, such as :class:`~glow_kernels.models.Glow`, with any ``memory``.
         inputs: what ``model`` is called with; its states are the test data.
-        condition_limit: report a 1x1 convolution above this condition number, by which it may amplify rounding; None
-            does not look.
+        condition_limit: report a 1x1 convolution whose condition number, which bounds how much it amplifies rounding
+            errors, is above this; None skips the check.
 
     Raises:
-        TypeError: ``model`` is no module, or ``condition_limit`` no number.
+        TypeError: ``model`` is not a module, or ``condition_limit`` not a number.
         ValueError: ``model`` has no chain, or a 1x1 convolution is singular.
     """
     check_module("model", model)
