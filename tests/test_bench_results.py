@@ -162,7 +162,7 @@ def test_damaged_files_are_named(text, message, tmp_path):
     ("text", "message"),
     [
         *NO_RESULTS.items(),
-        ("my diary", "is no file of results: name another with --output"),
+        ("my diary", "is not a file of results: name another with --output"),
         ("\xff", "it is not text"),
     ],
 )
@@ -177,7 +177,7 @@ def test_a_file_of_something_else_is_refused_before_measuring_and_stays(text, me
 
 def test_what_cannot_be_read_again_is_no_file_of_results(tmp_path):
     for path in (tmp_path, Path(os.devnull)):
-        with pytest.raises(DataError, match=f"cannot be written to {path}: it is no regular file"):
+        with pytest.raises(DataError, match=f"cannot be written to {path}: it is not a regular file"):
             written(path)
 
 

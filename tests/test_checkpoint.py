@@ -117,7 +117,7 @@ def test_pickle(tmp_path: Path, zipped: bool) -> None:
 )
 def test_foreign_safetensors_file(tmp_path: Path, metadata: dict[str, str] | None) -> None:
     save_file(TENSORS, tmp_path / "a", metadata)
-    assert "no glow_kernels checkpoint" in message_of(tmp_path / "a")
+    assert "not a glow_kernels checkpoint" in message_of(tmp_path / "a")
 
 
 def test_newer_format(tmp_path: Path) -> None:

@@ -264,7 +264,7 @@ def test_bad_run_to_train(code: int, message: str, command: str, harmless: Faili
 @pytest.mark.parametrize("command", COMMANDS_ON_A_RUN)
 @pytest.mark.parametrize("folder", ["empty", "missing", f"plain/{CONFIG}"])
 def test_folder_without_a_run(folder: str, command: str, harmless: Failing) -> None:
-    message = f"{folder} is no run folder: it has no config.json; make one with 'glow-kernels train'"
+    message = f"{folder} is not a run folder: it has no config.json; make one with 'glow-kernels train'"
     if folder.endswith(CONFIG):
         message = f"{folder} is a file, not a run folder: name a folder that 'glow-kernels train' made"
     harmless(1, message, f"{command} {folder}")
@@ -348,8 +348,8 @@ DAMAGES = {
     "last byte gone": (truncated(-1), CUT_SHORT),
     "text": (lambda path: path.write_text("not a checkpoint"), "is not a glow_kernels checkpoint; name a file that"),
     "pickle": (pickled, "is not a glow_kernels checkpoint; name a file that"),
-    "no metadata": (without_metadata, "no glow_kernels checkpoint; name one that glow_kernels saved"),
-    "another program": (of_another_program, "no glow_kernels checkpoint; name one that glow_kernels saved"),
+    "no metadata": (without_metadata, "not a glow_kernels checkpoint; name one that glow_kernels saved"),
+    "another program": (of_another_program, "not a glow_kernels checkpoint; name one that glow_kernels saved"),
     "newer version": (of_a_newer_version, "has format 2 .*; upgrade glow_kernels"),
     "another model": (of_another_model, "does not fit the model: .*missing.*; use the settings"),
     "no document": (without_a_document, "(does not describe a model|cannot be resumed).*version"),

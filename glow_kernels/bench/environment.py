@@ -23,7 +23,7 @@ _SOURCE = Path(__file__).resolve().parents[2]
 
 def record(device: torch.device) -> dict[str, Any]:
     """Everything that a figure depends on, as JSON."""
-    # An environment in a project of somebody else is in their repository, which does not have this package.
+    # Installed into an environment inside another project, this is in that project's repository.
     commit = git("rev-parse", "HEAD") if git("ls-files", "--error-unmatch", "glow_kernels") else None
     return {
         "kind": "environment",

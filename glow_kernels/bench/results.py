@@ -67,11 +67,11 @@ def prepare(path: Path) -> None:
         raise DataError(f"results cannot be written to {path}: {error.strerror}") from error
     # What is written is read again: a device may have no end, and a pipe waits for others.
     if not path.is_file():
-        raise DataError(f"results cannot be written to {path}: it is no regular file")
+        raise DataError(f"results cannot be written to {path}: it is not a regular file")
     text = _read_text(path)
     whole = _without_cut_line(text)
     if not whole and not (text.startswith(_START) or _START.startswith(text)):
-        raise DataError(f"{path} is no file of results: name another with --output")
+        raise DataError(f"{path} is not a file of results: name another with --output")
     _parse(whole, str(path))
     if whole != text:
         _rewrite(path, whole)

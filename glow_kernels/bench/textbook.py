@@ -31,7 +31,7 @@ def actnorm_conv1x1_inverse(z: Tensor, log_scale: Tensor, bias: Tensor, weight: 
 
 
 def folded_conv1x1(x: Tensor, matrix: Tensor, shift: Tensor) -> Tensor:
-    """What is left of :func:`actnorm_conv1x1` where somebody has folded its parameters beforehand."""
+    """What is left of :func:`actnorm_conv1x1` when its parameters have been folded beforehand."""
     return F.conv2d(x.to(matrix.dtype), matrix[:, :, None, None], shift)
 
 

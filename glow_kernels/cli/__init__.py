@@ -31,15 +31,15 @@ LESS_MEMORY = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 1 for an error, 2 for a wrong use.
 
-    130 says that it was interrupted, 141 that whoever reads its output has left.
+    130 means that it was interrupted, 141 that the reader of its output has exited.
     """
-    # Python has no stream where whoever started this closed it, as by >&-, and much that writes to one then fails.
+    # Where a stream was closed before the start, as by >&-, Python has None, and much that writes to it would fail.
     with (
         open(os.devnull, "w") as nowhere,
         redirect_stdout(sys.stdout or nowhere),
         redirect_stderr(sys.stderr or nowhere),
     ):
-        # As standard error does: a path that the encoding has no letters for shall not end a training.
+        # As standard error does: a path that cannot be encoded must not end a training.
         if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
             sys.stdout.reconfigure(errors="backslashreplace")
         return _main(argv)
@@ -54,7 +54,7 @@ def _main(argv: Sequence[str] | None) -> int:
         arguments.run(arguments)
         sys.stdout.flush()
     except BrokenPipeError:
-        # Whoever read this has seen enough, as head does. Python flushes once more at its end.
+        # The reader has exited, as head does. Python flushes once more at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # what a shell says of SIGPIPE
     except (GlowKernelsError, OSError) as error:

@@ -149,7 +149,7 @@ class ActNormConv2d(Patch):
 
 
 class _Overwriting(torch.autograd.Function):
-    """Leaky ReLU that overwrites its input and, in backward, its gradient; both must be nobody else's."""
+    """Leaky ReLU that overwrites its input and, in backward, its gradient; nothing else may use them."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, slope: float) -> Tensor:
@@ -168,7 +168,7 @@ class _Overwriting(torch.autograd.Function):
 
 
 class InPlaceSequential(Patch):
-    """A sequence in which activations overwrite the convolutions before them, whose results nobody else reads.
+    """A sequence in which activations overwrite the convolutions before them, whose results nothing else reads.
 
     Between two convolutions they overwrite the gradient too: a fresh tensor of the largest size costs more than they.
     """
@@ -228,8 +228,8 @@ def _is_plain(layer: nn.Module) -> bool:
 
 
 def _is_alone(layer: nn.Module, *patches: type[Patch]) -> bool:
-    """Whether ``layer`` is a convolution, or one in a layer with one of ``patches``, and nobody else has its result or
-    the gradient that it sends back."""
+    """Whether ``layer`` is a convolution, or one in a layer with one of ``patches``, and nothing else sees its result
+    or the gradient that it returns."""
     if patch_of(layer) not in patches:
         return _is_plain(layer) and not has_hooks(layer)
     parts = (layer, *layer.children())

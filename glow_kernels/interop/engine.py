@@ -223,7 +223,7 @@ def _look_at(
                 memory, memory_reason = _memory_of_step(module, patch, options, workshop, verify)
         except Mismatch as mismatch:
             reason = _first_line(mismatch)
-        except Exception as error:  # whatever a layer does that nobody thought of, it is left alone
+        except Exception as error:  # whatever an unforeseen layer does, it stays unpatched
             reason = f"it could not be examined: {in_brief(error)}"
     name, patched = type(module).__name__, not reason
     row = LayerReport(path, name, patch.dialect, patch.kind, patched, agreement=agreement, reason=reason)
@@ -249,7 +249,7 @@ def _examine(module: nn.Module, patch: type[Patch], workshop: Workshop, verify: 
     """Options and agreement.
 
     Raises:
-        Mismatch: it must be left alone.
+        Mismatch: it must not be patched.
     """
     reason = why_not_patchable(module, patch.methods)
     if reason is not None:

@@ -1,10 +1,10 @@
-"""Memory-saving execution of recognised steps, whoever calls them.
+"""Memory-saving execution of recognised steps in existing code.
 
 A step becomes one node of autograd, which keeps its input, its output or nothing, and no activations of its network:
 backward recomputes them with the engine of :mod:`glow_kernels.reversible`. Where the very tensor that one step
 returned is what another is given, the two form a chain: the second one reconstructs that state in its backward and
-sends it on as the gradient of a ghost, a tensor of the state's shape without memory. So chains form inside of loops of
-other people's code, and end where something else is done to the state.
+sends it on as the gradient of a ghost, a tensor of the state's shape without memory. So chains form inside loops of
+existing code, and end where something else is done to the state.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class _Packing:
 
 
 class _Unit(nn.Module):
-    """A step of existing code as the engine takes steps: with what it computes now, whatever is made of it later."""
+    """A step of existing code as the engine takes steps, with what it computes now, even if it is changed later."""
 
     def __init__(
         self, module: nn.Module, computation: steps.Parts | Callable[..., Any], packing: _Packing | None = None
@@ -144,7 +144,7 @@ class _Link:
         return type(None), ()
 
     def follows(self, x: Tensor) -> bool:
-        """Whether ``x`` is what the step returned, unchanged, and nobody has taken it."""
+        """Whether ``x`` is what the step returned, unchanged, and not taken yet."""
         return not self.taken and x.grad_fn is self.node and x._version == self.version
 
     def take(self) -> Tensor:
@@ -166,7 +166,7 @@ def run(module: nn.Module, x: Tensor, *context: Any) -> tuple[Tensor, Tensor]:
     if _is_foreign(module):
         return checkpoint(_Unit(module, parts), x, *context, use_reentrant=False)  # type: ignore[no-any-return]
     link = getattr(x, _LINK, None)
-    # Whoever takes care of saved tensors gets the input: torch.utils.checkpoint runs a step again, then in no chain.
+    # Hooks for saved tensors get the input: torch.utils.checkpoint runs a step again, then outside of a chain.
     is_hooked = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
     if link is None or memory.policy == "checkpoint" or is_hooked or not link.follows(x):
         link = None
@@ -273,7 +273,7 @@ class _Node(torch.autograd.Function):
         if x is None:
             z = place.output.kept() if reconstructed is None else reconstructed
         if not torch._C._autograd._get_current_graph_task_keep_graph():
-            place.output.keep(None)  # as PyTorch frees what it has saved, though somebody may keep the loss
+            place.output.keep(None)  # as PyTorch frees what it has saved, even if the loss is kept
         changing = place.anatomy.modules if place.memory.restores_buffers else []
         with in_modes(place.modes), _buffers_restored(changing):
             result = recompute.backward(
@@ -293,7 +293,7 @@ class _Node(torch.autograd.Function):
 
 @contextmanager
 def _buffers_restored(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Leave the buffers of ``modules`` what they are, and their versions: nobody shall think that they were changed."""
+    """Leave values and versions of the buffers of ``modules`` unchanged, so that they do not count as modified."""
     owners = [module._buffers for module in modules]
     before = [(owner, {name: (b, b.clone()) for name, b in owner.items() if b is not None}) for owner in owners]
     try:
@@ -312,17 +312,17 @@ def _active(module: nn.Module, x: Tensor | None = None, context: Sequence[Any] =
         return None
     if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
         return None
-    # Whoever watches the calls inside of a step must not see them twice.
+    # Hooks inside a step must not see its calls twice.
     if any_hooks(_harmless, *Anatomy.of(module).modules[1:]):
         return None
-    # Of another network nobody knows whether it may be evaluated twice, as of one that is spectrally normalised since.
+    # A network that was changed may not allow a second evaluation, as with spectral normalisation.
     if not _is_replica(module) and not consists_as_found(module):
         return None
     leaves = pytree.tree_leaves(context)
     if not all(isinstance(leaf, (Tensor, *PLAIN)) for leaf in leaves):
-        return None  # who knows what tensors are in there
+        return None  # it may hold tensors that cannot be found
     if x is not None and any(leaf.shape[:1] != x.shape[:1] for leaf in leaves if isinstance(leaf, Tensor)):
-        return replace(memory, micro_batches=1)  # there is nothing in it for each sample
+        return replace(memory, micro_batches=1)  # it cannot be divided by samples
     return memory
 
 
@@ -331,8 +331,7 @@ def _harmless(hook: Any) -> bool:
 
 
 def _is_foreign(module: nn.Module) -> bool:
-    """Whether parameters cannot be told from the module: a replica of DataParallel; or nobody runs the code, but a
-    compiler reads it."""
+    """Whether parameters cannot be told from the module, a replica of DataParallel, or the code is being compiled."""
     return torch.compiler.is_compiling() or _is_replica(module)
 
 

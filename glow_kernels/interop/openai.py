@@ -55,7 +55,7 @@ def signature_calls(channels: int, *, without_log_det: bool = True) -> list[Call
 
 
 def added(log_det: Any, change: Tensor) -> Any:
-    """The log-determinant that goes on, or None if nobody asks for one."""
+    """The log-determinant to pass on, or None if none was asked for."""
     return None if log_det is None else log_det + change
 
 
@@ -284,7 +284,7 @@ def _linear(step: Any, to_invert: bool) -> Linear:
 
 
 def _holds_others(step: nn.Module) -> bool:
-    """Whether the closure of a function that ``step`` keeps holds a module that is no part of ``step``."""
+    """Whether the closure of a function that ``step`` keeps holds a module that is not part of ``step``."""
     closures = (getattr(value, "__closure__", None) or () for value in vars(step).values())
     held = [cell.cell_contents for closure in closures for cell in closure]
     return any(isinstance(value, nn.Module) and value not in set(step.modules()) for value in held)

@@ -329,7 +329,7 @@ def _patched_class(patch: type[Patch], original: type[nn.Module]) -> type[nn.Mod
 
 
 def _without_patch(patched: type[nn.Module]) -> Any:
-    """The class that ``patched`` was made of, or what somebody else has made of it since, as parametrizations do."""
+    """The class that ``patched`` was made of, or a class derived from it since, as parametrizations make."""
     if _PATCH in vars(patched):
         return getattr(patched, _ORIGINAL)
     bases = tuple(_without_patch(base) if hasattr(base, _PATCH) else base for base in patched.__bases__)

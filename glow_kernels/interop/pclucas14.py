@@ -1,4 +1,4 @@
-"""The dialect of pclucas14/pytorch-glow: ``forward_(x, objective)`` and ``reverse_``, which nobody calls through hooks.
+"""The dialect of pclucas14/pytorch-glow: ``forward_(x, objective)`` and ``reverse_``, which are called without hooks.
 
 Layers return the data and the objective with their log-determinant added, or taken away in reverse. A model is a flat
 list of them, so each is patched by itself. Its couplings overwrite views of their input, which PyTorch refuses to

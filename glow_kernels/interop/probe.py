@@ -190,7 +190,7 @@ def find_coupling(
         log_scale_gain: (C_transformed,), if the layer multiplies the log-scale of each channel by a learned number.
 
     Raises:
-        Mismatch: it is no coupling that the operators know.
+        Mismatch: it is not a coupling that the operators know.
     """
     probe = _Probe(layer, channels, outputs, spatial)
     read, transformed = probe.halves()
@@ -315,7 +315,7 @@ def _scale_map(raw: Tensor, scale: Tensor) -> tuple[ScaleMap, bool]:
     found = fit_scale_map(raw, 1 / scale)
     if found is not None:
         return found, True
-    raise Mismatch("its scale is no known function of the network's output")
+    raise Mismatch("its scale is not a known function of the network's output")
 
 
 def _adjacent(channels: tuple[int, ...]) -> bool:

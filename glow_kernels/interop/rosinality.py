@@ -281,7 +281,7 @@ def _spatial(coupling: Any) -> tuple[int, ...]:
 
 
 def _matrix(convolution: Any, to_invert: bool = False) -> tuple[Tensor, Tensor | None]:
-    """W (C, C), and ``log|det W|`` where it is known; zero where nobody asks for it, so that W may be singular.
+    """W (C, C), and ``log|det W|`` where it is known; zero where it is not used, so that W may be singular.
 
     Unrounded, where it is a product, to be inverted.
     """

@@ -157,7 +157,7 @@ class Keys:
 
         Raises:
             KeyError: it is not there.
-            TypeError: it is no tensor.
+            TypeError: it is not a tensor.
         """
         found = next((key for key in (name, f"module.{name}") if key in self.tensors), None)
         if found is None:
@@ -197,7 +197,7 @@ class Keys:
         return sorted(found)
 
     def unread(self) -> list[str]:
-        """Names that nobody asked for."""
+        """Names that were not asked for."""
         return [key for key in self.tensors if key not in self.seen]
 
 

@@ -35,7 +35,7 @@ class Workshop:
     """What is known of a model while it is looked at, and the copies to find out more.
 
     Args:
-        memory: what steps shall keep for backward; None for everything.
+        memory: what steps are to keep for backward; None for everything.
 
     Attributes:
         decisions: patch and options of each module that will be patched.
@@ -96,7 +96,7 @@ class Workshop:
             log_scale_gain: reads the learned number per channel from a copy, if there is one.
 
         Raises:
-            Mismatch: it is no coupling that the operators know, or it cannot be run.
+            Mismatch: it is not a coupling that the operators know, or it cannot be run.
         """
         inputs = input_channels(network) if inputs is None else inputs
         stand_in = self._stand_in(network, inputs, spatial, context)

@@ -25,7 +25,7 @@ class ActNorm(nn.Module):
         eps: added to the standard deviation, so that a constant channel gets a finite scale.
 
     Raises:
-        TypeError, ValueError: ``channels`` is no whole number of at least 1, or ``eps`` no number of at least 0.
+        TypeError, ValueError: ``channels`` is not a whole number of at least 1, or ``eps`` not a number of at least 0.
     """
 
     initialized: Tensor

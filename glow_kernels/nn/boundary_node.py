@@ -58,7 +58,7 @@ def in_turn(steps: Sequence[nn.Module], maps: Sequence[LinearMap], x: Tensor) ->
 
 
 def plain_coupling(x: Tensor, step: FlowStep) -> Plain | None:
-    """The coupling of ``step`` for ``x`` (B, C, H, W) if it can be a node and is nobody's who waits for its call."""
+    """The coupling of ``step`` for ``x`` (B, C, H, W) if it can be a node, which runs no hooks."""
     coupling: Any = step._modules["coupling"]
     if type(coupling) not in (AffineCoupling, AdditiveCoupling) or coupling.condition_on != "first":
         return None
@@ -72,8 +72,8 @@ def plain_coupling(x: Tensor, step: FlowStep) -> Plain | None:
 def is_boundary_node(z: Tensor, step: FlowStep, linear: LinearMap) -> bool:
     """Whether the coupling of ``step``, for ``z`` (B, C, H, W), and the next ``linear`` map can be a node.
 
-    The coupling must be one by itself, affine, and nobody's who waits for it to be called; and a backend that is not
-    the reference must have the operator.
+    The coupling must be affine and able to be a node by itself, and a backend other than the reference must have the
+    operator.
     """
     plain = plain_coupling(z, step)
     return plain is not None and _has_operator(z, plain, linear)

@@ -17,7 +17,7 @@ class ChannelMixing(nn.Module):
         channels: C.
 
     Raises:
-        TypeError, ValueError: ``channels`` is no whole number of at least 1.
+        TypeError, ValueError: ``channels`` is not a whole number of at least 1.
     """
 
     def __init__(self, channels: int) -> None:

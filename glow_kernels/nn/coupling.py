@@ -92,7 +92,7 @@ class AffineCoupling(_Coupling):
         condition_on: which half feeds the network, ``"first"`` or ``"second"``.
 
     Raises:
-        TypeError, ValueError: fewer than two channels, a network that is no module, or an unknown option.
+        TypeError, ValueError: fewer than two channels, a network that is not a module, or an unknown option.
     """
 
     outputs_per_channel = 2
@@ -133,7 +133,7 @@ class AdditiveCoupling(_Coupling):
         network: maps the conditioning half (B, C_a, H, W) to (B, C_b, H, W) for C_b transformed channels.
 
     Raises:
-        TypeError, ValueError: fewer than two channels, a network that is no module, or an unknown option.
+        TypeError, ValueError: fewer than two channels, a network that is not a module, or an unknown option.
     """
 
     outputs_per_channel = 1

@@ -51,7 +51,7 @@ class Kind(NamedTuple):
 
 
 class Private(NamedTuple):
-    """Whether a state, and its gradient, are nobody else's, so that what follows from them may take their place."""
+    """Whether a state, and its gradient, are used by nothing else, so that they may be overwritten."""
 
     state: bool = False
     grad: bool = False

@@ -42,7 +42,7 @@ class HiddenConv2d(nn.Module):
     def forward(self, x: Tensor, frugal: bool = False) -> Tensor:
         """(B, in_channels, H, W) to (B, out_channels, H, W).
 
-        With ``frugal``, ReLU overwrites its gradient in backward where that is large; it must be nobody else's.
+        With ``frugal``, ReLU overwrites its gradient in backward where that is large; nothing else may use it.
         """
         weight, bias = self.folded(x)
         fuses = is_bias_apart(x)
@@ -70,7 +70,7 @@ class ZeroConv2d(nn.Module):
         in_channels, out_channels: channels before and after.
 
     Raises:
-        TypeError, ValueError: one of them is no whole number of at least 1.
+        TypeError, ValueError: one of them is not a whole number of at least 1.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -96,7 +96,7 @@ class CouplingNetwork(nn.Module):
         hidden_channels: width of the hidden layers.
 
     Raises:
-        TypeError, ValueError: one of them is no whole number of at least 1.
+        TypeError, ValueError: one of them is not a whole number of at least 1.
     """
 
     def __init__(self, in_channels: int, out_channels: int, hidden_channels: int = 512) -> None:
@@ -116,7 +116,7 @@ class CouplingNetwork(nn.Module):
 
 
 class _FrugalReLU(torch.autograd.Function):
-    """ReLU that overwrites its input and, in backward, the gradient that it gets, which must be nobody else's."""
+    """ReLU that overwrites its input and, in backward, the gradient that it gets, which nothing else may use."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ class Kept(NamedTuple):
 def plain_parameters(network: nn.Module) -> list[Tensor] | None:
     """Those of :func:`parameters_of` if the passes compute what calling ``network`` does, None otherwise.
 
-    It must be this package's own, initialised, and nobody's who waits for its modules to be called.
+    It must be this package's own, initialised, and without hooks.
     """
     if type(network) is not CouplingNetwork or _has_any_global_hook() or is_altered(network):  # type: ignore[no-untyped-call]
         return None
@@ -134,7 +134,7 @@ def backward(
         result, grad_bias = inputs.pop(), None
         if apart and not (frugal and _is_large(result, result.shape[1])):
             grad, grad_bias = bias_relu_backward(grad, result, _parts(result))
-        else:  # the gradient is the convolution's, and nobody else's
+        else:  # the gradient is fresh from the convolution, and used by nothing else
             _threshold_backward_into(grad, result, 0, grad_input=grad)
         del result
     found: list[Tensor | None] = [None] * len(parameters)

@@ -29,7 +29,7 @@ class SplitPrior(nn.Module):
         channels: C, even.
 
     Raises:
-        TypeError, ValueError: ``channels`` is no even whole number of at least 2.
+        TypeError, ValueError: ``channels`` is not an even whole number of at least 2.
     """
 
     def __init__(self, channels: int) -> None:
@@ -100,7 +100,7 @@ class TopPrior(nn.Module):
         num_classes: number of classes to condition on, or None.
 
     Raises:
-        TypeError, ValueError: one of the two numbers is no whole number of at least 1.
+        TypeError, ValueError: one of the two numbers is not at a whole number of at least 1.
     """
 
     def __init__(self, channels: int, learned: bool = True, num_classes: int | None = None) -> None:

@@ -41,7 +41,7 @@ class FlowStep(nn.Module):
         network: of the coupling, as for :class:`~glow_kernels.nn.AffineCoupling`.
 
     Raises:
-        TypeError, ValueError: fewer than two channels, a network that is no module, or an unknown option.
+        TypeError, ValueError: fewer than two channels, a network that is not a module, or an unknown option.
     """
 
     def __init__(

@@ -66,7 +66,7 @@ def check_labels(labels: Tensor, x: Tensor) -> None:
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """``value`` must be one of ``choices``."""
-    # What is no text may not be comparable, as an array is not.
+    # Other values than strings may not be comparable, such as arrays.
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
@@ -82,7 +82,7 @@ def check_whole(name: str, value: Any, least: int | None = None) -> None:
 
 def check_number(name: str, value: Any) -> None:
     """``value`` must be a real number, of Python, NumPy, torch.compile or torch.export."""
-    # A tensor is none: as a constant of an operator it would get no gradient, without a word.
+    # Not a tensor: as a constant of an operator it would silently get no gradient.
     if not isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{name} must be a number, got {value!r}")
 

@@ -137,7 +137,7 @@ class _Implementation:
             torch.library.register_autograd(qualified_name, rule, setup_context=setup_context, lib=_LIBRARY)
         overload: Callable[..., Any] = getattr(torch.ops.glow_kernels, name).default
         self._overload, self._has_lists, self._plain = overload, "Tensor[]" in schema, plain
-        # A result is nobody's view, however a backend makes it: a view could not be modified in place. What overwrites
+        # A result is not a view, however a backend makes it: a view could not be modified in place. What overwrites
         # its arguments counts as that.
         below = torch._C._AutoDispatchBelowAutograd if "!" in schema else torch._C._AutoDispatchBelowADInplaceOrView
         self._below: Callable[[], AbstractContextManager[None]] = below
@@ -158,7 +158,7 @@ class _Implementation:
         self._rule = Rule
 
     def __call__(self, *args: Any) -> Any:
-        # Whoever traces or transforms must see the operator. Otherwise its autograd rule is applied here and the
+        # Tracing and transforms must see the operator. Otherwise its autograd rule is applied here and the
         # dispatcher goes below it, which saves more than half of the time of a call.
         if (
             torch.compiler.is_compiling()

@@ -56,7 +56,7 @@ class ScaleMap:
     ``logsigmoid``. A floor above zero bounds the inverse: with ``gain = 1 - floor``, ``s`` stays in ``(floor, 1)``.
 
     Raises:
-        TypeError: a parameter is no number.
+        TypeError: a parameter is not a number.
         ValueError: an unknown kind, a floor below zero, a gain of a sigmoid that is not above zero, low > high.
     """
 

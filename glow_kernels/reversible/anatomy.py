@@ -125,7 +125,7 @@ class Anatomy:
                 or "forward" in module.__dict__
                 or module._forward_hooks
                 or module._forward_pre_hooks
-                # Weights that somebody computes, in place of parameters.
+                # Weights that are computed, in place of parameters.
                 or any(isinstance(value, Tensor) for value in module.__dict__.values())
             ):
                 return False

@@ -28,7 +28,7 @@ def way_back(anatomy: Anatomy, private: Private) -> Callable[..., Any] | None:
 
 @contextmanager
 def frugal(anatomy: Anatomy) -> Iterator[None]:
-    """Let the networks of this package take a hidden buffer less in a backward that nobody watches."""
+    """Let the networks of this package take one hidden buffer less in a backward without hooks."""
     networks = [module for module in anatomy.modules if isinstance(module, CouplingNetwork)]
     for network in networks:
         network.frugal = True

@@ -200,7 +200,7 @@ def _refuse_stored_results(anatomy: Anatomy, x: Tensor, context: Sequence[Tensor
     for key, (name, value) in with_graph(anatomy.step).items():
         if key in before:
             continue
-        # Weights that are computed of parameters are no result.
+        # Weights that are computed from parameters are not results.
         (grad,) = torch.autograd.grad(value, start, torch.ones_like(value), allow_unused=True)
         if grad is not None:
             raise RuntimeError(

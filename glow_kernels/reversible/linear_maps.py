@@ -1,4 +1,4 @@
-"""The linear maps of all steps of a chain, which nobody keeps from forward to backward."""
+"""The linear maps of all steps of a chain, which are not kept from forward to backward."""
 
 from __future__ import annotations
 

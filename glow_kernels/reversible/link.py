@@ -158,7 +158,7 @@ class Link(torch.autograd.Function):
 
 
 def _ghost_of(state: Tensor) -> Tensor:
-    """One element that nobody reads; not a view, of which FSDP would warn."""
+    """One element that is never read; not a view, since FSDP would warn of it."""
     return state.new_empty_strided(state.shape, [0] * state.dim())
 
 

@@ -17,7 +17,7 @@ from torch.nn.modules.dropout import _DropoutNd
 def seed_generators(device: torch.device, number: int) -> None:
     """Seed PyTorch's generators of the CPU and of ``device``.
 
-    torch.manual_seed seeds all other devices too, which nobody restores, and those that are not in use yet each with a
+    torch.manual_seed seeds all other devices too, which are not restored, and those that are not in use yet each with a
     stack trace, which takes a millisecond.
     """
     torch.default_generator.manual_seed(number)

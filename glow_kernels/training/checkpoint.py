@@ -97,14 +97,14 @@ def save(path: Path, tensors: Mapping[str, Tensor], document: Mapping[str, JSON]
 
 
 class Saver:
-    """Writes checkpoints beside what else is done, one at a time."""
+    """Writes checkpoints in the background, one at a time."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
 
     def start(self, path: Path, tensors: Mapping[str, Tensor], document: Mapping[str, JSON]) -> None:
-        """Write as :func:`save` does, after the one before, and return at once; nobody may change what it is given.
+        """Write as :func:`save` does, after the one before, and return at once; the tensors must not change meanwhile.
 
         Raises:
             CheckpointError, MissingDependencyError, TypeError: the one before could not be written.
@@ -177,7 +177,7 @@ def _read_document(path: Path, metadata: Mapping[str, str]) -> dict[str, JSON]:
         content = json.loads(metadata[_METADATA_KEY])
         version, document = int(content["format_version"]), dict(content["document"])
     except (KeyError, TypeError, ValueError) as error:
-        message = f"{path} is a safetensors file but no glow_kernels checkpoint; name one that glow_kernels saved"
+        message = f"{path} is a safetensors file but not a glow_kernels checkpoint; name one that glow_kernels saved"
         raise CheckpointError(message) from error
     if version > FORMAT_VERSION:
         raise CheckpointError(

@@ -68,7 +68,7 @@ class Ranks:
         return total
 
     def any(self, flag: bool) -> bool:
-        """Whether ``flag`` is set on some rank. Nobody returns before everybody has called."""
+        """Whether ``flag`` is set on some rank. It returns once all ranks have called."""
         return flag if self.size == 1 else self.sum(torch.tensor(float(flag))).item() > 0
 
     def check_batch(self, images: int) -> None:

@@ -76,7 +76,7 @@ def evaluate(
         show_progress: a bar, where standard error is a terminal.
 
     Raises:
-        TypeError, ValueError: ``draws`` or ``batch_size`` is no whole number of at least 1; what the model refuses.
+        TypeError, ValueError: ``draws`` or ``batch_size`` is not a whole number of at least 1; what the model refuses.
     """
     check_whole("draws", draws, 1)
     batch_size = images_at_a_time(model.image_size) if batch_size is None else batch_size
@@ -141,7 +141,7 @@ def interpolate(
         ``(R, count, C, H, W)``.
 
     Raises:
-        TypeError, ValueError: ``count`` is no whole number of at least 2; what the model refuses.
+        TypeError, ValueError: ``count`` is not a whole number of at least 2; what the model refuses.
     """
     check_whole("count", count, 2)
     first_labels, last_labels = labels if labels is not None else (None, None)

@@ -84,7 +84,7 @@ def begin(folder: Path, config: TrainingConfig) -> None:
     try:
         write_config(folder, config)
     except CheckpointError:
-        # A checkpoint beside the configuration of another run, or none, is no run.
+        # A checkpoint without a configuration, or with that of another run, cannot be resumed.
         (folder / LAST).unlink()
         raise
     # Only what a run writes: the folder may hold a user's own files.
@@ -113,7 +113,7 @@ def read_config(folder: Path) -> TrainingConfig:
     if folder.is_file():
         raise CheckpointError(f"{folder} is a file, not a run folder: name a folder that 'glow-kernels train' made")
     if not path.is_file():
-        raise CheckpointError(f"{folder} is no run folder: it has no {CONFIG}; make one with 'glow-kernels train'")
+        raise CheckpointError(f"{folder} is not a run folder: it has no {CONFIG}; make one with 'glow-kernels train'")
     try:
         document = json.loads(path.read_text())
     except (OSError, ValueError) as error:

@@ -163,7 +163,7 @@ class Trainer:
                 bar.update()
                 if self._is_due(self.config.validate_every):
                     report = self._validate(writer)
-                    # First, since whoever reads the report may have left.
+                    # First, since writing the report fails if its reader has exited.
                     self._save()
                     if writer is not None:
                         bar.write(report)

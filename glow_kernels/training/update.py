@@ -76,7 +76,7 @@ class Update:
         return bool(self._refusal) or self._step.is_settled
 
     def resume(self, updates: int) -> None:
-        """Go on after so many good steps."""
+        """Continue after this many good steps."""
         self._updates.fill_(updates)
 
     def __call__(self, x: Tensor, labels: Tensor | None, learning_rate: float, share: float) -> None:
