@@ -40,7 +40,12 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Report:
-    """All flow layers of a model, in its own order; ``print`` shows a table."""
+    """All flow layers of a model, in its own order; ``print`` shows a table.
+
+    Attributes:
+        layers: one row for each flow layer that was recognised.
+        note: what is to be said of the model as a whole; mostly empty.
+    """
 
     layers: tuple[LayerReport, ...] = field(default_factory=tuple)
     note: str = ""

@@ -51,7 +51,7 @@ class SplitPrior(nn.Module):
         return kept, gaussian_standardize(dropped, self._distribution(kept))
 
     def decode(self, kept: Tensor, eps: Tensor) -> Tensor:
-        """The inverse of :meth:`encode`; standard normal ``eps`` makes a sample."""
+        """The inverse of :meth:`encode`: ``kept`` and ``eps`` to ``x``; standard normal ``eps`` makes a sample."""
         return torch.cat((kept, gaussian_sample(eps, self._distribution(kept))), dim=1)
 
     def inverse(self, kept: Tensor, temperature: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:

@@ -92,7 +92,7 @@ class FlowStep(nn.Module):
     def inverse(self, z: Tensor, *context: Tensor | None, linear: LinearMap | None = None) -> tuple[Tensor, Tensor]:
         """``z`` (B, C, H, W) to ``x`` and ``log_det`` (B,) of that direction.
 
-        ``linear`` as for :meth:`forward`, folded for this direction.
+        ``context`` as for :meth:`forward`, and ``linear``, folded for this direction.
 
         Raises:
             TypeError, ValueError: ``z`` has the wrong type or shape, or the 1x1 convolution is singular.

@@ -173,7 +173,9 @@ class ReversibleSequential(nn.Sequential):
         return x, _total(log_dets, x)
 
     def inverse(self, z: Tensor, *context: Tensor | None) -> tuple[Tensor, Tensor]:
-        """``z`` (B, ...) to ``x`` and ``log_det`` (B,) of that direction; always with plain autograd.
+        """``z`` (B, ...) to ``x`` and ``log_det`` (B,) of that direction, always with plain autograd.
+
+        ``context`` as for :meth:`forward`.
 
         Raises:
             TypeError: ``z`` is not a tensor, or an inverse returns only a tensor.

@@ -171,6 +171,10 @@ def load_model(
 
     Before the first validation there is no best model yet; then it is the last one.
 
+    Args:
+        folder: run folder that ``glow-kernels train`` made.
+        device: where to put the weights.
+
     Raises:
         CheckpointError: there is no run, or no usable checkpoint in it.
     """
