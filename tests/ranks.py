@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,16 +22,13 @@ DDP = {
 
 def run(work: Callable[[int], Any], folder: Path) -> list[Any]:
     """What ``work(rank)``, a function of a module, returns in each process; ``folder`` is for the way back."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_process, (work, port, folder), nprocs=RANKS)
+    mp.spawn(_process, (work, folder), nprocs=RANKS)
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
 
-def _process(rank: int, work: Callable[[int], Any], port: int, folder: Path) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+def _process(rank: int, work: Callable[[int], Any], folder: Path) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=RANKS)
+    # By a file, since a port that is free now may be somebody's then.
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
     torch.save(work(rank), folder / f"{rank}.pt")
     dist.destroy_process_group()

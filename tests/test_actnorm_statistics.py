@@ -6,13 +6,10 @@ zero, and that ranks of any size, an empty one too, arrive at the statistics of 
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given
 from hypothesis import strategies as st
 from operators import (
@@ -29,6 +26,7 @@ from operators import (
     evaluate,
     in_layout,
 )
+from ranks import run
 
 import glow_kernels as gk
 
@@ -106,7 +104,7 @@ def test_statistics_carry_no_gradient(backend):
 
 
 # What each of two ranks sees, for every question put to them.
-RANKS = {
+QUESTIONS = {
     "different_batches": lambda: [torch.randn(2, 5, 4, 4), 3 + 2 * torch.randn(7, 5, 4, 4)],
     "different_positions": lambda: [torch.randn(3, 5, 2, 9), torch.randn(3, 5, 7)],
     "first_rank_empty": lambda: [torch.empty(0, 5, 4), torch.randn(3, 5, 4)],
@@ -123,30 +121,25 @@ def rank_data(question: str) -> list[torch.Tensor]:
     """The same data in every process, on the CPU, whose tensors gloo sends."""
     torch.manual_seed(0)
     with torch.device("cpu"):
-        return RANKS[question]()
+        return QUESTIONS[question]()
 
 
-def run_rank(rank: int, folder: str) -> None:
-    """Answer every question on every backend as one of two ranks."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+def answer(rank: int) -> dict[str, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+    """All questions on every backend as one of two ranks."""
     answers = {}
     for backend in gk.available_backends():
         with gk.use_backend(backend):
-            answers[backend] = {name: gk.actnorm_statistics(rank_data(name)[rank]) for name in RANKS}
-    torch.save(answers, f"{folder}/{rank}")
-    dist.destroy_process_group()
+            answers[backend] = {name: gk.actnorm_statistics(rank_data(name)[rank]) for name in QUESTIONS}
+    return answers
 
 
 @pytest.fixture(scope="module")
 def answers_of_two_ranks(tmp_path_factory):
     """What two processes say, one entry per rank."""
-    folder: Path = tmp_path_factory.mktemp("ranks")
-    mp.spawn(run_rank, args=(str(folder),), nprocs=2)
-    return [torch.load(folder / str(rank)) for rank in range(2)]
+    return run(answer, tmp_path_factory.mktemp("ranks"))
 
 
-@pytest.mark.parametrize("question", RANKS)
+@pytest.mark.parametrize("question", QUESTIONS)
 def test_ranks_agree_on_the_statistics_of_all_data(backend, answers_of_two_ranks, question):
     first, second = (answers[backend][question] for answers in answers_of_two_ranks)
     data = rank_data(question)
