@@ -296,7 +296,7 @@ def test_optimizer_round_trip_is_exact(tmp_path: Path, kind: str) -> None:
     assert_same(checkpoint.flatten_optimizer(restored)[0], checkpoint.flatten_optimizer(optimizer)[0])
 
 
-def test_optimizer_tensors_are_named_by_parameter(tmp_path: Path) -> None:
+def test_optimizer_tensors_are_named_by_parameter() -> None:
     model = make_model(0)
     optimizer = make_optimizer("adam", model)
     assert checkpoint.flatten_optimizer(optimizer)[0] == {}

@@ -353,7 +353,7 @@ class UnconditionalCoupling(AffineCouplingTransform):
         return super().forward(inputs)
 
 
-def network(inputs: int, outputs: int) -> nn.Module:
+def ignoring_context(inputs: int, outputs: int) -> nn.Module:
     return IgnoresContext(nn.Conv2d(inputs, outputs, 1))
 
 
@@ -361,11 +361,11 @@ def network(inputs: int, outputs: int) -> nn.Module:
     ("layer", "reason"),
     [
         (ConditionalActNorm(4), "it uses its context itself"),
-        (ConditionalCoupling([0, 0, 1, 1], network), "it uses its context itself"),
-        (TensorConditionalCoupling([0, 0, 1, 1], network), "it uses its context itself"),
+        (ConditionalCoupling([0, 0, 1, 1], ignoring_context), "it uses its context itself"),
+        (TensorConditionalCoupling([0, 0, 1, 1], ignoring_context), "it uses its context itself"),
         (DictionaryActNorm(4), "it uses its context itself"),
-        (NamedCoupling([0, 0, 1, 1], network), "it uses its context itself"),
-        (UnconditionalCoupling([0, 0, 1, 1], network), "forward: result 0 differs by"),
+        (NamedCoupling([0, 0, 1, 1], ignoring_context), "it uses its context itself"),
+        (UnconditionalCoupling([0, 0, 1, 1], ignoring_context), "forward: result 0 differs by"),
     ],
     ids=["actnorm", "coupling", "coupling of tensors", "actnorm of dictionaries", "coupling of names", "without"],
 )

@@ -120,7 +120,7 @@ def test_an_untrained_chain_that_contracts(memory):
         weighted(ReversibleSequential(steps, "invert", check="raise", drift_limit=1e-6)(x)).backward()
 
 
-def test_sixty_four_steps_in_float32(trained):
+def test_sixty_four_steps_in_float32():
     torch.manual_seed(1)
     steps = [FlowStep(6, 16) for _ in range(64)]
     x = torch.randn(8, 6, 8, 8)
