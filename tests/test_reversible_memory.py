@@ -66,10 +66,10 @@ def test_eight_micro_batches_of_the_published_benchmark():
 
 def test_offloaded_anchors_of_the_published_benchmark():
     # They are gone from the device, so that nothing depends on the depth but the matrices in backward.
-    options = {"memory": "anchor", "micro_batches": 8, "offload_anchors": True}
-    (kept, peak), (deeper_kept, deeper_peak) = measure(9, 3, **options), measure(13, 3, **options)
+    options = {"memory": "anchor", "anchor_every": 2, "micro_batches": 8, "offload_anchors": True}
+    (kept, peak), (deeper_kept, deeper_peak) = measure(4, 3, **options), measure(6, 3, **options)
     assert deeper_kept == kept <= 4 * FIRST_STATE
-    assert deeper_peak - 4 * (3 * FIRST_MAP + FIRST_FACTORS) == peak <= 0.1 * GB
+    assert deeper_peak - 2 * (3 * FIRST_MAP + FIRST_FACTORS) == peak <= 0.1 * GB
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 @pytest.mark.parametrize("memory", FORGETFUL)
 def test_compiled_chains_keep_no_more(memory, backend):
     x = torch.randn(4, 6, 16, 16)
-    plain = ReversibleSequential([*[FlowStep(6, 16) for _ in range(4)], Scaling(6), FlowStep(6, 16)], "store")
+    plain = ReversibleSequential([FlowStep(6, 16), FlowStep(6, 16), Scaling(6), FlowStep(6, 16)], "store")
     plain(x)
     model = forgetting(plain, memory, anchor_every=2)
     parameters = {parameter.data_ptr() for parameter in model.parameters()}
