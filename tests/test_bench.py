@@ -9,7 +9,6 @@ import re
 import sys
 import time
 from collections import Counter
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -102,22 +101,28 @@ def test_a_case_becomes_a_row(case):
     assert table.operator_line(row).startswith(case.operator)
 
 
-def test_on_a_gpu_the_figures_are_of_replays_where_they_can_be_captured(monkeypatch):
-    now = [0.0]
+@pytest.fixture
+def taking(monkeypatch):
+    """Makes calls that take so many seconds of a clock that nothing else moves."""
+    now = 0.0
 
-    def lasting(seconds):
-        return [lambda: now.append(now.pop() + seconds)]
+    def call(seconds):
+        nonlocal now
+        now += seconds
 
-    calls = {"copy": lasting(2e-3), "eager": lasting(9e-3), "ours": lasting(8e-3)}
-    replays = {"copy": lasting(2e-3), "ours": lasting(3e-3)}
-    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    return lambda seconds: lambda: call(seconds)
+
+
+def test_on_a_gpu_the_figures_are_of_replays_where_they_can_be_captured(monkeypatch, taking):
+    calls = {"copy": [taking(2e-3)], "eager": [taking(9e-3)], "ours": [taking(8e-3)]}
+    replays = {"copy": [taking(2e-3)], "ours": [taking(3e-3)]}
     monkeypatch.setattr(timing, "as_graphs", lambda candidates: dict(replays))
     device = torch.device("cpu")
     times = timing.measure(calls, 0.05, device)
     row = measurement._replays(calls, times, 0.05, device, ["copy"], dict.fromkeys(calls, 1), "ours")
     found = row["candidates"]
-    assert found["ours"]["seconds"][0] == pytest.approx(3e-3)
-    assert found["ours"]["call"][0] == pytest.approx(8e-3)
+    assert (found["ours"]["seconds"][0], found["ours"]["call"][0]) == pytest.approx((3e-3, 8e-3))
     assert found["eager"]["ratio_to_ours"][0] == pytest.approx(3)
     assert found["ours"]["percent_of_limit"] == pytest.approx(200 / 3)
     assert [found[name]["replayed"] for name in calls] == [True, False, True]
@@ -207,16 +212,13 @@ def test_candidates_take_turns():
     assert turns[0][0] not in (turns[2][0], turns[0][1]), "copies of the inputs rotate"
 
 
-def test_what_a_candidate_finds_in_the_caches_does_not_count(monkeypatch):
-    now = 0.0
+def test_what_a_candidate_finds_in_the_caches_does_not_count(taking):
+    warm = []
 
     def call():
-        nonlocal now
-        now += 1e-4 if warm else 1e-2
+        taking(1e-4 if warm else 1e-2)()
         warm.append(True)
 
-    warm = []
-    monkeypatch.setattr(time, "perf_counter", lambda: now)
     times = timing.measure({"a": [call], "b": [lambda: call() or warm.clear()]}, 0.1, torch.device("cpu"))
     assert times.rounds["a"] == pytest.approx([1e-4] * len(times.rounds["a"]))
 
@@ -527,7 +529,7 @@ def test_an_interrupted_run_keeps_what_was_measured(tmp_path, monkeypatch, capsy
     command = ["bench", "operators", "--operator", "affine_coupling", "--shape", "1x2x2x2", "--seconds", "0.01"]
     assert main([*command, "--no-compile", "--output", str(path), "--threads", "1", "--allocator", "tuned"]) == 130
     assert [row["kind"] for row in results.read(path) if row["kind"] != "warning"] == ["environment", "operator"]
-    assert f"the results so far are in {path}" in capsys.readouterr().out
+    assert f"what was measured until now is in {path}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -541,7 +543,7 @@ def test_an_interrupted_run_keeps_what_was_measured(tmp_path, monkeypatch, capsy
         (["--backend", "cublas"], "backend must be one of native, triton, reference, got 'cublas'"),
         (["--threads", "1,9999"], "threads must be at most "),
         (["--allocator", "slab"], "allocator must be one of default, tuned, got 'slab'"),
-        (["--results", "x"], "--results needs --check"),
+        (["--results", "x"], "--results goes with --check"),
         (["--device", "tpu"], "--device tpu cannot be used here"),
     ],
 )
