@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import sys
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -17,9 +16,17 @@ class Terminal(io.StringIO):
         return True
 
 
-def three(seconds: float) -> Iterator[int]:
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time as tqdm sees it."""
+    now = [0.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    return now
+
+
+def three(seconds: float, clock: list[float]) -> Iterator[int]:
     for number in range(3):
-        time.sleep(seconds)
+        clock[0] += seconds
         yield number
 
 
@@ -33,15 +40,21 @@ def three(seconds: float) -> Iterator[int]:
     ],
 )
 def test_a_bar_is_where_somebody_waits(
-    monkeypatch: pytest.MonkeyPatch, stream: type[io.StringIO], seconds: float, is_shown: bool, has_bar: bool
+    monkeypatch: pytest.MonkeyPatch,
+    clock: list[float],
+    stream: type[io.StringIO],
+    seconds: float,
+    is_shown: bool,
+    has_bar: bool,
 ) -> None:
     errors = stream()
     monkeypatch.setattr(sys, "stderr", errors)
-    assert list(with_progress(three(seconds), "waiting", "numbers", total=3, is_shown=is_shown)) == [0, 1, 2]
+    items = three(seconds, clock)
+    assert list(with_progress(items, "waiting", "numbers", total=3, is_shown=is_shown)) == [0, 1, 2]
     assert ("waiting:  67%" in errors.getvalue() and "numbers/s" in errors.getvalue()) == has_bar
     assert bool(errors.getvalue()) == has_bar
 
 
 def test_without_tqdm_there_is_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tqdm", None)
-    assert list(with_progress(three(0.0), "waiting", "numbers")) == [0, 1, 2]
+    assert list(with_progress(range(3), "waiting", "numbers")) == [0, 1, 2]
