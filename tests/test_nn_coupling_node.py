@@ -115,13 +115,14 @@ def test_padding_and_epilogues_of_matrix_units_change_nothing(
     module = ready(kind, channels).to(memory_format=memory_format)
     x = torch.randn(3, channels, 4, 6, dtype=torch.float64)
     actual = differentiated(module, x)
+    assert len(nodes) == (backend != "reference")
     with gk.use_backend("reference"):
         expected = differentiated(module, x)
     for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
-def test_frozen_parameters_get_no_gradient(backend, nodes):
+def test_frozen_parameters_get_no_gradient(backend):
     module = ready("affine", 6)
     module.network.second.requires_grad_(False)
     x = torch.randn(3, 6, 4, 6, dtype=torch.float64)
