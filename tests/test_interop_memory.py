@@ -293,14 +293,14 @@ def test_what_happens_to_a_state_between_steps_ends_the_chain():
         return y + aside, one + two + three
 
     expected = torch.autograd.grad(weighted(interrupted(original)), list(original.parameters()))
-    gk.accelerate(original, memory="invert")
+    gk.accelerate(original, memory="invert", verify=False)
     actual = torch.autograd.grad(weighted(interrupted(original)), list(original.parameters()))
     assert_equal(actual, expected)
 
 
 def test_a_state_that_is_modified_in_place_is_an_error_and_not_a_wrong_gradient():
     chain = flows(1)
-    gk.accelerate(chain, memory="invert")
+    gk.accelerate(chain, memory="invert", verify=False)
     y, log_det = chain[0](torch.randn(4, 4, 6, 6))
     y.add_(1.0)
     with pytest.raises(RuntimeError, match=r"modified in place: use memory='checkpoint'"):
@@ -319,12 +319,12 @@ def test_a_state_that_is_modified_without_a_graph_before_the_next_step_is_an_err
 
 def test_state_that_does_not_arrive_is_an_error_and_not_a_wrong_gradient():
     chain = flows(2)
-    gk.accelerate(chain, memory="invert")
+    gk.accelerate(chain, memory="invert", verify=False)
     y, log_det = chain[0](torch.randn(4, 4, 6, 6))
     chain[1](y)  # which has no part in the loss
     with pytest.raises(RuntimeError, match=r"is not part of what is differentiated: use memory='checkpoint'"):
         log_det.sum().backward()
-    gk.accelerate(chain, memory="checkpoint")
+    gk.accelerate(chain, memory="checkpoint", verify=False)
     y, log_det = chain[0](torch.randn(4, 4, 6, 6))
     chain[1](y)
     log_det.sum().backward()
@@ -347,7 +347,7 @@ def test_steps_that_the_model_itself_checkpoints(memory, use_reentrant):
 
 def test_backward_twice_and_second_derivatives():
     chain = flows()
-    gk.accelerate(chain, memory="anchor", anchor_every=2)
+    gk.accelerate(chain, memory="anchor", anchor_every=2, verify=False)
     x = torch.randn(4, 4, 6, 6, requires_grad=True)
     loss = weighted(in_turn(chain, x))
     (once,) = torch.autograd.grad(loss, x, retain_graph=True)
@@ -360,7 +360,7 @@ def test_backward_twice_and_second_derivatives():
 def test_hooks_inside_of_a_step_see_every_call_once():
     chain = flows()
     expected = parameter_gradients(chain, x := torch.randn(4, 4, 6, 6))
-    gk.accelerate(chain, memory="invert")
+    gk.accelerate(chain, memory="invert", verify=False)
     seen = []
     handle = chain[1].coupling.net[0].register_forward_hook(lambda *_: seen.append(1))
     assert_equal(parameter_gradients(chain, x), expected)
@@ -574,7 +574,7 @@ def test_a_chain_whose_states_arrive_wrong_is_not_used(monkeypatch):
 def test_the_last_call_decides_and_the_same_call_changes_nothing():
     chain = flows()
     for policy in ("store", "anchor", "anchor", "invert", "store"):
-        report = gk.accelerate(chain, memory=policy)
+        report = gk.accelerate(chain, memory=policy, verify=False)
         assert {row.memory for row in report.layers if row.memory} == {policy}
         kept = {None if memory is None else memory.policy for memory in map(memory_of, chain)}
         assert kept == {None if policy == "store" else policy}
@@ -608,7 +608,7 @@ def test_copies_and_pickles_keep_as_little(name):
     example = EXAMPLES[name]
     model = prepared(example)
     picklable = can_be_pickled(model)
-    gk.accelerate(model, memory="anchor", anchor_every=2)
+    gk.accelerate(model, memory="anchor", anchor_every=2, verify=False)
     x = images(example)
     expected = gradients(example, model, x)
     copies = [copy.deepcopy(model), *([pickle.loads(pickle.dumps(model))] if picklable else [])]
@@ -622,7 +622,7 @@ def test_compiled_steps_keep_their_inputs():
     chain = flows()
     x = torch.randn(4, 4, 6, 6)
     expected = parameter_gradients(chain, x)
-    gk.accelerate(chain, memory="anchor")
+    gk.accelerate(chain, memory="anchor", verify=False)
     in_turn(chain, x)  # for the flags of its ActNorms
     torch._dynamo.reset()
     compiled = torch.compile(lambda x: in_turn(chain, x), backend="aot_eager", fullgraph=True)
@@ -636,7 +636,7 @@ def test_replicas_of_data_parallel_and_frozen_parameters():
     wanted = [parameter for parameter in chain.parameters() if parameter.requires_grad]
     x = torch.randn(4, 4, 6, 6)
     expected = torch.autograd.grad(weighted(in_turn(chain, x)), wanted)
-    gk.accelerate(chain, memory="invert")
+    gk.accelerate(chain, memory="invert", verify=False)
     assert_equal(torch.autograd.grad(weighted(in_turn(chain, x)), wanted), expected)
     for layer in chain.modules():
         layer._is_replica = True  # whose parameters are no parameters
@@ -700,11 +700,11 @@ def test_several_threads_train_a_model(monkeypatch, memory):
 def test_autocast_is_the_same_in_forward_and_backward():
     chain = flows()
     x = torch.randn(4, 4, 6, 6)
-    gk.accelerate(chain)
+    gk.accelerate(chain, verify=False)
     with torch.autocast("cpu", torch.bfloat16):
         results = in_turn(chain, x)
     expected = torch.autograd.grad(weighted(results), list(chain.parameters()))
-    gk.accelerate(chain, memory="checkpoint")
+    gk.accelerate(chain, memory="checkpoint", verify=False)
     with torch.autocast("cpu", torch.bfloat16):
         results = in_turn(chain, x)
     actual = torch.autograd.grad(weighted(results), list(chain.parameters()))
@@ -735,7 +735,7 @@ def test_moving_averages_of_models_that_keep_little(name):
     example = EXAMPLES[name]
     model = prepared(example)
     original = twin(example, model)
-    report = gk.accelerate(model, memory="anchor", anchor_every=2)
+    report = gk.accelerate(model, memory="anchor", anchor_every=2, verify=False)
     averages = [AveragedModel(trainee, multi_avg_fn=get_ema_multi_avg_fn(0.5)) for trainee in (original, model)]
     x = images(example)
     for trainee, average in zip((original, model), averages, strict=True):
@@ -746,7 +746,7 @@ def test_moving_averages_of_models_that_keep_little(name):
             optimizer.step()
             average.update_parameters(trainee)
     kept, expected = averages[1].module, averages[0].module
-    assert len(gk.accelerate(kept, memory="anchor", anchor_every=2).patched) == len(report.patched)
+    assert len(gk.accelerate(kept, memory="anchor", anchor_every=2, verify=False).patched) == len(report.patched)
     assert {memory_of(layer) for layer in kept.modules()} == {memory_of(layer) for layer in model.modules()}
     # The average has weights of its own, with which it computes.
     with torch.no_grad():
