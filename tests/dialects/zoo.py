@@ -135,29 +135,29 @@ def normflows_loss(model: nn.Module, x: Tensor) -> Tensor:
 
 
 EXAMPLES = {
-    "rosinality": Example(lambda: rosinality.Glow(3, 2, 2, filter_size=8), rosinality.loss, 28, 100),
+    "rosinality": Example(lambda: rosinality.Glow(3, 2, 2, filter_size=8), rosinality.loss, 28, 40),
     "rosinality_plain": Example(lambda: rosinality.Glow(3, 2, 2, filter_size=8, conv_lu=False), rosinality.loss, 28),
     "rosinality_additive": Example(
         lambda: rosinality.Glow(3, 2, 2, filter_size=8, affine=False), rosinality.loss, 28, 40
     ),
-    "chaiyujin": Example(lambda: openai.Glow(3, 8, 2, 2), openai.loss, 38, 100),
+    "chaiyujin": Example(lambda: openai.Glow(3, 8, 2, 2), openai.loss, 38, 40),
     "chaiyujin_lu": Example(lambda: openai.Glow(3, 8, 2, 2, LU_decomposed=True), openai.loss, 38),
     "chaiyujin_additive": Example(
         lambda: openai.Glow(3, 8, 2, 2, coupling="additive", permutation="shuffle"), openai.loss, 34
     ),
     "y0ast": Example(lambda: openai.Glow(3, 8, 2, 2, style="y0ast"), openai.loss, 38),
     "y0ast_reverse": Example(lambda: openai.Glow(3, 8, 2, 2, style="y0ast", permutation="reverse"), openai.loss, 34),
-    "pclucas14": Example(pclucas14.Glow, pclucas14.loss, 26, 100),
+    "pclucas14": Example(pclucas14.Glow, pclucas14.loss, 26, 40),
     "pclucas14_additive": Example(lambda: pclucas14.Glow(additive=True), pclucas14.loss, 26),
-    "normflows": Example(normflows_glow, normflows_loss, 20, 100),
+    "normflows": Example(normflows_glow, normflows_loss, 20, 40),
     "normflows_plain_exp": Example(lambda: normflows_glow(use_lu=False, scale_map="exp"), normflows_loss, 20),
     "normflows_sigmoid_inv": Example(
         lambda: normflows_glow(scale_map="sigmoid_inv", net_actnorm=True), normflows_loss, 24
     ),
     "normflows_additive": Example(lambda: normflows_glow(scale=False, split_mode="channel_inv"), normflows_loss, 20),
-    "nflows": Example(nflows_glow, standard_normal_loss, 10, 100),
-    "FrEIA": Example(freia_glow, standard_normal_loss, 11, 100),
-    "FrEIA later": Example(lambda: freia_later.Model(12, small_net), standard_normal_loss, 9, 100),
-    "chrischute": Example(chrischute.Glow, chrischute.loss, 12, 100),
-    "survae": Example(survae.Flow, standard_normal_loss, 8, 100),
+    "nflows": Example(nflows_glow, standard_normal_loss, 10, 40),
+    "FrEIA": Example(freia_glow, standard_normal_loss, 11, 40),
+    "FrEIA later": Example(lambda: freia_later.Model(12, small_net), standard_normal_loss, 9, 40),
+    "chrischute": Example(chrischute.Glow, chrischute.loss, 12, 40),
+    "survae": Example(survae.Flow, standard_normal_loss, 8, 40),
 }
