@@ -100,7 +100,7 @@ class TopPrior(nn.Module):
         num_classes: number of classes to condition on, or None.
 
     Raises:
-        TypeError, ValueError: one of the two numbers is not at a whole number of at least 1.
+        TypeError, ValueError: one of the two numbers is not a whole number of at least 1.
     """
 
     def __init__(self, channels: int, learned: bool = True, num_classes: int | None = None) -> None:
