@@ -157,6 +157,12 @@ def in_layout(tensors: Sequence[Tensor], *layouts: str) -> list[Tensor]:
     return [*laid_out, *tensors[len(layouts) :]]
 
 
+def spread_parameters(case: Case, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """``inputs``, of which those that do not have the shape of the data have NaN beside each element."""
+    spread = [torch.stack((tensor, torch.full_like(tensor, torch.nan)), -1)[..., 0] for tensor in inputs]
+    return [*inputs[: case.batched], *spread[case.batched :]]
+
+
 def upstream_in_layout(grad: Tensor, layout: str) -> Tensor:
     """A gradient of data (B, C, *spatial) or of a log-determinant (B,) that lies in memory as named."""
     return LAYOUTS[layout](grad) if grad.dim() > 1 else LAYOUTS[layout](grad[:, None].repeat(1, 2))[:, 0]
@@ -394,6 +400,9 @@ class OperatorProperties:
         for result in evaluate(case.operator, in_layout(case.draw((3, 4, 2, 5)), layout)):
             assert result.is_contiguous()
 
+    def test_results_of_spread_parameters(self, backend, case):
+        check_results(case, spread_parameters(case, case.draw((3, 4, 2, 5))))
+
     def test_arguments_are_left_alone_and_results_are_new(self, backend, case):
         inputs = case.draw((2, 3, 4, 5), DTYPES["float64"])
         before = [tensor.clone() for tensor in inputs]
@@ -482,6 +491,9 @@ class DifferentiableProperties(OperatorProperties):
         inputs = case.draw((3, 4, 2, 5))
         upstream = random_upstream(case.operator, inputs)
         check_gradients(case, inputs, [upstream_in_layout(grad, layout) for grad in upstream])
+
+    def test_gradients_of_spread_parameters(self, backend, case):
+        check_gradients(case, spread_parameters(case, case.draw((3, 4, 2, 5))))
 
     def test_gradients_when_one_result_is_used(self, backend, case):
         inputs = case.draw((3, 4, 2, 5))
