@@ -28,23 +28,25 @@ _OWN = {
     *_COUPLINGS,
 }
 
-# Held while other tensors are in the place of parameters, and where those of a step are read that may be so in another
-# thread.
+# Held while parameters are substituted, and while reading the parameters of a step that another thread may be
+# substituting.
 SUBSTITUTION = threading.RLock()
 
 
 @dataclass
 class Anatomy:
-    """A step taken apart, in one walk: every step is asked every time, and ``nn.Module``'s own walks are slow.
+    """The modules and parameters of a step, found in one traversal.
+
+    This is done for every step at every call, and the traversals of ``nn.Module`` are slow.
 
     Attributes:
         step: the step.
-        modules: it and everything in it.
-        slots: where each of its parameters is kept; a shared one is kept in several places.
-        linear: the linear map of a flow step whose chain has folded it, by the names of
-            :class:`~glow_kernels.nn.step.LinearMap`. Matrix and shift are then the first of its parameters, in place of
-            those they come from.
-        inverse_map: the linear map back, where backward needs it.
+        modules: the step and all its submodules.
+        slots: the places where each parameter is stored; a shared parameter has several.
+        linear: the linear map of a flow step if the chain has folded it, by the field names of
+            :class:`~glow_kernels.nn.step.LinearMap`. Matrix and shift are then the first parameters, in place of those
+            that they are folded from.
+        inverse_map: the inverse of the linear map, if backward needs it.
     """
 
     step: nn.Module
@@ -55,7 +57,7 @@ class Anatomy:
 
     @classmethod
     def of(cls, step: nn.Module, linear: Sequence[Tensor] = (), inverse: LinearMap | None = None) -> Anatomy:
-        """That of ``step`` as it is now; ``linear`` are matrix and shift, or none."""
+        """The anatomy of ``step`` as it is now; ``linear`` is the folded matrix and shift, or empty."""
         modules = {id(step): step}
         slots: dict[int, list[tuple[dict[str, Any], str]]] = {}
         named = dict(zip(LinearMap._fields, linear, strict=False))
@@ -76,7 +78,7 @@ class Anatomy:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """Each once, in the order of :attr:`slots`."""
+        """The parameters, each once, in the order of :attr:`slots`."""
         return [places[0][0][places[0][1]] for places in self.slots]
 
     @property
@@ -87,13 +89,13 @@ class Anatomy:
 
     @property
     def forward(self) -> Callable[..., tuple[Tensor, Tensor]]:
-        """The forward of the step, without its hooks; with :attr:`linear` the log-determinant leaves that map out."""
+        """The forward of the step, without hooks; its log-determinant leaves out that of :attr:`linear`, if any."""
         function = self.step.forward
         return functools.partial(function, linear=LinearMap(**self.linear)) if self.linear else function
 
     @property
     def inverse(self) -> Callable[..., tuple[Tensor, Tensor]]:
-        """The inverse of the step; under FSDP without gathering its weights, which its node of autograd does."""
+        """The inverse of the step; under FSDP without gathering the weights, which the step's autograd node does."""
         return functools.partial(self._inverse, linear=self.inverse_map) if self.linear else self._inverse
 
     @property
@@ -105,7 +107,7 @@ class Anatomy:
 
     @functools.cached_property
     def is_flow_step(self) -> bool:
-        """Whether it computes what a :class:`~glow_kernels.nn.FlowStep` does, in the way that it does."""
+        """Whether the step is a :class:`~glow_kernels.nn.FlowStep` whose forward and inverse are not overridden."""
         step = self.step
         if not isinstance(step, FlowStep) or type(step.coupling) not in _COUPLINGS:
             return False
@@ -118,14 +120,14 @@ class Anatomy:
 
     @functools.cached_property
     def is_standard(self) -> bool:
-        """Whether all of it is this package's own, so that it has no side effects and draws no random numbers."""
+        """Whether it consists of this package's own layers only, so has no side effects and draws no random numbers."""
         for module in self.modules:
             if module is not self.step and (
                 type(module) not in _OWN
                 or "forward" in module.__dict__
                 or module._forward_hooks
                 or module._forward_pre_hooks
-                # Weights that are computed, in place of parameters.
+                # Computed weights in place of parameters.
                 or any(isinstance(value, Tensor) for value in module.__dict__.values())
             ):
                 return False
@@ -152,13 +154,13 @@ class Anatomy:
         for places, tensor in zip(self.slots, tensors, strict=True):
             for owner, key in places:
                 owner[key] = tensor
-        for module in recurrent:  # which keep a second list of their weights
+        for module in recurrent:  # they keep a second list of their weights
             module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
 
 
 @contextmanager
 def in_modes(modes: Sequence[tuple[nn.Module, bool]]) -> Iterator[None]:
-    """Let modules be in training inside the ``with`` block as the flag beside each says."""
+    """Set the training flag of each module to the given value inside the ``with`` block."""
     changed = [module for module, training in modes if module.training != training]
     _flip(changed)
     try:

@@ -1,4 +1,4 @@
-"""How many micro-batches keep the working set of a step within a budget."""
+"""The number of micro-batches that keeps the working set of every step within a budget."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ if TYPE_CHECKING:
 
 
 def micro_batches(chain: ReversibleSequential, x: Tensor, context: Sequence[Tensor | None], budget: float) -> int:
-    """Parts of the batch of ``x`` for which backward through every step of ``chain`` takes ``budget`` bytes at most.
+    """The number of parts of the batch ``x`` with which backward of every step of ``chain`` fits into ``budget`` bytes.
 
-    One part per sample if even a single sample takes more. Every step is evaluated on one sample, and again on as many
-    as that says will fit, until no more do: what does not grow with the batch, as filters, counts once in a part.
+    One part per sample if even a single sample takes more. Every step is evaluated on one sample, then on as many
+    samples as that predicts will fit, and so on until the number no longer grows: memory that does not depend on the
+    batch, such as that of filters, makes the first predictions too small.
     """
     if len(x) == 0:
         return 1
     parts = len(x)
     while True:
         samples = -(-len(x) // parts)
-        # Copies: what is kept of a view has the memory of the whole.
+        # Copies: a saved view would count with the memory of the whole tensor.
         some = [None if tensor is None else tensor[:samples].detach().clone() for tensor in context]
         most = _most(chain, x[:samples].detach().clone(), some)
         fewer = int(-(-len(x) * most // (samples * budget)))  # a budget may be written 1e9
@@ -35,7 +36,7 @@ def micro_batches(chain: ReversibleSequential, x: Tensor, context: Sequence[Tens
 
 
 def _most(chain: ReversibleSequential, x: Tensor, context: Sequence[Tensor | None]) -> int:
-    """The working set of the step that has the largest for ``x``."""
+    """The largest working set of any step for ``x``, in bytes."""
     mode = Mode.current(x.device, 1)
     most = 1
     for step in chain:
@@ -46,7 +47,7 @@ def _most(chain: ReversibleSequential, x: Tensor, context: Sequence[Tensor | Non
 
 
 def _working_set(step: nn.Module, x: Tensor, context: Sequence[Tensor | None]) -> tuple[int, Tensor]:
-    """Bytes that the graph of ``step`` keeps, and twice the largest of them for gradients; and its output."""
+    """Bytes of the tensors saved by the graph of ``step``, plus twice the largest for gradients; and its output."""
     owned = {tensor.untyped_storage()._cdata for tensor in (*step.parameters(), *step.buffers())}
     kept: dict[int, tuple[int, Tensor]] = {}
 
@@ -54,7 +55,7 @@ def _working_set(step: nn.Module, x: Tensor, context: Sequence[Tensor | None]) -
         storage = tensor.untyped_storage()
         if storage._cdata not in owned:
             kept[storage._cdata] = (storage.nbytes(), tensor.detach())
-        # Nothing: this graph has no backward, and a result that kept itself would never be freed.
+        # Returns None: this graph is never differentiated, and a saved output would be a reference cycle.
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing):
         z, _ = step.forward(x.requires_grad_(), *context)

@@ -29,40 +29,44 @@ POLICIES = ("store", "checkpoint", "anchor", "invert")
 
 
 class ReversibleSequential(nn.Sequential):
-    """Invertible steps in sequence, whose backward recomputes what other modules keep for it.
+    """A sequence of invertible steps whose backward recomputes the activations that other modules store.
 
     A step is any module with ``forward(x, *context) -> (z, log_det)`` and ``inverse(z, *context) -> (x, log_det)``.
-    Backward goes through the chain from its output: it reconstructs the state before every step by inverting the step,
-    or takes it from an anchor, and evaluates the step again for its gradients. The network of a
-    :class:`~glow_kernels.nn.FlowStep` is evaluated once for both, that of any other step twice where it is inverted.
+    Backward starts at the output of the chain. For every step it gets the input (the state before the step) by
+    inverting the step, or from an anchor (a stored state), and evaluates the step again to compute gradients. The
+    network of a :class:`~glow_kernels.nn.FlowStep` is evaluated once for both; that of any other step that is inverted
+    is evaluated twice.
 
-    The ActNorms and 1x1 convolutions of flow steps of one kind are folded in one call for the whole chain, and again in
-    backward. The gradients of those parameters are ready when that of the first step is.
+    If all steps are flow steps of one structure, their ActNorms and 1x1 convolutions are folded in one call for the
+    whole chain, and folded again in backward. The gradients of these parameters are ready only when backward has
+    reached the first step.
 
-    Slices, sums and products are chains of the same steps with the options of the first.
+    Slicing, ``+`` and ``*`` return chains of the same steps, with the options of the left operand.
 
     Args:
         steps: the steps, at least one.
         memory: what is kept for backward: ``"store"`` everything, as PyTorch does; ``"checkpoint"`` the state before
             every step; ``"anchor"`` the state before every ``anchor_every``-th step, so that fewer steps than that are
             inverted in a row; ``"invert"`` nothing. Inverting many steps in a row amplifies rounding errors
-            exponentially, and to infinity for inputs unlike the training data; anchors prevent that.
+            exponentially, and to infinity for inputs unlike the training data: anchors stop that.
         anchor_every: number of steps from one anchor to the next.
-        micro_batches: evaluate every step in this many parts of the batch, one after the other, which divides the
-            memory that the network of a step takes while it works; ``"auto"`` finds the number from ``memory_budget``.
-            Not for ``"store"``.
-        check: compare the state that arrives at an anchor with the exact one: ``"off"``; ``"flag"`` records it for
-            :meth:`drift`; ``"raise"`` raises an error if it is above ``drift_limit``; ``"replay"`` then computes the
-            gradients since that anchor again, from exact states. The last two wait for the device at every anchor. The
-            input of the chain is kept too, unless this is ``"off"``.
-        memory_budget: bytes that one step may take while it works, for ``micro_batches="auto"``; one sample at a time
-            if that is too little.
-        offload_anchors: keep the anchors in host memory; on CUDA they are copied to pinned memory asynchronously, and
-            prefetched one ahead. Everything else stays on the device. Not under ``torch.compile``, nor in a CUDA graph.
-        drift_limit: relative error of a state; 1e-4 by default, 1e-9 in float64, 3e-2 with networks in low precision.
+        micro_batches: number of parts in which every step evaluates the batch, one after the other; this divides the
+            working memory of the step's network. ``"auto"`` finds the number from ``memory_budget``. Must be 1 with
+            ``"store"``.
+        check: what to do with the error of the state that is reconstructed at an anchor: ``"off"`` does not compute it;
+            ``"flag"`` records it for :meth:`drift`; ``"raise"`` raises if it is above ``drift_limit``; ``"replay"``
+            instead computes the gradients from there to the next anchor again, from exact states. The last two wait
+            for the device at every anchor. All but ``"off"`` also keep the input of the chain, as an anchor.
+        memory_budget: working memory, in bytes, that one step may take, for ``micro_batches="auto"``. If a single
+            sample takes more, samples are evaluated one at a time.
+        offload_anchors: keep the anchors in host memory. On CUDA they are copied to pinned memory asynchronously, and
+            prefetched one ahead in backward. Everything else stays on the device. Not supported under
+            ``torch.compile`` or in a CUDA graph.
+        drift_limit: largest accepted relative error of a reconstructed state; by default 1e-4, 1e-9 in float64, and
+            3e-2 with networks in low precision.
 
     Raises:
-        TypeError, ValueError: no steps, steps that are not modules with an inverse, or an unknown option.
+        TypeError, ValueError: there are no steps, a step is not a module with an inverse, or an option is unknown.
     """
 
     def __init__(
@@ -103,7 +107,7 @@ class ReversibleSequential(nn.Sequential):
                 raise ValueError(f"drift_limit must be at least 0, got {drift_limit}")
         if offload_anchors and memory not in ("anchor", "checkpoint"):
             raise ValueError(f"memory must be 'anchor' or 'checkpoint' with offload_anchors=True, got {memory!r}")
-        super().__init__(*steps)  # which checks them, one by one
+        super().__init__(*steps)  # calls add_module, which checks each step
         self.memory = memory
         self.anchor_every = anchor_every
         self.micro_batches = micro_batches
@@ -119,11 +123,11 @@ class ReversibleSequential(nn.Sequential):
     def forward(self, x: Tensor, *context: Tensor | None) -> tuple[Tensor, Tensor]:
         """``x`` (B, ...) to ``z`` and ``log_det`` (B,), the sum over the steps.
 
-        ActNorms that have not been initialised are initialised from ``x`` first, if this is training.
+        In training mode, ActNorms that have not been initialised are initialised from ``x`` first.
 
         Args:
             x: the data; the batch is the first dimension.
-            context: passed to every step after ``x``; tensors (B, ...), with gradients, or None.
+            context: passed to every step after ``x``: tensors (B, ...), which get gradients, or None.
 
         Raises:
             TypeError: ``x`` is not a tensor, or a step does not return a tensor and its log-determinant.
@@ -169,16 +173,14 @@ class ReversibleSequential(nn.Sequential):
             x, log_det, ghost = _linked(steps, place, mode, maps, shelf, x, ghost, context)
             log_dets.append(log_det)
             if place.keeps_input and not place.compares:
-                ghost = None  # such a node does not wait for a state
+                ghost = None  # the backward of this node needs no reconstructed state from the next node
         return x, _total(log_dets, x)
 
     def inverse(self, z: Tensor, *context: Tensor | None) -> tuple[Tensor, Tensor]:
-        """``z`` (B, ...) to ``x`` and ``log_det`` (B,) of that direction, always with plain autograd.
-
-        ``context`` as for :meth:`forward`.
+        """``z`` (B, ...) to ``x`` and ``log_det`` (B,) of the inverse map; always with plain autograd.
 
         Raises:
-            TypeError: ``z`` is not a tensor, or an inverse returns only a tensor.
+            TypeError: ``z`` is not a tensor, or the inverse of a step returns only a tensor.
             ValueError: a 1x1 convolution is singular.
         """
         check_tensor("z", z)
@@ -187,9 +189,9 @@ class ReversibleSequential(nn.Sequential):
         return _in_turn([step.inverse for step in self], folded, z, context, backwards=True)  # type: ignore[misc]
 
     def drift(self) -> dict[int, float]:
-        """Relative errors of the states that arrived at the anchors in the last backward, by the index of the step.
+        """Relative errors of the states that the last backward reconstructed at the anchors, by step index.
 
-        Empty with ``check="off"``. Reading them waits for the device.
+        Empty with ``check="off"``. Calling this waits for the device.
         """
         return {index: value.item() for index, value in sorted(self._drift.items())}
 
@@ -217,7 +219,7 @@ class ReversibleSequential(nn.Sequential):
         return super().insert(index, module)
 
     def _of(self, steps: Iterable[nn.Module]) -> ReversibleSequential:
-        """A chain of other steps with the options of this one."""
+        """A chain of ``steps`` with the options of this one."""
         return ReversibleSequential(
             steps,
             self.memory,
@@ -237,9 +239,9 @@ class ReversibleSequential(nn.Sequential):
         self._handle = register(self)
 
     def _folded(self, x: Tensor) -> tuple[Sequence[LinearMap | None], list[Tensor], LinearMaps | None]:
-        """The linear map of every step, the log-determinant of all of them, and where backward gets them from.
+        """The linear map of every step, their total log-determinant, and the object that backward gets the maps from.
 
-        Nothing where the steps fold for themselves, as they do inside the opaque operators of a compiled chain.
+        All are empty if the steps fold for themselves, as they do inside the opaque operators of a compiled chain.
         """
         stack = None if torch.compiler.is_compiling() else Stack.of(list(self), x)
         if stack is None:
@@ -268,7 +270,7 @@ class ReversibleSequential(nn.Sequential):
         return self._parts[key]
 
     def _nodes(self) -> list[range]:
-        """The steps of every node of autograd: one, or all from one anchor to the next if they may be replayed."""
+        """The steps of every autograd node: one each, or with ``check="replay"`` all from one anchor to the next."""
         if self.check != "replay":
             return [range(index, index + 1) for index in range(len(self))]
         starts = [index for index in range(len(self)) if self._is_anchor(index)]
@@ -277,7 +279,7 @@ class ReversibleSequential(nn.Sequential):
     def _is_anchor(self, index: int) -> bool:
         if self.memory == "anchor" and index % self.anchor_every == self.anchor_every - 1:
             return True
-        # The input of the chain is worth keeping only to be compared with.
+        # The input of the chain is kept only for comparison.
         return self.memory == "checkpoint" or (index == 0 and self.check != "off")
 
     def _needs_inverse(self, index: int) -> bool:
@@ -296,7 +298,7 @@ def _in_turn(
     context: tuple[Tensor | None, ...],
     backwards: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """All ``calls`` one after the other, with their linear maps if those are ``folded``, and the sum of the rest."""
+    """The result of all ``calls`` in sequence, given their ``folded`` linear maps if any, and the total log_det."""
     log_dets = []
     if folded is not None:
         calls = [functools.partial(call, linear=linear) for call, linear in zip(calls, folded.maps, strict=True)]
@@ -304,7 +306,7 @@ def _in_turn(
     numbered = list(enumerate(calls))
     for number, call in reversed(numbered) if backwards else numbered:
         result = call(x, *context)
-        if isinstance(result, Tensor):  # which would be taken apart into samples
+        if isinstance(result, Tensor):  # unpacking it below would split it into samples
             wanted = "its inverse must return x" if backwards else "it must return z"
             raise TypeError(f"step {number}: {guards.wrong_result(wanted, result)}")
         x, log_det = result
@@ -313,12 +315,12 @@ def _in_turn(
 
 
 def _total(log_dets: Sequence[Tensor], x: Tensor) -> Tensor:
-    if x.is_cuda and not torch.compiler.is_compiling():  # where every addition is a launch of its own
+    if x.is_cuda and not torch.compiler.is_compiling():  # every addition would be a kernel launch
         return torch.stack(list(log_dets)).sum(0)
     return functools.reduce(torch.add, log_dets)
 
 
-# The folded linear maps that a step begins and ends with, or nothing where it folds for itself.
+# The folded linear maps that a step begins and ends with; empty if the step folds for itself.
 _Maps = tuple[LinearMap | None, LinearMap | None] | tuple[()]
 
 
@@ -335,7 +337,7 @@ def _initialize(
     x: Tensor,
     context: tuple[Tensor | None, ...],
 ) -> None:
-    """Run ``modules``, which ``steps`` are made of, if one of them has an ActNorm that waits for data."""
+    """Run ``modules``, which ``steps`` are made of, once if one of them has an ActNorm that is not initialised."""
     parts = [part for module, step in zip(modules, steps, strict=True) if module.training for part in step.modules]
     if any(isinstance(part, ActNorm) and not part.is_initialized() for part in parts):
         with torch.no_grad():
@@ -363,12 +365,12 @@ def _linked(
     context: tuple[Tensor | None, ...],
 ) -> Any:
     def link(x: Tensor, ghost: Tensor | None, *context: Tensor | None) -> Any:
-        # Asked for inside of the hooks, where FSDP has gathered them.
+        # Read here, after the pre-forward hooks, in which FSDP gathers them.
         parameters = [parameter for step in steps for parameter in step.parameters]
         arguments = (maps, shelf, x, ghost, *context, *parameters)
         if torch.compiler.is_compiling():
             return Link.apply(place, mode, None, *arguments)  # type: ignore[no-untyped-call]
-        # Function.apply adds only what functorch's transforms need, which are refused.
+        # Function.apply would only add support for functorch transforms, which chains refuse.
         return super(torch.autograd.Function, Link).apply(place, mode, steps, *arguments)  # type: ignore[no-untyped-call]
 
     hooked = [step.step for step in steps if isinstance(step, Anatomy) and _has_hooks(step.step)]
@@ -389,7 +391,8 @@ def _through_hooks(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Call ``link`` as if it were the forward of ``step``: FSDP gathers the parameters of a step in its hooks.
 
-    Hooks see what they see without a chain. What they change is part of no step, and would not be undone.
+    The hooks see the same arguments and results as without a chain. They must not change a state that backward
+    reconstructs: the inverse of the step would not undo the change.
     """
     own = step.__dict__.get("forward")
     inside: list[Any] = []
@@ -412,7 +415,7 @@ def _through_hooks(
         z, log_det = step(x, *context)
     finally:
         restore()
-    received, _, result, following = inside  # the second so that its memory is not used again yet
+    received, _, result, following = inside  # the second one, z, is there to keep its memory from being reused yet
     is_awaited = not place.keeps_output and (place.compares or not place.keeps_input)
     if (ghost is not None and _differ(before, received)) or (is_awaited and _differ(result, _identity(z))):
         raise RuntimeError(
@@ -423,11 +426,11 @@ def _through_hooks(
 
 
 def _identity(tensor: Tensor) -> tuple[Any, ...]:
-    """The type of ``tensor``, and what two tensors have in common if they are one, or views of all of one."""
+    """The type of ``tensor``, and what is equal for two tensors that are the same, or views of all of the same one."""
     storage = tensor.untyped_storage()._cdata
     return tensor.dtype, storage, tensor.storage_offset(), tensor.shape, tensor.stride(), guards.versions([tensor])
 
 
 def _differ(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
-    # The hooks of FSDP cast to the type of its parameters and back, which is exact.
+    # FSDP's hooks may cast to the type of its parameters and back. That is exact, so a change of type is no difference.
     return one[0] == other[0] and one != other

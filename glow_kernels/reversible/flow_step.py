@@ -1,4 +1,4 @@
-"""The fast way back through a :class:`~glow_kernels.nn.FlowStep`: inverse and gradients in one pass per operator."""
+"""Fast backward of a :class:`~glow_kernels.nn.FlowStep` from its output: inverse and gradients in one pass each."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from glow_kernels.reversible.tensors import Start, differentiate, leaf, passed, 
 
 
 def way_back(anatomy: Anatomy, private: Private) -> Callable[..., Any] | None:
-    """The ``backward_from_output`` of a flow step, or that which the step has itself; None if there is none."""
+    """The ``backward_from_output`` for a flow step, or the step's own method of that name; None if it has none."""
     if anatomy.is_flow_step:
         return functools.partial(backward_from_output, anatomy, private)
     return getattr(anatomy.step, "backward_from_output", None)
@@ -28,7 +28,7 @@ def way_back(anatomy: Anatomy, private: Private) -> Callable[..., Any] | None:
 
 @contextmanager
 def frugal(anatomy: Anatomy) -> Iterator[None]:
-    """Let the networks of this package take one hidden buffer less in a backward without hooks."""
+    """Let this package's networks overwrite hidden gradients in place (one buffer less): nothing else holds them."""
     networks = [module for module in anatomy.modules if isinstance(module, CouplingNetwork)]
     for network in networks:
         network.frugal = True
@@ -49,9 +49,9 @@ def backward_from_output(
     parameters: Sequence[Tensor],
     closed: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    """The input of the step, its gradient, and those of ``context`` and ``parameters``, with which it computes.
+    """The input of the step, its gradient, and the gradients of ``context`` and ``parameters``.
 
-    What is ``private`` of ``z`` and its gradient is overwritten.
+    ``z`` and its gradient are overwritten if they are ``private``.
     """
     step = cast(FlowStep, anatomy.step)
     grad_z = torch.zeros_like(z) if grad_z is None else grad_z
@@ -98,7 +98,7 @@ def _backward_by_passes(
     grad_log_det: Tensor,
     parameters: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    """The same without autograd, where the network is this package's own."""
+    """:func:`backward_from_output` without autograd, for this package's own network."""
     own = passes.parameters_of(step.coupling.network)
     needed = any(parameter.requires_grad for parameter in own)
     y, grad_y, found = uncouple(grad_z, grad_log_det, z, step.coupling._kind(), own, needed, private)
@@ -117,7 +117,7 @@ def _undo_linear_map(
         assert anatomy.inverse_map is not None
         x, grad_x, *found = apply_reversible_backward(grad, y, anatomy.linear["matrix"].detach(), *anatomy.inverse_map)
         return x, grad_x, [*found, *[None] * (len(parameters) - len(found))]
-    # Nothing of this package's own needs a graph between the parameters and what the operator takes.
+    # A step of this package's own layers needs no graph: ``matrix_gradients`` is the backward of ``matrix``.
     with torch.set_grad_enabled(not anatomy.is_standard):
         weight, weight_log_det = step.mixing.matrix()
     inputs = (step.actnorm.log_scale, step.actnorm.bias, weight, weight_log_det)

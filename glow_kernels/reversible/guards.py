@@ -1,8 +1,8 @@
-"""What a chain refuses, naming the step: wrong inverses, side effects, changed tensors, drift.
+"""Checks that make a chain raise, naming the step: wrong inverses, side effects, modified tensors, drift.
 
-Recomputation is only right if a step computes the same again. So a step is tried out when it is first used, its
-inputs and buffers are watched on every call, and the state that arrives at an anchor can be compared with what the
-anchored step computes, which costs one pass over the state.
+Recomputation is correct only if a step computes the same result again. So a step is tried out when it is first used,
+its inputs and buffers are watched on every call, and the state reconstructed at an anchor can be compared with the
+exact one, which costs one pass over the state.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ if TYPE_CHECKING:
     from glow_kernels.reversible.recompute import Mode
 
 CHECKS = ("off", "flag", "raise", "replay")
-# Relative drift between two anchors that still gives gradients to about three digits.
+# With up to this relative drift between two anchors, gradients are still good to about three digits.
 DRIFT_LIMITS = {torch.float64: 1e-9, torch.float32: 1e-4}
 LOW_PRECISION_DRIFT_LIMIT = 3e-2
 
 
 def step_name(chain: ReversibleSequential, index: int) -> str:
-    """How errors call a step: ``step 3 (FlowStep)``."""
+    """The name of a step in error messages: ``step 3 (FlowStep)``."""
     return f"step {index} ({type(chain[index]).__name__})"
 
 
 @contextmanager
 def named(chain: ReversibleSequential, index: int) -> Iterator[None]:
-    """Let an error from inside say which step it comes from; its type stays."""
+    """Prefix errors raised inside the ``with`` block with the name of the step; their type stays the same."""
     try:
         yield
     except (RuntimeError, ValueError, TypeError) as error:
@@ -54,7 +54,7 @@ def versions(tensors: Sequence[Tensor | None]) -> list[int]:
 
 
 def unchanged(anatomy: Anatomy | PlainStep, state: Tensor, direction: str) -> AbstractContextManager[None]:
-    """Watch a call of a step, unless it is known to have no side effects.
+    """Check a call of a step for in-place changes, unless the step is known to have no side effects.
 
     Raises:
         RuntimeError: ``state``, or a parameter or buffer of the step, was modified in place.
@@ -82,7 +82,7 @@ def _watched(anatomy: Anatomy, state: Tensor, direction: str) -> Iterator[None]:
 
 
 def saved_tensors(ctx: Any, chain: ReversibleSequential, index: int) -> tuple[Tensor, ...]:
-    """``ctx.saved_tensors``; an error about a modified tensor says whose it is."""
+    """``ctx.saved_tensors``; an error about a modified tensor names the step."""
     try:
         tensors: tuple[Tensor, ...] = ctx.saved_tensors
     except RuntimeError as error:
@@ -93,7 +93,7 @@ def saved_tensors(ctx: Any, chain: ReversibleSequential, index: int) -> tuple[Te
 
 
 def modified(chain: ReversibleSequential, index: int) -> str:
-    """The message about a step of which something that backward needs has changed."""
+    """The error message for a step if something that its backward needs has been modified."""
     return (
         f"{step_name(chain, index)}: its parameters, its context or the state kept for it were modified in place "
         "between forward and backward"
@@ -101,7 +101,7 @@ def modified(chain: ReversibleSequential, index: int) -> str:
 
 
 def refuse_second_derivatives(chain: ReversibleSequential, index: int) -> None:
-    """Raise where a backward is to be differentiated itself (``create_graph=True``)."""
+    """Raise because backward is itself to be differentiated (``create_graph=True``)."""
     raise RuntimeError(
         f"{step_name(chain, index)}: the backward of a reversible chain cannot be differentiated again: compute second "
         "derivatives with memory='store' and glow_kernels.use_backend('reference')"
@@ -109,7 +109,7 @@ def refuse_second_derivatives(chain: ReversibleSequential, index: int) -> None:
 
 
 def refuse_transforms() -> None:
-    """Raise under ``torch.func`` and forward-mode differentiation, for which the chain has no rules."""
+    """Raise under ``torch.func`` transforms and forward-mode differentiation, which the chain does not support."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
         raise RuntimeError("a reversible chain does not support torch.func: use memory='store'")
     if forward_ad._current_level >= 0:
@@ -124,17 +124,17 @@ def prove(
     context: Sequence[Tensor | None],
     mode: Mode,
 ) -> None:
-    """Try a step out on two samples when its modules are first used, unless all of it is this package's own.
+    """Try a step out on two samples when its modules are first used, unless it consists only of this package's layers.
 
     Raises:
-        RuntimeError: it is not a function of its input and its parameters, its inverse does not return its input, its
-            weights are freed before it is called, or a part of it is sharded.
+        RuntimeError: its result depends on more than its input and parameters, its inverse does not return the input,
+            or FSDP shards it in a way that leaves no weights to recompute it with.
         TypeError: its result is not ``(z, log_det)``.
     """
     if isinstance(anatomy, PlainStep) or anatomy.is_standard or not has_data(x) or len(x) == 0:
         return
-    # It gathers weights for forward() alone: an inverse would read memory that is not there. By its name, since to
-    # import it takes long.
+    # It gathers weights only for forward(): an inverse would read freed memory. Compared by name because importing it
+    # is slow.
     if type(anatomy.step).__name__ == "FullyShardedDataParallel":
         raise RuntimeError(
             "its weights are freed before it is recomputed: use fully_shard, or wrap only the whole model"
@@ -166,7 +166,7 @@ def _try_out(anatomy: Anatomy, x: Tensor, context: Sequence[Tensor | None], need
         raise RuntimeError("it gives different results for the same input, so it cannot be recomputed")
     _refuse_stored_results(anatomy, x, context, state)
     if divides:
-        # The first sample beside itself, not alone: not every network takes a single one.
+        # A batch of copies of the first sample: not every network accepts a batch of one.
         beside, *context_beside = (None if t is None else t[:1].expand_as(t).clone() for t in (x, *context))
         with state.replayed():
             z_beside, log_det_beside = anatomy.step.forward(beside, *context_beside)
@@ -189,18 +189,18 @@ def _try_out(anatomy: Anatomy, x: Tensor, context: Sequence[Tensor | None], need
 
 
 def _refuse_stored_results(anatomy: Anatomy, x: Tensor, context: Sequence[Tensor | None], state: RandomState) -> None:
-    """Raise if a call stores a result in an attribute: what a chain stores there has no graph, and a loss that is made
-    of it would have no gradients."""
+    """Raise if a call stores a result in an attribute: in a chain that result has no graph, so a loss computed from it
+    would have no gradients."""
     before, start = with_graph(anatomy.step), leaf(x, True)
     leaves = [leaf(parameter, parameter.requires_grad) for parameter in anatomy.parameters]
-    # Hooks around the chain, as those of torch.utils.checkpoint, would take what this keeps for a part of the call.
+    # Saved-tensor hooks around the chain, such as those of torch.utils.checkpoint, must not see what is saved here.
     without_hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
     with torch.enable_grad(), state.replayed(), anatomy.substituted(leaves), without_hooks:
         anatomy.step.forward(start.clone(), *context)
     for key, (name, value) in with_graph(anatomy.step).items():
         if key in before:
             continue
-        # Weights that are computed from parameters are not results.
+        # Weights computed from parameters do not depend on the input, and so are not results.
         (grad,) = torch.autograd.grad(value, start, torch.ones_like(value), allow_unused=True)
         if grad is not None:
             raise RuntimeError(
@@ -210,8 +210,8 @@ def _refuse_stored_results(anatomy: Anatomy, x: Tensor, context: Sequence[Tensor
 
 
 def wrong_result(wanted: str, result: object) -> str:
-    """What is wrong with the ``result`` of a step; ``wanted`` says what it must return first."""
-    return f"{wanted} and log_det of shape (B,), which is zero if it is not a flow, got {_described(result)}"
+    """The error message for a wrong ``result`` of a step; ``wanted`` is its beginning."""
+    return f"{wanted} and log_det of shape (B,), zeros where a network is no flow, got {_described(result)}"
 
 
 def _described(result: object) -> str:
@@ -227,7 +227,7 @@ def _is_result(result: object, batch: int) -> bool:
 
 
 def difference(actual: Tensor, expected: Tensor) -> float:
-    """Largest over the samples of the relative L2 difference, where both are finite; 0 where they are not."""
+    """The largest relative L2 difference of any sample; elements where either is not finite count as equal."""
     both = actual.isfinite() & expected.isfinite()
     a, b = (
         torch.where(both, tensor, 0).double().flatten(1 if actual.dim() > 1 else 0) for tensor in (actual, expected)
@@ -236,7 +236,7 @@ def difference(actual: Tensor, expected: Tensor) -> float:
 
 
 def drift(exact: Tensor, reconstructed: Tensor) -> Tensor:
-    """Largest over the samples of the relative L2 difference, a scalar on their device; infinite for NaN, 0 of none."""
+    """The largest relative L2 difference of any sample, a scalar tensor; infinite for NaN, 0 for an empty tensor."""
     if exact.numel() == 0:
         return exact.new_zeros(())
     a, b = (tensor.unsqueeze(-1).flatten(1) for tensor in (exact, reconstructed))
@@ -245,7 +245,9 @@ def drift(exact: Tensor, reconstructed: Tensor) -> Tensor:
 
 
 def compare(chain: ReversibleSequential, index: int, exact: Tensor, reconstructed: Tensor, mode: Mode) -> bool:
-    """Record the drift of the state that arrived at an anchor; with ``check="replay"``, whether it is above the limit.
+    """Record the drift of the state reconstructed at an anchor, and say whether it is above the limit.
+
+    Always False with ``check="flag"``, which does not wait for the device.
 
     Raises:
         RuntimeError: ``check="raise"``, and the drift is above the limit.
@@ -265,7 +267,7 @@ def compare(chain: ReversibleSequential, index: int, exact: Tensor, reconstructe
 
 
 def drift_limit(chain: ReversibleSequential, state: Tensor, mode: Mode) -> float:
-    """That of the chain, or one that fits the precision."""
+    """The limit set on the chain, or the default for the precision."""
     if chain.drift_limit is not None:
         return chain.drift_limit
     if mode.autocast is not None:

@@ -1,4 +1,4 @@
-"""The linear maps of all steps of a chain, which are not kept from forward to backward."""
+"""The folded linear maps of all steps of a chain, which are computed again in backward instead of being saved."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from glow_kernels.reversible import guards
 if TYPE_CHECKING:
     from glow_kernels.reversible.chain import ReversibleSequential
 
-# Linear maps, each with its inverse where backward needs that.
+# Linear maps, each with its inverse, or None where backward does not need that.
 FoldedMaps = list[tuple[LinearMap, LinearMap | None]]
 
 
 class LinearMaps:
-    """Of one forward: folded for it in one call, and once more, with their inverses, when backward reaches the chain.
+    """The linear maps for one forward and its backward.
 
-    Nothing of it depends on the batch, so that this costs little, and no memory in between.
+    They are folded in one call for forward, and again, with their inverses, when backward reaches the chain. Folding
+    does not depend on the batch, so this costs little time, and no memory is held in between.
 
     Args:
-        stack: what they are folded from.
+        stack: the parameters that they are folded from.
         inverted: whether backward needs the inverses.
     """
 
@@ -39,12 +40,12 @@ class LinearMaps:
         self._graph: tuple[list[Tensor], Results] | None = None
 
     def fold(self, x: Tensor) -> Folded:
-        """The maps, for the forward with data ``x``."""
+        """The maps for forward with data ``x``."""
         tensors = [tensor for parameters in self._stack.parameters for tensor in parameters]
         return Folded.of(_Fold.apply(self, *tensors), x)  # type: ignore[no-untyped-call]
 
     def of(self, steps: Sequence[range]) -> list[FoldedMaps]:
-        """The maps of these numbers of each of some steps; backward ends with step 0, whose own map is the last.
+        """The maps at the given indices, for each of ``steps``; dropped after map 0, with which backward ends.
 
         Raises:
             RuntimeError: a parameter of a step has been modified since forward.
@@ -58,7 +59,10 @@ class LinearMaps:
         return found
 
     def gradients(self, grads: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor | None]:
-        """Those of the parameters that need one, of those of what :meth:`fold` gave; after those of all steps."""
+        """Gradients of the parameters, None where not needed, from ``grads``, those of the results of :meth:`fold`.
+
+        To be called when backward has gone through all steps.
+        """
         assert self._graph is not None
         leaves, results = self._graph
         self._graph = self._found = None
@@ -89,12 +93,12 @@ class LinearMaps:
 
 
 class _Fold(torch.autograd.Function):
-    """``apply(maps, *parameters)``: what they are folded to."""
+    """``apply(maps, *parameters)``: the folded linear maps of ``parameters``."""
 
     @staticmethod
     def forward(ctx: Any, maps: LinearMaps, *parameters: Tensor) -> Results:
         ctx.maps = maps
-        ctx.save_for_backward(*parameters)  # so that PyTorch says if they are modified
+        ctx.save_for_backward(*parameters)  # so that PyTorch raises if they are modified in place
         return fold(*maps._stack.stacked(maps._stack.parameters))
 
     @staticmethod

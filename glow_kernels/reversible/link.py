@@ -1,12 +1,13 @@
-"""A step of a chain as one node of autograd.
+"""A step of a chain as one autograd node.
 
-The node keeps its input (an anchor), or nothing: then its backward starts from its output, which the backward of the
-next step has just reconstructed. That state travels as the gradient of a ghost, a tensor of the state's shape that
-takes no memory; the last step keeps the output of the chain. Parameters are inputs of the node and come back as
-gradients, so that hooks, DistributedDataParallel and ``torch.autograd.grad`` see an ordinary node.
+The node saves its input (then it is an anchor) or nothing. If it saves nothing, its backward starts from its output,
+which the backward of the next step has just reconstructed. That state is passed on as the gradient of a ghost: a tensor
+that has the shape of the state but takes no memory. The last step saves the output of the chain. The parameters are
+inputs of the node and their gradients are returned, so hooks, DistributedDataParallel and ``torch.autograd.grad`` see
+an ordinary node.
 
-``torch.compile`` sees opaque operators in its place: it would merge a recomputation that it can see through with the
-forward, and keep what was to be forgotten.
+Under ``torch.compile`` the node consists of opaque operators: the compiler would merge a recomputation that it can
+trace with the forward, and keep the activations that are to be discarded.
 """
 
 from __future__ import annotations
@@ -41,19 +42,20 @@ _LIBRARY = torch.library.Library("glow_kernels", "FRAGMENT")  # type: ignore[no-
 
 
 def register(chain: ReversibleSequential) -> int:
-    """A number by which nodes and compiled graphs find ``chain`` while it lives."""
+    """A number by which nodes and compiled graphs find ``chain`` as long as it is alive."""
     handle = next(_handles)
     _chains[handle] = chain
     return handle
 
 
 class Place(NamedTuple):
-    """Which steps of which chain, how many tensors they get, what is kept of them, and whether to compare.
+    """The steps that make up a node: which chain they belong to, what is saved, and whether states are compared.
 
-    Of the tensors, the first ``contexts`` are the context of all steps; the parameters of each follow.
+    The first ``contexts`` of the node's tensors are the context, which all steps share; the parameters of each step
+    follow.
 
-    A node is one step, so that its gradients leave as soon as they are done; with ``check="replay"``, all from one
-    anchor to the next, so that they can be thrown away.
+    A node is usually one step, so that its gradients are passed on as soon as they are ready. With ``check="replay"``
+    it is all steps from one anchor to the next, so that their gradients can still be discarded.
     """
 
     handle: int
@@ -74,10 +76,10 @@ Step = Anatomy | PlainStep
 
 
 class Link(torch.autograd.Function):
-    """``apply(place, mode, steps, maps, shelf, x, ghost, *context, *parameters)``, those of the steps.
+    """``apply(place, mode, steps, maps, shelf, x, ghost, *context, *parameters)``, with the parameters of all steps.
 
-    Gives ``z``, ``log_det`` and the ghost of ``z``. Compiled, it goes without ``steps``. With ``maps``, the first
-    parameters of every step are its linear maps, which are not kept.
+    Returns ``z``, ``log_det`` and the ghost of ``z``. ``steps`` is None when compiling. With ``maps``, the first
+    parameters of every step are its linear maps, which are not saved.
     """
 
     @staticmethod
@@ -96,18 +98,18 @@ class Link(torch.autograd.Function):
         ctx.place, ctx.mode, ctx.maps, ctx.draws = place, mode, maps, None
         remembered: Sequence[Any] = tensors
         if steps is None:
-            # Dynamo of PyTorch 2.11 stumbles over sizes that are symbols here: the operators alone ask for them.
+            # Dynamo in PyTorch 2.11 fails if symbolic sizes are read here: only the operators read them.
             z, log_det, following, like_x = _forward_operator(x, list(tensors), *_plain(place, mode))
             remembered = (like_x, *tensors)
         else:
             z, log_det, ctx.draws = _forward(place, mode, steps, x, tensors)
             following = _ghost_of(z)
             ctx.spans = [step.span if isinstance(step, PlainStep) else None for step in steps]
-            # Dropout and BatchNorm ask for it.
+            # Dropout and BatchNorm must run in the same mode in backward.
             ctx.modes = [(m, m.training) for step in steps if not step.is_standard for m in step.modules]
             ctx.bounds = _bounds(place, steps)
             ctx.of_steps = [_maps_of(*step) for step in zip(place.numbers, ctx.spans, strict=True)]
-        # Backward through a single step needs its input or its output, through several both.
+        # Backward through a single step needs its input or its output; through several steps it needs both.
         keeps_output = place.keeps_output and not (place.keeps_input and place.length == 1)
         ctx.shelf = shelf if place.keeps_input else None
         kept = x if place.keeps_input and shelf is None else None
@@ -117,7 +119,7 @@ class Link(torch.autograd.Function):
         if ctx.shelf is not None:
             ctx.on_shelf = ctx.shelf.put(x)
         if not torch.compiler.is_compiling():
-            ctx.chain = _chains[place.handle]  # alive until its backward
+            ctx.chain = _chains[place.handle]  # keeps the chain alive until backward
             ctx.private = _private(ctx.chain, place, maps)
         return z, log_det, following
 
@@ -134,7 +136,7 @@ class Link(torch.autograd.Function):
             x, z, *tensors = guards.saved_tensors(ctx, ctx.chain, place.number)
             if ctx.shelf is not None:
                 x = ctx.shelf.get(ctx.on_shelf)
-        # At the input of a single step, the state that arrived only serves to be compared.
+        # If the input is saved, the state reconstructed by the next node is needed only for comparison.
         if z is None and (x is None or place.compares):
             z = reconstructed
         if torch.compiler.is_compiling():
@@ -158,7 +160,7 @@ class Link(torch.autograd.Function):
 
 
 def _ghost_of(state: Tensor) -> Tensor:
-    """One element that is never read; not a view, since FSDP would warn of it."""
+    """One element, never read, expanded by zero strides to the shape of ``state``. FSDP would warn about a view."""
     return state.new_empty_strided(state.shape, [0] * state.dim())
 
 
@@ -205,7 +207,7 @@ def _backward(
         too_far = guards.compare(chain, place.number, result.z, reached, mode)
     if not too_far:
         return result
-    # Once more from the anchor, with every state exact.
+    # Differentiate again, with exact states, recomputed from the anchor.
     for index, step in enumerate(steps[:-1]):
         given = inputs[index]
         assert given is not None
@@ -225,7 +227,10 @@ def _sweep(
     draws: Draws,
     private: Private = SHARED,
 ) -> tuple[Recomputed, Tensor | None]:
-    """Backward through the steps from ``z``, or from the inputs that are known, and what arrived at the first step."""
+    """Backward through the steps, from the known ``inputs`` or else from ``z``.
+
+    Returns the result of the first step, with the gradients of all tensors, and the output that it was given.
+    """
     chain = find(place)
     context = tensors[: place.contexts]
     totals: list[Tensor | None] = [None] * len(tensors)
@@ -260,10 +265,10 @@ def _sweep(
 
 
 def _private(chain: ReversibleSequential, place: Place, maps: LinearMaps | None) -> Private:
-    """What arrives at a node of one step from the next, which has just made it and does not keep it.
+    """Which of the tensors that the backward of a node gets it may overwrite: those that nobody else holds.
 
-    Steps that have their linear maps from the chain have no hooks, which could keep it too. What the last step gets is
-    the caller's, and an anchor may be needed once more.
+    The next node has just made the state and its gradient, and does not keep them; hooks could, but steps whose linear
+    maps come from the chain have none. The last step's tensors belong to the caller, and an anchor may be needed again.
     """
     if maps is None or place.length > 1 or place.keeps_output:
         return SHARED
@@ -279,17 +284,17 @@ def find(place: Place) -> ReversibleSequential:
 
 
 def _bounds(place: Place, steps: Sequence[Step]) -> list[int]:
-    """Where the parameters of each step begin among the tensors, and where those of the last end."""
+    """Index of the first parameter of each step among the tensors, and the end of the last step's."""
     return list(itertools.accumulate([len(step.slots) for step in steps], initial=place.contexts))
 
 
 def _maps_of(number: int, span: Span | None) -> range:
-    """Which linear maps of its chain are those of a step."""
+    """The indices of a step's linear maps among those of its chain."""
     return range(number, number + 1) if span is None else span.maps(number)
 
 
 def _with_maps(tensors: Sequence[Any], bounds: Sequence[int], maps: Sequence[Sequence[Any]]) -> list[Any]:
-    """``tensors`` with other matrices and shifts for every step."""
+    """``tensors`` with the matrices and shifts of every step replaced by ``maps``."""
     result = list(tensors)
     for start, own in zip(bounds, maps, strict=False):
         result[start : start + 2 * len(own)] = itertools.chain.from_iterable(own)
@@ -303,7 +308,7 @@ def _steps(
     bounds: Sequence[int],
     maps: Sequence[FoldedMaps],
 ) -> list[Step]:
-    """The steps as forward saw them, with what it has computed with."""
+    """The steps as in forward, with the parameters and linear maps that forward used."""
     chain = find(place)
     steps: list[Step] = []
     for number, span, (start, end), own in zip(place.numbers, spans, itertools.pairwise(bounds), maps, strict=True):
@@ -328,7 +333,7 @@ _SETTINGS = (
     "int handle, int number, int length, int contexts, bool keeps_input, bool keeps_output, "
     "bool compares, int micro_batches, ScalarType? autocast, str? backend"
 )
-# The last results of forward are the ghosts of its output and, for backward, of its input.
+# The last two results of forward are the ghost of its output and, for backward, the ghost of its input.
 _SCHEMAS = (
     f"reversible_forward(Tensor x, Tensor?[] tensors, {_SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor)",
     "reversible_backward(Tensor? x, Tensor? z, Tensor? grad_z, Tensor? grad_log_det, Tensor?[] tensors, bool[] needs, "
@@ -347,7 +352,7 @@ def _split(settings: Sequence[Any]) -> tuple[Place, Mode]:
 
 @contextmanager
 def _eager() -> Iterator[None]:
-    """Let autograd record inside an operator, where it is out of the dispatcher's way."""
+    """Let autograd record inside an operator, where the dispatcher excludes its keys."""
     excluded = torch._C._dispatch_tls_local_exclude_set()
     for name in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor", "ADInplaceOrView"):
         excluded = excluded.remove(getattr(torch._C.DispatchKey, name))
@@ -356,7 +361,7 @@ def _eager() -> Iterator[None]:
 
 
 def _own(tensor: Tensor, *inputs: Tensor | None) -> Tensor:
-    """``tensor`` as its fake says that it lies in memory, and not in that of an argument of the operator."""
+    """``tensor`` with the strides of its fake, copied if it shares memory with an argument of the operator."""
     tensor = tensor.contiguous(memory_format=output_format(tensor))
     storages = [other.untyped_storage().data_ptr() for other in inputs if other is not None]
     return tensor.clone() if tensor.untyped_storage().data_ptr() in storages else tensor
@@ -364,10 +369,11 @@ def _own(tensor: Tensor, *inputs: Tensor | None) -> Tensor:
 
 @contextmanager
 def _given(place: Place, steps: Sequence[Step], tensors: Sequence[Any]) -> Iterator[None]:
-    """Let steps compute with the parameters among ``tensors``.
+    """Let ``steps`` compute with the parameters among ``tensors``.
 
-    A graph has its own of them: it writes what it changes to the modules at its end, as the first values of ActNorm,
-    which it sets before. Whether the modules have theirs is not for what traces or runs their steps to say.
+    A compiled graph holds its own parameters, and writes what it changes (such as the initial values of ActNorm) to the
+    modules only at its end. It initialises ActNorms before these operators run, so they count as initialised here, and
+    their flags are restored afterwards.
     """
     norms = [module for step in steps for module in step.modules if isinstance(module, ActNorm)]
     flags = [norm._is_initialized for norm in norms]
@@ -401,7 +407,7 @@ def _fake_forward(x: Tensor, tensors: Sequence[Tensor | None], *settings: Any) -
     fake_mode = detect_fake_mode(x)
     assert fake_mode is not None
     allowed = fake_mode.allow_non_fake_inputs
-    # The parameters and buffers of the step itself are real.
+    # The step's own parameters and buffers are real tensors.
     fake_mode.allow_non_fake_inputs = True
     z, steps = x, _anatomies(place)
     try:

@@ -1,4 +1,4 @@
-"""Anchors in host memory: copied out while the forward goes on, and back one ahead of the backward."""
+"""Anchors in host memory: copied out during forward, asynchronously, and prefetched one ahead in backward."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from torch import Tensor
 
 
 class Shelf:
-    """The anchors of one forward, which backward takes back from the last to the first.
+    """The anchors of one forward, which backward fetches from the last to the first.
 
-    On CUDA they are copied on a stream of their own, to and from pinned memory, which PyTorch's allocator uses again.
+    On CUDA they are copied on a separate stream, to and from pinned memory, which PyTorch's allocator reuses.
 
     Args:
         device: of the states.
 
     Raises:
-        RuntimeError: a CUDA graph is being captured, which would replay copies into memory that others use by then.
+        RuntimeError: a CUDA graph is being captured; replays would copy into memory that has been reused since.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -29,7 +29,7 @@ class Shelf:
         self._fetched: dict[int, tuple[Tensor, torch.cuda.Event | None]] = {}
 
     def put(self, state: Tensor) -> int:
-        """Copy ``state`` to the host, and say under which number."""
+        """Copy ``state`` to the host, and return the number to fetch it by."""
         if self._stream is None:
             anchor = state.to("cpu", copy=True)
         else:
@@ -37,12 +37,12 @@ class Shelf:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
             with torch.cuda.stream(self._stream):
                 anchor.copy_(state, non_blocking=True)
-            state.record_stream(self._stream)  # its memory is not given away before it is copied
+            state.record_stream(self._stream)  # its memory is not reused before it is copied
         self._anchors.append(anchor)
         return len(self._anchors) - 1
 
     def get(self, number: int) -> Tensor:
-        """The state of that number, on its device; the one before it is on its way from then on."""
+        """The state of that number, on the device; also starts to copy the one before it."""
         state, arrival = self._fetched.pop(number) if number in self._fetched else self._fetch(number)
         if number:
             self._fetched[number - 1] = self._fetch(number - 1)

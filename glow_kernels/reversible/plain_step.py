@@ -1,11 +1,11 @@
-"""A flow step of this package's own layers alone: forward and backward without autograd, and without its modules.
+"""Plain steps: flow steps of only this package's own layers, run without autograd and without calling their modules.
 
-Most steps are one, and what a general step costs beside its arithmetic (looking into its modules, putting tensors in
-place of parameters, a graph) is a tenth of a training step of a small Glow.
+Most steps are plain. The overhead of a general step (inspecting its modules, substituting its parameters, building a
+graph) is a tenth of a training step of a small Glow.
 
-In a chain of nothing else, on a backend that has an operator for it, every step ends after the linear map of the next
-one instead of before it (:mod:`glow_kernels.nn.boundary_node`). The states between steps, and so the anchors, are then
-inputs of couplings; there are as many of them.
+In a chain of plain steps only, on a backend that has an operator for it, every step ends after the linear map of the
+next step instead of before it (:mod:`glow_kernels.nn.boundary_node`). The states between steps, and so the anchors, are
+then inputs of couplings; their number stays the same.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from glow_kernels.ops.coupling_conv1x1 import forward as boundary_forward
 
 
 class Span(NamedTuple):
-    """From where to where such a step goes.
+    """Which operations a plain step consists of.
 
     Attributes:
-        kind: of its coupling.
-        begins: whether with its own linear map, which the step before it has not applied.
-        ends: whether with the linear map of the next step.
+        kind: the kind of its coupling.
+        begins: whether it begins with its own linear map; otherwise the step before it has applied that.
+        ends: whether it ends with the linear map of the next step.
     """
 
     kind: Kind
@@ -41,17 +41,17 @@ class Span(NamedTuple):
     ends: bool = False
 
     def maps(self, number: int) -> range:
-        """Which linear maps of the chain those of step ``number`` are."""
+        """The indices, among the chain's linear maps, of those that step ``number`` applies."""
         return range(number + (not self.begins), number + 1 + self.ends)
 
 
 class PlainStep(NamedTuple):
-    """Such a step, taken apart into tensors.
+    """A plain step, as a collection of tensors.
 
     Attributes:
-        span: where it begins and ends.
-        parameters: matrix and shift of its linear maps, which its chain has folded, and those of the network.
-        inverses: the linear maps back, where backward needs them.
+        span: the operations it consists of.
+        parameters: matrix and shift of each of its linear maps, folded by the chain, then the network's parameters.
+        inverses: the inverses of the linear maps, or None where backward does not need them.
     """
 
     span: Span
@@ -62,11 +62,11 @@ class PlainStep(NamedTuple):
     def of(
         cls, step: nn.Module, x: Tensor, linear: LinearMap | None, following: LinearMap | None = None
     ) -> PlainStep | None:
-        """That of a ``step`` for data ``x``, None if it is not one.
+        """``step`` as a plain step for data ``x``; None if it is not plain.
 
         Args:
-            linear: the linear map that it begins with, if any, folded.
-            following: that which it ends with, if any.
+            linear: the folded linear map that it begins with, if any.
+            following: the folded linear map that it ends with, if any.
         """
         coupling: Any = cast(FlowStep, step).coupling
         if type(coupling) not in (AffineCoupling, AdditiveCoupling) or coupling.condition_on != "first":
@@ -80,21 +80,21 @@ class PlainStep(NamedTuple):
 
     @property
     def slots(self) -> Sequence[Tensor]:
-        """As many as it has parameters; this and what follows are those of :class:`Anatomy`."""
+        """One entry per parameter. This and the next two properties correspond to those of :class:`Anatomy`."""
         return self.parameters
 
     @property
     def is_standard(self) -> bool:
-        """It has no side effects, and draws no random numbers."""
+        """Always true: it has no side effects and draws no random numbers."""
         return True
 
     @property
     def modules(self) -> Sequence[nn.Module]:
-        """None: all are initialised."""
+        """Empty: no ActNorm has to be initialised."""
         return ()
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The output and the log-determinant (B,) of the coupling."""
+        """The output, and the log-determinant (B,) of the coupling alone."""
         before, after, own = self._taken_apart()
         y = apply(x, *before) if self.span.begins else x
         if not self.span.ends:
@@ -112,12 +112,12 @@ class PlainStep(NamedTuple):
         grad_z: Tensor | None,
         grad_log_det: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, Tensor, list[Tensor | None]]:
-        """``x``, ``z`` evaluated again if both are given, and gradients of ``x`` and of the parameters that need one.
+        """``x``, ``z`` evaluated again if both were given, and the gradients of ``x`` and of the parameters.
 
         Args:
-            needs: which parameters do.
-            private: of ``z`` and its gradient, what may be overwritten.
-            x, z: input and output; one of them may be missing.
+            needs: which parameters need a gradient; the others get None.
+            private: which of ``z`` and its gradient may be overwritten.
+            x, z: input and output; one of them may be None.
         """
         given = z if x is None else x
         assert given is not None
@@ -140,7 +140,7 @@ class PlainStep(NamedTuple):
         y, grad_y = z, grad_z
         if self.span.ends:
             y, grad_y, *of_maps = apply_reversible_backward(grad_z, z, after[0], *self._inverse(-1))
-            # The network takes its memory while this has its own no longer.
+            # Free the memory of the overwritten z and gradient now, before the network allocates its own.
             if private.state:
                 z.data = y
             if private.grad:
@@ -178,7 +178,7 @@ class PlainStep(NamedTuple):
         return z if evaluates else None, grad_y, [*of_maps, *found]
 
     def _taken_apart(self) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
-        """Matrix and shift of the linear map before the coupling and of that after it, and the network's parameters."""
+        """Matrix and shift of the linear maps before and after the coupling, and the network's parameters."""
         start = 2 * self.span.begins
         end = start + 2 * self.span.ends
         return self.parameters[:start], self.parameters[start:end], self.parameters[end:]
@@ -194,7 +194,7 @@ class PlainStep(NamedTuple):
 
 
 def cross_boundaries(steps: Sequence[nn.Module], maps: Sequence[LinearMap | None], x: Tensor) -> bool:
-    """Whether all ``steps``, with these linear ``maps``, are of the kind that can end with that of the next one."""
+    """Whether all ``steps``, with these linear ``maps``, can end with the linear map of the next step."""
     return all(
         linear is not None and is_boundary_node(x, cast(FlowStep, step), linear)
         for step, linear in zip(steps, maps, strict=True)

@@ -1,4 +1,4 @@
-"""Random numbers that a step draws in forward are drawn again when it is recomputed."""
+"""Drawing the random numbers that a step drew in forward again when it is recomputed."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from torch.nn.modules.dropout import _DropoutNd
 def seed_generators(device: torch.device, number: int) -> None:
     """Seed PyTorch's generators of the CPU and of ``device``.
 
-    torch.manual_seed seeds all other devices too, which are not restored, and those that are not in use yet each with a
-    stack trace, which takes a millisecond.
+    torch.manual_seed also seeds all other devices, which nothing would restore. For each that is not initialised yet it
+    records a stack trace, which takes a millisecond.
     """
     torch.default_generator.manual_seed(number)
     if device.type != "cpu":
@@ -26,8 +26,8 @@ def seed_generators(device: torch.device, number: int) -> None:
 
 
 class RandomState:
-    """State of the generators that a step on ``device`` may draw from: PyTorch's of the CPU and of the device, Python's
-    and NumPy's. Generators that a step has of its own are not seen.
+    """State of the generators that a step on ``device`` may draw from: PyTorch's for the CPU and the device, Python's
+    and NumPy's. A step's own generators are not covered.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -39,7 +39,7 @@ class RandomState:
         self._numpy = _numpy_state()
 
     def has_moved(self) -> bool:
-        """Whether anything has been drawn since."""
+        """Whether random numbers have been drawn since."""
         if not torch.equal(self._cpu, torch.get_rng_state()):
             return True
         if self._python != random.getstate() or self._numpy != _numpy_state():
@@ -50,7 +50,7 @@ class RandomState:
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
-        """Draw the same numbers again inside the ``with`` block; the generators go on afterwards as if it were not."""
+        """Draw the same numbers again inside the ``with`` block; afterwards the generators are as before it."""
         now = RandomState(self._device)
         self._set()
         try:
@@ -68,7 +68,7 @@ class RandomState:
 
 
 def _numpy_state() -> bytes | None:
-    """That of NumPy's generator, to be compared with another; None while nobody has imported it."""
+    """State of NumPy's global generator, in a form that can be compared; None if NumPy is not imported."""
     module: Any = sys.modules.get("numpy.random")
     return None if module is None else pickle.dumps(module.get_state(legacy=False))
 
@@ -78,7 +78,7 @@ def _module(device: torch.device) -> Any:
 
 
 def refuse_while_capturing(modules: Sequence[nn.Module], device: torch.device) -> None:
-    """Raise if ``modules`` have dropout while a CUDA graph is captured, which cannot rewind its random numbers."""
+    """Raise if ``modules`` use dropout while a CUDA graph is captured: it cannot draw random numbers again."""
     if _is_capturing(device) and any(isinstance(m, _DropoutNd) and m.training and m.p > 0 for m in modules):
         raise RuntimeError("it has dropout, which needs memory='store' in a CUDA graph")
 

@@ -1,7 +1,7 @@
 """Running one step of a chain: forward without a graph, and backward from its input or from its output.
 
-Backward from the input evaluates the step once more, with a graph. Backward from the output inverts it first; of a
-flow step that is one pass per operator, with one evaluation of its network, and any other layer is evaluated again.
+Backward from the input evaluates the step again, with a graph. Backward from the output inverts the step first, then
+does the same. For a flow step it is instead one pass per operator, with a single evaluation of the network.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from glow_kernels.reversible.tensors import (
 
 
 class Mode(NamedTuple):
-    """What a step runs under, the same in forward and backward.
+    """The settings that a step runs under, the same in forward and backward.
 
     Attributes:
-        micro_batches: how many parts of the batch the step is evaluated in, one after the other.
-        autocast: type of the networks under autocast, None without.
-        backend: the one that is chosen explicitly, if any.
+        micro_batches: number of parts in which the step evaluates the batch, one after the other.
+        autocast: type of the networks under autocast; None without autocast.
+        backend: the explicitly chosen backend, if any.
     """
 
     micro_batches: int
@@ -51,13 +51,13 @@ class Mode(NamedTuple):
 
     @classmethod
     def current(cls, device: torch.device, micro_batches: int) -> Mode:
-        """That of the code that runs now."""
+        """The mode that is in effect now."""
         enabled = is_autocast_enabled(device.type)
         autocast = torch.get_autocast_dtype(device.type) if enabled else None
         return cls(micro_batches, autocast, backends.choice())
 
     def applied(self, device: torch.device) -> AbstractContextManager[Any]:
-        """Backend and autocast as recorded, without caches of weights, which forward computed without a graph."""
+        """Backend and autocast as recorded, with weight caches off: weights cached in forward have no graph."""
         is_same = self.autocast is None and not is_autocast_enabled(device.type) and self.backend == backends.choice()
         if is_same and not parametrize._cache_enabled:
             return nullcontext()
@@ -66,7 +66,7 @@ class Mode(NamedTuple):
     @contextmanager
     def _changed(self, device: torch.device) -> Iterator[None]:
         on = self.autocast is not None
-        caching = parametrize._cache_enabled  # a number, which other threads may count up and down meanwhile
+        caching = parametrize._cache_enabled  # a counter, which other threads may change meanwhile
         parametrize._cache_enabled -= caching
         try:
             with (
@@ -78,7 +78,7 @@ class Mode(NamedTuple):
             parametrize._cache_enabled += caching
 
     def parts(self, batch: int) -> list[slice | None]:
-        """Slices of the batch, of sizes that differ by at most one; a single None for all of it."""
+        """Slices of the batch whose sizes differ by at most one; a single None stands for the whole batch."""
         count = max(1, min(self.micro_batches, batch))
         if count == 1:
             return [None]
@@ -87,11 +87,11 @@ class Mode(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """What it takes to draw the numbers of a step again for the same elements: dropout goes through memory in order.
+    """What is needed to draw the same random numbers for the same elements again: dropout draws in memory order.
 
     Attributes:
-        state: of their source, before the step.
-        before, after: how the input and the output of the step lay in memory.
+        state: the state of the generators before the step.
+        before, after: strides of the input and of the output of the step.
     """
 
     state: RandomState
@@ -100,7 +100,7 @@ class Drawn(NamedTuple):
 
 
 class Recomputed(NamedTuple):
-    """The input of a step, its output where it was evaluated, and the gradients in input, context and parameters."""
+    """The input of a step, its output if it was evaluated again, and the gradients of input, context and parameters."""
 
     x: Tensor
     z: Tensor | None
@@ -115,9 +115,9 @@ def forward(
     mode: Mode,
     draws: Sequence[Drawn] | None = None,
 ) -> tuple[Tensor, Tensor, list[Drawn] | None]:
-    """``z``, ``log_det`` (B,) and, if the step drew random numbers, what every part takes to draw them again.
+    """``z``, ``log_det`` (B,) and, if the step drew random numbers, what is needed to draw them again, for every part.
 
-    With such ``draws`` of an earlier call, the numbers of that call are drawn again.
+    Given the ``draws`` of an earlier call, the step draws the random numbers of that call.
     """
     batch = x.shape[0]
     z, log_det = Joined(batch), Joined(batch)
@@ -153,14 +153,14 @@ def backward(
     closed: bool,
     private: Private = SHARED,
 ) -> Recomputed:
-    """Differentiate a step, given its input ``x`` or else its output ``z``; both to evaluate its output again.
+    """Differentiate a step, given its input ``x`` or its output ``z``; given both, also evaluate its output again.
 
     Args:
         grads: gradients of the output and of the log-determinant.
         needs: which of ``context`` and ``parameters`` need a gradient.
         draws: as :func:`forward` returned them.
         closed: as for :func:`~glow_kernels.reversible.tensors.differentiate`.
-        private: of ``z`` and its gradient, what may be overwritten.
+        private: which of ``z`` and its gradient may be overwritten.
     """
     if isinstance(anatomy, PlainStep):
         return _backward_of_plain(anatomy, x, z, grads, needs, mode, private)
@@ -245,7 +245,7 @@ def _backward_of_plain(
 
 
 def _joined(batch: int, z: Tensor | None, grad_z: Tensor | None, private: Private) -> tuple[Joined, Joined]:
-    """For the input of a step and its gradient, in place of what is private."""
+    """Accumulators for the input of a step and its gradient, which reuse the memory of what is private."""
     return Joined(batch, z if private.state else None), Joined(batch, grad_z if private.grad else None)
 
 

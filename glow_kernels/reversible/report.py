@@ -1,4 +1,4 @@
-"""How exactly the steps of a model can be inverted, for data of the user's choice."""
+"""How exactly the steps of a model can be inverted, on data of the user's choice."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from glow_kernels.reversible.chain import ReversibleSequential
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Relative L2 errors, the largest over the samples; infinite where something is not finite.
+    """Relative L2 errors of inversion, each the largest over the samples; infinite where something is not finite.
 
     Attributes:
-        error: of inverting a whole chain, as ``memory="invert"`` does; the largest over the chains.
-        steps: of inverting every step by itself, by its name in the model.
+        error: error of inverting a whole chain, the largest over the chains; ``memory="invert"`` has this error.
+        steps: error of inverting each step alone, by the step's name in the model.
         ill_conditioned: condition numbers of the 1x1 convolutions that are above the limit, by name.
     """
 
@@ -42,9 +42,9 @@ def reconstruction_error(model: nn.Module, *inputs: Any, condition_limit: float 
 
     Args:
         model: a chain, or a model that has some, such as :class:`~glow_kernels.models.Glow`, with any ``memory``.
-        inputs: what ``model`` is called with; its states are the test data.
-        condition_limit: report a 1x1 convolution whose condition number, which bounds how much it amplifies rounding
-            errors, is above this; None skips the check.
+        inputs: the arguments that ``model`` is called with; the states that arise in it are the test data.
+        condition_limit: report 1x1 convolutions whose condition number, by which they may amplify rounding errors, is
+            above this; None skips them.
 
     Raises:
         TypeError: ``model`` is not a module, or ``condition_limit`` not a number.

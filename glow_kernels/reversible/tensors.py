@@ -1,4 +1,4 @@
-"""Tensors of a recomputation: the start and the gradients of a small graph, and batches put together."""
+"""Tensors in a recomputation: the leaves and gradients of a small graph, and batches assembled from parts."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from glow_kernels.backends.numerics import output_format
 
 
 def leaf(tensor: Tensor, requires_grad: bool) -> Tensor:
-    """The same values as the start of a graph of its own, so that hooks and ``.grad`` of ``tensor`` stay out of it."""
+    """The same values as the leaf of a separate graph, which does not involve the hooks and ``.grad`` of ``tensor``."""
     return tensor.detach().requires_grad_(requires_grad)
 
 
 def passed(leaves: Sequence[Tensor | None]) -> list[Any]:
-    """What modules are given for ``leaves``: on a leaf hooks as FlopCounterMode's fail while gradients are computed."""
+    """Views of ``leaves`` to pass to modules: hooks on leaves, such as FlopCounterMode's, fail in autograd.grad."""
     return [None if tensor is None else tensor.view_as(tensor) for tensor in leaves]
 
 
 def with_graph(owner: nn.Module) -> dict[int, tuple[str, Tensor]]:
-    """What has a graph in the attributes of ``owner`` and its submodules, also in lists there: by identity, where."""
+    """Tensors that have a graph in the attributes of ``owner`` and its submodules (also in lists), with their paths,
+    by ``id``."""
     found = {}
     for path, module in owner.named_modules():
         for name, values in vars(module).items():
@@ -35,13 +36,14 @@ def with_graph(owner: nn.Module) -> dict[int, tuple[str, Tensor]]:
 
 
 def part_of(tensor: Tensor, part: slice | None) -> Tensor:
-    """Those samples of ``tensor``, all for None."""
-    # A step may differentiate itself, which slices of what requires a gradient do not allow without a graph.
+    """The samples ``part`` of ``tensor``; all samples for None."""
+    # Detached: a step may run autograd inside, and slices of a tensor that requires a gradient, taken without a graph,
+    # do not allow that.
     return tensor if part is None else tensor.detach()[part]
 
 
 def dense_strides(tensor: Tensor) -> tuple[int, ...]:
-    """Those of a dense tensor that lies in memory as ``tensor`` does."""
+    """The strides of a dense tensor with the memory layout of ``tensor``."""
     return torch.empty_like(tensor, device="meta").stride()
 
 
@@ -53,10 +55,10 @@ def lying(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
 
 
 class Start(NamedTuple):
-    """Where a backward starts: an output, which may be freed meanwhile, and its gradient, freed with its first use.
+    """The start of a backward: the edge of an output, which itself may be freed, and a stand-in for its gradient.
 
-    What :func:`torch.autograd.grad` is given lives until it returns, so that it is given a zero, in which anomaly
-    detection finds no NaN, and a hook hands over the real one.
+    :func:`torch.autograd.grad` keeps its arguments alive until it returns. So it gets an expanded zero (in which
+    anomaly detection finds no NaN), and a hook replaces that by the real gradient, which is freed after its first use.
     """
 
     edge: GradientEdge
@@ -64,24 +66,24 @@ class Start(NamedTuple):
 
     @classmethod
     def of(cls, output: Tensor, grad: Tensor | None) -> Start | None:
-        """That of ``output``; None where no gradient starts from it."""
+        """The start at ``output``; None if ``output`` requires no gradient or ``grad`` is None."""
         if grad is None or not output.requires_grad:
             return None
         with torch.enable_grad():
-            start = output.view_as(output)  # which has no hooks of others, who are to see the real gradient
+            start = output.view_as(output)  # a new tensor: other hooks on ``output`` must see the real gradient
         owned = [grad.to(output.dtype)]
         start.register_hook(lambda _: owned.pop())  # type: ignore[no-untyped-call]
         return cls(get_gradient_edge(start), start.new_zeros(()).expand(start.shape))
 
 
 def differentiate(starts: Sequence[Start | None], leaves: Sequence[Tensor], closed: bool) -> list[Tensor | None]:
-    """Gradients in those ``leaves`` that require them; None where there is none.
+    """Gradients of the ``leaves`` that require them; None for the others, and where there is no gradient.
 
     Args:
-        closed: skip the search for other leaves.
+        closed: the graph is known to have no other leaves, so do not search it for them.
 
     Raises:
-        RuntimeError: a start depends on another tensor that requires a gradient, which would not get it.
+        RuntimeError: a start depends on another leaf that requires a gradient, which would not get one.
     """
     given = [start for start in starts if start is not None]
     results: list[Tensor | None] = [None] * len(leaves)
@@ -117,18 +119,18 @@ def _refuse_strangers(nodes: Sequence[Node], leaves: Sequence[Tensor]) -> None:
 
 
 def sum_of(total: Tensor | None, grad: Tensor | None) -> Tensor | None:
-    """Two gradients together, of which either may be missing."""
-    # Not in place: gradients of two parameters may be one tensor.
+    """The sum of two gradients, either of which may be None."""
+    # Not in place: the gradients of two parameters may be the same tensor.
     if total is None or grad is None:
         return grad if total is None else total
     return total + grad
 
 
 class Joined:
-    """A tensor whose samples arrive part by part; a single part is taken as it is.
+    """A tensor that is assembled from parts of the batch; a single part for the whole batch is not copied.
 
     Args:
-        place: a tensor like it, in place of which several parts are put; it does not count as modified.
+        place: a tensor of the same shape, into whose memory the parts are written, without changing its version.
     """
 
     def __init__(self, batch: int, place: Tensor | None = None) -> None:
@@ -137,7 +139,7 @@ class Joined:
         self._result: Tensor | None = None
 
     def add(self, part: slice | None, tensor: Tensor) -> None:
-        """Put ``tensor`` where ``part`` of the batch belongs."""
+        """Store ``tensor`` as ``part`` of the batch; None is the whole batch."""
         if part is None:
             self._result = tensor
             return
@@ -156,5 +158,5 @@ class Joined:
 
     @property
     def tensor_or_none(self) -> Tensor | None:
-        """All samples, or None if none arrived."""
+        """All samples, or None if none were added."""
         return self._result
