@@ -18,14 +18,14 @@ from glow_kernels.reversible.anatomy import in_modes
 
 
 class FlowLevel(nn.Module):
-    """Squeeze, steps of flow and, but for the last level, a split (figure 2b of the paper).
+    """Squeeze, steps of flow and, except in the last level, a split (figure 2b of the paper).
 
     Args:
         in_channels: channels before squeezing.
         steps: number of steps K.
-        split: whether half of the channels leaves here.
-        chain_options: of :class:`~glow_kernels.ReversibleSequential`.
-        step_options: of :class:`~glow_kernels.nn.FlowStep`.
+        split: whether half of the channels is factored out here.
+        chain_options: options of :class:`~glow_kernels.ReversibleSequential`.
+        step_options: options of :class:`~glow_kernels.nn.FlowStep`.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class FlowLevel(nn.Module):
         self.out_channels = channels // 2 if split else channels
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``x`` (B, C, H, W) to what goes deeper, and the log-likelihood (B,) that this level contributes."""
+        """``x`` (B, C, H, W) to the input of the next level, and this level's share (B,) of the log-likelihood."""
         z, log_likelihood = self.transform(x)
         if self.split is not None:
             z, log_prob = self.split(z)
@@ -148,7 +148,7 @@ class Glow(nn.Module):
         return self.in_channels * height * width
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        """The same as :meth:`log_prob`, so that wrappers of modules work."""
+        """The same as :meth:`log_prob`, so that module wrappers (such as DistributedDataParallel) work."""
         return self.log_prob(x, labels)
 
     def log_prob(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -158,14 +158,14 @@ class Glow(nn.Module):
 
         Args:
             x: ``(B, in_channels, height, width)``, floating-point, as :meth:`dequantize` makes it.
-            labels: ``(B,)`` int64 classes, for a model that has classes, and only for one.
+            labels: ``(B,)`` int64 classes, if and only if the model has classes.
 
         Returns:
             ``(B,)`` float32 (float64 for float64 ``x``).
 
         Raises:
             TypeError, ValueError: ``x`` or ``labels`` do not fit the model.
-            RuntimeError: ActNorm is not initialised, and this is not training.
+            RuntimeError: ActNorm is not initialised, and the model is not in training mode.
         """
         z, log_likelihood = self._to_top(x, labels)
         log_prob: Tensor = log_likelihood + self.top_prior(z, labels)
@@ -175,7 +175,7 @@ class Glow(nn.Module):
         """Log-density (B,) and, from the deepest latent, the logits (B, num_classes) of the classification head.
 
         Raises:
-            ValueError: the model has no classes; otherwise as :meth:`log_prob`.
+            ValueError: the model has no classes. Other errors as for :meth:`log_prob`.
         """
         if self.classifier is None:
             raise ValueError("num_classes must be given to the model to classify, got None")
@@ -235,7 +235,7 @@ class Glow(nn.Module):
         got = [tuple(latent.shape[1:]) for latent in latents]
         if got != self.latent_shapes():
             raise ValueError(f"latents must have the shapes (B, *) with * = {self.latent_shapes()}, got {got}")
-        # Not by a set: under torch.export sizes may be symbols, which have no hash.
+        # Not compared by a set: under torch.export sizes may be symbols, which are not hashable.
         if any(latent.shape[0] != latents[0].shape[0] for latent in latents):
             sizes = ", ".join(str(latent.shape[0]) for latent in latents)
             raise ValueError(f"latents must have the same batch size, got {sizes}")
@@ -260,23 +260,24 @@ class Glow(nn.Module):
         Args:
             n: number of images.
             temperature: 1 samples the model's density; less gives likelier, less varied images (the paper uses 0.7).
-            labels: ``(n,)`` int64 classes, for a model that has classes.
+            labels: ``(n,)`` int64 classes, if and only if the model has classes.
             generator: source of the noise, on the device of the model.
 
         Returns:
-            ``(n, in_channels, height, width)``; :meth:`quantize` makes pixels of it.
+            ``(n, in_channels, height, width)``; :meth:`quantize` converts it to pixels.
 
         Raises:
-            TypeError: ``n`` is not a whole number, or ``temperature`` not a number.
-            ValueError: a negative ``n``, a ``temperature`` of more than one number, or that is negative or not finite
-                (not checked for a tensor on a GPU, which would wait for it); otherwise as :meth:`decode`.
+            TypeError: ``n`` is no whole number, or ``temperature`` no number.
+            ValueError: ``n`` is negative, or ``temperature`` has more than one element, is negative or is not finite
+                (the value of a tensor on a GPU is not checked, which would wait for the device). Other errors as for
+                :meth:`decode`.
         """
         check_whole("n", n, 0)
         temperature = checked_temperature(temperature)
         parameter = next(self.parameters())
         latents = []
         for shape in self.latent_shapes():
-            # Not randn: with a generator, even with None, it takes no size that is a symbol of torch.compile.
+            # Not randn: with a generator argument, even None, it accepts no symbolic sizes under torch.compile.
             noise = torch.empty((n, *shape), device=parameter.device, dtype=parameter.dtype)
             latents.append(temperature * noise.normal_(generator=generator))
         return self.decode(latents, labels)
@@ -291,9 +292,9 @@ class Glow(nn.Module):
 
     @torch.no_grad()
     def initialize(self, x: Tensor, labels: Tensor | None = None) -> None:
-        """Set every ActNorm from ``x`` (B, in_channels, height, width) that has not been set yet.
+        """Initialise every ActNorm that has not been initialised yet from ``x`` (B, in_channels, height, width).
 
-        The first :meth:`log_prob` in training mode does the same by itself.
+        The first :meth:`log_prob` in training mode does the same.
         """
         with in_modes([(module, True) for module in self.modules()]):
             self.log_prob(x, labels)

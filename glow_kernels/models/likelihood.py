@@ -29,22 +29,22 @@ def dequantize(levels: Tensor, n_bins: int, generator: torch.Generator | None = 
         ``(B, C, H, W)`` in ``[-1/2, 1/2)``, of the default floating-point type.
 
     Raises:
-        TypeError: ``levels`` is not a tensor of an integer type, or ``n_bins`` is not a whole number.
-        ValueError: ``n_bins`` is below 2, or ``levels`` are not in ``0 .. n_bins - 1`` (not checked on a GPU, which
-            would wait for it).
+        TypeError: ``levels`` is no tensor of an integer type, or ``n_bins`` is no whole number.
+        ValueError: ``n_bins`` is below 2, or ``levels`` are not in ``0 .. n_bins - 1``. The latter is checked only on
+            the CPU: on a GPU it would wait for the device.
     """
     check_tensor("levels", levels)
     if levels.is_floating_point() or levels.is_complex() or levels.dtype == torch.bool:
         raise TypeError(f"levels must be of an integer type, got {str(levels.dtype).removeprefix('torch.')}")
     check_whole("n_bins", n_bins, 2)
-    # PyTorch computes little with unsigned types of more than 8 bits, not even their largest value.
+    # PyTorch implements few operations, not even max, for unsigned types of more than 8 bits.
     wide = levels.to(wide_dtype(levels.device))
-    if levels.dtype != torch.uint8 or n_bins < 256:  # else any byte is one of them
+    if levels.dtype != torch.uint8 or n_bins < 256:  # otherwise every byte is valid
         check_below("levels", wide, n_bins, f" with n_bins = {n_bins}")
-    # Not rand: with a generator, even with None, it takes no size that is a symbol of torch.compile.
+    # Not rand: with a generator argument, even None, it accepts no symbolic sizes under torch.compile.
     noise = torch.empty(levels.shape, device=levels.device).uniform_(generator=generator)
     x = ((wide + noise.to(wide.dtype)) / n_bins - 0.5).to(noise.dtype)
-    # Rounding may have crossed into the next level, by less than one step of the type.
+    # Rounding may have moved x to the next level, by less than one unit in the last place.
     return torch.nextafter(x, (x - (_level(x, n_bins) - wide)).to(x.dtype))
 
 
@@ -76,11 +76,11 @@ def bits_per_dim(log_prob: Tensor, dimensions: int, n_bins: int) -> Tensor:
 
     Args:
         log_prob: log-densities in nats of images from :func:`dequantize`, any shape.
-        dimensions: M = C H W, the channels counted.
+        dimensions: M = C H W, including the channels.
         n_bins: number of levels, at least 2.
 
     Raises:
-        TypeError, ValueError: ``dimensions`` is not a whole number of at least 1, or ``n_bins`` of at least 2.
+        TypeError, ValueError: ``dimensions`` is not a whole number of at least 1, or ``n_bins`` not one of at least 2.
     """
     check_whole("dimensions", dimensions, 1)
     check_whole("n_bins", n_bins, 2)

@@ -22,10 +22,11 @@ class ActNorm(nn.Module):
 
     Args:
         channels: C.
-        eps: added to the standard deviation, so that a constant channel gets a finite scale.
+        eps: added to the standard deviation at initialisation, so that a constant channel gets a finite scale.
 
     Raises:
-        TypeError, ValueError: ``channels`` is not a whole number of at least 1, or ``eps`` not a number of at least 0.
+        TypeError, ValueError: ``channels`` is not a whole number of at least 1, or ``eps`` not a finite number of at
+            least 0.
     """
 
     initialized: Tensor
@@ -57,7 +58,7 @@ class ActNorm(nn.Module):
         return z.to(x.dtype), self._log_det(x)
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """``z`` (B, C, *spatial) to ``x`` and ``log_det`` (B,) of that direction.
+        """``z`` (B, C, *spatial) to ``x`` and ``log_det`` (B,) of the inverse map.
 
         Raises:
             RuntimeError: not initialised.
@@ -69,25 +70,25 @@ class ActNorm(nn.Module):
         return x.to(z.dtype), -self._log_det(z)
 
     def prepare(self, x: Tensor) -> None:
-        """Initialise from ``x`` (B, C, *spatial) if that has not happened yet and this is training.
+        """In training mode, initialise from ``x`` (B, C, *spatial) unless that has already happened.
 
         Raises:
             RuntimeError: not initialised, and not in training mode, or in ``torch.export``.
         """
         if self.is_initialized():
             return
-        # An exported program would do so at every call, since it forgets what is written to parameters. Before PyTorch
-        # 2.12 torch.compiler.is_exporting() says yes to every compiler.
+        # An exported program would initialise at every call, since it discards writes to parameters. Before PyTorch
+        # 2.12 torch.compiler.is_exporting() is also true under torch.compile.
         if not self.training or torch.compiler._is_exporting_flag:
             self.require_initialized()
         self.initialize(x)
 
     def is_initialized(self) -> bool:
-        """Whether the parameters have been set, from data or with the buffer that says so."""
+        """Whether the parameters have been set: initialised from data, or loaded along with the buffer."""
         if self._is_initialized:
             return True
-        # The mirror does not see a buffer that is written or replaced from outside, as averages of models do, and
-        # functional_call: parameters that came with it must not be overwritten.
+        # The mirror does not notice if the buffer is written or replaced from outside, as averaged models and
+        # functional_call do. The parameters that came with such a buffer must not be overwritten.
         return is_readable(self.initialized) and bool(self.initialized)
 
     @torch.no_grad()
@@ -95,8 +96,8 @@ class ActNorm(nn.Module):
         """Set the parameters from the statistics of ``x`` (B, C, *spatial), even if they have been set before.
 
         Raises:
-            ValueError: ``x`` is not finite; the parameters stay as they are.
-            RuntimeError: FSDP shards the parameters, or they are those of a replica of DataParallel.
+            ValueError: ``x`` is not finite; the parameters are not changed.
+            RuntimeError: the parameters are sharded by FSDP, or belong to a replica of DataParallel.
         """
         check_channels("x", x, self.channels)
         if getattr(self, "_is_replica", False) or _is_sharded(self):
@@ -117,7 +118,7 @@ class ActNorm(nn.Module):
         self._is_initialized = True
 
     def require_initialized(self) -> None:
-        """Raise a RuntimeError with the remedy unless the parameters have been set from data."""
+        """Raise a RuntimeError that names the remedy unless the parameters have been set."""
         if not self.is_initialized():
             raise RuntimeError(
                 f"ActNorm of {self.channels} channels is not initialised: run one forward in training mode, "
@@ -136,14 +137,15 @@ class ActNorm(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        # Not what came, which may have another shape, for which PyTorch has an error, or no values.
+        # Read the buffer, not the state dict: what that holds may have the wrong shape (which PyTorch reports) or no
+        # values.
         if is_readable(self.initialized):
             self._is_initialized = bool(self.initialized)
 
 
 def _is_sharded(module: nn.Module) -> bool:
-    """Whether a module around ``module`` is under FSDP, and parameters in a forward are copies that are given up."""
-    # Both FSDPs leave this word for torch.compile. replicate(), which is built on the newer one, does not.
+    """Whether FSDP manages ``module`` or one around it: in forward its parameters are copies that are discarded."""
+    # FSDP1 and fully_shard both set this flag for torch.compile. replicate(), which builds on the latter, does not.
     if getattr(module, "_is_fsdp_managed_module", False):
         return True
     if torch.compiler.is_compiling() or not (dist.is_available() and dist.is_initialized()):

@@ -1,8 +1,8 @@
-"""The boundary between two steps of flow as one node of autograd: a coupling with its network, and the next linear map.
+"""The boundary between two steps of flow as one autograd node: a coupling with its network, and the next linear map.
 
-Both touch the same positions, so that one operator goes from the input of the coupling to that of the next, in either
-direction, and no half of the channels is copied to lie beside the other. Backward keeps no more: the input of every
-coupling in place of its output.
+Both work position by position, so one operator goes from the input of a coupling to that of the next one, in forward
+and in backward, and the two halves of the channels are never concatenated. Backward saves no more than otherwise: the
+input of every coupling instead of its output.
 """
 
 from __future__ import annotations
@@ -37,10 +37,11 @@ def in_turn(steps: Sequence[nn.Module], maps: Sequence[LinearMap], x: Tensor) ->
     """``x`` (B, C, H, W) after all ``steps``, whose linear ``maps`` have been folded, and the log-determinants (B,) of
     their couplings.
 
-    A step is a node by itself, or begins or ends in one across a boundary, or is called where it can be neither.
+    A coupling is in a boundary node with the next linear map if possible, otherwise in a node of its own step; if
+    neither is possible, the step is called as a module.
     """
     log_dets = []
-    is_mapped = False  # x already, by the linear map of the step, in a node across the boundary before it
+    is_mapped = False  # whether the boundary node before the step has already applied the step's linear map to x
     for step, linear, following in zip(steps, maps, [*maps[1:], None], strict=True):
         flow_step = cast(FlowStep, step)
         plain = plain_coupling(x, flow_step)
@@ -58,7 +59,7 @@ def in_turn(steps: Sequence[nn.Module], maps: Sequence[LinearMap], x: Tensor) ->
 
 
 def plain_coupling(x: Tensor, step: FlowStep) -> Plain | None:
-    """The coupling of ``step`` for ``x`` (B, C, H, W) if it can be a node, which runs no hooks."""
+    """The coupling of ``step`` for ``x`` (B, C, H, W) if it can be a node and has no hooks; None otherwise."""
     coupling: Any = step._modules["coupling"]
     if type(coupling) not in (AffineCoupling, AdditiveCoupling) or coupling.condition_on != "first":
         return None
@@ -70,10 +71,10 @@ def plain_coupling(x: Tensor, step: FlowStep) -> Plain | None:
 
 
 def is_boundary_node(z: Tensor, step: FlowStep, linear: LinearMap) -> bool:
-    """Whether the coupling of ``step``, for ``z`` (B, C, H, W), and the next ``linear`` map can be a node.
+    """Whether the coupling of ``step``, for ``z`` (B, C, H, W), and the next ``linear`` map can be one node.
 
-    The coupling must be affine and able to be a node by itself, and a backend other than the reference must have the
-    operator.
+    The coupling must be affine, without hooks, and able to be a node by itself; and a backend other than the reference
+    must have the operator.
     """
     plain = plain_coupling(z, step)
     return plain is not None and _has_operator(z, plain, linear)
@@ -82,7 +83,7 @@ def is_boundary_node(z: Tensor, step: FlowStep, linear: LinearMap) -> bool:
 def _has_operator(z: Tensor, plain: Plain, linear: LinearMap) -> bool:
     if plain.kind.scale_map is None:
         return False
-    # In place of h, of which only the type and the device are asked for: it has no more elements than z.
+    # A stand-in for h, of which only type and device matter. h has at most as many elements as z.
     dtype = type_of_convolution(plain.parameters[0])
     h = z if z.dtype == dtype else z.new_empty((0, 0), dtype=dtype)
     return boundary_forward.is_fast(z, h, *linear, *_options(plain.kind))
@@ -119,7 +120,7 @@ class _BoundaryNode(torch.autograd.Function):
     @staticmethod
     @functools.partial(differentiable_once, "a coupling and the next linear map")
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # Asked for once: torch.utils.checkpoint hands out what is saved only once.
+        # Read once: under torch.utils.checkpoint, saved tensors can be unpacked only once.
         z, h, matrix, *saved = ctx.saved_tensors
         kept, parameters = passes.Kept(saved[:3], saved[3:6]), saved[6:]
         needs_z, _, needs_matrix, needs_shift, *needs = ctx.needs_input_grad

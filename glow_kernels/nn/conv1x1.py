@@ -11,7 +11,7 @@ from glow_kernels.ops.folding import lu_weight_backward
 
 
 class ChannelMixing(nn.Module):
-    """Base of the layers ``z = W x`` at every position; a subclass says what W is.
+    """Base class of layers that compute ``z = W x`` at every position; a subclass defines W.
 
     Args:
         channels: C.
@@ -26,11 +26,11 @@ class ChannelMixing(nn.Module):
         self.channels = channels
 
     def matrix(self) -> tuple[Tensor, Tensor | None]:
-        """W (C, C), and ``log|det W|`` as a scalar tensor where it is known without computing it from W."""
+        """W (C, C), and ``log|det W|`` as a scalar tensor; None if it has to be computed from W."""
         raise NotImplementedError
 
     def matrix_gradients(self, grad_weight: Tensor, grad_log_det: Tensor | None) -> list[tuple[Tensor, Tensor]]:
-        """The backward of :meth:`matrix`, without a graph: every parameter with its gradient."""
+        """The backward of :meth:`matrix`, without a graph: pairs of a parameter and its gradient."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,7 +39,7 @@ class ChannelMixing(nn.Module):
         return actnorm_conv1x1(x, *self._identity_actnorm(x), *self.matrix())
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """``z`` (B, C, *spatial) to ``x`` and ``log_det`` (B,) of that direction.
+        """``z`` (B, C, *spatial) to ``x`` and ``log_det`` (B,) of the inverse map.
 
         Raises:
             ValueError: W is singular.
@@ -56,12 +56,12 @@ class ChannelMixing(nn.Module):
 
 
 class InvertibleConv1x1(ChannelMixing):
-    """Invertible 1x1 convolution, started as a random rotation (Kingma and Dhariwal, "Glow", 2018, section 3.2).
+    """Invertible 1x1 convolution, initially a random rotation (Kingma and Dhariwal, "Glow", 2018, section 3.2).
 
     Args:
         channels: C.
         lu: learn ``W = P L (U + diag(s))`` with the permutation P and the signs of s fixed, so that ``log|det W|`` is
-            a sum of ``log|s|``; otherwise learn W itself.
+            the sum of ``log|s|``; otherwise learn W itself.
     """
 
     permutation: Tensor
@@ -98,16 +98,16 @@ class InvertibleConv1x1(ChannelMixing):
 
     @property
     def factors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """The arguments of :func:`glow_kernels.ops.lu_weight`, for ``lu``."""
+        """The arguments of :func:`glow_kernels.ops.lu_weight`; only with ``lu=True``."""
         return self.permutation, self.lower, self.upper, self.log_diagonal, self.diagonal_sign
 
 
 class ChannelPermutation(ChannelMixing):
-    """A fixed permutation of the channels, the ablations of Glow's section 3.2; saved with the weights.
+    """A fixed permutation of the channels, saved with the weights (the alternatives in Glow's section 3.2).
 
     Args:
         channels: C.
-        kind: ``"reverse"`` the channels, as RealNVP does, or ``"shuffle"`` them at random, once.
+        kind: ``"reverse"`` reverses the channels, as RealNVP does; ``"shuffle"`` is a random permutation.
     """
 
     weight: Tensor

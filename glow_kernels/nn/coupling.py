@@ -19,7 +19,7 @@ from glow_kernels.ops.affine_coupling import LAYOUTS, ORDERS, resolve_scale_map
 
 
 class _Coupling(nn.Module):
-    """Splits the channels, runs the network on one half and leaves it as it is; a subclass transforms the other."""
+    """Splits the channels and runs the network on one half, which stays unchanged; a subclass transforms the other."""
 
     outputs_per_channel: int
 
@@ -33,7 +33,7 @@ class _Coupling(nn.Module):
             check_module("network", network)
         self.channels = channels
         self.condition_on = condition_on
-        # As torch.chunk splits: the first half has the extra channel of an odd number.
+        # Like torch.chunk: with an odd number of channels the first half gets the extra one.
         self.first_channels = (channels + 1) // 2
         conditioning = self.first_channels if condition_on == "first" else channels - self.first_channels
         outputs = self.outputs_per_channel * (channels - conditioning)
@@ -52,7 +52,7 @@ class _Coupling(nn.Module):
         return self._merge(conditioning, y), log_det
 
     def inverse(self, y: Tensor, *context: Tensor | None) -> tuple[Tensor, Tensor]:
-        """``y`` (B, C, H, W) to ``x`` and ``log_det`` (B,) of that direction."""
+        """``y`` (B, C, H, W) to ``x`` and ``log_det`` (B,) of the inverse map."""
         conditioning, transformed = self._split("y", y)
         x, log_det = self._transform_inverse(transformed, self.network(conditioning, *context))
         return self._merge(conditioning, x), log_det
@@ -62,7 +62,7 @@ class _Coupling(nn.Module):
 
     def _split(self, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
         check_channels(name, x, self.channels)
-        # Not two slices: their gradients would be padded with zeros and added.
+        # Not two slices: autograd would pad their gradients with zeros and add them.
         first, second = torch.split(x, [self.first_channels, self.channels - self.first_channels], dim=1)
         return (first, second) if self.condition_on == "first" else (second, first)
 

@@ -1,8 +1,8 @@
-"""A coupling with its own network, and where a chain has folded it the linear map before, as one node of autograd.
+"""A coupling with this package's network as one autograd node, with the linear map before it if a chain has folded it.
 
-Composed of operators it is some twenty nodes, and what autograd does between them costs more than the coupling: halves
-of a gradient are padded with zeros and added, small gradients are converted one by one, every node takes the host its
-time. Here every pass is one that the mathematics asks for. What backward keeps is the same, and so is every result.
+Composed of operators it would be some twenty nodes, and what autograd does between them costs more than the coupling:
+it pads halves of a gradient with zeros and adds them, converts small gradients one by one, and spends host time on
+every node. Here there is no pass that the mathematics does not require. The saved tensors and all results are the same.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from glow_kernels.ops.affine_coupling import reversible_backward as affine_rever
 
 
 class Kind(NamedTuple):
-    """What a coupling does with the network's output: additive without a scale map.
+    """What a coupling does with the network's output; without a scale map it is additive.
 
     Attributes:
-        channels: of the half that conditions.
-        scale_map, layout, order: of :func:`glow_kernels.affine_coupling`.
+        channels: number of channels of the conditioning half.
+        scale_map, layout, order: as for :func:`glow_kernels.affine_coupling`.
     """
 
     channels: int
@@ -41,17 +41,17 @@ class Kind(NamedTuple):
 
     @property
     def options(self) -> tuple[Any, ...]:
-        """The last arguments of the operators."""
+        """The last arguments of the affine coupling operators: gain, kind, parameters, layout and order."""
         assert self.scale_map is not None
         return None, self.scale_map.kind, self.scale_map.parameters, self.layout, self.order
 
     def outputs(self, channels: int) -> int:
-        """Channels of the network's output in a coupling of so many channels."""
+        """Channels of the network's output in a coupling of ``channels`` channels."""
         return (channels - self.channels) * (1 if self.scale_map is None else 2)
 
 
 class Private(NamedTuple):
-    """Whether a state, and its gradient, are used by nothing else, so that they may be overwritten."""
+    """Whether nothing else uses a state, and its gradient, so that results may overwrite them."""
 
     state: bool = False
     grad: bool = False
@@ -64,10 +64,10 @@ class Coupled(NamedTuple):
     """What :func:`couple` computes.
 
     Attributes:
-        y: the whole result (B, C, H, W).
+        y: the result (B, C, H, W), both halves.
         log_det: (B,).
         h: the network's output.
-        kept: of the network, for its backward.
+        kept: what the backward of the network needs.
     """
 
     y: Tensor
@@ -83,9 +83,9 @@ def coupling_node(
 
     Args:
         x: the data.
-        kind: of the coupling.
-        parameters: of its network, from :func:`node_parameters`.
-        linear: matrix and shift of a linear map of ``x`` that comes first, folded.
+        kind: the kind of the coupling.
+        parameters: the parameters of its network, from :func:`node_parameters`.
+        linear: matrix and shift of a folded linear map that is applied to ``x`` first, if any.
     """
     if not torch.is_grad_enabled():
         return couple(_mapped(x, *linear), kind, parameters)[:2]
@@ -96,8 +96,7 @@ def coupling_node(
 def node_parameters(x: Tensor, kind: Kind, network: nn.Module) -> list[Tensor] | None:
     """The parameters of ``network`` if a coupling of ``x`` (B, C, H, W) with it can be a node, None otherwise.
 
-    It must be computed by a backend that is not the reference, whose gradients have gradients, and not be traced or
-    transformed.
+    Not if the reference backend computes it, whose gradients are differentiable, or if it is traced or transformed.
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or is_transformed():
         return None
@@ -105,12 +104,12 @@ def node_parameters(x: Tensor, kind: Kind, network: nn.Module) -> list[Tensor] |
 
 
 def has_passes(x: Tensor, kind: Kind, network: nn.Module) -> bool:
-    """Whether :func:`couple` and its backward compute what a coupling of ``x`` with this network does."""
+    """Whether :func:`couple` and its backward compute the same as a coupling of ``x`` with this network."""
     return own_parameters(x, kind, network) is not None
 
 
 def own_parameters(x: Tensor, kind: Kind, network: nn.Module) -> list[Tensor] | None:
-    """The parameters of ``network`` if :func:`has_passes`, None otherwise."""
+    """The parameters of ``network`` if :func:`has_passes` is true, None otherwise."""
     parameters = passes.plain_parameters(network) if x.dim() == 4 else None
     if parameters is None:
         return None
@@ -148,7 +147,7 @@ def couple_backward(
     needs_parameters: bool,
     frugal: bool = False,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Gradients of :func:`couple` in ``x`` and ``parameters``, None where none is needed; ``of`` is its y, h, kept."""
+    """Gradients of :func:`couple` in ``x`` and ``parameters``, None where not needed; ``of`` is its (y, h, kept)."""
     y, h, kept = of
     grad_conditioning, grad_transformed = grad[:, : kind.channels], grad[:, kind.channels :]
     if kind.scale_map is None:
@@ -169,9 +168,9 @@ def uncouple(
     needs_parameters: bool,
     private: Private = SHARED,
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    """The ``x`` of :func:`couple`, its gradient and those of ``parameters``; the network is evaluated once.
+    """From the output ``y`` of :func:`couple`: ``x``, its gradient and those of ``parameters``.
 
-    What is ``private`` of ``y`` and ``grad`` is overwritten by ``x`` and its gradient.
+    The network is evaluated once. ``y`` and ``grad`` are overwritten by ``x`` and its gradient if they are ``private``.
     """
     conditioning, transformed = y[:, : kind.channels], y[:, kind.channels :]
     grad_conditioning, grad_transformed = grad[:, : kind.channels], grad[:, kind.channels :]
@@ -180,7 +179,7 @@ def uncouple(
         transformed, grad_h = (transformed - h).to(y.dtype), grad_transformed.to(h.dtype)
         transformed = in_place(y[:, kind.channels :], transformed, private.state)
     elif private.state and private.grad and _lie_alike(y, grad):
-        # As in_place does, without copies.
+        # The same as in_place below, without copies.
         own = grad_transformed.data, grad_log_det, transformed.data
         grad_h = affine_in_place_backward(*own, h, *kind.options[1:])
     else:
@@ -202,15 +201,15 @@ def uncouple(
 
 
 def in_place(half: Tensor, values: Tensor, wanted: bool) -> Tensor:
-    """``values``, in place of the old ones of ``half`` if that is ``wanted``, so that their own memory is free again.
+    """``values``, copied into ``half`` if that is ``wanted``, so that their own memory can be freed.
 
-    The other half, which a graph of the network may keep, stays as it is, and does not count as modified.
+    The version of the whole tensor does not change: a graph of the network may have saved its other half.
     """
     return half.data.copy_(values) if wanted else values
 
 
 def _lie_alike(x: Tensor, other: Tensor) -> bool:
-    """Whether both have one type and are contiguous, or channels last, so that one operator can write into both."""
+    """Whether both have the same type and are both contiguous or both channels last, so one operator can write both."""
     formats = (torch.contiguous_format, torch.channels_last)
     return x.dtype == other.dtype and any(
         x.is_contiguous(memory_format=each) and other.is_contiguous(memory_format=each) for each in formats
@@ -237,7 +236,7 @@ class _CouplingNode(torch.autograd.Function):
     @staticmethod
     @functools.partial(differentiable_once, "a coupling")
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # Asked for once: torch.utils.checkpoint hands out what is saved only once.
+        # Read once: under torch.utils.checkpoint, saved tensors can be unpacked only once.
         x, matrix, y, h, *saved = ctx.saved_tensors
         kept, parameters = passes.Kept(saved[:3], saved[3:6]), saved[6:]
         needs_x, _, needs_matrix, needs_shift, *needs = ctx.needs_input_grad

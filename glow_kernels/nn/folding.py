@@ -1,7 +1,7 @@
 """The linear maps of the steps of a chain, folded in one call for all of them instead of one per step.
 
-A step has C x C work that does not depend on the batch: a few operators on tiny matrices. On a GPU each is a launch
-that hardly does anything, and a level of Glow has 32 steps.
+Folding is C x C work that does not depend on the batch: a few operators on tiny matrices per step. On a GPU each of
+them costs a kernel launch that does hardly any work, and a level of Glow has 32 steps.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Folded(NamedTuple):
 
     @classmethod
     def of(cls, results: Results, x: Tensor) -> Folded:
-        """What has been folded, for data ``x``."""
+        """The ``results`` of folding, for data ``x``."""
         return cls(linear_maps(results), results[2].sum().expand(x.shape[0]) * positions(x))
 
 
@@ -48,9 +48,9 @@ class Stack:
     """What the linear maps of K steps are folded from.
 
     Attributes:
-        parameters: log_scale and bias of ActNorm, and the weight or the learned factors of it, of every step.
-        fixed: the fixed factors of a weight that has factors, permutation and sign, of every step.
-        is_permutation: whether the weights are, so that their determinant is known.
+        parameters: for every step, log_scale and bias of ActNorm, and the weight or its learned LU factors.
+        fixed: for every step, the fixed LU factors of the weight (permutation and sign), empty without LU factors.
+        is_permutation: whether the weights are permutations, so that their log-determinant is zero.
         dtype: type of the maps.
     """
 
@@ -61,10 +61,11 @@ class Stack:
 
     @classmethod
     def of(cls, steps: Sequence[nn.Module], x: Tensor) -> Stack | None:
-        """That of ``steps`` for data ``x``; None where each has to fold for itself.
+        """The stack of ``steps`` for data ``x``; None if each step has to fold for itself.
 
-        That is where they are not alike, or may compute something else than this package's layers, where hooks have
-        to run before their parameters are read (FSDP gathers them there), and before ActNorm is initialised.
+        That is the case if the steps differ in structure, may compute something other than this package's layers, have
+        hooks, which must run before parameters are read (FSDP gathers them there), or have an ActNorm that is not
+        initialised.
         """
         if not _are_alike(steps, x):
             return None
@@ -96,7 +97,7 @@ class Stack:
         return Folded.of(fold_inverse(*self.stacked(self.parameters)), z)
 
     def singular(self) -> int:
-        """The first step of which :meth:`fold_inverse` says that its weight is singular."""
+        """The index of the first step whose weight is singular according to :meth:`fold_inverse`."""
         stacked = self.stacked(self.parameters)
         for index in range(len(self.parameters)):
             try:
@@ -106,7 +107,7 @@ class Stack:
         raise AssertionError("no weight is singular")
 
     def stacked(self, parameters: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """log_scale and bias (K, C), weight (K, C, C) and, where it is known, weight_log_det (K,), of one type."""
+        """log_scale and bias (K, C), weight (K, C, C) and weight_log_det (K,), None if not known, all of one type."""
         log_scale, bias, *weights = (torch.stack(kind) for kind in zip(*parameters, strict=True))
         weight, log_det = weights[0], None
         if self.fixed[0]:
@@ -129,7 +130,7 @@ def _are_alike(steps: Sequence[nn.Module], x: Tensor) -> bool:
     if type(mixing) not in (InvertibleConv1x1, ChannelPermutation):
         return False
     lu, dtype, device = getattr(mixing, "lu", None), like.dtype, like.device
-    # A loop over what modules look into themselves: this is asked at every call, of every step.
+    # A plain loop that reads the modules' dictionaries directly: this runs at every call, for every step.
     for step in steps:
         if type(step) is not FlowStep or is_altered(step) or "inverse" in step.__dict__:
             return False

@@ -1,9 +1,9 @@
 """The network of a coupling layer: 3x3, 1x1 and 3x3 convolutions (Kingma and Dhariwal, "Glow", 2018, section 4).
 
-Its hidden layers are 10 times as large as everything else, so a pass over them is what has to be saved: all scales are
-folded into the filters, and what is left between two convolutions is one pass, bias and ReLU. That is not cuDNN's own
-epilogue (``torch.ops.aten.cudnn_convolution_relu``): it is undocumented, has no derivative, and falls back to slower
-convolutions for some sizes and formats (PyTorch issue 68506).
+Its hidden layers are 10 times as large as everything else, so what matters is to save passes over them. All scales are
+folded into the filters, which leaves a single pass for bias and ReLU between two convolutions. It does not use cuDNN's
+fused epilogue (``torch.ops.aten.cudnn_convolution_relu``), which is undocumented, has no derivative, and falls back to
+slower convolutions for some sizes and formats (PyTorch issue 68506).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from glow_kernels.nn.actnorm import ActNorm
 from glow_kernels.ops import bias_relu, scale_filters
 from glow_kernels.ops._checks import check_whole
 
-# Bytes of a hidden buffer that is worth the time of the interpreter in an autograd function; and on a GPU, that of two
-# passes, since what overwrites its arguments is not fused.
+# Size in bytes from which saving a hidden buffer is worth the Python overhead of an autograd function; and on a GPU
+# also worth a second pass, since the in-place ReLU is not fused with the bias.
 _LARGE = 4 * 2**20
 LARGE_ON_GPU = 64 * 2**20
 
@@ -30,7 +30,7 @@ class HiddenConv2d(nn.Module):
 
     Args:
         in_channels, out_channels: channels before and after.
-        kernel_size: odd; the input is padded with zeros so that the size stays.
+        kernel_size: odd; the input is padded with zeros so that height and width stay the same.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
@@ -42,7 +42,7 @@ class HiddenConv2d(nn.Module):
     def forward(self, x: Tensor, frugal: bool = False) -> Tensor:
         """(B, in_channels, H, W) to (B, out_channels, H, W).
 
-        With ``frugal``, ReLU overwrites its gradient in backward where that is large; nothing else may use it.
+        With ``frugal``, the backward of ReLU overwrites large gradients in place; nothing else may use them.
         """
         weight, bias = self.folded(x)
         fuses = is_bias_apart(x)
@@ -54,7 +54,7 @@ class HiddenConv2d(nn.Module):
         return _FrugalReLU.apply(x) if overwrites else F.relu_(x)  # type: ignore[no-untyped-call]
 
     def folded(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight and bias of the one convolution that it is before ReLU; ``x`` initialises ActNorm if need be."""
+        """Weight and bias of the convolution with ActNorm folded in; ``x`` initialises ActNorm if necessary."""
         if not self.actnorm.is_initialized():
             self.actnorm.prepare(F.conv2d(x, self.weight, padding=self.padding))
         dtype = type_of_convolution(self.weight)
@@ -64,7 +64,7 @@ class HiddenConv2d(nn.Module):
 class ZeroConv2d(nn.Module):
     """A 3x3 convolution that starts at zero, scaled by ``exp(3 * log_scale)`` per output channel.
 
-    Starting at zero makes a coupling the identity up to its constant scale; the factor 3 lets it leave zero fast.
+    Starting at zero makes a coupling the identity up to its constant scale; the factor 3 lets it leave zero quickly.
 
     Args:
         in_channels, out_channels: channels before and after.
@@ -103,7 +103,7 @@ class CouplingNetwork(nn.Module):
         super().__init__()
         check_whole("in_channels", in_channels, 1)
         check_whole("hidden_channels", hidden_channels, 1)
-        # Gradients of the hidden layers come from convolutions, fresh: one buffer less where they may be overwritten.
+        # If set, backward overwrites the gradients of hidden layers in place, which saves a buffer.
         self.frugal = False
         self.first = HiddenConv2d(in_channels, hidden_channels, 3)
         self.second = HiddenConv2d(hidden_channels, hidden_channels, 1)
@@ -116,7 +116,7 @@ class CouplingNetwork(nn.Module):
 
 
 class _FrugalReLU(torch.autograd.Function):
-    """ReLU that overwrites its input and, in backward, the gradient that it gets, which nothing else may use."""
+    """ReLU that overwrites its input and, in backward, the incoming gradient, which nothing else may use."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ class _FrugalReLU(torch.autograd.Function):
 
 
 def type_of_convolution(weight: Tensor) -> torch.dtype:
-    """The type to which autocast would convert ``weight``, another time at every use, or its own."""
+    """The type that autocast would convert ``weight`` to at every use; without autocast its own."""
     device = weight.device.type
     if weight.dtype == torch.float64 or not is_autocast_enabled(device):
         return weight.dtype
@@ -141,5 +141,5 @@ def type_of_convolution(weight: Tensor) -> torch.dtype:
 
 
 def is_bias_apart(x: Tensor) -> bool:
-    """Whether a convolution of ``x`` adds its bias in a pass of its own: on the CPU it does not, with cuDNN it does."""
+    """Whether a convolution of ``x`` adds its bias in a separate pass: cuDNN does, the CPU does not."""
     return not x.is_cpu

@@ -1,7 +1,8 @@
-"""The network of a coupling without autograd: its forward, and its backward from what that has kept.
+"""The network of a coupling without autograd: its forward, and its backward from the tensors that forward has saved.
 
-Every pass over the hidden layers is one that the mathematics asks for, small tensors are handled together, and a caller
-that is a node of autograd itself need not record another one. What is kept is what autograd would keep.
+There is no pass over the hidden layers that the mathematics does not require, small tensors are processed together, and
+a caller that is itself an autograd node need not record another one. The saved tensors are those that autograd would
+save.
 """
 
 from __future__ import annotations
@@ -21,28 +22,29 @@ from glow_kernels.ops.bias_relu import bias_backward, pad
 from glow_kernels.ops.bias_relu import forward as bias_relu_forward
 from glow_kernels.ops.scale_filters import scale_all, scale_all_backward
 
-# Of log_scale in the three convolutions.
+# The factors of log_scale in the three convolutions.
 _FACTORS = [1.0, 1.0, 3.0]
-# Found once: looking for an overload takes as long as a small operator.
+# Looked up once: looking up an overload takes as long as a small operator.
 _convolution_backward = torch.ops.aten.convolution_backward.default
 _threshold_backward_into = torch.ops.aten.threshold_backward.grad_input
-# In how many shares of the batch a convolution is differentiated that would take too much memory at once.
+# Number of shares of the batch in which to differentiate a convolution that would take too much memory at once.
 _SHARES = 4
-# Blocks that keep a large GPU busy, elements that each should have at least, and channels that it has side by side.
+# Number of thread blocks that fill a large GPU; minimum number of elements per block; channels per block in
+# channels-last memory.
 _BLOCKS, _ELEMENTS, _CHANNELS = 768, 2048, 256
 
 
 class Kept(NamedTuple):
-    """What backward needs: the inputs of the three convolutions, and their weights as they computed with them."""
+    """What backward needs: the inputs of the three convolutions, and their scaled weights."""
 
     inputs: list[Tensor]
     weights: list[Tensor]
 
 
 def plain_parameters(network: nn.Module) -> list[Tensor] | None:
-    """Those of :func:`parameters_of` if the passes compute what calling ``network`` does, None otherwise.
+    """:func:`parameters_of` ``network`` if the passes here compute the same as calling it, None otherwise.
 
-    It must be this package's own, initialised, and without hooks.
+    It must be this package's own network, initialised, without hooks and with no method overridden.
     """
     if type(network) is not CouplingNetwork or _has_any_global_hook() or is_altered(network):  # type: ignore[no-untyped-call]
         return None
@@ -58,7 +60,7 @@ def plain_parameters(network: nn.Module) -> list[Tensor] | None:
 
 
 def parameters_of(network: nn.Module) -> list[Tensor]:
-    """Weights, biases and log_scales, three each."""
+    """The weights, biases and log_scales of the network, three each."""
     layers: dict[str, Any] = network._modules
     first, second, last = layers["first"], layers["second"], layers["last"]
     actnorms = first._modules["actnorm"], second._modules["actnorm"]
@@ -104,9 +106,9 @@ def backward(
     needs_parameters: bool = True,
     frugal: bool = False,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Gradients in the input, in the type of the convolutions, and in ``parameters``; None where none is needed.
+    """Gradients of the input, in the type of the convolutions, and of ``parameters``; None where not needed.
 
-    It takes from ``kept`` what it no longer needs.
+    Tensors are removed from ``kept`` as soon as they are no longer needed, which frees them.
     """
     inputs, scaled = kept
     weights, biases, log_scales = parameters[:3], parameters[3:6], parameters[6:]
@@ -122,7 +124,7 @@ def backward(
     filters: list[Tensor] = []
     for index in (2, 1, 0):
         mask = [needs_x or index > 0, needs_parameters, needs_parameters and grad_bias is None]
-        # All hidden layers are there only at the last convolution.
+        # Memory is at its peak here: only at the last convolution are all hidden layers still there.
         divides = index == 2 and frugal and takes_room(grad) and _is_large(grad, inputs[index].shape[1])
         differentiate = _convolve_backward_in_shares if divides else _convolve_backward
         grad, grad_weight, of_bias = differentiate(grad, inputs[index], scaled[index], mask)
@@ -134,14 +136,14 @@ def backward(
         result, grad_bias = inputs.pop(), None
         if apart and not (frugal and _is_large(result, result.shape[1])):
             grad, grad_bias = bias_relu_backward(grad, result, _parts(result))
-        else:  # the gradient is fresh from the convolution, and used by nothing else
+        else:  # the convolution has just made the gradient, so nothing else uses it
             _threshold_backward_into(grad, result, 0, grad_input=grad)
         del result
     found: list[Tensor | None] = [None] * len(parameters)
     if needs_parameters:
         flat = scale_all_backward(filters, weights, biases, log_scales, _FACTORS)
         by_kind = [*flat[::3], *flat[1::3], *flat[2::3]]
-        # Asking first is cheaper than a conversion that does nothing.
+        # Checking first is cheaper than a conversion that does nothing.
         found = [
             value if value.dtype == of.dtype else value.to(of.dtype)
             for value, of in zip(by_kind, parameters, strict=True)
@@ -153,21 +155,20 @@ def backward(
 
 
 def has_tensor_cores(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether convolutions run on matrix units, to which numbers of channels matter and that have epilogues."""
+    """Whether convolutions run on tensor cores, which need aligned numbers of channels and have fused epilogues."""
     return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
 
 
 def takes_room(x: Tensor) -> bool:
-    """Whether convolutions of data like ``x`` take memory to work in, as much as a hidden layer.
+    """Whether convolutions of data like ``x`` need workspace as large as a hidden layer.
 
-    On an H200 cuDNN brings float32 to the layout of its matrix units, in copies of all the data, whatever layout they
-    have.
+    On an H200 cuDNN copies all float32 data to the layout of its tensor cores, whatever layout the data have.
     """
     return x.device.type == "cuda" and not has_tensor_cores(x.device, x.dtype)
 
 
 def aligned(channels: int) -> int:
-    """Channels with which a convolution is fast; cuDNN pads others to 8 itself, in passes of their own.
+    """``channels``, rounded up to a number with which convolutions are fast; cuDNN would pad in separate passes.
 
     Measured on an H100: 3x3 from 12 to 512 channels at 8x8 positions takes 28 us, from 16 to 512 it takes 8 us.
     """
@@ -175,7 +176,7 @@ def aligned(channels: int) -> int:
 
 
 def _parts(x: Tensor) -> int:
-    """Parts in which the sums of ``x`` over its positions are left to :func:`scale_all_backward`."""
+    """The number of partial sums of ``x`` over positions, which :func:`scale_all_backward` then adds up."""
     in_rows = x.is_contiguous(memory_format=torch.channels_last)
     across = -(-x.shape[1] // _CHANNELS) if in_rows else x.shape[1]
     return max(1, min(_BLOCKS, x.numel() // _ELEMENTS) // max(1, across))
@@ -184,7 +185,7 @@ def _parts(x: Tensor) -> int:
 def _hidden(x: Tensor, weight: Tensor, bias: Tensor, frugal: bool) -> Tensor:
     in_rows = weight.shape[2:] == (1, 1) and x.is_contiguous(memory_format=torch.channels_last)
     if in_rows and has_tensor_cores(x.device, x.dtype):
-        # A matrix product of all positions, whose library adds the bias and cuts off at zero before it stores.
+        # One matrix product for all positions, with bias and ReLU in the epilogue of cuBLAS.
         batch, channels, height, width = x.shape
         rows = x.permute(0, 2, 3, 1).reshape(-1, channels)
         result: Tensor = torch.ops.aten._addmm_activation(bias, rows, weight.flatten(1).t())
@@ -196,12 +197,12 @@ def _hidden(x: Tensor, weight: Tensor, bias: Tensor, frugal: bool) -> Tensor:
 
 
 def _is_large(x: Tensor, channels: int) -> bool:
-    """Whether a buffer of as many positions matters more than two passes over it."""
+    """Whether saving a buffer with ``channels`` channels and the positions of ``x`` is worth a second pass over it."""
     return x[:, 0].numel() * channels * x.element_size() >= networks.LARGE_ON_GPU
 
 
 def memory_format_of(x: Tensor) -> torch.memory_format:
-    """Channels last where that is the only one: a convolution computes in that of its weight."""
+    """Channels last if ``x`` is not also contiguous: a convolution computes in the memory format of its weight."""
     last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return torch.channels_last if last else torch.contiguous_format
 
@@ -211,7 +212,7 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _convolve_backward(grad: Tensor, x: Tensor, weight: Tensor, mask: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients in x, weight and bias; None where ``mask`` does not ask for one."""
+    """Gradients of x, weight and bias; None where ``mask`` is false."""
     found: tuple[Tensor, Tensor, Tensor] = _convolution_backward(
         grad, x, weight, [weight.size(0)], *_geometry(weight), mask
     )
@@ -221,7 +222,7 @@ def _convolve_backward(grad: Tensor, x: Tensor, weight: Tensor, mask: Sequence[b
 def _convolve_backward_in_shares(
     grad: Tensor, x: Tensor, weight: Tensor, mask: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same share by share of the batch, so that what one takes to work in the next can take."""
+    """:func:`_convolve_backward` for one share of the batch after the other, all of which use the same workspace."""
     in_x = torch.empty_like(x)
     totals: list[Tensor] = []
     samples = -(-len(x) // _SHARES)
@@ -235,13 +236,13 @@ def _convolve_backward_in_shares(
 
 
 def _geometry(weight: Tensor) -> tuple[Any, ...]:
-    """Stride, padding, dilation, no transposition, output padding and groups of a convolution that keeps the size."""
+    """Stride, padding, dilation, transposed, output padding and groups of a convolution that keeps height and width."""
     padding = [weight.size(2) // 2, weight.size(3) // 2]
     return [1, 1], padding, [1, 1], False, [0, 0], 1
 
 
 def is_altered(module: nn.Module) -> bool:
-    """Whether calling ``module`` does something else, or something more, than what its class says."""
+    """Whether calling ``module`` does something other than the forward of its class, or also runs hooks."""
     own = module.__dict__
     return bool(
         "forward" in own
@@ -257,7 +258,7 @@ def _is_plain(module: Any, expected: type[nn.Module]) -> bool:
 
 
 def parameter_of(module: Any, name: str) -> Tensor:
-    """``getattr(module, name)``, which looks for a parameter in vain at several places first."""
+    """``getattr(module, name)``, but faster: that searches several other places for a parameter first."""
     registered = module._parameters
     parameter: Tensor = (
         registered[name] if name in registered and name not in module.__dict__ else getattr(module, name)

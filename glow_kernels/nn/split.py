@@ -58,7 +58,7 @@ class SplitPrior(nn.Module):
         """The kept half (B, C/2, H, W) to ``x`` with the other half sampled, and minus its log-density (B,).
 
         Raises:
-            TypeError, ValueError: ``kept`` does not fit, or ``temperature``, as for
+            TypeError, ValueError: ``kept`` has the wrong type or shape, or ``temperature`` is invalid, as for
                 :meth:`glow_kernels.models.Glow.sample`.
         """
         h = self._distribution(kept)
@@ -78,7 +78,7 @@ class SplitPrior(nn.Module):
     def _distribution(self, kept: Tensor) -> Tensor:
         check_channels("kept", kept, self.channels // 2)
         if is_autocast_enabled(kept.device.type):
-            kept = kept.to(self.prior.weight.dtype)  # data may be of a type that autocast takes in other convolutions
+            kept = kept.to(self.prior.weight.dtype)  # under autocast, data may be of another type than the weights
         return _predicted(kept, self.prior)
 
 
@@ -91,16 +91,16 @@ def _predicted(kept: Tensor, prior: nn.Module) -> Tensor:
 class TopPrior(nn.Module):
     """Gaussian of the deepest latent: a learned mean and standard deviation per channel, and per class if any.
 
-    A convolution of a zero image, as Glow's published code writes it, is a constant per channel, which is what is
-    learned here.
+    Glow's published code writes this as a convolution of a zero image. Its result is a constant per channel, which is
+    learned directly here.
 
     Args:
         channels: C of the deepest latent.
-        learned: otherwise a standard normal, up to the class.
+        learned: whether the part that all classes share is learned; otherwise it is a standard normal.
         num_classes: number of classes to condition on, or None.
 
     Raises:
-        TypeError, ValueError: one of the two numbers is not a whole number of at least 1.
+        TypeError, ValueError: ``channels`` or ``num_classes`` is not a whole number of at least 1.
     """
 
     def __init__(self, channels: int, learned: bool = True, num_classes: int | None = None) -> None:

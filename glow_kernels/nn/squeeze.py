@@ -1,4 +1,4 @@
-"""Squeeze: space to channels."""
+"""Squeeze: space to depth."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Squeeze(nn.Module):
         """``x`` (B, C, H, W) with even H and W to ``z`` (B, 4 C, H/2, W/2) and ``log_det`` (B,) of zeros.
 
         Raises:
-            TypeError, ValueError: not a tensor, not four-dimensional, or an odd height or width.
+            TypeError, ValueError: ``x`` is not a tensor, not four-dimensional, or its height or width is odd.
         """
         check_tensor("x", x)
         if x.dim() != 4 or x.shape[2] % 2 or x.shape[3] % 2:
@@ -29,7 +29,7 @@ class Squeeze(nn.Module):
         """``z`` (B, 4 C, H, W) to ``x`` (B, C, 2 H, 2 W) and ``log_det`` (B,) of zeros.
 
         Raises:
-            TypeError, ValueError: not a tensor, not four-dimensional, or a number of channels that 4 does not divide.
+            TypeError, ValueError: ``z`` is not a tensor, not four-dimensional, or its channels not divisible by 4.
         """
         check_tensor("z", z)
         if z.dim() != 4 or z.shape[1] % 4:

@@ -18,7 +18,7 @@ MIXINGS = ("lu", "plain", "reverse", "shuffle")
 
 
 class LinearMap(NamedTuple):
-    """``matrix x + shift`` at every position: ActNorm and 1x1 convolution folded, or the inverse of both.
+    """``matrix x + shift`` at every position: ActNorm and 1x1 convolution folded, or the inverse of that map.
 
     Attributes:
         matrix, shift: (C, C) and (C,), float32 (float64 for float64 data).
@@ -37,8 +37,8 @@ class FlowStep(nn.Module):
         coupling: ``"affine"`` or ``"additive"``.
         mixing: ``"lu"`` or ``"plain"`` for the learned 1x1 convolution, ``"reverse"`` or ``"shuffle"`` for a fixed
             permutation. ``mixing="reverse"`` makes it a step of NICE (additive) or RealNVP (affine).
-        scale_map: of the affine coupling, as for :func:`glow_kernels.affine_coupling`.
-        network: of the coupling, as for :class:`~glow_kernels.nn.AffineCoupling`.
+        scale_map: scale map of the affine coupling, as for :func:`glow_kernels.affine_coupling`.
+        network: network of the coupling, as for :class:`~glow_kernels.nn.AffineCoupling`.
 
     Raises:
         TypeError, ValueError: fewer than two channels, a network that is not a module, or an unknown option.
@@ -72,12 +72,12 @@ class FlowStep(nn.Module):
     def forward(self, x: Tensor, *context: Tensor | None, linear: LinearMap | None = None) -> tuple[Tensor, Tensor]:
         """``x`` (B, C, H, W) to ``z`` and ``log_det`` (B,); ``context`` goes to the coupling's network.
 
-        A caller that has folded ActNorm and convolution passes them as ``linear``; ``log_det`` is then that of the
-        coupling alone.
+        A caller that has folded ActNorm and convolution passes the result as ``linear``; ``log_det`` is then that of
+        the coupling alone.
 
         Raises:
             TypeError, ValueError: ``x`` has the wrong type or shape.
-            RuntimeError: ActNorm is not initialised, and this is not training.
+            RuntimeError: ActNorm is not initialised, and the module is not in training mode.
         """
         check_channels("x", x, self.actnorm.channels)
         if linear is not None:
@@ -90,9 +90,9 @@ class FlowStep(nn.Module):
         return z, linear_log_det + coupling_log_det
 
     def inverse(self, z: Tensor, *context: Tensor | None, linear: LinearMap | None = None) -> tuple[Tensor, Tensor]:
-        """``z`` (B, C, H, W) to ``x`` and ``log_det`` (B,) of that direction.
+        """``z`` (B, C, H, W) to ``x`` and ``log_det`` (B,) of the inverse map.
 
-        ``context`` as for :meth:`forward`, and ``linear``, folded for this direction.
+        ``linear`` is as for :meth:`forward`, but the inverse map.
 
         Raises:
             TypeError, ValueError: ``z`` has the wrong type or shape, or the 1x1 convolution is singular.
