@@ -1,7 +1,6 @@
 """Checkpoints: one safetensors file with the tensors and, in its metadata, one JSON document.
 
-Weights and the state that belongs to them are one file, so they cannot be torn apart, and nothing is ever
-unpickled.
+Weights and the state that belongs to them share one file, so they cannot get out of step. Nothing is ever unpickled.
 """
 
 import contextlib
@@ -24,7 +23,7 @@ JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON
 FORMAT_VERSION = 1
 
 _METADATA_KEY = "glow_kernels"
-# How this machine computes a step: never taken from a checkpoint, which may come from another machine.
+# How this machine computes a step; never read from a checkpoint, which may come from another machine.
 _MACHINE_SETTINGS = ("capturable", "foreach", "fused")
 
 
@@ -43,9 +42,9 @@ def write_atomically(path: Path, content: bytes) -> None:
 
     Raises:
         CheckpointError: the file cannot be written, for example because the disk is full. The previous file
-            is untouched and no temporary file stays.
+            is untouched and no temporary file remains.
     """
-    # A fixed name: what a killed process leaves behind is overwritten by the next write and does not pile up.
+    # The name is fixed, so the next write overwrites what a killed process left behind.
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         try:
@@ -62,7 +61,7 @@ def write_atomically(path: Path, content: bytes) -> None:
             f"cannot write {path}: {error.strerror or error}; free some space or use another folder "
             "(an earlier file of that name is untouched)"
         ) from error
-    # The new file is in place by now. Some network file systems cannot sync a folder: no reason to fail.
+    # The new file is in place by now, so do not fail on network file systems that cannot sync a folder.
     with contextlib.suppress(OSError):
         descriptor = os.open(path.parent, os.O_RDONLY)
         try:
@@ -72,7 +71,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], document: Mapping[str, JSON]) -> None:
-    """Write a checkpoint atomically; until it is complete on disk the previous one stays as it was.
+    """Write a checkpoint atomically; the previous one is untouched until the new one is complete on disk.
 
     Needs as much free host memory as the checkpoint has bytes.
 
@@ -89,7 +88,7 @@ def save(path: Path, tensors: Mapping[str, Tensor], document: Mapping[str, JSON]
     safetensors = _safetensors()
     metadata = {_METADATA_KEY: json.dumps({"format_version": FORMAT_VERSION, "document": document})}
     try:
-        # Not save_file: it makes the file readable by its owner only and syncs nothing.
+        # Not save_file, which makes the file readable by its owner only and does not sync it.
         content = safetensors.torch.save(_independent(tensors), metadata)
     except safetensors.SafetensorError as error:
         raise CheckpointError(f"cannot write {path}: {error}; save other kinds of tensors") from error
@@ -97,17 +96,17 @@ def save(path: Path, tensors: Mapping[str, Tensor], document: Mapping[str, JSON]
 
 
 class Saver:
-    """Writes checkpoints in the background, one at a time."""
+    """Writes checkpoints in a background thread, one at a time."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
 
     def start(self, path: Path, tensors: Mapping[str, Tensor], document: Mapping[str, JSON]) -> None:
-        """Write as :func:`save` does, after the one before, and return at once; the tensors must not change meanwhile.
+        """Wait for the previous write, then start :func:`save` in the background; its arguments must not change.
 
         Raises:
-            CheckpointError, MissingDependencyError, TypeError: the one before could not be written.
+            CheckpointError, MissingDependencyError, TypeError: the previous checkpoint could not be written.
         """
         self.finish()
         self._writing = self._pool.submit(save, path, tensors, document)
@@ -116,7 +115,7 @@ class Saver:
         """Wait until everything is written.
 
         Raises:
-            CheckpointError, MissingDependencyError, TypeError: it could not be.
+            CheckpointError, MissingDependencyError, TypeError: the last checkpoint could not be written.
         """
         writing, self._writing = self._writing, None
         if writing is not None:
@@ -124,7 +123,7 @@ class Saver:
 
 
 def _independent(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same values as contiguous host tensors, no two of which share memory (safetensors refuses that)."""
+    """The tensors as contiguous host tensors, no two of which share memory, which safetensors would refuse."""
     storages: set[int] = set()
     result = {}
     for name, tensor in tensors.items():
@@ -150,7 +149,7 @@ def load(path: Path, device: str | torch.device = "cpu") -> tuple[dict[str, Tens
         with safetensors.safe_open(path, framework="pt") as file:
             document = _read_document(path, file.metadata() or {})
             names = file.keys()
-            # Copies: tensors mapped from the file would keep its disk space in use after it is replaced.
+            # Copy: memory-mapped tensors would keep the file's disk space in use after it is replaced.
             tensors = {name: file.get_tensor(name).to(device, copy=True) for name in names}
     except FileNotFoundError as error:
         raise CheckpointError(f"checkpoint {path} does not exist; check the path") from error
@@ -166,7 +165,7 @@ def load(path: Path, device: str | torch.device = "cpu") -> tuple[dict[str, Tens
 
 
 def _starts_like_safetensors(path: Path) -> bool:
-    """Whether a file that safetensors refused can be the beginning of one: 8 bytes of length, then JSON."""
+    """Whether a file that safetensors refused begins like a safetensors file: 8 bytes of length, then JSON."""
     with path.open("rb") as file:
         start = file.read(9)
     return len(start) < 9 or start.endswith(b"{")
@@ -212,11 +211,11 @@ def flatten_optimizer(optimizer: Optimizer) -> tuple[dict[str, Tensor], JSON]:
 def restore_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor], document: JSON) -> None:
     """Give ``optimizer`` the state that :func:`flatten_optimizer` took from one for the same parameters.
 
-    The tensors may become the optimizer's own and change with its next step. Settings of the machine
+    The optimizer may keep the tensors themselves and change them in its next step. Settings of the machine
     (``foreach``, ``fused``, ``capturable``) stay those of ``optimizer``.
 
     Raises:
-        CheckpointError: the state is of another kind of optimizer or for other parameters.
+        CheckpointError: the state comes from another kind of optimizer or is for other parameters.
     """
     name = type(optimizer).__name__
     remedy = "resume with the model and optimizer settings of the checkpoint"
@@ -234,12 +233,12 @@ def _unflatten(optimizer: Optimizer, tensors: Mapping[str, Tensor], document: Ma
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for key, tensor in tensors.items():
         _, index, name = key.split(".", 2)
-        # Optimizers keep "step" on the host: on a GPU every step would wait for it. load_state_dict moves it
-        # where a fused or capturable optimizer wants it, but not back.
+        # Most optimizers keep "step" on the host: on a GPU every step would wait for it. load_state_dict moves it to
+        # the device for a fused or capturable optimizer, but never back.
         value = tensor.cpu() if name == "step" else _lying_as(parameters, int(index), tensor)
         state[int(index)][name] = value
     groups = [dict(group) for group in document["param_groups"]]
-    # load_state_dict itself refuses another number of groups.
+    # Not strict: load_state_dict itself refuses another number of groups.
     for group, current in zip(groups, optimizer.param_groups, strict=False):
         for key, value in current.items():
             if key in _MACHINE_SETTINGS:
@@ -252,7 +251,7 @@ def _unflatten(optimizer: Optimizer, tensors: Mapping[str, Tensor], document: Ma
 
 
 def _lying_as(parameters: Sequence[Tensor], index: int, tensor: Tensor) -> Tensor:
-    """``tensor`` with the strides of its parameter, which fused optimizers take for granted."""
+    """``tensor`` with the strides of its parameter, as fused optimizers assume."""
     parameter = parameters[index] if index < len(parameters) else tensor
     if tensor.shape != parameter.shape or tensor.stride() == parameter.stride():
         return tensor
@@ -260,9 +259,9 @@ def _lying_as(parameters: Sequence[Tensor], index: int, tensor: Tensor) -> Tenso
 
 
 def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Copy ``tensors`` into the parameters and buffers of ``module``; names and shapes must be the same.
+    """Copy ``tensors`` into the parameters and buffers of ``module``; names and shapes must match.
 
-    ``path`` is where the tensors come from, for the message.
+    ``path`` is the file that the tensors come from, for the message.
 
     Raises:
         CheckpointError: names or shapes differ; ``module`` is unchanged.

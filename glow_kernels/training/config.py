@@ -1,4 +1,4 @@
-"""What a training run is made of: the model, the data and the optimisation, as plain values that JSON can hold."""
+"""The settings of a training run: model, data and optimisation, as plain values that JSON can hold."""
 
 from __future__ import annotations
 
@@ -19,11 +19,7 @@ def _option(default: Any, description: str, *, choices: tuple[str, ...] | None =
 
 @dataclass
 class TrainingConfig:
-    """Everything that decides a run; two runs with equal values on one CPU give equal weights, bit for bit.
-
-    Raises:
-        UsageError: a value has the wrong type or is out of range; the message names it.
-    """
+    """Everything that determines a run; two runs with equal values on one CPU give equal weights, bit for bit."""
 
     dataset: str = _option("digits", "digits, patches, cifar10:PATH, folder:PATH or array:PATH")
     n_bits: int = _option(8, "bits kept of every pixel value, 1 to 8")
@@ -57,7 +53,7 @@ class TrainingConfig:
         for option in fields(self):
             kind, description = KINDS[str(option.type)]
             value = getattr(self, option.name)
-            # To Python a bool is an int.
+            # In Python a bool is also an int.
             right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
             _require(right or (value is None and "None" in str(option.type)), option.name, description, value)
             choices = option.metadata["choices"]
@@ -91,14 +87,14 @@ class TrainingConfig:
             _require(getattr(self, name) > 0, name, "above 0", getattr(self, name))
         for name in ("learning_rate", "weight_decay", "class_weight"):
             _require(math.isfinite(getattr(self, name)), name, "finite", getattr(self, name))
-        # Beyond, a step would turn the signs of weights, and soon make them infinite.
+        # With more, the decay alone would flip the signs of the weights at every step and could make them diverge.
         most = 1.0 / self.learning_rate
         _require(self.weight_decay <= most, "weight_decay", f"at most 1 / learning_rate = {most:g}", self.weight_decay)
         _require(0 <= self.ema < 1, "ema", "in [0, 1)", self.ema)
 
     @classmethod
     def for_dataset(cls, dataset: str, **options: Any) -> TrainingConfig:
-        """A configuration with defaults that suit the data; ``options`` that are not None win."""
+        """A configuration with defaults that suit the data; ``options`` that are not None override them."""
         chosen = {name: value for name, value in options.items() if value is not None}
         return cls(dataset=dataset, **{**PRESETS.get(dataset, {}), **chosen})
 
@@ -119,7 +115,7 @@ class TrainingConfig:
         return asdict(self)
 
     def learning_rate_at(self, iteration: int) -> float:
-        """The learning rate of the step after so many others."""
+        """The learning rate of the step that follows ``iteration`` earlier ones."""
         warm = min(1.0, (iteration + 1) / max(1, self.warmup))
         if self.schedule == "constant":
             return self.learning_rate * warm
@@ -153,7 +149,8 @@ class TrainingConfig:
         """The model for these data.
 
         Raises:
-            UsageError: the sizes do not fit together, or ``conditional`` without classes in the data or with too many.
+            UsageError: the sizes do not fit together, or ``conditional`` is set and the data have no or too many
+                classes.
         """
         if self.conditional and data.num_classes is None:
             raise UsageError(f"conditional needs data with classes, and {data.name} has none")
@@ -165,13 +162,13 @@ class TrainingConfig:
         return self.build_model(data.channels, data.image_size, data.n_bins, data.num_classes)
 
 
-# What the generators take.
+# The largest seed that random generators accept.
 LARGEST_SEED = 2**63 - 1
-# Beyond these there is no model that trains, only one that is built for hours or whose sizes overflow.
+# Larger models are never trainable: building them takes hours or their sizes overflow.
 LARGEST = {"flow_steps": 10_000, "levels": 32, "hidden_channels": 2**20, "image_size": 2**16}
 MOST_CLASSES = 2**16
 
-# Types of the settings and how to say them.
+# Types of the settings, and their names in messages.
 KINDS: dict[str, tuple[Any, str]] = {
     "int": (int, "a whole number"),
     "int | None": (int, "a whole number"),
@@ -180,7 +177,7 @@ KINDS: dict[str, tuple[Any, str]] = {
     "str": (str, "a string"),
 }
 
-# Small data and small images want small models; everything else gets the paper's size.
+# Small data and small images need small models; everything else gets the size in the Glow paper.
 PRESETS: dict[str, dict[str, Any]] = {
     "digits": {"flow_steps": 8, "levels": 2, "hidden_channels": 64, "iterations": 1200, "weight_decay": 4.0},
     "patches": {"flow_steps": 8, "levels": 3, "hidden_channels": 64, "iterations": 2000, "batch_size": 32},

@@ -1,11 +1,11 @@
-"""Training on several processes, as ``torchrun`` starts them: one rank per device.
+"""Training on several processes started by ``torchrun``, one rank per device.
 
-Every rank draws the same joint batch with the same noise and computes its share of it, so that N ranks see what one
-process sees, and a checkpoint says nothing about their number. What decides how a run goes on (losses, gradient
-norms, signals, validations) is reduced over all ranks before anybody acts on it.
+Every rank draws the same joint batch with the same noise and computes its share of it. So N ranks see the data that one
+process would see, and a checkpoint does not depend on the number of ranks. Whatever decides how a run goes on (losses,
+gradient norms, signals, validations) is reduced over all ranks before any of them acts on it.
 
-Weights are either on every rank (DDP; Li et al., "PyTorch Distributed", 2020) or sharded over all of them (FSDP2;
-Rajbhandari et al., "ZeRO", 2020, stage 3): parameters, gradients, optimizer state and moving average alike.
+Weights are either replicated on every rank (DDP; Li et al., "PyTorch Distributed", 2020) or sharded over all of them
+(FSDP2; Rajbhandari et al., "ZeRO", 2020, stage 3), together with gradients, optimizer state and moving average.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from glow_kernels.nn import FlowStep, SplitPrior, TopPrior
 LAUNCH = "torchrun --nproc-per-node=N -m glow_kernels train"
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 CONNECT_TIMEOUT = timedelta(minutes=5)
-# Where the first rank that fails says so; the others then leave the message to it.
+# Key in the store under which the first rank to fail registers; only that rank reports its error.
 FAILURE = "glow_kernels/failure"
-# What FSDP must gather weights for, besides forward. None of these calls another one.
+# Methods besides forward before which FSDP must gather weights. None of them calls another.
 ENTRY_POINTS = ("log_prob", "log_prob_and_logits", "encode", "decode")
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that train together; by default it is alone.
+    """This process among those that train together; by default it is the only one.
 
     Args:
         rank: number of this process, from 0.
         size: number of processes.
-        fsdp: shard the weights over the ranks, instead of keeping all of them on each.
+        fsdp: shard the weights over the ranks instead of replicating them on each.
     """
 
     rank: int = 0
@@ -57,22 +57,22 @@ class Ranks:
         return self.rank == 0
 
     def share(self, count: int) -> slice:
-        """This rank's part of ``count`` things; sizes of parts differ by at most one."""
+        """This rank's part of ``count`` items; the sizes of the parts differ by at most one."""
         return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over all ranks of float64 ``values``, on the host; the same bits on every rank."""
+        """The sum of ``values`` over all ranks, in float64 on the host; bit for bit the same on every rank."""
         total = values.detach().to("cpu", torch.float64, copy=True)
         if self.size > 1:
             dist.all_reduce(total)
         return total
 
     def any(self, flag: bool) -> bool:
-        """Whether ``flag`` is set on some rank. It returns once all ranks have called."""
+        """Whether ``flag`` is set on any rank. No rank returns before all have called, so this is also a barrier."""
         return flag if self.size == 1 else self.sum(torch.tensor(float(flag))).item() > 0
 
     def check_batch(self, images: int) -> None:
-        """Raise a UsageError unless a joint batch of ``images`` has something for every rank."""
+        """Raise a UsageError unless a joint batch of ``images`` has at least one image for every rank."""
         if images < self.size:
             raise UsageError(
                 f"a batch of {images} images cannot be split over {self.size} ranks: use a larger --batch-size, "
@@ -81,7 +81,7 @@ class Ranks:
 
     @torch.no_grad()
     def equalize(self, model: nn.Module) -> None:
-        """Give every rank the weights of rank 0: the same seed may round differently on another kind of machine."""
+        """Give every rank the weights of rank 0: the same seed may give slightly different ones on other hardware."""
         if self.size == 1:
             return
         for tensor in (*model.parameters(), *model.buffers()):
@@ -89,20 +89,20 @@ class Ranks:
                 dist.broadcast(tensor, 0)
 
     def wrap(self, objective: nn.Module, device: torch.device) -> nn.Module:
-        """``objective`` as a module whose backward leaves the mean of all ranks' gradients."""
+        """``objective`` as a module whose backward averages the gradients over all ranks."""
         if self.fsdp:
             return self.shard(objective, device)
         if self.size == 1:
             return objective
-        # Buckets as gradients save a copy of all of them.
+        # Gradients that are views of the buckets save a second copy of all gradients.
         devices = [device] if device.type == "cuda" else None
         wrapped = DistributedDataParallel(objective, device_ids=devices, gradient_as_bucket_view=True)
-        # Buffers of a Glow are constant. Not an argument, since torch 2.13 has another name for that.
+        # Buffers of a Glow are constant. Set as an attribute, since torch 2.13 has renamed the argument.
         wrapped.broadcast_buffers = False
         return wrapped
 
     def shard(self, module: nn.Module, device: torch.device) -> nn.Module:
-        """Under FSDP, shard a Glow or a module around one in place, a step of flow at a time; else leave it."""
+        """With FSDP, shard in place a Glow or a module that wraps one, each flow step as a unit; else do nothing."""
         if not self.fsdp:
             return module
         from torch.distributed.device_mesh import init_device_mesh
@@ -113,7 +113,7 @@ class Ranks:
             if isinstance(step, FlowStep):
                 fully_shard(step, mesh=mesh)
                 register_fsdp_forward_method(step, "inverse")
-        # By default FSDP keeps the outermost weights gathered after a forward, and parameters() would change.
+        # By default FSDP keeps the root module's weights gathered after a forward, which changes parameters().
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
         if isinstance(module, Glow):
             for name in ENTRY_POINTS:
@@ -125,14 +125,14 @@ ALONE = Ranks()
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor that may be sharded; then every rank must call."""
+    """The full tensor; if ``tensor`` is sharded, every rank must call this."""
     from torch.distributed.tensor import DTensor
 
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def sharded_like(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of :func:`glow_kernels.training.checkpoint.flatten_optimizer`, sharded as the parameters are."""
+    """Tensors of :func:`glow_kernels.training.checkpoint.flatten_optimizer`, sharded like the parameters."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -140,14 +140,14 @@ def sharded_like(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
     for name, tensor in tensors.items():
         parameter = parameters[int(name.split(".")[1])]
         if isinstance(parameter, DTensor) and tensor.shape == parameter.shape:
-            # Every rank has read the file: nothing has to be sent.
+            # Every rank has read the file, so nothing has to be sent.
             result[name] = distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
     return result
 
 
 @contextmanager
 def one_unit_at_a_time(model: Glow, device: torch.device) -> Iterator[None]:
-    """Run ``model``, which is on the host, on ``device`` with no more than one step of its weights there at a time."""
+    """Run ``model``, which is on the host, on ``device``, moving the weights of only one step there at a time."""
     handles = []
     for unit in model.modules():
         if isinstance(unit, (FlowStep, SplitPrior, TopPrior)):
@@ -170,10 +170,10 @@ def is_launched() -> bool:
 
 
 def local_device(name: str) -> str:
-    """The ``--device`` of this rank: ``auto`` and ``cuda`` mean the GPU with the number LOCAL_RANK.
+    """The device of this rank for ``--device`` ``name``: ``auto`` and ``cuda`` mean GPU number LOCAL_RANK.
 
     Raises:
-        UsageError: one GPU is named for several ranks, or there are fewer GPUs than ranks.
+        UsageError: ``name`` is a single GPU for several ranks, or there are fewer GPUs than ranks.
     """
     local_rank, local_size = (int(os.environ.get(key, "0")) for key in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
     if name == "auto":
@@ -195,12 +195,12 @@ def joined(fsdp: bool = False) -> Iterator[Ranks]:
     """The ranks that were launched together, connected; or this process alone.
 
     An error in the body ends every rank: the first to fail raises it with its rank in the message, the others exit
-    silently with the same exit code. Over gloo they notice at their next collective; over NCCL, whose
-    collectives cannot see that a rank is gone, the launcher ends them.
+    silently with the same exit code. With gloo they notice at their next collective; with NCCL, whose collectives
+    cannot detect a lost rank, the launcher ends them.
 
     Raises:
-        UsageError: ``fsdp`` without a launcher, or a launcher that does not say how to connect.
-        TrainingError: the other ranks cannot be reached, or one exited without a message.
+        UsageError: ``fsdp`` without a launcher, or a launcher that does not set how to connect.
+        TrainingError: the other ranks cannot be reached, or one ended without reporting an error.
     """
     if not is_launched():
         if fsdp:
@@ -227,24 +227,24 @@ def _connect() -> tuple[Any, int, int]:
     except (dist.DistError, RuntimeError, ValueError) as error:
         raise TrainingError(f"rank {os.environ['RANK']} cannot reach the other ranks: {error}") from error
     try:
-        # What is agreed on is on the host, whatever computes: no waiting for a device.
+        # Gloo is always there too: decisions are reduced on the host, wherever the model computes.
         dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", store=store, rank=rank, world_size=size)
     except (dist.DistError, RuntimeError, ValueError) as error:
-        # Another rank may have connected first, failed and gone; then that is what there is to say.
+        # Another rank may have connected, failed and exited already; then its error is the one to report.
         raise _joint(TrainingError(f"cannot reach the other ranks: {error}"), store, rank) from error
     return store, rank, size
 
 
 def _joint(error: Exception, store: Any, rank: int) -> BaseException:
-    """What to raise for ``error`` on this rank, given what other ranks have raised."""
-    # The launcher ends the other ranks as soon as one has gone, and the one with the message must live to say it.
+    """The exception to raise for ``error`` on this rank, given what other ranks have raised."""
+    # The launcher sends SIGTERM to all ranks once one has exited, but the rank with the message must live to print it.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     exit_code = getattr(error, "exit_code", 1)
     mine = f"{rank} {exit_code}"
     try:
         first = store.compare_set(FAILURE, "", mine).decode()
     except (dist.DistError, RuntimeError):
-        first = mine  # The rank that kept the store has gone.
+        first = mine  # The rank that hosted the store has exited.
     if first != mine:
         return SystemExit(int(first.split()[1]))
     if _is_lost_contact(error):

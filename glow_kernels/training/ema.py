@@ -14,7 +14,7 @@ Module = TypeVar("Module", bound=nn.Module)
 class MovingAverage(Generic[Module]):
     """A copy of ``model`` whose parameters follow it slowly: ``average += (1 - d) * (model - average)``.
 
-    The decay d grows to ``decay`` as ``(1 + n) / (10 + n)`` after n updates, which soon forgets the random start.
+    After n updates the decay d is ``min(decay, (1 + n) / (10 + n))``, so the random initial weights are soon forgotten.
     """
 
     def __init__(self, model: Module, decay: float) -> None:
@@ -23,7 +23,7 @@ class MovingAverage(Generic[Module]):
 
     @torch.no_grad()
     def update(self, model: Module, updates: int) -> None:
-        """Take in ``model`` after ``updates`` earlier updates. Buffers are constant in a Glow, and are not averaged."""
+        """Update from ``model`` after ``updates`` earlier updates. Buffers are constant in a Glow and not averaged."""
         decay = min(self.decay, (1 + updates) / (10 + updates))
         averages: list[Tensor] = list(self.model.parameters())
         values: list[Tensor] = list(model.parameters())
@@ -31,10 +31,10 @@ class MovingAverage(Generic[Module]):
 
     @torch.no_grad()
     def update_unless(self, bad: Tensor, model: Module, updates: Tensor) -> None:
-        """:meth:`update` where ``bad`` and the number of updates are scalars on the device, which decides."""
+        """:meth:`update` unless ``bad`` is 1; ``bad`` and ``updates`` are scalars on the device, so nothing waits."""
         decay = torch.clamp((1 + updates) / (10 + updates), max=self.decay)
         averages: list[Tensor] = list(self.model.parameters())
-        # There is no lerp of many tensors by a weight on the device.
+        # torch._foreach_lerp_ does not take one weight on the device for all tensors.
         steps = torch._foreach_sub(list(model.parameters()), averages)
         torch._foreach_mul_(steps, (1.0 - decay) * (1.0 - bad))
         torch._foreach_add_(averages, steps)

@@ -21,7 +21,7 @@ CONDITION_LIMIT = 1e4
 
 @dataclass(frozen=True)
 class BitsPerDim:
-    """Mean over images, its standard error, and what it was measured on."""
+    """Mean over images, its standard error, and the numbers of images and of noise draws per image."""
 
     mean: float
     standard_error: float
@@ -29,23 +29,23 @@ class BitsPerDim:
     draws: int
 
     def __str__(self) -> str:
-        # A single image has none.
+        # A single image has no standard error.
         error = f" +- {self.standard_error:.4f}" if math.isfinite(self.standard_error) else ""
         return f"{self.mean:.4f}{error}"
 
 
 def draws_for(levels: Tensor, images: int) -> int:
-    """How often to draw the noise of ``levels`` so that it does not drown the differences between models.
+    """How many noise draws per image of ``levels`` keep the noise below the differences between models.
 
-    As often as makes ``images`` images of 8x8 values; larger ones average more noise each.
+    Enough to evaluate as many values as ``images`` images of 8x8 have, since a larger image averages more noise.
     """
     return max(1, min(images, images * 64 // levels[0].numel()) // len(levels))
 
 
 def images_at_a_time(image_size: tuple[int, int]) -> int:
-    """How many images of this size to compute on at once, without gradients: 256, of more than 64x64 pixels fewer.
+    """How many images of this size to process at once without gradients: 256, or fewer if larger than 64x64 pixels.
 
-    So the room that a network works in does not grow with the images: reversible training takes little more.
+    This bounds the working memory of the networks, so that evaluation needs little more than reversible training.
     """
     height, width = image_size
     return max(1, min(MOST_AT_A_TIME, MOST_AT_A_TIME * LARGEST_OF_MOST**2 // (height * width)))
@@ -69,14 +69,15 @@ def evaluate(
         model: in evaluation mode, on any device.
         levels: ``(N, C, H, W)`` integer pixel levels, N at least 1.
         labels: ``(N,)`` classes for a model that has classes.
-        draws: noise draws per image; the bound stays the same, its estimate gets less noisy.
-        batch_size: images per call of the model; as many as :func:`images_at_a_time` says if not given.
-        seed: of the noise.
-        ranks: who share the work; all of them call, with equal arguments, and get the same answer.
-        show_progress: a bar, where standard error is a terminal.
+        draws: noise draws per image; more make the estimate of the bound less noisy.
+        batch_size: images per call of the model; :func:`images_at_a_time` by default.
+        seed: seed of the noise.
+        ranks: the processes that share the work; all call this with equal arguments and get the same result.
+        show_progress: show a progress bar if standard error is a terminal.
 
     Raises:
-        TypeError, ValueError: ``draws`` or ``batch_size`` is not a whole number of at least 1; what the model refuses.
+        TypeError, ValueError: ``draws`` or ``batch_size`` is not a whole number of at least 1, or the model refuses its
+            input.
     """
     check_whole("draws", draws, 1)
     batch_size = images_at_a_time(model.image_size) if batch_size is None else batch_size
@@ -87,7 +88,7 @@ def evaluate(
     starts = [*range(0, len(levels), batch_size)] * draws
     for start in with_progress(starts, "evaluating", "batches", is_shown=show_progress and ranks.is_writer):
         part = slice(start, start + batch_size)
-        # All draw the noise of all images, and so the same as one process.
+        # Every rank draws the noise of the whole batch, as one process would.
         x = model.dequantize(levels[part].to(device), generator)
         mine = ranks.share(len(x))
         part_labels = None if labels is None else labels[part][mine].to(device)
@@ -100,21 +101,21 @@ def evaluate(
 
 @torch.no_grad()
 def reconstruct(model: Glow, x: Tensor, labels: Tensor | None = None) -> tuple[Tensor, float]:
-    """``decode(encode(x))`` of ``x`` (B, C, H, W), and its largest absolute difference from ``x``."""
+    """``decode(encode(x))`` for ``x`` (B, C, H, W), and its largest absolute difference from ``x``."""
     reconstructed = model.decode(model.encode(x, labels), labels)
     return reconstructed, (reconstructed - x).abs().max().item()
 
 
 def drift(model: Glow, levels: Tensor, labels: Tensor | None, ranks: Ranks = ALONE) -> tuple[float, str]:
-    """How far inverted chains are off on the first few images, and a warning that names nearly singular matrices.
+    """Reconstruction error on the first few images, and a warning that names nearly singular matrices.
 
-    The error is infinite if a matrix is singular. ``levels`` and ``labels`` are those of :func:`evaluate`.
+    The error is infinite if a matrix is singular. ``levels`` and ``labels`` are as in :func:`evaluate`.
     """
     device = next(model.parameters()).device
     few = slice(min(DRIFT_BATCH, images_at_a_time(model.image_size)))
     x = model.dequantize(levels[few].to(device), torch.Generator(device).manual_seed(0))
     inputs = (x,) if labels is None else (x, labels[few].to(device))
-    # Sharded matrices are only whole while their step runs.
+    # Condition numbers need whole matrices, and sharded ones are whole only while their step runs.
     limit = None if ranks.fsdp else CONDITION_LIMIT
     try:
         report = reconstruction_error(model, *inputs, condition_limit=limit)
@@ -130,18 +131,18 @@ def interpolate(
 ) -> Tensor:
     """Images along the great circle between the latents of two batches of images.
 
-    Standard normal latents lie near a sphere; a straight line would cut through its unlikely inside.
+    Standard normal latents lie near a sphere; a straight line would cut through its improbable interior.
 
     Args:
         start, end: ``(R, C, H, W)`` images as :meth:`Glow.dequantize` makes them.
-        count: images per row, the two ends included, at least 2.
-        labels: classes (R,) of start and end for a model that has classes; decoding changes over half way.
+        count: images per row, including both ends, at least 2.
+        labels: classes (R,) of start and end for a model that has classes; decoding switches classes half way.
 
     Returns:
         ``(R, count, C, H, W)``.
 
     Raises:
-        TypeError, ValueError: ``count`` is not a whole number of at least 2; what the model refuses.
+        TypeError, ValueError: ``count`` is not a whole number of at least 2, or the model refuses its input.
     """
     check_whole("count", count, 2)
     first_labels, last_labels = labels if labels is not None else (None, None)
@@ -159,7 +160,7 @@ def _angle(first: list[Tensor], last: list[Tensor]) -> Tensor:
     a = torch.cat([latent.flatten(1) for latent in first], dim=1)
     b = torch.cat([latent.flatten(1) for latent in last], dim=1)
     cosine = torch.nn.functional.cosine_similarity(a, b)
-    # Away from 0 and pi the weights below stay finite; there an arc is a straight line anyway.
+    # Clamped away from 0 and pi, where the weights in _on_arc would not be finite; near 0 an arc is a straight line.
     return cosine.clamp(-0.9999, 0.9999).acos()[:, None, None, None]
 
 

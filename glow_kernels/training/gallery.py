@@ -1,4 +1,4 @@
-"""The pictures that a run folder holds: samples, reconstructions, interpolations and the training curve."""
+"""The pictures in a run folder: samples, reconstructions, interpolations and the training curve."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def draw_samples(
     seed: int = 0,
     show_progress: bool = False,
 ) -> None:
-    """A grid of samples; of a model with classes every class in turn, or only class ``label``.
+    """Draw a grid of samples; a model with classes samples every class in turn, or only class ``label``.
 
-    Without a ``path`` nothing is drawn: that is for processes that hold a share of the weights of one that draws.
+    Without a ``path`` nothing is written: with sharded weights, every rank must compute and only one writes.
     """
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
@@ -44,9 +44,9 @@ def draw_samples(
 
 
 def draw_reconstruction(model: Glow, levels: Tensor, labels: Tensor | None, path: Path | None) -> float:
-    """Images (N, C, H, W), what comes back from the latents, and the difference; returns the largest difference.
+    """Draw the first images of ``levels`` (N, C, H, W), their reconstructions and the differences.
 
-    As in :func:`draw_samples`, ``path`` may be None.
+    As in :func:`draw_samples`, ``path`` may be None. Returns the largest absolute difference.
     """
     device = next(model.parameters()).device
     few = slice(min(RECONSTRUCTED, images_at_a_time(model.image_size)))
@@ -63,7 +63,7 @@ def draw_reconstruction(model: Glow, levels: Tensor, labels: Tensor | None, path
 def draw_interpolation(
     model: Glow, start: Tensor, end: Tensor, labels: tuple[Tensor, Tensor] | None, path: Path | None, *, count: int = 9
 ) -> None:
-    """One row of ``count`` images for each pair of images in ``start`` and ``end``, both (R, C, H, W) levels.
+    """Draw a row of ``count`` images for each pair of images in ``start`` and ``end``, both (R, C, H, W) levels.
 
     As in :func:`draw_samples`, ``path`` may be None.
     """
@@ -78,5 +78,5 @@ def draw_interpolation(
 
 
 def draw_curve(folder: Path, path: Path) -> None:
-    """Bits per dimension against iterations, from the metrics in ``folder``."""
+    """Draw bits per dimension against iterations, from the metrics in ``folder``."""
     pictures.curve(metrics.read(folder), path)

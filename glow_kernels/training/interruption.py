@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGHUP become a flag that the training loop looks at between steps."""
+"""Turns SIGINT, SIGTERM and SIGHUP into a flag that the training loop checks between steps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 class Interruption:
     """While entered, the first of these signals sets :attr:`requested`; a second SIGINT acts as usual.
 
-    SIGHUP, that the terminal is gone, does so only where it is not ignored: ``nohup`` lets a run outlive its terminal.
+    SIGHUP, sent when the terminal closes, stays ignored if it was: ``nohup`` lets a run outlive its terminal.
     """
 
     def __init__(self) -> None:
@@ -19,7 +19,7 @@ class Interruption:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Interruption:
-        # Python lets only the main thread handle signals; elsewhere the owner of that thread does.
+        # Python lets only the main thread set signal handlers; in other threads this does nothing.
         if threading.current_thread() is threading.main_thread():
             numbers = [signal.SIGINT, signal.SIGTERM]
             if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:

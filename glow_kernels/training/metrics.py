@@ -20,11 +20,11 @@ FILE_NAME = "metrics.jsonl"
 def read(folder: Path) -> list[dict[str, Any]]:
     """All records of a run, oldest first; none if nothing has been written yet.
 
-    A record has ``step``, ``time`` (seconds since the run began) and the values written; null in the file,
-    None here, is a value that was not finite. A last line cut short by a crash is left out.
+    A record has ``step``, ``time`` (seconds since the run began) and the values written; a value that was not finite
+    is null in the file and None here. A last line cut short by a crash is left out.
 
     Raises:
-        CheckpointError: the file cannot be read, or a line is damaged that is not just a last one cut short.
+        CheckpointError: the file cannot be read, or a line other than a last one cut short is damaged.
     """
     path = folder / FILE_NAME
     if not path.exists():
@@ -59,7 +59,7 @@ def _is_record(record: Any) -> bool:
 class MetricsWriter:
     """Appends records to ``metrics.jsonl`` in a folder and to TensorBoard files under ``tensorboard`` in it.
 
-    A writer for a folder that already has records continues them; its clock goes on from the last one.
+    A writer for a folder that already has records appends to them; its clock continues from the last record.
 
     Args:
         folder: The folder of the run; made if it does not exist.
@@ -80,7 +80,7 @@ class MetricsWriter:
         self._tensorboard = _summary_writer(folder) if tensorboard else None
 
     def write(self, step: int, **values: float) -> None:
-        """Append one record; it is handed to the operating system before this returns.
+        """Append one record; the operating system has it before this returns.
 
         Raises:
             CheckpointError: the line cannot be written.
@@ -110,7 +110,7 @@ class MetricsWriter:
         self._rewrite([record for record in read(self._folder) if record["step"] <= after_step])
         if self._tensorboard is not None:
             self._tensorboard.close()
-            # TensorBoard files cannot be shortened; a purge step makes TensorBoard ignore what is in them.
+            # TensorBoard files cannot be shortened; a purge step makes TensorBoard ignore their later records.
             self._tensorboard = _summary_writer(self._folder, purge_step=after_step + 1)
 
     def close(self) -> None:
@@ -128,7 +128,7 @@ class MetricsWriter:
         self.close()
 
     def _rewrite(self, records: Sequence[dict[str, Any]]) -> None:
-        """Make the file hold just ``records``, which also mends a last line that was cut short."""
+        """Replace the contents of the file with ``records``, which also drops a last line that was cut short."""
         lines = [json.dumps(record) + "\n" for record in records]
         write_atomically(self._folder / FILE_NAME, "".join(lines).encode())
         self._start = time.monotonic() - (records[-1]["time"] if records else 0.0)

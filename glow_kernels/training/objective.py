@@ -1,4 +1,4 @@
-"""What training minimises."""
+"""The loss that training minimises."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from glow_kernels.training.config import TrainingConfig
 
 
 class Objective(nn.Module):
-    """Bits per dimension, and the classification loss where there are classes, as one forward to wrap.
+    """Bits per dimension, plus the classification loss if there are labels, as one module for DDP or FSDP to wrap.
 
     Args:
         model: the model.
-        config: precision and the weight of classification.
+        config: supplies the precision and the weight of the classification loss.
     """
 
     def __init__(self, model: Glow, config: TrainingConfig) -> None:
@@ -27,7 +27,7 @@ class Objective(nn.Module):
         self.class_weight = config.class_weight
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Means over ``x`` (B, C, H, W): the loss, and bits per dimension without a gradient."""
+        """Means over the batch ``x`` (B, C, H, W): the loss, and bits per dimension, detached."""
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.lower_precision):
             if labels is None:
                 bits = self.model.bits_per_dim(x).mean()

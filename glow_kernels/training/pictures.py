@@ -40,10 +40,10 @@ def grid(
 
     Args:
         images: Levels from 0 to ``n_bins - 1``, shape (N, C, H, W). With three or more channels the first three
-            are red, green and blue; with fewer the first one is gray.
+            are red, green and blue; with fewer the first is drawn in gray.
         path: The PNG file to write.
         n_bins: The number of levels.
-        columns: Images per row; about as many as rows if not given.
+        columns: Images per row; by default about as many as there are rows.
         scale: Each pixel becomes a square of this side; if not given, small images are enlarged until the
             longer side of the picture is around 500 to 800 pixels.
         padding: Pixels between the images and around them.
@@ -61,13 +61,13 @@ def grid(
 
 
 def reconstruction(original: Tensor, reconstructed: Tensor, path: Path, *, n_bins: int, error: float) -> None:
-    """Write three rows: the original images, the reconstructed ones and how far apart they are.
+    """Write three rows: the original images, their reconstructions and the absolute differences.
 
-    The differences are amplified until the largest is bright, by the factor the picture states.
+    The differences are amplified until the largest is bright; the picture states the factor.
 
     Args:
-        original: Levels from 0 to ``n_bins - 1``, not necessarily whole ones, shape (N, C, H, W).
-        reconstructed: The same for the images after a round trip through the model; same shape.
+        original: Levels from 0 to ``n_bins - 1``, not necessarily whole numbers, shape (N, C, H, W).
+        reconstructed: Levels of the images after a round trip through the model; same shape.
         path: The PNG file to write.
         n_bins: The number of levels.
         error: The largest absolute error for the caption, in the caller's units.
@@ -81,7 +81,7 @@ def reconstruction(original: Tensor, reconstructed: Tensor, path: Path, *, n_bin
     before, after = original.detach().cpu().double(), reconstructed.detach().cpu().double()
     difference = (before - after).abs().nan_to_num(nan=top, posinf=top).clamp(max=top)
     largest = difference.max().item() if len(difference) else 0.0
-    # One significant digit, so that the label stays short.
+    # One significant digit keeps the label short.
     factor = float(f"{top / largest:.0e}") if largest else 1.0
     rows = torch.cat([before, after, difference * factor])
     tiles = _tile(rows, n_bins, columns=len(before), scale=None, padding=2)
@@ -109,7 +109,7 @@ def interpolation(rows: Tensor, path: Path, *, n_bins: int) -> None:
 def curve(records: Sequence[dict[str, Any]], path: Path) -> None:
     """Write the training curve: bits per dimension over steps, with the best validation result marked.
 
-    The scale fits the later part of the run; the first, far larger values may lie outside.
+    The scale fits the later part of the run; the first values, far larger, may be cut off.
 
     Args:
         records: What :func:`glow_kernels.training.metrics.read` returns. A record counts for training if it
@@ -138,7 +138,7 @@ def curve(records: Sequence[dict[str, Any]], path: Path) -> None:
     validation_steps, validation = _series(records, VALIDATION_KEY)
     if raw:
         axes.plot(steps, raw, color="tab:blue", alpha=0.25, linewidth=0.8)
-        # A line through few points hardly shows, through a single one not at all.
+        # A line through few points is hard to see, and a line through one point is invisible.
         marker = "o" if len(raw) < 20 else ""
         axes.plot(
             steps, smooth, color="tab:blue", linewidth=1.8, marker=marker, markersize=4, label="training (smoothed)"
@@ -167,7 +167,7 @@ def _series(records: Sequence[dict[str, Any]], key: str) -> tuple[list[int], lis
 
 
 def _smoothed(values: list[float]) -> list[float]:
-    """The mean over a window around each value, shorter at the ends, so that the curve does not lag behind."""
+    """The mean over a centred window, shorter at the ends: unlike a running mean, the curve does not lag behind."""
     if not values:
         return []
     reach = len(values) // 50
@@ -177,9 +177,9 @@ def _smoothed(values: list[float]) -> list[float]:
 
 
 def _limits(curves: Sequence[list[float]]) -> tuple[float, float]:
-    """Limits of the y axis around all curves, without their first tenth and the highest values after it.
+    """Limits of the y axis around all curves, without their first tenth and the highest 5% of the rest.
 
-    The first values of a run are often far higher than the rest, and so are those of a step that went wrong.
+    The first values of a run are often far higher than the others, and so are those of a step that went wrong.
     """
     highest, lowest = [], []
     for values in filter(None, curves):

@@ -1,4 +1,4 @@
-"""The run folder: everything that is needed to resume, evaluate, sample and look at a training run."""
+"""The run folder: everything needed to resume, evaluate, sample from and inspect a training run."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ PICTURES = ("samples.png", "reconstruction.png", "interpolation.png", "curve.png
 
 
 def prepare(folder: Path, *, overwrite: bool) -> None:
-    """Make ``folder`` for a new run; a run that is there stays until the first checkpoint of the new one replaces it.
+    """Make ``folder`` for a new run; an existing run stays until the new run's first checkpoint replaces it.
 
     Raises:
-        UsageError: it holds a run already and ``overwrite`` is not set, or it is a file.
-        CheckpointError: it cannot be made.
+        UsageError: the folder already holds a run and ``overwrite`` is not set, or it is a file.
+        CheckpointError: the folder cannot be made.
     """
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file: name a folder with --run")
@@ -50,11 +50,11 @@ def prepare(folder: Path, *, overwrite: bool) -> None:
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Keep others from training in ``folder`` meanwhile; the system lets go of it however this process ends.
+    """Lock ``folder`` against other trainings; the system releases the lock however this process ends.
 
     Raises:
-        UsageError: another one does.
-        CheckpointError: it cannot be opened.
+        UsageError: another process trains in it.
+        CheckpointError: the folder cannot be opened.
     """
     if sys.platform == "win32":
         yield
@@ -76,18 +76,18 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def begin(folder: Path, config: TrainingConfig) -> None:
-    """Make the run whose first checkpoint is in ``folder`` the only one there.
+    """Complete a new run whose first checkpoint is in ``folder``, and remove the files of the run before it.
 
     Raises:
-        CheckpointError: its configuration cannot be written; then the checkpoint is gone too.
+        CheckpointError: the configuration cannot be written; the checkpoint is then removed too.
     """
     try:
         write_config(folder, config)
     except CheckpointError:
-        # A checkpoint without a configuration, or with that of another run, cannot be resumed.
+        # A checkpoint without its own configuration is not a run.
         (folder / LAST).unlink()
         raise
-    # Only what a run writes: the folder may hold a user's own files.
+    # Remove only what a run writes: the folder may hold files of the user.
     for name in (BEST, METRICS, *PICTURES):
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / TENSORBOARD, ignore_errors=True)
@@ -124,7 +124,7 @@ def read_config(folder: Path) -> TrainingConfig:
 
 
 def describe_model(config: TrainingConfig, data: ImageData) -> dict[str, Any]:
-    """What a checkpoint says about its model, so that it can be built again without the data."""
+    """What a checkpoint stores about its model, enough to rebuild it without the data."""
     return {
         "config": config.to_json(),
         "channels": data.channels,
@@ -136,14 +136,16 @@ def describe_model(config: TrainingConfig, data: ImageData) -> dict[str, Any]:
 
 
 def check_data(document: Mapping[str, Any], data: ImageData, remedy: str) -> None:
-    """Refuse data that are not those of the run whose checkpoint has this document; earlier versions' do not tell.
+    """Refuse data that differ from those of the run whose checkpoint has this document.
+
+    Checkpoints of earlier versions have no fingerprint: with these only shape and levels are compared.
 
     Raises:
-        DataError: they are not. Its message ends with ``remedy``.
+        DataError: the data differ. The message ends with ``remedy``.
     """
     model = document["model"]
     differs = f"{data.name} is not what the run was trained on: it has"
-    # The weights may fit other sizes and levels all the same.
+    # Loading would not catch these: the same weights can fit images of another size or number of levels.
     before = _form(model["channels"], model["image_size"], model["n_bins"])
     form = _form(data.channels, data.image_size, data.n_bins)
     if form != before:
@@ -169,7 +171,7 @@ def load_model(
 ) -> tuple[Glow, TrainingConfig, Mapping[str, Any]]:
     """The best model of a run, in evaluation mode, with its configuration and its checkpoint's document.
 
-    Before the first validation there is no best model yet; then it is the last one.
+    Before the first validation, when there is no best model yet, it is the last one.
 
     Args:
         folder: run folder that ``glow-kernels train`` made.
@@ -184,7 +186,7 @@ def load_model(
     tensors, document = checkpoint.load(path, device)
     try:
         description: Any = document["model"]
-        # The data may have moved since.
+        # From config.json, because the data may have moved since this checkpoint was written.
         config = replace(TrainingConfig.from_json(description["config"], str(path)), dataset=dataset)
         height, width = description["image_size"]
         shape = description["channels"], (height, width), description["n_bins"], description["num_classes"]
@@ -196,5 +198,5 @@ def load_model(
 
 
 def take(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """The tensors whose names start with ``prefix``, without it."""
+    """The tensors whose names start with ``prefix``, which is removed from the names."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -28,13 +28,13 @@ from glow_kernels.training.update import Outcome, Update
 MAX_NON_FINITE = 5
 REMEDY = "Try a lower --learning-rate, a longer --warmup or a smaller --clip"
 VALIDATION_SEED = 1
-# Otherwise a run would find them missing only at its first validation.
+# Checked up front: a run would miss them only once it is under way.
 PACKAGES = ("matplotlib", "PIL", "tensorboard", "tqdm")
 
 
 @dataclass
 class Progress:
-    """What changes during a run, besides tensors; saved with every checkpoint."""
+    """The state of a run besides its tensors; saved with every checkpoint."""
 
     iteration: int = 0
     updates: int = 0
@@ -55,18 +55,18 @@ class Trainer:
         data: what to train on.
         folder: the run folder, made by :func:`glow_kernels.training.run_folder.prepare`.
         device: where to train.
-        resume: continue from the last checkpoint in ``folder``; on one CPU the losses are bit for bit those of a run
-            that was never interrupted.
-        show_progress: a progress bar, where standard error is a terminal.
-        ranks: the processes that train together, all of which call the same methods. The one that writes needs
-            ``folder``; to resume all of them read it.
-        cuda_graph: leave every decision in a step to the device, and replay the step as a CUDA graph; where that cannot
-            be, the reason is printed and training continues without.
+        resume: go on from the last checkpoint in ``folder``; on one CPU the losses are bit for bit those of a run that
+            was never interrupted.
+        show_progress: show a progress bar if standard error is a terminal.
+        ranks: the processes that train together, all of which call the same methods. Only the writer needs ``folder``,
+            except that on ``resume`` all of them read it.
+        cuda_graph: make every decision of a step on the device and replay the step as a CUDA graph; if that is
+            impossible, the reason is printed and training goes on without a graph.
 
     Raises:
         UsageError: the data do not fit the model, or a batch is too small for the ranks.
         CheckpointError: ``resume`` without a usable checkpoint.
-        DataError: ``resume`` with other data than those of the run.
+        DataError: ``resume`` with data that differ from the run's.
         MissingDependencyError: a package that training needs is not installed.
     """
 
@@ -97,7 +97,7 @@ class Trainer:
         self._saver = checkpoint.Saver()
         self._is_saved = False
         torch.manual_seed(config.seed)
-        # What is to be sharded may not fit on one device: it is made on the host.
+        # A model that will be sharded may not fit on one device, so it is built on the host.
         self.model = config.build_model_for(data).to("cpu" if ranks.fsdp else self.device)
         if _likes_channels_last(config, self.device) and not ranks.fsdp:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -130,7 +130,7 @@ class Trainer:
 
         Raises:
             TrainingError: too many non-finite steps in a row.
-            CheckpointError: something cannot be written; earlier checkpoints are intact.
+            CheckpointError: a file cannot be written; earlier checkpoints are intact.
         """
         try:
             return self._train()
@@ -138,7 +138,7 @@ class Trainer:
             self._saver.finish()
 
     def save(self) -> None:
-        """Write a checkpoint to resume from.
+        """Write a checkpoint from which the run can resume.
 
         Raises:
             CheckpointError: it cannot be written; an earlier one is intact.
@@ -163,7 +163,7 @@ class Trainer:
                 bar.update()
                 if self._is_due(self.config.validate_every):
                     report = self._validate(writer)
-                    # First, since writing the report fails if its reader has exited.
+                    # Save first: writing the report fails if its reader has closed the pipe.
                     self._save()
                     if writer is not None:
                         bar.write(report)
@@ -203,10 +203,10 @@ class Trainer:
             bar.write(f"training without a CUDA graph: {self.update.reason}")
 
     def _take_in(self, outcomes: list[Outcome]) -> None:
-        """Count what came of the latest steps.
+        """Update the counters with the outcomes of the latest steps.
 
         Raises:
-            TrainingError: too many of them in a row were not finite.
+            TrainingError: too many steps in a row were not finite.
         """
         progress = self.progress
         for number, outcome in enumerate(outcomes, start=progress.iteration - len(outcomes) + 1):
@@ -221,7 +221,7 @@ class Trainer:
                 raise TrainingError(self._divergence_report(number))
 
     def _batch(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
-        """This rank's share of a joint batch. All draw the noise of all of it, and so the same as one process."""
+        """This rank's share of a joint batch. Every rank draws the noise of the whole batch, as one process would."""
         mine = self.ranks.share(len(indices))
         x = self.model.dequantize(self.data.train[indices].to(self.device), self.noise)[mine]
         labels = self.data.train_labels
@@ -231,7 +231,7 @@ class Trainer:
 
     def _initialize(self) -> None:
         self.ranks.equalize(self.model)
-        # Statistics of more images than one batch has make a better start, but of large ones only a batch may fit.
+        # More images than one batch give better initial statistics, but of large images no more than a batch may fit.
         count = max(images_at_a_time(self.data.image_size), min(MOST_AT_A_TIME, self.config.batch_size))
         x, labels = self._batch(torch.arange(min(count, len(self.data.train))))
         with one_unit_at_a_time(self.model, self.device) if self.ranks.fsdp else nullcontext():
@@ -275,7 +275,7 @@ class Trainer:
     def _draw(self) -> None:
         model, data = self.average.model, self.data
         labels = self._labels("validation")
-        # Sharded weights need every rank to compute what one of them draws.
+        # With sharded weights every rank must take part in the computation, though only one writes the pictures.
         folder = self.folder if self.ranks.is_writer else None
         gallery.draw_samples(model, folder and folder / "samples.png")
         gallery.draw_reconstruction(model, data.validation, labels, folder and folder / "reconstruction.png")
@@ -340,7 +340,7 @@ class Trainer:
         for key, tensor in tensors.items():
             value = whole(tensor)
             if self.ranks.is_writer:
-                # One by one to the host: whole they may not fit on one device.
+                # Moved to the host one by one: together, the gathered tensors may not fit on one device.
                 gathered[key] = value.to("cpu", copy=self._trains_beside)
         if self.ranks.is_writer:
             save = self._saver.start if self._trains_beside else checkpoint.save
@@ -348,7 +348,7 @@ class Trainer:
 
     @property
     def _trains_beside(self) -> bool:
-        """Whether training continues while a checkpoint is written: the host is idle while another device computes."""
+        """Whether training goes on while a checkpoint is written: on a GPU the host is free to write it."""
         return self.device.type != "cpu"
 
     def _restore(self, path: Path, tensors: dict[str, Tensor], document: Mapping[str, Any]) -> None:
@@ -358,7 +358,7 @@ class Trainer:
             sampler = document["sampler"]
             self.sampler.load_state_dict({**sampler, **run_folder.take(tensors, "sampler.")})
             noise = tensors["noise"]
-            # A CPU's random numbers are not those of a GPU, nor is their state: on the other the noise begins anew.
+            # CPU and GPU generators have states of different sizes; after a change of device the noise starts afresh.
             if noise.shape == self.noise.get_state().shape:
                 self.noise.set_state(noise)
             progress = document["progress"]
@@ -382,14 +382,14 @@ class Trainer:
             unit="img",
             unit_scale=len(self.data.train[: self.config.batch_size]),
             desc="training",
-            # None shows the bar where standard error is a terminal.
+            # None shows the bar only if standard error is a terminal.
             disable=None if self.show_progress and self.ranks.is_writer else True,
             dynamic_ncols=True,
         )
 
 
 def _likes_channels_last(config: TrainingConfig, device: torch.device) -> bool:
-    # On a CPU the networks are up to 1.7 times faster; on a GPU low precision needs it for its tensor cores.
+    # On a CPU it makes the networks up to 1.7 times faster; on a GPU, bfloat16 needs it to use the tensor cores.
     return device.type == "cpu" or config.precision == "bfloat16"
 
 
@@ -398,7 +398,7 @@ def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:
-    # JSON has no infinity; only values that start infinite or unknown can be non-finite here.
+    # JSON has no infinity and no NaN: both become null, which is read back as infinity.
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
     }

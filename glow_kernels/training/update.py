@@ -1,7 +1,7 @@
-"""One step of optimisation: forward, backward, clipping, the guard against non-finite steps, optimizer and average.
+"""One training step: forward, backward, clipping, the guard against non-finite steps, optimizer and moving average.
 
-The host decides whether a step is good, which makes it wait for the device at every step; or, with ``capture``, the
-device does, so that the whole step can be a CUDA graph and the host reads what came of it when it wants to.
+By default the host decides whether a step is good, and so waits for the device at every step. With ``capture`` the
+device decides: then the whole step can be a CUDA graph, and the host reads the outcomes later.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from glow_kernels.training.ema import MovingAverage
 
 
 class Outcome(NamedTuple):
-    """What came of a step: means over the joint batch, and the norm of the gradient before clipping."""
+    """The outcome of a step: means over the joint batch, and the norm of the gradient before clipping."""
 
     loss: float
     bits_per_dim: float
@@ -29,7 +29,7 @@ class Outcome(NamedTuple):
 
     @property
     def is_finite(self) -> bool:
-        """Whether the weights took the step in; otherwise nothing has changed."""
+        """Whether the step was applied; otherwise weights, optimizer state and average are unchanged."""
         return math.isfinite(self.loss) and math.isfinite(self.norm)
 
 
@@ -37,12 +37,13 @@ class Update:
     """Takes batches and changes the weights, the optimizer's state and the average.
 
     Args:
-        objective: what is minimised, over ``model``, as :class:`~glow_kernels.training.objective.Objective` has it.
-        model: whose weights are updated.
-        average: of those weights.
+        objective: a module around ``model`` that returns what
+            :class:`~glow_kernels.training.objective.Objective` returns.
+        model: the model whose weights are updated.
+        average: the moving average of those weights.
         config: optimisation settings.
         ranks: the processes that train together.
-        capture: leave all decisions to the device, and record the step as a CUDA graph where that can be.
+        capture: make all decisions on the device, and record the step as a CUDA graph if possible.
     """
 
     def __init__(
@@ -72,11 +73,11 @@ class Update:
 
     @property
     def is_settled(self) -> bool:
-        """Whether it is known if steps are replayed as a CUDA graph."""
+        """Whether it has been decided if steps are replayed as a CUDA graph."""
         return bool(self._refusal) or self._step.is_settled
 
     def resume(self, updates: int) -> None:
-        """Continue after this many good steps."""
+        """Continue after ``updates`` good steps."""
         self._updates.fill_(updates)
 
     def __call__(self, x: Tensor, labels: Tensor | None, learning_rate: float, share: float) -> None:
@@ -84,8 +85,8 @@ class Update:
 
         Args:
             x, labels: this rank's part of the batch.
-            learning_rate: of this step.
-            share: the part of the joint batch that this is.
+            learning_rate: the learning rate of this step.
+            share: this rank's fraction of the joint batch.
         """
         if self.waits:
             self._host_decides(x, labels, learning_rate, share)
@@ -96,7 +97,7 @@ class Update:
         self._pending.append(self._step(x, *(() if labels is None else (labels,))).clone())
 
     def outcomes(self) -> list[Outcome]:
-        """Of the steps since the last call; waits for the device."""
+        """The outcomes of the steps since the last call; waits for the device."""
         rows = torch.stack(self._pending).tolist() if self._pending else []
         self._pending.clear()
         return [Outcome(*row) for row in rows]
@@ -118,7 +119,7 @@ class Update:
         with torch.no_grad():
             bad = (~means.isfinite()).any().to(means.dtype)
             torch._foreach_mul_(self._decayed, 1.0 - self._learning_rate * self.config.weight_decay * (1.0 - bad))
-            # The fused optimizer leaves everything as it is where this is set, as GradScaler has it.
+            # The fused optimizer skips its update if this is nonzero; GradScaler uses the same attribute.
             self.optimizer.found_inf = bad  # type: ignore[attr-defined]
             self.optimizer.step()
             self.average.update_unless(bad, self.model, self._updates)
@@ -126,10 +127,10 @@ class Update:
         return means
 
     def _gradients(self, x: Tensor, labels: Tensor | None, share: float) -> Tensor:
-        """Compute and clip the gradients; returns this rank's part of what an :class:`Outcome` holds."""
+        """Compute and clip the gradients; returns this rank's contribution to the fields of an :class:`Outcome`."""
         self.optimizer.zero_grad(set_to_none=True)
         loss, bits_per_dim = self.objective(x, labels)
-        # Ranks weigh as much as they have images, also where their gradients are averaged.
+        # Weights each rank by its number of images; times the number of ranks, since their gradients are averaged.
         (loss * (share * self.ranks.size)).backward()
         norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip))
         return torch.stack((loss.detach() * share, bits_per_dim * share, norm / self.ranks.size))
@@ -149,6 +150,6 @@ def _build_optimizer(model: nn.Module, config: TrainingConfig, capturable: bool)
 
 
 def _convolution_weights(model: nn.Module) -> list[Tensor]:
-    # Decay pulls towards a simpler network; decaying W or a log-scale would pull towards a particular volume.
+    # Decay favours simpler networks; decaying W or a log-scale would favour a particular change of volume.
     networks = [module for module in model.modules() if isinstance(module, CouplingNetwork)]
     return [convolution.weight for network in networks for convolution in (network.first, network.second, network.last)]

@@ -1,6 +1,6 @@
 """Image data for training: :func:`load` makes :class:`ImageData` from a one-line specification.
 
-Importing this needs torch only; NumPy, scikit-learn and Pillow are imported when a source uses them.
+Importing this module needs only torch; NumPy, scikit-learn and Pillow are imported when a source uses them.
 """
 
 import os
@@ -24,18 +24,18 @@ def load(
 
     Args:
         specification: ``digits``, ``patches``, ``cifar10:PATH`` (an archive of CIFAR-10 or a folder extracted
-            from one), ``folder:PATH`` (image files) or ``array:PATH`` (a .npy or .npz file); the module of
-            each source tells more.
-        n_bits: Bits to keep of each 8-bit value, 1 .. 8; ``n_bins`` becomes ``2**n_bits``. Data that has its
-            own number of levels (``digits``, an array with ``n_bins``) allows 8 only.
+            from one), ``folder:PATH`` (image files) or ``array:PATH`` (a .npy or .npz file); see the module of
+            each source.
+        n_bits: Bits to keep of each 8-bit value, 1 .. 8; ``n_bins`` becomes ``2**n_bits``. Must be 8 for data with
+            their own number of levels (``digits``, an array with ``n_bins``).
         image_size: Height and width in pixels for ``patches`` (32 if None) and ``folder`` (64 if None). For
-            the other sources, which do not resize, it must be what the images have.
-        show_progress: A bar while a folder is read, where standard error is a terminal.
+            the other sources, which do not resize, it must be the size of the images.
+        show_progress: Show a progress bar while a folder is read, if standard error is a terminal.
 
     Raises:
         DataError: the data is missing, damaged or not of the form expected.
         MissingDependencyError: a package that the source needs is not installed.
-        UsageError: the specification or an option makes no sense.
+        UsageError: the specification or an option is invalid.
     """
     if not 1 <= n_bits <= 8:
         raise UsageError(f"n_bits must be from 1 to 8, not {n_bits}")
@@ -60,5 +60,5 @@ def load(
 def parsed(specification: str) -> tuple[str, Path | None]:
     """The source that ``specification`` names, and the path of its data, if it names one."""
     source, _, location = specification.partition(":")
-    # The shell leaves a ~ that is not at the beginning of an argument alone.
+    # The shell expands ~ only at the beginning of an argument, not after "folder:".
     return source, Path(os.path.expanduser(location)) if location else None

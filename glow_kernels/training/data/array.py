@@ -1,14 +1,14 @@
-"""Images that were saved as NumPy arrays, in a ``.npy`` or ``.npz`` file. They are taken as they are.
+"""Images saved as NumPy arrays in a ``.npy`` or ``.npz`` file; they are neither resized nor rescaled.
 
-An array of images is of an integer type with values 0 .. 255 and has shape (N, H, W), (N, C, H, W) or
-(N, H, W, C) with 1, 3 or 4 channels; if both of the latter fit it is (N, C, H, W). A ``.npz`` file holds
+An array of images has an integer type, values 0 .. 255 and shape (N, H, W), (N, C, H, W) or (N, H, W, C) with 1, 3 or
+4 channels; if both of the latter fit, it is taken as (N, C, H, W). A ``.npz`` file holds
 
-- ``train``, ``validation`` and ``test``, perhaps with ``train_labels``, ``validation_labels``,
-  ``test_labels``; or
-- ``x``, perhaps with labels ``y``, which is split 80/10/10; or
-- one array of any name, which is split likewise;
+- ``train``, ``validation`` and ``test``, optionally with ``train_labels``, ``validation_labels`` and ``test_labels``;
+  or
+- ``x``, optionally with labels ``y``, which is split 80/10/10; or
+- a single array of any name, which is split 80/10/10 too;
 
-and perhaps ``n_bins``, the number of levels if it is not 256.
+and optionally ``n_bins``, the number of levels if it is not 256.
 """
 
 from pathlib import Path
@@ -36,13 +36,13 @@ _CHANNELS = (1, 3, 4)
 
 
 def load(name: str, path: Path, n_bits: int, image_size: int | None) -> ImageData:
-    """The images of a ``.npy`` or ``.npz`` file, with labels if it has some.
+    """The images of a ``.npy`` or ``.npz`` file, with labels if it has any.
 
     Args:
         name: The specification, for messages.
         path: The file.
-        n_bits: Bits to keep of each 8-bit value, 1 .. 8; must be 8 if the file says ``n_bins``.
-        image_size: The height and width that the images have, or None.
+        n_bits: Bits to keep of each 8-bit value, 1 .. 8; must be 8 if the file has ``n_bins``.
+        image_size: The height and width of the images, or None.
 
     Raises:
         DataError: the file cannot be read or its arrays do not have the form in this module's description.
@@ -75,10 +75,10 @@ def load(name: str, path: Path, n_bits: int, image_size: int | None) -> ImageDat
 
 
 def _read(path: Path) -> dict[str, Array]:
-    """The arrays of the file by name; the array of a .npy file has the name ""."""
+    """The arrays of the file by name; the array of a .npy file is named ""."""
     numpy = require("numpy", "NumPy", f"reading {path}")
     try:
-        # Opened here: NumPy leaves a damaged .npz file open that it has opened itself.
+        # Opened here, because NumPy does not close a damaged .npz file that it has opened itself.
         with path.open("rb") as file:
             content = numpy.load(file, allow_pickle=False)
             if isinstance(content, numpy.ndarray):
@@ -87,7 +87,7 @@ def _read(path: Path) -> dict[str, Array]:
     except OSError as error:
         raise DataError(f"cannot read {path}: {one_line(error)}; name a .npy or .npz file") from error
     except Exception as error:  # damaged files fail in numpy, zipfile, zlib, tokenize, ... each in its own way
-        # NumPy's message may advise to unpickle the file, which could run any code: it is not repeated here.
+        # NumPy's message is not repeated: it may advise unpickling the file, which could run any code.
         raise DataError(
             f"{path} is not a .npy or .npz file of numbers, or it is damaged ({type(error).__name__}); save "
             "the arrays again with numpy.save or numpy.savez"
@@ -101,7 +101,7 @@ def _n_bins(path: Path, value: Array) -> int:
 
 
 def _given_parts(path: Path, arrays: dict[str, Array]) -> dict[str, Tensor]:
-    """Parts, and labels named ``<part>_labels``, that the file itself tells apart."""
+    """Images and labels of the parts if the file is split; labels are named ``<part>_labels``."""
     labels = [f"{part}_labels" for part in _PARTS]
     expected = [*_PARTS, *(labels if set(labels) & set(arrays) else [])]
     missing = [key for key in expected if key not in arrays]
@@ -121,7 +121,7 @@ def _given_parts(path: Path, arrays: dict[str, Array]) -> dict[str, Tensor]:
 
 
 def _split_parts(path: Path, arrays: dict[str, Array]) -> dict[str, Tensor]:
-    """The same from one array of images, split 80/10/10."""
+    """Like :func:`_given_parts`, from one array of images, split 80/10/10."""
     if "x" not in arrays and len(arrays) != 1:
         raise DataError(
             f"{path} has the arrays {', '.join(sorted(arrays)) or '(none)'}; expected train, validation and test, "
@@ -139,7 +139,7 @@ def _split_parts(path: Path, arrays: dict[str, Array]) -> dict[str, Tensor]:
 
 
 def _images(where: str, array: Array) -> Tensor:
-    """Check images and give them the shape (N, C, H, W) and dtype uint8."""
+    """Check images and convert them to shape (N, C, H, W) and dtype uint8."""
     _check_is_integer(where, array, "images as integers 0 .. 255, for example (x * 255).round().astype('uint8')")
     if array.ndim == 3:
         array = array[:, None]

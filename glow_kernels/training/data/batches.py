@@ -1,4 +1,4 @@
-"""The order in which a run sees its images."""
+"""The order in which a run uses its images."""
 
 from collections.abc import Mapping
 
@@ -11,8 +11,8 @@ from glow_kernels.errors import CheckpointError, UsageError
 class BatchSampler:
     """Shuffled, endless mini-batch indices whose state can be saved and restored exactly.
 
-    Each epoch is a fresh permutation; what is left at its end and fills no batch is dropped. If there are
-    fewer images than a batch has, a batch is all of them.
+    Each epoch is a fresh permutation; an incomplete batch at its end is dropped. If there are fewer images than
+    ``batch_size``, each batch is all of them.
 
     Args:
         size: Number of images.
@@ -46,7 +46,7 @@ class BatchSampler:
         return batch
 
     def state_dict(self) -> dict[str, Tensor | int]:
-        """What :meth:`load_state_dict` needs: small, with the generator's state instead of the permutation."""
+        """The state for :meth:`load_state_dict`; small, since it has the generator's state, not the permutation."""
         return {
             "generator": self._generator_state.clone(),
             "epoch": self.epoch,
@@ -55,10 +55,10 @@ class BatchSampler:
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor | int]) -> None:
-        """Go on where the sampler was that ``state`` is from; the seed given to this one no longer matters.
+        """Continue from the position of the sampler that ``state`` is from; this sampler's own seed no longer matters.
 
         Raises:
-            CheckpointError: the state is damaged or of a sampler for another number of images. This sampler
+            CheckpointError: the state is damaged or from a sampler for another number of images. This sampler
                 is unchanged.
         """
         remedy = "resume with the data that the run began with"

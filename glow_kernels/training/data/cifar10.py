@@ -1,8 +1,8 @@
-"""CIFAR-10 as https://www.cs.toronto.edu/~kriz/cifar.html has it: 60000 RGB images, 32x32, in 10 classes.
+"""CIFAR-10 from https://www.cs.toronto.edu/~kriz/cifar.html: 60000 RGB images, 32x32, in 10 classes.
 
-The five training batches and the test batch are read from the python or the binary archive, without
-extracting it, or from a folder extracted from one. The python batches are pickles, which can run any code
-when they are loaded; here they can only make plain data.
+The five training batches and the test batch are read directly from the python or the binary archive, or from a folder
+extracted from one. The python batches are pickles, which could run any code when loaded; here a restricted unpickler
+makes only plain data of them.
 """
 
 import gzip
@@ -27,13 +27,13 @@ _FOLDERS = ("cifar-10-batches-py", "cifar-10-batches-bin")
 _IMAGE_SHAPE = (3, 32, 32)
 _IMAGE_BYTES = 3072
 _CLASSES = 10
-# The last 2000 of the 50000 training images.
+# With 25, the last 2000 of the 50000 training images are for validation.
 _TRAIN_IMAGES_PER_VALIDATION_IMAGE = 25
 _REMEDY = "download cifar-10-python.tar.gz or cifar-10-binary.tar.gz again and use it, or a folder extracted from it"
 
 
 def load(name: str, path: Path, n_bits: int, image_size: int | None) -> ImageData:
-    """CIFAR-10 with labels 0 .. 9: 48000 images to train, the last 2000 to validate, 10000 to test.
+    """CIFAR-10 with labels 0 .. 9: 48000 images to train, the last 2000 training images to validate, 10000 to test.
 
     Args:
         name: The specification, for messages.
@@ -82,7 +82,7 @@ def _read_folder(path: Path) -> dict[str, bytes]:
 def _read_archive(path: Path) -> dict[str, bytes]:
     files = {}
     try:
-        # All of it first: the checksum that finds a damaged archive comes at its very end.
+        # Decompress everything first: the checksum that reveals a damaged archive is at its very end.
         content = io.BytesIO(gzip.decompress(path.read_bytes()))
         with tarfile.open(fileobj=content, mode="r:") as archive:
             for member in archive:
@@ -96,7 +96,7 @@ def _read_archive(path: Path) -> dict[str, bytes]:
 
 
 def _parse_binary(where: str, content: bytes) -> tuple[Tensor, Tensor]:
-    """Records of one byte for the class, then 3072 for the image."""
+    """Parse records of one byte for the class, then 3072 for the image."""
     record = 1 + _IMAGE_BYTES
     if not content or len(content) % record:
         raise DataError(f"{where} has {len(content)} bytes, not a multiple of {record}; {_REMEDY}")
@@ -114,7 +114,7 @@ def _parse_pickle(where: str, content: bytes) -> tuple[Tensor, Tensor]:
 
 
 def _images_and_labels(where: str, images: Tensor, labels: Sequence[Any]) -> tuple[Tensor, Tensor]:
-    """Check one batch, images of shape (N, 3072), and give it the shapes (N, 3, 32, 32) and (N,)."""
+    """Check one batch, with images of shape (N, 3072), and return tensors of shapes (N, 3, 32, 32) and (N,)."""
     if images.dim() != 2 or images.shape[1] != _IMAGE_BYTES or len(images) != len(labels):
         raise DataError(
             f"{where} has data of shape {list(images.shape)} and {len(labels)} labels, not [N, {_IMAGE_BYTES}] "
@@ -126,7 +126,7 @@ def _images_and_labels(where: str, images: Tensor, labels: Sequence[Any]) -> tup
 
 
 class _PickledType:
-    """Stands in for a pickled numpy.dtype. Only its code counts; one-byte integers have no byte order."""
+    """Stands in for a pickled numpy.dtype. Only its code matters, as one-byte integers have no byte order."""
 
     def __init__(self, code: bytes, *_flags: object) -> None:
         self.code = code
@@ -158,9 +158,9 @@ _STAND_INS = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """Makes plain data only: the three names that a pickled array needs give inert stand-ins.
+    """Makes plain data only: the three names that a pickled array needs resolve to inert stand-ins.
 
-    NumPy's own functions are not used: they trust a pickle's shapes and types, and have moved since 2009.
+    NumPy's own functions are not used, since they trust a pickle's shapes and types and have moved since 2009.
     """
 
     def find_class(self, module_name: str, global_name: str) -> type[_PickledArray] | type[_PickledType]:

@@ -14,7 +14,7 @@ def load(n_bits: int, image_size: int | None) -> ImageData:
 
     Raises:
         MissingDependencyError: scikit-learn is not installed.
-        UsageError: ``n_bits`` is not 8 (its default) or ``image_size`` is not 8.
+        UsageError: ``n_bits`` is not 8, its default, or ``image_size`` is neither 8 nor None.
     """
     if n_bits != 8:
         raise UsageError(f"n_bits {n_bits} does not apply to digits, which always has 17 levels; leave it out")

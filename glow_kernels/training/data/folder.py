@@ -1,4 +1,4 @@
-"""A folder of image files of any size and kind that Pillow reads, made into square RGB images of one size."""
+"""A folder of image files of any size and format that Pillow reads, converted to square RGB images of one size."""
 
 import functools
 import os
@@ -21,16 +21,16 @@ _ADD_IMAGES = "add images, for example .png or .jpg files"
 def load(name: str, path: Path, n_bits: int, image_size: int | None, show_progress: bool = False) -> ImageData:
     """The images below a folder, without labels, split 80/10/10 with at least one image in each part.
 
-    An image is turned upright (EXIF), converted to RGB (transparency is dropped, of an animation the first
-    frame is taken), resized so that its shorter side is ``image_size`` and cropped about its centre. The
-    split depends on the number of images and on the order of their names only.
+    An image is rotated upright (EXIF), converted to RGB (without transparency; only the first frame of an animation),
+    resized so that its shorter side is ``image_size``, and cropped around its centre. The split depends only on the
+    number of images and the order of their names.
 
     Args:
         name: The specification, for messages.
-        path: The folder; sub-folders are searched too. Names that begin with a dot are passed over.
+        path: The folder; sub-folders are searched too. Names that begin with a dot are skipped.
         n_bits: Bits to keep of each 8-bit value, 1 .. 8.
         image_size: Height and width in pixels; 64 if None.
-        show_progress: A bar while the images are read, where standard error is a terminal.
+        show_progress: Show a progress bar while the images are read, if standard error is a terminal.
 
     Raises:
         DataError: the folder cannot be read or has fewer than 3 images, or an image cannot be read.
@@ -43,7 +43,7 @@ def load(name: str, path: Path, n_bits: int, image_size: int | None, show_progre
         raise DataError(f"{path} has no image files, not even in sub-folders; {_ADD_IMAGES}")
     train, validation, test = split_80_10_10(len(files), str(path))
     images = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
-    with ThreadPoolExecutor() as pool:  # Pillow lets others work while it decodes
+    with ThreadPoolExecutor() as pool:  # Pillow releases the GIL while it decodes
         read = pool.map(functools.partial(_read, size=size, pillow=pillow), files)
         for index, image in enumerate(
             with_progress(read, "reading", "images", total=len(files), is_shown=show_progress)
@@ -64,14 +64,14 @@ def load(name: str, path: Path, n_bits: int, image_size: int | None, show_progre
 def _image_files(path: Path, pillow: ModuleType) -> list[Path]:
     """The files with an extension of a format that Pillow reads, sorted by their path below ``path``.
 
-    Hidden ones are thumbnails, or what another system keeps of a file beside it, under its name: no images to train on.
+    Hidden files are skipped: they are thumbnails or metadata that a system keeps beside an image under its name.
     """
-    # Some formats, such as PDF, Pillow can only write.
+    # Some formats, such as PDF, Pillow can write but not read.
     extensions = {extension for extension, kind in pillow.registered_extensions().items() if kind in pillow.OPEN}
     files: list[Path] = []
     try:
         for folder, inner, names in os.walk(path, onerror=_raise):
-            # Nor are hidden folders entered, of which some cannot be.
+            # Hidden folders are not entered either; some of them cannot be listed.
             inner[:] = [name for name in inner if not name.startswith(".")]
             shown = (name for name in names if not name.startswith("."))
             files += (Path(folder, name) for name in shown if os.path.splitext(name)[1].lower() in extensions)
@@ -91,7 +91,7 @@ def _read(file: Path, size: int, pillow: ModuleType) -> Tensor:
     try:
         with pillow.open(file) as image:
             square = _square(_to_rgb(image), size, pillow)
-    except Exception as error:  # Pillow's readers let through whatever goes wrong in them
+    except Exception as error:  # Pillow's readers may raise exceptions of any type
         raise DataError(f"cannot read image {file}: {one_line(error)}; replace or remove it") from error
     pixels = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8)
     return pixels.view(size, size, 3).permute(2, 0, 1)
@@ -101,11 +101,11 @@ def _to_rgb(image: Any) -> Any:
     from PIL import ImageOps
 
     if image.mode == "F" or image.mode.startswith("I"):
-        # Pillow would cut their values off at 255.
+        # Pillow would clip their values at 255.
         raise ValueError(f"it has more than 8 bits per value (mode {image.mode})")
     upright = ImageOps.exif_transpose(image)
     if upright.mode == "P":
-        # Through RGBA: Pillow warns of a palette with transparency that becomes RGB directly.
+        # Through RGBA, since Pillow warns if a palette with transparency is converted to RGB directly.
         upright = upright.convert("RGBA")
     return upright.convert("RGB")
 

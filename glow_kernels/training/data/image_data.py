@@ -1,4 +1,4 @@
-"""What every data source returns, and what the sources share: levels, parts and messages."""
+"""What every data source returns, and what the sources share: quantisation, splits and checks."""
 
 import importlib
 import zlib
@@ -11,13 +11,13 @@ from torch import Tensor
 
 from glow_kernels.errors import DataError, MissingDependencyError, UsageError
 
-# Fixed for ever: with another seed, images held out of an old run would be trained on by a new one.
+# Never change it: with another seed, a resumed or new run would train on images that an old run held out.
 SPLIT_SEED = 0
 
 
 @dataclass(frozen=True, eq=False)
 class ImageData:
-    """Images as integer levels, split into parts that never overlap.
+    """Images as integer levels, split into disjoint parts.
 
     Attributes:
         name: The specification that the data was made from, for example ``digits`` or ``folder:/x``.
@@ -26,11 +26,11 @@ class ImageData:
         validation: Images for early stopping and the choice of the best checkpoint.
         test: Images held out: never trained on, never used to choose anything.
         train_labels: Classes 0 .. ``num_classes - 1`` of ``train``, int64 of shape (N,), or None.
-        validation_labels: Those of ``validation``.
-        test_labels: Those of ``test``.
-        num_classes: Number of classes; None, as are all labels, if the data has none.
-        source: What identifies the images where another machine may decode them a little differently; empty where
-            their values do.
+        validation_labels: Classes of ``validation``, likewise.
+        test_labels: Classes of ``test``, likewise.
+        num_classes: Number of classes; None, like all labels, if the data has none.
+        source: Bytes that identify the images if other machines may decode them slightly differently; empty if their
+            pixel values identify them.
     """
 
     name: str
@@ -46,7 +46,7 @@ class ImageData:
 
     @property
     def channels(self) -> int:
-        """Channels of an image."""
+        """Number of channels of an image."""
         return self.train.shape[1]
 
     @property
@@ -56,9 +56,9 @@ class ImageData:
 
     @cached_property
     def fingerprint(self) -> dict[str, int]:
-        """Numbers that differ if other images are in one of the parts: their counts and a checksum.
+        """Numbers that identify the data: the image count of each part, and a checksum of all images.
 
-        So does ``labels``, which is there if labels are, if these differ.
+        If the data has labels, their checksum is in ``labels``.
         """
         parts = {"train": self.train, "validation": self.validation, "test": self.test}
         checksum = zlib.crc32(self.source)
@@ -92,10 +92,10 @@ def to_levels(images: Tensor, n_bits: int) -> Tensor:
 
 
 def check_image_size(image_size: int | None, actual: tuple[int, int], name: str) -> None:
-    """Refuse an image size that is not that of data with a fixed size.
+    """Check a requested image size against data that are not resized.
 
     Raises:
-        UsageError: ``image_size`` is given and not both height and width in ``actual``.
+        UsageError: ``image_size`` is given and differs from the height or width in ``actual``.
     """
     if image_size is not None and actual != (image_size, image_size):
         raise UsageError(
@@ -105,19 +105,19 @@ def check_image_size(image_size: int | None, actual: tuple[int, int], name: str)
 
 
 def split_indices(count: int, validation: int, test: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Indices, int64, of the train, validation and test parts of ``count`` images, always the same ones.
+    """Indices, int64, of the train, validation and test parts of ``count`` images; the same at every call.
 
     Raises:
         MissingDependencyError: NumPy is not installed.
     """
-    # NumPy and not torch: torch promises no stable random numbers, and a split must outlive an upgrade.
+    # NumPy, not torch: a split must survive upgrades, and torch does not promise stable random numbers.
     numpy = require("numpy", "NumPy", "splitting data")
     order = torch.from_numpy(numpy.random.default_rng(SPLIT_SEED).permutation(count))
     return order[test + validation :], order[test : test + validation], order[:test]
 
 
 def split_80_10_10(count: int, name: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Like :func:`split_indices`, with a tenth, but at least one image, for validation and for test.
+    """Like :func:`split_indices`, with a tenth of the images, but at least one, each for validation and test.
 
     Raises:
         DataError: there are fewer than 3 images.

@@ -9,7 +9,7 @@ from glow_kernels.errors import UsageError
 from glow_kernels.training.data.image_data import SPLIT_SEED, ImageData, require, to_levels
 
 _DEFAULT_SIZE = 32
-# First column and end of the band of both photographs that each part is cropped from.
+# Each part is cropped from its own band of columns of both photographs: first column, end.
 _TRAIN_BAND, _VALIDATION_BAND, _TEST_BAND = (0, 448), (448, 544), (544, 640)
 _LARGEST_SIZE = 96
 _TRAIN_CROPS, _VALIDATION_CROPS, _TEST_CROPS = 8192, 512, 1024
@@ -18,7 +18,7 @@ _TRAIN_CROPS, _VALIDATION_CROPS, _TEST_CROPS = 8192, 512, 1024
 def load(n_bits: int, image_size: int | None) -> ImageData:
     """8192 RGB crops to train, 512 to validate and 1024 to test, each part from its own band of columns.
 
-    The crops are ``image_size`` (32 if None) pixels high and wide, and always the same ones.
+    The crops are ``image_size`` (32 if None) pixels high and wide, and the same at every call.
 
     Raises:
         MissingDependencyError: scikit-learn or Pillow is not installed.
@@ -44,7 +44,7 @@ def load(n_bits: int, image_size: int | None) -> ImageData:
 
 
 def _crops(photographs: Tensor, band: tuple[int, int], size: int, count: int, random: Any) -> Tensor:
-    """Crops at random positions: (photographs, C, height, width) to (count, C, size, size)."""
+    """Crop at random positions: (photographs, C, height, width) to (count, C, size, size)."""
     which = random.integers(len(photographs), size=count).tolist()
     tops = random.integers(photographs.shape[2] - size + 1, size=count).tolist()
     lefts = random.integers(band[0], band[1] - size + 1, size=count).tolist()
