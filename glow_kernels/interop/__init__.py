@@ -1,6 +1,6 @@
-"""Existing Glow code made faster: :func:`accelerate`, :func:`restore`, and what they report; :func:`convert`.
+"""Make existing Glow code faster (:func:`accelerate`, :func:`restore`) and convert its weights (:func:`convert`).
 
-A file per dialect says what its layers look like and how they are computed with the operators; the others recognise,
+Each dialect has a module that describes its layers and computes them with the operators; the other modules recognise,
 probe, prove, patch and report. No other project is imported.
 """
 

@@ -1,4 +1,4 @@
-"""What the report says has become better, in the words that several dialects share; tests show each on originals."""
+"""Improvements that the report lists for several dialects; tests demonstrate each of them on the original code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Faithful copies of layers, and copies whose parameters show what they do."""
+"""Faithful copies of layers, and copies with parameters that reveal what the layers compute."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from torch.nn.utils.weight_norm import WeightNorm
 from glow_kernels.interop.patch import CONSTANTS, FLAG, INITIALIZED, Mismatch
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-# Without these hooks a layer would have the weight of its last call.
+# Hooks that compute a weight; without them a layer would keep that of its last call.
 _NORMS = (WeightNorm, SpectralNorm)
 
 
 def faithful_copy(module: Any, copies: dict[int, Any] | None = None) -> Any:
-    """A deep copy of ``module`` without hooks but those that normalise weights, in which closures see the copy.
+    """A deep copy of ``module`` whose closures refer to the copy, without hooks except those that normalise weights.
 
     Args:
-        module: anything.
-        copies: by identity, what takes the place of parts of it.
+        module: any module.
+        copies: replacements for parts of it, by ``id``.
 
     Raises:
         Mismatch: it cannot be copied.
     """
     copies = {} if copies is None else copies
     replaced = {layer for layer in module.modules() if id(layer) in copies}
-    for _, layer in module.named_modules(memo=replaced):  # without what is inside of those
-        # Of empty ones, which take deepcopy most of its time, a module has a dozen.
+    for _, layer in module.named_modules(memo=replaced):  # without the submodules of replaced ones
+        # A module has a dozen empty dictionaries, which take most of deepcopy's time.
         empty = [value for value in vars(layer).values() if type(value) in (dict, OrderedDict) and not value]
         copies |= {id(value): type(value)() for value in empty}
         for hooks in (getattr(layer, name) for name in _HOOKS):
             copies[id(hooks)] = OrderedDict(item for item in hooks.items() if isinstance(item[1], _NORMS))
-        # Which deepcopy refuses; nflows keeps some in an object of its own.
+        # deepcopy refuses tensors with a graph; nflows keeps some in an object of its own.
         held = [vars(layer), *(vars(value) for value in vars(layer).values() if hasattr(value, "__dict__"))]
         results = [value for values in held for value in values.values() if isinstance(value, Tensor)]
         copies |= {id(result): result.detach().clone() for result in results if not result.is_leaf}
@@ -49,7 +49,7 @@ def faithful_copy(module: Any, copies: dict[int, Any] | None = None) -> Any:
         for name, value in list(layer.__dict__.items()):
             if isinstance(value, types.FunctionType) and value.__closure__:
                 layer.__dict__[name] = rebound = _rebind(value, copies)
-                # A patched copy would take it for a change, and compute as the original with which it is compared.
+                # Otherwise a patched copy would see a changed constant and fall back to the original's code.
                 if CONSTANTS in layer.__dict__:
                     layer.__dict__[CONSTANTS].exchange(name, rebound)
     return copied
@@ -57,14 +57,14 @@ def faithful_copy(module: Any, copies: dict[int, Any] | None = None) -> Any:
 
 @torch.no_grad()
 def randomised(module: Any) -> Any:
-    """``module``, a copy, with parameters moved away from values that hide what they do, and ActNorms initialised."""
+    """Move parameters of ``module``, a copy, away from values that hide their effect, and mark ActNorms initialised."""
     generator = torch.Generator().manual_seed(1)
     parameters = dict(module.named_parameters())
     for name, parameter in parameters.items():
-        # What a layer keeps together with its inverse stays that.
+        # A matrix and its inverse, if a layer stores both, must stay inverses of each other.
         kept = name.endswith("_inv") or f"{name}_inv" in parameters
         if parameter.is_floating_point() and not kept:
-            # Of the matrix that it is, or whose triangle it may hold: what a large one is multiplied by stays moderate.
+            # The size of the matrix, or of the one whose triangle this may be: products with large ones stay moderate.
             is_list = parameter.numel() == max(parameter.shape, default=1)
             width = (2 * parameter.numel()) ** 0.5 if is_list else max(parameter.shape)
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
@@ -78,7 +78,7 @@ def randomised(module: Any) -> Any:
 
 @torch.no_grad()
 def with_flags(module: Any, initialized: bool) -> Any:
-    """``module``, a copy, whose ActNorms believe that they have been initialised, or that they have not."""
+    """Set the flags of the ActNorms in ``module``, a copy, to initialised or not initialised."""
     for layer in module.modules():
         layer.__dict__.pop(FLAG, None)
         for name, meaning in INITIALIZED.items():
@@ -91,19 +91,19 @@ def with_flags(module: Any, initialized: bool) -> Any:
 
 
 def _rebind(function: types.FunctionType, copies: dict[int, Any]) -> types.FunctionType:
-    """``function`` whose closure holds the copies of what it held, also as methods and in closures of their own."""
+    """A copy of ``function`` whose closure refers to copies, also through bound methods and nested closures."""
     cells = tuple(types.CellType() for _ in function.__closure__ or ())
     code, names = function.__code__, function.__globals__
     rebound = types.FunctionType(code, names, function.__name__, function.__defaults__, cells)
     rebound.__kwdefaults__ = function.__kwdefaults__
-    copies[id(function)] = rebound  # which its own closure may hold
+    copies[id(function)] = rebound  # its own closure may refer to it
     for cell, held in zip(cells, function.__closure__ or (), strict=True):
         cell.cell_contents = _copy_of(held.cell_contents, copies)
     return rebound
 
 
 def _copy_of(value: Any, copies: dict[int, Any]) -> Any:
-    """What takes the place of ``value`` in the closure of a copy."""
+    """What replaces ``value`` in the closure of a copy."""
     if isinstance(value, types.MethodType):
         return types.MethodType(value.__func__, copies.get(id(value.__self__), value.__self__))
     if isinstance(value, types.FunctionType) and value.__closure__ and id(value) not in copies:

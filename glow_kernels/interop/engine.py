@@ -50,7 +50,7 @@ from glow_kernels.ops._checks import check_choice, check_module, check_whole
 from glow_kernels.progress import with_progress
 from glow_kernels.reversible import POLICIES
 
-# Layers with more of a structure first: survae's convolution has an inverse, that of OpenAI's ports has none.
+# Dialects with the more specific structure first: survae's convolution has an inverse method, OpenAI's has not.
 DIALECTS = (
     convolutions,
     rosinality,
@@ -71,32 +71,32 @@ def accelerate(
 ) -> Report:
     """Make the flow layers of ``model`` compute with the fused operators, in place, and change nothing else.
 
-    Layers are recognised by their structure; options that copies of well-known code may have changed, such as the
-    scale function of a coupling, are found by probing; then each patched layer is compared with the original, in both
-    directions and with gradients, and unpatched if they disagree. Parameters, buffers, ``state_dict`` keys, hooks,
+    Layers are recognised by their structure; options that copies of well-known code may have changed, such as the scale
+    function of a coupling, are found by probing; then each patched layer is compared with the original, in both
+    directions and with gradients, and is not patched if they disagree. Parameters, buffers, ``state_dict`` keys, hooks,
     optimizers, modes, copying and pickling stay as they were. Calling it again only changes ``memory``.
 
-    Unless ``memory`` is ``"store"``, layers that run a network keep no activations of it; backward recomputes them. If
-    a step receives the very tensor that another one returned, the two form a chain, as in a
-    :class:`~glow_kernels.ReversibleSequential`. In training under ``torch.compile``, and in ``DataParallel``, each step
-    keeps its input. A step with hooks on its layers keeps everything while it has them.
+    With any other ``memory`` than ``"store"``, layers that run a network keep none of its activations; backward
+    recomputes them. Steps form a chain, as in a :class:`~glow_kernels.ReversibleSequential`, where one is given the
+    very tensor that another returned. In training under ``torch.compile``, and in ``DataParallel``, every step keeps
+    its input instead. A step whose layers have hooks keeps everything meanwhile.
 
     Args:
         model: any module; layers are looked for at every depth.
-        memory: what a chain keeps: ``"store"`` everything, as PyTorch does; ``"checkpoint"`` the state before every
-            step; ``"anchor"`` that before every ``anchor_every``-th and the last one; ``"invert"`` the last one.
+        memory: what a chain keeps: ``"store"`` everything, as PyTorch does; ``"checkpoint"`` the input of every step;
+            ``"anchor"`` the input of every ``anchor_every``-th step and the last output; ``"invert"`` the last output.
         anchor_every: number of steps from one anchor to the next.
-        micro_batches: evaluate every step in this many parts of the batch, which divides the memory that its network
-            takes while it works. Not for ``"store"``.
-        verify: compare every patched layer with the original. Without, results are wrong where a layer has the
-            structure of a known one but another formula.
+        micro_batches: evaluate every step in this many parts of the batch, which divides the working memory of its
+            network. Must be 1 with ``"store"``.
+        verify: compare every patched layer with the original. Without it, recognition and probing are trusted, and a
+            layer that has the structure of a known one but another formula gives other results.
 
     Returns:
-        A report to print, or to read by a program.
+        a report, to print or to process.
 
     Raises:
         TypeError: ``model`` is not a module, or a number is not whole.
-        ValueError: an unknown policy, or a number below 1.
+        ValueError: an unknown policy, a number below 1, or ``micro_batches`` above 1 with ``"store"``.
     """
     check_module("model", model)
     workshop = Workshop(_memory(memory, anchor_every, micro_batches))
@@ -123,7 +123,7 @@ def accelerate(
 
 
 def restore(model: nn.Module) -> int:
-    """Undo :func:`accelerate`: every layer gets its own class back.
+    """Undo :func:`accelerate`: every layer gets its original class back.
 
     Returns:
         The number of layers that were restored.
@@ -137,7 +137,7 @@ def restore(model: nn.Module) -> int:
 
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Keep random numbers, warnings and modes of the caller as they are while layers are probed."""
+    """Isolate probing from the caller's random state, warnings, autograd and autocast modes, and global hooks."""
     numpy = sys.modules.get("numpy")
     python_numbers, numpy_numbers = random.getstate(), None if numpy is None else numpy.random.get_state()
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda" and p.device.index is not None}
@@ -162,9 +162,9 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _exact_products() -> Iterator[None]:
-    """Products of float32 in float32: by default convolutions on a GPU are in TF32, which no operator would agree with.
+    """Compute float32 products in float32: convolutions on a GPU use TF32 by default, which no operator agrees with.
 
-    PyTorch has newer settings beside older ones, and fails where it asks for an older one that says something else.
+    PyTorch has newer settings beside older ones, and raises when an older one is read while the two disagree.
     """
     backends: Any = torch.backends
     cudnn, mkldnn = backends.cudnn, backends.mkldnn
@@ -185,7 +185,7 @@ def _exact_products() -> Iterator[None]:
 
 @contextmanager
 def _without_global_hooks() -> Iterator[None]:
-    """Hooks for every module would see copies, and patched ones would compute as the originals to show them layers."""
+    """Remove global hooks: they would see the copies, and make patched layers fall back to the original code."""
     forward = ("forward_pre_hooks", "forward_hooks", "forward_hooks_with_kwargs", "forward_hooks_always_called")
     names = (*forward, "backward_pre_hooks", "backward_hooks")
     registries = [getattr(torch.nn.modules.module, f"_global_{name}") for name in names]
@@ -223,7 +223,7 @@ def _look_at(
                 memory, memory_reason = _memory_of_step(module, patch, options, workshop, verify)
         except Mismatch as mismatch:
             reason = _first_line(mismatch)
-        except Exception as error:  # whatever an unforeseen layer does, it stays unpatched
+        except Exception as error:  # foreign code may fail in any way; then the layer is not patched
             reason = f"it could not be examined: {in_brief(error)}"
     name, patched = type(module).__name__, not reason
     row = LayerReport(path, name, patch.dialect, patch.kind, patched, agreement=agreement, reason=reason)
@@ -238,10 +238,10 @@ def _look_at(
 
 def _matches(patch: type[Patch], module: nn.Module) -> bool:
     try:
-        # In wolf and MACOW inverse is no method, but says which direction is the density's.
+        # In wolf and MACOW, inverse is not a method but a flag for the density direction.
         has_methods = all(callable(getattr(type(module), name, None)) for name in patch.methods)
         return has_methods and patch.matches(module)
-    except Exception:  # as of parameters without shapes, or of properties that raise
+    except Exception:  # such as parameters without shapes, or properties that raise
         return False
 
 
@@ -249,7 +249,7 @@ def _examine(module: nn.Module, patch: type[Patch], workshop: Workshop, verify: 
     """Options and agreement.
 
     Raises:
-        Mismatch: it must not be patched.
+        Mismatch: it cannot be patched.
     """
     reason = why_not_patchable(module, patch.methods)
     if reason is not None:
@@ -261,25 +261,25 @@ def _examine(module: nn.Module, patch: type[Patch], workshop: Workshop, verify: 
 def _memory_of_step(
     module: nn.Module, patch: type[Patch], options: Any, workshop: Workshop, verify: bool
 ) -> tuple[Memory | None, str]:
-    """What a step keeps, and why that is everything although it was to keep less."""
+    """What a step keeps for backward, and the reason if that is everything although less was asked for."""
     try:
         memory = workshop.memory_for(module)
         if memory is not None and verify:
             prove(module, patch, options, workshop, memory)
-    except Exception as error:  # as above: it keeps everything
+    except Exception as error:  # foreign code may fail in any way; then the step keeps everything
         return None, _first_line(error)
     return memory, ""
 
 
 def _prove_chains(model: nn.Module, workshop: Workshop) -> None:
-    """Steps that follow one another in the model, and keep little, keep everything if the chain of them disagrees."""
+    """Prove chains of consecutive steps that recompute their activations; where one disagrees, its steps store them."""
 
     def kind(module: nn.Module) -> Any:
         if workshop.memories.get(module) is None or patch_of(module) is not None:
             return None
         patch, options = workshop.decisions[module]
         if patch.parts.__func__ is Patch.parts.__func__:  # type: ignore[attr-defined]
-            return None  # each by itself
+            return None  # it forms no chain
         return patch, patch.calls(module, options)[0].shapes
 
     for parent in model.modules():
@@ -315,7 +315,7 @@ def _memory(policy: str, anchor_every: int, micro_batches: int) -> Memory | None
 
 
 def _is_outdated(module: nn.Module, memory: Memory | None) -> bool:
-    """Whether ``module`` is patched for another memory, or is no longer what it was then."""
+    """Whether ``module`` was patched for another memory, or has changed since it was patched."""
     patch, current = patch_of(module), memory_of(module)
     if patch is None:
         return False
@@ -332,5 +332,5 @@ def _patches() -> tuple[type[Patch], ...]:
 
 
 def _first_line(error: Exception) -> str:
-    """What an error says, without what compilers and dispatchers add."""
+    """The first line of an error's message, without what compilers and dispatchers add."""
     return str(error).partition("\n")[0][:300]

@@ -1,8 +1,8 @@
-"""How a layer of existing code gets another computation and keeps everything else.
+"""Patching: replaces the computation of a layer of existing code and nothing else.
 
-The class of the *instance* is exchanged for a subclass whose methods compute with the fused operators. Parameters,
-buffers, hooks, modes and the identity of the module stay; ``isinstance`` and ``repr`` say what they said. Deep copies
-keep the new class, as a method stored on the instance would not, and so do pickles.
+The class of the *instance* is replaced by a subclass whose methods compute with the fused operators. Parameters,
+buffers, hooks, modes and the identity of the module stay the same, and so do the answers of ``isinstance`` and
+``repr``. Deep copies and pickles keep the new class; methods stored on the instance would break them.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ if TYPE_CHECKING:
     from glow_kernels.interop.steps import Parts
     from glow_kernels.interop.workshop import Workshop
 
-# What a patch keeps on the instance: what was found by probing, what that takes for constant, the flag that was last
-# read as true, what a step keeps for backward, and the modules with which it may keep that little.
+# Attributes that a patch stores on the instance: the options found by probing, the constants that they depend on, the
+# initialisation flag last read as true, what a step keeps for backward, and the submodules for which it may keep that.
 _OPTIONS = "_glow_kernels_options"
 CONSTANTS = "_glow_kernels_constants"
 FLAG = "_glow_kernels_flag"
 MEMORY = "_glow_kernels_memory"
 _MODULES = "_glow_kernels_modules"
-# And on the generated class.
+# Attributes of the generated class.
 _PATCH = "_glow_kernels_patch"
 _ORIGINAL = "_glow_kernels_original"
-# Attributes, and their values, by which ActNorms of the dialects know that they have been initialised.
+# Flags of the dialects' ActNorms, with the value that means that they have been initialised.
 INITIALIZED = {
     "initialized": True,
     "inited": True,
@@ -50,20 +50,20 @@ INITIALIZED = {
 _CLASSES: dict[tuple[type[Patch], type[nn.Module]], type[nn.Module]] = {}
 
 
-class Mismatch(Exception):  # noqa: N818 - an answer, which ends as a row of the report
+class Mismatch(Exception):  # noqa: N818 - not an error: it becomes a row of the report
     """The layer does not do what its structure suggests; the message says what it does instead."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """One way to call a layer, with which the patch is proven.
+    """One way to call a layer, for the proof of its patch.
 
     Attributes:
-        name: a word for the report, ``"forward"`` or ``"inverse"`` where there is one of each.
-        run: calls the module with the random inputs.
-        shapes: of those inputs.
-        optional: the layer itself may refuse this call; then it is not compared.
-        untouchable: it gives a context that cannot be used, nor kept for backward.
+        name: for the report, such as ``"forward"`` or ``"inverse"``.
+        run: calls the module with random inputs.
+        shapes: of these inputs.
+        optional: the original layer may refuse this call; then it is not compared.
+        untouchable: it passes a context that can be neither used nor kept for backward.
     """
 
     name: str
@@ -75,10 +75,10 @@ class Call:
 
 @dataclass(frozen=True)
 class Results:
-    """Options of a linear layer: what it returns, where copies of a dialect differ in that.
+    """Options of a linear layer whose return values differ between the copies of a dialect.
 
     Attributes:
-        has_log_det: a log-determinant beside the data, in the direction in which that is not certain.
+        has_log_det: whether it returns a log-determinant with the data, in the direction where copies differ.
     """
 
     has_log_det: bool
@@ -91,18 +91,18 @@ class Results:
 class Patch:
     """How to recognise a layer, and the methods that replace its own; never instantiated.
 
-    The functions called as one of ``methods`` are those of a module: ``self`` is the layer, and ``own(self)`` the class
-    that it had, for cases that stay as they were.
+    The functions named in ``methods`` become methods of the layer: their ``self`` is the layer, and ``own(self)`` is
+    its original class, to be called in cases that the patch does not compute.
 
     Attributes:
         dialect, kind: what the layer is recognised as.
-        better: what is improved in every such layer.
-        note: what of the layer stays as it was, and why, for the report.
-        methods: names of the methods that replace those of the layer. They are called while the layer's attributes and
-            buffers are what they were, with arguments that they know.
-        live: names of attributes and buffers that they read whenever they compute.
-        has_network: it runs a network by :func:`glow_kernels.interop.memory.run` or ``run_alone``, whose activations
-            need not be kept.
+        better: what is improved in every such layer, for the report.
+        note: what part of the layer is not patched, and why, for the report.
+        methods: names of the methods that replace those of the layer. They are called only while the layer's attributes
+            and buffers are as they were found, and only with arguments that they take; else the original is called.
+        live: names of attributes and buffers that these methods read at every call, and that may therefore change.
+        has_network: it runs a network through :func:`glow_kernels.interop.memory.run` or ``run_alone``, so that its
+            activations need not be kept.
     """
 
     dialect: ClassVar[str]
@@ -115,7 +115,7 @@ class Patch:
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
-        """Whether the structure of ``module`` is that of this layer."""
+        """Whether ``module`` has the structure of this layer."""
         raise NotImplementedError
 
     @classmethod
@@ -129,42 +129,42 @@ class Patch:
 
     @classmethod
     def improvements(cls, module: Any, options: Any) -> tuple[str, ...]:
-        """What is not imitated but improved, for the report."""
+        """What the patch improves besides speed, for the report."""
         return cls.better
 
     @classmethod
     def calls(cls, module: Any, options: Any) -> list[Call]:
-        """The calls that users make, for the proof; that in the density direction first."""
+        """The calls that users make, for the proof; the density direction comes first."""
         raise NotImplementedError
 
     @classmethod
     def inner(cls, module: Any) -> Sequence[nn.Module]:
-        """Modules in ``module``, other than its network, of whose attributes the options tell too."""
+        """Submodules of ``module``, except its network, whose attributes the options depend on too."""
         return ()
 
     @classmethod
     def parts(cls, module: Any) -> Parts | None:
-        """What the patched ``module`` computes with, if that is a step of flow that can be computed as a whole."""
+        """The parts of the patched ``module``, if it is a step of flow that can be computed as a whole."""
         return None
 
 
 def patch_of(module: nn.Module) -> type[Patch] | None:
-    """How ``module`` is patched, or None, as for a new instance of the class of one that is."""
+    """The patch of ``module``; None if it has none, as a new instance of a patched module's class."""
     return getattr(type(module), _PATCH, None) if _OPTIONS in module.__dict__ else None
 
 
 def options_of(module: nn.Module) -> Any:
-    """What was found when ``module`` was patched."""
+    """The options that were found for the patched ``module``."""
     return module.__dict__[_OPTIONS]
 
 
 def own(module: nn.Module) -> Any:
-    """The class that ``module`` had before it was patched."""
+    """The original class of the patched ``module``."""
     return getattr(type(module), _ORIGINAL)
 
 
 def apply(module: nn.Module, patch: type[Patch], options: Any = None, memory: Memory | None = None) -> None:
-    """Give ``module`` the computation of ``patch``, which keeps what ``memory`` says, or everything."""
+    """Patch ``module`` with ``patch``; for backward it keeps what ``memory`` says, or everything."""
     undo(module)
     module.__class__ = _patched_class(patch, type(module))
     module.__dict__[_OPTIONS] = options
@@ -177,15 +177,15 @@ def apply(module: nn.Module, patch: type[Patch], options: Any = None, memory: Me
 
 
 def _asked_once(question: Callable[[nn.Module], bool]) -> Callable[[nn.Module], bool]:
-    """``question``, which compilers ask while they compile.
+    """``question``, which ``torch.compile`` asks while it compiles, taking the answer for a constant.
 
-    They know the module by its address, since before PyTorch 2.12 no module can be a constant.
+    The module is passed by its address, since before PyTorch 2.12 no module can be a constant.
     """
 
     def at(address: int) -> bool:
         return question(ctypes.cast(address, ctypes.py_object).value)
 
-    # PyTorch's decorator for that loads its compiler.
+    # As torch.compiler.assume_constant_result does, which would import the compiler.
     at._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     @functools.wraps(question)
@@ -196,7 +196,7 @@ def _asked_once(question: Callable[[nn.Module], bool]) -> Callable[[nn.Module], 
 
 
 def is_as_found(*modules: nn.Module) -> bool:
-    """Whether ``modules`` are patched, or inner ones of a patched one, and still what they were then."""
+    """Whether all ``modules`` are patched, or inner modules of a patched one, and have not changed since."""
     return all(map(_is_as_found, modules))
 
 
@@ -207,18 +207,18 @@ def _is_as_found(module: nn.Module) -> bool:
 
 
 def memory_of(module: nn.Module) -> Memory | None:
-    """What a patched ``module`` keeps for backward; None is everything, as PyTorch does."""
+    """What a patched ``module`` keeps for backward; None for everything, as PyTorch does."""
     return module.__dict__.get(MEMORY)
 
 
 @_asked_once
 def consists_as_found(module: nn.Module) -> bool:
-    """Whether a ``module`` that keeps little still consists of the modules that it had when it was patched."""
+    """Whether a ``module`` that recomputes activations still has the submodules that it had when it was patched."""
     return module.__dict__.get(_MODULES) == Anatomy.of(module).modules[1:]
 
 
 def undo(module: nn.Module) -> bool:
-    """Give ``module`` its own class back; False if it is not patched."""
+    """Give ``module`` its original class back; False if it is not patched."""
     patch, was_patched = getattr(type(module), _PATCH, None), patch_of(module) is not None
     if patch is None:
         return False
@@ -231,7 +231,7 @@ def undo(module: nn.Module) -> bool:
 
 
 def why_not_patchable(module: nn.Module, methods: Sequence[str]) -> str | None:
-    """Why the class of ``module`` cannot be exchanged for one with other ``methods``, or None."""
+    """Why the class of ``module`` cannot be replaced by one with other ``methods``, or None."""
     if isinstance(module, torch.jit.ScriptModule):
         return "it is scripted, and accelerated layers cannot be"
     if module._compiled_call_impl is not None:
@@ -262,8 +262,8 @@ def why_not_patchable(module: nn.Module, methods: Sequence[str]) -> str | None:
 def is_set(module: nn.Module, flag: Any) -> bool:
     """Whether ``flag`` of ``module``, a number or a tensor, says that ActNorm has been initialised.
 
-    A tensor is read, which waits for the device, until it was read as true, and again once it was written to or
-    exchanged.
+    Reading a tensor waits for the device: one that has been read as true is read again only after it was written to or
+    replaced.
     """
     if not isinstance(flag, Tensor):
         return bool(flag)
@@ -289,7 +289,7 @@ def _is_still_set(module: nn.Module) -> bool:
 
 
 def is_uninitialised(layer: nn.Module) -> bool:
-    """Whether ``layer`` is an ActNorm that has not been initialised; as :func:`is_set`, it remembers a set flag."""
+    """Whether ``layer`` is an ActNorm that has not been initialised; like :func:`is_set`, it remembers a set flag."""
     for name, meaning in INITIALIZED.items():
         flag = layer.__dict__.get(name, layer._buffers.get(name))
         if flag is not None:
@@ -298,12 +298,12 @@ def is_uninitialised(layer: nn.Module) -> bool:
 
 
 def has_hooks(*modules: nn.Module) -> bool:
-    """Whether something watches calls of ``modules``, so that they must be called and not be computed together."""
+    """Whether there are hooks on ``modules``, or global ones, so that the modules must be called instead of fused."""
     return any_hooks(None, *modules)
 
 
 def any_hooks(harmless: Callable[[Any], bool] | None, *modules: nn.Module) -> bool:
-    """As :func:`has_hooks`, except for hooks that are ``harmless``."""
+    """Like :func:`has_hooks`, except that hooks on ``modules`` may be ``harmless``."""
     if torch.nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
         return True
     for module in modules:
@@ -315,7 +315,7 @@ def any_hooks(harmless: Callable[[Any], bool] | None, *modules: nn.Module) -> bo
 
 
 def once(log_det: Tensor) -> Tensor:
-    """The log-determinant () of a layer for which it is the same in every sample, from that of each sample (B,)."""
+    """The log-determinant () of a layer whose log-determinants of all samples (B,) are equal."""
     return log_det[0] if log_det.shape[0] else log_det.sum()
 
 
@@ -329,7 +329,7 @@ def _patched_class(patch: type[Patch], original: type[nn.Module]) -> type[nn.Mod
 
 
 def _without_patch(patched: type[nn.Module]) -> Any:
-    """The class that ``patched`` was made of, or a class derived from it since, as parametrizations make."""
+    """The class without the patch: the original, or what others, such as parametrizations, have derived from it."""
     if _PATCH in vars(patched):
         return getattr(patched, _ORIGINAL)
     bases = tuple(_without_patch(base) if hasattr(base, _PATCH) else base for base in patched.__bases__)
@@ -337,7 +337,7 @@ def _without_patch(patched: type[nn.Module]) -> Any:
 
 
 def _method(ours: Callable[..., Any], theirs: Callable[..., Any], patch: type[Patch]) -> Callable[..., Any]:
-    """``ours`` with the signature of ``theirs``, which is called wherever ``ours`` does not know the same."""
+    """``ours`` with the signature of ``theirs``; calls that ``ours`` does not support go to ``theirs``."""
     their_signature = inspect.signature(theirs)
     first, *others = list(their_signature.parameters)[1:]
     parameters = list(inspect.signature(ours).parameters.values())[2:]
@@ -348,10 +348,10 @@ def _method(ours: Callable[..., Any], theirs: Callable[..., Any], patch: type[Pa
     same = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(names, others, strict=False))))
 
     def adapted(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any] | None:
-        """All but the data, for ``ours``; None if it does not know something that is not as if it were left out."""
+        """The arguments after the data, for ``ours``; None if one that it does not take differs from its default."""
         try:
             bound = their_signature.bind(module, *args, **options).arguments
-        except TypeError:  # which the original says in its own words
+        except TypeError:  # the original raises its own
             return None
         given = {}
         for name, value in list(bound.items())[2:]:
@@ -368,7 +368,7 @@ def _method(ours: Callable[..., Any], theirs: Callable[..., Any], patch: type[Pa
 
     @functools.wraps(theirs)
     def method(self: Any, *args: Any, **options: Any) -> Any:
-        # What PyTorch differentiates forwards, or by torch.func, is plain PyTorch, as in the operators.
+        # Forward-mode derivatives and torch.func need plain PyTorch, as in the operators.
         transformed = _are_functorch_transforms_active() or forward_ad._current_level >= 0
         if transformed or not is_as_found(self) or (has_inner and not is_as_found(*patch.inner(self))):
             return theirs(self, *args, **options)
@@ -385,7 +385,7 @@ def _method(ours: Callable[..., Any], theirs: Callable[..., Any], patch: type[Pa
 
 
 def _reduce(module: nn.Module, protocol: Any) -> Any:
-    # A generated class cannot be found by its name, but made again.
+    # pickle cannot find a generated class by its name, but can generate it again.
     _, _, *state = tuple(object.__reduce_ex__(module, protocol))
     return (_rebuild, (getattr(type(module), _PATCH), own(module)), *state)
 

@@ -1,8 +1,8 @@
-"""What an affine or additive coupling computes, found out by feeding it chosen network outputs.
+"""Finds out what an affine or additive coupling computes, by feeding it chosen network outputs.
 
-Of a layer ``y = f(x, h)``, where ``h`` replaces what the network returns, the probe finds which channels the network
-reads, which channels of ``h`` are the scale, the scale function itself, and where the shift stands. Nothing is taken
-from the layer's name or attributes; what fits no operator is a :class:`Mismatch`.
+For a layer ``y = f(x, h)``, where ``h`` replaces the network's output, the probe finds which channels the network
+reads, which channels of ``h`` are scale and shift, the scale function, and the order of scaling and shifting. It
+relies on no names or attributes of the layer; a coupling that no operator computes is a :class:`Mismatch`.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ class Coupling:
 
     Attributes:
         read, transformed: channels that the network reads, and the others.
-        scale_map, layout, order: as for :func:`glow_kernels.affine_coupling`; no scale map is an additive coupling.
+        scale_map, layout, order: as for :func:`glow_kernels.affine_coupling`; additive couplings have no scale map.
         inverted: the layer's forward is the operator's inverse.
         factor: the network's output is multiplied by this first.
-        channels_last: the network computes the same on images whose channels lie next to each other in memory.
+        channels_last: the network gives the same result for images in ``channels_last`` memory format.
         inverse_has_graph: the layer's inverse can be differentiated.
-        forward_has_log_det, inverse_has_log_det: the layer, or its inverse, returns a log-determinant, where copies of
-            a dialect differ in that.
+        forward_has_log_det, inverse_has_log_det: the layer, or its inverse, returns a log-determinant; only set for
+            dialects whose copies differ in this.
     """
 
     read: tuple[int, ...]
@@ -62,7 +62,7 @@ class Coupling:
 
     @property
     def has_halves(self) -> bool:
-        """Whether the network reads the first or the last channels, and none in between."""
+        """Whether the channels read and those transformed are one contiguous block each."""
         return _adjacent(self.read) and _adjacent(self.transformed)
 
     @property
@@ -79,7 +79,7 @@ class Coupling:
         """The channels of ``x`` that are read, and those that are transformed."""
         if not self.has_halves:
             return _take(x, self.read), _take(x, self.transformed)
-        # Not two slices, each of which would come back as a gradient of full size.
+        # Not two slices: in backward, each would return a gradient of full size.
         sizes = (self.read, self.transformed) if self.reads_first else (self.transformed, self.read)
         one, other = torch.split(x, [len(channels) for channels in sizes], dim=1)
         return (one, other) if self.reads_first else (other, one)
@@ -93,10 +93,10 @@ class Coupling:
         return torch.cat((read, transformed) if self.reads_first else (transformed, read), dim=1)
 
     def require_halves(self) -> Coupling:
-        """This.
+        """The coupling itself, if :attr:`has_halves`.
 
         Raises:
-            Mismatch: the channels that are read lie among the others.
+            Mismatch: the channels that are read are scattered among the others.
         """
         if not self.has_halves:
             raise Mismatch("the network reads neither the first nor the last channels")
@@ -104,7 +104,7 @@ class Coupling:
 
     def predict(self, network: Callable[..., Tensor], read: Tensor, *args: Any) -> Tensor:
         """What ``network`` returns for the channels that it reads."""
-        # Convolutions on a CPU are up to twice as fast; the operators take h as it lies.
+        # It makes convolutions on a CPU up to twice as fast; the operators take h in any memory format.
         if self.channels_last and read.device.type == "cpu":
             read = read.contiguous(memory_format=torch.channels_last)
         return network(read, *args)
@@ -120,7 +120,7 @@ class Coupling:
     def undo(
         self, grad: Tensor, grad_log_det: Tensor, y: Tensor, h: Tensor, log_scale_gain: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """What :meth:`forward` made ``y`` from, and the gradients of that, of ``h`` and of the gain.
+        """The input from which :meth:`forward` computed ``y``, and the gradients of this input, ``h`` and the gain.
 
         Args:
             grad, grad_log_det: gradients of the results of :meth:`forward`.
@@ -179,18 +179,18 @@ def find_coupling(
     spatial: tuple[int, ...],
     log_scale_gain: Tensor | None = None,
 ) -> Coupling:
-    """What ``layer`` is.
+    """Find out what ``layer`` computes.
 
     Args:
         layer: maps float64 ``x`` (B, channels, *spatial) and the network's output ``h`` (B, outputs, *spatial) to
-            what the network was given, and ``y``.
+            the network's input and ``y``.
         channels: C.
         outputs: channels of the network's output.
         spatial: sizes to probe with.
         log_scale_gain: (C_transformed,), if the layer multiplies the log-scale of each channel by a learned number.
 
     Raises:
-        Mismatch: it is not a coupling that the operators know.
+        Mismatch: it is no coupling that the operators can compute.
     """
     probe = _Probe(layer, channels, outputs, spatial)
     read, transformed = probe.halves()
@@ -225,7 +225,7 @@ class _Probe:
         self.batch = -(-len(RAW_VALUES) // positions)
 
     def halves(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Channels that the network reads, which must stay as they are, and the others."""
+        """Channels that the network reads, which must stay unchanged, and the others."""
         x = self._normal(self.channels)
         seen, y = self.layer(x, self._normal(self.outputs))
         if seen.shape[2:] != x.shape[2:] or y.shape != x.shape:
@@ -249,7 +249,7 @@ class _Probe:
         return Coupling(read, transformed, inverted=factor < 0, factor=abs(factor))
 
     def layout(self, transformed: tuple[int, ...]) -> str:
-        """Where scale and shift stand in ``h``: other shifts leave the slope of the layer in ``x`` alone."""
+        """The layout of scale and shift in ``h``: another shift does not change the layer's slope in ``x``."""
         h = self._normal(self.outputs)
         slope = self._slope(transformed, h)
         found = []
@@ -278,7 +278,7 @@ class _Probe:
         return raw, scale
 
     def order(self, transformed: tuple[int, ...], layout: str, inverted: bool) -> tuple[str, float]:
-        """Order of shift and scale, and the factor of the shift."""
+        """Order of scaling and shifting, and the factor of the shift."""
         h = self._normal(self.outputs)
         slope, (raw, shift) = self._slope(transformed, h), split(h, layout)
         shift = far_out(shift)
@@ -304,7 +304,7 @@ class _Probe:
 
 
 def far_out(normal: Tensor) -> Tensor:
-    """Small and large numbers of either sign, by which bounds show, from normal ones."""
+    """Map normal random numbers to very small and very large ones of either sign, which reveal bounds."""
     return normal.sign() * (6 * normal.abs()).exp()
 
 

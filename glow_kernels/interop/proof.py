@@ -1,15 +1,16 @@
-"""The proof of a patch: the layer before and after must agree, or the patch is not made.
+"""The proof of a patch: the original and the patched layer must agree, or the layer is not patched.
 
 Copies of both run on the same random inputs, with the same simple stand-ins for their networks:
 
-* in float64, also where a layer would round to float32, with parameters moved away from special values, in training and
-  evaluation mode, both directions: structure, shapes, types, values and the gradients of inputs and parameters;
-* in their own precision, with their own parameters: the accuracy rule, an error against the float64 truth of at most
-  twice that of the layer as it was, plus a few units in the last place;
-* with inputs and network outputs, and forward with parameters, so large and so small that bounds show;
-* from before ActNorm was initialised: the same parameters after the first batch, and the same results.
+* in float64, even where a layer would round to float32, with parameters moved away from special values, in training and
+  evaluation mode and in both directions: structure, shapes, types, values and the gradients of inputs and parameters
+  must agree;
+* in their own precision, with their own parameters: the error against the float64 truth must be at most twice that of
+  the original, plus a few units in the last place;
+* with inputs, network outputs and, in the density direction, parameters large and small enough to reveal bounds;
+* starting before ActNorm is initialised: parameters after the first batch and results must agree.
 
-And the layer must do nothing that the patch would not: keep results as its attributes, change its parameters,
+The layer must also do nothing that the patch would not do: store results as attributes, change its parameters,
 checkpoint its network or switch autocast for it.
 """
 
@@ -38,28 +39,27 @@ from glow_kernels.reversible.randomness import seed_generators
 if TYPE_CHECKING:
     from glow_kernels.interop.memory import Memory
 
-# Agreement of two ways to compute the same, relative to the largest value: of transformed data in float64; of
-# log-determinants and gradients; of layers that only run in float32; of the log-determinants of those, sums over
-# channels of which little may be left.
+# Tolerances, relative to the largest value: for data in float64; for log-determinants and gradients in float64; for
+# layers that only run in float32; for their log-determinants, sums over channels that may cancel.
 _EXACT, _NEARLY_EXACT, _ROUNDED, _SUMMED = 1e-9, 1e-7, 2e-5, 1e-4
 _ULPS = 32
-# Inputs that are drawn until a layer counts as less accurate on the average: of the many tensors of a long chain of
-# steps, one is three times as far off by chance.
+# Draws of inputs over which errors are averaged before a layer counts as less accurate: in a single draw, one of the
+# many tensors of a long chain of steps may be three times as far off by chance.
 _DRAWS = 8
-# Numbers per channel that show bounds.
+# Parameters per channel that reveal bounds.
 _FAR = (6.0, -6.0, 1e-4, -1e-4)
-# Outputs of networks that do, and leave of the data what can be compared.
+# The largest network output that reveals them, yet leaves the data comparable.
 _REACH = 8.0
 
 
 @dataclass
 class Agreement:
-    """Largest differences that were measured, relative to the size of the values.
+    """The largest measured differences, relative to the size of the values.
 
     Attributes:
-        values, log_dets, gradients: in float64 where the layer runs in it, by call: ``{"forward": ...}``. Results of
-            at most one number a sample are log-determinants.
-        rounding: largest error in the layer's own precision, in units in the last place, and that of the original; of
+        values, log_dets, gradients: by call, ``{"forward": ...}``; in float64 if the layer runs in it. Results with at
+            most one number per sample count as log-determinants.
+        rounding: largest error in the layer's own precision and that of the original, in units in the last place; of
             one draw of inputs, or the mean of several.
     """
 
@@ -71,8 +71,8 @@ class Agreement:
 
 @dataclass
 class _Run:
-    """Results of one call: the tensors among them, the gradients, and where they stood; and what it did besides: the
-    attributes that it stored, the parameters that it changed, and whether backward called networks again."""
+    """The results of one call as leaves of a structure, the gradients, and the side effects: attributes stored,
+    parameters changed, and whether backward ran networks again."""
 
     leaves: list[Any]
     structure: Any
@@ -90,14 +90,14 @@ class _Run:
         return [leaf for leaf in self.leaves if not isinstance(leaf, Tensor)]
 
     def outline(self) -> Any:
-        """The results as they were returned, with the names of types in place of values."""
+        """The returned structure, with the names of types in place of values."""
         return pytree.tree_unflatten([type(leaf).__name__ for leaf in self.leaves], self.structure)
 
 
 class _Unrounded(TorchFunctionMode):
-    """Layers that round to float32, as by ``float()``, do so to float64: what they compute but for their own rounding.
+    """Turns casts to float32, such as ``float()``, into casts to float64, so that layers do not round in between.
 
-    Of an inverse that a layer computes in float32 nothing else would tell the truth.
+    Nothing else gives the true value of an inverse that a layer computes in float32.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -110,10 +110,10 @@ class _Unrounded(TorchFunctionMode):
 def prove(
     module: nn.Module, patch: type[Patch], options: Any, workshop: Workshop, memory: Memory | None = None
 ) -> Agreement:
-    """Compare ``module`` with what ``patch`` would make of it, with ``memory`` if that keeps less than everything.
+    """Compare ``module`` with a copy patched by ``patch``, which keeps what ``memory`` says, or everything.
 
     Raises:
-        Mismatch: they differ; the message says in what.
+        Mismatch: they differ; the message says how.
     """
     before, after = workshop.replica(module), workshop.patched_replica(module, patch, options, memory)
     moved = _moved(before, after)
@@ -134,7 +134,7 @@ def prove(
 
 
 def prove_chain(modules: Sequence[nn.Module], workshop: Workshop) -> None:
-    """Compare steps one after the other, which keep as little as decided, with what they were.
+    """Compare a chain of steps, patched to keep what was decided for each, with the originals.
 
     Raises:
         Mismatch: they differ.
@@ -163,7 +163,7 @@ def _moved(*modules: Any) -> list[Any]:
 def _same_formula(
     call: Call, moved: Sequence[Any], training: bool, agreement: Agreement
 ) -> tuple[_Run, Any, Any] | None:
-    """What the original did, and the copies that were compared; None if it refuses this call."""
+    """Compare one call; returns the original's run and both copies, or None if the original refuses the call."""
     try:
         expected, dtype, pair = _first_run(call, [module.train(training) for module in moved], seed=0)
     except Exception as error:
@@ -198,7 +198,7 @@ def _as_accurate(call: Call, before: Any, after: Any, agreement: Agreement) -> N
     for seed in range(_DRAWS):
         try:
             true = _run(call, truth, torch.float64, seed)
-        except Exception:  # compared in this precision already
+        except Exception:  # it only runs in its own precision, in which it has been compared
             return
         expected, actual = _run(call, own, dtype, seed), _run(call, ours, dtype, seed)
         _same_structure(call.name, expected, actual)
@@ -221,7 +221,7 @@ def _as_accurate(call: Call, before: Any, after: Any, agreement: Agreement) -> N
 def _rounding(
     call: str, true: _Run, expected: _Run, actual: _Run, dtype: torch.dtype
 ) -> Iterator[tuple[str, tuple[float, float]]]:
-    """Of each result and gradient, the error of ``actual`` and of ``expected``, in units in the last place."""
+    """For each result and gradient, the errors of ``actual`` and of ``expected``, in units in the last place."""
     names = [f"result {index}" for index in range(len(true.tensors))] + [
         f"gradient of {name}" for name in true.gradients
     ]
@@ -231,7 +231,7 @@ def _rounding(
             continue
         if eager.dtype != fused.dtype:
             raise Mismatch(f"{call}: {name} is {fused.dtype}, not {eager.dtype}")
-        # Sums over a sample round partial sums, which are larger than what remains.
+        # Sums over a sample have the rounding errors of their partial sums, which may be larger than the total.
         unit = torch.finfo(dtype).eps * max(1.0, exact.abs().max().item(), _terms(name, exact) ** 0.5)
         error, allowed = ((tensor.double() - exact.double()).abs().max().item() / unit for tensor in (fused, eager))
         yield name, (error, allowed)
@@ -264,10 +264,11 @@ def _does_nothing_else(call: Call, run: _Run, before: Any, patch: type[Patch]) -
 
 @torch.no_grad()
 def _same_bounds(call: Call, run: _Run, before: Any, after: Any, far_parameters: bool) -> None:
-    """The same where the data are far from what is common, and of one sample and position.
+    """Compare results for extreme data, and for a single sample with a single position.
 
     Args:
-        far_parameters: numbers per channel are far too; not where that would make an inverse ill-conditioned.
+        far_parameters: whether to use extreme parameters per channel too; not where they would make an inverse
+            ill-conditioned.
     """
     dtype, channels = run.tensors[0].dtype, call.shapes[0][1]
     if dtype != torch.float64:
@@ -288,7 +289,7 @@ def _same_bounds(call: Call, run: _Run, before: Any, after: Any, far_parameters:
     single = dataclasses.replace(call, shapes=tuple((1, *shape[1:2], *(1,) * len(shape[2:])) for shape in call.shapes))
     try:
         expected = _far_results(single, before, dtype)
-    except Exception:  # as of layers that make channels of four neighbours
+    except Exception:  # such as layers that squeeze neighbours into channels
         return
     _same_results(f"{call.name} of one position", expected, _far_results(single, after, dtype))
 
@@ -311,7 +312,7 @@ def _same_results(name: str, expected: list[Tensor], actual: list[Tensor]) -> No
 
 
 def _same_start(call: Call, before: Any, after: Any) -> None:
-    """The first two batches of layers that initialise themselves."""
+    """Compare the first two batches of layers that initialise themselves."""
     try:
         prepared = [with_flags(faithful_copy(module).train(), False) for module in (before, after)]
         expected, dtype, pair = _first_run(call, prepared, seed=1)
@@ -336,7 +337,7 @@ def _same_start(call: Call, before: Any, after: Any) -> None:
 
 
 def _first_run(call: Call, pair: Sequence[Any], seed: int) -> tuple[_Run, torch.dtype, list[Any]]:
-    """What the first of ``pair`` does, in float64 or, as many layers cannot run in it, in its own precision; that, and
+    """Run the first of ``pair`` in float64 or, if it cannot, in its own precision; returns the run, the precision, and
     copies of both in it."""
     for dtype in (torch.float64, _precision(pair[0])):
         copies = [faithful_copy(module).to(dtype) for module in pair]
@@ -350,7 +351,7 @@ def _first_run(call: Call, pair: Sequence[Any], seed: int) -> tuple[_Run, torch.
 def _run(call: Call, module: Any, dtype: torch.dtype, seed: int = 0) -> _Run:
     generator = torch.Generator().manual_seed(seed)
     inputs = [tensor.requires_grad_() for tensor in _inputs(call, module, dtype, generator)]
-    seed_generators(_device(module), seed)  # of dropout
+    seed_generators(_device(module), seed)  # for dropout
     kept = plain_attributes(module, INITIALIZED)
     before = [(name, p, p._version, p.detach().clone()) for name, p in module.named_parameters()]
     leaves, structure = pytree.tree_flatten(_results(call, module, inputs))
@@ -370,7 +371,7 @@ def _run(call: Call, module: Any, dtype: torch.dtype, seed: int = 0) -> _Run:
     recomputes = calls != [network.calls for network in _stand_ins(module)]
     now, named = plain_attributes(module, INITIALIZED), dict(zip(wanted, gradients, strict=True))
     stored = [name for name, value in now.items() if name not in kept or value is not kept[name]]
-    # Also to what it is: a bound that it keeps to now may change it later.
+    # Writing the same values counts too: a bound that has no effect now may have one later.
     changed = [name for name, p, version, value in before if p._version != version or not torch.equal(p, value)]
     leaves = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     return _Run(leaves, structure, named, stored, changed, recomputes)

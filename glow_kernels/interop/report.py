@@ -13,16 +13,16 @@ class LayerReport:
     """One flow layer.
 
     Attributes:
-        path: in the model, ``""`` for the model itself.
+        path: its name in the model, ``""`` for the model itself.
         layer: name of its class.
         dialect, kind: what it was recognised as.
         patched: whether it computes with the fused operators now.
         options: what was found by probing.
-        agreement: differences between original and patched layer; None without ``verify`` or if it is not patched.
-        reason: why it is not patched.
-        memory: what a step that runs a network keeps for backward, ``"store"`` for everything; ``""`` for other layers.
+        agreement: measured differences between before and after; None without ``verify`` or if it was not patched.
+        reason: why it was not patched.
+        memory: what a step that runs a network keeps for backward, ``"store"`` for everything; ``""`` for others.
         memory_reason: why it keeps everything although less was asked for.
-        better: flaws of the original that are fixed.
+        better: what is improved besides speed.
     """
 
     path: str
@@ -40,12 +40,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Report:
-    """All flow layers of a model, in its own order; ``print`` shows a table.
-
-    Attributes:
-        layers: one row for each flow layer that was recognised.
-        note: what is to be said of the model as a whole; mostly empty.
-    """
+    """All flow layers of a model, in the model's order; ``print`` shows a table."""
 
     layers: tuple[LayerReport, ...] = field(default_factory=tuple)
     note: str = ""
@@ -57,7 +52,7 @@ class Report:
 
     @property
     def left_alone(self) -> tuple[LayerReport, ...]:
-        """The layers that are not patched, with a ``reason`` each."""
+        """The layers that were not patched, each with its ``reason``."""
         return tuple(layer for layer in self.layers if not layer.patched)
 
     def as_dict(self) -> dict[str, Any]:

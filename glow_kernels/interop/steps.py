@@ -1,7 +1,7 @@
-"""A step of flow of whatever dialect, in terms of the operators: a linear map, if it has one, then a coupling.
+"""A step of flow of any dialect, in terms of the operators: an optional linear map, then a coupling.
 
-A dialect says where the parts of its step are (:class:`Parts`); how they are computed, inverted and differentiated from
-the output is the same for all.
+Each dialect provides the parts of its steps (:class:`Parts`); computing and inverting them, and differentiating them
+from the output, is the same for all.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ Linear = tuple[Tensor, Tensor, Tensor, "Tensor | None"]
 
 
 class Parts(NamedTuple):
-    """What a step computes with. Functions, so that parameters are read when they are used.
+    """The parts of a step, as functions, so that parameters are read when they are used.
 
     Attributes:
-        coupling: which it is.
-        network: (B, C_read, *spatial) and further arguments to (B, outputs, *spatial).
-        linear: ActNorm and convolution before the coupling; None for a coupling alone. Told whether they are for
-            :func:`inverse`, where a product of factors is that of :func:`lu_weight_to_invert`.
-        gain: the learned number per channel in the log-scale, if there is one.
+        coupling: what the coupling computes.
+        network: maps (B, C_read, *spatial) and further arguments to (B, outputs, *spatial).
+        linear: returns ActNorm and convolution before the coupling; None for a coupling alone. Its argument says
+            whether they are for :func:`inverse`, where LU factors are multiplied by :func:`lu_weight_to_invert`.
+        gain: returns the learned gain of each channel's log-scale, if there is one.
     """
 
     coupling: Coupling
@@ -50,7 +50,7 @@ def forward(parts: Parts, x: Tensor, *context: Tensor | None) -> tuple[Tensor, T
 
 
 def mapped(x: Tensor, linear: Linear) -> tuple[Tensor, Tensor]:
-    """``x`` after ActNorm and convolution, and ``log_det`` (B,); of the type that ActNorm's sums and products have."""
+    """``x`` after ActNorm and convolution, and ``log_det`` (B,), with ActNorm's type promotion."""
     return actnorm_conv1x1(x.to(torch.promote_types(x.dtype, linear[1].dtype)), *linear)
 
 
@@ -68,7 +68,7 @@ def inverse(parts: Parts, z: Tensor, *context: Tensor | None) -> tuple[Tensor, T
 
 
 def lu_weight_to_invert(*factors: Tensor) -> tuple[Tensor, Tensor]:
-    """:func:`glow_kernels.ops.lu_weight` in float64: layers that invert the factors never round their product."""
+    """:func:`glow_kernels.ops.lu_weight` in float64: the originals invert the factors and never round their product."""
     return lu_weight(*(factor.to(wide_dtype(factor.device)) for factor in factors))
 
 

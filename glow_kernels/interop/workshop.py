@@ -1,6 +1,6 @@
-"""Where a model is looked at: layers are probed and compared as copies, with stand-ins for their networks.
+"""Where a model is examined: copies of its layers, with stand-ins for their networks, are probed and compared.
 
-A live model is never run, moved or changed to find out what it does.
+The live model is never run, moved or changed for this.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ if TYPE_CHECKING:
 
 
 class Workshop:
-    """What is known of a model while it is looked at, and the copies to find out more.
+    """What is known about a model while it is examined, and the means to find out more on copies of its layers.
 
     Args:
         memory: what steps are to keep for backward; None for everything.
 
     Attributes:
         decisions: patch and options of each module that will be patched.
-        memories: what each of them keeps.
-        stand_ins: for networks of couplings.
-        networks: of each module in which a coupling was found.
-        rows: of the report, one for each module that was looked at and is a flow layer.
+        memories: what each of these modules keeps for backward.
+        stand_ins: the stand-in for each coupling network.
+        networks: the networks of each module in which a coupling was found.
+        rows: the rows of the report, one for each flow layer that was examined.
     """
 
     def __init__(self, memory: Memory | None = None) -> None:
@@ -54,10 +54,10 @@ class Workshop:
         self.rows: dict[nn.Module, LayerReport] = {}
 
     def require(self, *layers: tuple[nn.Module, type[Patch]]) -> None:
-        """These layers of a step will be patched in the given way, so that they can be computed together.
+        """Check that these layers of a step will be patched as given, so that they can be computed together.
 
         Raises:
-            Mismatch: one will not.
+            Mismatch: one of them will not.
         """
         for layer, patch in layers:
             decided, _ = self.decisions.get(layer, (None, None))
@@ -81,27 +81,27 @@ class Workshop:
         silenced: Sequence[nn.Module] = (),
         log_scale_gain: Callable[[Any], Tensor] | None = None,
     ) -> Coupling:
-        """What the coupling in ``module`` computes.
+        """Find out what the coupling in ``module`` computes.
 
         Args:
             module: the layer.
             network: its submodule that predicts scale and shift.
-            run: calls a copy of the layer and returns the transformed input.
-            channels: C, if something else than the network's own sizes tells.
-            inputs: channels that the network reads, likewise.
-            context: channels that it is given beside.
+            run: calls a copy of the layer on an input and returns its output, without the log-determinant.
+            channels: C; by default, guessed from the sizes of the network.
+            inputs: channels that the network reads; by default, those that its first layer takes.
+            context: channels of the network's context, 0 for none.
             spatial: sizes to probe with.
-            skipped: submodules that must do nothing meanwhile, and whether they return a log-determinant.
-            silenced: other networks, which must return zeros meanwhile.
-            log_scale_gain: reads the learned number per channel from a copy, if there is one.
+            skipped: submodules to replace by the identity, and whether they return a log-determinant.
+            silenced: other networks, to be replaced by zeros.
+            log_scale_gain: reads the learned gain of each channel's log-scale from a copy, if there is one.
 
         Raises:
-            Mismatch: it is not a coupling that the operators know, or it cannot be run.
+            Mismatch: it is no coupling that the operators can compute, or it cannot be run.
         """
         inputs = input_channels(network) if inputs is None else inputs
         stand_in = self._stand_in(network, inputs, spatial, context)
         options = [channels] if channels else [inputs + stand_in.outputs // 2, inputs + stand_in.outputs]
-        options.sort(key=lambda option: option != 2 * inputs)  # halves first, of which the reason is the true one
+        options.sort(key=lambda option: option != 2 * inputs)  # halves first: if all fail, their reason is reported
         replaced: dict[nn.Module, nn.Module] = {network: stand_in}
         replaced |= {other: PassThrough(with_log_det) for other, with_log_det in (skipped or {}).items()}
         for other in silenced:
@@ -133,7 +133,7 @@ class Workshop:
         raise Mismatch(reasons[0])
 
     def replica(self, module: nn.Module, replaced: Mapping[nn.Module, nn.Module] | None = None) -> Any:
-        """A :func:`faithful_copy` of ``module`` with stand-ins for networks.
+        """A :func:`faithful_copy` of ``module`` with stand-ins for its networks.
 
         Raises:
             Mismatch: it cannot be copied.
@@ -147,9 +147,9 @@ class Workshop:
         return faithful_copy(module, copies)
 
     def patched_replica(self, module: nn.Module, patch: type[Patch], options: Any, memory: Memory | None = None) -> Any:
-        """A copy as by :meth:`replica`, patched as decided for its submodules and as given for itself."""
+        """A :meth:`replica` of ``module``, itself patched as given and its submodules as decided."""
         copied = self.replica(module)
-        copies = dict(copied.named_modules())  # without what is inside of networks
+        copies = dict(copied.named_modules())  # without the submodules of networks
         for name, layer in module.named_modules():
             replaced = isinstance(copies.get(name), StandIn)
             if layer is not module and layer in self.decisions and name in copies and not replaced:
@@ -158,10 +158,10 @@ class Workshop:
         return copied
 
     def memory_for(self, module: nn.Module) -> Memory | None:
-        """What a step in ``module`` may keep, if it is not to keep everything.
+        """What the step in ``module`` keeps for backward; None for everything.
 
         Raises:
-            Mismatch: its networks cannot be evaluated twice.
+            Mismatch: its networks cannot be evaluated twice, or not in micro-batches.
         """
         if self.memory is None:
             return None
