@@ -211,7 +211,7 @@ def _refuse_stored_results(anatomy: Anatomy, x: Tensor, context: Sequence[Tensor
 
 def wrong_result(wanted: str, result: object) -> str:
     """The error message for a wrong ``result`` of a step; ``wanted`` is its beginning."""
-    return f"{wanted} and log_det of shape (B,), zeros where a network is no flow, got {_described(result)}"
+    return f"{wanted} and log_det of shape (B,), which is zero if it is not a flow, got {_described(result)}"
 
 
 def _described(result: object) -> str:
