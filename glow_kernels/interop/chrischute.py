@@ -1,4 +1,4 @@
-"""The dialect of chrischute/glow: that of OpenAI's ports, with the network reading the second half and a learned gain.
+"""The dialect of chrischute/glow: like OpenAI's ports, but networks read the second half and log-scales have a gain.
 
 Its ActNorm and 1x1 convolution are those of :mod:`glow_kernels.interop.openai`.
 """

@@ -1,7 +1,7 @@
-"""What a patch takes for constant: the plain attributes and buffers of its layer, as they were when it was made.
+"""What a patch assumes to be constant: the plain attributes and buffers of its layer when it was patched.
 
-Probing turns them into options, and a checkpoint or a user may change them later: then the layer computes as it did
-before it was patched. Parameters and submodules are not among them; patches read these whenever they compute.
+Probing turned them into options. If a checkpoint or a user changes one later, the layer computes as it did before it
+was patched. Parameters and submodules are not among them; patches read these at every call.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from torch.utils import _pytree as pytree
 
 from glow_kernels.ops._checks import has_data
 
-# What every module has.
+# Attributes of every module.
 _INTERNAL = frozenset(nn.Module().__dict__)
 PLAIN = (int, float, str, bool, type(None))
-# Of these there are two at least, so that they are read as a tuple.
+# Two at least, so that itemgetter returns a tuple.
 _ALWAYS = ("_is_full_backward_hook", "_is_full_backward_hook")
 _MISSING = object()
 
 
 class Constants:
-    """Of one layer. To ask for them costs about half a microsecond while nothing has changed.
+    """The constants of one layer. Checking them costs about half a microsecond while nothing has changed.
 
     Args:
         module: the layer.
-        ignored: names that do not matter: what patches read whenever they compute, or keep themselves.
+        ignored: names that do not matter: those that patches read at every call, or set themselves.
     """
 
     def __init__(self, module: nn.Module, ignored: Collection[str]) -> None:
@@ -39,8 +39,8 @@ class Constants:
         self._buffers = {name: buffer for name, buffer in module._buffers.items() if name not in self._ignored}
         tensors = self._attributes | self._buffers
         self._values = {name: value.detach().clone() for name, value in tensors.items() if isinstance(value, Tensor)}
-        # What was there at the last comparison, how many attributes there were, and its outcome. One comparison of
-        # tuples, which looks at identities first, costs less than a loop.
+        # What the last comparison saw, the number of attributes then, and its outcome. One comparison of tuples, which
+        # compares identities first, costs less than a loop.
         self._read = operator.itemgetter(*self._attributes, *_ALWAYS)
         self._seen: tuple[Any, ...] = ()
         self._seen_buffers: list[tuple[str, Any]] = []
@@ -48,12 +48,12 @@ class Constants:
         self._count, self._hold = -1, True
 
     def hold(self, module: nn.Module) -> bool:
-        """Whether ``module`` still has them."""
+        """Whether ``module`` still has these constants."""
         attributes = module.__dict__
         try:
             if self._count != len(attributes) or self._read(attributes) != self._seen:
                 return self._compare(module)
-        except Exception:  # of an attribute that is gone, or of one that cannot be compared
+        except Exception:  # an attribute is gone, or cannot be compared
             return self._compare(module)
         for name, value in self._seen_buffers:
             if module._buffers.get(name, _MISSING) is not value:
@@ -64,7 +64,7 @@ class Constants:
         return self._hold
 
     def exchange(self, name: str, value: Any) -> None:
-        """Take ``value``, which does the same, for what the attribute ``name`` was."""
+        """Make ``value``, which is equivalent, the constant value of the attribute ``name``."""
         if name in self._attributes:
             self._attributes[name] = value
             self._count = -1
@@ -76,7 +76,7 @@ class Constants:
             for owner, values in ((attributes, self._attributes), (buffers, self._buffers))
             for name, value in values.items()
         )
-        if "_is_replica" in attributes:  # of DataParallel, which shares this object and has plain parameters
+        if "_is_replica" in attributes:  # DataParallel's replicas share this object; their parameters are attributes
             return holds
         holds = holds and not any(_matters(module, name) for name in self._new_names(module))
         seen = {name: attributes.get(name, _MISSING) for name in (*self._attributes, *_ALWAYS)}
@@ -92,13 +92,13 @@ class Constants:
             value = self._values[name]
             if not isinstance(current, Tensor) or current.shape != value.shape:
                 return False
-            if not has_data(current):  # of torch.export
+            if not has_data(current):  # under torch.export
                 return False
-            # The layer may have been moved, and its type may have changed.
+            # The layer may have been moved to another device or converted to another type.
             return torch.equal(current.detach().cpu().float(), value.cpu().float())
         try:
             return current is value or bool(current == value)
-        except Exception:  # as of arrays
+        except Exception:  # such as from arrays, whose comparison is no single bool
             return False
 
     def _new_names(self, module: nn.Module) -> list[str]:
@@ -107,18 +107,18 @@ class Constants:
 
 
 def plain_attributes(module: nn.Module, ignored: Collection[str] = ()) -> dict[str, Any]:
-    """What ``module`` keeps beside parameters, buffers, submodules and hooks."""
+    """The attributes of ``module`` except parameters, buffers, submodules and hooks."""
     attributes = module.__dict__.items()
     return {name: value for name, value in attributes if name not in _INTERNAL and name not in ignored}
 
 
 def _copied(value: Any) -> Any:
-    """``value``, or a copy of a list or dictionary of plain values, whose identity says nothing of what it holds."""
+    """``value``, or a copy if it is a list or dictionary of plain values, which may be changed in place."""
     if not isinstance(value, (list, dict)) or not all(isinstance(leaf, PLAIN) for leaf in pytree.tree_leaves(value)):
         return value
     return pytree.tree_map(lambda leaf: leaf, value)
 
 
 def _matters(module: nn.Module, name: str) -> bool:
-    """Whether an attribute that was not there is more than a note of some tool's own."""
+    """Whether a new attribute is more than the private state of some tool."""
     return not name.startswith("_") or (hasattr(type(module), name) and not hasattr(nn.Module, name))

@@ -1,4 +1,4 @@
-"""Weights from one implementation of Glow to another: :func:`convert`."""
+"""Converts weights from one implementation of Glow to another: :func:`convert`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Conversion(NamedTuple):
     """What :func:`convert` returns; ``print`` shows what was lost.
 
     Attributes:
-        state_dict: for ``load_state_dict`` of the target; of its type, or float32 if that is a half.
+        state_dict: for ``load_state_dict`` of the target, in the source's type, or float32 if that has half precision.
         inexact: what the target cannot express, so that its outputs differ; empty if they do not.
         ignored: names in the source that have no counterpart, such as buffers for bookkeeping.
     """
@@ -40,21 +40,22 @@ class Conversion(NamedTuple):
 def convert(state_dict: Mapping[str, Tensor], *, source: str, target: str, lu: bool | None = None) -> Conversion:
     """Rewrite the weights of one implementation of a multi-scale Glow for another.
 
-    What a ``state_dict`` does not say is assumed to be the default of all implementations: three convolutions in a
-    coupling network, ReLU, ``s = sigmoid(u + 2)``, the network reads the first half. A prefix ``module.`` from parallel
-    wrappers is understood. Values outside triangular factors are dropped; negative scales move into the 1x1 convolution
-    where the target's are exponentials, hidden scales into convolutions where the target has none.
+    What a ``state_dict`` does not record is assumed to be the default of all implementations: three convolutions in a
+    coupling network, ReLU, ``s = sigmoid(u + 2)``, the network reads the first half. The prefix ``module.`` of parallel
+    wrappers is accepted. Values outside the triangles of LU factors are dropped; negative scales of ActNorm are folded
+    into the 1x1 convolution if the target's scales are exponentials, and the scales of hidden layers into their
+    convolutions if the target has none.
 
     Args:
         state_dict: of the source.
         source, target: ``"glow_kernels"`` (:class:`glow_kernels.models.Glow`), ``"openai"`` (the variables of the
             TensorFlow original as tensors), ``"rosinality"``, ``"chaiyujin"``, ``"y0ast"`` or ``"normflows"`` (a
             ``MultiscaleFlow`` of ``GlowBlock``, with ``GlowBase`` densities).
-        lu: whether the 1x1 convolutions of the target are LU-decomposed; as in the source by default. Never for
+        lu: whether the 1x1 convolutions of the target are LU-decomposed; as in the source by default. Not for target
             ``"openai"``.
 
     Raises:
-        TypeError: ``state_dict`` is not a mapping, but for example a model, or holds anything but tensors.
+        TypeError: ``state_dict`` is not a mapping, but for example a model, or holds something other than tensors.
         ValueError: an unknown dialect, ``lu`` for ``"openai"``, or a state dict of something else or of a part of a
             model; the message names the first missing tensor.
     """
@@ -73,7 +74,7 @@ def convert(state_dict: Mapping[str, Tensor], *, source: str, target: str, lu: b
         names = list(state_dict)[:3]
         raise ValueError(f"state_dict must be that of a Glow of {source}: it has no steps, its first names are {names}")
     _check_complete(weights, source)
-    if lu is None:  # in one form all through, also where the source's last level, as rosinality's, has its own
+    if lu is None:  # the same at all levels, even if the source's last level differs, as rosinality's does
         lu = weights.levels[0][0].mixing.factors is not None
     written = DIALECTS[target].write(weights, lu, inexact)
     contiguous = {name: tensor.detach().clone().contiguous() for name, tensor in written.items()}

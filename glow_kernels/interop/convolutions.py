@@ -1,7 +1,7 @@
-"""Convolutions of coupling networks that scale their output per channel, whatever the dialect.
+"""Convolutions in coupling networks whose output is scaled per channel, in any dialect.
 
-``exp(k p) * conv(x)``, the convolution that starts at zero, and ``exp(logs) * (conv(x) + bias)``, a convolution with
-ActNorm, are convolutions whose weights are scaled, which saves a pass over the largest tensors there are.
+``exp(k p) * conv(x)``, the zero-initialised convolution, and ``exp(logs) * (conv(x) + bias)``, a convolution with
+ActNorm, scale the weights instead of the output, which saves a pass over the largest tensors.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from glow_kernels.interop.workshop import Workshop
 
 @dataclass(frozen=True)
 class Scaling:
-    """``exp(factor * p)``, and the border that the layer puts around its input.
+    """``exp(factor * p)``, and the border with which the layer pads its input.
 
     Attributes:
         name: of the parameter p.
         factor: of p in the exponent.
-        border: width of what is padded before the convolution, and its value.
+        border, value: width and value of the padding.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Scaling:
 
 
 class ScaledConv2d(Patch):
-    """A convolution times ``exp(k p)`` with p a number per output channel."""
+    """A convolution times ``exp(k p)``, with one number p per output channel."""
 
     dialect, kind = "network", "ScaledConv2d"
 
@@ -102,8 +102,8 @@ class ScaledConv2d(Patch):
         scale = (scaling.factor * getattr(self, scaling.name).flatten()).exp()
         if not scaling.border:
             return _scaled(convolution, x, scale, convolution.bias)
-        # A border of ones adds the same to every sample, so that the input need not be copied into a larger one: a
-        # product of small matrices, since PyTorch's convolution of a single channel is slow.
+        # The border adds the same to every sample, so the input need not be copied into a larger tensor. What it adds
+        # is a product of small matrices, because PyTorch's convolution of a single channel is slow.
         weight = convolution.weight * scale[:, None, None, None]
         border = F.pad(x.new_zeros(1, 1, *x.shape[2:]), [scaling.border] * 4, value=scaling.value)
         outside = F.unfold(border, convolution.kernel_size)[0]
@@ -112,7 +112,7 @@ class ScaledConv2d(Patch):
 
 
 class ActNormConv2d(Patch):
-    """A convolution and then ActNorm of OpenAI's dialect."""
+    """A convolution followed by ActNorm of OpenAI's dialect."""
 
     dialect, kind = "network", "ActNormConv2d"
 
@@ -149,7 +149,7 @@ class ActNormConv2d(Patch):
 
 
 class _Overwriting(torch.autograd.Function):
-    """Leaky ReLU that overwrites its input and, in backward, its gradient; nothing else may use them."""
+    """Leaky ReLU that overwrites its input and, in backward, its gradient; nothing else may use either."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, slope: float) -> Tensor:
@@ -161,23 +161,23 @@ class _Overwriting(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (result,), (grad,) = ctx.saved_tensors, grads
-        # To be differentiated again, or many gradients at once.
+        # For double backward, or for a batch of gradients.
         if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad):
             return torch.where(result > 0, grad, ctx.slope * grad), None
         return torch.ops.aten.leaky_relu_backward.grad_input(grad, result, ctx.slope, True, grad_input=grad), None
 
 
 class InPlaceSequential(Patch):
-    """A sequence in which activations overwrite the convolutions before them, whose results nothing else reads.
+    """A sequence whose activations overwrite the results of the convolutions before them, which nothing else reads.
 
-    Between two convolutions they overwrite the gradient too: a fresh tensor of the largest size costs more than they.
+    Between two convolutions they overwrite the gradient too: allocating a tensor of that size costs more than they do.
     """
 
     dialect, kind = "network", "Sequential"
 
     @classmethod
     def improvements(cls, module: Any, options: Any) -> tuple[str, ...]:
-        # ReLU's backward needs its result alone.
+        # Not ReLU, of which PyTorch keeps only the result anyway.
         kept = any(type(layer) is nn.LeakyReLU and not layer.inplace for layer in module)
         return ("leaky ReLUs overwrite their input: half the hidden activations are kept",) if kept else ()
 
@@ -195,7 +195,7 @@ class InPlaceSequential(Patch):
         return _calls(first)
 
     def forward(self: Any, x: Any) -> Any:
-        """As of the layers one after another."""
+        """The layers one after another."""
         layers = list(self)
         is_traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
         plain = is_traced or torch._C._are_functorch_transforms_active()
@@ -212,13 +212,13 @@ class InPlaceSequential(Patch):
 
 
 def _activated(x: Tensor, slope: float) -> Tensor:
-    """``x``, overwritten by its leaky ReLU."""
-    # A slope of zero would make NaN of minus infinity.
+    """The leaky ReLU of ``x``, in place."""
+    # Leaky ReLU with a slope of zero would turn minus infinity into NaN.
     return F.leaky_relu_(x, slope) if slope else F.relu_(x)
 
 
 def _is_activation(layer: nn.Module) -> bool:
-    """Whether ``layer`` needs its own result alone."""
+    """Whether ``layer`` is an activation whose backward needs only its result."""
     known = type(layer) is nn.ReLU or (type(layer) is nn.LeakyReLU and layer.negative_slope >= 0)
     return known and "forward" not in vars(layer)
 
@@ -228,8 +228,8 @@ def _is_plain(layer: nn.Module) -> bool:
 
 
 def _is_alone(layer: nn.Module, *patches: type[Patch]) -> bool:
-    """Whether ``layer`` is a convolution, or one in a layer with one of ``patches``, and nothing else sees its result
-    or the gradient that it returns."""
+    """Whether ``layer`` is a convolution, plain or in a layer with one of ``patches``, and no hook gets its result or
+    its gradient."""
     if patch_of(layer) not in patches:
         return _is_plain(layer) and not has_hooks(layer)
     parts = (layer, *layer.children())
@@ -244,7 +244,7 @@ def _scaled(convolution: Any, x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
 
 
 def _convolution(module: nn.Module) -> Any:
-    """The convolution that ``module`` is, or has as ``conv``; or None."""
+    """``module`` if it is a convolution, or its ``conv`` if that is one; otherwise None."""
     if isinstance(module, nn.Conv2d):
         return module
     inner = getattr(module, "conv", None)
@@ -252,12 +252,12 @@ def _convolution(module: nn.Module) -> Any:
 
 
 def _inner(module: Any) -> list[nn.Module]:
-    """What is now where ``module`` had its convolution; nothing if it is a convolution itself."""
+    """The current ``conv`` of ``module``; nothing if ``module`` is the convolution itself."""
     return [] if isinstance(module, nn.Conv2d) else [module.conv]
 
 
 def _scale_name(module: nn.Module, convolution: nn.Conv2d) -> str | None:
-    """Name of the one parameter beside the convolution's, if it has an element per output channel."""
+    """Name of the only parameter besides the convolution's, if it has one element per output channel."""
     parameters = {name: p for name, p in module.named_parameters(recurse=False) if name not in ("weight", "bias")}
     others = {name for name, _ in module.named_children()} - {"conv"}
     if len(parameters) != 1 or others or convolution.bias is None:
@@ -271,5 +271,5 @@ def _calls(convolution: nn.Conv2d) -> list[Call]:
 
 
 PATCHES = (ScaledConv2d, ActNormConv2d)
-# Of the networks of couplings only.
+# Only within the networks of couplings.
 NETWORK_PATCHES = (InPlaceSequential,)

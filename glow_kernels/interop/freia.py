@@ -1,4 +1,4 @@
-"""The dialect of FrEIA (vislearn/FrEIA), of the release 0.2 and of its later layout.
+"""The dialect of FrEIA (vislearn/FrEIA), of release 0.2 and of later code.
 
 Modules are called as ``module((x,), c=[], rev=False, jac=True)`` and return a tuple or list of one tensor, and the
 log-determinant J of the direction that was evaluated: (B,) from couplings, (B,) or (1,) from ActNorm, () from the fixed
@@ -51,7 +51,7 @@ def _conditions(module: Any) -> tuple[int, ...]:
 
 
 def _read(module: Any, c: Any) -> Any:
-    """The conditions ``c`` of a call that ``module`` reads: a block without any ignores what it is given."""
+    """The conditions ``c`` that ``module`` reads: a block made without conditions ignores those that it is given."""
     return c if module.dims_c else ()
 
 
@@ -131,7 +131,7 @@ class Fixed1x1Conv(Patch):
 
 
 class AffineCouplingOneSided(Patch):
-    """An affine coupling, perhaps with further channels as a condition."""
+    """An affine coupling, optionally conditioned on further channels."""
 
     dialect, kind = "FrEIA", "AffineCouplingOneSided"
     has_network = True
@@ -312,7 +312,7 @@ def _global_linear(block: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _global_linear_inverse(block: Any, z: Tensor) -> tuple[Tensor, Tensor]:
-    """``(W' z - o) / s``, where W' is the block's own inverse of W, a transpose that is exact only up to rounding."""
+    """``(W' z - o) / s``, where W' is the inverse of W that the block stores: its transpose, exact up to rounding."""
     scale, offset = _scale_and_offset(block)
     inverse = _mixing(block.w_perm_inv, scale) / scale[:, None]
     zeros = torch.zeros_like(scale)
@@ -325,7 +325,7 @@ def _scale_and_offset(block: Any) -> tuple[Tensor, Tensor]:
 
 
 def _mixing(matrix: Tensor, scale: Tensor) -> Tensor:
-    """W (C, C), of determinant one, from the matrix or, after release 0.2, from the index of every channel."""
+    """W (C, C), with ``|det W| = 1``, from a matrix or, after release 0.2, from the index of every channel."""
     if matrix.dim() == 1:
         matrix = F.one_hot(matrix.long(), matrix.numel())
     return matrix.reshape(scale.numel(), scale.numel()).to(scale.dtype)

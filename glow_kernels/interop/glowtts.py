@@ -1,7 +1,7 @@
 """The dialect of jaywalnut310/glow-tts and its copies: sequences with masks, a convolution shared by channel groups.
 
-Layers are called as ``layer(x, x_mask=None, reverse=False, ...)`` and return the data and the log-determinant (B,),
-which is None in reverse; in NATSpeech, PortaSpeech and IMS-Toucan it is that of the inverse.
+Layers are called as ``layer(x, x_mask=None, reverse=False, ...)`` and return the data and the log-determinant (B,). In
+reverse it is None or, in NATSpeech, PortaSpeech and IMS-Toucan, that of the inverse.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _has_inverse_log_det(module: Any, channels: int) -> bool:
 
 
 class InvConvNear(Patch):
-    """``W x`` with one W (n, n) for all groups of n channels, half of each from either half of the channels."""
+    """``W x`` with one W (n, n) for all groups of n channels, which take n / 2 from each half of the channels."""
 
     dialect, kind = "glow-tts", "InvConvNear"
     better = ("log|det W| is finite for a negative determinant too",)
@@ -88,7 +88,7 @@ class InvConvNear(Patch):
         z, log_det = operator(grouped, zeros, zeros, self.weight)
         z = z.view(batch, 2, half, groups, length).transpose(2, 3).reshape(batch, channels, length)
         if x_mask is not None:
-            # Of every position that the mask keeps; there may be one mask for all samples.
+            # Counted for every position that the mask keeps; one mask may serve all samples.
             z, log_det = z * x_mask, once(log_det) * (x_mask.sum([1, 2]) / length)
         return z, None if reverse and not options_of(self).has_log_det else log_det
 

@@ -1,10 +1,10 @@
-"""Memory-saving execution of recognised steps in existing code.
+"""Memory-saving execution of recognised steps, whatever code calls them.
 
-A step becomes one node of autograd, which keeps its input, its output or nothing, and no activations of its network:
-backward recomputes them with the engine of :mod:`glow_kernels.reversible`. Where the very tensor that one step
-returned is what another is given, the two form a chain: the second one reconstructs that state in its backward and
-sends it on as the gradient of a ghost, a tensor of the state's shape without memory. So chains form inside loops of
-existing code, and end where something else is done to the state.
+A step becomes one autograd node, which saves its input, its output or nothing, and no activations of its network:
+backward recomputes them with the engine of :mod:`glow_kernels.reversible`. If a step is given the very tensor that
+another step returned, the two form a chain: in backward, the second one reconstructs that state and passes it on as
+the gradient of a ghost, a tensor of the state's shape that takes no memory. So chains form within loops of the user's
+own code, and end where anything else is done to the state.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from glow_kernels.reversible.randomness import RandomState
 from glow_kernels.reversible.recompute import Mode
 
 _LINK = "_glow_kernels_link"
-# Where a tensor stood.
+# Placeholder for a tensor.
 _TENSOR = object()
 
 
@@ -41,9 +41,9 @@ class Memory:
 
     Attributes:
         policy: ``"checkpoint"``, ``"anchor"`` or ``"invert"``.
-        anchor_every: distance of the anchors in a chain.
-        micro_batches: parts of the batch in which the step is evaluated.
-        restores_buffers: its network changes buffers, as BatchNorm does, which must happen once.
+        anchor_every: number of steps from one anchor of a chain to the next.
+        micro_batches: number of parts of the batch in which the step is evaluated.
+        restores_buffers: its network changes buffers, as BatchNorm does; recomputation must not change them again.
     """
 
     policy: str
@@ -58,17 +58,17 @@ class Memory:
 
 
 class _Packing:
-    """What a context, perhaps of dictionaries, is but for the tensors in it, which autograd must be given."""
+    """The structure of a context, which may be nested, without its tensors, which autograd must be given directly."""
 
     def __init__(self, context: Sequence[Any]) -> None:
         leaves, self._structure = pytree.tree_flatten(context)
         self._leaves = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
     def call(self, function: Callable[..., Any], x: Tensor, *tensors: Tensor) -> Any:
-        """``function(x, *context)`` with ``tensors`` in the places of those in the context.
+        """``function(x, *context)``, with ``tensors`` in place of those in the context.
 
         Raises:
-            RuntimeError: it changes the context, which recomputing it would do again.
+            RuntimeError: it changes the context; recomputation would change it again.
         """
         given, versions = iter(tensors), guards.versions(tensors)
         leaves = [next(given) if leaf is _TENSOR else leaf for leaf in self._leaves]
@@ -82,7 +82,7 @@ class _Packing:
 
 
 class _Unit(nn.Module):
-    """A step of existing code as the engine takes steps, with what it computes now, even if it is changed later."""
+    """A step of existing code in the form that the engine takes; later changes to it do not affect what it computes."""
 
     def __init__(
         self, module: nn.Module, computation: steps.Parts | Callable[..., Any], packing: _Packing | None = None
@@ -105,21 +105,21 @@ class _Unit(nn.Module):
 
 
 class _Output:
-    """The state after a step, until the step after it says that it will send it."""
+    """The state after a step, kept until a following step undertakes to reconstruct it."""
 
     def __init__(self) -> None:
         self._state: Tensor | None = None
         self._version = 0
 
     def keep(self, state: Tensor | None) -> None:
-        """Keep ``state``, or nothing any more."""
+        """Keep ``state``; with None, drop what is kept."""
         self._state, self._version = state, 0 if state is None else state._version
 
     def kept(self) -> Tensor:
         """The state.
 
         Raises:
-            RuntimeError: it is gone, or not what it was.
+            RuntimeError: it has been dropped, or modified in place.
         """
         if self._state is None:
             raise RuntimeError(
@@ -132,7 +132,7 @@ class _Output:
 
 
 class _Link:
-    """What a step leaves at the tensor that it returns, for the step that is given it."""
+    """What a step attaches to the tensor that it returns, for the step that is given it."""
 
     def __init__(self, z: Tensor, ghost: Tensor, output: _Output, position: int) -> None:
         self.node, self.version = z.grad_fn, z._version
@@ -140,15 +140,15 @@ class _Link:
         self.taken = False
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A tensor that is saved has left the chain: None."""
+        """Pickled as None: a tensor that is saved has left the chain."""
         return type(None), ()
 
     def follows(self, x: Tensor) -> bool:
-        """Whether ``x`` is what the step returned, unchanged, and not taken yet."""
+        """Whether ``x`` is what the step returned, unchanged, and no other step follows."""
         return not self.taken and x.grad_fn is self.node and x._version == self.version
 
     def take(self) -> Tensor:
-        """The ghost, for the step that will send the state."""
+        """The ghost, for the step that will reconstruct the state."""
         self.taken = True
         self.output.keep(None)
         return self.ghost
@@ -157,7 +157,7 @@ class _Link:
 def run(module: nn.Module, x: Tensor, *context: Any) -> tuple[Tensor, Tensor]:
     """A patched step in the density direction: ``x`` (B, C, *spatial) to ``z`` and ``log_det`` (B,).
 
-    ``context`` are tensors, or anything that holds some, and go to the network.
+    ``context``, tensors or structures of them, is passed to the network.
     """
     memory, patch = _active(module, x, context), cast(Any, patch_of(module))
     parts = patch.parts(module)
@@ -166,7 +166,7 @@ def run(module: nn.Module, x: Tensor, *context: Any) -> tuple[Tensor, Tensor]:
     if _is_foreign(module):
         return checkpoint(_Unit(module, parts), x, *context, use_reentrant=False)  # type: ignore[no-any-return]
     link = getattr(x, _LINK, None)
-    # Hooks for saved tensors get the input: torch.utils.checkpoint runs a step again, then outside of a chain.
+    # Hooks on saved tensors must get the input: torch.utils.checkpoint runs a step again, outside of its chain.
     is_hooked = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
     if link is None or memory.policy == "checkpoint" or is_hooked or not link.follows(x):
         link = None
@@ -182,8 +182,8 @@ def run(module: nn.Module, x: Tensor, *context: Any) -> tuple[Tensor, Tensor]:
 
 
 def run_alone(module: nn.Module, function: Callable[..., Any], x: Tensor, *context: Any) -> Any:
-    """``function(x, *context)`` of a patched layer that is no :class:`~glow_kernels.interop.steps.Parts`: it returns a
-    pair of tensors (B, ...), and keeps its inputs alone."""
+    """``function(x, *context)`` of a patched layer that has no :class:`~glow_kernels.interop.steps.Parts`; it returns a
+    pair of tensors (B, ...), and keeps only its inputs."""
     memory = _active(module, x, context)
     if memory is None:
         return function(x, *context)
@@ -194,17 +194,17 @@ def run_alone(module: nn.Module, function: Callable[..., Any], x: Tensor, *conte
 
 
 def initialize(module: nn.Module, method: str, *arguments: Any, **options: Any) -> None:
-    """Let ActNorms in a step that keeps little initialise themselves by the original's ``method``, without a graph.
+    """Initialise the ActNorms of a step that recomputes, by calling the original's ``method`` without a graph.
 
-    The original gets copies of what it may add to in place.
+    The original gets copies of tensors, to which it may add in place.
     """
     if torch.compiler.is_compiling() or _active(module) is None:
         return
     if not any(is_uninitialised(layer) for layer in Anatomy.of(module).modules):
         return
-    # Not that of a parameter, of which a replica of DataParallel has none.
+    # Not from a parameter: a replica of DataParallel has none.
     device = next(leaf.device for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor))
-    # What else the original does, the step does again.
+    # Undo the original's other side effects: the step has them again.
     others = [layer for layer in module.modules() if not is_uninitialised(layer)]
     with torch.no_grad(), RandomState(device).replayed(), _buffers_restored(others):
         arguments, options = pytree.tree_map_only(Tensor, Tensor.clone, (arguments, options))
@@ -231,7 +231,7 @@ def _apply(
 
 
 class _Place(NamedTuple):
-    """What a node needs beside tensors."""
+    """What a node needs besides tensors."""
 
     anatomy: Anatomy
     memory: Memory
@@ -273,7 +273,7 @@ class _Node(torch.autograd.Function):
         if x is None:
             z = place.output.kept() if reconstructed is None else reconstructed
         if not torch._C._autograd._get_current_graph_task_keep_graph():
-            place.output.keep(None)  # as PyTorch frees what it has saved, even if the loss is kept
+            place.output.keep(None)  # as PyTorch frees saved tensors, even if the user keeps the loss
         changing = place.anatomy.modules if place.memory.restores_buffers else []
         with in_modes(place.modes), _buffers_restored(changing):
             result = recompute.backward(
@@ -293,7 +293,7 @@ class _Node(torch.autograd.Function):
 
 @contextmanager
 def _buffers_restored(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Leave values and versions of the buffers of ``modules`` unchanged, so that they do not count as modified."""
+    """Restore the buffers of ``modules`` afterwards, without raising their version counters."""
     owners = [module._buffers for module in modules]
     before = [(owner, {name: (b, b.clone()) for name, b in owner.items() if b is not None}) for owner in owners]
     try:
@@ -306,23 +306,23 @@ def _buffers_restored(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def _active(module: nn.Module, x: Tensor | None = None, context: Sequence[Any] = ()) -> Memory | None:
-    """What ``module`` keeps in the call that is being made; None for everything, as PyTorch does."""
+    """What ``module`` keeps in the current call; None for everything, as PyTorch does."""
     memory = memory_of(module)
     if memory is None or not torch.is_grad_enabled():
         return None
     if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
         return None
-    # Hooks inside a step must not see its calls twice.
+    # Hooks within a step must not see its calls twice.
     if any_hooks(_harmless, *Anatomy.of(module).modules[1:]):
         return None
-    # A network that was changed may not allow a second evaluation, as with spectral normalisation.
+    # It is not known whether a new network may be evaluated twice; one with spectral_norm, for example, may not.
     if not _is_replica(module) and not consists_as_found(module):
         return None
     leaves = pytree.tree_leaves(context)
     if not all(isinstance(leaf, (Tensor, *PLAIN)) for leaf in leaves):
-        return None  # it may hold tensors that cannot be found
+        return None  # it may hold tensors that are not found
     if x is not None and any(leaf.shape[:1] != x.shape[:1] for leaf in leaves if isinstance(leaf, Tensor)):
-        return replace(memory, micro_batches=1)  # it cannot be divided by samples
+        return replace(memory, micro_batches=1)  # the context cannot be divided by samples
     return memory
 
 
@@ -331,7 +331,8 @@ def _harmless(hook: Any) -> bool:
 
 
 def _is_foreign(module: nn.Module) -> bool:
-    """Whether parameters cannot be told from the module, a replica of DataParallel, or the code is being compiled."""
+    """Whether the module does not tell its parameters: it is a replica of DataParallel, or a compiler traces the
+    code."""
     return torch.compiler.is_compiling() or _is_replica(module)
 
 

@@ -122,7 +122,7 @@ class AffineCouplingTransform(Patch):
         if getattr(module, "unconditional_transform", None) is not None:
             raise Mismatch("the channels that the network reads are transformed too")
         network = module.transform_net
-        # As the networks of nflows itself say how much context they take.
+        # By either name, the networks of nflows itself tell how many context channels they take.
         contexts = (getattr(network, name, None) for name in ("context_features", "context_channels"))
         found = workshop.find_coupling(
             module,
@@ -163,7 +163,7 @@ class AffineCouplingTransform(Patch):
 
 
 class CompositeTransform(Patch):
-    """A chain of transforms, in which ActNorm and 1x1 convolution after one another are one operator."""
+    """A chain of transforms in which ActNorm followed by a 1x1 convolution is one operator."""
 
     dialect, kind = "nflows", "CompositeTransform"
     methods = ("forward", "inverse")
@@ -203,7 +203,7 @@ class CompositeTransform(Patch):
 
 
 class _Pair:
-    """ActNorm and 1x1 convolution after one another."""
+    """ActNorm followed by a 1x1 convolution."""
 
     def __init__(self, actnorm: Any, convolution: Any) -> None:
         self.actnorm, self.convolution = actnorm, convolution
@@ -222,7 +222,7 @@ class _Pair:
 
 
 def _fused(transforms: list[Any], inputs: Tensor) -> list[Any]:
-    """``transforms`` with pairs in the place of what can be computed together."""
+    """``transforms``, with a pair in place of every two that can be computed together."""
     steps: list[Any] = []
     for transform in transforms:
         before = steps[-1] if steps else None
@@ -236,7 +236,7 @@ def _is_squeeze(transform: Any) -> bool:
 
 
 def _squeezed(shape: tuple[int, ...], factor: float) -> tuple[int, ...]:
-    """(C, H, W) after a squeeze by ``factor``, or before it by one over that."""
+    """(C, H, W) after a squeeze by ``factor``; a factor below 1 undoes one."""
     channels, *sizes = shape
     return round(channels * factor**2), *(round(size / factor) for size in sizes)
 
@@ -258,7 +258,7 @@ def _can_fuse_convolution(convolution: Any, inputs: Tensor) -> bool:
 
 
 def _matrix(convolution: Any, to_invert: bool = False) -> tuple[Tensor, Tensor]:
-    """W (C, C) and ``log|det W|``; unrounded to be inverted, as where the factors are."""
+    """W (C, C) and ``log|det W|``; to be inverted W stays in float64, as the original inverts its factors."""
     lower, upper = convolution._create_lower_upper()
     wide = wide_dtype(lower.device)
     product = lower.to(wide) @ upper.to(wide)

@@ -1,7 +1,7 @@
 """The dialect of normflows (VincentStimper/normalizing-flows).
 
 ``forward`` samples; the density direction is ``inverse``. Both return the data and the log-determinant of their own
-direction: without dimensions from ActNorm and the 1x1 convolution, (B,) from couplings and blocks.
+direction: () from ActNorm and the 1x1 convolution, (B,) from couplings and blocks.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Invertible1x1Conv(Patch):
         like = next(module.parameters())
         try:
             faithful_copy(module).inverse(like.new_zeros(1, module.num_channels, 1, 1))
-        except Exception as error:  # of InvertibleAffine, whose formula for vectors is x W
+        except Exception as error:  # such as InvertibleAffine's, which computes x W for vectors
             raise Mismatch(f"it does not take images: {error}") from error
 
     @classmethod
@@ -203,12 +203,12 @@ def _flows(module: nn.Module) -> list[Any]:
 
 
 def _repetitions(actnorm: Any, z: Tensor) -> int:
-    """How often each parameter is applied to one sample."""
+    """Number of elements of one sample to which each parameter is applied."""
     return math.prod(z.shape[dimension] for dimension in actnorm.batch_dims[1:])
 
 
 def _matrix(convolution: Any, to_invert: bool = False) -> tuple[Tensor, Tensor | None]:
-    """W (C, C), and ``log|det W|`` where it is known; unrounded, where it is a product, to be inverted."""
+    """W (C, C), and ``log|det W|`` if it is known; a product of factors stays in float64 to be inverted."""
     if not convolution.use_lu:
         return convolution.W, None
     assemble = steps.lu_weight_to_invert if to_invert else lu_weight

@@ -1,7 +1,7 @@
 """The dialect of OpenAI's Glow in PyTorch: chaiyujin/glow-pytorch, y0ast/Glow-PyTorch, SRFlow and many copies.
 
-Layers are called as ``layer(x, logdet=None, reverse=False)``, whatever the second argument is called, and return the
-data and the log-determinant that was passed in, changed by their own: None stays None.
+Layers are called as ``layer(x, logdet=None, reverse=False)``, with any name for the second argument, and return the
+data and the given log-determinant plus their own; None stays None.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ COPIES = "deep copies of a step use their own 1x1 convolution, also where a clos
 
 NETWORKS = ("f", "block")
 PERMUTATIONS = ("invconv", "reverse", "shuffle")
-# Names of L and U in the copies.
+# Names of L and U in different copies.
 TRIANGLES = (("l", "u"), ("lower", "upper"))
 
 
@@ -55,12 +55,12 @@ def signature_calls(channels: int, *, without_log_det: bool = True) -> list[Call
 
 
 def added(log_det: Any, change: Tensor) -> Any:
-    """The log-determinant to pass on, or None if none was asked for."""
+    """The log-determinant to return, or None if none was passed."""
     return None if log_det is None else log_det + change
 
 
 def arguments(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, bool, bool]:
-    """The log-determinant and the direction that a layer was called with, and whether that is all."""
+    """The log-determinant and the direction that a layer was called with, and whether there is nothing else."""
     names, defaults = _signature(own(module))
     given = dict(zip(names, args, strict=False)) | options
     log_det, reverse = (given.pop(name, default) for name, default in zip(names[:2], defaults, strict=False))
@@ -114,7 +114,7 @@ class ActNorm2d(Patch):
     def forward(self: Any, x: Tensor, *args: Any, **options: Any) -> Any:
         """``y`` and the new log-determinant."""
         logdet, reverse, known = arguments(self, args, options)
-        fits = x.dim() == 4 and x.shape[1] == self.bias.shape[1]  # most refuse what would be broadcast
+        fits = x.dim() == 4 and x.shape[1] == self.bias.shape[1]  # most originals refuse to broadcast
         if not known or not fits or not is_initialized(self):
             return own(self).forward(self, x, *args, **options)
         change = x.shape[2] * x.shape[3] * self.logs.sum()
@@ -133,7 +133,7 @@ class InvertibleConv1x1(Patch):
     def improvements(cls, module: Any, options: Any) -> tuple[str, ...]:
         if "weight" in module._parameters:
             return (DOUBLE,)
-        return (DOUBLE_INVERSE,) if hasattr(module, "lower") else ()  # chaiyujin's is already
+        return (DOUBLE_INVERSE,) if hasattr(module, "lower") else ()  # chaiyujin's is in float64 already
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
@@ -157,7 +157,7 @@ class InvertibleConv1x1(Patch):
     def forward(self: Any, x: Tensor, *args: Any, **options: Any) -> Any:
         """``y`` and the new log-determinant."""
         logdet, reverse, known = arguments(self, args, options)
-        if not known or x.dim() != 4:  # some multiply vectors from the other side
+        if not known or x.dim() != 4:  # some originals multiply vectors from the other side
             return own(self).forward(self, x, *args, **options)
         weight, weight_log_det = matrix(self, to_invert=reverse)
         zeros = weight.new_zeros(weight.shape[0])
@@ -167,7 +167,7 @@ class InvertibleConv1x1(Patch):
 
 
 class FlowStep(Patch):
-    """ActNorm and convolution as one operator, then the coupling, of which the network is a submodule."""
+    """ActNorm and convolution as one operator, then the coupling, whose network is a submodule."""
 
     dialect, kind = "openai", "FlowStep"
     has_network = True
@@ -256,12 +256,12 @@ def _flag(actnorm: Any) -> str | None:
 
 
 def matrix(convolution: Any, to_invert: bool = False) -> tuple[Tensor, Tensor | None]:
-    """W (C, C), and ``log|det W|`` where it is known; unrounded, where it is a product, to be inverted."""
+    """W (C, C), and ``log|det W|`` if it is known; a product of factors stays in float64 to be inverted."""
     lower, upper = next((names for names in TRIANGLES if hasattr(convolution, names[0])), ("", ""))
     if not lower:
         return convolution.weight, None
     factors = getattr(convolution, lower), getattr(convolution, upper)
-    # Plain attributes in earlier revisions of chaiyujin's, which stay where they were when the layer is moved.
+    # In earlier revisions of chaiyujin's code these are plain attributes, which do not move with the layer.
     permutation, signs = convolution.p.to(factors[0]), convolution.sign_s.to(factors[0])
     assemble = steps.lu_weight_to_invert if to_invert else lu_weight
     return assemble(permutation, *factors, convolution.log_s, signs)
@@ -274,17 +274,17 @@ def _can_fuse(step: Any) -> bool:
 
 
 def _linear(step: Any, to_invert: bool) -> Linear:
-    """ActNorm and what mixes the channels."""
+    """ActNorm and the matrix that mixes the channels."""
     log_scale, bias, mixing = step.actnorm.logs.flatten(), step.actnorm.bias.flatten(), _child(step, PERMUTATIONS)
     if patch_of(mixing) is InvertibleConv1x1:
         return (log_scale, bias, *matrix(mixing, to_invert))
-    # The matrix of a fixed permutation is what it makes of the unit vectors.
+    # The matrix of a fixed permutation has its results for the unit vectors as columns.
     units = torch.eye(len(bias), dtype=bias.dtype, device=bias.device)[:, :, None, None]
     return log_scale, bias, mixing(units, False)[:, :, 0, 0].T.contiguous(), bias.new_zeros(())
 
 
 def _holds_others(step: nn.Module) -> bool:
-    """Whether the closure of a function that ``step`` keeps holds a module that is not part of ``step``."""
+    """Whether a function stored on ``step`` has a module in its closure that is not part of ``step``."""
     closures = (getattr(value, "__closure__", None) or () for value in vars(step).values())
     held = [cell.cell_contents for closure in closures for cell in closure]
     return any(isinstance(value, nn.Module) and value not in set(step.modules()) for value in held)

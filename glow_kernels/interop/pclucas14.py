@@ -1,8 +1,8 @@
-"""The dialect of pclucas14/pytorch-glow: ``forward_(x, objective)`` and ``reverse_``, which are called without hooks.
+"""The dialect of pclucas14/pytorch-glow: ``forward_(x, objective)`` and ``reverse_``, whose calls bypass hooks.
 
-Layers return the data and the objective with their log-determinant added, or taken away in reverse. A model is a flat
-list of them, so each is patched by itself. Its couplings overwrite views of their input, which PyTorch refuses to
-differentiate by now: what is accelerated are copies that do not.
+Layers return the data and the objective, with their log-determinant added, or subtracted in reverse. A model is a flat
+list of them, so each is patched by itself. The original couplings overwrite views of their input, which current PyTorch
+refuses to differentiate: only copies that do not can be patched.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Result = tuple[Tensor, Tensor]
 
 def _calls(channels: int) -> list[Call]:
     shapes = ((2, channels, *SPATIAL), (2,))
-    # The objective is added to in place.
+    # Layers add to the objective in place.
     return [
         Call("forward_", lambda module, x, objective: module.forward_(x, objective + 0), shapes),
         Call("reverse_", lambda module, y, objective: module.reverse_(y, objective + 0), shapes),
@@ -196,7 +196,7 @@ class Split(_Layer):
 
 
 def _of_images(actnorm: Any, x: Tensor) -> Result:
-    """Bias and log-scale of ActNorm, to be used with ``x``."""
+    """Bias and log-scale of ActNorm, shaped to broadcast with ``x``."""
     shape = (1, -1, *(1,) * (x.dim() - 2))
     return actnorm.b.view(shape), options_of(actnorm).value * actnorm.logs.view(shape)
 

@@ -1,7 +1,7 @@
 """The dialect of rosinality/glow-pytorch and its many copies.
 
-Layers return their own log-determinant: ActNorm and the convolutions one without dimensions, an affine coupling (B,),
-an additive one None. ``reverse`` returns the data alone, and in some copies, as in ArtFlow, so does ``forward``.
+Layers return their own log-determinant: () from ActNorm and the convolutions, (B,) from an affine coupling, None from
+an additive one. ``reverse`` returns only the data, and in some copies, such as ArtFlow, so does ``forward``.
 """
 
 from __future__ import annotations
@@ -255,14 +255,14 @@ class Block(Patch):
         channels = module.flows[0].actnorm.loc.shape[1] // 4
 
         def with_two_flows(copied: Any, x: Tensor) -> Any:
-            # Each has been compared by itself, and random numbers overflow after many.
+            # Each has been compared by itself, and with random parameters many of them overflow.
             copied.flows = copied.flows[:2]
             return copied(x)
 
         return [Call("forward", with_two_flows, ((2, channels, 2 * SPATIAL[0], 2 * SPATIAL[1]),))]
 
     def forward(self: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What goes deeper, ``log_det``, ``log_p`` (B,) and what is factored out."""
+        """The input of the next block, ``log_det``, ``log_p`` (B,) and the latent that is factored out."""
         z = F.pixel_unshuffle(x, 2)
         log_det: Any = 0
         for flow in self.flows:
@@ -276,16 +276,16 @@ class Block(Patch):
 
 
 def _spatial(coupling: Any) -> tuple[int, ...]:
-    """To compare with. Not vectors: what halves them may halve the last dimension of other tensors too."""
+    """Sizes to compare with; not those of vectors: code that halves these may halve the last dimension of any data."""
     return spatial_of(coupling.net) or SPATIAL
 
 
 def _matrix(convolution: Any, to_invert: bool = False) -> tuple[Tensor, Tensor | None]:
-    """W (C, C), and ``log|det W|`` where it is known; zero where it is not used, so that W may be singular.
+    """W (C, C), and ``log|det W|`` if it is known; zero if the layer returns none, so that W may be singular.
 
-    Unrounded, where it is a product, to be inverted.
+    A product of factors stays in float64 to be inverted.
     """
-    if hasattr(convolution, "w_l"):  # beside them copies keep a weight that they calculate for sampling
+    if hasattr(convolution, "w_l"):  # checked first: some copies also store a weight computed for sampling
         assemble = steps.lu_weight_to_invert if to_invert else lu_weight
         return assemble(convolution.w_p, convolution.w_l, convolution.w_u, convolution.w_s, convolution.s_sign)
     weight = convolution.weight[:, :, 0, 0]
@@ -298,12 +298,12 @@ def _can_fuse(step: Any) -> bool:
 
 
 def _linear(step: Any, to_invert: bool) -> Linear:
-    # A linear scale may be negative, so that it has no logarithm: it goes into the columns of W.
+    # The scale may be negative and have no logarithm, so it is folded into the columns of W.
     weight, weight_log_det = _matrix(step.invconv, to_invert)
     scale = step.actnorm.scale.flatten()
     zeros = torch.zeros_like(scale)
     if weight_log_det is None:
-        # Not of the scaled columns: the gradient 1 / s would be what the rounding of a sum leaves of it.
+        # Not that of the scaled columns: the gradient 1 / s would be lost in the rounding of a sum.
         _, _, weight_log_det = fold(zeros, zeros, weight, None)
     log_det = weight_log_det + scale.abs().log().sum()
     if to_invert:

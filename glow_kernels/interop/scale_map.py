@@ -1,4 +1,4 @@
-"""Which :class:`~glow_kernels.ScaleMap` a sampled scale function is, if any."""
+"""Fits a :class:`~glow_kernels.ScaleMap` to a sampled scale function."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from glow_kernels.backends.reference.affine_coupling import scale_map as log_scale
 from glow_kernels.ops import ScaleMap
 
-# Raw values at which the scale is sampled: densely where it bends, far out for its limits.
+# Raw values at which the scale is sampled: dense where it bends, far out for its limits.
 _TAILS = torch.logspace(1.1, 12, 24, dtype=torch.float64)
 _MIDDLE = torch.cat([torch.linspace(-width, width, 161, dtype=torch.float64) for width in (1, 12)])
 RAW_VALUES = torch.cat((_MIDDLE, _TAILS, -_TAILS))
@@ -23,11 +23,11 @@ def fit_scale_map(raw: Tensor, scale: Tensor) -> ScaleMap | None:
 
     Args:
         raw: float64 samples that contain :data:`RAW_VALUES`.
-        scale: float64, the scale at each.
+        scale: float64, the scale at each of them.
     """
     if bool(scale.isnan().any()) or bool((scale < 0).any()):
         return None
-    if bool(scale.max() - scale.min() <= TOLERANCE * scale.min()):  # up to rounding it depends on nothing, as in GIN
+    if bool(scale.max() - scale.min() <= TOLERANCE * scale.min()):  # constant up to rounding, as in GIN
         return None
     for fit in (_exp, _sigmoid, _tanh, _atan, _softsign, _clip):
         try:
@@ -44,7 +44,7 @@ def fit_scale_map(raw: Tensor, scale: Tensor) -> ScaleMap | None:
 def agrees(candidate: ScaleMap, raw: Tensor, scale: Tensor) -> bool:
     """Whether ``candidate`` gives ``scale`` at every sample, overflow and underflow included."""
     predicted = log_scale(raw[:, None], None, candidate.kind, candidate.parameters)[:, 0].exp()
-    # Beyond e^30 the exponent's own rounding shows; what overflows in one may just not overflow in the other.
+    # The relative rounding error of exp grows with the size of the exponent.
     allowed = TOLERANCE * (1 + predicted.log().abs().clamp(max=1e3).nan_to_num(1e3)) * scale
     finite = scale.isfinite() & predicted.isfinite()
     close = (predicted - scale).abs() <= allowed + 1e-300
@@ -52,7 +52,7 @@ def agrees(candidate: ScaleMap, raw: Tensor, scale: Tensor) -> bool:
 
 
 def _limits(raw: Tensor, scale: Tensor) -> tuple[float, float]:
-    """The scale far out on the left and on the right."""
+    """The scale at the smallest and at the largest raw value."""
     return scale[raw.argmin()].item(), scale[raw.argmax()].item()
 
 
@@ -67,7 +67,7 @@ def _line(raw: Tensor, values: Tensor, usable: Tensor) -> tuple[float, float]:
 
 
 def _bounded(kind: str, bound: float, undo: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], ScaleMap]:
-    """Maps ``s = exp(gain * b(slope * u + offset)) + floor`` whose ``b`` runs from -bound to bound."""
+    """A fit of ``s = exp(gain * b(slope * u + offset)) + floor``, where b, with inverse ``undo``, is within ±bound."""
 
     def fit(raw: Tensor, scale: Tensor) -> ScaleMap:
         left, right = _limits(raw, scale)
@@ -118,14 +118,14 @@ def _not_negative(floor: float) -> float:
 
 
 def _snap(fitted: ScaleMap, tolerance: float) -> ScaleMap:
-    """The same map with parameters that are round numbers where they nearly are."""
+    """The same map, with parameters rounded if they are nearly round numbers."""
     names = ("slope", "offset", "gain", "floor", "low", "high")
     values = {name: round_number(getattr(fitted, name), tolerance) for name in names}
     return ScaleMap(fitted.kind, **values)
 
 
 def round_number(value: float, tolerance: float) -> float:
-    """The decimal number of at most 7 digits behind the point that ``value`` is up to ``tolerance``, or ``value``."""
+    """``value`` rounded to the fewest decimals, at most 7, that are within ``tolerance``; unchanged if none are."""
     if not math.isfinite(value):
         return value
     for digits in range(8):

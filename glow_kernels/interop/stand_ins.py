@@ -1,4 +1,4 @@
-"""Stand-ins for the networks of couplings, and what must be known of a network."""
+"""Stand-ins for the networks of couplings, and what must be known about a network."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from glow_kernels.interop.patch import Mismatch
 from glow_kernels.reversible.randomness import RandomState, seed_generators
 from glow_kernels.reversible.tensors import with_graph
 
-# Of images and of volumes: small, and no side as long as another, so that a layer that takes one for another shows.
+# Sizes of images and volumes: small and all different, to expose layers that confuse two dimensions.
 SPATIAL = (4, 6)
 VOLUME = (2, 3, 4)
 
 
 class Untouchable(Tensor):
-    """A context that a layer may hand to its network, or ignore, and nothing else.
+    """A context that a layer may pass to its network or ignore, but not use itself.
 
-    It is a tensor, for layers that ask whether it is one; to ask for another class or attribute is a use already.
+    It is a tensor, for layers that check this; checking for another class or reading an attribute counts as use.
     """
 
     @classmethod
@@ -40,14 +40,14 @@ UNTOUCHABLE = Untouchable()
 
 
 class StandIn(nn.Module):
-    """Takes the place of a network: a smooth function of the channels at each position, or a given ``answer``.
+    """Replaces a network: a smooth function of the channels at each position, or a given ``answer``.
 
     Args:
-        inputs, outputs: channels before and after.
+        inputs, outputs: channels of input and output.
         spatial: sizes that the network runs on.
-        channels_last: whether the network may be given images whose channels lie next to each other in memory.
-        pairs: the network returns halves of its channels as pairs in a last dimension.
-        context: channels of what the network is given beside; 0 if it is given nothing.
+        channels_last: whether the network may be given images in ``channels_last`` memory format.
+        pairs: the network returns the two halves of its channels as pairs in a last dimension.
+        context: channels of the network's context; 0 if it takes none.
     """
 
     mixing: Tensor
@@ -76,7 +76,7 @@ class StandIn(nn.Module):
         """(B, inputs, *spatial) to (B, outputs, *spatial).
 
         Raises:
-            Mismatch: there is more that a network would read, and that a patch would not give it.
+            Mismatch: the layer passes other arguments too, which a patch would not pass.
         """
         contexts = [value for value in (*args, *options.values()) if value is not None]
         if not all(isinstance(value, Untouchable) for value in contexts):
@@ -90,15 +90,15 @@ class StandIn(nn.Module):
             h = self.answer.to(x.dtype).expand(x.shape[0], self.outputs, *x.shape[2:]).clone()
         else:
             h = self.reach * torch.tanh(torch.einsum("oc,bc...->bo...", self.mixing.to(x), x).contiguous())
-            h = h + len(contexts)  # so that it shows who hands one on
+            h = h + len(contexts)  # reveals whether the layer passes its context on
         return torch.stack(h.chunk(2, 1), -1) if self.pairs else h
 
 
 class PassThrough(nn.Module):
-    """Takes the place of a layer that must not interfere.
+    """Replaces a layer by the identity.
 
     Args:
-        with_log_det: return what was passed as the log-determinant too, as OpenAI's layers do.
+        with_log_det: return the given log-determinant too, as OpenAI's layers do.
     """
 
     def __init__(self, with_log_det: bool) -> None:
@@ -106,14 +106,14 @@ class PassThrough(nn.Module):
         self.with_log_det = with_log_det
 
     def forward(self, x: Tensor, *args: Any, **options: Any) -> Any:
-        """``x`` as it is."""
+        """``x`` unchanged."""
         if not self.with_log_det:
             return x
         return x, args[0] if args else next((options[name] for name in ("logdet", "sldj") if name in options), None)
 
 
 def spatial_of(network: nn.Module) -> tuple[int, ...]:
-    """Spatial sizes to try ``network`` with, by its first layer: of images, volumes, sequences or vectors."""
+    """Spatial sizes to run ``network`` on, from its first layer: of images, volumes, sequences or vectors."""
     for layer in network.modules():
         if isinstance(layer, nn.Linear):
             return ()
@@ -127,7 +127,7 @@ def spatial_of(network: nn.Module) -> tuple[int, ...]:
 
 
 def input_channels(network: nn.Module) -> int:
-    """Of the first layer that says how many it takes.
+    """Input channels of ``network``, from the first layer that states them.
 
     Raises:
         Mismatch: none does.
@@ -141,7 +141,7 @@ def input_channels(network: nn.Module) -> int:
 
 @torch.no_grad()
 def stand_in_for(network: nn.Module, channels: int, spatial: tuple[int, ...], context: int = 0) -> StandIn:
-    """A stand-in with as many outputs as a copy of ``network`` has when it is run."""
+    """A stand-in with as many output channels as a copy of ``network`` returns."""
     x, *others = _random_inputs(network, channels, spatial, context)
     try:
         output = faithful_copy(network)(x, *others)
@@ -160,8 +160,8 @@ def changes_buffers(network: nn.Module, stand_in: StandIn) -> bool:
     """Whether a run of ``network`` changes its buffers.
 
     Raises:
-        Mismatch: what it computes depends on that, on chance alone, or on parameters of others; or it stores results,
-            which would have no graph in a forward that keeps no activations.
+        Mismatch: two runs from the same random state differ, it uses parameters of others, or it stores results, which
+            would have no graph in a forward that keeps no activations.
     """
     copied = randomised(faithful_copy(network)).train()
     inputs = _random_inputs(network, stand_in.inputs, stand_in.spatial, stand_in.context)
@@ -191,7 +191,7 @@ def changes_buffers(network: nn.Module, stand_in: StandIn) -> bool:
 
 @torch.no_grad()
 def mixes_samples(network: nn.Module, stand_in: StandIn) -> bool:
-    """Whether what ``network`` makes of a sample depends on the others in the batch."""
+    """Whether the output of ``network`` for a sample depends on the other samples of the batch."""
     copied = randomised(faithful_copy(network)).train()
     one, other = (_random_inputs(network, stand_in.inputs, stand_in.spatial, stand_in.context) for _ in range(2))
     outputs, state = [], RandomState(one[0].device)
@@ -202,14 +202,14 @@ def mixes_samples(network: nn.Module, stand_in: StandIn) -> bool:
 
 
 def _random_inputs(network: nn.Module, channels: int, spatial: tuple[int, ...], context: int) -> list[Tensor]:
-    """What ``network`` is given: data, and a context if it has channels."""
+    """Random inputs for ``network``: data, and a context if it has channels."""
     like = next((p for p in network.parameters() if p.is_floating_point()), torch.zeros(()))
     sizes = [channels, context] if context else [channels]
     return [torch.randn(2, size, *spatial, dtype=like.dtype, device=like.device) for size in sizes]
 
 
 def _takes_channels_last(network: nn.Module, x: Tensor, *others: Tensor) -> bool:
-    """Whether ``network``, with parameters that are not zero, says the same of ``x`` in another memory format."""
+    """Whether ``network``, with parameters that are not zero, gives the same result in ``channels_last`` format."""
     for training in (False, True):
         copied = randomised(faithful_copy(network)).train(training)
         outputs = []
@@ -217,7 +217,7 @@ def _takes_channels_last(network: nn.Module, x: Tensor, *others: Tensor) -> bool
             seed_generators(x.device, 0)  # dropout must drop the same
             try:
                 outputs.append(copied(x.contiguous(memory_format=layout), *others))
-            except Exception:  # as from a view() of what is not contiguous
+            except Exception:  # such as from view() on a tensor that is not contiguous
                 return False
         if not torch.allclose(outputs[0], outputs[1], rtol=1e-3, atol=1e-4):
             return False

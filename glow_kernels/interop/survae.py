@@ -1,7 +1,7 @@
 """The dialect of survae_flows (didriknielsen/survae_flows).
 
-``forward`` returns the data and the log-determinant (B,); ``inverse`` returns the data alone. Networks of couplings
-return a pair of numbers per element in a last dimension.
+``forward`` returns the data and the log-determinant (B,); ``inverse`` returns only the data. The networks of affine
+couplings return pairs of numbers in a last dimension.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ class CouplingBijection(Patch):
 
 
 def _channels(h: Tensor, x: Tensor) -> Tensor:
-    """The network's output with its pairs, if it has them, as halves of the channels."""
+    """The network's output, with any pairs in a last dimension rearranged to halves of the channels."""
     return h.movedim(-1, 1).flatten(1, 2) if h.dim() > x.dim() else h
 
 

@@ -1,8 +1,8 @@
 """The dialect of NVIDIA/waveglow: a 1x1 convolution of sequences, whose log-determinant covers the whole batch.
 
-WaveGlow's couplings are no layers but written out in the model's own ``forward``, with unreduced log-scales as its
-results, so it is the model that is recognised. Its ``infer`` stays its own: the original's asks for memory on a GPU by
-name, and where there is none nothing can be compared.
+WaveGlow's couplings are not layers: they are written out in the model's ``forward``, which returns unreduced
+log-scales, so the whole model is recognised. Its ``infer`` is not patched: the original allocates CUDA tensors by name,
+so without a GPU there is nothing to compare with.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from glow_kernels.interop.stand_ins import StandIn
 from glow_kernels.interop.workshop import Workshop
 from glow_kernels.ops import ScaleMap, actnorm_conv1x1, actnorm_conv1x1_inverse
 
-# Of the sequences to try layers with.
+# Length of the sequences to run layers on.
 LENGTH = 8
 
 
 @dataclass(frozen=True)
 class Inverse:
-    """Of a 1x1 convolution.
+    """Options of a 1x1 convolution.
 
     Attributes:
-        has_graph: whether the weight has a gradient in reverse, as it has not in the original.
+        has_graph: whether the weight gets a gradient in reverse; NVIDIA's does not.
     """
 
     has_graph: bool
@@ -65,7 +65,7 @@ class Invertible1x1Conv(Patch):
     @classmethod
     def examine(cls, module: Any, workshop: Workshop) -> Inverse:
         copied = faithful_copy(module).requires_grad_()
-        z = torch.zeros_like(copied.conv.weight)  # C sequences
+        z = torch.zeros_like(copied.conv.weight)  # (C, C, 1), a batch of sequences
         return Inverse(_fresh_inverse(copied, z).requires_grad)
 
     @classmethod
@@ -94,7 +94,7 @@ class Invertible1x1Conv(Patch):
 
 
 class WN(Patch):
-    """The network of a coupling, called with a pair of half of the channels and the conditions (B, n, T)."""
+    """The network of a coupling, called with a pair: half of the channels, and the conditions (B, n, T)."""
 
     dialect, kind = "waveglow", "WN"
     has_network = True
@@ -104,7 +104,7 @@ class WN(Patch):
         lists = ("in_layers", "res_skip_layers")
         single = ("start", "end")
         return (
-            (hasattr(module, "cond_layer") or hasattr(module, "cond_layers"))  # not RAD-TTS's, of other arguments
+            (hasattr(module, "cond_layer") or hasattr(module, "cond_layers"))  # RAD-TTS's takes other arguments
             and all(isinstance(getattr(module, name, None), nn.ModuleList) for name in lists)
             and all(isinstance(getattr(module, name, None), nn.Conv1d) for name in single)
         )
@@ -134,7 +134,7 @@ class WN(Patch):
 
 
 class WaveGlow(Patch):
-    """The model: audio (B, T) in groups becomes channels, some of which leave early; all steps share one formula."""
+    """The model: groups of audio samples (B, T) become channels, some output early; all steps share one formula."""
 
     dialect, kind = "waveglow", "WaveGlow"
     note = "infer keeps its own couplings: where it asks for memory on a GPU by name, no copy can show it is the same"
@@ -155,7 +155,7 @@ class WaveGlow(Patch):
         def run(copied: Any, x: Tensor) -> Tensor:
             copied.n_flows = 1
             audio = x.transpose(1, 2).flatten(1)
-            copied.upsample = nn.Upsample(audio.shape[1])  # of zeros; a kernel of 1024 samples takes most of the time
+            copied.upsample = nn.Upsample(audio.shape[1])  # its input is zero, and a kernel of 1024 samples is slow
             y: Tensor = copied((x.new_zeros(len(x), *_spectrogram(module)), audio))[0]
             return y
 
@@ -176,7 +176,7 @@ class WaveGlow(Patch):
         """``z`` (B, n_group, T / n_group), ``log_s`` (B, C / 2, T / n_group) and ``log_det`` () of every step."""
         spectrogram, audio = forward_input
         condition = self.upsample(spectrogram)
-        if condition.shape[2] < audio.shape[1]:  # which the original refuses in its own words
+        if condition.shape[2] < audio.shape[1]:  # the original raises its own error
             result: tuple[Tensor, list[Tensor], list[Tensor]] = own(self).forward(self, forward_input)
             return result
         condition = condition[:, :, : audio.shape[1]].unfold(2, self.n_group, self.n_group)
@@ -198,7 +198,7 @@ class WaveGlow(Patch):
 
 
 class _PairStandIn(StandIn):
-    """Takes the place of a :class:`WN`."""
+    """Replaces a :class:`WN`."""
 
     def forward(self, forward_input: Any) -> Tensor:
         """(B, inputs, T) and conditions (B, n, T) to (B, outputs, T)."""
@@ -218,14 +218,14 @@ def _spectrogram(module: Any) -> tuple[int, int]:
 
 
 def _of_size(coupling: Coupling, channels: int) -> Coupling:
-    """The same for another number of channels."""
+    """The same coupling for another number of channels."""
     halves: Sequence[tuple[int, ...]] = tuple(range(channels // 2)), tuple(range(channels // 2, channels))
     read, transformed = halves if coupling.reads_first else reversed(halves)
     return dataclasses.replace(coupling, read=read, transformed=transformed)
 
 
 def _fresh_inverse(module: Any, z: Tensor) -> Tensor:
-    # Without the inverse of a weight that has changed since.
+    # The layer caches the inverse, although the weight may have changed since.
     module.__dict__.pop("W_inverse", None)
     x: Tensor = module(z, reverse=True)
     return torch.as_tensor(x)

@@ -1,7 +1,7 @@
-"""The weights of a multi-scale Glow in one form, between the names and spellings of the dialects.
+"""The weights of a multi-scale Glow in a common form, independent of the names and conventions of the dialects.
 
-A convolution is ``exp(log_scale) * (W x + bias)``; ActNorm is ``sign * exp(log_scale) * (x + bias)``; rows that predict
-shift and scale stand as halves, the shift first, and those that predict a Gaussian likewise, the mean first.
+A convolution is ``exp(log_scale) * (W x + bias)``; ActNorm is ``sign * exp(log_scale) * (x + bias)``; output channels
+("rows") that predict shift and scale are two halves, shift first; those that predict a Gaussian likewise, mean first.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Convolution:
     Attributes:
         weight: (O, I, k, k).
         bias, log_scale: (O,).
-        border: value around the input.
+        border: value with which the input is padded.
     """
 
     weight: Tensor
@@ -34,29 +34,29 @@ class Convolution:
 
     @property
     def notices_border(self) -> bool:
-        """Whether the value around the input makes a difference."""
+        """Whether the value of the padding makes a difference."""
         return self.weight.shape[-1] > 1 and bool(self.weight.any())
 
     def folded(self) -> Convolution:
-        """The same without a scale."""
+        """The same convolution, with its scale folded into weight and bias."""
         scale = self.log_scale.exp()
         weight = self.weight * scale[:, None, None, None]
         return Convolution(weight, self.bias * scale, torch.zeros_like(scale), self.border)
 
     def with_rows(self, order: Tensor) -> Convolution:
-        """Output channels in another order."""
+        """With the output channels in another order."""
         return dataclasses.replace(
             self, weight=self.weight[order], bias=self.bias[order], log_scale=self.log_scale[order]
         )
 
     def with_sign(self, sign: Tensor) -> Convolution:
-        """Output channels times ``sign`` (O,)."""
+        """With the output channels multiplied by ``sign`` (O,)."""
         return dataclasses.replace(self, weight=self.weight * sign[:, None, None, None], bias=self.bias * sign)
 
 
 @dataclass(frozen=True)
 class Mixing:
-    """``W`` (C, C), or ``W = P L (U + diag(sign * exp(log_diagonal)))`` with junk outside of the triangles.
+    """``W`` (C, C), or ``W = P L (U + diag(sign * exp(log_diagonal)))`` with any values outside the triangles.
 
     Attributes:
         weight: W, or None.
@@ -77,7 +77,7 @@ class Mixing:
         return weight.to(self.factors[1].dtype)
 
     def decomposed(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """The factors, without junk."""
+        """The factors, with zeros outside the triangles."""
         if self.factors is not None:
             permutation, lower, upper, log_diagonal, sign = self.factors
             return permutation, lower.tril(-1), upper.triu(1), log_diagonal, sign
@@ -120,24 +120,24 @@ class Step:
         return len(self.network[2].bias) == len(self.bias)
 
     def without_signs(self) -> Step:
-        """The same with positive scales: signs of ActNorm go into the columns of W."""
+        """The same step with positive scales: ActNorm's signs are folded into the columns of W."""
         if self.sign is None:
             return self
         return dataclasses.replace(self, mixing=self.mixing.with_signs(self.sign), sign=None)
 
     def with_last(self, last: Convolution) -> Step:
-        """With another last convolution."""
+        """With another last convolution in its network."""
         return dataclasses.replace(self, network=(*self.network[:2], last))
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A model.
+    """The weights of a model.
 
     Attributes:
-        levels: the steps of each level, the first at full size.
-        splits: between them, the convolution that predicts what is factored out.
-        top: prior of the deepest latent, a convolution of an image of zeros; None for a standard normal.
+        levels: the steps of each level, the level of highest resolution first.
+        splits: between levels, the convolution that predicts the Gaussian of what is factored out.
+        top: prior of the deepest latent, a convolution applied to zeros; None for a standard normal.
     """
 
     levels: list[list[Step]]
@@ -147,7 +147,7 @@ class Weights:
 
 @dataclass
 class Keys:
-    """A ``state_dict`` of which it is known what has been read."""
+    """A ``state_dict`` that records which tensors have been read."""
 
     tensors: Mapping[str, Tensor]
     seen: set[str] = field(default_factory=set)
@@ -166,7 +166,7 @@ class Keys:
         tensor = self.tensors[found]
         if not isinstance(tensor, Tensor):
             raise TypeError(f"state_dict must hold tensors, got {type(tensor).__name__} for {found}")
-        # What is computed here, as logarithms and products of factors, would else be rounded to three digits.
+        # Otherwise logarithms and products of factors computed here would be rounded to three digits.
         return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
     def has(self, name: str) -> bool:
@@ -177,7 +177,7 @@ class Keys:
         """The numbers that follow ``prefix`` in names, from 0.
 
         Raises:
-            KeyError: one of them is missing before the last.
+            KeyError: a number before the last is missing.
         """
         found = self.sparse_numbers(prefix)
         for number in range(found[-1] if found else 0):
@@ -186,7 +186,7 @@ class Keys:
         return range(len(found))
 
     def sparse_numbers(self, prefix: str) -> list[int]:
-        """The numbers that follow ``prefix`` in names, where layers without tensors lie between them."""
+        """The numbers that follow ``prefix`` in names; layers without tensors may leave gaps."""
         found = set()
         for key in self.tensors:
             name = key.removeprefix("module.")
@@ -197,12 +197,12 @@ class Keys:
         return sorted(found)
 
     def unread(self) -> list[str]:
-        """Names that were not asked for."""
+        """Names of the tensors that have not been read."""
         return [key for key in self.tensors if key not in self.seen]
 
 
 def interleaved(halves: Convolution) -> Convolution:
-    """Rows of two halves, alternating."""
+    """Rows of two halves, interleaved."""
     rows = torch.arange(len(halves.bias))
     return halves.with_rows(rows.view(2, -1).T.flatten())
 
@@ -214,12 +214,12 @@ def halves(alternating: Convolution) -> Convolution:
 
 
 def swapped(convolution: Convolution) -> Convolution:
-    """The two halves of the rows in the other order."""
+    """With the two halves of the rows swapped."""
     return convolution.with_rows(torch.arange(len(convolution.bias)).roll(len(convolution.bias) // 2))
 
 
 def affine_halves(step: Step) -> Step:
-    """Rows for shift and scale as halves, from alternating ones, if there are both."""
+    """With interleaved rows for shift and scale rearranged to halves, if there are both."""
     return step.with_last(halves(step.network[2])) if step.is_affine else step
 
 
@@ -229,7 +229,7 @@ def affine_interleaved(step: Step) -> Step:
 
 
 def negated_shift(step: Step) -> Step:
-    """Between ``x + t`` and ``x - t``."""
+    """Converts between ``x + t`` and ``x - t``."""
     last = step.network[2]
     sign = torch.ones_like(last.bias)
     sign[: len(sign) // 2 if step.is_affine else len(sign)] = -1
@@ -237,12 +237,12 @@ def negated_shift(step: Step) -> Step:
 
 
 def constant(values: Tensor, log_scale: Tensor) -> Convolution:
-    """A convolution that does not look at its input."""
+    """A convolution that ignores its input."""
     return Convolution(values.new_zeros(len(values), len(values) // 2, 3, 3), values, log_scale)
 
 
 def read_mixing(keys: Keys, weight: str, factors: list[str]) -> Mixing:
-    """From the names of W, or of P, L, U, log|s| and the signs of s."""
+    """Read W from the name ``weight``, or P, L, U, log|s| and the signs of s from the names ``factors``."""
     if keys.has(weight):
         matrix = keys(weight)
         return Mixing(matrix.reshape(matrix.shape[0], matrix.shape[0]))
@@ -251,7 +251,7 @@ def read_mixing(keys: Keys, weight: str, factors: list[str]) -> Mixing:
 
 
 def write_mixing(state: State, mixing: Mixing, lu: bool, weight: str, factors: list[str]) -> None:
-    """Under the names of W, or of L, U, log|s|, P and the signs of s."""
+    """Write W under the name ``weight``, or L, U, log|s|, P and the signs of s under the names ``factors``."""
     if not lu:
         state[weight] = mixing.plain()
         return

@@ -1,4 +1,4 @@
-"""What the ``state_dict`` of a Glow looks like in each dialect: read into ``Weights``, written from them."""
+"""The ``state_dict`` of a Glow in each dialect: read into ``Weights`` and written from them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the dialects have in common: how they are read and written, and what is noted on the way."""
+"""What the dialects share: their interface, and notes on what the target cannot express."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from torch import Tensor
 
 from glow_kernels.interop.weights import Convolution, Keys, State, Weights, constant
 
-# Lines about what of the source the target does not express, which begin with a name in the target.
+# Lines that say what the target cannot express; each begins with the name concerned.
 Inexact = list[str]
 
 
 class Dialect(Protocol):
-    """Names and spellings of one implementation."""
+    """Names and conventions of one implementation."""
 
     def read(self, keys: Keys, inexact: Inexact) -> Weights:
-        """The model; a KeyError names what is missing."""
+        """The model's weights; a KeyError names what is missing."""
         ...
 
     def write(self, weights: Weights, lu: bool, inexact: Inexact) -> State:
-        """The same under this dialect's names; ``lu`` says whether 1x1 convolutions are decomposed, if they can be."""
+        """``weights`` under this dialect's names; ``lu``: whether 1x1 convolutions are decomposed, if they can be."""
         ...
 
 
@@ -34,7 +34,7 @@ def top_of(weights: Weights) -> Convolution:
 
 
 def without_border(name: str, top: Convolution, inexact: Inexact) -> Convolution:
-    """A top prior that is the same at every position."""
+    """``top`` made the same at every position, with a note if it was not."""
     if top.border and top.notices_border:
         inexact.append(f"{name}: the source's prior differs at the border, which it pads with {top.border:g}")
     return constant(top.bias, top.log_scale)
@@ -46,7 +46,7 @@ def note_border(name: str, convolution: Convolution, border: float, inexact: Ine
 
 
 def note_classes(keys: Keys, prefixes: tuple[str, ...], inexact: Inexact) -> None:
-    """That priors depend on classes, of which there are none in what is read, if tensors under ``prefixes`` do so."""
+    """Note that priors depend on classes, which is left out, if unread tensors under ``prefixes`` are not zero."""
     inexact += [
         f"{name}: what the source's prior makes of classes is left out"
         for name in keys.unread()

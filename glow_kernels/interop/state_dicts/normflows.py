@@ -29,7 +29,7 @@ from glow_kernels.interop.weights import (
 
 
 class Normflows:
-    """``MultiscaleFlow`` of ``GlowBlock`` and ``Squeeze``; its first level is the deepest, its last step the first."""
+    """``MultiscaleFlow`` of ``GlowBlock`` and ``Squeeze``, with levels and steps in sampling order: deepest first."""
 
     def read(self, keys: Keys, inexact: Inexact) -> Weights:
         levels, densities = [], []

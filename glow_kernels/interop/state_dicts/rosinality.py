@@ -23,7 +23,7 @@ class Rosinality:
     def write(self, weights: Weights, lu: bool, inexact: Inexact) -> State:
         state: State = {}
         for block, steps in enumerate(weights.levels):
-            # The original does not pass the option on to its last block.
+            # The original does not pass its LU option on to its last block.
             decomposed = True if block == len(weights.levels) - 1 else lu
             for number, step in enumerate(steps):
                 self._write_step(state, f"blocks.{block}.flows.{number}.", step, decomposed, inexact)

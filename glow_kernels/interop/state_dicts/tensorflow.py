@@ -1,7 +1,7 @@
 """The variables of openai/glow, the TensorFlow original, under their names in its checkpoints.
 
-Kernels are (k, k, in, out), the 1x1 convolution multiplies rows, and exponents are stored divided by three.
-Convolutions of 3x3 have one more input channel, which is 1 in the padding and 0 in the image.
+Kernels are (k, k, in, out), the 1x1 convolution multiplies row vectors, and exponents are stored divided by three.
+3x3 convolutions have one more input channel, which is 1 in the padding and 0 in the image.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class TensorFlow:
         for level, split in enumerate(weights.splits):
             self._write_zeros(state, f"model/pool{level}/conv/", interleaved(split))
         top = top_of(weights)
-        # Its input is zero: but for the border, the weight makes no difference.
+        # Its input is zero, so only the weight of the border channel makes a difference.
         self._write_zeros(state, "model/prior/p/", top)
         channels = len(top.bias)
         edge = state["model/prior/p/W"][:, :, -1:]
@@ -106,5 +106,5 @@ def _read_kernel(keys: Keys, name: str, inexact: Inexact) -> Tensor:
 
 def _kernel(convolution: Convolution) -> Tensor:
     kernel = convolution.weight.permute(2, 3, 1, 0)
-    # Padding with a number is what its sum over the input channels adds in the padding.
+    # Padding with a number adds, in the padding, that number times the kernel's sum over the input channels.
     return kernel if kernel.shape[0] == 1 else torch.cat((kernel, convolution.border * kernel.sum(2, True)), 2)
