@@ -1,8 +1,8 @@
 """``accelerate`` on models of every dialect: everything is patched, and nothing but the computation changes.
 
-The models of normflows, nflows and FrEIA are those libraries' own; the others are written in ``dialects`` from their
-conventions. Which formula a layer computes is the original's to say: it is the truth that the patch is compared with.
-That every layer can be proven is one test; the others compare whole models and do without, which takes half their time.
+The models of normflows, nflows and FrEIA come from these libraries; the others are written in ``dialects`` from their
+conventions. The truth that a patch is compared with is always what the original layer computes. One test proves every
+layer; the others compare whole models with ``verify=False``, which halves their time.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def example(request: pytest.FixtureRequest) -> Example:
 def trained(example: Example, model: nn.Module, steps: int) -> list[float]:
     """Losses of a short training run, the first of which initialises ActNorm.
 
-    In float64 with Adam. In float32 with momentum: Adam turns rounding of gradients that are nearly zero into full
-    steps, so that two runs of the *same* model on other numbers of threads differ by more than is asked for here.
+    In float64 with Adam, in float32 with momentum: Adam turns rounding errors of gradients near zero into full steps,
+    so that even runs of the *same* model with different numbers of threads differ by more than is allowed here.
     """
     generator = torch.Generator().manual_seed(0)
     dtype = next(model.parameters()).dtype
@@ -48,14 +48,14 @@ def trained(example: Example, model: nn.Module, steps: int) -> list[float]:
 
 
 def images(example: Example, generator: torch.Generator | None = None) -> Tensor:
-    """A batch in which neighbours resemble each other, so that there is something to learn."""
+    """A batch with correlated neighbours, so that there is something to learn."""
     noise = torch.randn(example.shape, generator=generator)
     return 0.2 * noise.cumsum(-1) + 0.02 * torch.randn(example.shape, generator=generator)
 
 
 def make(example: Example) -> nn.Module:
     torch.manual_seed(0)
-    np.random.seed(0)  # FrEIA draws its permutations from it
+    np.random.seed(0)  # FrEIA draws its permutations with numpy
     return example.make()
 
 
@@ -72,7 +72,7 @@ def test_every_layer_is_patched_and_keeps_parameters_keys_and_types(example):
     assert repr(model) == text
 
 
-# What float64 tells, it tells in fewer steps.
+# In float64, fewer steps are enough.
 @pytest.mark.parametrize(("dtype", "part"), [(torch.float32, 1), (torch.float64, 3)], ids=str)
 def test_a_training_run_has_the_same_losses(example, dtype, part):
     original, accelerated = make(example).to(dtype), make(example).to(dtype)
@@ -130,7 +130,7 @@ def test_checkpoints_go_both_ways(example):
 
 
 def mark_initialized(*models: nn.Module) -> None:
-    """As users of dialects whose flag is not saved must do after loading."""
+    """What users must do after loading a dialect whose flag is not saved."""
     for model in models:
         for layer in model.modules():
             for flag in ("inited", "initialized"):
@@ -154,7 +154,7 @@ def test_copies_and_pickles_stay_accelerated(example):
         assert all(type(one) is type(other) for one, other in zip(model.modules(), copied.modules(), strict=True))
         with torch.no_grad():
             for parameter in filter(torch.is_floating_point, copied.parameters()):
-                parameter.mul_(1.01)  # a copy with a life of its own
+                parameter.mul_(1.01)  # the copy must use its own parameters
         reference = copy.deepcopy(copied)
         assert gk.restore(reference) == example.layers
         if not has_closures(model):
@@ -162,7 +162,7 @@ def test_copies_and_pickles_stay_accelerated(example):
 
 
 def can_be_pickled(model: nn.Module) -> bool:
-    """Whether the original can be."""
+    """Whether the original can be pickled."""
     try:
         pickle.dumps(model)
     except (AttributeError, pickle.PicklingError):
@@ -171,7 +171,7 @@ def can_be_pickled(model: nn.Module) -> bool:
 
 
 def has_closures(model: nn.Module) -> bool:
-    """Attributes that keep the original's layers in a copy of the original."""
+    """Whether closures in attributes make a deep copy of the original use the original's layers."""
     return any(callable(getattr(layer, "flow_permutation", None)) for layer in model.modules())
 
 

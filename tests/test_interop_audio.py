@@ -24,14 +24,14 @@ def waveglow_batch(generator: torch.Generator | None = None, length: int = 128) 
 
 
 def decoder_loss(model: nn.Module, x: Tensor) -> Tensor:
-    """Per element of what the mask keeps."""
+    """Negative log-likelihood per element that the mask keeps."""
     mask = (torch.arange(x.shape[2]) < torch.tensor([[12], [7], [5]])).unsqueeze(1).to(x.dtype)
     z, log_det = model(x * mask, mask)
     return ((0.5 * z.square()).sum() - log_det.sum()) / mask.sum()
 
 
 def losses(model: nn.Module, loss, batches: list) -> list[float]:
-    # Faster, WaveGlow's loss jumps up now and then, and rounding grows with it.
+    # At higher rates WaveGlow's loss jumps up now and then, and rounding errors grow with it.
     optimizer = torch.optim.SGD(model.parameters(), 3e-3, momentum=0.9)
     values = []
     for batch in batches:
@@ -108,7 +108,7 @@ class OtherConditionsWaveGlow(audio.WaveGlow):
 
 
 class UnevenWaveGlow(audio.WaveGlow):
-    """From its fifth step on, it computes something else."""
+    """Computes something else from its fifth step on."""
 
     def couple(self, k, first, second, spect):
         second, log_s = super().couple(k, first, second, spect)
@@ -174,12 +174,12 @@ def test_waveglow_synthesises_and_refuses_as_before_and_its_layers_are_still_cal
 
 def test_networks_that_are_given_something_else_than_those_of_waveglow_are_not_taken_for_them():
     network = audio.WaveNet(2, 3, n_layers=1, n_channels=4)
-    del network.cond_layer  # as RAD-TTS's, which joins data and conditions
+    del network.cond_layer  # like RAD-TTS's, which concatenates data and conditions
     assert not gk.accelerate(network, memory="checkpoint").layers
 
 
 def test_weights_of_networks_that_are_replaced_are_not_copied():
-    # Computed weights, as of weight_norm, are copied by hand: of a whole WaveGlow a GiB, for every comparison.
+    # Computed weights, such as weight_norm's, are copied explicitly: for a whole WaveGlow, a GiB per comparison.
     model = audio.WaveGlow(width=32)
     model(waveglow_batch())
     with LiveStorages() as storages:
@@ -191,7 +191,7 @@ def test_weights_of_networks_that_are_replaced_are_not_copied():
 def test_networks_of_waveglow_keep_no_activations():
     torch.manual_seed(0)
     model = audio.WaveGlow(n_layers=4, width=32)
-    batch = waveglow_batch(length=4096)  # so that weights, which its weight_norm computes, do not count
+    batch = waveglow_batch(length=4096)  # long enough for the weights that weight_norm computes not to matter
     kept = []
     for memory in ("store", "checkpoint"):
         gk.accelerate(model, memory=memory)
@@ -218,7 +218,7 @@ def test_stale_inverse_of_waveglow_is_not_imitated():
 
 @torch.no_grad()
 def nearly_singular(weight: Tensor) -> None:
-    """Give ``weight`` (C, C) or (C, C, 1) a condition of 1e4 and a positive determinant."""
+    """Give ``weight`` (C, C) or (C, C, 1) a condition number of 1e4 and a positive determinant."""
     left, right = torch.linalg.qr(torch.randn(2, len(weight), len(weight), dtype=torch.float64)).Q
     matrix = left * torch.logspace(2, -2, len(weight), dtype=torch.float64) @ right
     matrix[0] *= torch.linalg.det(matrix).sign()
@@ -226,7 +226,7 @@ def nearly_singular(weight: Tensor) -> None:
 
 
 def test_convolutions_that_are_nearly_singular_are_accelerated():
-    # So nearly that a change of W by chance gave it a negative determinant, and that an inverse in float32 is far off.
+    # Random changes of W used to make the determinant negative, and an inverse in float32 is far off.
     for seed in range(4):
         torch.manual_seed(seed)
         layers = nn.ModuleList((audio.Invertible1x1Conv(8), audio.InvConvNear(16, 8)))
@@ -324,7 +324,7 @@ def test_coupling_whose_scale_is_not_one_under_the_mask_is_left_alone():
 
 
 class SpeakerConvolution(audio.InvConvNear):
-    """Adds what it makes of ``g``."""
+    """Adds a function of ``g``."""
 
     def __init__(self, channels):
         super().__init__(channels)
@@ -336,7 +336,7 @@ class SpeakerConvolution(audio.InvConvNear):
 
 
 class SpeakerNetwork(audio.WN):
-    """Adds what it makes of ``g``."""
+    """Adds a function of ``g``."""
 
     def __init__(self, hidden):
         super().__init__(hidden)
@@ -347,7 +347,7 @@ class SpeakerNetwork(audio.WN):
 
 
 class SpeakerCoupling(audio.CouplingBlock):
-    """Adds ``g``, or what has another name, to its data."""
+    """Adds ``g``, or the argument called ``name``, to its data."""
 
     def __init__(self, channels, name, network=audio.WN):
         super().__init__(channels, 6)

@@ -1,6 +1,6 @@
-"""What ``accelerate`` claims to do better than the original, for every dialect: claimed where it is true, and there.
+"""What ``accelerate`` claims to do better than the original, for every dialect: claimed exactly where it is true.
 
-Each claim is shown on the original, which has the fault, and on the accelerated model, which has not.
+Each claim is tested on the original, which has the fault, and on the accelerated model, which has not.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from glow_kernels.bench.live_storages import LiveStorages
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.lu is deprecated", "ignore:torch.triangular_solve is deprecated")
 
-# Words of each claim.
+# Words by which each claim is found in the report.
 NO_SYNC = "does not wait for the device"
 STABLE = "which may have underflowed"
 SIGMOID = "not as the log of a sigmoid"
@@ -182,7 +182,7 @@ def test_inverses_lead_back_more_accurately(name):
 
 @torch.no_grad()
 def pair(make_layer, change) -> tuple[nn.Module, nn.Module]:
-    """A layer and its accelerated twin, with weights on which precision shows."""
+    """A layer and its accelerated copy, with weights that reveal differences in precision."""
     torch.manual_seed(0)
     original = make_layer()
     accelerated = copy.deepcopy(original)
@@ -193,7 +193,7 @@ def pair(make_layer, change) -> tuple[nn.Module, nn.Module]:
 
 
 def uneven(channels: int, decades: float) -> Tensor:
-    """A matrix (C, C) whose singular values reach over ``decades``."""
+    """A matrix (C, C) whose singular values span ``decades``."""
     generator = torch.Generator().manual_seed(0)
     left, right = (
         torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64, generator=generator)).Q for _ in range(2)

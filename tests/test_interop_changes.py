@@ -1,4 +1,4 @@
-"""What changes after ``accelerate``, and what layers do beside their formula: never silently something else."""
+"""Changes made to layers after ``accelerate``, and what layers do besides their formula: nothing is silently lost."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ X = torch.randn(4, 4, 4, 4, generator=torch.Generator().manual_seed(0))
 
 
 class Coupling(rosinality.AffineCoupling):
-    """With an option, a condition and a buffer that are looked up in every call."""
+    """With an option, a condition and a buffer that are read at every call."""
 
     alpha, condition = 1.0, None
 
@@ -150,7 +150,7 @@ class Refusing(rosinality.ActNorm):
 
 
 class WithScale(Coupling):
-    """Of a network that takes another argument too."""
+    """With a network that takes another argument too."""
 
     def __init__(self):
         super().__init__()
@@ -206,7 +206,7 @@ class BoundedActNorm(rosinality.ActNorm):
 
 
 class ClippedConvolution(openai.InvertibleConv1x1):
-    """As in a copy of SRFlow, where no singular value of the weight is smaller than a bound; at first none is."""
+    """As in a copy of SRFlow, which bounds the weight's singular values below; at first the bound has no effect."""
 
     def forward(self, x, logdet=None, reverse=False):
         with torch.no_grad():
@@ -218,7 +218,7 @@ class ClippedConvolution(openai.InvertibleConv1x1):
 class DecayingActNorm(rosinality.ActNorm):
     def forward(self, x):
         result = super().forward(x)
-        self.loc.data.mul_(0.9)  # of which its version does not tell
+        self.loc.data.mul_(0.9)  # does not raise its version counter
         return result
 
 
@@ -285,7 +285,7 @@ def test_what_a_patch_would_leave_out_is_left_alone(make, reason):
 
 
 def square(log_det: Tensor, x: Tensor) -> Tensor:
-    """As of somebody who takes the height for the width."""
+    """``log_det`` as computed by code that takes the height for the width."""
     return log_det * x.shape[2] / x.shape[3]
 
 
@@ -379,12 +379,12 @@ def test_convolutions_of_nflows_with_a_cache_are_accelerated_after_it_was_used()
     expected, _ = layer(X)
     (row,) = gk.accelerate(layer).layers
     assert row.patched, row.reason
-    layer.cache.weight.data.mul_(2)  # which is still what is used
+    layer.cache.weight.data.mul_(2)  # the cache is still used
     torch.testing.assert_close(layer(X)[0], 2 * expected)
 
 
 class DirectedConv1x1(nn.Module):
-    """As of wolf and MACOW, where ``inverse`` says which direction is that of the density."""
+    """As in wolf and MACOW, where ``inverse`` is a flag for the density direction."""
 
     def __init__(self, inverse=False):
         super().__init__()
@@ -441,7 +441,7 @@ def test_global_hooks_see_no_copies_and_do_not_keep_layers_from_being_compared()
 
 
 class Unknown(nn.Module):
-    """A layer with a name of its own."""
+    """A layer that no dialect has."""
 
     def __init__(self):
         super().__init__()
@@ -655,14 +655,14 @@ def test_another_convolution_inside_of_a_layer_has_its_effect(make, change):
         torch.manual_seed(0)
         module.conv = INNER[change](module.conv)
     torch.testing.assert_close(layer(X), original(X))
-    gk.accelerate(layer)  # which looks at it again
+    gk.accelerate(layer)  # examines it again
     torch.testing.assert_close(layer(X), original(X), rtol=1e-4, atol=1e-4)
     gk.restore(layer)
     torch.testing.assert_close(layer(X), original(X))
 
 
 def keep(layer: nn.Module, *, with_gradient: bool) -> list[Tensor]:
-    """What ``layer`` returns from now on, or the gradient that it sends back: the very tensors."""
+    """The tensors that ``layer`` will return or, in backward, the gradients of its inputs: the very objects."""
     seen: list[Tensor] = []
     if with_gradient:
         layer.register_full_backward_hook(lambda module, grads, _: seen.extend(grads))
@@ -672,7 +672,7 @@ def keep(layer: nn.Module, *, with_gradient: bool) -> list[Tensor]:
 
 
 def keep_by_forward(layer: nn.Module) -> list[Tensor]:
-    """What ``layer`` returns, by a forward of the instance, as tools put it there."""
+    """The tensors that ``layer`` will return, by replacing the forward of the instance, as some tools do."""
     seen: list[Tensor] = []
     plain = layer.forward
 
@@ -770,7 +770,7 @@ def test_autocast_of_the_caller_does_not_matter():
 
 
 def precisions() -> list[object]:
-    """In what products of float32 are computed: the newer settings, and the older ones where they are told."""
+    """The precision of float32 products: the newer settings, and the older ones if they can be read."""
     cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
     places = (cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul, mkldnn.conv, mkldnn.matmul)
     told: list[object] = [place.fp32_precision for place in places]
@@ -816,7 +816,7 @@ def network(*layers: nn.Module) -> nn.Module:
 
 
 class Average(nn.Module):
-    """Keeps averages in buffers, of which one changes unseen and the other is exchanged."""
+    """Keeps averages in two buffers: one changes without raising its version counter, the other is replaced."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -832,7 +832,7 @@ class Average(nn.Module):
 
 
 def both_ways(steps: nn.Module, between=lambda step: None) -> list[Tensor]:
-    """Gradients and buffers after a step of training."""
+    """Gradients and buffers after one training step."""
     torch.manual_seed(0)
     y, log_det = steps(X)
     between(steps)

@@ -1,4 +1,4 @@
-"""``convert``: the weights of one implementation compute the same in another, or it is said what does not."""
+"""``convert``: the weights of one implementation compute the same in another, or it reports what does not."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.lu is deprecated")
 
 
 class LearnedTop(openai.Glow):
-    """A port of OpenAI's with the learned prior of the deepest latent."""
+    """A port of OpenAI's Glow with a learned prior for the deepest latent."""
 
     def __init__(self, style, lu):
         super().__init__(3, HIDDEN, STEPS, LEVELS, style=style, LU_decomposed=lu)
@@ -66,7 +66,7 @@ def log_prob(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def trained(dialect: str, lu: bool = True, conditional: bool = True) -> nn.Module:
-    """A model in float64 whose parameters are away from special values, with junk outside of triangles."""
+    """A float64 model with parameters away from special values, and nonzero values outside of LU triangles."""
     torch.manual_seed(0)
     model = build(dialect, lu).double()
     with torch.no_grad():
@@ -84,7 +84,7 @@ def is_prior_weight(name: str, parameter: Tensor) -> bool:
 
 def loaded(dialect: str, lu: bool, state: dict[str, Tensor]) -> nn.Module:
     model = build(dialect, lu).double()
-    model.load_state_dict(state)  # every name, and none too many
+    model.load_state_dict(state)  # checks that no name is missing or unexpected
     mark_initialized(model)
     return model
 
@@ -142,7 +142,7 @@ def test_rosinality_comes_back_as_it_was_and_negative_scales_survive(lu):
     with torch.no_grad():
         for block in model.blocks:
             block.flows[0].actnorm.scale[0, ::2] *= -1
-    state = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}  # of DataParallel
+    state = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}  # as DataParallel names them
     conversion = convert(state, source="rosinality", target="rosinality")
     assert conversion.exact
     assert conversion.ignored == ()
@@ -159,7 +159,7 @@ def test_padding_with_ones_is_named_and_the_rest_of_rosinality_is_exact(target, 
     lossy = convert(model.state_dict(), source="rosinality", target=target)
     assert len(lossy.inexact) >= STEPS * LEVELS + 1
     assert any("pads its input with 0, the source with 1" in line for line in lossy.inexact)
-    with torch.no_grad():  # what the border makes a difference to
+    with torch.no_grad():  # zero the convolutions whose result depends on the border
         for name, parameter in model.named_parameters():
             if parameter.shape[-1] == 3 and ("net.4" in name or "prior" in name):
                 parameter.zero_()
@@ -205,7 +205,7 @@ def test_the_tensorflow_original_is_read_but_for_its_border(target):
     same(model, loaded(target, False, conversion.state_dict))
     back = convert(conversion.state_dict, source=target, target="openai").state_dict
     for name, tensor in model.state_dict().items():
-        if name != "model/prior/p/W":  # which looks at zeros
+        if name != "model/prior/p/W":  # its input is zero
             torch.testing.assert_close(back[name], tensor, msg=name)
 
 
@@ -273,10 +273,10 @@ def test_a_shuffled_model_cannot_be_converted_and_unknown_names_are_listed():
         "top_prior.per_class_log_scale",
     }
     assert "ignored: top_prior.per_class" in str(conversion)
-    assert conversion.exact  # the prior has not learned anything of classes yet
+    assert conversion.exact  # the prior has not learned anything about classes yet
 
 
-PARTS = {  # of each dialect: of a split, of the last level, of a step before the last one
+PARTS = {  # for each dialect, the prefixes of a split, of the last level, and of a step before the last one
     "glow_kernels": ("levels.0.split.", "levels.1.", "levels.0.steps.0."),
     "rosinality": ("blocks.0.prior.", "blocks.1.flows.", "blocks.0.flows.0."),
     "chaiyujin": ("flow.layers.3.", "flow.layers.5.", "flow.layers.1."),

@@ -1,6 +1,6 @@
-"""Accelerated models that keep no activations in DistributedDataParallel: two processes give the gradients of one.
+"""Accelerated models that keep no activations, in DistributedDataParallel: two processes give the gradients of one.
 
-Two gloo processes on the CPU run every case of this file; the parent compares with the original in one process.
+Two gloo processes on the CPU run every case of this file; the parent compares them with the original in one process.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CASES = [("rosinality", mode) for mode in DDP] + [(name, "default") for name in 
 
 
 class Loss(nn.Module):
-    """What scripts put into DistributedDataParallel, whose forward must be what is called."""
+    """What scripts wrap in DistributedDataParallel, which only works through ``forward``."""
 
     def __init__(self, example: Example, model: nn.Module) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ def build(name: str) -> tuple[Loss, Tensor]:
 
 
 def gradients(module: nn.Module, loss: Loss, x: Tensor) -> dict[str, Tensor]:
-    """Of the second of two steps, so that what a first backward leaves behind shows."""
+    """Gradients of the second of two steps, to reveal what a first backward leaves behind."""
     for _ in range(2):
         module.zero_grad()
         module(x).backward()

@@ -1,4 +1,4 @@
-"""``accelerate`` on a real GPU, with what PyTorch does there by default: convolutions in TF32."""
+"""``accelerate`` on a real GPU with PyTorch's defaults: convolutions in TF32."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ pytestmark = [
 
 
 def negative_log_likelihood(model: nn.Module, x: Tensor) -> Tensor:
-    """Of a transform that returns latents and log-determinant, but for a constant."""
+    """Of a transform that returns latents and log-determinant, up to a constant."""
     z, log_det = model(x)
     return (0.5 * z.square().flatten(1).sum(1) - log_det).mean()
 
 
-# Of the libraries that these tests need elsewhere none may be here.
+# Only models that need none of the libraries, which may not be installed on a machine with a GPU.
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Tensor], Tensor]]] = {
     "rosinality": (lambda: rosinality.Glow(3, 2, 1, filter_size=16), rosinality.loss),
     "rosinality_plain": (lambda: rosinality.Glow(3, 2, 1, filter_size=16, conv_lu=False), rosinality.loss),
@@ -46,7 +46,7 @@ def _as_by_default():
 
 
 def results(model: nn.Module, loss: Callable[[nn.Module, Tensor], Tensor], x: Tensor) -> list[Tensor]:
-    """The loss, and the gradients of all parameters one after the other."""
+    """The loss, and the gradients of all parameters concatenated."""
     value = loss(model, x)
     gradients = torch.autograd.grad(value, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
     return [value.detach(), torch.cat([gradient.flatten() for gradient in gradients if gradient is not None])]
@@ -62,9 +62,9 @@ def test_every_layer_is_accelerated_and_as_accurate(name, options):
     model.to(DEVICE)
     x = x.to(DEVICE)
     with torch.no_grad():
-        loss(model, x)  # which initialises ActNorm
+        loss(model, x)  # initialises ActNorm
         for parameter in model.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))  # networks begin at zero
+            parameter.add_(0.02 * torch.randn_like(parameter))  # networks start at zero
     # Convolutions are exact on a CPU.
     truth, before = results(copy.deepcopy(model).cpu(), loss, x.cpu()), results(model, loss, x)
     report = gk.accelerate(model, **options)

@@ -1,4 +1,4 @@
-"""``accelerate`` on models as the examples of normflows, nflows and FrEIA build them."""
+"""``accelerate`` on models built as in the examples of normflows, nflows and FrEIA."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def of_latents(z: Tensor, log_det: Tensor) -> Tensor:
 
 
 VECTORS, IMAGES = (16, 6), (4, 3, 8, 8)
-# How each is built, its loss, the shape of a batch, and the number of layers that are recognised.
+# How to build each model, its loss, the shape of a batch, and the number of recognised layers.
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[..., Tensor], tuple[int, ...], int]] = {
     "normflows, vectors": (normflows_of_vectors, lambda m, x: m.forward_kld(x), VECTORS, 4),
     "normflows, classes": (normflows_of_classes, lambda m, x: m.forward_kld(x, torch.arange(4)), IMAGES, 5),
@@ -118,7 +118,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[..., Tensor], tuple[in
 def test_every_layer_is_patched_and_trains_the_same(name, memory):
     build, loss, shape, layers = MODELS[name]
     torch.manual_seed(0)
-    np.random.seed(0)  # FrEIA draws its permutations from it
+    np.random.seed(0)  # FrEIA draws its permutations with numpy
     original = build().double()
     accelerated = copy.deepcopy(original)
     report = gk.accelerate(accelerated, memory=memory)
@@ -168,7 +168,7 @@ def test_matrices_of_normflows_that_multiply_vectors_are_no_convolutions(use_lu,
 
 @pytest.mark.parametrize("channels", [3, 5])
 def test_additive_couplings_of_an_odd_number_of_channels(channels):
-    """Their networks return as many channels as affine ones of fewer would."""
+    """Their networks return as many channels as those of affine couplings with fewer channels."""
     report = gk.accelerate(normflows.flows.GlowBlock(channels, 8, scale=False))
     assert report.patched
     assert not report.left_alone

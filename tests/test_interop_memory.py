@@ -1,4 +1,4 @@
-"""``accelerate(model, memory=...)``: the same gradients from a fraction of the memory, whoever runs the steps."""
+"""``accelerate(model, memory=...)``: the same gradients with a fraction of the memory, whatever code runs the steps."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from glow_kernels.interop.patch import memory_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.lu is deprecated", "ignore:torch.triangular_solve is deprecated")
 POLICIES = ("checkpoint", "anchor", "invert")
-# One of each dialect, and what is special: a learned gain is chrischute's, additive and inverted couplings are here.
+# One model of each dialect, and special cases: additive and inverted couplings; chrischute's have a learned gain.
 CHOSEN = (
     "rosinality",
     "rosinality_additive",
@@ -81,7 +81,7 @@ def test_every_dialect_has_the_same_gradients_with_every_policy(name):
     expected = gradients(example, model.double(), x)
     for policy, other in zip(POLICIES, others, strict=True):
         keys = list(other.state_dict())
-        # All are compared below; of one it is seen that every step can be proven.
+        # All are compared below; with one policy, verify shows that every step can be proven.
         report = gk.accelerate(other, memory=policy, anchor_every=2, verify=policy == "anchor")
         assert not report.left_alone
         rows = [row for row in report.layers if row.memory]
@@ -97,7 +97,7 @@ def test_every_dialect_has_the_same_gradients_with_every_policy(name):
 
 
 class Shifted(nn.Module):
-    """A network that adds what it makes of the context."""
+    """A network that adds a function of the context."""
 
     def __init__(self, inputs, outputs):
         super().__init__()
@@ -179,13 +179,13 @@ def test_data_of_another_type_become_what_actnorm_makes_of_them(name, memory):
     for actual, expected in zip(gradients(example, model, x), gradients(example, original, x), strict=True):
         # normflows sums its log-determinants in the type of the data.
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5, check_dtype=name != "normflows")
-    if name != "normflows" and name != "nflows":  # which refuse whole numbers
+    if name != "normflows" and name != "nflows":  # these two refuse integers
         x = (9 * x).long()
         torch.testing.assert_close(example.loss(model, x), example.loss(original, x))
 
 
 def activation_bytes(model: nn.Module, loss, x: Tensor, **options) -> tuple[int, int]:
-    """Bytes kept by the forward and most at any time of a training step; gradients of parameters do not count."""
+    """Bytes kept by the forward, and the peak of a training step; gradients of parameters do not count."""
     loss(model, x)
     if options:
         assert not gk.accelerate(model, verify=False, **options).left_alone
@@ -219,7 +219,7 @@ def test_memory_grows_by_the_anchors_only():
         for policy in POLICIES
         for steps in (4, 8)
     }
-    # What every step keeps beside states is of C x C, for the folding of its matrices.
+    # Besides states, every step keeps C x C tensors from folding its matrices.
     states = x.numel() * 4 * (1 + 1 / 2)
     small = 4 * 2 * 12 * 24 * 24 * 4
     for policy, number in (("checkpoint", 4), ("anchor", 1), ("invert", 0)):
@@ -321,8 +321,8 @@ def test_state_that_does_not_arrive_is_an_error_and_not_a_wrong_gradient():
     chain = flows(2)
     gk.accelerate(chain, memory="invert", verify=False)
     y, log_det = chain[0](torch.randn(4, 4, 6, 6))
-    chain[1](y)  # which has no part in the loss
-    with pytest.raises(RuntimeError, match=r"is not part of what is differentiated: use memory='checkpoint'"):
+    chain[1](y)  # has no part in the loss
+    with pytest.raises(RuntimeError, match=r"has no part in what is differentiated: use memory='checkpoint'"):
         log_det.sum().backward()
     gk.accelerate(chain, memory="checkpoint", verify=False)
     y, log_det = chain[0](torch.randn(4, 4, 6, 6))
@@ -377,7 +377,7 @@ def test_hooks_inside_of_a_step_see_every_call_once():
 
 
 class Counter(nn.Module):
-    """Counts its calls in a buffer once it is told to."""
+    """Counts its calls in a buffer while ``counts`` is set."""
 
     counts = False
 
@@ -425,7 +425,7 @@ class Stranger(nn.Conv2d):
 
 
 class Moody(nn.Conv2d):
-    """A network that computes something else every time."""
+    """A network that computes something different in every call."""
 
     def forward(self, x):
         self.calls = getattr(self, "calls", 0) + 1
@@ -433,7 +433,7 @@ class Moody(nn.Conv2d):
 
 
 class Storing(nn.Conv2d):
-    """A network that stores what a loss may use."""
+    """A network that stores a result that a loss may use."""
 
     def forward(self, x):
         result = super().forward(x)
@@ -466,7 +466,7 @@ def test_networks_that_cannot_be_evaluated_again_keep_their_activations(network,
 
 
 class Excited(nn.Module):
-    """Of images, though its first layer is not."""
+    """A network for images whose first layer is one for vectors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -562,7 +562,7 @@ def test_a_chain_whose_states_arrive_wrong_is_not_used(monkeypatch):
 
     def planted(*args):
         x, grad_x, grads = right(*args)
-        return x + 1e-3, grad_x, grads  # which only the step before sees
+        return x + 1e-3, grad_x, grads  # only the step before sees the error
 
     monkeypatch.setattr(steps, "backward_from_output", planted)
     report = gk.accelerate(flows(3), memory="invert")
@@ -622,8 +622,8 @@ def test_compiled_steps_keep_their_inputs():
     chain = flows()
     x = torch.randn(4, 4, 6, 6)
     expected = parameter_gradients(chain, x)
-    gk.accelerate(chain, memory="anchor", verify=False)
-    in_turn(chain, x)  # for the flags of its ActNorms
+    gk.accelerate(chain, memory="anchor")
+    in_turn(chain, x)  # reads the flags of its ActNorms
     torch._dynamo.reset()
     compiled = torch.compile(lambda x: in_turn(chain, x), backend="aot_eager", fullgraph=True)
     actual = torch.autograd.grad(weighted(compiled(x)), list(chain.parameters()))
@@ -639,7 +639,7 @@ def test_replicas_of_data_parallel_and_frozen_parameters():
     gk.accelerate(chain, memory="invert", verify=False)
     assert_equal(torch.autograd.grad(weighted(in_turn(chain, x)), wanted), expected)
     for layer in chain.modules():
-        layer._is_replica = True  # whose parameters are no parameters
+        layer._is_replica = True  # parameters of replicas are not in named_parameters()
     assert_equal(torch.autograd.grad(weighted(in_turn(chain, x)), wanted), expected)
 
 
@@ -655,7 +655,7 @@ def test_replicas_of_data_parallel_initialise_themselves():
 
 
 class Slow(nn.Conv2d):
-    """A network that gives another thread half a second to come in between while backward evaluates it."""
+    """A network that gives another thread half a second to run while backward evaluates it."""
 
     in_backward, resumed = threading.Event(), threading.Event()
     watched: threading.Thread | None = None
@@ -748,7 +748,7 @@ def test_moving_averages_of_models_that_keep_little(name):
     kept, expected = averages[1].module, averages[0].module
     assert len(gk.accelerate(kept, memory="anchor", anchor_every=2, verify=False).patched) == len(report.patched)
     assert {memory_of(layer) for layer in kept.modules()} == {memory_of(layer) for layer in model.modules()}
-    # The average has weights of its own, with which it computes.
+    # The average computes with weights of its own.
     with torch.no_grad():
         losses = [example.loss(trained_or_averaged, x) for trained_or_averaged in (model, kept, expected)]
     assert losses[0] != losses[1]

@@ -1,4 +1,4 @@
-"""``accelerate`` on models that make it difficult: hooks, modes, devices, precision, sharing, compilation."""
+"""``accelerate`` in difficult cases: hooks, modes, devices, precision, sharing, compilation."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_vectors_are_none_of_the_images_that_actnorm_takes():
 
 
 class SqueezedActNorm(rosinality.ActNorm):
-    """As in bertflow, whose images are vectors that get sides of one."""
+    """As in bertflow, which treats vectors as images of one position."""
 
     def forward(self, x):
         y, log_det = super().forward(x)
@@ -194,7 +194,7 @@ def test_actnorm_without_a_choice_returns_a_log_determinant():
 
 
 class ActNormWithPlainFlag(rosinality.ActNorm):
-    """As in copies whose checkpoints do not say whether it was initialised."""
+    """As in copies whose checkpoints do not save whether it was initialised."""
 
     def __init__(self, in_channel):
         super().__init__(in_channel)
@@ -223,7 +223,7 @@ def test_steps_whose_actnorm_keeps_its_flag_as_an_attribute_are_accelerated():
 
 
 class PortedActNorm(nn.Module):
-    """As in ports whose flag has the name that rosinality gave it."""
+    """As in ports whose flag has rosinality's name."""
 
     def __init__(self, channels):
         super().__init__()
@@ -268,7 +268,7 @@ def test_actnorm_of_chrischutes_networks_returns_data_alone(verify):
 
 
 class CachedWeight:
-    """As in blow, whose factors are multiplied once before it samples."""
+    """As in blow, which multiplies its factors once before sampling."""
 
     weight = None
 
@@ -296,7 +296,7 @@ def test_factors_beside_a_weight_that_is_calculated_for_sampling(make):
 
 
 class DirectionFirst:
-    """As in copies whose log-determinant comes last, or is returned alone."""
+    """As in copies whose log-determinant is the last argument."""
 
     def forward(self, x, reverse=False, logdet=None):
         return super().forward(x, logdet, reverse)
@@ -431,7 +431,7 @@ def test_padded_convolutions_whose_kernel_is_no_square_are_left_alone(verify):
 
 
 def alone(layer: type[nn.Module]) -> type[nn.Module]:
-    """A layer that returns the data alone, as those of ArtFlow."""
+    """A layer that returns only the data, as ArtFlow's do."""
 
     class Alone(layer):
         def forward(self, x):
@@ -470,7 +470,7 @@ def test_steps_without_log_determinants_are_accelerated(convolution, affine, mem
     grads = [torch.autograd.grad(loss, list(m.parameters())) for loss, m in zip(losses, (model, original), strict=True)]
     torch.testing.assert_close(*grads)
     for layer in (0, 1):
-        for name in ("actnorm", "invconv", "coupling"):  # called alone
+        for name in ("actnorm", "invconv", "coupling"):  # called by themselves
             pair = [getattr(m[layer], name)(x) for m in (model, original)]
             torch.testing.assert_close(*pair)
 
@@ -537,7 +537,7 @@ def test_accelerated_model_compiles_at_once():
     y, log_det = torch.compile(flow, backend="aot_eager", fullgraph=True)(x)
     torch.testing.assert_close(y, expected)
     torch.testing.assert_close(log_det, expected_log_det)
-    flow.actnorm.initialized.fill_(0)  # again
+    flow.actnorm.initialized.fill_(0)  # marks it as not initialised
     y, _ = torch.compile(flow.actnorm, backend="eager")(7 * x + 3)
     torch.testing.assert_close(y.std(), torch.tensor(1.0), atol=2e-2, rtol=0.0)
 
@@ -573,7 +573,7 @@ def test_hooks_of_every_layer_still_run():
     for name, layer in flow.named_modules():
         layer.register_forward_hook(lambda *_, name=name: seen.append(name))
     gk.accelerate(flow)
-    assert seen == []  # nor did probing run them
+    assert seen == []  # probing has not called them
     flow(torch.randn(2, 4, 6, 6))
     assert set(seen) == {name for name, _ in flow.named_modules()}
 
@@ -691,7 +691,7 @@ def test_loading_an_uninitialised_checkpoint_initialises_again():
     gk.accelerate(fresh)
     x = 3 + 2 * torch.randn(8, 4, 6, 6)
     fresh(x)
-    fresh(x)  # by now the flag is remembered
+    fresh(x)  # now the set flag is remembered
     fresh.load_state_dict(blank)
     y, _ = fresh(10 * x)
     torch.testing.assert_close(y.std(), torch.tensor(1.0), atol=1e-2, rtol=0.0)
@@ -793,7 +793,7 @@ def test_report_is_a_table_and_plain_values():
     row = next(row for row in report.as_dict()["patched"] if row["kind"] == "AffineCoupling")
     assert row["path"] == "coupling"
     assert set(row["agreement"]["values"]) == set(row["agreement"]["gradients"]) == {"forward", "reverse"}
-    assert set(row["agreement"]["log_dets"]) == {"forward"}  # this dialect's reverse returns the data alone
+    assert set(row["agreement"]["log_dets"]) == {"forward"}  # this dialect's reverse returns only the data
     assert row["agreement"]["values"]["forward"] < 1e-12
     assert min(row["agreement"]["rounding"]) > 0
 

@@ -1,6 +1,6 @@
-"""Couplings with options that no known project combines: matched exactly, or left alone; none is altered.
+"""Couplings with options that no known project combines: matched exactly, or not patched and unchanged.
 
-The truth is the layer itself before it was patched. A wrong patch planted on purpose must be refused.
+The truth is the original layer. A patch that was made wrong on purpose must be refused.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from glow_kernels.interop.probe import Coupling
 from glow_kernels.interop.proof import Agreement, _as_accurate
 from glow_kernels.interop.scale_map import RAW_VALUES, fit_scale_map
 
-# Scale functions by name: of the operators' kinds with drawn numbers, and some that are none of them.
+# Scale functions by name: the operators' kinds with random parameters, and others.
 SCALES: dict[str, Callable[[Tensor, float, float, float, float], Tensor]] = {
     "sigmoid": lambda u, slope, offset, gain, floor: gain * torch.sigmoid(slope * u + offset) + floor,
     "exp": lambda u, slope, offset, gain, floor: torch.exp(slope * u + offset) + floor,
@@ -87,7 +87,7 @@ class Options:
 
     @property
     def known(self) -> bool:
-        """Whether the operators can express it."""
+        """Whether the operators can compute it."""
         inverted_order = self.order in ("(x - t) / s", "x / s + t")
         possible = self.order != "x s + t s s" and not (inverted_order and self.floor and self.scale != "exp")
         layout = self.layout != "mirrored" or self.channels <= 3
@@ -198,7 +198,7 @@ def test_couplings_that_run_the_other_way_are_undone_in_backward(order):
 
 
 class TakesOnesToo(rosinality.AffineCoupling):
-    """Hands its network a channel of ones beside its half, as of coordinates."""
+    """Passes a channel of ones to its network along with its half, like a channel of coordinates."""
 
     def __init__(self) -> None:
         super().__init__(6, 4)
@@ -217,7 +217,7 @@ class TakesOnesToo(rosinality.AffineCoupling):
 
 
 def test_a_coupling_whose_network_takes_more_than_one_half_is_left_alone():
-    # Of 7 channels, 4 of which are the first half, it was proven, and could not be called with its own 6.
+    # It was once proven for 7 channels, with a first half of 4, and then failed when called with its own 6.
     layer = TakesOnesToo()
     report = gk.accelerate(layer)
     assert report.left_alone[-1].reason == "its network takes 4 channels and is given 5"
@@ -253,7 +253,7 @@ def test_planted_wrong_options_are_refused(what, monkeypatch):
 
 
 def test_without_verify_a_planted_wrong_patch_is_not_noticed(monkeypatch):
-    # So it is the proof that refuses it above, and not something before.
+    # So it is the proof that refuses it in the test above, and nothing before the proof.
     find = workshop.find_coupling
     monkeypatch.setattr(workshop, "find_coupling", lambda *args: WRONG["offset"](find(*args)))
     layer = rosinality.AffineCoupling(6, 4)
@@ -261,7 +261,7 @@ def test_without_verify_a_planted_wrong_patch_is_not_noticed(monkeypatch):
 
 
 class Rounding(nn.Module):
-    """A multiplication with an error in float32, of its own in every call."""
+    """A multiplication in float32 with an error that differs from call to call."""
 
     def __init__(self, *errors: float) -> None:
         super().__init__()
@@ -291,7 +291,7 @@ def test_wide_rotations_are_accelerated_whose_log_determinant_is_what_rounding_l
 
 @torch.no_grad()
 def ill_conditioned_step(channels: int) -> nn.Module:
-    """A step of which the diagonal of U has grown apart."""
+    """A step in which the entries of U's diagonal have very different sizes."""
     step = openai.FlowStep(channels, 4, LU_decomposed=True, style="y0ast")
     factors = step.invconv
     scale = torch.logspace(-1.5, 1.5, channels)[torch.randperm(channels)]
@@ -334,7 +334,7 @@ def test_a_step_whose_order_of_layers_was_changed_is_left_alone():
     step = Reordered(4, filter_size=4)
     report = gk.accelerate(step)
     assert [(row.kind, row.patched) for row in report.layers if row.kind == "Flow"] == [("Flow", False)]
-    assert len(report.patched) == len(report.layers) - 1  # its layers are what they seem
+    assert len(report.patched) == len(report.layers) - 1  # its own layers are patched
 
 
 @pytest.mark.parametrize("factor", [1.0, 3.0])

@@ -8,7 +8,7 @@ from torch import nn
 
 
 class Invertible1x1Conv(nn.Module):
-    """WaveGlow: the log-determinant of the batch; an inverse that is computed once."""
+    """WaveGlow: its log-determinant is that of the whole batch, and its inverse is computed once."""
 
     def __init__(self, c):
         super().__init__()
@@ -24,7 +24,7 @@ class Invertible1x1Conv(nn.Module):
             if not hasattr(self, "W_inverse"):
                 self.W_inverse = weight.inverse()[..., None].detach()
             return F.conv1d(z, self.W_inverse)
-        # In NVIDIA's later copies of a weight in float32, whatever type it has.
+        # NVIDIA's later copies compute it in float32, whatever the type of the weight.
         return self.conv(z), batch_size * n_of_groups * torch.logdet(weight.float())
 
 
@@ -63,7 +63,7 @@ class WaveNet(nn.Module):
 
 
 class WaveGlow(nn.Module):
-    """Couplings are written out; some channels leave early."""
+    """Its couplings are written out in ``forward``; some channels are output early."""
 
     def __init__(self, n_mel_channels=5, n_flows=6, n_group=8, n_early_every=4, n_early_size=2, n_layers=2, width=8):
         super().__init__()
@@ -117,7 +117,7 @@ class WaveGlow(nn.Module):
 
 
 def waveglow_loss(model, spect, audio):
-    """Per element of the audio, as in training."""
+    """Loss per element of the audio, as in training."""
     z, log_s_list, log_det_list = model((spect, audio))
     log_s_total = sum(log_s.sum() for log_s in log_s_list)
     return (z.square().sum() / 2 - log_s_total - sum(log_det_list)) / z.numel()
@@ -156,7 +156,7 @@ class InvConvNear(nn.Module):
 
 
 class CoquiInvConvNear(InvConvNear):
-    """Glow-TTS in coqui: another name, and room for the inverse from the beginning."""
+    """Glow-TTS in coqui: another attribute name, and a ``weight_inv`` from the beginning."""
 
     def __init__(self, channels):
         super().__init__(channels)
@@ -219,7 +219,7 @@ class CouplingBlock(nn.Module):
         x_0, x_1 = x.chunk(2, 1)
         out = self.end(self.wn(self.start(x_0) * x_mask, x_mask, g))
         m, logs = out.chunk(2, 1)
-        if getattr(self, "sigmoid_scale", False):  # which some copies do not have
+        if getattr(self, "sigmoid_scale", False):  # some copies do not have the option
             logs = torch.log(1e-6 + torch.sigmoid(logs + 2))
         if reverse:
             return torch.cat([x_0, (x_1 - m) * torch.exp(-logs) * x_mask], 1), None

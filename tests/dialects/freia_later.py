@@ -31,7 +31,7 @@ class ActNorm(nn.Module):
 
 
 class Fixed1x1Conv(nn.Module):
-    """The matrix that it is given is applied from the right."""
+    """Multiplies row vectors by the given matrix."""
 
     def __init__(self, dims_in, M):
         super().__init__()
@@ -48,7 +48,7 @@ class Fixed1x1Conv(nn.Module):
 
 
 class AffineCouplingOneSided(nn.Module):
-    """The first part stays; the clamp is a function of its own."""
+    """The first part stays unchanged; the clamp is a separate function."""
 
     def __init__(self, dims_in, subnet_constructor, clamp=2.0, clamp_activation=torch.tanh):
         super().__init__()
@@ -95,7 +95,7 @@ class GLOWCouplingBlock(nn.Module):
 
 
 class AllInOneBlock(nn.Module):
-    """Its permutation is an index, and its clamp is inside of the tanh too."""
+    """Its permutation is stored as an index, and its clamp is inside the tanh too."""
 
     def __init__(self, dims_in, subnet_constructor, clamp=2.0):
         super().__init__()

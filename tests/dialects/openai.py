@@ -1,7 +1,7 @@
 """A small Glow with the conventions of chaiyujin/glow-pytorch, y0ast/Glow-PyTorch and other ports of OpenAI's code.
 
-Written from those conventions for the tests. ``style`` chooses between the two: where the convolutions keep their
-parts, what the network and the triangular factors are called, how a step finds its permutation.
+Written from those conventions for the tests. ``style`` chooses between the first two, which differ in the structure of
+their convolutions, the names of the network and of the triangular factors, and how a step finds its permutation.
 """
 
 from __future__ import annotations

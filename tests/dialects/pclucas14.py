@@ -1,7 +1,7 @@
 """A small Glow with the conventions of pclucas14/pytorch-glow, written from them for the tests.
 
-Layers have ``forward_(x, objective)`` and ``reverse_``. Its couplings overwrite views of their input, which PyTorch
-does not differentiate any more: ``in_place`` makes them so, otherwise they are as users had to rewrite them.
+Layers have ``forward_(x, objective)`` and ``reverse_``. The original couplings overwrite views of their input, which
+PyTorch no longer differentiates: ``in_place`` keeps that; without it they are as users had to rewrite them.
 """
 
 from __future__ import annotations

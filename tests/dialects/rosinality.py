@@ -223,6 +223,6 @@ class Glow(nn.Module):
 
 
 def loss(model, x):
-    """Negative log-likelihood in nats, as the training script has it."""
+    """Negative log-likelihood in nats, as in the training script."""
     log_p, log_det, _ = model(x)
     return -(log_det + log_p).mean()

@@ -1,6 +1,6 @@
 """A small Glow with the conventions of openai/glow, written from them for the tests, in PyTorch.
 
-Its ``state_dict`` has the names and shapes of the original's TensorFlow variables. Data are (B, H, W, C) inside.
+Its ``state_dict`` has the names and shapes of the original's TensorFlow variables. Internally, data are (B, H, W, C).
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Glow(nn.Module):
         return torch.cat((z1, (z2 + h[..., 0::2]) * scale), -1), objective + scale.log().sum((1, 2, 3))
 
     def log_prob(self, x):
-        """Of ``x`` (B, C, H, W): (B,)."""
+        """Log-density (B,) of ``x`` (B, C, H, W)."""
         z, objective = squeeze(x.permute(0, 2, 3, 1)), 0
         for level in range(self.levels):
             for number in range(self.steps):

@@ -1,4 +1,4 @@
-"""One model of every dialect, of libraries where they are installed as they are, and how it is trained."""
+"""Models of every dialect, those of normflows, nflows and FrEIA from these libraries, and how they are trained."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def glow_net(channels_in: int, channels_out: int, width: int) -> list[nn.Module]
 
 
 class IgnoresContext(nn.Sequential):
-    """As nflows calls networks."""
+    """A network that nflows can call with a context."""
 
     def forward(self, x, context=None):
         return super().forward(x)
@@ -125,7 +125,7 @@ def freia_steps(channels=12, number=8, width=64, size=32) -> nn.Module:
 
 
 def standard_normal_loss(model: nn.Module, x: Tensor) -> Tensor:
-    """Of a transform that returns latents and log-determinant."""
+    """Loss of a transform that returns latents and log-determinant."""
     z, log_det = model(x)
     return (0.5 * (z.square() + math.log(2 * math.pi)).flatten(1).sum(1) - log_det).mean()
 
