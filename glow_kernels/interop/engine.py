@@ -76,10 +76,10 @@ def accelerate(
     directions and with gradients, and is not patched if they disagree. Parameters, buffers, ``state_dict`` keys, hooks,
     optimizers, modes, copying and pickling stay as they were. Calling it again only changes ``memory``.
 
-    With any other ``memory`` than ``"store"``, layers that run a network keep none of its activations; backward
+    With any ``memory`` other than ``"store"``, layers that run a network keep none of its activations; backward
     recomputes them. Steps form a chain, as in a :class:`~glow_kernels.ReversibleSequential`, where one is given the
     very tensor that another returned. In training under ``torch.compile``, and in ``DataParallel``, every step keeps
-    its input instead. A step whose layers have hooks keeps everything meanwhile.
+    its input instead. A step keeps everything while its layers have hooks.
 
     Args:
         model: any module; layers are looked for at every depth.
@@ -137,7 +137,7 @@ def restore(model: nn.Module) -> int:
 
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Isolate probing from the caller's random state, warnings, autograd and autocast modes, and global hooks."""
+    """Isolate probing from the caller's random state, warnings, modes, default device and global hooks."""
     numpy = sys.modules.get("numpy")
     python_numbers, numpy_numbers = random.getstate(), None if numpy is None else numpy.random.get_state()
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda" and p.device.index is not None}

@@ -133,7 +133,7 @@ class CouplingBlock(Patch):
 def _couple(block: Any, coupling: Coupling, reverse: bool, x: Tensor, x_mask: Any, g: Any) -> tuple[Tensor, Tensor]:
     x_mask = 1 if x_mask is None else x_mask
     read, transformed = coupling.split(x)
-    # A masked output of the network scales by one and shifts by nothing.
+    # Where the mask is zero, the network's output is too: scale one, shift zero.
     h = block.end(block.wn(block.start(read) * x_mask, x_mask, g)) * x_mask
     operator = coupling.inverse if reverse else coupling.forward
     y, log_det = operator(transformed * x_mask, h)

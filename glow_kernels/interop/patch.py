@@ -149,7 +149,7 @@ class Patch:
 
 
 def patch_of(module: nn.Module) -> type[Patch] | None:
-    """The patch of ``module``; None if it has none, as a new instance of a patched module's class."""
+    """The patch of ``module``; None if it has none, like a new instance of a patched module's class."""
     return getattr(type(module), _PATCH, None) if _OPTIONS in module.__dict__ else None
 
 
@@ -303,7 +303,7 @@ def has_hooks(*modules: nn.Module) -> bool:
 
 
 def any_hooks(harmless: Callable[[Any], bool] | None, *modules: nn.Module) -> bool:
-    """Like :func:`has_hooks`, except that hooks on ``modules`` may be ``harmless``."""
+    """Like :func:`has_hooks`, but ignoring hooks on ``modules`` for which ``harmless`` is true."""
     if torch.nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
         return True
     for module in modules:

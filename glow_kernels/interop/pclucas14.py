@@ -44,7 +44,7 @@ class _Layer(Patch):
 
     @classmethod
     def has_parts(cls, module: nn.Module, children: set[str]) -> bool:
-        """Whether ``module`` is called as this dialect's layers are, and consists of ``children``."""
+        """Whether ``module`` has this dialect's methods, and the submodules ``children``."""
         return hasattr(module, "forward_") and hasattr(module, "reverse_") and set(module._modules) == children
 
 

@@ -185,7 +185,7 @@ def _layer(copied: Any, stand_in: StandIn, run: Callable[[Any, Tensor], Tensor])
     @torch.no_grad()
     def layer(x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         stand_in.answer, stand_in.seen = h, None
-        y, seen = run(copied, x.clone()), _seen(stand_in)  # some overwrite their input
+        y, seen = run(copied, x.clone()), _seen(stand_in)  # some layers overwrite their input
         return seen, y
 
     return layer
