@@ -64,7 +64,7 @@ def randomised(module: Any) -> Any:
         # A matrix and its inverse, if a layer stores both, must stay inverses of each other.
         kept = name.endswith("_inv") or f"{name}_inv" in parameters
         if parameter.is_floating_point() and not kept:
-            # The size of the matrix, or of the one whose triangle this may be: products with large ones stay moderate.
+            # The size of the matrix, or of the one whose triangle a vector may hold: its products must stay moderate.
             is_list = parameter.numel() == max(parameter.shape, default=1)
             width = (2 * parameter.numel()) ** 0.5 if is_list else max(parameter.shape)
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)

@@ -82,7 +82,7 @@ class _Packing:
 
 
 class _Unit(nn.Module):
-    """A step of existing code in the form that the engine takes; later changes to it do not affect what it computes."""
+    """A step of existing code in the form that the engine takes; its computation stays even if the step is restored."""
 
     def __init__(
         self, module: nn.Module, computation: steps.Parts | Callable[..., Any], packing: _Packing | None = None
@@ -293,7 +293,7 @@ class _Node(torch.autograd.Function):
 
 @contextmanager
 def _buffers_restored(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Restore the buffers of ``modules`` afterwards, without raising their version counters."""
+    """Restore the buffers of ``modules`` afterwards; restoring them does not raise their version counters."""
     owners = [module._buffers for module in modules]
     before = [(owner, {name: (b, b.clone()) for name, b in owner.items() if b is not None}) for owner in owners]
     try:
