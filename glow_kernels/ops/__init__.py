@@ -1,4 +1,4 @@
-"""The operators: what a user calls, with the mathematics, the checks and the autograd rules."""
+"""The operators: the functions that users call, with their mathematics, argument checks and autograd rules."""
 
 from glow_kernels.ops.actnorm_conv1x1 import (
     actnorm_conv1x1,

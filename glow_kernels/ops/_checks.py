@@ -1,4 +1,4 @@
-"""Argument checks shared by the operators: an error names the argument, what was expected and what came."""
+"""Argument checks shared by the operators: an error names the argument, what was expected and what was given."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def check_channels(name: str, x: Tensor, channels: int) -> None:
 
 
 def check_like(name: str, tensor: Tensor, shape: tuple[int, ...], meaning: str, x: Tensor) -> None:
-    """``tensor`` must be a floating-point tensor of this shape, whose ``meaning`` is told, on the device of ``x``."""
+    """``tensor`` must be floating-point, of this shape (errors give its ``meaning``) and on the device of ``x``."""
     check_floating(name, tensor)
     if tensor.shape != shape:
         raise ValueError(f"{name} must be {meaning} = {tuple(shape)}, got {tuple(tensor.shape)}")
@@ -66,14 +66,14 @@ def check_labels(labels: Tensor, x: Tensor) -> None:
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """``value`` must be one of ``choices``."""
-    # Other values than strings may not be comparable, such as arrays.
+    # ``in`` would fail for values without a usable ==, such as arrays.
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def check_whole(name: str, value: Any, least: int | None = None) -> None:
-    """``value`` must be a whole number, of Python, NumPy or torch.export, perhaps of at least ``least``."""
-    # To Python a bool is a number.
+    """``value`` must be an integer from Python, NumPy or torch.export, and at least ``least`` if that is given."""
+    # In Python a bool is an integer.
     if isinstance(value, bool) or not isinstance(value, (numbers.Integral, torch.SymInt)):
         raise TypeError(f"{name} must be a whole number, got {value!r}")
     if least is not None and value < least:
@@ -81,16 +81,16 @@ def check_whole(name: str, value: Any, least: int | None = None) -> None:
 
 
 def check_number(name: str, value: Any) -> None:
-    """``value`` must be a real number, of Python, NumPy, torch.compile or torch.export."""
-    # Not a tensor: as a constant of an operator it would silently get no gradient.
+    """``value`` must be a real number from Python, NumPy, torch.compile or torch.export."""
+    # Not a tensor: as a constant argument of an operator it would silently get no gradient.
     if not isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{name} must be a number, got {value!r}")
 
 
 def checked_temperature(temperature: float | Tensor) -> float | Tensor:
-    """One number, finite and at least 0 if looking at it waits for nothing.
+    """``temperature``, which must be one number, finite and at least 0; the value is not checked on a GPU.
 
-    A tensor comes back without dimensions, so that it changes neither the type nor the shape of what it multiplies.
+    A tensor is returned without dimensions, so that multiplying by it changes neither type nor shape.
     """
     if isinstance(temperature, Tensor):
         if temperature.numel() != 1:
@@ -106,7 +106,7 @@ def checked_temperature(temperature: float | Tensor) -> float | Tensor:
 
 
 def check_below(name: str, tensor: Tensor, count: int, meaning: str = "") -> None:
-    """Integers must be in ``0 .. count - 1``, whose ``meaning`` is told, if looking at them waits for nothing."""
+    """Integers must be in ``0 .. count - 1`` (errors append ``meaning``); only checked if that waits for no device."""
     if tensor.is_cpu and tensor.numel() and is_readable(tensor):
         low, high = (int(bound) for bound in tensor.aminmax())
         if low < 0 or high >= count:
@@ -114,14 +114,14 @@ def check_below(name: str, tensor: Tensor, count: int, meaning: str = "") -> Non
 
 
 def is_readable(tensor: Tensor) -> bool:
-    """Whether its values are there to branch on, here and now."""
+    """Whether Python code can read the values of ``tensor`` here, as opposed to while it is traced or transformed."""
     if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return False
     return has_data(tensor)
 
 
 def has_data(tensor: Tensor) -> bool:
-    """Whether it has values at all, not only a shape and a type."""
+    """Whether ``tensor`` has values, not only a shape and a type."""
     return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 

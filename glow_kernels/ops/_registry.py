@@ -1,7 +1,8 @@
 """Registration with torch.library: one schema, one fake and one autograd rule for all backends of an operator.
 
-Every backend has an operator of its own, ``glow_kernels::<module>_<function>_<backend>``, so that a CUDA tensor can
-choose between two of them, a compiled graph keeps the one that it was traced with, and forward and backward agree.
+For every backend a separate operator is registered, ``glow_kernels::<module>_<function>_<backend>``. So there can be
+two backends for CUDA tensors, a compiled graph keeps the backend that it was traced with, and forward and backward use
+the same one.
 """
 
 from __future__ import annotations
@@ -25,25 +26,25 @@ _LIBRARY = torch.library.Library("glow_kernels", "DEF")  # type: ignore[no-untyp
 class Operator:
     """An operator that one or more backends implement.
 
-    The reference and Triton implement it as a function of this name in their file ``module``; the native backend in
-    its shared library. In ``support.py`` of native and Triton, ``module(function, *args)`` says whether they take these
-    arguments, and is missing where they do not implement it; the reference takes all.
+    The reference and Triton backends implement it as ``function`` in their file ``module``, the native backend in its
+    shared library. In ``support.py`` of native and Triton, ``module(function, *args)`` returns whether the backend
+    supports these arguments; it is missing if the backend does not implement the operator. The reference supports all.
 
     Args:
         module: name of the file that implements it in each backend.
         function: name of the implementing function.
-        schema: arguments and results in torch.library's language, ``(Tensor x) -> Tensor``.
-        fake: shapes, types and strides of the results.
+        schema: arguments and results in torch.library's schema language, ``(Tensor x) -> Tensor``.
+        fake: computes empty results with the right shapes, types and strides.
         setup_context, backward: the autograd rule as for ``torch.library.register_autograd``; ``backward`` gets the
-            name of the backend that computed the forward as its first argument. Without them the operator refuses to
-            be differentiated.
-        plain_reference: do not register the reference but call its plain PyTorch as it is, which can be
-            differentiated. So the gradients of the reference have gradients.
-        composed: a function that computes the same from other operators. Then this is one that the native backend alone
-            has in one piece, and ``composed`` takes the place of the others.
+            name of the backend that computed the forward as its first argument. Without them, differentiating the
+            operator raises an error.
+        plain_reference: do not register the reference as an operator, but call its plain PyTorch code, which autograd
+            can differentiate. This makes the gradients of the reference differentiable.
+        composed: a function that computes the same from other operators. Only the native backend then implements this
+            operator, and ``composed`` is used instead of all other backends.
 
-    While torch.func differentiates, or tangents are computed forwards, every operator is plain PyTorch, which has rules
-    for that.
+    Under torch.func's derivatives and forward-mode differentiation, every operator runs as plain PyTorch, which
+    supports both.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class Operator:
         return self._run(self._chosen(args), args)
 
     def is_fast(self, *args: Any) -> bool:
-        """Whether a call with ``args`` would be computed by another backend than the reference."""
+        """Whether a backend other than the reference would compute a call with ``args``."""
         return self._chosen(args) != "reference"
 
     def on(self, backend: str, *args: Any) -> Any:
@@ -89,7 +90,8 @@ class Operator:
         return self._run(backend if supported else "reference", args)
 
     def _unopened(self, *args: Any) -> Any:
-        # What calls the native operator before its library is open, or for tensors it is not for: an exported program.
+        # Called for the native operator if its library is not loaded yet, or has no kernel for the device: in an
+        # exported program.
         return self.on("native" if backends.backend_status("native").available else "reference", *args)
 
     def _chosen(self, args: tuple[Any, ...]) -> str:
@@ -107,7 +109,7 @@ class Operator:
 
 
 def is_transformed() -> bool:
-    """Whether derivatives are taken in a way that only plain PyTorch has rules for: by torch.func, or forwards."""
+    """Whether derivatives are computed in a way that only plain PyTorch supports: by torch.func or in forward mode."""
     if forward_ad._current_level >= 0:
         return True
     if not torch._C._are_functorch_transforms_active():
@@ -133,12 +135,12 @@ class _Implementation:
         _LIBRARY.define(name + schema)  # type: ignore[no-untyped-call]
         _LIBRARY.impl(name, python, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
         torch.library.register_fake(qualified_name, fake, lib=_LIBRARY)
-        if "!" not in schema:  # what overwrites its arguments cannot have a rule
+        if "!" not in schema:  # an operator that mutates its arguments cannot have an autograd rule
             torch.library.register_autograd(qualified_name, rule, setup_context=setup_context, lib=_LIBRARY)
         overload: Callable[..., Any] = getattr(torch.ops.glow_kernels, name).default
         self._overload, self._has_lists, self._plain = overload, "Tensor[]" in schema, plain
-        # A result is not a view, however a backend makes it: a view could not be modified in place. What overwrites
-        # its arguments counts as that.
+        # Below ADInplaceOrView results are not marked as views, which could not be modified in place. Operators that
+        # mutate their arguments need that key to bump the arguments' versions.
         below = torch._C._AutoDispatchBelowAutograd if "!" in schema else torch._C._AutoDispatchBelowADInplaceOrView
         self._below: Callable[[], AbstractContextManager[None]] = below
 
@@ -158,8 +160,8 @@ class _Implementation:
         self._rule = Rule
 
     def __call__(self, *args: Any) -> Any:
-        # Tracing and transforms must see the operator. Otherwise its autograd rule is applied here and the
-        # dispatcher goes below it, which saves more than half of the time of a call.
+        # Tracing and transforms must see the operator. Otherwise its autograd rule is applied here, and the dispatcher
+        # is entered below autograd, which saves more than half of the time of a call.
         if (
             torch.compiler.is_compiling()
             or torch._C._are_functorch_transforms_active()
@@ -168,8 +170,8 @@ class _Implementation:
             return self._plain(*args) if is_transformed() else self._overload(*args)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             if self._has_lists:
-                return self._overload(*args)  # whose rule looks into them
-            # Function.apply adds only what functorch's transforms need.
+                return self._overload(*args)  # its registered rule handles lists of tensors
+            # Function.apply would only add support for functorch transforms.
             return super(torch.autograd.Function, self._rule).apply(*args)  # type: ignore[no-untyped-call]
         with self._below():
             return self._overload(*args)
@@ -195,10 +197,10 @@ def _refusal(name: str) -> str:
 
 
 def differentiable_once(name: str, backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., Any]:
-    """A ``backward`` whose results refuse to be differentiated, for the ``name`` of whose node they do.
+    """Wrap ``backward`` of the node called ``name`` so that differentiating its results raises an error.
 
-    Unlike those of PyTorch's ``once_differentiable`` they do so where no gradient came with a graph of its own, too:
-    they depend on what the node has kept.
+    Unlike with PyTorch's ``once_differentiable`` this is so even if no incoming gradient requires a gradient: the
+    results also depend on the tensors that the node has saved.
     """
 
     @functools.wraps(backward)

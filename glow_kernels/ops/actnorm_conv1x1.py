@@ -1,21 +1,22 @@
 """ActNorm and the invertible 1x1 convolution: one linear map per position.
 
 ActNorm ``a = s * (x + b)`` with ``s = exp(log_scale)``, followed by ``z = W a``, is ``z = M x + v`` with
-``M = W diag(s)`` and ``v = M b`` (Kingma and Dhariwal, "Glow", 2018, sections 3.1 and 3.2). So there are two halves:
+``M = W diag(s)`` and ``v = M b`` (Kingma and Dhariwal, "Glow", 2018, sections 3.1 and 3.2). The work has two parts:
 
 * *folding*, C x C work that does not depend on the batch: ``M``, ``v``, ``M^-1`` and, per position,
   ``log_det = sum(log_scale) + log|det W|``;
 * *applying*, one pass over the data.
 
 Backward of applying, with ``g = dL/dz``: ``dx = M^T g``, ``dM = sum_{b,p} g x^T``, ``dv = sum_{b,p} g``. The reversible
-backward does it in one pass from the output, with ``x = M^-1 z - b`` where it is needed.
+backward computes these in one pass over the output ``z``, from which it computes ``x = M^-1 z - b`` on the fly.
 
-The LU-decomposed W (section 3.2 there) is assembled by :func:`glow_kernels.ops.folding.lu_weight`.
+The LU-decomposed W (also section 3.2) is assembled by :func:`glow_kernels.ops.folding.lu_weight`.
 
 Backward of folding, with ``A = dL/dM + dL/dv b^T`` and ``l = dL/dlog_det``:
-``dW = A diag(s) + l W^-T``, ``dlog_scale_j = s_j sum_i W_ij A_ij + l``, ``db = M^T dL/dv``. Of assembling, with
-``A = P^T dL/dW``: ``dL = A (U + diag(s))^T`` below the diagonal, ``dU = L^T A`` above it, and
-``dlog|s_j| = s_j (L^T A)_jj + l``.
+``dW = A diag(s) + l W^-T``, ``dlog_scale_j = s_j sum_i W_ij A_ij + l``, ``db = M^T dL/dv``.
+
+Backward of assembling, with ``A = P^T dL/dW``: ``dL = A (U + diag(s))^T`` below the diagonal, ``dU = L^T A`` above it,
+and ``dlog|s_j| = s_j (L^T A)_jj + l``.
 """
 
 from __future__ import annotations
@@ -50,21 +51,21 @@ def actnorm_conv1x1(
 ) -> tuple[Tensor, Tensor]:
     """ActNorm followed by an invertible 1x1 convolution: ``z = W (exp(log_scale) * (x + bias))``.
 
-    Arithmetic is in float32 (float64 for float64 ``x``), also under autocast; C x C work is in float64.
+    Arithmetic is in float32 (float64 for float64 ``x``), even under autocast; C x C work is in float64.
 
     Args:
         x: ``(B, C, *spatial)`` with 0 to 3 spatial dimensions, any floating-point type.
         log_scale: ``(C,)``, logarithm of the scale of ActNorm.
         bias: ``(C,)``, added before scaling.
         weight: ``(C, C)``, the matrix W.
-        weight_log_det: ``log|det W|``, a tensor of one element, if it is known, as it is for an LU-decomposed W; it is
-            computed from ``weight`` otherwise. Its gradient goes to this tensor instead of ``weight``.
+        weight_log_det: ``log|det W|`` as a tensor with shape ``()``, if known, as for an LU-decomposed W. The gradient
+            of the log-determinant then goes to this tensor instead of ``weight``. By default computed from ``weight``.
 
     Returns:
         ``z`` with the shape and type of ``x``, and ``log_det`` ``(B,)`` of the map x -> z, float32 or float64.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type, shape or device; the message says which.
+        TypeError, ValueError: an argument has the wrong type, shape or device; the message names it.
     """
     _check("x", x, log_scale, bias, weight, weight_log_det)
     z, log_det = _forward(x, *_in_compute_dtype(x, log_scale, bias, weight, weight_log_det))
@@ -80,8 +81,8 @@ def actnorm_conv1x1_inverse(
 ) -> tuple[Tensor, Tensor]:
     """The inverse of :func:`actnorm_conv1x1`: ``x = exp(-log_scale) * (W^-1 z) - bias``.
 
-    The inverse of W is computed in float64 and then rounded. A ``weight`` in float64 is not rounded before, as it
-    is for the forward: that would move the inverse by as many units in the last place as W has a condition number.
+    The inverse of W is computed in float64 and then rounded. Unlike in the forward, a ``weight`` in float64 is not
+    rounded before: that would change the inverse by as many ulps as the condition number of W.
 
     Args:
         z: ``(B, C, *spatial)``; the other arguments as for :func:`actnorm_conv1x1`.
@@ -90,8 +91,8 @@ def actnorm_conv1x1_inverse(
         ``x`` with the shape and type of ``z``, and ``log_det`` ``(B,)`` of the map z -> x.
 
     Raises:
-        TypeError, ValueError: as for :func:`actnorm_conv1x1`; also if ``weight`` is singular, but not by
-            a kernel on a GPU, which waits for nothing: there ``log_det`` is infinite and ``x`` not finite.
+        TypeError, ValueError: as for :func:`actnorm_conv1x1`; also if ``weight`` is singular. Kernels on a GPU do not
+            raise, which would wait for the device: there ``log_det`` is infinite and ``x`` not finite.
     """
     _check("z", z, log_scale, bias, weight, weight_log_det)
     dtype = compute_dtype(z)
@@ -113,7 +114,7 @@ def actnorm_conv1x1_reversible_backward(
     weight: Tensor,
     weight_log_det: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Undo and differentiate :func:`actnorm_conv1x1` in one pass over the data, from its output.
+    """Invert and differentiate :func:`actnorm_conv1x1` in one pass over the data, given its output.
 
     Args:
         grad: ``(B, C, *spatial)``, gradient of the output ``z``, of its type.
@@ -125,8 +126,8 @@ def actnorm_conv1x1_reversible_backward(
         ``weight_log_det``. They cannot be differentiated again.
 
     Raises:
-        TypeError, ValueError: as for :func:`actnorm_conv1x1`; also if ``weight`` is singular, but not by
-            a kernel on a GPU, which waits for nothing: there ``x`` is not finite.
+        TypeError, ValueError: as for :func:`actnorm_conv1x1`; also if ``weight`` is singular. Kernels on a GPU do not
+            raise, which would wait for the device: there ``x`` is not finite.
     """
     _check("z", z, log_scale, bias, weight, weight_log_det)
     check_like("grad", grad, z.shape, "the shape of z", z)
@@ -144,14 +145,14 @@ def actnorm_conv1x1_reversible_backward(
 def apply(x: Tensor, matrix: Tensor, shift: Tensor) -> Tensor:
     """``z = M x + v`` at every position of ``x`` (B, C, *spatial), for a caller that has folded M and v.
 
-    They are what :func:`glow_kernels.ops.folding.fold` gives for the type of ``x``; callers have checked that.
+    They must be results of :func:`glow_kernels.ops.folding.fold` in the type of arithmetic for ``x``; not checked here.
     """
     z: Tensor = _apply(x, matrix, shift)
     return z
 
 
 def apply_backward(grad: Tensor, x: Tensor, matrix: Tensor, needs_grad_x: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`apply` in ``x``, empty if not needed, ``matrix`` and ``shift``, without a graph."""
+    """Gradients of :func:`apply` in ``x`` (empty if not needed), ``matrix`` and ``shift``, without a graph."""
     grad_x, grad_matrix, grad_shift = _apply_backward(grad.to(x.dtype), x, matrix, needs_grad_x)
     return grad_x, grad_matrix, grad_shift
 
@@ -179,7 +180,7 @@ def _check(
 
 def _in_compute_dtype(x: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
     dtype = compute_dtype(x)
-    # Asking first is cheaper than a conversion that does nothing.
+    # Checking first is cheaper than a conversion that does nothing.
     return [tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype) for tensor in tensors]
 
 
@@ -246,7 +247,7 @@ def _inverse_rule(backend: str, ctx: Any, grad: Tensor, grad_log_det: Tensor) ->
 
 
 def _gradients(ctx: Any, operator: Callable[..., Any], *arguments: Any) -> tuple[Tensor | None, ...]:
-    # Asked for once: torch.utils.checkpoint hands out what is saved only once.
+    # Read once: under torch.utils.checkpoint, saved tensors can be unpacked only once.
     saved, needs_grad_x = ctx.saved_tensors, ctx.needs_input_grad[0]
     grad_x, *grads = operator(*arguments, *saved, needs_grad_x)
     return grad_x if needs_grad_x else None, *grads[:3], None if saved[4] is None else grads[3]
@@ -304,7 +305,7 @@ _apply_reversible_backward = Operator(
     fake=_apply_reversible_backward_fake,
 )
 
-# Both halves in one call, for backends that have that.
+# Folding and applying in one call, for backends that implement it.
 _GRADS = "Tensor, Tensor, Tensor, Tensor, Tensor"
 _BACKWARD_SCHEMA = f"(Tensor grad, Tensor grad_log_det, Tensor x, {PARAMETERS}, bool needs_grad_x) -> ({_GRADS})"
 

@@ -1,7 +1,7 @@
 """Statistics for the data-dependent initialisation of ActNorm.
 
-Per channel, the mean and the population standard deviation over all samples and positions, of all ranks when a
-process group is active (Kingma and Dhariwal, "Glow", 2018, section 3.1, after Salimans and Kingma, "Weight
+Per channel, the mean and the population standard deviation over all samples and positions, and over all ranks if a
+process group is initialised (Kingma and Dhariwal, "Glow", 2018, section 3.1, after Salimans and Kingma, "Weight
 Normalization", 2016, section 3). The variance is the mean of squared deviations, never ``E[x^2] - E[x]^2``; ranks are
 combined as in Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm", 1979.
 """
@@ -22,13 +22,13 @@ def actnorm_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         x: ``(B, C, *spatial)`` with 0 to 3 spatial dimensions, any floating-point type. With an initialised process
-            group every rank must call; ranks may differ in B and in the number of positions.
+            group every rank must call this; ranks may differ in B and in the number of positions.
 
     Returns:
         ``mean`` and ``std``, both ``(C,)`` and float32 (float64 for float64 ``x``); equal on all ranks.
 
     Raises:
-        TypeError, ValueError: ``x`` has the wrong type or shape, or there is not one position to look at.
+        TypeError, ValueError: ``x`` has the wrong type or shape, or, on a single rank, no samples or no positions.
     """
     check_image("x", x)
     distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
@@ -44,7 +44,7 @@ def actnorm_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 def _over_all_ranks(mean: Tensor, variance: Tensor, count: int) -> tuple[Tensor, Tensor]:
     wide = wide_dtype(mean.device)
     counts = torch.full_like(mean, count, dtype=wide)
-    # A rank without a sample has NaN statistics and no weight.
+    # The statistics of a rank without samples are NaN: zeros, which get no weight, replace them.
     if count == 0:
         mean, variance = torch.zeros_like(mean), torch.zeros_like(variance)
     mine = torch.stack((counts, mean.to(wide), variance.to(wide)))

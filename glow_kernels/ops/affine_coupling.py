@@ -1,18 +1,19 @@
-"""The affine coupling: the half of the channels that the network conditions.
+"""The affine coupling, applied to the half of the channels that it transforms.
 
 ``u, t = layout(h)`` splits the network's output into scale and shift; ``log s = phi(u)`` by a :class:`ScaleMap`; then
 ``y = (x + t) * s``, ``x * s + t`` or ``(x - t) * s``, with ``log_det = sum log s`` over all elements of a sample
 (Dinh et al., "Density estimation using Real NVP", 2017, section 3.2; Kingma and Dhariwal, "Glow", 2018, section 3.3).
 
-Backward, with ``g = dL/dy`` and ``l = dL/dlog_det``: ``dx = g s`` always; of ``(x + t) s``: ``dt = g s`` and
-``du = phi'(u) (g y + l)``, which needs the output and ``h`` but not the input; of ``(x - t) s``: ``dt = -g s`` and the
-same ``du``; of ``x s + t``: ``dt = g`` and ``du = phi'(u) (g (y - t) + l)``.
+Backward, with ``g = dL/dy`` and ``l = dL/dlog_det``: ``dx = g s`` always; for ``(x + t) s``: ``dt = g s`` and
+``du = phi'(u) (g y + l)``, which needs the output and ``h`` but not the input; for ``(x - t) s``: ``dt = -g s`` and the
+same ``du``; for ``x s + t``: ``dt = g`` and ``du = phi'(u) (g (y - t) + l)``.
 
-Backward of the inverse, with ``g = dL/dx``: ``dy = g / s``; with ``w = s dx/ds`` per element, ``w = -(x + t)``,
-``-(x - t)`` and ``-x`` in the same order, ``du = phi'(u) (g w - l)``; ``dt = -g``, ``g`` and ``-g / s``.
+Backward of the inverse, with ``g = dL/dx``: ``dy = g / s`` always. For ``(x + t) s``, ``(x - t) s`` and ``x s + t``, in
+this order, ``dt`` is ``-g``, ``g`` and ``-g / s``; and ``du = phi'(u) (g w - l)`` with ``w = s dx/ds``, which is
+``-(x + t)``, ``-(x - t)`` and ``-x``.
 
-The reversible backward is one pass over the output: the inverse, and the gradients. In place it writes these over the
-output and its gradient, which so stay the halves of tensors that they are.
+The reversible backward computes the input and the gradients in one pass over the output. Its in-place variant writes
+the input and its gradient over the output and its gradient, which may be halves of larger tensors and need no copies.
 
 The additive coupling (Dinh et al., "NICE", 2015, section 3.2) is ``y = x + h`` without a log-determinant. It is one
 addition, which PyTorch already does in one pass, so it has no operator of its own.
@@ -53,11 +54,13 @@ class ScaleMap:
     ==========  ====================================
 
     and ``s`` is that plus ``floor``. ``ScaleMap("sigmoid", offset=2.0)`` is Glow's ``sigmoid(u + 2)``, evaluated as
-    ``logsigmoid``. A floor above zero bounds the inverse: with ``gain = 1 - floor``, ``s`` stays in ``(floor, 1)``.
+    ``logsigmoid``. A floor above zero bounds the inverse: a sigmoid with ``gain = 1 - floor`` keeps ``s`` in
+    ``(floor, 1)``.
 
     Raises:
         TypeError: a parameter is not a number.
-        ValueError: an unknown kind, a floor below zero, a gain of a sigmoid that is not above zero, low > high.
+        ValueError: an unknown kind, a floor below zero, a gain of a sigmoid that is not above zero, low > high, or
+            another parameter that is not finite.
     """
 
     kind: Literal["sigmoid", "exp", "tanh", "atan", "softsign", "clip"]
@@ -88,7 +91,7 @@ class ScaleMap:
         return [self.slope, self.offset, self.gain, self.floor, self.low, self.high]
 
 
-# The maps of well-known implementations, by a short name.
+# Scale maps of well-known models, by short names.
 SCALE_MAPS = {
     "sigmoid": ScaleMap("sigmoid", offset=2.0),  # Glow: s = sigmoid(u + 2)
     "exp": ScaleMap("exp"),  # RealNVP without a bound, WaveGlow
@@ -106,24 +109,24 @@ def affine_coupling(
 ) -> tuple[Tensor, Tensor]:
     """Transform the half ``x`` of the channels with the network's output ``h``.
 
-    Arithmetic is in float32 (float64 for float64 ``x``), also under autocast; ``x`` float32 with ``h`` bfloat16 is
-    the normal case for mixed precision.
+    Arithmetic is in float32 (float64 for float64 ``x``), even under autocast; in mixed precision ``x`` is normally
+    float32 and ``h`` bfloat16.
 
     Args:
         x: ``(B, C, *spatial)``, the transformed half, with 0 to 3 spatial dimensions, any floating-point type.
         h: ``(B, 2 C, *spatial)``, raw scale u and shift t, any floating-point type.
         scale_map: ``"sigmoid"`` (``sigmoid(u + 2)``), ``"exp"``, ``"tanh"`` or a :class:`ScaleMap`.
-        layout: where u and t lie in the channels of ``h``: ``"chunk_scale_shift"``, ``"chunk_shift_scale"``,
+        layout: how u and t are arranged in the channels of ``h``: ``"chunk_scale_shift"``, ``"chunk_shift_scale"``,
             ``"interleaved_scale_shift"`` or ``"interleaved_shift_scale"`` (even channels are the shift).
         order: ``"shift_scale"`` for ``(x + t) * s``, ``"scale_shift"`` for ``x * s + t`` or ``"unshift_scale"`` for
             ``(x - t) * s``.
-        log_scale_gain: ``(C,)``, a learned factor of ``log s`` before the floor, for every kind but ``"sigmoid"``.
+        log_scale_gain: ``(C,)``, a learned factor of ``log s`` before the floor, for every kind except ``"sigmoid"``.
 
     Returns:
         ``y`` with the shape and type of ``x``, and ``log_det`` ``(B,)`` of the map x -> y, float32 or float64.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type, shape or device, or an unknown option.
+        TypeError, ValueError: an argument has the wrong type, shape or device, or an option is unknown.
     """
     map_ = _check("x", x, h, scale_map, layout, order, log_scale_gain)
     gain = _in_compute_dtype(x, log_scale_gain)
@@ -166,7 +169,7 @@ def affine_coupling_reversible_backward(
     order: str = "shift_scale",
     log_scale_gain: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Undo and differentiate :func:`affine_coupling` in one pass, from its output.
+    """Invert and differentiate :func:`affine_coupling` in one pass, given its output.
 
     Args:
         grad: ``(B, C, *spatial)``, gradient of the output ``y``, of its type.
@@ -174,8 +177,8 @@ def affine_coupling_reversible_backward(
         y: ``(B, C, *spatial)``, the output; the other arguments as for :func:`affine_coupling`.
 
     Returns:
-        The input ``x``, its gradient, the gradient of ``h``, and that of ``log_scale_gain`` if there is one. They
-        cannot be differentiated again.
+        The input ``x``, its gradient, the gradient of ``h``, and that of ``log_scale_gain`` or None. They cannot be
+        differentiated again.
 
     Raises:
         TypeError, ValueError: as for :func:`affine_coupling`.
@@ -304,7 +307,7 @@ def _inverse_rule(backend: str, ctx: Any, grad: Tensor, grad_log_det: Tensor) ->
 
 
 def _gradients(ctx: Any, operator: Callable[..., Any], *arguments: Any) -> tuple[Tensor | None, ...]:
-    # Asked for once: torch.utils.checkpoint hands out what is saved only once.
+    # Read once: under torch.utils.checkpoint, saved tensors can be unpacked only once.
     y, h, gain = ctx.saved_tensors
     grad_x, grad_h, grad_gain = operator(*arguments, y, h, gain, *ctx.options)
     return grad_x, grad_h, None if gain is None else grad_gain, None, None, None, None
@@ -339,8 +342,9 @@ reversible_backward = Operator(
     f"(Tensor grad, Tensor grad_log_det, Tensor y, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_reversible_backward_fake,
 )
-# The same without a gain, x in place of y and its gradient in place of grad; the result is the gradient of h. For a
-# caller of whom both are, of one type and one set of strides, with positions (*spatial) that lie at one stride.
+# reversible_backward without a gain, which overwrites y by x and grad by the gradient of x, and returns the gradient of
+# h. The caller must own y and grad. They must have the same type and strides, and their positions (*spatial) must be
+# addressable by a single stride.
 in_place_backward = Operator(
     _MODULE,
     "in_place_backward",

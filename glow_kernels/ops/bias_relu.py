@@ -1,12 +1,13 @@
-"""Bias and ReLU after a hidden convolution of a coupling network: one pass over the largest tensors there are.
+"""Bias and ReLU after a hidden convolution of a coupling network: one pass over the largest tensors of a flow.
 
-``y = max(x + b, 0)`` with b a number per channel. Backward, with ``g = dL/dy``: ``dx = g`` where ``y > 0`` and 0
-elsewhere, ``db = sum_{b,p} dx``, from the output alone and in one pass. Without a ReLU there is only
+``y = max(x + b, 0)`` with one number b per channel. Backward, with ``g = dL/dy``: ``dx = g`` where ``y > 0`` and 0
+elsewhere, ``db = sum_{b,p} dx``, in one pass over ``g`` and the output. Without a ReLU there is only
 ``db = sum_{b,p} g``: :data:`bias_backward`.
 
-A sum over all positions takes two launches, unless the caller can use what each of several ``parts`` of the positions
-sum to: it is then ``(parts, C)``, and how the positions are divided is not specified. :data:`pad` is what a convolution
-on matrix units wants of its smallest tensors: another type and memory format, and more channels, of zeros.
+A sum over all positions takes two launches, unless the caller accepts partial sums over ``parts`` of the positions: the
+result is then ``(parts, C)``, and how positions are assigned to parts is unspecified. :data:`pad` prepares the small
+tensors at both ends of the network for convolutions on tensor cores: it converts type and memory format, and appends
+channels of zeros.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def _rule(backend: str, ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
 forward = Operator(
     "bias_relu", "forward", "(Tensor x, Tensor bias) -> Tensor", fake=_fake, setup_context=_setup, backward=_rule
 )
-# dx, and the parts (parts, C) of db, of which there is at least one.
+# Results: dx, and db in partial sums (parts, C) with parts >= 1.
 backward = Operator(
     "bias_relu",
     "backward",
@@ -80,7 +81,8 @@ backward = Operator(
 bias_backward = Operator(
     "bias_relu", "bias_backward", "(Tensor grad, int parts) -> Tensor", fake=_sums_fake, plain_reference=True
 )
-# x (B, C, H, W) as (B, channels, H, W), and the parts (parts, C) of its sums, none with 0.
+# Results: x (B, C, H, W) padded to (B, channels, H, W), and partial sums (parts, C) of x over samples and positions;
+# parts may be 0.
 pad = Operator(
     "bias_relu",
     "pad",

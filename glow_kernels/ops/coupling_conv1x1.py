@@ -1,17 +1,17 @@
-"""The affine coupling of one flow step and the linear map of the next, across the boundary between them.
+"""The affine coupling of one flow step and the linear map of the next, as one operator across their boundary.
 
-Of a step's output ``z = [z1, z2]``, whose first ``C1`` channels condition and whose others are transformed, and of the
-network's output ``h``, the coupling makes ``x = [z1, y]`` with ``y, log_det`` as in
-:mod:`glow_kernels.ops.affine_coupling`, and the next step's ActNorm and 1x1 convolution make ``M x + v`` of that, as in
-:mod:`glow_kernels.ops.actnorm_conv1x1`. Both touch the same positions, so ``x`` need never be in memory.
+The input of the coupling is ``z = [z1, z2]``, whose first ``C1`` channels condition and whose others are transformed,
+and the network's output ``h``. The coupling computes ``x = [z1, y]`` with ``y, log_det`` as in
+:mod:`glow_kernels.ops.affine_coupling`; the next step's ActNorm and 1x1 convolution compute ``M x + v`` as in
+:mod:`glow_kernels.ops.actnorm_conv1x1`. Both work position by position, so ``x`` is never stored.
 
-Backward, with ``g = dL/d(M x + v)`` and ``l = dL/dlog_det``, starts from the input ``z`` and ``h``, computes ``x``
-again, and needs nothing else of the forward: ``dM = sum_{b,p} g x^T``, ``dv = sum_{b,p} g``, ``dx = M^T g``; then
-``dz1 = dx1``, and ``dz2`` and ``dh`` are those of the coupling with ``dL/dy = dx2``. What ``h = net(z1)`` adds to
-``dz1`` is the network's.
+Backward, with ``g = dL/d(M x + v)`` and ``l = dL/dlog_det``, needs only the inputs ``z`` and ``h``, and computes ``x``
+again: ``dM = sum_{b,p} g x^T``, ``dv = sum_{b,p} g``, ``dx = M^T g``; then ``dz1 = dx1``, and ``dz2`` and ``dh`` are
+those of the coupling with ``dL/dy = dx2``. The contribution of ``h = net(z1)`` to ``dz1`` is left to the network's
+backward.
 
-A reversible chain takes the forward, and the backward of a step whose ``z`` it has kept. From the output, it cannot
-undo both in one pass: between the linear map and the coupling, the network has its turn.
+A reversible chain uses the forward, and the backward for steps whose ``z`` it has kept. Given only the output, it
+cannot invert both in one pass: the network must be evaluated between the linear map and the coupling.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ def _rule(backend: str, ctx: Any, grad: Tensor, grad_log_det: Tensor) -> tuple[T
 _MODULE = "coupling_conv1x1"
 _OPTIONS = "str kind, float[] scale_parameters, str layout, str order"
 
-# For a caller that has checked the arguments: z (B, C, *spatial); h (B, 2 (C - C1), *spatial) with 1 <= C1 < C; matrix
-# (C, C) and shift (C,) in the type of arithmetic, as ``folding.fold`` gives them. The results are the next z, like z,
-# and log_det (B,) of the coupling alone.
+# Arguments, which are not checked: z (B, C, *spatial); h (B, 2 (C - C1), *spatial) with 1 <= C1 < C; matrix (C, C) and
+# shift (C,) from ``folding.fold``, in the type of arithmetic. Results: the next z, like z, and log_det (B,) of the
+# coupling alone.
 forward = Operator(
     _MODULE,
     "forward",
@@ -63,7 +63,7 @@ forward = Operator(
     setup_context=_setup_context,
     backward=_rule,
 )
-# Gradients in z, h, matrix and shift.
+# Results: the gradients of z, h, matrix and shift.
 backward = Operator(
     _MODULE,
     "backward",

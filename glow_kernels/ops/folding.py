@@ -1,7 +1,7 @@
 """The C x C half of ``actnorm_conv1x1``: folding ActNorm and convolution into one matrix, and assembling W.
 
-The mathematics stands in :mod:`glow_kernels.ops.actnorm_conv1x1`. Leading dimensions ``(*K)`` fold many steps in one
-call.
+The mathematics is in :mod:`glow_kernels.ops.actnorm_conv1x1`. With leading dimensions ``(*K)``, one call folds many
+steps.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ def lu_weight(
 ) -> tuple[Tensor, Tensor]:
     """``W = P L (U + diag(s))`` and ``log|det W| = sum log|s|`` (Kingma and Dhariwal, "Glow", 2018, equation 10).
 
-    Leading dimensions ``(*K)`` assemble many matrices at once. Arithmetic is in float64, also under autocast.
+    With leading dimensions ``(*K)``, one call assembles many matrices. Arithmetic is in float64, even under autocast.
 
     Args:
         permutation: ``(*K, C, C)``, the matrix P, fixed.
-        lower: ``(*K, C, C)``, of which what lies below the diagonal is L; L has a diagonal of ones.
-        upper: ``(*K, C, C)``, of which what lies above the diagonal is U.
+        lower: ``(*K, C, C)``; its strictly lower triangle is that of L, whose diagonal is ones. The rest is ignored.
+        upper: ``(*K, C, C)``; its strictly upper triangle is U. The rest is ignored.
         log_diagonal: ``(*K, C)``, ``log|s|``.
         diagonal_sign: ``(*K, C)``, the signs of s, fixed.
 
@@ -80,7 +80,7 @@ def fold(
 
     Args:
         log_scale, bias, weight, weight_log_det: ``(*K, C)``, ``(*K, C)``, ``(*K, C, C)`` and ``(*K)``, of one type;
-            callers have checked them.
+            not checked here.
     """
     matrix, shift, log_det = _fold(log_scale, bias, weight, weight_log_det)
     return matrix, shift, log_det
@@ -99,10 +99,10 @@ def fold_inverse(
 
 
 def invertible(operator: Callable[..., Any], *args: Any) -> Any:
-    """``operator(*args)``, where it is a ValueError that a weight is singular."""
+    """``operator(*args)``, raising a ValueError if a weight is singular."""
     try:
         return operator(*args)
-    except RuntimeError as error:  # a shared library cannot raise a ValueError
+    except RuntimeError as error:  # the shared library cannot raise a ValueError
         message = str(error)
         if "weight must be invertible" not in message:
             raise
@@ -149,7 +149,7 @@ def _fold_inverse_rule(backend: str, ctx: Any, *grads: Tensor) -> tuple[Tensor |
 
 
 def _fold_gradients(ctx: Any, operator: Callable[..., Any], *arguments: Any) -> tuple[Tensor | None, ...]:
-    # Asked for once: torch.utils.checkpoint hands out what is saved only once.
+    # Read once: under torch.utils.checkpoint, saved tensors can be unpacked only once.
     *parameters, weight_log_det = ctx.saved_tensors
     grads = operator(*arguments, *parameters, weight_log_det)
     return (*grads[:3], None if weight_log_det is None else grads[3])
@@ -175,7 +175,7 @@ def _lu_rule(backend: str, ctx: Any, grad_weight: Tensor, grad_log_det: Tensor) 
 
 
 _MODULE = "actnorm_conv1x1"
-# Leading dimensions, written (*K), fold many steps in one call.
+# All have the same leading dimensions (*K), of the steps that one call folds.
 PARAMETERS = "Tensor log_scale, Tensor bias, Tensor weight, Tensor? weight_log_det"
 _FOLD_SCHEMA = f"({PARAMETERS}) -> (Tensor, Tensor, Tensor)"
 # The last result is the gradient of weight_log_det, empty if there is none.

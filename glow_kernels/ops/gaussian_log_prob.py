@@ -5,8 +5,9 @@
 ``z = mean + exp(log_sd) * eps`` (Kingma and Dhariwal, "Glow", 2018, section 3.6, after Dinh et al., "Real NVP", 2017).
 
 Backward of the log-density, with ``r = (z - mean) exp(-2 log_sd)`` and ``l = dL/dlog p``: ``dz = -l r``,
-``dmean = l r``, ``dlog_sd = l ((z - mean) r - 1)``. Of the sample, with ``g = dL/dz``: ``deps = g exp(log_sd)``,
-``dmean = g``, ``dlog_sd = g exp(log_sd) eps``.
+``dmean = l r``, ``dlog_sd = l ((z - mean) r - 1)``.
+
+Backward of the sample, with ``g = dL/dz``: ``deps = g exp(log_sd)``, ``dmean = g``, ``dlog_sd = g exp(log_sd) eps``.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def gaussian_log_prob(z: Tensor, h: Tensor, layout: str = "interleaved_mean_log_
         ``(B,)`` in nats, float32 (float64 for float64 ``z``).
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type, shape or device, or an unknown layout.
+        TypeError, ValueError: an argument has the wrong type, shape or device, or the layout is unknown.
     """
     _check("z", z, h, layout)
     log_prob: Tensor = _forward(z, h, layout)
@@ -43,7 +44,7 @@ def gaussian_log_prob(z: Tensor, h: Tensor, layout: str = "interleaved_mean_log_
 
 
 def gaussian_sample(eps: Tensor, h: Tensor, layout: str = "interleaved_mean_log_sd") -> Tensor:
-    """``z = mean + exp(log_sd) * eps``: a sample where ``eps`` is standard normal, times a temperature if wanted.
+    """``z = mean + exp(log_sd) * eps``: a sample if ``eps`` is standard normal, perhaps times a temperature.
 
     Args:
         eps: ``(B, C, *spatial)``; the other arguments as for :func:`gaussian_log_prob`.

@@ -1,15 +1,16 @@
 """Weight and bias of a convolution whose output is scaled by a learned number per channel.
 
-``s conv(x, W, b) = conv(x, s W, s b)`` with ``s = exp(factor * log_scale)``: what costs a pass over the output is
-folded into the filters, which are far smaller. So is ActNorm after a convolution, ``exp(log_scale) * (conv(x) + b)``,
-and the scale of the convolution that starts at zero, ``exp(3 log_scale) * conv(x)`` (Kingma and Dhariwal, "Glow", 2018,
-section 4 and its published code). The results have the type of the network, so that master weights are converted once.
+``s conv(x, W, b) = conv(x, s W, s b)`` with ``s = exp(factor * log_scale)``: instead of a pass over the output, the
+scale is folded into the filters, which are far smaller. This covers ActNorm after a convolution,
+``exp(log_scale) * (conv(x) + b)``, and the scale of the convolution that starts at zero, ``exp(3 log_scale) * conv(x)``
+(Kingma and Dhariwal, "Glow", 2018, section 4 and its published code). The results have the type of the convolution, so
+master weights are converted in the same pass.
 
 Backward, with ``g = dL/d(s W)`` and ``h = dL/d(s b)``: ``dW = s g``, ``db = s h``,
 ``dlog_scale = factor s (sum W g + b h)``, summed over all but the first dimension.
 
-:func:`scale_all` also does what would be launches of their own around it: it writes zeros after the filters where
-convolutions want more channels, and adds what the gradient of a bias has been summed to in parts.
+:func:`scale_all` and its backward include work that would take separate launches: they pad the filters with zeros for
+convolutions that are faster with more channels, and add up the partial sums of bias gradients.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ def scale_filters(
     Args:
         weight: ``(O, I, *kernel)`` of a convolution with 0 to 3 spatial dimensions, any floating-point type.
         bias, log_scale: ``(O,)``, any floating-point type.
-        factor: of ``log_scale``.
+        factor: factor of ``log_scale``.
         dtype: type of the results, by default that of ``weight``.
 
     Returns:
-        The scaled weight and bias, of their shapes.
+        The scaled weight and bias, with the shapes of ``weight`` and ``bias``.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape or device.
@@ -62,14 +63,14 @@ def scale_all(
 ) -> list[Tensor]:
     """:func:`scale_filters` of several convolutions at once; not differentiable.
 
-    For functions that have derivatives of their own and parameters that have been checked.
+    For callers that define their own derivative and have checked the parameters.
 
     Args:
         weights: ``(O, I, *kernel)`` of every convolution, at least one; all of one type.
         biases, log_scales: ``(O,)`` of every convolution, of the type of the weights.
-        factors: of ``log_scales``.
+        factors: factor of ``log_scale`` for every convolution.
         dtype: type of the results.
-        sizes: ``(O', I')`` of the results of every convolution, by default its own ``(O, I)``; what is beyond is zero.
+        sizes: ``(O', I')`` of the results of every convolution, padded with zeros; by default its own ``(O, I)``.
 
     Returns:
         Scaled weight ``(O', I', *kernel)`` and bias ``(O',)`` of the first convolution, of the second, and so on.
@@ -97,19 +98,19 @@ def scale_all_backward(
     log_scales: Sequence[Tensor],
     factors: Sequence[float],
 ) -> list[Tensor]:
-    """Gradients of :func:`scale_all`; the other arguments are its own.
+    """Gradients of :func:`scale_all`; the arguments after ``grads`` are the same.
 
     Args:
-        grads: gradients of all its results, in their order. Those of the weights have the type of the results; that of
-            a bias may have the type of arithmetic instead, and be ``(parts, O')``, which has yet to be summed. ``O'``
-            and ``I'`` are those of its ``sizes``.
+        grads: gradients of all results of :func:`scale_all`, in their order and shapes. Those of the weights have the
+            type of the results. That of a bias may instead have the type of arithmetic, and be ``(parts, O')``, which
+            is summed over the parts.
 
     Returns:
-        Gradients of the first weight, in its type, of its bias and of its ``log_scale``, in the type of arithmetic,
-        float32 or float64; those of the second, and so on.
+        The gradients of the first weight (in the type of the weight), bias and ``log_scale`` (in the type of
+        arithmetic, float32 or float64), then those of the second convolution, and so on.
 
     Raises:
-        ValueError: as :func:`scale_all`, or ``grads`` are not two per weight.
+        ValueError: as for :func:`scale_all`, or there are not two ``grads`` for every weight.
     """
     _check_counts(weights, biases, log_scales, factors)
     if len(grads) != 2 * len(weights):
@@ -168,7 +169,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 
 def _rule(backend: str, ctx: Any, grad_weight: Tensor, grad_bias: Tensor) -> tuple[Tensor | None, ...]:
-    # Asked for once: torch.utils.checkpoint hands out what is saved only once.
+    # Read once: under torch.utils.checkpoint, saved tensors can be unpacked only once.
     weight, bias, log_scale = ctx.saved_tensors
     arguments = (grad_weight, grad_bias, weight, bias, log_scale, ctx.factor)
     grad_weight, grad_bias, grad_log_scale = _backward.on(backend, *arguments)
