@@ -1,7 +1,7 @@
 """Which backend computes an operator, and why.
 
-An explicit choice (:func:`use_backend`, or the environment variable ``GLOW_KERNELS_BACKEND`` when this is imported) is
-used, or refused with a reason; without one, the first backend of :data:`PREFERENCE` that supports the arguments is.
+An explicit choice (:func:`use_backend`, or the environment variable ``GLOW_KERNELS_BACKEND`` at import) is followed, or
+refused with a reason. Without one, the first backend of :data:`PREFERENCE` that can run here is used.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PREFERENCE = ("native", "triton", "reference")
 ENVIRONMENT_VARIABLE = "GLOW_KERNELS_BACKEND"
 
 # A module global, not a contextvar: torch.compile traces and guards it, so that switching recompiles. The environment
-# is asked once: asking costs more than all else that leads to the choice.
+# is read once: reading it costs more than the rest of the choice.
 _chosen: str | None = os.environ.get(ENVIRONMENT_VARIABLE) or None
 
 
@@ -36,7 +36,7 @@ class BackendStatus:
 
 @functools.cache
 def backend_status(name: str) -> BackendStatus:
-    """Say whether backend ``name`` can run here, and why.
+    """Whether backend ``name`` can run here, and why or why not.
 
     Raises:
         UsageError: ``name`` is not a backend of this package.
@@ -55,11 +55,7 @@ def available_backends() -> tuple[str, ...]:
 def use_backend(name: str) -> AbstractContextManager[None]:
     """Compute every operator with backend ``name`` inside the ``with`` block.
 
-    What the backend does not support is left to the reference. The choice holds for the whole process, other threads
-    included, and may be nested.
-
-    Args:
-        name: ``"native"``, ``"triton"`` or ``"reference"``.
+    The choice applies to the whole process, including other threads. Blocks may be nested.
 
     Raises:
         UsageError: ``name`` is not a backend of this package.
@@ -69,13 +65,13 @@ def use_backend(name: str) -> AbstractContextManager[None]:
 
 
 def choice() -> str | None:
-    """What is chosen explicitly at the moment, for :func:`restored`."""
+    """The current explicit choice, or None, for :func:`restored`."""
     return _chosen
 
 
 @contextmanager
 def restored(choice: str | None) -> Iterator[None]:
-    """Compute inside the ``with`` block with what was chosen when :func:`choice` was asked."""
+    """Use a ``choice`` that :func:`choice` has returned earlier inside the ``with`` block."""
     global _chosen
     previous = _chosen
     _chosen = choice
@@ -86,10 +82,10 @@ def restored(choice: str | None) -> Iterator[None]:
 
 
 def candidates() -> tuple[str, ...]:
-    """The backends to try for the next operator, in order; the last one, the reference, takes everything.
+    """The backends to try for the next operator, in order; the last one, the reference, supports all arguments.
 
     Raises:
-        UsageError: ``GLOW_KERNELS_BACKEND`` names no backend of this package.
+        UsageError: ``GLOW_KERNELS_BACKEND`` is not the name of a backend of this package.
         BackendUnavailableError: ``GLOW_KERNELS_BACKEND`` names a backend that cannot run here.
     """
     if _chosen is None:
@@ -103,7 +99,7 @@ def select() -> str:
 
 
 def implementation(backend: str, operator: str) -> ModuleType:
-    """The module of ``backend`` that implements ``operator``; imported when first asked for."""
+    """The module of ``backend`` that implements ``operator``, imported on first use."""
     return importlib.import_module(f"{__name__}.{backend}.{operator}")
 
 
@@ -123,7 +119,7 @@ def _default_order() -> tuple[str, ...]:
     return available_backends()
 
 
-# These are constant while the process lives, and look at files, which torch.compile cannot trace. The mark is what
-# torch.compiler.assume_constant_result sets; calling that would import the whole compiler, and Triton with it.
+# These are constant for the life of the process, and access files, which torch.compile cannot trace. The attribute is
+# the one that torch.compiler.assume_constant_result sets; calling that would import the whole compiler, and Triton.
 for _constant in (_require, _default):
     _constant._dynamo_marked_constant = True  # type: ignore[union-attr]

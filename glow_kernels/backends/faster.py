@@ -1,8 +1,10 @@
-"""CUDA C++ or Triton for a tensor on a GPU: whichever was measured to be faster for this operator and size.
+"""Choice between CUDA C++ and Triton for a tensor on a GPU: whichever was measured to be faster for the operator and
+size.
 
-``faster/<model>.json`` beside this file, which ``glow-kernels tune`` writes, has for every operator a list of pairs: a
-number of elements and the faster backend up to there. Beyond, and without a table, CUDA C++ is first, which on an H100
-was faster for all but one of 135 pairs of operator and size, since its launches take the host less time.
+``faster/<model>.json`` next to this file, which ``glow-kernels tune`` writes, holds for every operator a list of pairs:
+a number of elements and the backend that is faster up to that number. For more elements, and without a table, CUDA C++
+is preferred: on an H100 it was faster for all but one of 135 pairs of operator and size, since its launches take less
+host time.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ Table = dict[str, list[tuple[int, str]]]
 
 
 def first(candidates: tuple[str, ...], operator: str, args: tuple[Any, ...]) -> tuple[str, ...]:
-    """``candidates`` for these arguments, with the faster of CUDA C++ and Triton first if both are among them."""
+    """``candidates`` with the faster of CUDA C++ and Triton for these arguments first, if both are among them."""
     x = first_tensor(args)
     if x.is_cpu or not x.is_cuda or "native" not in candidates or "triton" not in candidates:
         return candidates
@@ -42,7 +44,7 @@ def first_tensor(args: tuple[Any, ...]) -> Tensor:
 
 
 def elements(args: tuple[Any, ...]) -> int:
-    """What tables count: the elements of the largest among the first three arguments, tensors or lists of them."""
+    """The size that tables use: the most elements in one of the first three arguments, a tensor or a list of them."""
     lists = (x if isinstance(x, list) else [x] for x in args[:3])
     return max(sum(x.numel() for x in each if isinstance(x, Tensor)) for each in lists)
 
@@ -51,14 +53,15 @@ def _measured(operator: str, index: int) -> Sequence[tuple[int, str]]:
     return _table(index).get(operator, ())
 
 
-# Constant while the process lives, and beyond what torch.compile can trace; a cached function it would trace.
+# Constant for the life of the process, and torch.compile cannot trace it. A cached function would be traced regardless
+# of the attribute, hence the wrapper.
 _measured._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-# This is asked at every call, and the name of a GPU takes longer than the launch of a kernel.
+# Cached: this runs at every call, and getting the name of a GPU takes longer than a kernel launch.
 @functools.cache
 def _table(index: int) -> Table:
-    """Of the operators for which CUDA C++ is not always the faster."""
+    """The table of a GPU, reduced to the operators for which CUDA C++ is not always the faster one."""
     path = TABLES / f"{table_name(torch.cuda.get_device_name(index))}.json"
     table: Table = json.loads(path.read_text()) if path.exists() else {}
     return {operator: pairs for operator, pairs in table.items() if any(name != "native" for _, name in pairs)}

@@ -24,7 +24,7 @@ def wide_dtype(device: torch.device) -> torch.dtype:
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether the channels of ``x`` (B, C, *spatial) lie next to each other in memory."""
+    """Whether the channels of ``x`` (B, C, *spatial) are adjacent in memory."""
     return not x.is_contiguous() and x.dim() in (4, 5) and x.shape[1] > 1 and x.stride(1) == 1
 
 
@@ -36,7 +36,7 @@ def output_format(x: Tensor) -> torch.memory_format:
 
 
 def empty_filters(weight: Tensor, count: int, channels: int, dtype: torch.dtype) -> Tensor:
-    """Uninitialised filters (count, channels, *kernel) that lie as those of ``weight`` (O, I, *kernel)."""
+    """Uninitialised filters (count, channels, *kernel) in the memory format of ``weight`` (O, I, *kernel)."""
     shape = (count, channels, *weight.shape[2:])
     return torch.empty(shape, dtype=dtype, device=weight.device, memory_format=output_format(weight))
 
@@ -50,9 +50,10 @@ def empty_padded(x: Tensor, channels: int, dtype: torch.dtype, channels_last: bo
 def filters_of(
     function: str, args: tuple[Any, ...]
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], tuple[torch.dtype, torch.dtype] | None]:
-    """What a call of a function of ``scale_filters`` is about: gradients, weights, biases, scales, all as lists.
+    """The tensors in a call of a function of ``scale_filters``: lists of gradients, weights, biases and log_scales.
 
-    Last the types of the weights and of the scaled ones; None where other tensors have types that do not go with them.
+    The last result is the types of the weights and of the scaled weights, or None if another tensor has a type that
+    does not match these.
     """
     if function == "forward":
         args = (*([arg] for arg in args[:4]), args[4])
@@ -71,15 +72,15 @@ def filters_of(
 
 
 def is_autocast_enabled(device: str) -> bool:
-    """Whether autocast is on for this type of device; meta has none, of which PyTorch must not be asked."""
+    """Whether autocast is on for this type of device; never for meta, for which PyTorch would raise an error."""
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
     """Run ``function`` with autocast off on the device of its first argument.
 
-    The flow path is never computed in half precision: a bfloat16 1x1 convolution raises the reconstruction error
-    from 1e-6 to 2e-2.
+    The flow itself is never computed in half precision: a bfloat16 1x1 convolution raises the reconstruction error from
+    1e-6 to 2e-2.
     """
 
     @functools.wraps(function)

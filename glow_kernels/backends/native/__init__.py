@@ -14,7 +14,7 @@ LIBRARY = Library("_C.so", "cpu", "the native library", "build", "cpu")
 
 
 def status() -> BackendStatus:
-    """Load the library for the CPU and say what it is, or why it cannot be used; for GPUs ``cuda.py`` does."""
+    """Load the library for the CPU and describe it, or say why it cannot be used; ``cuda.py`` does so for GPUs."""
     try:
         built, stale = load(LIBRARY)
     except UnusableError as error:
@@ -28,13 +28,13 @@ def status() -> BackendStatus:
 @functools.cache
 def isa() -> str:
     """Instruction set in use."""
-    # Past everyone who traces: an exported program would hold the question.
+    # Redispatched directly to the CPU kernel, below tracing: otherwise an exported program would contain this call.
     on_cpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
     name: str = torch.ops.glow_kernels.native_isa.default.redispatch(on_cpu)
     return name
 
 
 def _described_isa() -> str:
-    """The same, and whether ``GLOW_KERNELS_ISA`` asked in vain for another."""
+    """The instruction set in use, and whether ``GLOW_KERNELS_ISA`` asked for another that is not available."""
     wanted = os.environ.get("GLOW_KERNELS_ISA") or isa()
     return isa() if wanted == isa() else f"{isa()} (GLOW_KERNELS_ISA={wanted} is not available here)"

@@ -1,4 +1,4 @@
-"""CUDA C++ on NVIDIA GPUs: opens ``_C_cuda.so`` when the first CUDA tensor or ``glow-kernels info`` asks for it."""
+"""CUDA C++ on NVIDIA GPUs: loads ``_C_cuda.so`` when the first CUDA tensor or ``glow-kernels info`` needs it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from glow_kernels.backends import BackendStatus
 from glow_kernels.backends.native.library import Library, UnusableError, load
 
 LIBRARY = Library("_C_cuda.so", "cuda", "the native CUDA library", "build-cuda", "cuda")
-# The oldest GPUs and the oldest nvcc of setup.py.
+# The oldest GPU and the oldest nvcc that setup.py supports.
 OLDEST_GPU = (8, 0)
 OLDEST_NVCC = "12.8"
 INSTEAD = "Triton or the reference computes on the GPU instead"
@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 
 @functools.cache
 def status() -> BackendStatus:
-    """Load the library and say on which GPUs it computes, or why it cannot be used and what does instead."""
+    """Load the library and say which GPUs it supports, or why it cannot be used and what computes instead."""
     try:
         built, stale = _load()
     except UnusableError as error:
@@ -38,11 +38,12 @@ def status() -> BackendStatus:
 
 
 def takes(index: int) -> bool:
-    """Whether the library computes on this GPU. What is against it is logged, once."""
+    """Whether the library supports this GPU. If not, the reason is logged once."""
     return _takes(index)
 
 
-# Constant while the process lives, and beyond what torch.compile can trace; a cached function it would trace.
+# Constant for the life of the process, and torch.compile cannot trace it. A cached function would be traced regardless
+# of the attribute, hence the wrapper.
 takes._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -74,7 +75,7 @@ def _load() -> tuple[dict[str, Any], bool]:
 
 
 def _other_cuda(built: dict[str, Any]) -> str:
-    """What is against a library of another CUDA than torch's: its runtime may need a newer driver."""
+    """Why a library of another CUDA version than torch's cannot be used: its runtime may need a newer driver."""
     ours = str(torch.version.cuda)
     if built["nvcc"].split(".")[0] == ours.split(".")[0]:
         return ""
@@ -90,11 +91,11 @@ def _gpu(index: int, archs: list[int]) -> str:
 
 
 def _unfit(capability: tuple[int, int], archs: list[int]) -> str:
-    """Why a GPU cannot run code for ``archs``, 90 for sm_90, with intermediate code of the last; empty if it can."""
+    """Why a GPU cannot run code for ``archs`` (90 for sm_90) with PTX for the last of them; empty if it can."""
     gpu = f"which is sm_{capability[0]}{capability[1]}"
     if capability < OLDEST_GPU:
         return f"{gpu}, too old: sm_80 or newer is needed"
-    # Machine code runs on later GPUs of the same generation, intermediate code on all later ones.
+    # Machine code runs on later GPUs of the same generation, PTX on all later GPUs.
     of_generation = [divmod(arch, 10)[1] for arch in archs if divmod(arch, 10)[0] == capability[0]]
     if any(minor <= capability[1] for minor in of_generation) or capability >= divmod(archs[-1], 10):
         return ""

@@ -1,6 +1,6 @@
-"""Opens a shared library that setup.py builds from csrc, or says why it cannot be used.
+"""Loads a shared library that setup.py builds from csrc, or says why it cannot be used.
 
-The ``.json`` beside a library tells what it was built for and from.
+The ``.json`` file next to a library describes what it was built for and from.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Library:
-    """A library that may be there.
+    """A library that may or may not have been built.
 
     Attributes:
-        file: its name in the package.
+        file: its file name in the package.
         part: the folder of csrc that it is built from, besides ``include``.
-        name: what messages call it.
-        target: of ``make`` that builds it.
-        mode: of ``GLOW_KERNELS_BUILD`` that builds it.
+        name: its name in messages.
+        target: the ``make`` target that builds it.
+        mode: the value of ``GLOW_KERNELS_BUILD`` that builds it.
     """
 
     file: str
@@ -42,7 +42,7 @@ class Library:
 
     @property
     def build(self) -> str:
-        """How to build it."""
+        """Instructions for building it."""
         mode = f"GLOW_KERNELS_BUILD={self.mode} pip install --no-build-isolation ."
         return f"run 'make {self.target}' in a source tree, or {mode}"
 
@@ -59,21 +59,21 @@ def load(library: Library, why_not: Callable[[dict[str, Any]], str] = lambda bui
     """Load ``library``.
 
     Args:
-        library: which.
-        why_not: what is against loading one with this description; empty if nothing is.
+        library: the library to load.
+        why_not: given the library's description, returns why it must not be loaded; empty if it may be.
 
     Returns:
         Its description, and whether csrc has changed since it was built, which is also logged.
 
     Raises:
-        UnusableError: it is not there or cannot be used.
+        UnusableError: the library is not built or cannot be used.
     """
     path = PACKAGE / library.file
     if not path.exists():
         raise UnusableError(f"{library.name} is not built", library.build)
 
     def unusable(reason: str) -> UnusableError:
-        # make and pip take the file for good while it is there.
+        # While the file exists, make and pip consider it up to date.
         return UnusableError(f"{library.name} cannot be loaded: {reason}", f"remove {path}, then {library.build}")
 
     try:
@@ -92,7 +92,7 @@ def load(library: Library, why_not: Callable[[dict[str, Any]], str] = lambda bui
     try:
         torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
     except OSError as error:
-        # torch only names the file; the cause is the loader's own message.
+        # The message of torch only names the file; that of the dynamic loader is the cause.
         raise unusable(str(error.__cause__ or error).splitlines()[0]) from None
     return built, _is_stale(library, built)
 

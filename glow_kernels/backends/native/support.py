@@ -1,4 +1,4 @@
-"""Which arguments the shared libraries take; a function for every operator."""
+"""Which arguments the shared libraries support; one function per operator."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from glow_kernels.backends.native import cuda, isa
 from glow_kernels.backends.numerics import compute_dtype, filters_of, output_format
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Types of x and of h; x float32 with h in half precision is the normal case of mixed precision.
+# Types of x and of h; in mixed precision x is normally float32 and h in half precision.
 _TYPES_WITH_H = {
     (torch.float32, torch.float32),
     (torch.float32, torch.bfloat16),
@@ -24,24 +24,24 @@ _TYPES_WITH_H = {
 _TYPES_OF_FILTERS = {(torch.float32, torch.float32), (torch.float64, torch.float64)}
 # kMaxChannels in csrc/cpu/actnorm_conv1x1_fold.h: larger matrices are left to BLAS and LAPACK.
 _MAX_CHANNELS = 512
-# kMaxFoldChannels and kMaxChannels in csrc/cuda; more double channels than that do not fit into shared memory.
+# kMaxFoldChannels and kMaxChannels in csrc/cuda; more channels in double do not fit into shared memory.
 _MAX_FOLD_CHANNELS_ON_GPU = 384
 _MAX_CHANNELS_ON_GPU = {torch.float64: 60}
-# Functions of actnorm_conv1x1 that fold and apply in one call, and where the data stands among their arguments.
+# Functions of actnorm_conv1x1 that fold and apply in one call, and the index of the data among their arguments.
 _IN_ONE_CALL = {"forward": 0, "inverse": 0, "backward": 2, "inverse_backward": 2, "reversible_backward": 2}
 
 
 def affine_coupling(function: str, *args: Any) -> bool:
-    """All but many short vectors."""
+    """Everything except many short vectors."""
     x, h = args[2:4] if function.endswith("backward") else args[:2]
     return _has_tiles(x) and (x.dtype, h.dtype) in _TYPES_WITH_H and _takes("affine_coupling", function, x, h)
 
 
 def actnorm_conv1x1(function: str, *args: Any) -> bool:
-    """Products of large matrices are left to the reference, and those of none.
+    """Everything except products of large or empty matrices.
 
-    On a GPU that begins at 64 channels, where the map is limited by arithmetic: there cuBLAS is at its best, and what a
-    kernel saves by reading the data once no longer counts. Folding is in these kernels for every size that flows have.
+    On a GPU, matrices of more than 64 channels are large: there the map is limited by arithmetic, at which cuBLAS is
+    best, and reading the data only once no longer matters. Folding is supported for every size that occurs in flows.
     """
     if function in _IN_ONE_CALL:
         first = _IN_ONE_CALL[function]
@@ -63,13 +63,13 @@ def actnorm_conv1x1(function: str, *args: Any) -> bool:
 
 
 def _has_kernels_of_map(x: Tensor) -> bool:
-    """Whether the kernels of the linear map are for the type and the channels of ``x``."""
+    """Whether the kernels of the linear map support the type and the number of channels of ``x``."""
     most = _MAX_CHANNELS_ON_GPU.get(x.dtype, 64) if _runs_cuda_code(x) else _MAX_CHANNELS
     return x.dtype in _TYPES and 0 < x.shape[1] <= most
 
 
 def coupling_conv1x1(function: str, *args: Any) -> bool:
-    """On CUDA only, for the channels of the linear map's kernels, and not in float64: the reference has that."""
+    """On CUDA only, for as many channels as the kernels of the linear map, and not in float64."""
     z, h, matrix = args[2:5] if function == "backward" else args[:3]
     types = (z.dtype, h.dtype)
     fits = types in _TYPES_WITH_H and z.dtype != torch.float64 and matrix.dtype == torch.float32 and z.shape[1] <= 64
@@ -77,27 +77,27 @@ def coupling_conv1x1(function: str, *args: Any) -> bool:
 
 
 def gaussian_log_prob(function: str, *args: Any) -> bool:
-    """All but many short vectors."""
+    """Everything except many short vectors."""
     z, h = args[1:3] if function.endswith("backward") else args[:2]
     return _has_tiles(z) and (z.dtype, h.dtype) in _TYPES_WITH_H and _takes("gaussian_log_prob", function, z, h)
 
 
 def _has_tiles(x: Tensor) -> bool:
-    """Whether ``x`` is not made of many short vectors, each a tile on the CPU: up to 20 times slower than PyTorch.
+    """Whether ``x`` is not many short vectors; on the CPU each would be a tile, up to 20 times slower than PyTorch.
 
-    How many there are is not asked where a program is made for any number.
+    While compiling, the number of vectors is not read, since a program may be compiled for any number.
     """
     short = x.dim() == 2 and x.shape[1] < 16 and (torch.compiler.is_compiling() or x.shape[0] >= 512)
     return not short or _runs_cuda_code(x)
 
 
 def actnorm_statistics(function: str, x: Tensor) -> bool:
-    """All of it."""
+    """Every shape."""
     return x.dtype in _TYPES and _takes("actnorm_statistics", function, x)
 
 
 def bias_relu(function: str, *args: Any) -> bool:
-    """On CUDA only: on the CPU the reference computes it."""
+    """On CUDA only."""
     if function == "bias_backward":
         return args[0].dtype in _TYPES and _takes("bias_relu", function, args[0])
     if function == "pad":
@@ -109,7 +109,7 @@ def bias_relu(function: str, *args: Any) -> bool:
 
 
 def scale_filters(function: str, *args: Any) -> bool:
-    """Dense filters, and gradients that lie as they do; on the CPU no conversions, zeros or sums of parts."""
+    """Dense filters with gradients in the same memory format; on the CPU no conversions, padding or partial sums."""
     grads, weights, biases, log_scales, types = filters_of(function, args)
     if not _runs_cuda_code(weights[0]) and (types not in _TYPES_OF_FILTERS or _is_padded(function, args, grads)):
         return False
@@ -124,12 +124,12 @@ def scale_filters(function: str, *args: Any) -> bool:
 
 
 def _is_padded(function: str, args: tuple[Any, ...], grads: list[Tensor]) -> bool:
-    """Whether zeros follow filters of ``scale_filters``, or the gradient of a bias is in parts."""
+    """Whether filters of ``scale_filters`` are padded with zeros, or the gradient of a bias is in partial sums."""
     if function == "forward_all":
         own = [size for weight in args[0] for size in weight.shape[:2]]
         return bool(own != args[5])
     if function == "backward_all":
-        # Zeros only add elements; parts add a dimension.
+        # Padding adds elements to a weight; partial sums add a dimension to a bias.
         for grad, of_bias, weight in zip(grads[::2], grads[1::2], args[1], strict=True):
             if grad.numel() != weight.numel() or of_bias.dim() != 1:
                 return True
@@ -137,8 +137,8 @@ def _is_padded(function: str, args: tuple[Any, ...], grads: list[Tensor]) -> boo
 
 
 def _takes(module: str, function: str, *tensors: Tensor) -> bool:
-    """Whether all are dense, and on the CPU or on a GPU whose library has the operator."""
-    # A loop: this is asked at every call, and a generator costs more than all the answers.
+    """Whether all are strided tensors, all on the CPU or all on a supported GPU, and the library has the operator."""
+    # A plain loop: this runs at every call, and a generator would cost more than all the checks.
     on_cpu, strided = tensors[0].is_cpu, torch.strided
     for tensor in tensors:
         if tensor.is_cpu != on_cpu or tensor.layout is not strided:
@@ -149,7 +149,7 @@ def _takes(module: str, function: str, *tensors: Tensor) -> bool:
 
 
 def _runs_cuda_code(x: Tensor) -> bool:
-    """Whether csrc/cuda computes this: on a GPU, or on the CPU in the tests of tests/cuda_host."""
+    """Whether code of csrc/cuda computes this: on a GPU, or on the CPU in the tests of tests/cuda_host."""
     return not x.is_cpu or _is_host_shim()
 
 
@@ -158,11 +158,12 @@ def _is_host_shim() -> bool:
 
 
 def _has_kernel(module: str, function: str, key: str) -> bool:
-    """Whether the library in use has the operator, for tensors of this dispatch key."""
+    """Whether the loaded library has a kernel of the operator for this dispatch key."""
     return _registered(module, function, key)
 
 
-# Constants, which torch.compile need not trace. Cached functions it would trace for all that.
+# Constants, which torch.compile need not trace. It would trace cached functions regardless of the attribute, hence the
+# wrappers.
 _is_host_shim._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _has_kernel._dynamo_marked_constant = True  # type: ignore[attr-defined]
 

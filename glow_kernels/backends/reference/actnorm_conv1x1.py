@@ -1,4 +1,4 @@
-"""Reference of ``actnorm_conv1x1``; the mathematics stands in ``glow_kernels.ops.actnorm_conv1x1``."""
+"""Reference of ``actnorm_conv1x1``; the mathematics is in ``glow_kernels.ops.actnorm_conv1x1``."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def apply_reversible_backward(
 
 
 def _triangles(lower: Tensor, upper: Tensor, log_diagonal: Tensor, diagonal_sign: Tensor) -> tuple[Tensor, Tensor]:
-    # The masks keep whatever an optimizer with momentum writes outside the triangles from mattering.
+    # Mask out what an optimizer with momentum may write outside the triangles.
     wide = wide_dtype(lower.device)
     unit_lower = lower.to(wide).tril(-1) + torch.eye(lower.shape[-1], dtype=wide, device=lower.device)
     diagonal = diagonal_sign.to(wide) * log_diagonal.to(wide).exp()
@@ -172,18 +172,18 @@ def _triangles(lower: Tensor, upper: Tensor, log_diagonal: Tensor, diagonal_sign
 
 
 def _rows(x: Tensor) -> Tensor:
-    # One product over all samples and positions is faster than one per sample and a sum, copy included.
+    # One product over all samples and positions is faster than one per sample and a sum, even with the copy.
     return x.transpose(0, 1).reshape(x.shape[1], x.shape[0] * math.prod(x.shape[2:]))
 
 
 def _sum_of_outer_products(g: Tensor, x: Tensor) -> Tensor:
-    # In parts, since a library may add one by one, and the longer such a sum, the more is lost.
+    # In parts, since a library may sum sequentially, and the rounding error of that grows with the length.
     parts = zip(torch.split(g, _LONGEST_SUM, 1), torch.split(x, _LONGEST_SUM, 1), strict=True)
     return torch.stack([torch.matmul(of_g, of_x.mT) for of_g, of_x in parts]).sum(0)
 
 
 def _linear(x: Tensor, matrix: Tensor, shift: Tensor | None) -> Tensor:
-    # A batched product reads NCHW as it lies; a 1x1 convolution is up to 35 times slower on a CPU.
+    # A batched product reads NCHW without a copy; a 1x1 convolution is up to 35 times slower on a CPU.
     if x.dim() == 2 or is_channels_last(x):
         return F.linear(x.movedim(1, -1), matrix, shift).movedim(-1, 1)
     batched = matrix.expand(x.shape[0], -1, -1)
@@ -197,7 +197,7 @@ def _log_abs_det(weight: Tensor, known: Tensor | None) -> Tensor:
 
 
 def _check_invertible(inverse: Tensor, info: Tensor) -> None:
-    # Reading the flag waits for the device, which a capturing stream cannot; infinities then show in the result.
+    # Reading the flag waits for the device, which a stream being captured cannot do; the result is then not finite.
     if info.is_cuda and torch.cuda.is_current_stream_capturing():
         return
     if bool((info != 0).any()) or not bool(inverse.isfinite().all()):

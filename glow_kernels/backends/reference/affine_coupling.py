@@ -1,4 +1,4 @@
-"""Reference of ``affine_coupling``; the mathematics stands in ``glow_kernels.ops.affine_coupling``."""
+"""Reference of ``affine_coupling``; the mathematics is in ``glow_kernels.ops.affine_coupling``."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def in_place_backward(
     layout: str,
     order: str,
 ) -> Tensor:
-    """Gradient in h; the input x of ``forward`` and its gradient take the places of y and ``grad``."""
+    """Gradient in h; y and ``grad`` are overwritten by the input x of ``forward`` and its gradient."""
     options = (None, kind, scale_parameters, layout, order)
     x, grad_x, grad_h, _ = reversible_backward(grad, grad_log_det, y, h, *options)
     y.copy_(x)
@@ -162,7 +162,7 @@ def in_place_backward(
 
 
 def split(h: Tensor, layout: str) -> tuple[Tensor, Tensor]:
-    """Raw scale u and shift t, each (B, C, *spatial), of ``h`` (B, 2 C, *spatial)."""
+    """Raw scale u and shift t, each (B, C, *spatial), from ``h`` (B, 2 C, *spatial)."""
     if layout.startswith("chunk"):
         first, second = h[:, : h.shape[1] // 2], h[:, h.shape[1] // 2 :]
     else:

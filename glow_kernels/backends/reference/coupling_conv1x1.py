@@ -1,4 +1,4 @@
-"""Reference of ``coupling_conv1x1``; the mathematics stands in ``glow_kernels.ops.coupling_conv1x1``."""
+"""Reference of ``coupling_conv1x1``; the mathematics is in ``glow_kernels.ops.coupling_conv1x1``."""
 
 from __future__ import annotations
 

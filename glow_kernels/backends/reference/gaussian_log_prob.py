@@ -1,4 +1,4 @@
-"""Reference of ``gaussian_log_prob``; the mathematics stands in ``glow_kernels.ops.gaussian_log_prob``."""
+"""Reference of ``gaussian_log_prob``; the mathematics is in ``glow_kernels.ops.gaussian_log_prob``."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def standardize_backward(grad: Tensor, eps: Tensor, h: Tensor, layout: str) -> t
 
 
 def split(h: Tensor, layout: str) -> tuple[Tensor, Tensor]:
-    """Mean and log standard deviation, each (B, C, *spatial), of ``h`` (B, 2 C, *spatial)."""
+    """Mean and log standard deviation, each (B, C, *spatial), from ``h`` (B, 2 C, *spatial)."""
     if layout == "chunk_mean_log_sd":
         return h[:, : h.shape[1] // 2], h[:, h.shape[1] // 2 :]
     return h[:, 0::2], h[:, 1::2]

@@ -1,4 +1,4 @@
-"""Reference of ``scale_filters``; the mathematics stands in ``glow_kernels.ops.scale_filters``."""
+"""Reference of ``scale_filters``; the mathematics is in ``glow_kernels.ops.scale_filters``."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def forward_all(
     dtype: torch.dtype,
     sizes: list[int],
 ) -> list[Tensor]:
-    """``forward`` of several convolutions, with zeros up to ``sizes``, two for each."""
+    """``forward`` of several convolutions, padded with zeros to ``sizes``, two numbers for each."""
     results: list[Tensor] = []
     filters = zip(weights, biases, log_scales, factors, strict=True)
     for each, count, channels in zip(filters, sizes[::2], sizes[1::2], strict=True):
@@ -57,7 +57,7 @@ def forward_all(
 def backward_all(
     grads: list[Tensor], weights: list[Tensor], biases: list[Tensor], log_scales: list[Tensor], factors: list[float]
 ) -> list[Tensor]:
-    """``backward`` of several convolutions, from the gradients of padded results and of biases in parts."""
+    """``backward`` of several convolutions, from gradients of padded results, and of biases in partial sums."""
     results: list[Tensor] = []
     for grad, of_bias, weight, *rest in zip(grads[::2], grads[1::2], weights, biases, log_scales, factors, strict=True):
         count, channels = weight.shape[:2]
