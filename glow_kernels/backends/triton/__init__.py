@@ -12,13 +12,13 @@ import torch
 
 from glow_kernels.backends import BackendStatus
 
-# Triton reads the variable when it decorates a kernel, which is after this.
+# Triton reads the variable when it decorates a kernel, which happens after this.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 _INTERPRET = "set TRITON_INTERPRET=1 before Python starts to run the kernels slowly on the CPU"
 
 
 def status() -> BackendStatus:
-    """Say whether Triton and a GPU that it supports are there, or the interpreter is asked for."""
+    """Whether Triton is installed, and there is a GPU that it supports or the interpreter is requested."""
     if importlib.util.find_spec("triton") is None:
         return BackendStatus("triton", False, "Triton is not installed", "run: pip install 'triton>=3.4'")
     if not INTERPRETED:
@@ -35,13 +35,13 @@ def status() -> BackendStatus:
 
 
 def version() -> tuple[int, ...]:
-    """Of Triton, major and minor."""
+    """Major and minor version of Triton."""
     import triton
 
     return tuple(map(int, triton.__version__.split(".")[:2]))
 
 
-# Constant while the process lives, and beyond what torch.compile can trace.
+# Constant for the life of the process, and torch.compile cannot trace it.
 version._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

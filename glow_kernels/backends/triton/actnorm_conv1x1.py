@@ -1,7 +1,7 @@
-"""Triton's ``actnorm_conv1x1``; the mathematics stands in ``glow_kernels.ops.actnorm_conv1x1``.
+"""Triton's ``actnorm_conv1x1``; the mathematics is in ``glow_kernels.ops.actnorm_conv1x1``.
 
-The folding stands in ``folding.py``; here is the pass over the data. Up to 64 channels a program holds all channels of
-a tile of positions, so each kernel reads and writes every element once:
+Folding is in ``folding.py``; this file is the pass over the data. With up to 64 channels, a program holds all channels
+of a tile of positions, so each kernel reads and writes every element once:
 
 ===========================  =============  ==============
 kernel                       reads          writes
@@ -12,9 +12,10 @@ sums                         g, x
 reversible backward          g, z           x, dx
 ===========================  =============  ==============
 
-and the matrices, and one partial sum of ``dM`` and ``dv`` per program. From 33 channels on the sums fill the registers:
-one launch for each of ``x``, ``dx`` and the sums. More than 64 channels are matrix products, limited by arithmetic: in
-blocks of 64 channels, whose tiles of the input the cache serves again; float64 takes these too.
+as well as the matrices, and one partial sum of ``dM`` and ``dv`` per program. With more than 32 channels the sums fill
+the registers, so ``x``, ``dx`` and the sums take one launch each. With more than 64 channels the matrix products are
+limited by arithmetic: they run in blocks of 64 channels, which read the tiles of the input again from the cache.
+float64 uses these kernels too.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ __all__ = [
     "lu_weight_backward",
 ]
 
-# Channels that a program can hold.
+# Most channels that a program can hold.
 _BLOCK_C = 64
 
 
@@ -82,7 +83,7 @@ def apply_reversible_backward(
     x, grad_x = (torch.empty_like(z, memory_format=output_format(z)) for _ in range(2))
     if _fits_one_pass(z):
         return x, grad_x, *_one_pass(grad, z, matrix, inverse, inverse_shift, x, grad_x)
-    # On an H100 the sums of an x by the other kernel were off by up to 1.4 times what is allowed.
+    # On an H100 the error of the sums was up to 1.4 times the tolerance if the narrow kernel computed x.
     _linear(z, inverse, inverse_shift, x, wide=True)
     _linear(grad, matrix.mT, None, grad_x)
     return x, grad_x, *_sums(grad, x, matrix)
@@ -97,13 +98,13 @@ def _one_pass(
     undone: Tensor,
     grad_x: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Write ``M^T g``, and ``M^-1 z - b`` if there is an inverse, in one pass; sums as of ``apply_backward``."""
+    """Write ``M^T g``, and ``M^-1 z - b`` given an inverse, in one pass; return the sums of ``apply_backward``."""
     rows = _rows_of("linear_backward", data, grad, undone, grad_x)
     x, g, input_, dx = rows.planes
-    # As many as the registers of an H100 hold.
+    # Programs per multiprocessor that fit into the registers of an H100.
     resident = 2 if data.shape[1] > 16 else 4 if inverse is None else 3
     partial = partial_sums(rows, matrix, 1, resident)
-    # A kernel without an inverse does not touch it.
+    # A kernel without an inverse ignores these pointers.
     inverse_of, shift = (matrix, matrix[0]) if inverse is None or inverse_shift is None else (inverse, inverse_shift)
     launch(
         backward_kernel,
@@ -132,7 +133,7 @@ def _sums(grad: Tensor, x: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
     blocks = _tiles_c(rows, x) ** 2
     if in_registers:
         options = _in_blocks(rows, x)
-        # With more, the registers hold the sums of one block of channels of g.
+        # With more blocks, registers hold only the sums for one block of channels of g.
         of_grad = options["BLOCKS"] if options["BLOCKS"] <= 2 else 1
         options |= {"PARTS": parts_of(rows), "ROWS": of_grad}
         blocks = options["BLOCKS"] // of_grad
@@ -152,23 +153,23 @@ def _sums(grad: Tensor, x: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _in_registers(x: Tensor) -> bool:
-    """Whether a program holds all channels. In float64, which is not for speed, some GPUs have too little room."""
+    """Whether a program holds all channels. Not in float64, which is not meant for speed and fits only some GPUs."""
     return x.shape[1] <= _BLOCK_C and x.dtype != torch.float64
 
 
 def _fits_one_pass(x: Tensor) -> bool:
-    # With more, the sums leave the registers no room for a product.
+    # With more channels, the sums leave no registers for a product.
     return x.shape[1] <= 32 and _in_registers(x) and x.numel() > 0
 
 
 def _linear(x: Tensor, matrix: Tensor, shift: Tensor | None, out: Tensor, wide: bool = False) -> None:
-    """Write ``M x_p + shift`` to ``out``; ``wide`` by the kernel for more channels."""
+    """Write ``M x_p + shift`` to ``out``; ``wide`` forces the kernel for more than 64 channels."""
     if x.numel() == 0:
         return
     in_registers = _in_registers(x) and not wide
     rows = _rows_of("linear" if in_registers else "wide", x, out)
     data, result = rows.planes
-    vector = matrix[0] if shift is None else shift  # which a kernel without a shift does not touch
+    vector = matrix[0] if shift is None else shift  # ignored by a kernel without a shift
     launch(
         apply_kernel if in_registers else wide_apply_kernel,
         rows.tiles * (1 if in_registers else _tiles_c(rows, x)),
@@ -193,13 +194,13 @@ def _in_blocks(rows: Rows, x: Tensor) -> dict[str, Any]:
     """Options of a kernel that holds all channels in blocks of 16."""
     options = {name: value for name, value in rows.options.items() if name != "BLOCK_C"}
     blocks = -(-x.shape[1] // 16)
-    # Single elements need more registers, for their addresses, and so do channels that come last beside 4 sums.
+    # Without vectors, addresses need more registers; so does channels-last data with 2 blocks, that is 4 block sums.
     more = options["VECTOR"] == 1 or (options["CHANNELS_LAST"] and blocks == 2)
     return {**options, "BLOCKS": blocks, "num_warps": options["num_warps"] * (2 if more else 1)}
 
 
 def parts_of(rows: Rows) -> int:
-    """Warps that have sums of their own, of 16 positions of a tile or more."""
+    """Number of warps that keep separate sums, each of at least 16 positions of a tile."""
     warps = int(rows.options["num_warps"]) // (2 if torch.version.hip else 1)
     return max(1, min(warps, int(rows.options["BLOCK_P"]) // 16))
 
@@ -209,9 +210,9 @@ def _tiles_c(rows: Rows, x: Tensor) -> int:
 
 
 def partial_sums(rows: Rows, matrix: Tensor, blocks: int, resident: int = 4) -> Tensor:
-    """Room for the sums of so many parts of the positions that all blocks of them fill the device.
+    """A buffer for partial sums over parts of the positions, as many as it takes to fill the device.
 
-    ``resident`` programs find room on a multiprocessor at a time, and no more are started.
+    Each part is ``blocks`` programs; ``resident`` programs fit on a multiprocessor at a time, and no more are started.
     """
     parts = min(rows.tiles, -(-resident * multiprocessors(matrix.device) // blocks))
     channels = matrix.shape[0]
@@ -220,11 +221,11 @@ def partial_sums(rows: Rows, matrix: Tensor, blocks: int, resident: int = 4) -> 
 
 def total_sums(partial: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
     total, size = sum_partial(partial, 0), matrix.numel()
-    # Results of an operator share no memory.
+    # Cloned since the results of an operator must not share memory.
     return total[:size].view(matrix.shape), total[size:].clone()
 
 
 def precision(matrix: Tensor) -> str:
-    # AMD's matrix units have IEEE float32; NVIDIA's reach its accuracy in three passes of TF32. The arithmetic units
-    # would read every operand from shared memory.
+    # AMD's matrix cores compute in IEEE float32; NVIDIA's tensor cores reach its accuracy in three passes of TF32.
+    # Ordinary arithmetic units would read every operand from shared memory.
     return "ieee" if torch.version.hip or matrix.dtype == torch.float64 else "tf32x3"

@@ -1,7 +1,7 @@
-"""Triton kernels of ``actnorm_statistics``; the mathematics stands in ``glow_kernels.ops.actnorm_statistics``.
+"""Triton kernels of ``actnorm_statistics``; the mathematics is in ``glow_kernels.ops.actnorm_statistics``.
 
-The first kernel reads every element once. It counts from the mean of its first tile, so that nothing cancels however
-far from zero the data are; tiles, and then programs, are combined as in Chan, Golub and LeVeque, 1979.
+The first kernel reads every element once. It subtracts the mean of its first tile, so that nothing cancels however far
+from zero the data are. Tiles, and then programs, are combined as in Chan, Golub and LeVeque, 1979.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from glow_kernels.backends.numerics import compute_dtype
 from glow_kernels.backends.triton.device_functions import ARITHMETIC, kernel, row_pointers, row_sizes
 from glow_kernels.backends.triton.launch import channels_of_tile, launch, multiprocessors, rows_of, strided
 
-# Enough for every multiprocessor where few channels make one tile.
+# Enough chunks for every multiprocessor even if there is only one tile of channels.
 _MAX_CHUNKS = 512
 
 

@@ -1,7 +1,7 @@
-"""Triton's ``affine_coupling``; the mathematics stands in ``glow_kernels.ops.affine_coupling``.
+"""Triton's ``affine_coupling``; the mathematics is in ``glow_kernels.ops.affine_coupling``.
 
-A program covers one tile of one sample. It leaves what it adds to the log-determinant, and per channel to the gradient
-of the learned gain, in buffers that a second, tiny kernel sums in a fixed order. Each element is read and written once:
+A program covers one tile of one sample. It writes partial sums of the log-determinant, and per channel of the gradient
+of the learned gain, to buffers that a second, tiny kernel sums in a fixed order. Each element is read and written once:
 
 ========================  ===============================  =====================================
 kernel                    reads per element of x           writes per element of x
@@ -112,13 +112,13 @@ def in_place_backward(
     layout: str,
     order: str,
 ) -> Tensor:
-    """Gradient in h; the input x of ``forward`` and its gradient take the places of y and ``grad``."""
+    """Gradient in h; y and ``grad`` are overwritten by the input x of ``forward`` and its gradient."""
     options = compiled_options(kind, scale_parameters, layout, order)
     return _gradients(grad, grad_log_det, y, h, None, y, options, inverse=False, grad_data=grad)[1]
 
 
 def compiled_options(kind: str, parameters: Sequence[float], layout: str, order: str) -> dict[str, object]:
-    """Compile-time arguments: a model has one or two such choices."""
+    """Compile-time arguments: a model uses only one or two combinations of them."""
     slope, offset, gain, floor, low, high = map(float, parameters)
     log_gain = math.log(gain) if kind == "sigmoid" else 0.0
     log_floor = math.log(floor) if floor > 0.0 else 0.0
@@ -168,8 +168,8 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients, given the output ``data``; the input is written to ``undone`` if that is given.
 
-    That may be ``data`` itself, and ``grad_data``, for the gradient in the input, may be ``grad``: a program reads all
-    of its tile before it writes.
+    ``undone`` may be ``data`` itself, and ``grad_data``, to which the gradient of the input is written, may be
+    ``grad``: a program reads all of its tile before it writes.
     """
     dtype = compute_dtype(data)
     if grad_data is None:
@@ -201,12 +201,12 @@ def _gradients(
 
 
 def _gain(gain: Tensor | None, data: Tensor) -> Tensor:
-    # A kernel without a gain does not touch the pointer.
+    # A kernel without a gain ignores the pointer.
     return data if gain is None else gain.contiguous()
 
 
 def _sums_of_channels(y: Tensor, tiles: Tiles) -> tuple[int, Tensor]:
-    """Programs of which each covers a channel, or a vector or block of them, and room for their sums per channel."""
+    """Number of programs, each for a channel or a vector or block of channels, and a buffer for their partial sums."""
     samples, channels, positions = y.shape
     if "BLOCK_C" in tiles.options:
         parts = samples * -(-positions // tiles.options["BLOCK_P"])

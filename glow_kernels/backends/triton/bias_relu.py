@@ -1,7 +1,7 @@
-"""Triton kernels of ``bias_relu``; the mathematics stands in ``glow_kernels.ops.bias_relu``.
+"""Triton kernels of ``bias_relu``; the mathematics is in ``glow_kernels.ops.bias_relu``.
 
 Forward reads x and writes y once. Backward reads the gradient and y and writes dx once; the gradient of the bias is
-summed in the same pass, in two stages and in a fixed order, the second of which may be left to the caller.
+summed in the same pass, in a fixed order and in two stages, the second of which may be left to the caller.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from glow_kernels.backends.triton.launch import (
 )
 from glow_kernels.backends.triton.sums import sum_partial
 
-# Positions and channels of a tile of small tensors, which are not read in vectors.
+# Positions and channels of a tile of the copy kernel, whose tensors are small and not read in vectors.
 BLOCK_P, BLOCK_C = tl.constexpr(64), tl.constexpr(16)
 
 
@@ -48,7 +48,7 @@ def forward(x: Tensor, bias: Tensor) -> Tensor:
 
 
 def backward(grad: Tensor, y: Tensor, parts: int) -> tuple[Tensor, Tensor]:
-    """Gradients of ``forward`` in x and in the bias, the latter in ``parts``, from its output."""
+    """Gradients of ``forward`` in x and in the bias, given its output; the latter in ``parts`` partial sums."""
     grad_x = torch.empty_like(y, memory_format=output_format(y))
     channels, dtype = y.shape[1], compute_dtype(y)
     if y.numel() == 0:
@@ -65,7 +65,7 @@ def backward(grad: Tensor, y: Tensor, parts: int) -> tuple[Tensor, Tensor]:
 
 
 def bias_backward(grad: Tensor, parts: int) -> Tensor:
-    """Gradient in a bias that was added without ReLU, in ``parts``; one by PyTorch, as nothing else is written."""
+    """Gradient in a bias that was added without ReLU, in ``parts`` partial sums; PyTorch computes a single one."""
     if parts == 1:
         others = [dimension for dimension in range(grad.dim()) if dimension != 1]
         return grad.sum(others, dtype=compute_dtype(grad), keepdim=True).view(1, -1)
@@ -73,13 +73,13 @@ def bias_backward(grad: Tensor, parts: int) -> Tensor:
 
 
 def pad(x: Tensor, channels: int, dtype: torch.dtype, channels_last: bool, parts: int) -> tuple[Tensor, Tensor]:
-    """``x`` with zeros up to so many channels, and its sums in ``parts``."""
+    """``x`` padded with zeros to ``channels`` channels, and its sums per channel in ``parts`` partial sums."""
     padded = empty_padded(x, channels, dtype, channels_last)
     return padded, _copy(x, padded, parts)
 
 
 def _copy(x: Tensor, padded: Tensor | None, parts: int) -> Tensor:
-    """The sums of ``x`` in ``parts``, none with 0, and a copy of it that may have more channels."""
+    """Return ``parts`` partial sums of ``x`` per channel, and copy it to ``padded`` if given, with zeros beyond it."""
     sums = x.new_empty((parts, x.shape[1]), dtype=compute_dtype(x))
     if x.numel() == 0:
         sums.zero_()

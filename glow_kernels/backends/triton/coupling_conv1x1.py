@@ -1,7 +1,6 @@
-"""Triton's ``coupling_conv1x1``; the mathematics stands in ``glow_kernels.ops.coupling_conv1x1``.
+"""Triton's ``coupling_conv1x1``; the mathematics is in ``glow_kernels.ops.coupling_conv1x1``.
 
-A program holds all channels of a tile of positions, so each kernel reads and writes every element once, h being half of
-it twice:
+A program holds all channels of a tile of positions, so each kernel reads and writes every element once:
 
 ===========  ===========  ============
 kernel       reads        writes
@@ -10,9 +9,10 @@ forward      z, h         next z
 backward     g, z, h      dz, dh
 ===========  ===========  ============
 
-and the matrix; the forward leaves ``sum log s`` of 16 positions of a sample each, the backward a partial sum of ``dM``
-and ``dv`` per share of the positions, which a second, tiny kernel sums in a fixed order. From 17 channels on a program
-of the backward has the sums of 16 of them, and the others find their tile of g in the cache.
+as well as the matrix. The forward writes ``sum log s`` of every 16 positions of a sample, the backward partial sums of
+``dM`` and ``dv`` over a share of the positions; a second, tiny kernel sums these in a fixed order. With more than 16
+channels, a program of the backward computes the sums of 16 of them; the programs of the other channels find the same
+tile of g in the cache.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from glow_kernels.backends.triton.launch import (
 )
 from glow_kernels.backends.triton.sums import sum_partial
 
-# Positions whose ``log s`` a program sums; every tile has a multiple of it.
+# Number of positions over which a program sums ``log s``; every tile has a multiple of it.
 _GROUP = 16
 
 
@@ -61,7 +61,7 @@ def forward(
     rows = _rows_of("coupling", (z, result), (h,), layout)
     data, out, conditions = rows.planes
     positions = math.prod(z.shape[2:])
-    # No group has positions of two samples.
+    # No group may have positions of two samples.
     group = _GROUP if positions % _GROUP == 0 and rows.options["VECTOR"] > 1 else 1
     partial = matrix.new_empty(z.shape[0], positions // group)
     launch(
@@ -123,24 +123,25 @@ def _rows_of(family: str, data: Sequence[Tensor], conditions: Sequence[Tensor], 
     options: dict[str, Any] = {name: value for name, value in rows.options.items() if name != "BLOCK_C"}
     options["BLOCKS"] = -(-channels // 16)
     options |= _vectors(rows, len(data), layout)
-    # Single elements need more registers, for their addresses; more warps share the sums.
+    # Without vectors, addresses need more registers, and so does channels-last data: more warps share the sums.
     if options["VECTOR"] == 1 or options["CHANNELS_LAST"]:
         options["num_warps"] *= 2
-    # A thread has a whole vector of channels, or half a one where the sums of 48 leave no more registers.
+    # Channels-last: tiles large enough for a whole vector of channels per thread, or for half a vector if the sums of
+    # 48 channels leave too few registers.
     if options["CHANNELS_LAST"] and (family == "coupling" or options["BLOCKS"] < 3):
         options["BLOCK_P"] *= 2
     return Rows(rows.planes, rows.count, options)
 
 
 def _vectors(rows: Rows, of_data: int, layout: str) -> dict[str, Any]:
-    """How the first planes, which are data, and those of ``h`` are addressed: all in vectors, or in single elements."""
+    """How the first ``of_data`` planes (the data) and those of ``h`` are addressed: all in vectors, or none."""
     data, conditions = rows.planes[:of_data], rows.planes[of_data:]
     channels_last, h_channels_last = is_channels_last(data[0]), is_channels_last(conditions[0])
     width = h_width = rows.options["VECTOR"]
     if h_channels_last:
         _, channels, positions = data[0].shape
         width = vector(data, channels if channels_last else positions, channels_last)
-        # A vector begins at the first channel that is transformed.
+        # A vector must begin at the first transformed channel.
         pairs = math.gcd(channels, conditions[0].shape[1] // 2)
         h_width = vector_of_pairs(conditions, pairs, layout.startswith("interleaved"))
     if min(width, h_width) == 1:
@@ -149,6 +150,6 @@ def _vectors(rows: Rows, of_data: int, layout: str) -> dict[str, Any]:
 
 
 def _sizes(rows: Rows, h: Tensor) -> tuple[int, int, int, int]:
-    """Channels, those that the coupling leaves as they are, positions, and rows."""
+    """Numbers of channels, of channels that the coupling does not change, of positions, and of rows."""
     _, channels, positions = rows.planes[0].shape
     return channels, channels - h.shape[1] // 2, positions, rows.count

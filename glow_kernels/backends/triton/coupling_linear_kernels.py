@@ -1,8 +1,8 @@
 """Kernels of ``x = [z1, coupling(z2)]`` with ``M x + v`` and of its gradients, which ``coupling_conv1x1.py`` launches.
 
-A program holds all channels of a tile of positions, as in ``linear_kernels.py``, from which the products and sums are;
-what the coupling does to an element is as in ``affine_coupling_kernels.py``. ``FIRST`` is the number of channels that
-the coupling leaves as they are.
+A program holds all channels of a tile of positions, as in ``linear_kernels.py``, whose products and sums it uses; the
+arithmetic of the coupling is that of ``affine_coupling_kernels.py``. ``FIRST`` is the number of channels that the
+coupling does not change.
 """
 
 from __future__ import annotations

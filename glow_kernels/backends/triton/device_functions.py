@@ -1,9 +1,9 @@
-"""Device functions that the kernels share: addresses of tiles, and elementary functions that stay accurate.
+"""Device functions that the kernels share: addresses of tiles, and accurate elementary functions.
 
-``VECTOR`` is the number of elements that lie next to each other and are read at once: 16 bytes of the smallest type
-where every size, stride and address allows it, else 1. Triton's float32 ``exp`` is one instruction that loses ``|x|``
-ulp; libdevice is not there on every target and not in the interpreter. So the functions are built here of ``exp2`` of
-small arguments, ``log`` and arithmetic, and hold for float32 and float64.
+``VECTOR`` is the number of adjacent elements that are read at once: 16 bytes of the smallest type if every size, stride
+and address allows it, else 1. Triton's float32 ``exp`` is one instruction with an error of ``|x|`` ulp; libdevice is
+not available on every target, nor in the interpreter. So the functions here are built from ``exp2`` of small arguments,
+``log`` and arithmetic, for float32 and float64.
 """
 
 import inspect
@@ -23,10 +23,11 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 
 
 def kernel(function: Callable[..., Any]) -> Any:
-    """``triton.jit`` for a kernel whose variants are its types and compile-time arguments, and nothing else.
+    """``triton.jit`` for a kernel that is specialized only on types and compile-time arguments.
 
-    Triton would compile it anew for every pattern of numbers that are 1, divisible by 16 or above 31 bits, and of
-    addresses divisible by 16. Here numbers are int64 unless the kernel says otherwise, and ``VECTOR`` says it all.
+    By default Triton also compiles a variant for every combination of integers that are 1, divisible by 16 or wider
+    than 31 bits, and of addresses divisible by 16. Here integers are int64 unless the kernel says otherwise, and
+    ``VECTOR`` tells all about alignment.
     """
     annotations = function.__annotations__
     passed = [name for name in inspect.signature(function).parameters if "constexpr" not in str(annotations.get(name))]

@@ -1,8 +1,8 @@
 """Triton's C x C half of ``actnorm_conv1x1``: one program per matrix, one launch for all of them.
 
-A program holds a matrix of up to 64 channels; larger ones are left to the library, of which the host waits for nothing
-either. So on a GPU nothing says that a matrix is singular but its log-determinant, -inf, and an inverse that is not
-finite; on the CPU that is an error.
+A program holds a matrix of up to 64 channels; larger matrices are left to a library. Neither makes the host wait for
+the device. So on a GPU, a singular matrix shows only in its log-determinant, -inf, and in an inverse that is not
+finite; on the CPU it is an error.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def _launch(kernel: Any, like: Tensor, *args: object, **options: object) -> None
 
 
 def _flat(tensor: Tensor, dimensions: int) -> Tensor:
-    """All leading dimensions but the last ``dimensions`` as one: a view wherever the strides allow."""
+    """``tensor`` with all but its last ``dimensions`` dimensions flattened to one: a view if the strides allow."""
     return tensor.reshape(-1, *tensor.shape[tensor.dim() - dimensions :])
 
 

@@ -1,8 +1,8 @@
 """Kernels of the C x C half of ``actnorm_conv1x1``, which ``folding.py`` launches: one program per matrix.
 
-All arithmetic is in float64, in registers, for up to 64 channels. Inverses and determinants are by Gauss-Jordan
-elimination in place with partial pivoting, without moving rows: step k takes the largest element of column k among the
-rows not yet taken, row ``row_of_step[k]``, and element (i, k) of what is left is element
+All arithmetic is in float64, in registers, for up to 64 channels. Inverses and determinants are computed by in-place
+Gauss-Jordan elimination with partial pivoting, without moving rows: the pivot of step k is the largest element of
+column k in the rows that have not been pivots yet, in row ``row_of_step[k]``. At the end, element (i, k) is element
 ``(step_of_row[i], row_of_step[k])`` of the inverse.
 """
 

@@ -1,7 +1,7 @@
-"""Triton kernels of ``gaussian_log_prob``; the mathematics stands in ``glow_kernels.ops.gaussian_log_prob``.
+"""Triton kernels of ``gaussian_log_prob``; the mathematics is in ``glow_kernels.ops.gaussian_log_prob``.
 
-A program covers one tile of one sample. Per element of z every kernel reads z (or eps, and the gradient) and 2 of h,
-and writes at most one of z and 2 of h; the log-density is summed in two stages, in a fixed order.
+A program covers one tile of one sample. Per element of z every kernel reads z or eps, 2 elements of h and, in backward,
+the gradient, and writes at most one element of z and 2 of h. The log-density is summed in two stages, in a fixed order.
 """
 
 from __future__ import annotations

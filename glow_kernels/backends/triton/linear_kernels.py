@@ -1,7 +1,7 @@
 """Kernels of the linear map ``z = M x + v`` and of its gradients, which ``actnorm_conv1x1.py`` launches.
 
 A program holds all channels of a tile of positions, in tuples of tiles ``(16 channels, positions)``, so that 48
-channels take 9 products of blocks and not 16.
+channels take 9 products of blocks, not the 16 of 64 channels.
 """
 
 from __future__ import annotations

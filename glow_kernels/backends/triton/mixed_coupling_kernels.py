@@ -1,4 +1,4 @@
-"""The kernels of ``affine_coupling_kernels.py`` for contiguous data whose ``h`` lies channels last.
+"""The kernels of ``affine_coupling_kernels.py`` for contiguous data with channels-last ``h``.
 
 A program covers BLOCK_C channels at BLOCK_P positions of one sample, so that it reads and writes both in vectors.
 """
@@ -18,7 +18,7 @@ from glow_kernels.backends.triton.affine_coupling_kernels import (
 from glow_kernels.backends.triton.device_functions import exp, kernel, multiple, row_pointers, store
 from glow_kernels.backends.triton.row_pairs import load_row_pairs, store_row_pairs
 
-# Positions that no row of one sample reaches, so that all of them are the first sample's.
+# More positions than a sample can have: with this as P, all rows count as those of the first sample.
 _ONE_SAMPLE = tl.constexpr(1 << 30)
 
 

@@ -1,8 +1,9 @@
-"""Device functions that read and write ``h`` (B, 2 (C - FIRST), P) for a tile of rows of z, of which it may lie apart.
+"""Device functions that read and write ``h`` (B, 2 (C - FIRST), P) for a tile of rows of z, whose layout may differ.
 
-A network whose images lie channels last makes such an ``h`` of any z, so ``CHANNELS_LAST`` and ``VECTOR`` here are
-those of ``h`` alone. The two values of a channel that lie next to each other are read together, in vectors of channels,
-and a tile of z (BLOCK_C channels, rows) gets them by way of shared memory. ``FIRST`` channels of z have none.
+A network in channels-last memory format gives a channels-last ``h`` for any z, so ``CHANNELS_LAST`` and ``VECTOR`` here
+describe ``h`` alone. If the two values of a channel are adjacent, they are read together, in vectors of channels, and
+brought to the layout of a tile of z (BLOCK_C channels, rows) through shared memory. The first ``FIRST`` channels of z
+have no values in h.
 """
 
 from __future__ import annotations

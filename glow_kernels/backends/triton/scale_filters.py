@@ -1,8 +1,8 @@
-"""Triton kernels of ``scale_filters``; the mathematics stands in ``glow_kernels.ops.scale_filters``.
+"""Triton kernels of ``scale_filters``; the mathematics is in ``glow_kernels.ops.scale_filters``.
 
-A filter lies in one piece of memory, in either memory format, and so do all of a convolution, one after the other. The
-three convolutions of a coupling network take one launch. Zeros for more channels follow every row of a filter: in
-channels last a row is a position's channels, else it is the filter.
+In either memory format, each filter is contiguous, and the filters of a convolution follow one another. The three
+convolutions of a coupling network take one launch. Padding with zeros for more channels follows every row of a filter:
+in channels last a row is the channels of one position, otherwise it is the whole filter.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from glow_kernels.backends.numerics import compute_dtype, empty_filters, is_chan
 from glow_kernels.backends.triton.device_functions import ARITHMETIC, exp, kernel, store
 from glow_kernels.backends.triton.launch import launch
 
-# Elements that a program scales; and where it sums, so many filters of up to NARROW elements at a time, others alone.
+# BLOCK: elements that a program scales. In backward, a program sums FILTERS filters of up to NARROW elements at a time,
+# or one larger filter in pieces of WIDE elements.
 BLOCK = tl.constexpr(1024)
 FILTERS = tl.constexpr(8)
 NARROW = tl.constexpr(512)
 WIDE = tl.constexpr(4096)
-# Parts of the gradient of a bias that are added at a time.
+# Partial sums of the gradient of a bias that are added at a time.
 PARTS = tl.constexpr(64)
 
 
@@ -44,7 +45,7 @@ def forward_all(
     dtype: torch.dtype,
     sizes: list[int],
 ) -> list[Tensor]:
-    """``forward`` of several convolutions, with zeros up to ``sizes``, two for each."""
+    """``forward`` of several convolutions, padded with zeros to ``sizes``, two numbers for each."""
     results: list[Tensor] = []
     calls = []
     for weight, bias, log_scale, factor, count, channels in zip(
@@ -82,7 +83,7 @@ def backward_all(
         vectors = [weight.new_empty(count, dtype=compute_dtype(weight)) for _ in range(2)]
         results += [torch.empty_like(weight, memory_format=format_), *vectors]
         of_forward = (weight.contiguous(memory_format=format_), bias.contiguous(), log_scale.contiguous())
-        # In the type of arithmetic already where a training step has summed it; other types would be more variants.
+        # A training step has summed it in the type of arithmetic already; other types would need more kernel variants.
         of_bias = grad_bias.to(compute_dtype(weight)).contiguous()
         tensors = (grad_weight.contiguous(memory_format=format_), of_bias, *of_forward, *results[-3:])
         filters = FILTERS.value if rows[0] <= NARROW.value else 1
@@ -94,7 +95,7 @@ def backward_all(
 
 
 def _rows(weight: Tensor, padded: Tensor) -> tuple[int, int, int, int]:
-    """Elements of a filter and of its rows, and both of the filters that may have zeros after each row."""
+    """Sizes of a filter and of its rows, and the same for the padded filters, which may have zeros after each row."""
     size, padded_size = weight[:1].numel(), padded[:1].numel()
     by_position = is_channels_last(weight)
     row, padded_row = (weight.shape[1], padded.shape[1]) if by_position else (size, padded_size)
@@ -102,11 +103,11 @@ def _rows(weight: Tensor, padded: Tensor) -> tuple[int, int, int, int]:
 
 
 def _launch(one: Any, three: Any, calls: list[tuple[Any, ...]], like: Tensor, **options: int) -> None:
-    """Launch a kernel for every three convolutions; ``calls`` has programs and arguments of each."""
+    """Launch a kernel for every three convolutions; ``calls`` has the number of programs and the arguments of each."""
     for first in range(0, len(calls), 3):
         group = calls[first : first + 3]
         programs = sum(call[0] for call in group)
-        if len(group) > 1:  # what is missing is the first again, without programs
+        if len(group) > 1:  # fill up the group with its first call and 0 programs
             group += [(0, *group[0][1:])] * (3 - len(group))
         if programs > 0:
             args = itertools.chain.from_iterable(group)

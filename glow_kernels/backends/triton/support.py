@@ -1,4 +1,4 @@
-"""Which arguments the Triton kernels take; a function for every operator. Importing this loads no Triton."""
+"""Which arguments the Triton kernels support; one function per operator. Importing this loads no Triton."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from glow_kernels.backends.numerics import compute_dtype, filters_of
 from glow_kernels.backends.triton import INTERPRETED, version
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Types of the data and of h: the same, or a network under autocast.
+# Types of the data and of h: the same, or those of a network under autocast.
 _PAIRS = {(dtype, dtype) for dtype in _TYPES} | {(torch.float32, torch.bfloat16), (torch.float32, torch.float16)}
-# Channels of a matrix that a program inverts in its registers.
+# Most channels of a matrix that a program inverts in registers.
 MAX_CHANNELS_OF_A_PROGRAM = 64
-# Channels that a program couples, mixes and sums in its registers; more are matrix products, limited by arithmetic.
+# Most channels that a program couples, mixes and sums in registers; with more, the products are limited by arithmetic.
 _MAX_CHANNELS_ACROSS_STEPS = 48
-# Elements of the data up to which that saves time: the launches that it saves. An H100 takes 20 us instead of 21 for a
-# backward and forward of 200,000, and 300 instead of 190 for one of 6 million.
+# Most elements of the data for which that is faster, because it saves launches. On an H100 a forward and backward of
+# 200,000 elements takes 20 us instead of 21, but one of 6 million takes 300 instead of 190.
 _MAX_ELEMENTS_ACROSS_STEPS = 2**20
-# Numbers that are counted in 32 bits; addresses have 64.
+# Limit of what kernels count in 32 bits; addresses have 64.
 _MAX_COUNT = 2**30
-# The first Triton that multiplies matrices of float64.
+# The first Triton version that multiplies float64 matrices.
 _MULTIPLIES_FLOAT64 = (3, 5)
 
 
 def actnorm_conv1x1(function: str, *args: Any) -> bool:
-    """Any number of channels but none; the folding of many is left to the reference, which calls the library."""
+    """Any number of channels except 0; to fold many channels is left to the reference, which calls a library."""
     tensors = [tensor for tensor in args if isinstance(tensor, Tensor)]
     if not _on_device(*tensors):
         return False
@@ -36,7 +36,7 @@ def actnorm_conv1x1(function: str, *args: Any) -> bool:
         if x.dtype == torch.float64 and version() < _MULTIPLIES_FLOAT64:
             return False
         return x.shape[1] > 0 and matrix.dtype == compute_dtype(x) and _countable(x)
-    # The inverse of the reference waits for the device to say that a matrix is singular.
+    # Always take fold_inverse: the reference waits for the device to check for singular matrices.
     channels = tensors[0].shape[-1]
     return channels > 0 and (function == "fold_inverse" or channels <= MAX_CHANNELS_OF_A_PROGRAM)
 
@@ -49,9 +49,10 @@ def affine_coupling(function: str, *args: Any) -> bool:
 
 
 def coupling_conv1x1(function: str, *args: Any) -> bool:
-    """Every option for data in float32, as the flow path is, of up to 48 channels; h of that type or bfloat16.
+    """Every option for up to 48 channels of float32 data, with h in float32 or bfloat16.
 
-    The registers do not hold more of them, nor float64, which is not for speed; many elements are faster in two steps.
+    Registers hold neither more channels nor float64, which is not meant for speed. Two operators are faster for data of
+    many elements.
     """
     tensors = [tensor for tensor in args if isinstance(tensor, Tensor)]
     z, h, matrix = tensors[2:5] if function == "backward" else tensors[:3]
@@ -88,7 +89,7 @@ def bias_relu(function: str, *args: Any) -> bool:
 
 
 def scale_filters(function: str, *args: Any) -> bool:
-    """Every shape; weights whose biases and scales have their type."""
+    """Every shape; biases and log_scales must have the type of the weights."""
     grads, weights, biases, log_scales, types = filters_of(function, args)
     return (
         types in _PAIRS
@@ -98,7 +99,7 @@ def scale_filters(function: str, *args: Any) -> bool:
 
 
 def _countable(x: Tensor) -> bool:
-    """Whether the elements of a sample, and the positions of all samples, are not too many to count."""
+    """Whether 32 bits can count the elements of a sample, and the positions of all samples."""
     samples, channels = x.shape[:2]
     return x.numel() < _MAX_COUNT * max(1, min(samples, channels))
 

@@ -1,7 +1,7 @@
 """Kernels of ``z = M x + v`` and of its sums for more channels than a program holds, and for float64.
 
-A tile is ``(positions, channels)``. Products are computed the way round in which the data lie, so that what the matrix
-units leave in the registers of a thread are neighbours in memory.
+A tile is ``(positions, channels)``. Products are computed transposed or not to match the memory order of the data, so
+that the elements that tensor cores leave in the registers of a thread are adjacent in memory.
 """
 
 from __future__ import annotations
