@@ -1,6 +1,6 @@
 """Fast, memory-light operators, layers and models for Glow-style normalizing flows.
 
-Importing this package loads no Triton, no shared library, and makes no CUDA context.
+Importing this package loads neither Triton nor a shared library, and creates no CUDA context.
 """
 
 from glow_kernels import models, nn

@@ -1,4 +1,4 @@
-"""``python -m glow_kernels`` is the command line."""
+"""``python -m glow_kernels`` runs the command line."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Errors that a user can act on: one line that names the thing and the remedy.
+"""Errors that a user can act on: one line that names the problem and the remedy.
 
 The command line prints these without a traceback and exits with ``exit_code``.
 """
@@ -41,11 +41,11 @@ class RegressionError(GlowKernelsError):
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error of another library, fit to stand inside one of ours."""
+    """The message of another library's error on one line, to be quoted in a message of this package."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def in_brief(error: BaseException) -> str:
-    """The type of an error and the first line of its message, if it has one, without what compilers add."""
+    """The type of an error and the first line of its message, if any; compilers add many more lines."""
     name, message = type(error).__name__, str(error).strip()
     return f"{name}: {message.splitlines()[0][:200]}" if message else name

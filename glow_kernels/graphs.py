@@ -12,24 +12,24 @@ from glow_kernels.ops._checks import check_tensor, check_whole
 
 
 class CapturedStep:
-    """A step of a training loop that records itself as a CUDA graph and from then on replays it.
+    """A training step that is captured as a CUDA graph and from then on replayed.
 
     Every call is one step. The first ``warmup`` calls run normally, so that libraries and the optimizer allocate their
-    state; the next one is recorded; each later one copies its inputs to where the graph reads them and replays it. A
-    call with inputs of other shapes runs normally. So does every call if the step cannot be recorded; :attr:`reason`
-    then says why.
+    persistent state. The next call is captured; each later one copies its inputs into the graph's input tensors and
+    replays it. If the step cannot be captured, every call runs normally, and :attr:`reason` says why. A call whose
+    inputs have other shapes, types or devices also runs normally.
 
     Args:
-        step: a function of tensors that returns a tensor or a tuple of tensors: forward, backward and optimizer, or
-            any part of it. It must do the same work at every call and must not wait for the device (no ``item()``, no
+        step: a function of tensors that returns a tensor or a tuple of tensors: forward, backward and optimizer, or any
+            part of these. It must do the same work at every call and must not wait for the device (no ``item()``, no
             branch on a value). A number that changes, such as a learning rate, must be a tensor. If it computes
-            gradients it must start with ``zero_grad(set_to_none=True)``; its optimizer needs ``capturable=True``. If
-            the optimizer is outside of it, all inputs must have one shape: a call with another shape makes new
-            gradient tensors, while the graph continues to write the old ones.
-        warmup: calls before the recording, at least 1.
+            gradients, it must start with ``zero_grad(set_to_none=True)``; the optimizer must be made with
+            ``capturable=True``. If the optimizer is not part of the step, inputs must always have the same shapes: a
+            call with other shapes makes new gradient tensors, while later replays still write to the old ones.
+        warmup: number of calls before the capture, at least 1.
 
     Raises:
-        TypeError, ValueError: ``step`` is not callable, or ``warmup`` is not a whole number of at least 1.
+        TypeError, ValueError: ``step`` is not callable, or ``warmup`` not a whole number of at least 1.
 
     Example::
 
@@ -50,7 +50,7 @@ class CapturedStep:
             raise TypeError(f"step must be callable, got {type(step).__name__}")
         check_whole("warmup", warmup, 1)
         self._step = step
-        self._calls_before = warmup  # below 0 once a recording has been tried, or cannot be
+        self._calls_before = warmup  # negative once a capture has been tried, or is impossible
         self._inputs: list[Tensor] = []
         self._outputs: Any = None
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -58,14 +58,14 @@ class CapturedStep:
 
     @property
     def is_settled(self) -> bool:
-        """Whether recording has been tried, or cannot be; if it failed :attr:`reason` says why, else that is empty."""
+        """Whether it has been decided if calls replay a graph; if they do not, :attr:`reason` says why."""
         return self._calls_before < 0
 
     def __call__(self, *inputs: Tensor) -> Any:
-        """One step; what it returns may be overwritten by the next one.
+        """One step; the next one may overwrite the returned tensors.
 
         Args:
-            inputs: tensors on one device, of the same shapes and types at every call.
+            inputs: tensors on one device, with the same shapes and types at every call.
 
         Raises:
             TypeError: an input is not a tensor.
@@ -104,11 +104,12 @@ class CapturedStep:
         self._calls_before = -1
         self._inputs = [tensor.clone() for tensor in inputs]
         graph, device = torch.cuda.CUDAGraph(), inputs[0].device
-        # Not PyTorch's own stream for this, which is on the device that was current when it was first used.
+        # Not the default capture stream of torch.cuda.graph: it is on the device that was current at its first use.
         stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         try:
-            # Where it fails, torch.cuda.graph leaves its stream in use. Other threads go on meanwhile: that of a
-            # DataLoader that pins memory would break the recording and fail.
+            # The outer context restores the stream: torch.cuda.graph leaves its own current if the capture fails.
+            # "thread_local": calls of other threads, such as a DataLoader's pinning thread, would otherwise break the
+            # capture and fail.
             with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 self._outputs = self._step(*self._inputs)
         except RuntimeError as error:

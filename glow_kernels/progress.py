@@ -1,4 +1,4 @@
-"""Progress bars for what takes more than a moment."""
+"""Progress bars for long operations."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ Item = TypeVar("Item")
 def with_progress(
     items: Iterable[Item], description: str, unit: str, *, total: int | None = None, is_shown: bool = True
 ) -> Iterable[Item]:
-    """``items`` with a bar on standard error, where that is a terminal, from the second second on.
+    """Iterate over ``items`` with a progress bar on standard error if that is a terminal, shown after one second.
 
-    Without tqdm there is none.
+    Without tqdm there is no bar.
 
     Args:
-        items: what is gone through.
+        items: the items to iterate over.
         description: what is being done.
-        unit: what an item is, in the plural.
-        total: how many there are, if they cannot be counted.
-        is_shown: whether there is a bar at all.
+        unit: name of the items, in the plural.
+        total: number of items, if ``items`` has no length.
+        is_shown: whether to show a bar at all.
     """
     try:
         from tqdm import tqdm

@@ -1,4 +1,4 @@
-"""Compile what a model needs before it is needed, and measure on a GPU what is fastest there."""
+"""Compile the kernels of a model before they are needed, and measure which launch parameters are fastest on a GPU."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ Call = Callable[[], object]
 
 
 def warmup(model: nn.Module, shape: Sequence[int]) -> None:
-    """Run a flow once forward, backward and inverse, so that all kernels that it needs are compiled.
+    """Run forward, backward and inverse of a flow once, so that all kernels it needs are compiled.
 
-    Triton compiles a kernel at its first launch, which takes a second or so. This works on a copy: the model, its
-    gradients and the random numbers stay as they are. On a CPU there is nothing to compile.
+    Triton compiles a kernel at its first launch, which takes a second or so. This runs a copy: the model, its gradients
+    and the random number generators do not change. On a CPU it runs too, but there is nothing to compile.
 
     Args:
         model: a flow with ``encode`` and ``decode``, like :class:`glow_kernels.models.Glow`, or a layer whose forward
-            returns ``(z, log_det)`` and that has an ``inverse``; already on its device and of its type.
-        shape: of its input, (B, C, *spatial).
+            returns ``(z, log_det)`` and that has an ``inverse``; on the device and in the type that it will be used in.
+        shape: shape of its input, (B, C, *spatial).
 
     Raises:
         TypeError: ``model`` is not a module, or ``shape`` not a sequence of whole numbers.
-        UsageError: the model has no parameters, which tell the device, or the shape is not one of data.
+        UsageError: the model has no parameters (which determine the device), or ``shape`` is invalid.
     """
     check_module("model", model)
     parameter = next(model.parameters(), None)
@@ -52,9 +52,9 @@ def warmup(model: nn.Module, shape: Sequence[int]) -> None:
         check_whole("a size in shape", size)
     if len(shape) < 2 or min(shape) < 1:
         raise UsageError(f"shape must be (B, C, *spatial) with sizes of at least 1, got {tuple(shape)}")
-    # Tensors of inference mode have no backward, where a server may call this.
+    # A server may call this in inference mode, whose tensors have no backward.
     with torch.inference_mode(False), torch.random.fork_rng([parameter.device] if parameter.is_cuda else []):
-        # In training mode, so that a flow that is not initialised does so.
+        # In training mode, so that a flow that is not initialised initialises itself.
         flow: Any = copy.deepcopy(model).train()
         x = torch.rand(tuple(shape), device=parameter.device, dtype=parameter.dtype).requires_grad_()
         labels: tuple[Tensor, ...] = ()
@@ -72,13 +72,13 @@ def warmup(model: nn.Module, shape: Sequence[int]) -> None:
 
 
 def tune(folder: Path | None = None) -> tuple[Path, dict[str, dict[str, int]]]:
-    """Measure the launch parameters of every family of Triton kernels on the current GPU, and write its table.
+    """Measure launch parameters for every family of Triton kernels on the current GPU, and write the table of this GPU.
 
-    It is written after every family, over what it had of that one, so that an interruption loses one measurement.
-    Processes of its own compile, so a script that calls this must do so under ``if __name__ == "__main__":``.
+    The table is updated after every family, so an interruption loses only one measurement. Compilation runs in
+    subprocesses, so a script that calls this must do so under ``if __name__ == "__main__":``.
 
     Args:
-        folder: where to write, by default where the package looks.
+        folder: where to write the table, by default where the package looks for it.
 
     Returns:
         The file, and the fastest parameters per family.
@@ -101,12 +101,12 @@ def tune(folder: Path | None = None) -> tuple[Path, dict[str, dict[str, int]]]:
     return path, table
 
 
-# Samples, and the side of an image of 12 channels: one where launches decide, and one where bandwidth does.
+# (samples, height and width) of images of 12 channels: limited by launches, and limited by bandwidth.
 _SMALL, _LARGE = (64, 16), (64, 128)
 
 
 def _families(device: torch.device, sizes: Sequence[tuple[int, int]] = (_SMALL, _LARGE)) -> dict[str, list[Call]]:
-    """What is measured of every family: calls of all sizes, in float32, hidden layers in bfloat16."""
+    """The calls that are measured for every family: all sizes, in float32, hidden layers in bfloat16."""
     families: dict[str, list[Call]] = {}
     for samples, side in sizes:
         for family, calls in _calls(samples, side, device).items():
@@ -115,13 +115,13 @@ def _families(device: torch.device, sizes: Sequence[tuple[int, int]] = (_SMALL, 
 
 
 def _calls(samples: int, side: int, device: torch.device) -> dict[str, list[Call]]:
-    """Those of one size."""
+    """The calls of one size, by family."""
     names = ("affine_coupling", "actnorm_conv1x1", "actnorm_statistics", "bias_relu", "coupling_conv1x1")
     coupling, linear, statistics, bias_relu, across_steps = (implementation("triton", name) for name in names)
     options = (None, "sigmoid", [1.0, 2.0, 1.0, 0.0, 0.0, 0.0], "interleaved_shift_scale", "shift_scale")
     lam = torch.randn(samples, device=device)
     families: dict[str, list[Call]] = {}
-    # Levels of a model: twice the channels on half of the side.
+    # Like the levels of a model: channels double, height and width halve.
     for channels, block_c in ((12, 16), (24, 32), (48, 64)):
         data = torch.randn(samples, channels, side * 12 // channels, side * 12 // channels, device=device)
         h = torch.randn_like(data)
@@ -140,9 +140,9 @@ def _calls(samples: int, side: int, device: torch.device) -> dict[str, list[Call
             "linear": (linear.apply, (data, matrix, shift)),
             "linear_sums": (linear.apply_backward, (data, data, matrix, False)),
         }
-        if block_c <= 32:  # more channels take several launches, of the other families
+        if block_c <= 32:  # more channels take several launches of the other families
             calls["linear_backward"] = linear.apply_reversible_backward, (data, data, matrix, matrix, shift)
-        if (samples, side) != _LARGE:  # where a model takes two operators
+        if (samples, side) != _LARGE:  # for large data a model uses two operators instead
             calls["coupling"] = across_steps.forward, (data, h, matrix, shift, *options[1:])
             calls["coupling_backward"] = across_steps.backward, (data, lam, data, h, matrix, *options[1:])
         for name, (function, arguments) in calls.items():
@@ -151,7 +151,7 @@ def _calls(samples: int, side: int, device: torch.device) -> dict[str, list[Call
 
 
 def _fastest(family: str, calls: Sequence[Call]) -> dict[str, int]:
-    """The parameters with the least product of times, so that every call counts the same."""
+    """The parameters with the smallest product of times, so that all calls have equal weight."""
     from triton.testing import do_bench
 
     times: list[tuple[float, dict[str, int]]] = []
@@ -165,7 +165,10 @@ def _fastest(family: str, calls: Sequence[Call]) -> dict[str, int]:
 
 @contextmanager
 def _measured(family: str, parameters: dict[str, int]) -> Iterator[Callable[[Call], bool]]:
-    """Launch this family with these parameters; gives what calls a function and says whether its tiles fit the GPU."""
+    """Launch this family with these parameters inside the ``with`` block.
+
+    Yields a function that runs a call and returns whether its tiles fit the GPU.
+    """
     from triton.runtime.errors import OutOfResources
 
     def fits(call: Call) -> bool:
@@ -184,10 +187,10 @@ def _measured(family: str, parameters: dict[str, int]) -> Iterator[Callable[[Cal
 
 
 def _compile_all() -> None:
-    """Compile what is going to be measured, in processes side by side: compiling takes longer than measuring."""
+    """Compile all kernels that will be measured, in parallel processes: compiling takes longer than measuring."""
     families = list(_families(torch.device("meta"), [_SMALL]))
     jobs = [(family, parameters) for family in families for parameters in _candidates(family)]
-    # Not a copy of this process, whose CUDA a copy cannot use.
+    # Not fork: a forked process cannot use CUDA.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(8, os.cpu_count() or 1), context) as pool:
         list(pool.map(_compile, *zip(*jobs, strict=True)))
@@ -200,7 +203,7 @@ def _compile(family: str, parameters: dict[str, int]) -> None:
 
 
 def _candidates(family: str) -> Iterator[dict[str, int]]:
-    """The usual parameters, and others that give a thread 4 to 32 elements."""
+    """The default parameters, and others that give a thread 4 to 32 elements."""
     usual = implementation("triton", "launch").DEFAULTS[family]
     yield usual
     for elements, num_warps in itertools.product((512, 1024, 2048, 4096), (2, 4, 8)):
@@ -210,16 +213,16 @@ def _candidates(family: str) -> Iterator[dict[str, int]]:
 
 
 def compare(folder: Path | None = None) -> tuple[Path, faster.Table]:
-    """Measure CUDA C++ against Triton on the current GPU, per operator and size, and write the table of the faster.
+    """Measure CUDA C++ against Triton on the current GPU, per operator and size, and write which one is faster.
 
     Args:
-        folder: where to write, by default where the package looks.
+        folder: where to write the table, by default where the package looks for it.
 
     Returns:
-        The file, and per operator the numbers of elements up to which a backend is the faster one.
+        The file, and per operator pairs of a number of elements and the backend that is faster up to that number.
 
     Raises:
-        BackendUnavailableError: one of the two cannot run here.
+        BackendUnavailableError: one of the two backends cannot run here.
     """
     for status in (backend_status("triton"), cuda.status()):
         if not status.available or not torch.cuda.is_available():
@@ -239,7 +242,7 @@ def compare(folder: Path | None = None) -> tuple[Path, faster.Table]:
 
 
 def _arguments(samples: int, side: int, device: torch.device) -> dict[str, tuple[Any, ...]]:
-    """Arguments of every operator for float32 data of 12 channels, or in bfloat16 for hidden layers of 128."""
+    """Arguments of every operator, for float32 data of 12 channels and bfloat16 hidden layers of 128 channels."""
     x = torch.randn(samples, 12, side, side, device=device)
     h, lam = torch.randn(samples, 24, side, side, device=device), torch.randn(samples, device=device)
     matrix, vector = torch.eye(12, device=device), torch.zeros(12, device=device)
@@ -273,7 +276,7 @@ def _arguments(samples: int, side: int, device: torch.device) -> dict[str, tuple
 
 
 def _filter_arguments(width: int, device: torch.device) -> dict[str, tuple[Any, ...]]:
-    """Of the network that reads 6 of the channels; convolutions in half precision."""
+    """Arguments for the filters of a network that reads 6 of the channels, with convolutions in half precision."""
     shapes = ((width, 6, 3, 3), (width, width, 1, 1), (12, width, 3, 3))
     weights = [torch.randn(shape, device=device) for shape in shapes]
     vectors, factors = [weight.new_zeros(len(weight)) for weight in weights], [1.0, 1.0, 3.0]
@@ -309,7 +312,7 @@ def _folding_arguments(steps: int, device: torch.device) -> dict[str, tuple[Any,
 
 
 def _seconds(operator: str, arguments: tuple[Any, ...]) -> float:
-    """Time of a call when many follow each other; whatever is slower, the host or the GPU, decides."""
+    """Time of a call in a long sequence of calls, so it is limited by the slower of host and GPU."""
     call = getattr(torch.ops.glow_kernels, operator).default
     times = []
     for calls in (10, 100, 100, 100):
