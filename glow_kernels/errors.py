@@ -29,15 +29,15 @@ class TrainingError(GlowKernelsError):
 
 
 class BackendUnavailableError(GlowKernelsError, RuntimeError):
-    """A backend was asked for by name and cannot run here."""
+    """A backend was requested by name but cannot run here."""
 
 
 class MissingDependencyError(GlowKernelsError, ImportError):
-    """An optional package is needed and not installed."""
+    """An optional package is needed but not installed."""
 
 
 class RegressionError(GlowKernelsError):
-    """A benchmark became slower, or its results wrong."""
+    """A benchmark became slower, or its results became wrong."""
 
 
 def one_line(error: BaseException) -> str:

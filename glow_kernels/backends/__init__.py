@@ -71,7 +71,7 @@ def choice() -> str | None:
 
 @contextmanager
 def restored(choice: str | None) -> Iterator[None]:
-    """Use a ``choice`` that :func:`choice` has returned earlier inside the ``with`` block."""
+    """Inside the ``with`` block, use the ``choice`` that :func:`choice` has returned earlier."""
     global _chosen
     previous = _chosen
     _chosen = choice

@@ -1,5 +1,4 @@
-"""Choice between CUDA C++ and Triton for a tensor on a GPU: whichever was measured to be faster for the operator and
-size.
+"""CUDA C++ or Triton for a tensor on a GPU: whichever was measured to be faster for this operator and size.
 
 ``faster/<model>.json`` next to this file, which ``glow-kernels tune`` writes, holds for every operator a list of pairs:
 a number of elements and the backend that is faster up to that number. For more elements, and without a table, CUDA C++

@@ -19,7 +19,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:
-    """Type of C x C work (folding, inverses): float64 wherever the device has it."""
+    """Type of C x C work (folding, inverses): float64 wherever the device supports it."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
@@ -52,8 +52,8 @@ def filters_of(
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], tuple[torch.dtype, torch.dtype] | None]:
     """The tensors in a call of a function of ``scale_filters``: lists of gradients, weights, biases and log_scales.
 
-    The last result is the types of the weights and of the scaled weights, or None if another tensor has a type that
-    does not match these.
+    The last result holds the types of the weights and of the scaled weights; it is None if the types of other tensors
+    do not match these.
     """
     if function == "forward":
         args = (*([arg] for arg in args[:4]), args[4])

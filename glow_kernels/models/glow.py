@@ -60,24 +60,24 @@ class FlowLevel(nn.Module):
 class Glow(nn.Module):
     """Multi-scale Glow: ``levels`` times (squeeze, ``steps`` steps of flow, split).
 
-    ``coupling="additive", mixing="reverse"`` makes it a NICE-style, ``coupling="affine", mixing="reverse"`` a
-    RealNVP-style flow. The model sees images as ``x = dequantize(levels)`` in [-1/2, 1/2).
+    ``coupling="additive", mixing="reverse"`` makes it a NICE-style flow, ``coupling="affine", mixing="reverse"`` a
+    RealNVP-style flow. The model takes images as ``x = dequantize(levels)`` in [-1/2, 1/2).
 
     Args:
         in_channels: image channels, 1, 3 or any other number.
-        image_size: height and width, or ``(height, width)``, divisible by ``2 ** levels``.
+        image_size: one number for both height and width, or ``(height, width)``, divisible by ``2 ** levels``.
         steps: steps of flow per level, K.
         levels: number of levels, L.
         hidden_channels: width of the coupling networks.
         coupling: ``"affine"`` or ``"additive"``.
         mixing: ``"lu"``, ``"plain"``, ``"reverse"`` or ``"shuffle"``; see :class:`~glow_kernels.nn.FlowStep`.
-        scale_map: of the affine coupling, see :func:`glow_kernels.affine_coupling`.
+        scale_map: scale map of the affine coupling, see :func:`glow_kernels.affine_coupling`.
         learn_top: learn the prior of the deepest latent; otherwise it is standard normal.
         num_classes: condition this prior on classes, and add the classification head of the paper.
         n_bins: number of levels of a pixel value, 256 for 8-bit images.
         memory, anchor_every, micro_batches, check, memory_budget, offload_anchors: what the steps of a level keep for
             backward, see :class:`~glow_kernels.ReversibleSequential`; ``"store"`` keeps everything. The weights do not
-            depend on it.
+            depend on these.
 
     Raises:
         TypeError, ValueError: sizes that are not whole numbers or do not fit together, or an unknown option.
@@ -267,10 +267,10 @@ class Glow(nn.Module):
             ``(n, in_channels, height, width)``; :meth:`quantize` converts it to pixels.
 
         Raises:
-            TypeError: ``n`` is no whole number, or ``temperature`` no number.
+            TypeError: ``n`` is not a whole number, or ``temperature`` not a number.
             ValueError: ``n`` is negative, or ``temperature`` has more than one element, is negative or is not finite
-                (the value of a tensor on a GPU is not checked, which would wait for the device). Other errors as for
-                :meth:`decode`.
+                (the value of a tensor on a GPU is not checked, since that would wait for the device). Other errors as
+                for :meth:`decode`.
         """
         check_whole("n", n, 0)
         temperature = checked_temperature(temperature)

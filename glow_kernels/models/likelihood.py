@@ -29,7 +29,7 @@ def dequantize(levels: Tensor, n_bins: int, generator: torch.Generator | None = 
         ``(B, C, H, W)`` in ``[-1/2, 1/2)``, of the default floating-point type.
 
     Raises:
-        TypeError: ``levels`` is no tensor of an integer type, or ``n_bins`` is no whole number.
+        TypeError: ``levels`` is not a tensor of an integer type, or ``n_bins`` is not a whole number.
         ValueError: ``n_bins`` is below 2, or ``levels`` are not in ``0 .. n_bins - 1``. The latter is checked only on
             the CPU: on a GPU it would wait for the device.
     """

@@ -83,7 +83,7 @@ def is_boundary_node(z: Tensor, step: FlowStep, linear: LinearMap) -> bool:
 def _has_operator(z: Tensor, plain: Plain, linear: LinearMap) -> bool:
     if plain.kind.scale_map is None:
         return False
-    # A stand-in for h, of which only type and device matter. h has at most as many elements as z.
+    # A stand-in for h: only type and device matter, as h has at most as many elements as z.
     dtype = type_of_convolution(plain.parameters[0])
     h = z if z.dtype == dtype else z.new_empty((0, 0), dtype=dtype)
     return boundary_forward.is_fast(z, h, *linear, *_options(plain.kind))
@@ -105,7 +105,7 @@ def _options(kind: Kind) -> tuple[Any, ...]:
 
 
 class _BoundaryNode(torch.autograd.Function):
-    """``apply(z, kind, matrix, shift, weights, biases, log_scales)``, three each of the last."""
+    """``apply(z, kind, matrix, shift, *parameters)``: three each of weights, biases and log_scales."""
 
     @staticmethod
     def forward(

@@ -170,7 +170,7 @@ def uncouple(
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     """From the output ``y`` of :func:`couple`: ``x``, its gradient and those of ``parameters``.
 
-    The network is evaluated once. ``y`` and ``grad`` are overwritten by ``x`` and its gradient if they are ``private``.
+    The network is evaluated once. If ``y`` and ``grad`` are ``private``, ``x`` and its gradient overwrite them.
     """
     conditioning, transformed = y[:, : kind.channels], y[:, kind.channels :]
     grad_conditioning, grad_transformed = grad[:, : kind.channels], grad[:, kind.channels :]
@@ -221,7 +221,7 @@ def _mapped(x: Tensor, matrix: Tensor | None, shift: Tensor | None) -> Tensor:
 
 
 class _CouplingNode(torch.autograd.Function):
-    """``apply(x, kind, matrix, shift, weights, biases, log_scales)``, three each of the last."""
+    """``apply(x, kind, matrix, shift, *parameters)``: three each of weights, biases and log_scales."""
 
     @staticmethod
     def forward(

@@ -26,10 +26,10 @@ LARGE_ON_GPU = 64 * 2**20
 
 
 class HiddenConv2d(nn.Module):
-    """A convolution without bias, ActNorm and ReLU: one convolution, with the scale folded in, and one pass.
+    """A convolution without bias, then ActNorm and ReLU, computed as a convolution with folded scale and one pass.
 
     Args:
-        in_channels, out_channels: channels before and after.
+        in_channels, out_channels: channels of the input and of the output.
         kernel_size: odd; the input is padded with zeros so that height and width stay the same.
     """
 
@@ -67,7 +67,7 @@ class ZeroConv2d(nn.Module):
     Starting at zero makes a coupling the identity up to its constant scale; the factor 3 lets it leave zero quickly.
 
     Args:
-        in_channels, out_channels: channels before and after.
+        in_channels, out_channels: channels of the input and of the output.
 
     Raises:
         TypeError, ValueError: one of them is not a whole number of at least 1.

@@ -42,7 +42,7 @@ class Kept(NamedTuple):
 
 
 def plain_parameters(network: nn.Module) -> list[Tensor] | None:
-    """:func:`parameters_of` ``network`` if the passes here compute the same as calling it, None otherwise.
+    """The result of :func:`parameters_of` if the passes here compute the same as calling ``network``, None otherwise.
 
     It must be this package's own network, initialised, without hooks and with no method overridden.
     """

@@ -106,7 +106,7 @@ def checked_temperature(temperature: float | Tensor) -> float | Tensor:
 
 
 def check_below(name: str, tensor: Tensor, count: int, meaning: str = "") -> None:
-    """Integers must be in ``0 .. count - 1`` (errors append ``meaning``); only checked if that waits for no device."""
+    """Integers must be in ``0 .. count - 1`` (errors append ``meaning``); checked only on the CPU."""
     if tensor.is_cpu and tensor.numel() and is_readable(tensor):
         low, high = (int(bound) for bound in tensor.aminmax())
         if low < 0 or high >= count:

@@ -92,7 +92,7 @@ def actnorm_conv1x1_inverse(
 
     Raises:
         TypeError, ValueError: as for :func:`actnorm_conv1x1`; also if ``weight`` is singular. Kernels on a GPU do not
-            raise, which would wait for the device: there ``log_det`` is infinite and ``x`` not finite.
+            check that, since it would wait for the device: there ``log_det`` is infinite and ``x`` not finite.
     """
     _check("z", z, log_scale, bias, weight, weight_log_det)
     dtype = compute_dtype(z)
@@ -127,7 +127,7 @@ def actnorm_conv1x1_reversible_backward(
 
     Raises:
         TypeError, ValueError: as for :func:`actnorm_conv1x1`; also if ``weight`` is singular. Kernels on a GPU do not
-            raise, which would wait for the device: there ``x`` is not finite.
+            check that, since it would wait for the device: there ``x`` is not finite.
     """
     _check("z", z, log_scale, bias, weight, weight_log_det)
     check_like("grad", grad, z.shape, "the shape of z", z)

@@ -342,8 +342,8 @@ reversible_backward = Operator(
     f"(Tensor grad, Tensor grad_log_det, Tensor y, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_reversible_backward_fake,
 )
-# reversible_backward without a gain, which overwrites y by x and grad by the gradient of x, and returns the gradient of
-# h. The caller must own y and grad. They must have the same type and strides, and their positions (*spatial) must be
+# reversible_backward without a gain that overwrites y with x and grad with the gradient of x, and returns the gradient
+# of h. The caller must own y and grad. They must have the same type and strides, and their positions (*spatial) must be
 # addressable by a single stride.
 in_place_backward = Operator(
     _MODULE,

@@ -64,7 +64,8 @@ def lu_weight_backward(
         grad_weight, grad_log_det: ``(*K, C, C)`` and ``(*K)``; the other arguments as for :func:`lu_weight`.
 
     Returns:
-        Three tensors of the shapes and types of those arguments. They cannot be differentiated again.
+        Three tensors with the shapes and types of ``lower``, ``upper`` and ``log_diagonal``. They cannot be
+        differentiated again.
     """
     dtype = compute_dtype(lower)
     factors = (permutation, lower, upper, log_diagonal, diagonal_sign)

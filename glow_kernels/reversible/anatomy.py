@@ -127,7 +127,7 @@ class Anatomy:
                 or "forward" in module.__dict__
                 or module._forward_hooks
                 or module._forward_pre_hooks
-                # Computed weights in place of parameters.
+                # A computed weight in place of a parameter.
                 or any(isinstance(value, Tensor) for value in module.__dict__.values())
             ):
                 return False

@@ -29,7 +29,7 @@ def micro_batches(chain: ReversibleSequential, x: Tensor, context: Sequence[Tens
         # Copies: a saved view would count with the memory of the whole tensor.
         some = [None if tensor is None else tensor[:samples].detach().clone() for tensor in context]
         most = _most(chain, x[:samples].detach().clone(), some)
-        fewer = int(-(-len(x) * most // (samples * budget)))  # a budget may be written 1e9
+        fewer = int(-(-len(x) * most // (samples * budget)))  # the budget may be a float such as 1e9
         if fewer >= parts:
             return parts
         parts = fewer

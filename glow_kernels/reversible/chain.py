@@ -54,9 +54,9 @@ class ReversibleSequential(nn.Sequential):
             working memory of the step's network. ``"auto"`` finds the number from ``memory_budget``. Must be 1 with
             ``"store"``.
         check: what to do with the error of the state that is reconstructed at an anchor: ``"off"`` does not compute it;
-            ``"flag"`` records it for :meth:`drift`; ``"raise"`` raises if it is above ``drift_limit``; ``"replay"``
-            instead computes the gradients from there to the next anchor again, from exact states. The last two wait
-            for the device at every anchor. All but ``"off"`` also keep the input of the chain, as an anchor.
+            ``"flag"`` records it for :meth:`drift`; ``"raise"`` raises if it is above ``drift_limit``, and in that case
+            ``"replay"`` computes the gradients from there to the next anchor again, from exact states. The last two
+            wait for the device at every anchor. All except ``"off"`` also keep the input of the chain, as an anchor.
         memory_budget: working memory, in bytes, that one step may take, for ``micro_batches="auto"``. If a single
             sample takes more, samples are evaluated one at a time.
         offload_anchors: keep the anchors in host memory. On CUDA they are copied to pinned memory asynchronously, and
@@ -214,7 +214,7 @@ class ReversibleSequential(nn.Sequential):
         super().add_module(name, module)
 
     def insert(self, index: int, module: nn.Module) -> Self:
-        """Put a step before step ``index``."""
+        """Insert a step before step ``index``."""
         _check_step(index, module)
         return super().insert(index, module)
 
@@ -432,5 +432,5 @@ def _identity(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _differ(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
-    # FSDP's hooks may cast to the type of its parameters and back. That is exact, so a change of type is no difference.
+    # FSDP's hooks may cast to the type of its parameters and back. That is exact, so other types do not count.
     return one[0] == other[0] and one != other

@@ -1,4 +1,4 @@
-"""Fast backward of a :class:`~glow_kernels.nn.FlowStep` from its output: inverse and gradients in one pass each."""
+"""Fast backward of a ``FlowStep`` from its output: inverse and gradients in one pass per operator."""
 
 from __future__ import annotations
 

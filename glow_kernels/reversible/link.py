@@ -265,7 +265,7 @@ def _sweep(
 
 
 def _private(chain: ReversibleSequential, place: Place, maps: LinearMaps | None) -> Private:
-    """Which of the tensors that the backward of a node gets it may overwrite: those that nobody else holds.
+    """Which of the tensors passed to the backward of a node it may overwrite: those that nothing else holds.
 
     The next node has just made the state and its gradient, and does not keep them; hooks could, but steps whose linear
     maps come from the chain have none. The last step's tensors belong to the caller, and an anchor may be needed again.

@@ -12,7 +12,7 @@ class Shelf:
     On CUDA they are copied on a separate stream, to and from pinned memory, which PyTorch's allocator reuses.
 
     Args:
-        device: of the states.
+        device: device of the states.
 
     Raises:
         RuntimeError: a CUDA graph is being captured; replays would copy into memory that has been reused since.

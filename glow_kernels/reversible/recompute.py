@@ -57,7 +57,7 @@ class Mode(NamedTuple):
         return cls(micro_batches, autocast, backends.choice())
 
     def applied(self, device: torch.device) -> AbstractContextManager[Any]:
-        """Backend and autocast as recorded, with weight caches off: weights cached in forward have no graph."""
+        """Backend and autocast as recorded, with weight caches off: weights cached in forward lack a graph."""
         is_same = self.autocast is None and not is_autocast_enabled(device.type) and self.backend == backends.choice()
         if is_same and not parametrize._cache_enabled:
             return nullcontext()

@@ -55,7 +55,7 @@ def lying(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
 
 
 class Start(NamedTuple):
-    """The start of a backward: the edge of an output, which itself may be freed, and a stand-in for its gradient.
+    """The start of a backward: the graph edge of an output (which may itself be freed), and a stand-in gradient.
 
     :func:`torch.autograd.grad` keeps its arguments alive until it returns. So it gets an expanded zero (in which
     anomaly detection finds no NaN), and a hook replaces that by the real gradient, which is freed after its first use.

@@ -153,7 +153,7 @@ def in_place_backward(
     layout: str,
     order: str,
 ) -> Tensor:
-    """Gradient in h; y and ``grad`` are overwritten by the input x of ``forward`` and its gradient."""
+    """Gradient in h; y and ``grad`` are overwritten with the input x of ``forward`` and its gradient."""
     options = (None, kind, scale_parameters, layout, order)
     x, grad_x, grad_h, _ = reversible_backward(grad, grad_log_det, y, h, *options)
     y.copy_(x)

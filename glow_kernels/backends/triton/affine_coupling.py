@@ -7,7 +7,7 @@ of the learned gain, to buffers that a second, tiny kernel sums in a fixed order
 kernel                    reads per element of x           writes per element of x
 ========================  ===============================  =====================================
 forward, inverse          x, 2 of h                        y
-backward, inverse's too   g, y, 2 of h                     dx, 2 of dh
+backward of both          g, y, 2 of h                     dx, 2 of dh
 reversible backward       g, y, 2 of h                     x, dx, 2 of dh
 ========================  ===============================  =====================================
 """
@@ -112,7 +112,7 @@ def in_place_backward(
     layout: str,
     order: str,
 ) -> Tensor:
-    """Gradient in h; y and ``grad`` are overwritten by the input x of ``forward`` and its gradient."""
+    """Gradient in h; y and ``grad`` are overwritten with the input x of ``forward`` and its gradient."""
     options = compiled_options(kind, scale_parameters, layout, order)
     return _gradients(grad, grad_log_det, y, h, None, y, options, inverse=False, grad_data=grad)[1]
 

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from glow_kernels.backends.triton import INTERPRETED
 
-# Triton's names of the types of arithmetic, which kernels take as DTYPE.
+# Triton's types for arithmetic, which kernels take as DTYPE.
 ARITHMETIC = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
@@ -27,7 +27,7 @@ def kernel(function: Callable[..., Any]) -> Any:
 
     By default Triton also compiles a variant for every combination of integers that are 1, divisible by 16 or wider
     than 31 bits, and of addresses divisible by 16. Here integers are int64 unless the kernel says otherwise, and
-    ``VECTOR`` tells all about alignment.
+    ``VECTOR`` alone expresses alignment.
     """
     annotations = function.__annotations__
     passed = [name for name in inspect.signature(function).parameters if "constexpr" not in str(annotations.get(name))]

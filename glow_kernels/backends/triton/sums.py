@@ -15,8 +15,8 @@ def sum_partial(partial: Tensor, dimension: int) -> Tensor:
     if partial.shape[dimension] == 1:
         return partial.view(-1)
     total = torch.empty(partial.shape[1 - dimension], dtype=partial.dtype, device=partial.device)
-    # Eight results fill a sector of memory, and the fewer results a program has, the more numbers it adds at a time, so
-    # the fewer times it waits for memory. With few numbers to add, it has as many elements, of more results.
+    # A tile has at least 8 results, which fill a sector of memory. With many numbers to add, it has no more, so that it
+    # holds more numbers and a program waits for memory fewer times; with few numbers, it has more results instead.
     block_n, block_r = (128, 8) if partial.shape[dimension] > 16 else (16, 64)
     launch(
         _sum_kernel,
