@@ -1,5 +1,5 @@
-"""Benchmarks: how fast, how far from the limit, how much memory; against eager, ``torch.compile`` and other packages.
+"""Benchmarks of speed, distance to the limit and memory, against eager, ``torch.compile`` and other packages.
 
-``glow-kernels bench`` runs them. Everything measured goes to one JSON-lines file, from which tables, plots and
-comparisons are made.
+``glow-kernels bench`` runs them. All measurements go to one JSON-lines file, from which tables, plots and comparisons
+are made.
 """

@@ -1,4 +1,4 @@
-"""The same chain of K steps of flow in this package and in others, at equal architecture.
+"""The same chain of K flow steps in this package and in others, with equal architecture.
 
 A step is ActNorm, an LU-decomposed 1x1 convolution and an affine coupling whose network is 3x3, 1x1, 3x3 convolutions
 with ReLU, for data (B, C, size, size). Where a package cannot do that, ``NOTES`` says what differs.
@@ -45,19 +45,19 @@ def available() -> list[str]:
 
 
 def glow_kernels_chain(channels: int, hidden: int, steps: int, size: int) -> Chain:
-    """Ours, with plain autograd."""
+    """This package, with plain autograd."""
     module = _steps(channels, hidden, steps)
     return lambda x: _in_turn(module, x), module
 
 
 def reversible_chain(memory: str, channels: int, hidden: int, steps: int, size: int) -> Chain:
-    """Ours, reversible, with the policy ``memory``."""
+    """This package, as a reversible chain with the policy ``memory``."""
     module = ReversibleSequential(_steps(channels, hidden, steps), memory=memory)
     return module, module
 
 
 def checkpoint_chain(channels: int, hidden: int, steps: int, size: int) -> Chain:
-    """Ours, every step in ``torch.utils.checkpoint``."""
+    """This package, with every step in ``torch.utils.checkpoint``."""
     module = _steps(channels, hidden, steps)
 
     def forward(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,7 +71,7 @@ def checkpoint_chain(channels: int, hidden: int, steps: int, size: int) -> Chain
 
 
 def normflows_chain(channels: int, hidden: int, steps: int, size: int) -> Chain:
-    """normflows: the density direction of a block is ``inverse``."""
+    """normflows, where the density direction of a block is ``inverse``."""
     package = importlib.import_module("normflows")
     blocks = [package.flows.GlowBlock(channels, hidden, init_zeros=False) for _ in range(steps)]
     module = nn.ModuleList(blocks)
@@ -134,7 +134,7 @@ def freia_chain(channels: int, hidden: int, steps: int, size: int) -> Chain:
 
 
 def memcnn_chain(channels: int, hidden: int, steps: int, size: int) -> Chain:
-    """memcnn: reversible, nothing kept."""
+    """memcnn, reversible, without stored activations."""
     package = importlib.import_module("memcnn")
     half = channels // 2
     layers = [
@@ -144,7 +144,7 @@ def memcnn_chain(channels: int, hidden: int, steps: int, size: int) -> Chain:
         for _ in range(steps)
     ]
     module = nn.Sequential(*layers)
-    # Its wrapper frees the storage of what it is given, so it needs data of its own that wants a gradient.
+    # Its wrapper frees the storage of its input, so it gets a copy; the input must require a gradient.
     return lambda x: (module(x.clone().requires_grad_()), x.new_zeros(x.shape[0])), module
 
 
@@ -161,7 +161,7 @@ CHAINS: dict[str, Callable[[int, int, int, int], Chain]] = {
 
 
 def training_step(chain: Chain, x: Tensor) -> Callable[[], Tensor]:
-    """Forward, negative log-likelihood and backward; initialises every ActNorm from ``x`` first."""
+    """A function that computes loss and gradients; every ActNorm is first initialised from ``x``."""
     forward, module = chain
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
 

@@ -1,4 +1,4 @@
-"""The numbers to reach, on a CPU and on a GPU, each with a name: reached, missed or not measured."""
+"""The goals on a CPU and on a GPU, each of them reached, missed or not measured."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from glow_kernels.bench.models import GLOWS
 from glow_kernels.bench.operators import BANDWIDTH_SHAPES, LARGEST_MEMORY_BOUND_CHANNELS
 from glow_kernels.bench.results import Row
 
-# What ``make gpu`` trains first, and that of which it measures the memory first.
+# The first model that ``make gpu`` trains, and the first whose memory it measures.
 GPU_GLOW = {"steps": 32, "levels": 3, "hidden": 512, "image_size": 32, "batch": 64}
 GPU_DEEP_GLOW = {"steps": 80, "levels": 3, "hidden": 256, "image_size": 256, "batch": 8}
 _LARGE_BYTES = 8 * 2**20
@@ -31,7 +31,7 @@ _PER_COMPILE = {"actnorm_conv1x1": 2, "affine_coupling": 1.5}
 
 @dataclass(frozen=True)
 class Check:
-    """One goal: ``figure`` is NaN where nothing was measured; ``where`` says of what it is the mean or the worst."""
+    """One goal: ``figure`` is NaN if nothing was measured; ``where`` says which cases it is the mean or worst of."""
 
     group: str
     name: str
@@ -55,7 +55,7 @@ class Check:
 
     @property
     def wanted(self) -> str:
-        """In words."""
+        """The goal in words."""
         return f"{'at least' if self.at_least else 'at most'} {self.goal:g}"
 
     def __str__(self) -> str:
@@ -64,7 +64,7 @@ class Check:
 
 
 def checks(rows: Sequence[Row]) -> list[Check]:
-    """All goals, from the last measurement of every case; on a CPU by the native backend."""
+    """All goals, judged by the last measurement of every case; on a CPU only those of the native backend count."""
     return [
         *_operators(rows),
         *_operators_on_gpu(rows),
@@ -79,7 +79,7 @@ def checks(rows: Sequence[Row]) -> list[Check]:
 
 
 def lines(found: Sequence[Check]) -> Iterator[str]:
-    """As text: what was measured with a heading for every group, and the sum of all."""
+    """The measured goals as text, with a heading for every group, and then the tally of all goals."""
     measured = [goal for goal in found if goal.is_measured]
     for group in dict.fromkeys(goal.group for goal in measured):
         yield f"\n{group}"
@@ -102,7 +102,7 @@ def _operators(rows: Sequence[Row]) -> Iterator[Check]:
         for operator, goals in (("actnorm_conv1x1", _LINEAR), ("affine_coupling", _COUPLING)):
             of_operator = [row for row in chosen if row["case"]["operator"] == operator]
             yield _slowest(group, operator, of_operator)
-            # With the allocator as it is, only the largest shapes are measured: of them there are no means.
+            # With the default allocator only the largest shapes are measured, too few for means.
             if allocator == "tuned":
                 for direction, goal in goals.items():
                     if threads > 1 and direction in _OF_ONE_THREAD:
@@ -114,7 +114,7 @@ def _operators(rows: Sequence[Row]) -> Iterator[Check]:
 
 
 def _faster(group: str, operator: str, direction: str, goal: float, rows: Sequence[Row]) -> Iterator[Check]:
-    """Geometric means over shapes; of the linear map only those that memory limits."""
+    """Geometric means over shapes; for the linear map only over shapes that are limited by memory."""
     most = LARGEST_MEMORY_BOUND_CHANNELS if operator == "actnorm_conv1x1" else math.inf
     chosen = [row for row in rows if row["case"]["direction"] == direction and row["case"]["shape"][1] <= most]
     for other, least in (("eager", goal), ("compile", _PER_COMPILE[operator])):
@@ -128,7 +128,7 @@ def _faster(group: str, operator: str, direction: str, goal: float, rows: Sequen
 
 
 def _slowest(group: str, operator: str, rows: Sequence[Row]) -> Check:
-    """No shape and no direction slower than the better of eager and compiled code."""
+    """The worst shape and direction: none may be slower than the better of eager and compiled code."""
     ratios = [
         (min(table.ratio(row, other) for other in ("eager", "compile") if _has(row, other)), _place(row))
         for row in rows
@@ -140,7 +140,7 @@ def _slowest(group: str, operator: str, rows: Sequence[Row]) -> Check:
 
 
 def _large(group: str, operator: str, rows: Sequence[Row]) -> Check:
-    """Forward and inverse of large shapes, in copies of the same bytes."""
+    """The worst of forward and inverse on large shapes, in units of the time to copy the same bytes."""
     copies = [
         (1.0 / table.ratio(row, "copy"), _place(row))
         for row in rows
@@ -152,7 +152,7 @@ def _large(group: str, operator: str, rows: Sequence[Row]) -> Check:
 
 
 def _operators_on_gpu(rows: Sequence[Row]) -> Iterator[Check]:
-    """Every operator and direction on the shapes that no cache holds, of replayed graphs."""
+    """Every operator and direction on the shapes that fit in no cache, timed as replayed CUDA graphs."""
     group = "GPU, bandwidth shapes, float32"
     measured = [
         row
@@ -184,7 +184,7 @@ def _overhead(rows: Sequence[Row]) -> Iterator[Check]:
 
 
 def _implementations(rows: Sequence[Row], part: str, sizes: Mapping[str, int], on_gpu: bool) -> dict[str, Row]:
-    """By name what was measured of a model of these sizes."""
+    """Rows of a model of these sizes, by implementation."""
     return {
         row["case"]["implementation"]: row
         for row in results.of_kind(rows, "model")
@@ -205,7 +205,7 @@ def _training(rows: Sequence[Row]) -> Iterator[Check]:
 
 
 def _training_on_gpu(rows: Sequence[Row]) -> Iterator[Check]:
-    """Each was measured alone, one after the other, so these are ratios of medians."""
+    """Ratios of medians, since the implementations were measured one after the other and not in turns."""
     measured = _implementations(rows, "training_step", GPU_GLOW, on_gpu=True)
     found = {name: row["seconds"][0] for name, row in measured.items() if "seconds" in row}
     group = "GPU, training step of Glow, K=32, L=3, width 512, batch 64, 32x32"
@@ -260,7 +260,10 @@ def _activations(rows: Sequence[Row]) -> Iterator[Check]:
 
 
 def _deepest_peak(steps: int, row: Row, anchor_every: int) -> float:
-    """Of the deepest chain, to which anchors add: after the forward, or in the first level's backward."""
+    """Peak bytes of the deepest chain, extrapolated from ``steps``, to which each further anchor adds its state.
+
+    The peak is either right after the forward, with the anchors of all levels, or in the backward of the first level.
+    """
     anchors = reversible.DEEPEST // anchor_every - steps // anchor_every
     kept, peak = row["kept_bytes"], row["peak_bytes"]
     return float(max(kept + anchors * reversible.ALL_STATES_BYTES, peak + anchors * reversible.STATE_BYTES))

@@ -1,4 +1,4 @@
-"""Two sets of results: what became slower beyond the noise."""
+"""Compares two sets of results: what became slower by more than the noise."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from dataclasses import dataclass, replace
 from glow_kernels.bench import results
 from glow_kernels.bench.results import Row
 
-# A smaller change is noise, whatever the ranges say.
+# A smaller change counts as noise, whatever the ranges.
 LEAST_CHANGE = 0.1
 
 
 @dataclass(frozen=True)
 class Change:
-    """Ours against eager in two sets of results; ``factor`` above 1 is slower in the second.
+    """How many times faster than eager we are in two sets of results; ``factor`` above 1 means slower in the second.
 
-    ``certain`` where the ranges of the two ratios do not meet.
+    ``certain`` if the ranges of the two ratios do not overlap.
     """
 
     name: str
@@ -26,17 +26,20 @@ class Change:
 
     @property
     def factor(self) -> float:
-        """How many times slower."""
+        """How many times slower the second is."""
         return self.before / self.after
 
     @property
     def regression(self) -> bool:
-        """Slower beyond the noise."""
+        """Whether it is slower by more than the noise."""
         return self.certain and self.factor > 1.0 + LEAST_CHANGE
 
 
 def by_device(before: list[Row], after: list[Row]) -> tuple[list[Change], list[str]]:
-    """:func:`changes` and :func:`newly_wrong` of every device in both; two single devices are compared as they are."""
+    """:func:`changes` and :func:`newly_wrong` for each device in both sets.
+
+    If each set has only one device, the two are compared even if they differ.
+    """
     old, new = results.by_device(before), results.by_device(after)
     if len(old) == len(new) == 1:
         return changes(before, after), newly_wrong(before, after)
@@ -49,7 +52,7 @@ def by_device(before: list[Row], after: list[Row]) -> tuple[list[Change], list[s
 
 
 def changes(before: list[Row], after: list[Row]) -> list[Change]:
-    """For every case in both, ours relative to eager in the same run, so that another load hits both alike."""
+    """Every case in both sets; speed is relative to eager in the same run, so a different load affects both alike."""
     old = {results.key(row): row for kind in ("operator", "model") for row in results.of_kind(before, kind)}
     found = []
     for kind in ("operator", "model"):

@@ -1,4 +1,4 @@
-"""``torch.compile`` of the textbook's operators: one compilation for every case that needs one, and all cores at it."""
+"""``torch.compile`` of the textbook's operators: one compilation for all cases that can share it, on all cores."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ import torch._functorch.config
 from glow_kernels.bench import operators
 from glow_kernels.bench.operators import Case, Function, Functions
 
-# These run the same graph.
+# These directions run the same compiled graph.
 _WITH_GRAPH = ("forward", "backward", "forward_backward")
 
 
 class Compiler:
-    """Keeps what it compiled; a case that differs in the allocator only gets it back."""
+    """Caches compiled functions; cases that differ only in the allocator share one."""
 
     def __init__(self) -> None:
         self._compiled: dict[Case, Function] = {}
-        # A backward alone is measured again and again on one graph, whose tensors may therefore not be overwritten.
+        # Backward alone is timed repeatedly on one graph, so it must not reuse the memory of that graph's tensors.
         torch._functorch.config.donated_buffer = False
 
     def functions(self, case: Case) -> Functions:
@@ -44,20 +44,20 @@ class Compiler:
 
 
 def unit(case: Case) -> Case:
-    """A case that stands for all that share a compilation."""
+    """The case that represents all cases with the same compilation."""
     direction = "forward_backward" if case.direction in _WITH_GRAPH else case.direction
     return replace(case, direction=direction, allocator="tuned", threads=1)
 
 
 def warm_up(cases: Sequence[Case]) -> None:
-    """Compile for these cases in a process per core, which fills the compiler's cache on disk."""
+    """Compile for these cases in one process per core, to fill the compiler's cache on disk."""
     units = list(dict.fromkeys(unit(case) for case in cases))
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(os.cpu_count(), context, initializer=_start_worker) as pool:
         try:
-            with _interrupts_held_back():  # which the workers inherit: a terminal sends Ctrl-C to all of them
+            with _interrupts_held_back():  # the workers inherit this: a terminal sends Ctrl-C to all processes
                 futures = [pool.submit(_compile, one) for one in units]
-            # Whatever cannot be compiled fails again where it is measured, and is reported there.
+            # A function that cannot be compiled fails again when it is measured, and is reported then.
             for future in futures:
                 future.exception()
         except KeyboardInterrupt:
@@ -68,11 +68,11 @@ def warm_up(cases: Sequence[Case]) -> None:
 
 @contextmanager
 def _interrupts_held_back() -> Iterator[None]:
-    """Ctrl-C comes at the end, and never to the processes that start inside, as far as the system can do that."""
+    """Delay Ctrl-C to the end, and block it in processes started inside, on systems that support it."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    # The mask is what processes inherit; another thread may get the signal, which Python handles in this one.
+    # Child processes inherit the mask. The handler is for a signal that reaches another thread: Python runs it here.
     held_back: list[int] = []
     handler = signal.signal(signal.SIGINT, lambda number, _: held_back.append(number))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -100,9 +100,9 @@ def _compile(case: Case) -> None:
 
 
 def _compiled(function: Function) -> Function:
-    # A code object of its own: all that is compiled for one is tried in turn at every call.
+    # Give it its own code object: Dynamo tries all compilations of one code object in turn at every call.
     copy = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-    # By default the number of threads is in the code, and everything is compiled once for each. Measured side by side,
-    # code for any number takes as long with two threads, and 2% longer with one.
+    # By default the generated code fixes the number of threads, so everything is compiled once for each number. Code
+    # for any number was measured to take as long with two threads, and 2% longer with one.
     compiled: Function = torch.compile(copy, dynamic=False, fullgraph=True, options={"cpp.dynamic_threads": True})
     return compiled

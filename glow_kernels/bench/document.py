@@ -1,4 +1,4 @@
-"""``docs/performance.md`` and its plots, from committed results only."""
+"""Writes ``docs/performance.md`` and its plots, from committed results only."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def write(files: Sequence[Path], path: Path) -> None:
 
     Raises:
         DataError: as for :func:`markdown`, or ``path`` cannot be written.
-        MissingDependencyError: there is something to plot and no matplotlib.
+        MissingDependencyError: there is something to plot and matplotlib is not installed.
     """
     text = markdown(files)
     figures = {_picture(file): plots.learning(results.read(file)) for file in files}
@@ -97,7 +97,7 @@ def _goals(rows: Sequence[Row]) -> list[str]:
 
 
 def _picture(file: Path) -> str:
-    """The plot of the trainings in a file of results, from where the page is."""
+    """The path, relative to the page, of the plot of the training curves in a file of results."""
     return f"performance/{file.stem}-training.png"
 
 

@@ -1,4 +1,4 @@
-"""Where and by what something was measured, and whether the machine is quiet enough to measure on."""
+"""The machine and software of a measurement, and whether the machine is quiet enough to measure on."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _SOURCE = Path(__file__).resolve().parents[2]
 
 
 def record(device: torch.device) -> dict[str, Any]:
-    """Everything that a figure depends on, as JSON."""
-    # Installed into an environment inside another project, this is in that project's repository.
+    """Everything that measured times depend on, as values for JSON."""
+    # An installed package may be inside the repository of another project, whose commit does not count.
     commit = git("rev-parse", "HEAD") if git("ls-files", "--error-unmatch", "glow_kernels") else None
     return {
         "kind": "environment",
@@ -48,12 +48,12 @@ def record(device: torch.device) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """What the manufacturer calls it."""
+    """The manufacturer's name of the device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
 
 
 def git(*arguments: str) -> str | None:
-    """Output of git in the source tree; None where there is no git or no repository."""
+    """Output of git in the source tree; None if there is no git or no repository, or the command fails."""
     try:
         done = subprocess.run(["git", *arguments], cwd=_SOURCE, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -62,7 +62,7 @@ def git(*arguments: str) -> str | None:
 
 
 def warnings(device: torch.device) -> list[str]:
-    """Why times taken now may be wrong; empty on a quiet machine."""
+    """Reasons why times measured now may be wrong; empty on a quiet machine."""
     found = []
     cores = os.cpu_count() or 1
     if hasattr(os, "getloadavg") and (load := os.getloadavg()[0]) > 0.5 * cores:
@@ -88,7 +88,7 @@ def _throttled() -> str | None:
     if line is None:
         return None
     now, most, busy = (field.strip() for field in line.split(","))
-    # A part of a GPU (MIG) says "[N/A]".
+    # A MIG instance reports "[N/A]".
     is_busy = busy.isdecimal() and int(busy) > 10
     return f"GPU at {now} of {most} MHz and {busy}% busy before the start" if is_busy else None
 

@@ -1,4 +1,4 @@
-"""Counts the bytes of tensors that live at the same time; of fake tensors too, so at sizes that no machine here has."""
+"""Counts the bytes of tensors that are alive at the same time; also of fake tensors, of sizes that need no memory."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from glow_kernels.reversible.offload import Shelf
 
 
 def training_step_bytes(build: Callable[[], nn.Module], shape: Sequence[int], fake: bool = True) -> tuple[int, int]:
-    """Bytes kept after the forward, and the most at any time, of a training step.
+    """Bytes kept after the forward of a training step, and the peak during the step.
 
     Gradients of parameters do not count, nor do anchors once they have been offloaded to the host.
 
     Args:
-        build: makes a model whose call gives a log-density (B,).
-        shape: of its input.
-        fake: with tensors that have no values, of any size; otherwise with real ones.
+        build: makes a model whose call returns a log-density (B,).
+        shape: the shape of its input.
+        fake: use fake tensors, which have no values and need no memory, instead of real ones.
     """
     with FakeTensorMode() if fake else nullcontext():
         model = build()
@@ -52,10 +52,10 @@ def training_step_bytes(build: Callable[[], nn.Module], shape: Sequence[int], fa
 
 
 class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Bytes of the storages that operators made since the mode was entered: now, and at most.
+    """Counts the bytes of storages that operators have made since the mode was entered: ``now`` and at the ``peak``.
 
     Args:
-        ignored: modules whose parameters and buffers do not count, though operators make views of them.
+        ignored: modules whose parameters and buffers do not count, even if operators return views of them.
     """
 
     def __init__(self, ignored: Iterable[nn.Module] = ()) -> None:

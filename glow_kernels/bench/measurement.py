@@ -1,4 +1,4 @@
-"""One case of one operator: correctness first, then the times of all candidates side by side."""
+"""Measures one case of one operator: first correctness, then the times of all candidates side by side."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from glow_kernels.bench.results import Row
 from glow_kernels.bench.timing import Call, Times
 from glow_kernels.errors import in_brief
 
-# Copies of the inputs that are used in rotation, so that neither what a cache holds nor where a copy happens to lie
-# decides. Of tensors beyond every cache one is enough.
+# Copies of the inputs to use in rotation, so that neither cached data nor a copy's address decides the times. One copy
+# is enough for tensors larger than every cache.
 _ROTATION = 3
 ROTATED_BYTES = 16 << 20
-# So many different numbers are as good to copy as any.
+# A copy of this many different numbers, repeated, takes as long as a copy of random ones throughout.
 _DIFFERENT = 1 << 20
 
 
 class Session:
-    """Measures cases; what does not depend on the allocator is done once: compiling, checking, counting bytes.
+    """Measures cases; compiling, checking and counting bytes, which do not depend on the allocator, are done once.
 
     Args:
         with_compile: compare with ``torch.compile``, which takes seconds to compile.
-        backends: those to measure, unless told every one that computes on the device; the first is "ours" in the
+        backends: the backends to measure, by default all that compute on the device; the first is "ours" in the
             ratios.
     """
 
@@ -46,10 +46,10 @@ class Session:
         self._times: dict[tuple[Case, str], Times] = {}
 
     def measure(self, case: Case, seconds: float, series: str = "") -> Row:
-        """Time the copy, eager, ``torch.compile`` and our backends for so many seconds: a row of results.
+        """Time the copy, eager, ``torch.compile`` and our backends for ``seconds``, and return a row of results.
 
-        A case that is measured more than once has all its rounds in the later rows, those of every ``series`` for
-        themselves. Checking and compiling come on top. What raises an error or computes something wrong is named in
+        If a case is measured again in the same ``series``, its row includes the rounds of all earlier visits. Checking
+        and compiling take additional time. Candidates that raise an error or compute wrong results are named in
         ``wrong`` and not timed.
         """
         operator = operators.operator(case.operator)
@@ -90,14 +90,14 @@ class Session:
         grads: Sequence[Tensor],
         backends: Sequence[str],
     ) -> dict[str, list[Call]]:
-        """Eager, compiled and our backends, on the same inputs."""
+        """The calls of eager and compiled code and of our backends, on the same inputs."""
         functions = {"eager": operator.plain}
         if self._compiler is not None:
             functions["compile"] = self._compiler.functions(case)
         calls = {name: _prepared(function, case, copies, grads) for name, function in functions.items()}
         default = operators.backends_on(torch.device(case.device))[0]
         for backend in backends:
-            # The default one is measured without the cost of choosing.
+            # The default backend is measured without the cost of use_backend.
             choose = _default if backend == default else functools.partial(_on, backend)
             bound = _bound(choose, operator)
             calls[backend] = [choose(call) for call in _prepared(bound, case, copies, grads)]
@@ -111,7 +111,7 @@ class Session:
         candidates: Mapping[str, Sequence[Call]],
         backends: Sequence[str],
     ) -> tuple[dict[str, str], dict[str, int]]:
-        """What is wrong with which candidates, and the peak memory of the others."""
+        """The problem of each wrong candidate, and the peak memory of the others."""
         key = replace(case, allocator="tuned")
         if key not in self._checked:
             results, failed = _results(candidates)
@@ -152,23 +152,23 @@ def _replays(
     peaks: dict[str, int],
     ours: str,
 ) -> Row:
-    """The figures of CUDA graphs, which the host's cost of launching is not in, with the time of a ``call`` beside.
+    """The figures of replayed CUDA graphs, which exclude the host's launch overhead, and the time of a plain ``call``.
 
-    What cannot be captured is called among the replays.
+    Candidates that cannot be captured are called instead, in turn with the replays.
     """
     graphs = timing.as_graphs(candidates)
     times = timing.measure({name: graphs.get(name, call) for name, call in candidates.items()}, seconds, device)
     row = _figures(times, limits, peaks, ours)
     for name, candidate in row["candidates"].items():
         candidate |= {"call": calls.spread(name).as_row(), "replayed": name in graphs}
-    # The graphs' memory, which no other allocation can have.
+    # Frees the graphs' private memory pools, which no other allocation can use.
     graphs.clear()
     torch.cuda.empty_cache()
     return row
 
 
 def _limit(operator: Operator, case: Case) -> dict[str, Call]:
-    """A copy that moves the same bytes; where matrix products may take longer, also those."""
+    """A copy that moves the same bytes; where the matrix products may take longer, these too."""
     elements = operators.moved_bytes(case) // 2 // operators.DTYPES[case.dtype].itemsize
     few = torch.randn(min(elements, _DIFFERENT), device=case.device).to(operators.DTYPES[case.dtype])
     source = few.repeat(-(-elements // len(few)))[:elements]
@@ -184,7 +184,7 @@ def _limit(operator: Operator, case: Case) -> dict[str, Call]:
 def _prepared(
     functions: operators.Functions, case: Case, copies: Sequence[list[Tensor]], grads: Sequence[Tensor]
 ) -> list[Call]:
-    """A call for every copy; if what leads to it fails, as the forward of a backward, one that fails likewise."""
+    """A call for every copy; if preparing it fails, as the forward of a backward may, a call that raises the error."""
     try:
         return [operators.call(functions, case.direction, copy, grads) for copy in copies]
     except Exception as error:
@@ -197,7 +197,7 @@ def _prepared(
 
 
 def _bound(choose: Callable[[Function], Function], operator: Operator) -> operators.Functions:
-    """The operator's functions with the backend chosen, for what ``operators.call`` evaluates beforehand."""
+    """The operator's functions with the backend chosen, also for what ``operators.call`` evaluates in advance."""
     ours = operator.ours
     return operators.Functions(
         choose(ours.forward),
@@ -221,9 +221,9 @@ def _on(backend: str, function: Function) -> Function:
 
 
 def _results(candidates: Mapping[str, Sequence[Call]]) -> tuple[dict[str, list[Tensor]], dict[str, str]]:
-    """What the candidates compute, and what is wrong with those that raise an error.
+    """The results of the candidates, and the errors of those that fail.
 
-    The compiler and our backends may raise whatever they want; eager PyTorch and copies have to work.
+    The compiler and our backends may raise any exception; eager PyTorch and copies must work.
     """
     results, failed = {}, {}
     for name, calls in candidates.items():
@@ -244,13 +244,13 @@ def _wrong(
     results: Mapping[str, Sequence[Tensor]],
     backends: Iterable[str],
 ) -> dict[str, str]:
-    """What is wrong with the results of our backends, measured against the textbook in float64; empty if nothing is."""
-    with threads(os.cpu_count() or 1):  # on which the truth does not depend
+    """What is wrong with the results of our backends, compared with the textbook in float64; empty if nothing is."""
+    with threads(os.cpu_count() or 1):  # just to be fast: the truth does not depend on it
         wide, wide_grads = [argument.double() for argument in arguments], [grad.double() for grad in grads]
         truth = operators.tensors(operators.call(operator.plain, case.direction, wide, wide_grads)())
         eager = results["eager"]
         if case.dtype == "float64" and operator.products:
-            # Eager PyTorch is the truth itself; what its sums are worth shows when they are taken in the reverse order.
+            # Eager PyTorch is the truth itself here; summing in reverse order shows how large its rounding errors are.
             reverse = operators.call(operator.plain, case.direction, _reversed(wide), _reversed(wide_grads))
             eager = _reversed(operators.tensors(reverse()))
     problems = {name: inaccuracy(results[name], truth, eager) for name in backends if name in results}
@@ -258,14 +258,14 @@ def _wrong(
 
 
 def _reversed(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Samples, channels and positions in reverse order: of all arguments, a linear map has its results so."""
+    """Reverse every dimension; a linear map of reversed arguments gives the reversed results."""
     return [tensor.flip(*range(tensor.dim())) for tensor in tensors]
 
 
 def inaccuracy(actual: Sequence[Tensor], truth: Sequence[Tensor], eager: Sequence[Tensor]) -> str | None:
     """Apply the accuracy rule: at most twice the error of eager PyTorch plus a few units in the last place.
 
-    Units count at the size of the partial sums that an element is made of, as rounding errors do.
+    The unit is that of the partial sums behind an element, since rounding errors scale with their size.
     """
     if len(actual) != len(truth):
         return f"{len(actual)} results, not {len(truth)}"
@@ -288,7 +288,7 @@ def _error(result: Tensor, truth: Tensor) -> float:
 
 @contextlib.contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Compute with so many threads inside."""
+    """Compute with ``count`` threads inside."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

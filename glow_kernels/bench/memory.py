@@ -8,18 +8,18 @@ from collections.abc import Callable
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-# The profiler's own library announces every start and stop on standard error otherwise.
+# Otherwise Kineto, the profiler's library, announces every start and stop on standard error.
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 
 def peak_extra_bytes(call: Callable[[], object], device: torch.device, *, keeps: bool = True) -> int:
-    """Most bytes that PyTorch's allocator held at once during ``call`` beyond those before it, results included.
+    """Peak bytes that PyTorch's allocator held during ``call``, results included, beyond those held before it.
 
     Args:
-        call: what to measure.
-        device: where it computes.
-        keeps: whether a call leaves tensors that the next one frees, as gradients of parameters; on a CPU there are two
-            calls then.
+        call: the call to measure.
+        device: the device on which it computes.
+        keeps: whether a call leaves tensors that the next call frees, such as gradients of parameters; on a CPU it is
+            then called twice.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -28,10 +28,10 @@ def peak_extra_bytes(call: Callable[[], object], device: torch.device, *, keeps:
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    # Without acc_events PyTorch up to 2.12 warns of what happens between cycles, of which there is one.
+    # Without acc_events PyTorch up to 2.12 warns about events between cycles, though there is only one cycle.
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         if keeps:
-            call()  # of what is allocated before, the profiler does not know the size
+            call()  # allocates under the profiler, which does not know the sizes of earlier allocations
         with record_function("measured"):
             result = call()
     del result

@@ -1,4 +1,4 @@
-"""Whole models: training steps, sampling, and time and memory by depth, batch and image size; others beside them."""
+"""Measures whole models: training steps, sampling, and other packages by depth, batch and image size."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from glow_kernels.models import Glow
 from glow_kernels.nn import FlowStep
 
 Sizes = dict[str, int]
-# The first is the one of the goal for training.
+# The goals for training are for the first.
 GLOWS = (
     {"steps": 8, "levels": 2, "hidden": 64, "image_size": 32, "batch": 16},
     {"steps": 4, "levels": 3, "hidden": 64, "image_size": 64, "batch": 4},
 )
 QUICK_GLOWS = ({"steps": 2, "levels": 2, "hidden": 32, "image_size": 32, "batch": 8},)
 CHAIN = {"steps": 4, "channels": 12, "hidden": 64, "image_size": 16, "batch": 8}
-# What varies while the rest stays, and seconds for a point of the curve.
+# The variable of each curve and its values; the other sizes are those of CHAIN.
 CURVES = {"steps": (1, 4, 16, 64), "batch": (1, 4, 16, 32), "image_size": (8, 16, 32, 48)}
 QUICK_CURVES = {"steps": (1, 8)}
-# The rest of the table is on the curves at the sizes of CHAIN.
+# The chains on the curves; the others are measured only at the sizes of CHAIN.
 ON_CURVES = ("glow_kernels", "glow_kernels anchor", "glow_kernels invert", "checkpoint", "normflows", "memcnn")
 
 
@@ -40,7 +40,7 @@ class Models:
 
     Args:
         device: where to compute.
-        with_compile: also the reference under ``torch.compile``.
+        with_compile: also measure the reference under ``torch.compile``.
     """
 
     def __init__(self, device: torch.device, writer: Writer, show: Show, *, with_compile: bool) -> None:
@@ -52,7 +52,7 @@ class Models:
         """All parts."""
         found = []
         for index, sizes in enumerate(QUICK_GLOWS if quick else GLOWS):
-            # Of one model, since compiling takes longer than all the rest.
+            # Only the first model is compiled, since compiling takes longer than all the rest.
             compiles = self._with_compile and index == 0
             seconds = 15.0 if quick else 50.0 if compiles else 15.0
             found.append(self._task("training_step", seconds, self.training, sizes, compiles))
@@ -67,7 +67,7 @@ class Models:
         return found
 
     def training(self, seconds: float, part: str, sizes: Sizes, compiles: bool) -> None:
-        """A training step of a Glow by every backend, plain, reversible and compiled."""
+        """A training step of a Glow with every backend, and also reversible and compiled."""
         x = torch.rand(_images(sizes, 3), device=self._device) - 0.5
         calls: dict[str, Call] = {}
         for backend in self._backends:
@@ -78,14 +78,14 @@ class Models:
             name = "reference compiled"
             try:
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # of the compiler, about itself
+                    warnings.simplefilter("ignore")  # the compiler's warnings about itself
                     calls[name] = _on("reference", glow_step(compiled(self._glow(sizes), x), x))
-            except Exception as error:  # whatever the compiler raises
+            except Exception as error:  # the compiler may raise anything
                 self._show(f"{name} cannot be measured: {in_brief(error)}")
         self._time(part, sizes, calls, seconds)
 
     def sampling(self, seconds: float, part: str, sizes: Sizes) -> None:
-        """Throughput of a batch and latency of one image."""
+        """The throughput of a batch and the latency of one image."""
         model = self._glow(sizes)
         model.initialize(torch.rand(_images(sizes, 3), device=self._device) - 0.5)
         model.eval()
@@ -95,25 +95,25 @@ class Models:
             self._time(part, {**sizes, "batch": number}, calls, seconds / 2)
 
     def chain(self, seconds: float, part: str, sizes: Sizes, names: Sequence[str]) -> None:
-        """A training step of the same chain in other packages; memcnn and checkpointing save memory."""
+        """A training step of the same chain in each package of ``names``."""
         x = torch.randn(_images(sizes, sizes["channels"]), device=self._device)
         calls: dict[str, Call] = {}
         for name in names:
             torch.manual_seed(0)
             try:
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # of other packages, about functions that PyTorch will remove
+                    warnings.simplefilter("ignore")  # other packages use functions that PyTorch has deprecated
                     chain = chains.CHAINS[name](sizes["channels"], sizes["hidden"], sizes["steps"], sizes["image_size"])
                     chain[1].to(self._device)
                     calls[name] = chains.training_step(chain, x)
-            except Exception as error:  # whatever a package of others raises
+            except Exception as error:  # other packages may raise anything
                 self._show(f"{name} cannot be measured: {in_brief(error)}")
         self._time(part, sizes, calls, seconds)
 
     def _task(self, part: str, seconds: float, measure: Callable[..., None], sizes: Sizes, *others: Any) -> Task:
         def run(allowed: float) -> None:
-            tune_allocator()  # as the operators do, which come first in a run of everything
-            # Building, warming up and counting bytes take the rest.
+            tune_allocator()  # a run of all parts has done so by now, in the part "operators"
+            # Building, warming up and counting bytes take the rest of the time.
             measure(0.6 * allowed, part, sizes, *others)
 
         return Task(f"{part}, {_title(sizes)}", seconds, run)
@@ -154,7 +154,7 @@ class Models:
 
 
 def glow_step(model: Glow, x: Tensor) -> Call:
-    """Gradients of the mean negative log-density of ``x``."""
+    """A function that computes the gradients of the mean negative log-density of ``x``."""
 
     def step() -> Tensor:
         for parameter in model.parameters():
@@ -167,10 +167,10 @@ def glow_step(model: Glow, x: Tensor) -> Call:
 
 
 def compiled(model: Glow, x: Tensor) -> Glow:
-    """The same model by the reference, every step of flow under ``torch.compile``.
+    """``model`` with the reference backend and every flow step under ``torch.compile``.
 
-    Steps of one level share their compilation: three instead of a hundred for a deep Glow, and no fusion is lost, since
-    a step ends in a coupling whose network begins the next.
+    Steps of one level share a compilation, so a deep Glow needs three instead of a hundred. No fusion is lost, since
+    the coupling that ends a step is followed by the matrix product that begins the next.
     """
     with use_backend("reference"):
         model.train()

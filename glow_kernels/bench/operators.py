@@ -1,4 +1,4 @@
-"""The operators under measurement: what is compared, on which shapes, and what it must move."""
+"""The measured operators: what they are compared with, on which shapes, and how many bytes they must move."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from glow_kernels.ops.affine_coupling import resolve_scale_map
 Function = Callable[..., Any]
 Shape = tuple[int, int, int, int]
 
-# (B, C, H, W) at the levels of a Glow for images of 32, 64 and 256 pixels, and two that no cache holds.
+# (B, C, H, W) at the levels of a Glow for images of 32, 64 and 256 pixels, and two that fit in no cache.
 BANDWIDTH_SHAPES: tuple[Shape, ...] = ((64, 12, 128, 128), (32, 48, 64, 64))
 STANDARD_SHAPES: tuple[Shape, ...] = (
     *((64, 12, 16, 16), (64, 24, 8, 8), (64, 48, 4, 4)),
@@ -31,17 +31,17 @@ STANDARD_SHAPES: tuple[Shape, ...] = (
     *BANDWIDTH_SHAPES,
 )
 QUICK_SHAPES: tuple[Shape, ...] = ((64, 12, 16, 16), (4, 12, 128, 128), (4, 96, 16, 16))
-# forward and backward record a graph, no_grad and inverse do not.
+# forward and backward use an autograd graph, no_grad and inverse do not.
 DIRECTIONS = ("forward", "no_grad", "inverse", "backward", "forward_backward", "reversible_backward")
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-# Above this many channels the matrix product, not memory, limits the linear map.
+# Above this many channels the linear map is limited by the matrix product, not by memory.
 LARGEST_MEMORY_BOUND_CHANNELS = 48
 
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to measure."""
+    """An operator and direction with the conditions under which it is measured."""
 
     operator: str
     direction: str
@@ -53,12 +53,12 @@ class Case:
     device: str = "cpu"
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON."""
+        """The case as values for JSON."""
         return {**asdict(self), "shape": list(self.shape)}
 
     @property
     def data_bytes(self) -> int:
-        """Of the tensor (B, C, H, W)."""
+        """Bytes of the tensor (B, C, H, W)."""
         return math.prod(self.shape) * int(DTYPES[self.dtype].itemsize)
 
 
@@ -66,7 +66,7 @@ class Case:
 class Functions:
     """One implementation: forward, inverse, and the reversible backward of (grad, grad_log_det, output, *others).
 
-    Without a reversible backward of its own it is the inverse, then the forward, then its backward.
+    If there is no reversible backward, inverse, forward and backward are run in sequence instead.
     """
 
     forward: Function
@@ -76,14 +76,14 @@ class Functions:
 
 @dataclass(frozen=True)
 class Operator:
-    """An operator: ours, the textbook's, and random arguments, of which the first is the data.
+    """An operator: our and the textbook's implementation, and random arguments, of which the first is the data.
 
     Attributes:
-        moved: for every direction, read and written tensors in units of the data's bytes: what the limit copies.
+        moved: for every direction, the bytes read and written, in units of the data's bytes; the limit copies as many.
             Parameters of C and C x C elements do not count.
-        products: matrix products of the data's size for every direction.
-        is_fast: whether another backend than the reference takes such arguments, for an operator that a model calls
-            only then; elsewhere it is not measured.
+        products: for every direction, the number of matrix products of the data's size.
+        is_fast: for an operator that models call only if a backend other than the reference takes the arguments:
+            whether one does. Otherwise the case is not measured.
     """
 
     name: str
@@ -109,7 +109,7 @@ def _linear_arguments(case: Case) -> list[Tensor]:
 
 
 def _folded_arguments(case: Case) -> list[Tensor]:
-    """Data, M and v."""
+    """Data, matrix M and shift v."""
     x, _, bias, weight = _linear_arguments(case)
     return [x, weight, bias]
 
@@ -120,13 +120,13 @@ def _half_arguments(case: Case) -> list[Tensor]:
 
 
 def _across_steps_arguments(case: Case) -> list[Tensor]:
-    """Data, the network's output for half of it, M and v."""
+    """Data, the network's output for half of them, matrix M and shift v."""
     z, matrix, shift = _folded_arguments(case)
     return [z, _random(case.shape, case), matrix, shift]
 
 
 def _coupling_conv1x1(*arguments: Tensor) -> Any:
-    """With the options of the textbook's coupling."""
+    """``coupling_conv1x1`` with the options of the textbook's coupling."""
     return coupling_conv1x1.forward(*arguments, *_COUPLING)
 
 
@@ -159,14 +159,14 @@ OPERATORS = {
             },
         ),
         Operator(
-            "folded_conv1x1",  # what a chain of steps runs, which folds all of them beforehand
+            "folded_conv1x1",  # what a chain runs, which folds the linear maps of all its steps in advance
             Functions(apply_folded),
             Functions(textbook.folded_conv1x1),
             _folded_arguments,
             moved={"forward": 2, "no_grad": 2, "backward": 3, "forward_backward": 5},
             products={"forward": 1, "no_grad": 1, "backward": 2, "forward_backward": 3},
         ),
-        # The data of the coupling and of the density is half a tensor: 1/2; h is 1.
+        # For the coupling and the density, the data is half a tensor and counts 1/2; h counts 1.
         Operator(
             "affine_coupling",
             Functions(ops.affine_coupling, ops.affine_coupling_inverse, ops.affine_coupling_reversible_backward),
@@ -183,7 +183,7 @@ OPERATORS = {
             products={},
         ),
         Operator(
-            "coupling_conv1x1",  # from one step of a chain to the next
+            "coupling_conv1x1",  # the coupling of one step of a chain and the linear map of the next
             Functions(_coupling_conv1x1),
             Functions(textbook.coupling_conv1x1),
             _across_steps_arguments,
@@ -217,10 +217,10 @@ OPERATORS = {
 
 
 def operator(name: str) -> Operator:
-    """The operator of this name.
+    """The operator called ``name``.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is no such operator.
     """
     if name not in OPERATORS:
         raise UsageError(f"operator must be one of {', '.join(OPERATORS)}, got {name!r}")
@@ -228,19 +228,19 @@ def operator(name: str) -> Operator:
 
 
 def is_measured(case: Case) -> bool:
-    """Whether the operator has this direction, and a backend that is worth measuring."""
+    """Whether the operator has this direction, and a backend that a model would use for it."""
     operator = OPERATORS[case.operator]
     if operator.is_fast is None or case.direction not in operator.moved:
         return case.direction in operator.moved
-    # The device, the type and the number of channels decide.
+    # Only the device, the dtype and the number of channels matter.
     return operator.is_fast(*operator.arguments(replace(case, shape=(1, case.shape[1], 1, 1))))
 
 
 def parse_shape(text: str) -> Shape:
-    """``64x12x16x16``.
+    """Parse a shape such as ``64x12x16x16``.
 
     Raises:
-        UsageError: not four whole numbers of at least 1, or an odd number of channels.
+        UsageError: the text is not four whole numbers of at least 1, or the number of channels is odd.
     """
     parts = text.lower().split("x")
     if len(parts) != 4 or not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
@@ -252,7 +252,7 @@ def parse_shape(text: str) -> Shape:
 
 
 def backends_on(device: torch.device) -> tuple[str, ...]:
-    """Those that compute on this device themselves, in order of preference; the reference is the last."""
+    """Backends with kernels of their own for this device, in order of preference, and last the reference."""
     x = torch.zeros(1, 2, 2, 2, device=device)
 
     def computes(backend: str) -> bool:
@@ -262,13 +262,13 @@ def backends_on(device: torch.device) -> tuple[str, ...]:
 
 
 def moved_bytes(case: Case) -> int:
-    """What the operator must read and write, as declared."""
+    """Bytes that the operator must read and write, from :attr:`Operator.moved`."""
     return round(operator(case.operator).moved[case.direction] * case.data_bytes)
 
 
 def upstream(operator: Operator, case: Case, arguments: Sequence[Tensor]) -> list[Tensor]:
     """A random gradient for every result of the forward."""
-    with torch.no_grad():  # of their shapes, computed without numbers
+    with torch.no_grad():  # on meta tensors, since only the shapes of the results are needed
         results = _as_list(operator.plain.forward(*(argument.to("meta", torch.float64) for argument in arguments)))
     dtypes = [arguments[0].dtype if result.dim() == 4 else _log_det_dtype(case) for result in results]
     return [
@@ -279,7 +279,7 @@ def upstream(operator: Operator, case: Case, arguments: Sequence[Tensor]) -> lis
 def call(functions: Functions, direction: str, arguments: Sequence[Tensor], grads: Sequence[Tensor]) -> Function:
     """The computation of one direction, as a function without arguments that returns its results.
 
-    What leads to it, as the forward of a backward alone, is done here and not in the function.
+    Preparations, such as the forward for ``"backward"``, are done here and not in the function.
     """
     forward = functions.forward
     leaves = [argument.detach().requires_grad_() for argument in arguments]
@@ -299,7 +299,7 @@ def call(functions: Functions, direction: str, arguments: Sequence[Tensor], grad
 
 
 def without_graph(functions: Functions, direction: str, arguments: Sequence[Tensor]) -> Function:
-    """That of ``no_grad`` or ``inverse``, for a caller that records no graph."""
+    """The computation of ``no_grad`` or ``inverse``; the caller must disable gradients."""
     function = functions.forward if direction == "no_grad" else functions.inverse
     assert function is not None
     return functools.partial(function, *arguments)
@@ -308,7 +308,7 @@ def without_graph(functions: Functions, direction: str, arguments: Sequence[Tens
 def _restore_and_differentiate(
     functions: Functions, arguments: Sequence[Tensor], grads: Sequence[Tensor]
 ) -> list[Tensor]:
-    """What a backward that starts from the output takes otherwise."""
+    """The reversible backward of an implementation that has none: inverse, forward, backward."""
     with torch.no_grad():
         data = _as_list(functions.inverse(*arguments))[0]  # type: ignore[misc]
     leaves = [argument.detach().requires_grad_() for argument in (data, *arguments[1:])]

@@ -1,4 +1,4 @@
-"""What a call costs on next to no data: one image of 8x8, against one elementwise operation of PyTorch."""
+"""Measures the overhead of a call: its time on one 8x8 image, relative to one elementwise operation of PyTorch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SHAPE = (1, 12, 8, 8)
 
 
 def tasks(device: torch.device, writer: Writer, show: Show) -> list[Task]:
-    """Measure every operator and direction that runs without a graph."""
+    """A task for every operator and direction that runs without an autograd graph."""
 
     def measure(case: Case, seconds: float) -> None:
         row = _measure(case, seconds, device)
@@ -44,7 +44,7 @@ def _measure(case: Case, seconds: float, device: torch.device) -> Row:
         "ours": [operators.without_graph(operator.ours, case.direction, arguments)],
     }
     tune_allocator()
-    with threads(case.threads), torch.no_grad():  # which takes as long to enter as half of a call
+    with threads(case.threads), torch.no_grad():  # outside the timing: entering it takes half as long as a call
         times = timing.measure(candidates, seconds, device)
     return {
         "kind": "overhead",

@@ -1,4 +1,4 @@
-"""A page from rows of results: one HTML file that needs no other, and its plots as PNG."""
+"""Writes the report of rows of results: one self-contained HTML file, and its plots as PNG files."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ tbody tr:hover { background: #f3f7fb; } summary { cursor: pointer; font-weight: 
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1.2rem; margin: .4rem 0; }
 dt { color: var(--soft); } dd { margin: 0; }
 """
-# A click on a column's head sorts by it, numbers as numbers; a second one the other way.
+# A click on a column's header sorts by it, numbers by value; a second click reverses the order.
 _SCRIPT = """
 document.querySelectorAll("th").forEach(head => head.addEventListener("click", () => {
   const column = [...head.parentNode.children].indexOf(head), body = head.closest("table").tBodies[0];
@@ -76,10 +76,10 @@ _MODEL_HEADER = ("implementation", "ms", "p20", "p80", "images/s", "time / ours"
 
 
 def write(rows: Sequence[Row], folder: Path) -> list[Path]:
-    """Write ``report.html``, which needs no other file, and its plots as PNG.
+    """Write ``report.html``, which needs no other file, and its plots as PNG files; returns their paths.
 
     Raises:
-        MissingDependencyError: there is no matplotlib.
+        MissingDependencyError: matplotlib is not installed.
         DataError: the folder cannot be written.
     """
     figures = {name: draw(rows) for name, draw in plots.PLOTS.items()}

@@ -1,4 +1,4 @@
-"""A run: measurements one after the other, in a time that is known beforehand."""
+"""Runs measurements one after the other within a planned time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Show = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Task:
-    """A measurement: ``run`` is given the seconds that it may take, at most ``seconds``; a heading has none."""
+    """A measurement: ``run`` gets the seconds that it may take, at most ``seconds``; 0 for a heading."""
 
     name: str
     seconds: float
@@ -20,10 +20,10 @@ class Task:
 
 
 def run(tasks: Sequence[Task], limit: float, show: Show, *, strict: bool = False) -> None:
-    """Run all tasks; where they need more than ``limit`` seconds together, each gets its share of what is left.
+    """Run all tasks; if they need more than ``limit`` seconds together, each gets its share of the time left.
 
-    What a task saves, or takes too much, goes to those after it; if nothing is left, each takes the least that it can,
-    or with ``strict`` is left out. A terminal shows a bar with the time left.
+    Time that a task saves or overruns is shared among the later ones. When no time is left, each of them takes the
+    least that it can, or is left out if ``strict``. A terminal shows a progress bar with the time left.
     """
     planned = sum(task.seconds for task in tasks)
     limit = min(limit, planned)
@@ -44,7 +44,7 @@ def run(tasks: Sequence[Task], limit: float, show: Show, *, strict: bool = False
 
 
 def duration(seconds: float) -> str:
-    """In words."""
+    """A duration as text."""
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
 
 
@@ -55,7 +55,7 @@ def _bar(limit: float) -> Iterator[Callable[[float, str], None]]:
     except ImportError:
         yield lambda time_left, name: None
         return
-    # Only where standard error is a terminal.
+    # disable=None shows the bar only if standard error is a terminal.
     with tqdm(total=limit, disable=None, leave=False, bar_format="{percentage:3.0f}%|{bar:30}| {desc}") as bar:
 
         def update(time_left: float, name: str) -> None:

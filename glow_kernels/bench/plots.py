@@ -1,4 +1,4 @@
-"""Plots from rows of results, and nothing else."""
+"""Plots made from rows of results only."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _OURS = "#1f5a99"
 
 
 def main_rows(rows: Sequence[Row]) -> list[Row]:
-    """Operators under the first condition measured with a tuned allocator, in float32: what most plots show."""
+    """The rows that most plots show: operators under the first condition measured with a tuned allocator."""
     chosen = table.measured(rows)
     tuned = [row for row in chosen if row["case"]["allocator"] == "tuned"] or chosen
     if not tuned:
@@ -55,7 +55,7 @@ def speedups(rows: Sequence[Row]) -> Figure | None:
 
 
 def percent_of_limit(rows: Sequence[Row]) -> Figure | None:
-    """Bars: how close ours, eager and compiled code come to a copy of the same bytes."""
+    """Bars: how close our, eager and compiled code come to the limit."""
     measured = main_rows(rows)
     if not measured:
         return None
@@ -79,7 +79,7 @@ def percent_of_limit(rows: Sequence[Row]) -> Figure | None:
 
 
 def roofline(rows: Sequence[Row]) -> Figure | None:
-    """The linear map under its two roofs, and the bandwidth of every operator by size."""
+    """Scatter plots: the roofline of the linear map, and the bandwidth of every operator by size."""
     measured = main_rows(rows)
     if not measured:
         return None
@@ -140,7 +140,7 @@ def training(rows: Sequence[Row]) -> Figure | None:
     for index, (title, group) in enumerate(groups.items()):
         names = [row["case"]["implementation"] for row in group]
         times = [1e3 * row["seconds"][0] for row in group]
-        peaks = [row.get("peak_extra_bytes", 0) / 1e6 for row in group]  # which a replayed graph has not
+        peaks = [row.get("peak_extra_bytes", 0) / 1e6 for row in group]  # rows of replayed graphs have no peak
         for axis, values, unit in zip(
             axes[2 * index :], (times, peaks), ("milliseconds", "peak memory, MB"), strict=False
         ):
@@ -190,7 +190,7 @@ def curves(rows: Sequence[Row]) -> Figure | None:
 
 
 def learning(rows: Sequence[Row]) -> Figure | None:
-    """Lines: bits/dim of a real training by seconds and by steps."""
+    """Lines: bits/dim of a training run by seconds and by steps."""
     measured = list(results.of_kind(rows, "curve"))
     if not measured:
         return None
@@ -206,7 +206,7 @@ def learning(rows: Sequence[Row]) -> Figure | None:
                 axis.plot(xs, ys, style, color=color, markersize=4, label=f"{name}: {what}")
     for axis, unit in zip(axes, ("seconds since the run began", "steps"), strict=True):
         axis.set(xscale="log", xlabel=unit, ylabel="bits/dim")
-        if begun:  # the first batches are far above all others
+        if begun:  # without the first batches, which are far above all others
             axis.set_ylim(min(begun) - 0.1, max(begun) + 0.1)
         axis.grid(alpha=0.3)
         _plain_numbers(axis)
@@ -219,13 +219,13 @@ def _numbers(values: Sequence[float | None]) -> list[float]:
 
 
 def _medians(points: Sequence[Sequence[float | None]]) -> list[list[float]]:
-    """Of every five points, since batches differ."""
+    """The median of every five points, to smooth the differences between batches."""
     fives = [[_numbers(point) for point in points[first : first + 5]] for first in range(0, len(points), 5)]
     return [[statistics.median(values) for values in zip(*five, strict=True)] for five in fives]
 
 
 def activations(rows: Sequence[Row]) -> Figure | None:
-    """Lines: peak and kept activations of the published benchmark by depth."""
+    """Lines: peak and kept bytes of activations by depth, at the sizes of the published benchmark."""
     measured = list(results.of_kind(rows, "memory"))
     if not measured:
         return None
@@ -257,14 +257,14 @@ PLOTS: dict[str, Callable[[Sequence[Row]], Any]] = {
 
 
 def png(figure: Figure) -> bytes:
-    """As a file."""
+    """The figure as the bytes of a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
 
 
 def _operations(row: Row) -> float:
-    """Floating-point operations of the matrix products."""
+    """The number of floating-point operations in the matrix products."""
     case = row["case"]
     products = OPERATORS[case["operator"]].products[case["direction"]]
     return 2.0 * products * float(case["shape"][1] * math.prod(case["shape"]))
@@ -278,17 +278,17 @@ def _ours(group: Sequence[Row]) -> list[str]:
 def _heat_map(axis: Any, values: list[list[float]]) -> None:
     import matplotlib.colors
 
-    axis.set_facecolor("#d8d8d8")  # what was not measured, unlike the white of equal times
+    axis.set_facecolor("#d8d8d8")  # gray for cells without a measurement, since white means equal times
     axis.imshow(values, cmap="RdBu", norm=matplotlib.colors.LogNorm(1 / 8, 8), aspect="auto")
     for line, entries in enumerate(values):
         for column, value in enumerate(entries):
-            if value == value:  # not NaN, which nothing measured
+            if value == value:  # not NaN, which means not measured
                 color = "white" if value > 4 or value < 1 / 4 else "black"
                 axis.text(column, line, f"{value:.1f}", ha="center", va="center", fontsize=9, color=color)
 
 
 def _plain_numbers(axis: Any) -> None:
-    """Of logarithmic axes: 40 instead of 4 x 10^1."""
+    """Label logarithmic axes with 40 instead of 4 x 10^1."""
     from matplotlib.ticker import LogLocator
 
     for one in (axis.xaxis, axis.yaxis):

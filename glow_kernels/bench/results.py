@@ -1,4 +1,4 @@
-"""The file of results: JSON lines, each with the format's version, the run it belongs to, and its kind."""
+"""Files of results: JSON lines, each with the format's version, the run it belongs to, and its kind."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from glow_kernels.bench import environment
 from glow_kernels.errors import DataError, UsageError
 
 VERSION = 2
-# The rest of a measured number is noise, and the file is committed.
+# Significant digits of a number; further ones are noise that only makes the committed files larger.
 _DIGITS = 4
 FOLDER = Path("benchmarks/results")
 _WITHOUT_CASE = ("environment", "warning")
-# What the first line of a file begins with.
+# The beginning of every file of results.
 _START = f'{{"version":{VERSION},'
 
 Row = dict[str, Any]
 
 
 class Writer:
-    """Appends rows of one run to ``path``, each at once: what was measured before an interruption stays.
+    """Appends rows of one run to ``path`` immediately, so an interruption loses none.
 
     Raises:
         DataError: the file cannot be written.
@@ -43,7 +43,7 @@ class Writer:
         self.rows.append(row)
 
     def finish(self) -> None:
-        """Drop the rows of this run that later ones of the same case replace: first visits, which count in the last.
+        """Drop rows of this run that a later row of the same case replaces, since it includes the earlier visits.
 
         Raises:
             DataError: the file cannot be read or written.
@@ -55,17 +55,17 @@ class Writer:
 
 
 def prepare(path: Path) -> None:
-    """Make the folder and the file, and drop a line that an interrupted run cut short.
+    """Make the folder and the file if needed, and drop a last line that an interrupted run cut short.
 
     Raises:
-        DataError: the file cannot be written, or is not one that rows of this version can be appended to.
+        DataError: the file cannot be written, or rows of this version cannot be appended to it.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     except OSError as error:
         raise DataError(f"results cannot be written to {path}: {error.strerror}") from error
-    # What is written is read again: a device may have no end, and a pipe waits for others.
+    # The file is read back, which might never end on a device or a pipe.
     if not path.is_file():
         raise DataError(f"results cannot be written to {path}: it is not a regular file")
     text = _read_text(path)
@@ -91,7 +91,7 @@ def append(path: Path, row: Row) -> None:
 
 
 def read(path: Path) -> list[Row]:
-    """All rows of a file. A last line cut short, by an interruption, is left out with a warning.
+    """All rows of a file. A last line cut short by an interruption is left out with a warning.
 
     Raises:
         DataError: the file cannot be read, is damaged, or was written by another version.
@@ -124,7 +124,7 @@ def _parse(text: str, name: str) -> list[Row]:
             row = json.loads(line)
         except ValueError as error:
             raise DataError(f"results {name}, line {number}: not JSON ({error})") from error
-        # To Python true is an int.
+        # Not isinstance: in Python True is also an int.
         if not isinstance(row, dict) or type(row.get("version")) is not int:
             raise DataError(f"results {name}, line {number}: not a row of benchmark results")
         if row["version"] > VERSION:
@@ -145,7 +145,7 @@ def _parse(text: str, name: str) -> list[Row]:
 
 
 def select(name: str, folder: Path = FOLDER) -> list[Row]:
-    """Rows of a file, or, if ``name`` is a git revision, of all files in ``folder`` as they were committed then.
+    """Rows of a file, or, if ``name`` is a git revision, of all files in ``folder`` as committed at that revision.
 
     Raises:
         UsageError: ``name`` is neither.
@@ -173,9 +173,9 @@ def of_kind(rows: Sequence[Row], kind: str) -> Iterator[Row]:
 
 
 def by_device(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Rows by the name of the device that their run was on: a case is named the same on all CPUs, and on all GPUs.
+    """Rows grouped by the name of their run's device, since cases only distinguish CPU and GPU.
 
-    Runs that do not say where they were, as the stages of ``make gpu``, are left out beside others that do.
+    Runs without an environment row, such as the stages of ``make gpu``, are left out unless no run has one.
     """
     devices = {row["run"]: str(row.get("device")) for row in rows if row["kind"] == "environment"}
     groups = {
@@ -185,12 +185,12 @@ def by_device(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def key(row: Row) -> str:
-    """What names a case across runs."""
+    """A string that identifies a case across runs."""
     return json.dumps(row["case"], sort_keys=True)
 
 
 def _name(row: Row) -> tuple[Any, ...]:
-    """What rows share of which the last counts."""
+    """The key that a row shares with those it replaces."""
     return row["run"], row["kind"], key(row) if "case" in row else json.dumps(row, sort_keys=True)
 
 
@@ -207,7 +207,7 @@ def _rounded(value: Any) -> Any:
 
 
 def _without_cut_line(text: str) -> str:
-    """All lines, each with its end, but a last one that an interrupted run cut short."""
+    """The text without a last line that an interrupted run cut short; every line ends with a newline."""
     end = text.rfind("\n") + 1
     try:
         json.loads(text[end:])

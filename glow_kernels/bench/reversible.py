@@ -1,4 +1,4 @@
-"""What reversible training promises: little memory, gradients like those of plain autograd, also for a bad image."""
+"""Measures what reversible training promises: little memory, and the gradients of plain autograd even with bad data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from glow_kernels.models import Glow
 # The published benchmark of activation memory: InvertibleNetworks.jl, JOSS 9(99), 2024, figure 2.
 BATCH, SIZE, HIDDEN, LEVELS, DEEPEST = 8, 256, 256, 3, 80
 STATE_BYTES = 4 * BATCH * 3 * SIZE * SIZE
-# Every level has half of the state of the one before.
+# The state of every level has half as many elements as that of the level before.
 ALL_STATES_BYTES = sum(STATE_BYTES >> level for level in range(LEVELS))
 ANCHOR, MICRO_BATCHES, INVERT = "anchor 4", "anchor 6, 8 micro-batches", "invert"
 _OPTIONS: dict[str, dict[str, Any]] = {
@@ -30,17 +30,17 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 
 
 class Reversible:
-    """Measures each promise into one file."""
+    """Measures each promise and writes the results to one file."""
 
     def __init__(self, device: torch.device, writer: Writer, show: Show) -> None:
         self._device, self._writer, self._show = device, writer, show
 
     def tasks(self, *, quick: bool) -> list[Task]:
-        """In a quick run only what takes a second."""
+        """The tasks; in a quick run only the short one."""
         found = [Task("gradients of a reversible chain", 4.0, lambda _: self.gradients(4 if quick else 64))]
         if quick:
             return found
-        # The deepest chain takes long, and follows from the exact slope.
+        # The deepest chain takes long, and its memory can be extrapolated exactly.
         for policy, steps, seconds in (
             (ANCHOR, 8, 3.0),
             (ANCHOR, 16, 5.0),
@@ -54,7 +54,7 @@ class Reversible:
         return found
 
     def memory(self, policy: str, steps: int, _: float = 0.0) -> None:
-        """Activations of a training step of the published benchmark, counted with fake tensors."""
+        """Count the activations of a training step of the published benchmark with fake tensors."""
         with use_backend("reference"):
             kept, peak = training_step_bytes(
                 lambda: Glow(3, SIZE, steps, LEVELS, HIDDEN, **_OPTIONS[policy]), (BATCH, 3, SIZE, SIZE)
@@ -64,7 +64,7 @@ class Reversible:
         self._show(f"activations, {policy}, {steps} steps: kept {kept / 1e9:.3f} GB, peak {peak / 1e9:.3f} GB")
 
     def gradients(self, steps: int) -> None:
-        """How far the gradients of a chain with anchors are from those of plain autograd."""
+        """Compare the gradients of a chain with anchors with those of plain autograd."""
         found = []
         for name in ("glow_kernels", "glow_kernels anchor"):
             torch.manual_seed(0)
@@ -75,7 +75,7 @@ class Reversible:
         self._write("gradients", steps, found)
 
     def bad_row(self, steps: int = 32, iterations: int = 150) -> None:
-        """The same for a trained Glow and a batch of which one image has one row of noise."""
+        """Compare the gradients of a trained Glow for a batch in which one image has a row of noise."""
         from glow_kernels.training import data
 
         try:

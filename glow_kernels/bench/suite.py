@@ -18,22 +18,23 @@ from glow_kernels.bench.results import Row, Writer
 from glow_kernels.errors import BackendUnavailableError, UsageError
 
 ALLOCATORS = ("default", "tuned")
-# On a CPU every case is visited more than once, some minutes apart, since other programs and virtual machines come and
-# go, and since every visit has its tensors elsewhere in memory: eight visits of three rounds give ratios that are the
-# same when measured again on a busy machine, four of twelve do not. Tensors beyond every cache, which take seconds to
-# visit and vary the least, less often.
+# On a CPU every case is visited several times, some minutes apart, because the load from other programs and virtual
+# machines changes, and because every visit has its tensors at other addresses. On a busy machine, eight visits of three
+# rounds give reproducible ratios, and four visits of twelve rounds do not. Tensors larger than every cache take seconds
+# per visit and vary least, so they are visited less often.
 _VISITS, _VISITS_OF_LARGE, _VISITS_ON_GPU = 8, 2, 1
-# Of so many cases one is measured a second time for itself, as a proof, but of a short run at least so many.
+# One case in _ONE_AGAIN_OF, and at least _FEWEST_AGAIN, is measured a second time independently, to prove that ratios
+# are reproducible.
 _ONE_AGAIN_OF, _FEWEST_AGAIN, _AGAIN_ON_GPU = 6, 16, 6
 _COMPILE_SECONDS = 3.2
 _CHECK_SECONDS = 0.05
-# What the slowest candidates reach, for planning only.
+# The bandwidth of the slowest candidates; used only for planning.
 _SLOW_BYTES_PER_SECOND = 1e9
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What to measure: every choice is a product of these. ``seconds`` is the time for a small case."""
+    """The cases to measure: the product of these choices. ``seconds`` is the time for a small case."""
 
     operators: Sequence[str] = tuple(OPERATORS)
     directions: Sequence[str] = DIRECTIONS
@@ -59,7 +60,7 @@ class Selection:
                     raise UsageError(f"{what} must be one of {', '.join(choices)}, got {value!r}")
 
     def cases(self) -> Iterator[Case]:
-        """All of them that are measured: an operator has not every direction."""
+        """The cases that can be measured; not every operator has every direction."""
         options = (self.allocators, self.threads, self.dtypes, self.memory_formats, self.operators, self.directions)
         for allocator, threads, dtype, memory_format, name, direction in itertools.product(*options):
             for shape in self.shapes:
@@ -69,11 +70,11 @@ class Selection:
 
 
 def require(backends: Sequence[str]) -> None:
-    """Refuse what cannot be measured.
+    """Check that all ``backends`` can be measured.
 
     Raises:
         UsageError: there is no such backend.
-        BackendUnavailableError: it cannot run here.
+        BackendUnavailableError: a backend cannot run here.
     """
     for backend in backends:
         status = backend_status(backend)
@@ -82,11 +83,11 @@ def require(backends: Sequence[str]) -> None:
 
 
 class Suite:
-    """Measures cases into one file, showing each when it is done.
+    """Measures cases, writes the results to one file and shows each when it is done.
 
     Args:
         with_compile: compare with ``torch.compile``.
-        backends: those to measure, every available one unless told; the first is compared.
+        backends: the backends to measure, by default all available ones; the first is "ours" in the ratios.
     """
 
     def __init__(self, writer: Writer, show: Show, *, with_compile: bool = True, backends: Sequence[str] = ()) -> None:
@@ -94,7 +95,7 @@ class Suite:
         self._session = Session(with_compile=with_compile, backends=backends)
 
     def tasks(self, selections: Sequence[Selection]) -> list[Task]:
-        """For every case one; the allocator as it is comes first, since tuning cannot be undone."""
+        """The tasks of all cases; those with the default allocator come first, since tuning cannot be undone."""
         seconds = {case: selection.seconds for selection in selections for case in selection.cases()}
         cases = sorted(seconds, key=lambda case: ALLOCATORS.index(case.allocator))
         tasks = []
@@ -103,7 +104,7 @@ class Suite:
             duration = 20.0 + _COMPILE_SECONDS * len(units) / (os.cpu_count() or 1)
             tasks.append(Task("torch.compile of all cases", duration, lambda _: self._compile(cases)))
         again = _spread_out(cases)
-        # What is measured before the allocator is tuned cannot be visited after it.
+        # Cases with the default allocator cannot be visited again after tuning, so each allocator has its own visits.
         for _, group in itertools.groupby(cases, key=lambda case: case.allocator):
             grouped = list(group)
             for visit in range(max(map(_visits, grouped))):
@@ -125,8 +126,8 @@ class Suite:
         self._show(table.HEADER)
 
     def _task(self, case: Case, seconds: float, again: bool = False) -> Task:
-        """A case; ``seconds`` more than its measuring takes where its tensors are large."""
-        # Three rounds of four candidates.
+        """A visit to a case, planned to take ``seconds``, or more if its tensors are large, and the time for checks."""
+        # At least three rounds of four candidates are measured.
         least = 3 * 4 * operators.moved_bytes(case) / _SLOW_BYTES_PER_SECOND / case.threads
         measuring = max(seconds, least)
         others = _CHECK_SECONDS + least / 3
@@ -155,7 +156,7 @@ class Suite:
             self._writer.write({"kind": "repeat", "case": case.as_dict(), **ratios})
 
     def _row(self, case: Case) -> Row:
-        """The last measurement."""
+        """The last measurement of the case."""
         named = case.as_dict()
         return next(row for row in reversed(self._writer.rows) if row["kind"] == "operator" and row["case"] == named)
 
@@ -167,7 +168,7 @@ def _visits(case: Case) -> int:
 
 
 def _spread_out(cases: Sequence[Case]) -> set[Case]:
-    """Those to measure a second time: of every kind its share, but not so evenly that all have the same shape."""
+    """The cases to measure a second time, evenly spread, but not so evenly that all have the same shape."""
     on_cpu = bool(cases) and cases[0].device == "cpu"
     count = max(_FEWEST_AGAIN, len(cases) // _ONE_AGAIN_OF) if on_cpu else _AGAIN_ON_GPU
     count = min(count, len(cases))

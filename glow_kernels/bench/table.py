@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from glow_kernels.bench import results
 from glow_kernels.bench.results import Row
 
-# Two measurements of a ratio agree within this.
+# Two measurements of a ratio agree if they differ by less than this fraction.
 _SAME = 0.1
 
 HEADER = (
@@ -20,10 +20,10 @@ HEADER = (
 
 
 def operator_line(row: Row) -> str:
-    """One case: medians of the candidates in microseconds, ratios undisturbed, with a range.
+    """One case: medians of the candidates in microseconds, and ratios of the fastest rounds with their range.
 
-    On a GPU those are of replayed CUDA graphs, an asterisk at what could not be captured, and ``call`` is the time of a
-    call of ours, which the host may take longer to launch than the device to compute.
+    On a GPU these are times of replayed CUDA graphs; an asterisk marks candidates that could not be captured. ``call``
+    is the time of a plain call of ours, in which the host may take longer to launch than the device to compute.
     """
     case = row["case"]
     name = f"{case['operator']:18} {case['direction']:20} {shape(case['shape']):16}"
@@ -46,7 +46,7 @@ def operator_line(row: Row) -> str:
 
 
 def summary(rows: Sequence[Row]) -> Iterator[str]:
-    """Geometric means under every condition, and how far ratios differ when measured again."""
+    """Geometric means under every condition, and how well ratios agree when measured again."""
     for heading, means in overview(rows).items():
         yield f"\n{heading}: geometric means over shapes"
         for mean in means:
@@ -63,7 +63,7 @@ def summary(rows: Sequence[Row]) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Mean:
-    """Of one direction over shapes: ``faster_than`` has for eager and compile the mean, the least, and how many."""
+    """Means over shapes: ``faster_than`` maps eager and compile to (mean, least, number of shapes)."""
 
     operator: str
     direction: str
@@ -72,7 +72,7 @@ class Mean:
 
 
 def overview(rows: Sequence[Row]) -> dict[str, list[Mean]]:
-    """Means by condition."""
+    """Means of every operator and direction, by condition."""
     groups: dict[str, dict[tuple[str, str], list[Row]]] = {}
     for row in measured(rows):
         case = row["case"]
@@ -94,12 +94,12 @@ def _mean(operator: str, direction: str, rows: Sequence[Row]) -> Mean:
 
 
 def measured(rows: Sequence[Row]) -> list[Row]:
-    """The last measurement of every case of an operator that was right."""
+    """The last measurement of every operator case whose results were right."""
     return [row for row in results.of_kind(rows, "operator") if "candidates" in row]
 
 
 def condition(case: Row) -> str:
-    """Under which an operator is measured."""
+    """The condition under which an operator is measured, as text."""
     threads = "1 thread" if case["threads"] == 1 else f"{case['threads']} threads"
     if case["device"] != "cpu":
         return f"{case['dtype']}, {case['memory_format']}"
@@ -108,7 +108,7 @@ def condition(case: Row) -> str:
 
 
 def title(case: Row) -> str:
-    """Part and sizes of a model."""
+    """The part and the sizes of a model, as text."""
     sizes = ", ".join(
         f"{name.replace('_', ' ')} {value}"
         for name, value in case.items()
@@ -118,7 +118,7 @@ def title(case: Row) -> str:
 
 
 def models(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Rows of models by part and sizes; of models that failed only their name and the reason are known."""
+    """Rows of models by part and sizes; rows of models that failed have only a name and the reason."""
     groups: dict[str, list[Row]] = {}
     for row in results.of_kind(rows, "model"):
         groups.setdefault(title(row["case"]), []).append(row)
@@ -126,7 +126,7 @@ def models(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def model_cells(row: Row) -> tuple[str, str, str, str]:
-    """Images a second, the time in ours where both took turns, the peak in MB where it was counted, and a note."""
+    """Images per second, time relative to ours if both took turns, peak in MB if it was counted, and a note."""
     images = f"{row['images_per_second']:.4g}" if "seconds" in row else ""
     ratio = f"{row['ratio_to_ours'][0]:.2f}" if "ratio_to_ours" in row else ""
     peak = f"{row['peak_extra_bytes'] / 1e6:.3g}" if "peak_extra_bytes" in row else ""
@@ -134,17 +134,17 @@ def model_cells(row: Row) -> tuple[str, str, str, str]:
 
 
 def ratio(row: Row, name: str) -> float:
-    """How many times longer ``name`` took than ours."""
+    """How many times longer ``name`` took than ours did."""
     return float(row["candidates"][name]["ratio_to_ours"][0])
 
 
 def shape(sizes: Sequence[int]) -> str:
-    """As it is given on the command line."""
+    """A shape as it is given on the command line."""
     return "x".join(map(str, sizes))
 
 
 def repeatability(rows: Sequence[Row]) -> tuple[float, int]:
-    """Share of the ratios that differ by less than 10% when measured again, and how many there are; NaN for none."""
+    """The share of ratios that differ by less than 10% when measured again, NaN if there are none, and their number."""
     differences = [
         abs(again / row["first"][name] - 1.0)
         for row in results.of_kind(rows, "repeat")
@@ -155,7 +155,7 @@ def repeatability(rows: Sequence[Row]) -> tuple[float, int]:
 
 
 def geometric_mean(values: Iterable[float]) -> float:
-    """Of ratios, at least one."""
+    """The geometric mean of at least one positive value."""
     return math.exp(statistics.fmean(map(math.log, values)))
 
 

@@ -1,7 +1,7 @@
-"""The operators as people write them in PyTorch today: what eager and ``torch.compile`` are measured on.
+"""The operators as people usually write them in PyTorch; eager and ``torch.compile`` are measured on these.
 
-The conventions are those of the well-known Glow implementations: ActNorm, then ``F.conv2d``, then ``slogdet``; the
-coupling with ``sigmoid(raw + 2)`` and its logarithm.
+They follow the well-known Glow implementations: ActNorm, ``F.conv2d`` and ``slogdet``, and a coupling with
+``sigmoid(raw + 2)`` and its logarithm.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def actnorm_conv1x1(x: Tensor, log_scale: Tensor, bias: Tensor, weight: Tensor) 
 
 def actnorm_conv1x1_inverse(z: Tensor, log_scale: Tensor, bias: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """A 1x1 convolution with the inverse matrix, then ActNorm undone."""
-    # Unlike a sum, a convolution promotes no types.
+    # Unlike an addition, a convolution does not promote types.
     activated = F.conv2d(z.to(weight.dtype), torch.inverse(weight)[:, :, None, None])
     x = activated * (-log_scale).exp()[:, None, None] - bias[:, None, None]
     log_det = -z.shape[2] * z.shape[3] * (log_scale.sum() + torch.slogdet(weight).logabsdet)
@@ -31,12 +31,12 @@ def actnorm_conv1x1_inverse(z: Tensor, log_scale: Tensor, bias: Tensor, weight: 
 
 
 def folded_conv1x1(x: Tensor, matrix: Tensor, shift: Tensor) -> Tensor:
-    """What is left of :func:`actnorm_conv1x1` when its parameters have been folded beforehand."""
+    """:func:`actnorm_conv1x1` with its parameters folded in advance, without the log-determinant."""
     return F.conv2d(x.to(matrix.dtype), matrix[:, :, None, None], shift)
 
 
 def affine_coupling(x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-    """Shift in the even channels of ``h``, raw scale in the odd ones."""
+    """Affine coupling; the shift is in the even channels of ``h``, the raw scale in the odd ones."""
     shift, scale = h[:, 0::2], torch.sigmoid(h[:, 1::2] + 2.0)
     return (x + shift) * scale, torch.log(scale).flatten(1).sum(1)
 
@@ -62,7 +62,7 @@ def gaussian_log_prob(z: Tensor, h: Tensor) -> Tensor:
 
 
 def gaussian_sample(eps: Tensor, h: Tensor) -> Tensor:
-    """A sample of standard normal ``eps``."""
+    """Transform standard normal ``eps`` to a sample of the density of :func:`gaussian_log_prob`."""
     return h[:, 0::2] + torch.exp(h[:, 1::2]) * eps
 
 

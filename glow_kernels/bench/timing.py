@@ -1,8 +1,8 @@
-"""Times of candidates side by side, so that whatever disturbs the machine disturbs all of them alike.
+"""Times candidates in turn, so that whatever disturbs the machine disturbs all of them alike.
 
-Other programs, other virtual machines on the same cores and clocks that move only ever make a computation slower. So a
-ratio is that of the fastest rounds of each candidate, which is the same when measured again where the median is not.
-On a CPU Python's garbage collector is off meanwhile, and a single thread stays on one core.
+Other programs, virtual machines on the same cores and changing clocks only ever make a computation slower. So ratios
+are taken of the fastest rounds of each candidate, which are reproducible where medians are not. On a CPU, Python's
+garbage collector is off meanwhile, and a single thread stays on one core.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ import torch
 
 Call = Callable[[], object]
 
-# A sample shorter than this is several calls. It is long beside what the candidate before has left in the caches, which
-# decides more of a short call than the call itself.
+# Shorter calls are repeated until a sample takes this many seconds. Otherwise what the previous candidate has left in
+# the caches would affect the time of a short call more than the call itself.
 _SHORTEST_SAMPLE = 2e-3
-# What takes longer, be it warm or not, is a sample by itself and need not be called again to know that.
+# If the first calls take longer than this, warm or not, one call is a sample, and no second call is needed to know.
 _LONG_CALL = 5e-2
 _FEWEST_ROUNDS = 3
 _MOST_ROUNDS = 1000
-# A GPU's times hardly vary.
+# Fewer rounds suffice on a GPU, whose times hardly vary.
 _FEWEST_CUDA_ROUNDS, _MOST_CUDA_ROUNDS = 5, 20
-# What part of all rounds are the fastest ones, and how many at least. A few alone would be those of the one visit in
-# which a candidate's tensors happened to lie best.
+# The fraction of all rounds that count as the fastest, and their least number. With fewer, they could all be from the
+# one visit in which the addresses of a candidate's tensors happened to be best.
 _FASTEST, _FEWEST_FASTEST = 0.2, 3
 
 
@@ -46,13 +46,13 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Of at least one value."""
+        """The spread of at least one value."""
         ordered = sorted(values)
         low, high = ordered[len(ordered) // 5], ordered[-1 - len(ordered) // 5]
         return cls(statistics.median(ordered), low, high)
 
     def as_row(self) -> list[float]:
-        """As JSON: median, 20th, 80th percentile."""
+        """Values for JSON: median, 20th, 80th percentile."""
         return list(astuple(self))
 
 
@@ -63,22 +63,22 @@ class Times:
         self.rounds = rounds
 
     def joined(self, others: Times) -> Times:
-        """With the rounds of another measurement of the same candidates."""
+        """These times and those of another measurement of the same candidates."""
         return Times({name: [*values, *others.rounds[name]] for name, values in self.rounds.items()})
 
     def spread(self, name: str) -> Spread:
-        """Seconds of one candidate."""
+        """The spread of the seconds of one candidate."""
         return Spread.of(self.rounds[name])
 
     def fastest(self, name: str) -> float:
-        """Seconds of one candidate, undisturbed: the mean of the fastest fifth of its rounds, at least three."""
+        """Undisturbed seconds of one candidate: the mean of the fastest fifth of its rounds, at least three."""
         rounds = sorted(self.rounds[name])
         return statistics.fmean(rounds[: max(_FEWEST_FASTEST, round(_FASTEST * len(rounds)))])
 
     def ratio(self, slow: str, fast: str) -> tuple[float, float, float]:
-        """How many times longer ``slow`` takes than ``fast``, undisturbed, and a range for it.
+        """How many times longer ``slow`` takes than ``fast``, from their fastest rounds, and a range for this ratio.
 
-        The range is from the 20th to the 80th percentile of the ratios round by round, widened to hold the first.
+        The range is from the 20th to the 80th percentile of the ratios round by round, widened to include the ratio.
         """
         ratio = self.fastest(slow) / self.fastest(fast)
         by_round = Spread.of([one / other for one, other in zip(self.rounds[slow], self.rounds[fast], strict=True)])
@@ -86,13 +86,13 @@ class Times:
 
 
 def measure(candidates: Mapping[str, Sequence[Call]], seconds: float, device: torch.device) -> Times:
-    """Run the candidates in turn, A A A B B B C C C A A A B B B C C C, on a GPU A B C A B C.
+    """Run the candidates in turn: A A A B B B C C C A A A B B B C C C; on a GPU, A B C A B C.
 
     Args:
-        candidates: for every name the same computation on one or more copies of its inputs, used in rotation, so that
-            a cache does not hold what the next call reads.
-        seconds: for all candidates together, but at least three rounds are measured, and of a GPU 5 to 20.
-        device: where they compute.
+        candidates: for every name, the same computation on one or more copies of its inputs, which are used in
+            rotation, so that the caches do not hold what the next call reads.
+        seconds: time for all candidates together; at least three rounds are measured, on a GPU 5 to 20.
+        device: the device on which they compute.
     """
     if device.type == "cuda":
         return _measure_cuda(candidates, seconds, device)
@@ -113,7 +113,7 @@ def _measure_cpu(candidates: Mapping[str, Sequence[Call]], seconds: float) -> Ti
 
 
 def _sample(calls: Sequence[Call], index: int, count: int) -> float:
-    """Seconds of a call, the mean of ``count`` in a row; before more than one comes one that does not count."""
+    """Seconds per call, the mean of ``count`` in a row; if ``count`` exceeds 1, after one call that is not timed."""
     turns = itertools.islice(itertools.cycle(calls), index % len(calls), None)
     if count > 1:
         next(turns)()
@@ -125,7 +125,7 @@ def _sample(calls: Sequence[Call], index: int, count: int) -> float:
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """No garbage collection, and a single thread on a single core, as far as the system can do that."""
+    """No garbage collection inside, and a single thread pinned to one core on systems that support it."""
     collects = gc.isenabled()
     gc.disable()
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_setaffinity") else set()
@@ -141,7 +141,7 @@ def _undisturbed() -> Iterator[None]:
 
 
 def _repeats(calls: Sequence[Call]) -> int:
-    """Warm up, and find how many calls make a sample."""
+    """Warm up, and find the number of calls per sample."""
     elapsed = min(_seconds(call) for call in calls)
     if elapsed < _LONG_CALL:
         elapsed = _seconds(calls[0])
@@ -165,8 +165,8 @@ def _measure_cuda(candidates: Mapping[str, Sequence[Call]], seconds: float, devi
         events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in candidates}
         for index in range(count):
             for name, rotated in candidates.items():
-                # The flush also keeps the device busy while the host queues the call, so no launch gap is timed
-                # unless the call itself waits or takes longer to queue, as operators of many launches do.
+                # The flush also keeps the device busy while the host queues the call, so no launch gap is timed, except
+                # if the call waits for the device or takes longer to queue, as operators of many launches do.
                 flush.zero_()
                 pair = _event(), _event()
                 pair[0].record()
@@ -180,7 +180,7 @@ def _measure_cuda(candidates: Mapping[str, Sequence[Call]], seconds: float, devi
 
 
 def _round(candidates: Mapping[str, Sequence[Call]], flush: torch.Tensor) -> float:
-    """Seconds of the host for one round."""
+    """Wall-clock seconds of one round."""
     torch.cuda.synchronize()
     start = time.perf_counter()
     for rotated in candidates.values():
@@ -195,14 +195,14 @@ def _event() -> torch.cuda.Event:
 
 
 def _flush_buffer(device: torch.device) -> torch.Tensor:
-    """Writing it leaves nothing else in the L2 cache, and takes longer than the host needs to queue a call."""
+    """A buffer so large that writing it evicts the L2 cache and takes longer than the host needs to queue a call."""
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     return torch.empty(max(2 * cache, 1 << 29), dtype=torch.uint8, device=device)
 
 
 @contextlib.contextmanager
 def capturable(device: torch.device) -> Iterator[None]:
-    """On a GPU, work on a stream that a CUDA graph can capture: a backward runs where its forward ran."""
+    """On a GPU, work on a side stream, so that CUDA graphs can be captured: backward runs on its forward's stream."""
     if device.type != "cuda":
         yield
         return
@@ -216,11 +216,11 @@ def capturable(device: torch.device) -> Iterator[None]:
 
 
 def as_graphs(candidates: Mapping[str, Sequence[Call]]) -> dict[str, list[Call]]:
-    """Every candidate as the replay of a CUDA graph, without launch costs; those that cannot be captured are left out.
+    """Every candidate as the replay of a CUDA graph, without launch overhead, except those that cannot be captured.
 
     A candidate that waits for the device, as ``torch.inverse`` may, cannot be captured. The graphs of one candidate
-    share their memory, so what one returned is lost with the next. To be called inside :func:`capturable`, where all
-    candidates have run before.
+    share memory, so a replay overwrites the results of the one before. Call this inside :func:`capturable`, after all
+    candidates have run there.
     """
     graphs: dict[str, list[Call]] = {}
     for name, calls in candidates.items():
@@ -233,19 +233,21 @@ def as_graphs(candidates: Mapping[str, Sequence[Call]]) -> dict[str, list[Call]]
 
 
 def capture(call: Call, pool: Any = None) -> Call:
-    """Replays of a CUDA graph of a call that has run before, inside :func:`capturable`; graphs may share a ``pool``.
+    """Capture ``call``, which has run before inside :func:`capturable`, as a CUDA graph, and return its replay.
+
+    Graphs may share a memory ``pool``.
 
     Raises:
-        RuntimeError: it cannot be captured.
+        RuntimeError: the call cannot be captured.
     """
     graph = torch.cuda.CUDAGraph()
-    # Not torch.cuda.graph, which collects garbage and empties the allocator's cache, for a tenth of a second each.
+    # Not torch.cuda.graph, which collects garbage and empties the allocator's cache, a tenth of a second each time.
     torch.cuda.synchronize()
     graph.capture_begin(pool)
     try:
         call()
     except BaseException:
-        with contextlib.suppress(RuntimeError):  # that the capture is invalid
+        with contextlib.suppress(RuntimeError):  # says that the capture is invalid
             graph.capture_end()
         raise
     graph.capture_end()

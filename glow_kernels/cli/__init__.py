@@ -1,4 +1,4 @@
-"""The command line: ``glow-kernels``, also as ``python -m glow_kernels``. A subcommand is a file of this folder."""
+"""The command line ``glow-kernels``, also ``python -m glow_kernels``. Each subcommand is a module of this package."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ LESS_MEMORY = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, 1 for an error, 2 for a wrong use.
+    """Run one command and return its exit code: 0, 1 for an error, 2 for wrong usage.
 
-    130 means that it was interrupted, 141 that the reader of its output has exited.
+    130 means interrupted, and 141 that the reader of the output closed the pipe.
     """
-    # Where a stream was closed before the start, as by >&-, Python has None, and much that writes to it would fail.
+    # sys.stdout is None if the caller closed it, for example with >&-, and much code that writes to it then fails.
     with (
         open(os.devnull, "w") as nowhere,
         redirect_stdout(sys.stdout or nowhere),
         redirect_stderr(sys.stderr or nowhere),
     ):
-        # As standard error does: a path that cannot be encoded must not end a training.
+        # Standard error does this by default: a path that the encoding cannot represent must not end a training.
         if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
             sys.stdout.reconfigure(errors="backslashreplace")
         return _main(argv)
@@ -54,9 +54,9 @@ def _main(argv: Sequence[str] | None) -> int:
         arguments.run(arguments)
         sys.stdout.flush()
     except BrokenPipeError:
-        # The reader has exited, as head does. Python flushes once more at its end.
+        # The reader, such as head, has closed the pipe. Redirected, since Python flushes once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141  # what a shell says of SIGPIPE
+        return 141  # a shell's exit code for SIGPIPE
     except (GlowKernelsError, OSError) as error:
         if arguments.debug:
             raise
@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _refuse_ranks(arguments: argparse.Namespace) -> None:
-    """Only training and evaluation share work out: of others every rank would do all, and write the same files."""
+    """Refuse several ranks except for train and evaluate: every rank would do all the work and write the same files."""
     if arguments.run in (train.run, evaluate.run) or os.environ.get("WORLD_SIZE", "1") == "1":
         return
     with distributed.joined() as ranks:
@@ -103,6 +103,6 @@ def _refuse_ranks(arguments: argparse.Namespace) -> None:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    # On a CPU PyTorch has no type of its own for it. What a rank raises is a RuntimeError with the rank in it.
+    # On a CPU PyTorch raises a plain RuntimeError. A rank wraps any error in a RuntimeError that names the rank.
     found = any(isinstance(one, (MemoryError, torch.OutOfMemoryError)) for one in (error, error.__cause__))
     return found or "can't allocate memory" in str(error)

@@ -19,27 +19,27 @@ from glow_kernels.training.data import ImageData
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
-    """The run folder, as a position."""
+    """Add the run folder as a positional argument."""
     parser.add_argument("run_folder", metavar="RUN", type=Path, help="run folder that 'glow-kernels train' made")
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    """Where to compute."""
+    """Add ``--device``."""
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; the default is a GPU if there is one")
 
 
 def device(arguments: argparse.Namespace) -> torch.device:
-    """The device that ``--device`` names, that of this rank where a launcher started several.
+    """The device that ``--device`` names; if a launcher started several ranks, the device of this one.
 
     Raises:
-        UsageError: there is no such device here, or one for several ranks.
+        UsageError: the device does not exist here, or several ranks would share it.
     """
     name = distributed.local_device(arguments.device) if distributed.is_launched() else arguments.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        # A value, since a device object can be made of any known name, and a tensor on "meta" holds none. The tensor
-        # also says which of several GPUs "cuda" is.
+        # Read a value: torch.device accepts names of absent devices, and a tensor on "meta" has no values. The tensor's
+        # device also tells which of several GPUs "cuda" is.
         zero = torch.zeros(1, device=name)
         zero.item()
     except (RuntimeError, AssertionError) as error:
@@ -48,7 +48,7 @@ def device(arguments: argparse.Namespace) -> torch.device:
 
 
 def _first_sentence(error: Exception) -> str:
-    """Without the list of what could have been named, or all that a missing device lacks."""
+    """The first sentence of the message, without PyTorch's lists of devices or of operators without kernels."""
     return str(error).partition("\n")[0].partition(". ")[0]
 
 
@@ -63,8 +63,8 @@ def not_negative(text: str) -> int:
 
 
 def run_to_make(text: str) -> Path:
-    """A folder whose name is text, which is what TensorBoard takes."""
-    # What a variable that is not set leaves would be the current folder, and replace files there.
+    """A folder whose name can be encoded, as TensorBoard requires."""
+    # An empty name, left by an unset shell variable, would mean the current folder and replace files there.
     if not text:
         raise argparse.ArgumentTypeError("must name a folder, got ''")
     try:
@@ -75,7 +75,7 @@ def run_to_make(text: str) -> Path:
 
 
 def picture(text: str) -> Path:
-    """The name of a PNG file, perhaps without its ending."""
+    """The name of a PNG file, with or without its extension."""
     path = Path(text)
     if not path.name or path.suffix.lower() not in ("", ".png"):
         raise argparse.ArgumentTypeError(f"must be the name of a .png file, got {text!r}")
@@ -104,16 +104,16 @@ def _whole_number(text: str, least: int) -> int:
 
 
 def add_dataset(parser: argparse.ArgumentParser) -> None:
-    """Data in place of those of the run."""
-    parser.add_argument("--dataset", help="other data of the same shape, as for 'train' (default: those of the run)")
+    """Add ``--dataset``, data to use instead of the run's."""
+    parser.add_argument("--dataset", help="other data of the same size, as for 'train' (default: those of the run)")
 
 
 def load_data(dataset: str | None, config: TrainingConfig, model: Glow, document: Mapping[str, Any]) -> ImageData:
-    """The data of a run, whose checkpoint has this document, or other data, which must fit its model.
+    """The data of the run whose checkpoint has this document, or ``dataset`` if given, which must fit its model.
 
     Raises:
-        DataError: they do not fit the model, or those of the run have changed, so that images that were trained on may
-            be held out now.
+        DataError: the data do not fit the model, or the run's data have changed, so that images it was trained on may
+            now be in the held-out parts.
     """
     data = datasets.load(
         config.dataset if dataset is None else dataset,
@@ -123,7 +123,7 @@ def load_data(dataset: str | None, config: TrainingConfig, model: Glow, document
     )
     got = (data.channels, *data.image_size), data.n_bins
     expected = (model.in_channels, *model.image_size), model.n_bins
-    # Other data may lack some classes.
+    # Fewer classes than the model has are allowed: other data may lack some.
     if config.conditional and not 0 < (data.num_classes or 0) <= (model.num_classes or 0):
         raise DataError(f"{data.name} has {data.num_classes or 'no'} classes, and the model has {model.num_classes}")
     if got != expected:

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 PARTS = ("operators", "overhead", "models", "reversible")
 QUICK_DIRECTIONS = ("forward", "inverse", "backward", "reversible_backward")
-# Seconds that a run may take, of the 3 and 20 minutes that are the goals: large cases and noise take more than planned.
+# Planned seconds of a run; below the goals of 3 and 20 minutes, since large cases and noise take more than planned.
 QUICK_LIMIT, FULL_LIMIT = 140.0, 950.0
-# For a small case of several threads, whose times vary more than those of one.
+# For each small case with several threads, whose times vary more than those of one thread.
 SECONDS_OF_THREADS = 1.0
 PAGE, DOCUMENT = Path("runs/report"), Path("docs/performance.md")
 
@@ -39,7 +39,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         description="Measure operators against eager PyTorch, torch.compile and a copy of the same bytes, and models "
         "against each other.",
     )
-    # The allocator as it is can only be measured before it is tuned.
+    # Tuning cannot be undone, and the default allocator is measured too.
     parser.set_defaults(action=measure, parts=PARTS, tune_allocator=False)
     _add_options(parser)
     actions = parser.add_subparsers(title="parts and other actions", metavar="ACTION")
@@ -65,12 +65,12 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Do what was asked."""
+    """Run the chosen action."""
     arguments.action(arguments)
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    unset = parser.argument_default  # a part's options leave what was given before it
+    unset = parser.argument_default  # SUPPRESS for a part, whose defaults must not override options given before it
 
     def add(name: str, default: object, text: str, **options: Any) -> None:
         parser.add_argument(name, default=unset or default, help=text, **options)
@@ -99,7 +99,7 @@ def _add_folder(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(arguments: argparse.Namespace) -> None:
-    """Run the benchmarks, and check the goals if asked to."""
+    """Run the benchmarks; with ``--check``, also print which goals are reached."""
     from glow_kernels.bench import results
 
     if arguments.results is not None:
@@ -118,7 +118,7 @@ def _measure(arguments: argparse.Namespace) -> list[Row]:
     from glow_kernels.bench import environment, plan, results, suite, table
 
     device = common.device(arguments)
-    # A wrong choice is named before anything is written.
+    # Wrong choices are refused before anything is written.
     cores, most = os.cpu_count() or 1, max(arguments.threads or [1])
     if most > cores:
         raise UsageError(f"threads must be at most {cores}, the cores of this machine, got {most}")
@@ -135,7 +135,7 @@ def _measure(arguments: argparse.Namespace) -> list[Row]:
         writer.write({"kind": "warning", "text": warning})
     limit = 60.0 * arguments.minutes if arguments.minutes else QUICK_LIMIT if arguments.quick else FULL_LIMIT
     try:
-        # A GPU is lent; a CPU is there.
+        # A limit in minutes is strict on a GPU, which may be rented; on a CPU every case is measured at least briefly.
         strict = device.type == "cuda" and arguments.minutes is not None
         plan.run(_tasks(arguments, selections, device, writer), limit, _show, strict=strict)
     except KeyboardInterrupt:
@@ -169,7 +169,7 @@ def _tasks(
 
 
 def _selections(arguments: argparse.Namespace, device: torch.device) -> list[Selection]:
-    """What was asked for; in a full run also a few cases of other types, layouts and allocators than the usual."""
+    """The requested cases; in a full run also a few with other dtypes, memory formats and allocators."""
     from glow_kernels.bench import operators, suite
 
     full_on_cpu = device.type == "cpu" and not arguments.quick
@@ -200,7 +200,7 @@ def _selections(arguments: argparse.Namespace, device: torch.device) -> list[Sel
         return [usual, *others]
     main = [usual]
     if not arguments.direction:
-        # Without a graph the same kernels run, so that few shapes tell, except of what has no other direction.
+        # Without an autograd graph the same kernels run, so few shapes suffice, except for operators with only no_grad.
         main = [dataclasses.replace(usual, directions=[name for name in usual.directions if name != "no_grad"])]
         alone = [name for name in usual.operators if set(operators.OPERATORS[name].moved) == {"no_grad"}]
         main.append(dataclasses.replace(usual, directions=["no_grad"], operators=alone))
@@ -212,7 +212,7 @@ def _selections(arguments: argparse.Namespace, device: torch.device) -> list[Sel
     if not arguments.threads and (os.cpu_count() or 1) > 1:
         main += [_with_two_threads(arguments, selection) for selection in main]
     if not arguments.allocator:
-        # Where fresh memory costs most.
+        # Newly mapped memory costs most for the largest tensors.
         largest = usual.shapes if arguments.shape else operators.BANDWIDTH_SHAPES[:1]
         there_and_back = arguments.direction or ("forward", "inverse")
         others.append(dataclasses.replace(few, directions=there_and_back, shapes=largest, allocators=["default"]))
@@ -220,7 +220,7 @@ def _selections(arguments: argparse.Namespace, device: torch.device) -> list[Sel
 
 
 def _with_two_threads(arguments: argparse.Namespace, selection: Selection) -> Selection:
-    """The same without what tells as much with one thread: what has no goals of its own, and sums of two directions."""
+    """``selection`` for two threads, without the operator that has no goals and the sum of forward and backward."""
     return dataclasses.replace(
         selection,
         threads=[2],
@@ -238,7 +238,7 @@ def _print_checks(rows: list[Row]) -> None:
 
 
 def compare(arguments: argparse.Namespace) -> None:
-    """Print what changed; exit with code 1 for a regression if asked to."""
+    """Print what changed; with ``--fail``, exit with code 1 if there is a regression."""
     from glow_kernels.bench import compare as comparison
     from glow_kernels.bench import results
 
@@ -258,7 +258,7 @@ def compare(arguments: argparse.Namespace) -> None:
 
 
 def draw(arguments: argparse.Namespace) -> None:
-    """Write the page with its plots, or the page of the documentation."""
+    """Write the page with its plots, or with ``--markdown`` the page of the documentation."""
     from glow_kernels.bench import document, page, results
 
     files = sorted(arguments.folder.glob("*.jsonl"))
@@ -293,7 +293,7 @@ def _file_name(device_name: str) -> str:
 
 @contextmanager
 def _warnings_as_lines() -> Iterator[None]:
-    """Without the file and the line of the program that they come from."""
+    """Print warnings raised inside as one line each, without the source file and line that Python adds."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         yield
@@ -308,7 +308,7 @@ def _show(line: str) -> None:
     except ImportError:
         print(line, flush=True)
     else:
-        tqdm.write(line)  # above the bar
+        tqdm.write(line)  # above the progress bar
 
 
 def _names(text: str) -> list[str]:

@@ -37,7 +37,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print bits per dimension and the reconstruction error; the processes of torchrun share the images."""
+    """Print bits per dimension and the reconstruction error; processes started by torchrun share the images."""
     with distributed.joined() as ranks:
         _evaluate(arguments, ranks)
 

@@ -1,4 +1,4 @@
-"""``glow-kernels info``: versions, devices and backends, and what to do about what is missing."""
+"""``glow-kernels info``: versions, devices and backends, and how to install what is missing."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print the report; that GLOW_KERNELS_BACKEND chooses what cannot be used is an error, and comes last."""
+    """Print the report, then raise an error if GLOW_KERNELS_BACKEND names a backend that cannot be used."""
     threads = torch.get_num_threads()
     print(f"glow_kernels  {__version__}")
     print(f"python        {platform.python_version()} on {platform.system()} {platform.machine()}")

@@ -40,7 +40,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Write the picture, one row a pair."""
+    """Write the picture, with one row per pair."""
     if arguments.count < 2:
         raise UsageError(f"--count must be at least 2, got {arguments.count}")
     model, config, document = run_folder.load_model(arguments.run_folder, common.device(arguments))
@@ -60,6 +60,6 @@ def _pairs(arguments: argparse.Namespace, images: int) -> tuple[torch.Tensor, to
             raise UsageError(f"--pair must name two of {images} test images, 0 to {images - 1}, got {arguments.pair}")
         return torch.tensor(arguments.pair[:1]), torch.tensor(arguments.pair[1:])
     order = torch.randperm(images, generator=torch.Generator().manual_seed(arguments.seed))
-    # Of a single image the path leads back to itself.
+    # With a single image, both ends are that image.
     rows = min(arguments.rows, max(1, images // 2))
     return order[:rows], order[-rows:]

@@ -33,7 +33,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Write the grid of samples."""
+    """Write a grid of samples."""
     model, _, _ = run_folder.load_model(arguments.run_folder, common.device(arguments))
     if arguments.label is not None:
         if model.num_classes is None:

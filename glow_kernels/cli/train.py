@@ -1,4 +1,4 @@
-"""``glow-kernels train``: train a Glow and leave a run folder."""
+"""``glow-kernels train``: train a Glow and keep a run folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from glow_kernels.training.evaluation import draws_for, evaluate, images_at_a_ti
 from glow_kernels.training.trainer import Trainer
 
 TYPES = {"int": int, "int | None": int, "float": float, "str": str}
-# Of the data only where they are.
+# Settings that --resume may change; dataset only to say where the same data are now.
 CAN_CHANGE = ("dataset", "iterations", "patience")
 
 
@@ -33,7 +33,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "Ctrl-C saves and stops; --resume continues as if nothing had happened. On several devices: "
         f"{distributed.LAUNCH}; every batch is split over the processes.",
     )
-    # torchrun takes --run for a short form of two options of its own, and fails.
+    # --run-folder exists because torchrun takes --run for an ambiguous abbreviation of two of its own options.
     parser.add_argument(
         "--run",
         "--run-folder",
@@ -89,7 +89,7 @@ def _train(
         if ranks.is_writer:
             run_folder.prepare(folder, overwrite=arguments.overwrite)
     if ranks.is_writer:
-        # Two trainings in one folder would mix their checkpoints, and resume from each other's.
+        # Two trainings in one folder would overwrite and resume from each other's checkpoints.
         resources.enter_context(run_folder.held(folder))
     trainer = Trainer(
         config,
@@ -127,7 +127,7 @@ def _new(arguments: argparse.Namespace, given: dict[str, Any]) -> tuple[Path, Tr
     config = TrainingConfig.for_dataset(dataset, **given)
     name, data = datasets.parsed(dataset)
     folder: Path = arguments.folder or Path("runs") / name
-    # Its pictures would be data too: of others than it began with, a run does not go on.
+    # The run's pictures would become part of the data, and a run cannot resume with data that have changed.
     if name == "folder" and data is not None and folder.resolve().is_relative_to(data.resolve()):
         raise UsageError(
             f"{folder} is inside {dataset}, so its pictures would be training images: name another folder with --run"
@@ -150,7 +150,7 @@ def _resumed(arguments: argparse.Namespace, given: dict[str, Any]) -> tuple[Path
 
 def _report(trainer: Trainer, data: datasets.ImageData, folder: Path, device: torch.device) -> None:
     ranks = trainer.ranks
-    ranks.any(False)  # From here on all ranks read what one has written.
+    ranks.any(False)  # A barrier: all ranks read below what one has written.
     model, config, document = run_folder.load_model(folder, "cpu" if ranks.fsdp else device)
     ranks.shard(model, device)
     labels = data.test_labels if config.conditional else None

@@ -1,4 +1,4 @@
-"""``glow-kernels tune``: measure the launch parameters of the Triton kernels on this GPU, and CUDA C++ against them."""
+"""``glow-kernels tune``: tune the launch parameters of the Triton kernels on this GPU, then compare with CUDA C++."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _tune_launches(output: Path | None) -> None:
 
 
 def _compare_backends(output: Path | None) -> None:
-    # In a folder of its own: both tables have the name of the GPU.
+    # In a separate folder, since the files of both tables are named after the GPU.
     path, choice = compare(output and output / "faster")
     for operator, pairs in choice.items():
         print(f"{operator:<44}" + "  ".join(f"{name} to {limit}" for limit, name in pairs))
