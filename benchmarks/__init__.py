@@ -1,1 +1,1 @@
-"""Results, and entry points of the benchmarks for developers; the code is ``glow_kernels.bench``."""
+"""Committed results, and entry points of the benchmarks for developers; the code is in ``glow_kernels.bench``."""

@@ -1,8 +1,8 @@
-"""Existing Glow code before and after ``accelerate``: time of a training step and memory of activations, by dialect.
+"""Existing Glow code before and after ``accelerate``: time of a training step and memory of activations.
 
     python benchmarks/drop_in.py [--threads 1] [--steps 14] [--tuned] [--only rosinality normflows]
 
-Batch 16 of 3x32x32, 8 steps in each level, width 64, float32, Adam. Models run by turns; times are medians.
+Batch 16 of 3x32x32, 8 steps in each level, width 64, float32, Adam. Models take turns; times are medians.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from glow_kernels.cli.arguments import positive
 
 BATCH, SIZE, STEPS, LEVELS, WIDTH = 16, 32, 8, 2, 64
 Loss = Callable[[nn.Module, Tensor], Tensor]
-# What is done to a model, by the heading of its column.
+# Options of accelerate, by the heading of the column; None leaves the model unpatched.
 VARIANTS: dict[str, dict[str, str] | None] = {
     "as it was": None,
     "accelerate": {},
@@ -38,13 +38,13 @@ VARIANTS: dict[str, dict[str, str] | None] = {
 
 
 def waveglow_loss(model: nn.Module, x: Tensor) -> Tensor:
-    """Of images as sound of 3072 samples, and as a spectrogram of 768 frames."""
+    """The loss of images read as audio of 3072 samples, with a spectrogram of 768 frames."""
     spectrogram = x.repeat(1, 2, 1, 1).flatten(2)[:, :5, :768]
     return audio.waveglow_loss(model, spectrogram, x.flatten(1))  # type: ignore[no-any-return]
 
 
 def glow_tts_loss(model: nn.Module, x: Tensor) -> Tensor:
-    """Of images as 256 frames of 12 channels."""
+    """The loss of images read as 256 frames of 12 channels."""
     x = F.pixel_unshuffle(x, 2).flatten(2)
     z, log_det = model(x, x.new_ones(len(x), 1, x.shape[2]))
     return (0.5 * z.square().flatten(1).sum(1) - log_det).mean()  # type: ignore[no-any-return]
@@ -66,7 +66,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Loss]] = {
 
 
 def prepared(make: Callable[[], nn.Module], loss: Loss, x: Tensor, options: dict[str, str] | None) -> nn.Module:
-    """A model with initialised ActNorms."""
+    """A model with initialised ActNorms, accelerated unless ``options`` is None."""
     torch.manual_seed(0)
     model = make()
     with torch.no_grad():
@@ -79,7 +79,7 @@ def prepared(make: Callable[[], nn.Module], loss: Loss, x: Tensor, options: dict
 
 
 def training_step(model: nn.Module, loss: Loss, x: Tensor) -> Callable[[], None]:
-    """One step of Adam."""
+    """A function that runs one training step with Adam."""
     optimizer = torch.optim.Adam(model.parameters(), 1e-4)
 
     def step() -> None:
@@ -91,7 +91,7 @@ def training_step(model: nn.Module, loss: Loss, x: Tensor) -> Callable[[], None]
 
 
 def activations(model: nn.Module, loss: Loss, x: Tensor) -> tuple[float, float]:
-    """MiB kept after the forward, and most at any time; gradients of parameters do not count."""
+    """MiB kept after the forward, and the peak; gradients of parameters do not count."""
     for parameter in filter(lambda p: p.requires_grad, model.parameters()):
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     with LiveStorages([model]) as storages:

@@ -1,7 +1,7 @@
 """``make gpu``: build, test and measure on a machine with an NVIDIA GPU, in stages that survive each other's failure.
 
-Uses whatever torch and triton are installed, and downloads nothing. Everything goes to one file of results, a line at a
-time, also what became of every stage. ``--dry-run`` runs the stages that a CPU can run, at toy sizes.
+Uses the installed torch and triton, and downloads nothing. All results, and the outcome of every stage, are appended
+to one file as soon as they are known. ``--dry-run`` runs the stages that a CPU can run, at toy sizes.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from typing import IO
 
 ROOT = Path(__file__).resolve().parents[1]
 OLDEST = {"torch": (2, 10), "triton": (3, 4)}
-# Every operator has a file of its name in the reference.
+# The reference has a file for every operator, named after it.
 MODULES = sorted(path.stem for path in (ROOT / "glow_kernels/backends/reference").glob("[!_]*.py"))
 OPERATOR_TESTS = [f"tests/test_{name}.py" for name in MODULES]
-# CUDA graphs of whole steps, anchors in host memory, existing code.
+# Tests of CUDA graphs of whole steps, anchors in host memory and accelerated existing code.
 MODEL_TESTS = (
     "tests/test_graphs.py",
     "tests/test_reversible_graphs.py",
@@ -37,15 +37,15 @@ MODEL_TESTS = (
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 CUDA = "/usr/local/cuda/bin"
 BANDWIDTH_SHAPES = "64x12x128x128,32x48x64x64"
-# Of the first and the last level of the model that is trained, where a launch decides.
+# Shapes of the first and last level of the trained model, so small that launch overhead dominates.
 LAUNCH_SHAPES = "64x12x16x16,64x48x4x4"
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A command with its own limit in seconds; ``skip`` says why it is left out.
+    """A command with its own limit in seconds; if ``skip`` is not empty, the reason why it is left out.
 
-    Neighbours with ``beside``, which measure no times, run beside each other.
+    Consecutive stages with ``beside``, which measure no times, run in parallel.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Stage:
 
 
 def stages(results: Path, dry_run: bool = False) -> list[Stage]:
-    """All of them, under 8 minutes together; what is wanted most first, since the device may be taken away."""
+    """All stages, under 8 minutes together; the most important first, since the device may be taken away."""
     python = [sys.executable, "-m"]
     output = ["--output", str(results)]
     device = ["--device", "cpu" if dry_run else "cuda"]
@@ -71,9 +71,9 @@ def stages(results: Path, dry_run: bool = False) -> list[Stage]:
     plain = "and not opcheck and not compiles"
     cuda_tests = [*tests, f"native {plain}", *OPERATOR_TESTS, "tests/test_cuda_gpu.py"]
     triton_tests = [*tests, f"triton {plain}", *OPERATOR_TESTS, "tests/test_triton_gpu.py"]
-    # These say themselves what is on the GPU.
+    # These tests choose themselves what to put on the GPU.
     model_tests = [*pytest, *_workers(4), *MODEL_TESTS]
-    # Of one shape, that with 13 channels, and what has kernels of its own: all of them take ten minutes under a tool.
+    # Only the shape with 13 channels and the cases with kernels of their own: all tests take ten minutes under a tool.
     telling = "(of_every_shape and 13 or every_number_of_channels and 48 or many_steps and 70)"
     sanitized = [*pytest, "-k", f"native and {telling} {plain}", "-x", *OPERATOR_TESTS]
     bandwidth = ["--shape", BANDWIDTH_SHAPES, "--dtype", "float32", "--minutes", "0.85"]
@@ -101,7 +101,7 @@ def stages(results: Path, dry_run: bool = False) -> list[Stage]:
             environment={"GLOW_KERNELS_TEST_DEVICE": "cpu"},
         ),
         *(
-            # Of memory that PyTorch keeps for later, the tools would not see that nobody may use it.
+            # Without the caching allocator, whose free blocks the tools would take for memory in use.
             Stage(
                 tool,
                 _sanitizer(tool, sanitized),
@@ -124,13 +124,13 @@ def stages(results: Path, dry_run: bool = False) -> list[Stage]:
 
 
 def grouped(stages: list[Stage]) -> list[list[Stage]]:
-    """Stages that run beside each other together, in the same order."""
+    """The stages in groups that run in parallel, in the same order."""
     groups = itertools.groupby(enumerate(stages), lambda place: -1 if place[1].beside else place[0])
     return [[stage for _, stage in group] for _, group in groups]
 
 
 def why_not() -> str | None:
-    """Why this machine cannot run it; None if it can."""
+    """The reason why this machine cannot run the stages; None if it can."""
     try:
         import torch
     except ImportError:
@@ -149,16 +149,16 @@ def why_not() -> str | None:
 
 
 def too_old(package: str, version: str) -> str | None:
-    """A message if ``version`` is below the oldest that works."""
+    """A message if ``version`` is older than the oldest that works, otherwise None."""
     numbers = tuple(map(int, re.findall(r"\d+", version)[:2]))
     oldest = OLDEST[package]
     return None if numbers >= oldest else f"{package} {version} is too old; {'.'.join(map(str, oldest))} is needed"
 
 
 def run(stages: list[Stage]) -> dict[str, str]:
-    """By name what became of stages that run beside each other: ``ok``, ``skipped``, or what went wrong.
+    """Run stages in parallel, and return their outcomes by name: ``ok``, ``skipped`` or what went wrong.
 
-    What each of several prints comes when it ends.
+    If there are several, the output of each is printed when it ends.
     """
     outcomes = {stage.name: f"skipped: {stage.skip}" for stage in stages if stage.skip}
     running: dict[str, tuple[Stage, subprocess.Popen[bytes], IO[str] | None]] = {}
@@ -200,7 +200,7 @@ def run(stages: list[Stage]) -> dict[str, str]:
 def _start(stage: Stage, output: IO[str] | None) -> subprocess.Popen[bytes]:
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": path, "GLOW_KERNELS_TEST_DEVICE": "cuda", **stage.environment}
-    # A group of its own, so that compilers and workers that it started end with it.
+    # In a process group of its own, so that compilers and workers that it starts can be killed with it.
     return subprocess.Popen(
         stage.command, cwd=ROOT, env=environment, start_new_session=True, stdout=output, stderr=output
     )
@@ -213,7 +213,7 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run every stage and say what became of each; 0 if none failed."""
+    """Run every stage and print the outcomes; returns 0 if none failed."""
     parser = argparse.ArgumentParser(prog="make gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.jsonl", help="file")
     parser.add_argument("--only", default="", help="names of stages, with commas between")
@@ -252,7 +252,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _workers(most: int = 16) -> list[str]:
-    """Options that run tests side by side, where pytest can do that: most of their time is the host's."""
+    """Options that run tests in parallel if pytest-xdist is installed; most of their time is spent on the host."""
     return [] if _missing("xdist") else ["-n", str(min(most, os.cpu_count() or 1))]
 
 

@@ -1,8 +1,7 @@
-"""``make gpu-curve``: bits/dim of a real training against steps and seconds, plain reference and full stack.
+"""``make gpu-curve``: bits/dim of a training run against steps and seconds, plain reference and full stack.
 
-Both train the model of the first training step of ``make gpu`` on 32 x 32 patches of photographs, from the same seed
-with the same settings, one after the other, each for five minutes or as long as is said; then what they said of
-bits/dim goes to one file of results.
+Both runs train the first model that ``make gpu`` trains, on 32 x 32 patches of photographs with the same seed and
+settings, one after the other, each for five minutes or the given time. Their bits/dim go to one file of results.
 """
 
 from __future__ import annotations
@@ -18,13 +17,13 @@ from glow_kernels.bench import environment, results
 from glow_kernels.errors import GlowKernelsError, TrainingError
 from glow_kernels.training import metrics
 
-# Both run out of time, not of steps.
+# More iterations than the time allows: both runs are stopped by time.
 SETTINGS = [
     *("--dataset", "patches", "--image-size", "32", "--flow-steps", "32", "--levels", "3", "--hidden-channels", "512"),
     *("--batch-size", "64", "--seed", "0", "--schedule", "constant", "--iterations", "1000000"),
     *("--validate-every", "500"),
 ]
-# By name: the backend, empty for the best that there is, and options of the training.
+# By name: the backend, empty for the default one, and options of the training.
 RUNS: dict[str, tuple[str, list[str]]] = {
     "reference": ("reference", []),
     "full stack": ("", ["--precision", "bfloat16", "--cuda-graph"]),
@@ -32,10 +31,10 @@ RUNS: dict[str, tuple[str, list[str]]] = {
 
 
 def train(folder: Path, backend: str, options: list[str], seconds: float) -> None:
-    """Train for so long; the metrics until then are in the folder, the weights nobody needs.
+    """Train for ``seconds``, then kill the training: only the metrics in the folder are needed.
 
     Raises:
-        TrainingError: training ended by itself, and not well.
+        TrainingError: training failed before.
     """
     command = [sys.executable, "-m", "glow_kernels", "train", "--quiet", "--run", str(folder), *options]
     environment_ = {**os.environ, **({"GLOW_KERNELS_BACKEND": backend} if backend else {})}
@@ -51,7 +50,7 @@ def train(folder: Path, backend: str, options: list[str], seconds: float) -> Non
 
 
 def row(name: str, folder: Path) -> results.Row:
-    """What the run said of bits/dim: steps, seconds since it began and bits/dim, null where that was not finite."""
+    """The run's bits/dim as a row: points of step, seconds since the start and bits/dim, None if it was not finite."""
 
     def points(key: str) -> list[list[float | None]]:
         return [[record["step"], record["time"], record[key]] for record in metrics.read(folder) if key in record]
@@ -73,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("options", nargs="*", help="more options of the training, after --")
     arguments = parser.parse_args(argv)
-    import torch  # only here, so that --help is at once
+    import torch  # only here, so that --help is fast
 
     try:
         writer = results.Writer(arguments.output, environment.record(torch.zeros(0, device=arguments.device).device))

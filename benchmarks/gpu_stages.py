@@ -1,10 +1,10 @@
-"""What ``make gpu`` measures beyond ``glow-kernels bench``, a stage at a time into one file of results.
+"""What ``make gpu`` measures in addition to ``glow-kernels bench``, one stage per call, into one file of results.
 
     python -m benchmarks.gpu_stages training --output gpu.jsonl
     python -m benchmarks.gpu_stages training --output gpu.jsonl --toy --device cpu
 
-Every row is written when it is measured, so a stage that is stopped keeps what it has. ``--toy`` takes sizes of a
-second or so, which proves the code and nothing else.
+Every row is written as soon as it is measured, so a stopped stage keeps its results. ``--toy`` uses sizes that take
+about a second, to test the code and nothing else.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from glow_kernels.nn import FlowStep
 
 Build = Callable[[], Call]
 
-# The package as a user gets it: the faster backend for every operator.
+# The package with its default backends, as a user gets it.
 OURS = "glow_kernels"
 
 # Steps, levels, width, image size and batch; the first are those of the goals.
 TRAINING = ((32, 3, 512, 32, 64), (32, 3, 512, 32, 256), (32, 4, 512, 64, 32), (32, 6, 512, 256, 4))
 COMPILED = "reference compiled"
-# What is measured of the other sizes, first of all of them the one, then the other.
+# Implementations measured at the other sizes: first TELLING at all of them, then OTHERS.
 TELLING = (f"{OURS} bfloat16, graph", "floor: bare convolutions, bfloat16, graph")
 OTHERS = ("reference", "normflows")
 # InvertibleNetworks.jl, JOSS 9(99), 2024: figure 2 by depth at 256 x 256, figure 1 by image size at 16 steps.
-# That of the goal comes first.
+# The depth of the goal is first.
 DEPTHS, SIZES, MEMORY_BATCH, MEMORY_HIDDEN = (80, 4, 16, 48), (512, 1024), 8, 256
 MEMORY_POLICIES: dict[str, dict[str, Any]] = {
     "anchor 4": {"memory": "anchor"},
@@ -54,8 +54,8 @@ MEMORY_POLICIES: dict[str, dict[str, Any]] = {
     "store": {},
 }
 SAMPLES = (1, 64, 256)
-# Steps, levels, width, image size and batch of existing code, and what is done to it. That the layers compute the same,
-# the tests prove; proving it again takes as long as all that is measured.
+# Steps, levels, width, image size and batch of existing code, and the options of accelerate. Without verify, which
+# takes as long as all the measurements; the tests prove that the patched layers compute the same.
 DROP_IN = (4, 2, 512, 32, 64)
 DROP_IN_VARIANTS: dict[str, dict[str, Any] | None] = {
     "as it was": None,
@@ -65,7 +65,7 @@ DROP_IN_VARIANTS: dict[str, dict[str, Any] | None] = {
 
 
 class Convolutions(TorchDispatchMode):
-    """Notes the arguments of every convolution that runs inside."""
+    """Records the arguments of every convolution that runs inside."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,14 +79,14 @@ class Convolutions(TorchDispatchMode):
 
 @dataclass
 class Stages:
-    """One run's stages: ``toy`` for sizes that a CPU can do at once."""
+    """The stages of one run; ``toy`` uses sizes that a CPU can do in a moment."""
 
     device: torch.device
     writer: results.Writer
     toy: bool
 
     def training(self) -> None:
-        """A training step of the first size by every implementation, and the floor under it; of others the telling."""
+        """A training step and its lower bound: all implementations at the first size, a few at the others."""
         sizes = self._training_sizes()
         for some, names in ((sizes[:1], None), (sizes[1:], TELLING), (sizes[1:], OTHERS)):
             for size in some:
@@ -96,12 +96,12 @@ class Stages:
                         self._measure("training_step", case, name, build, case["batch"])
 
     def compile(self) -> None:
-        """Beside the tests, into the compiler's cache: that takes as long as all the training steps together."""
+        """Fill the compiler's cache while the tests run: compiling takes as long as all the training steps together."""
         case, x = self._training_case(*self._training_sizes()[0])
         self._trained(case, x)[COMPILED]()
 
     def memory(self) -> None:
-        """Peak and time of a step by depth and by image size, at the sizes of the published benchmark."""
+        """Peak memory and time of a step by depth and by image size, at the sizes of the published benchmark."""
         points = [(steps, 256) for steps in DEPTHS] + [(16, size) for size in SIZES]
         levels, hidden, batch = (2, 8, 2) if self.toy else (3, MEMORY_HIDDEN, MEMORY_BATCH)
         for steps, size in [(2, 8)] if self.toy else points:
@@ -112,10 +112,10 @@ class Stages:
             }
             builds["normflows"] = functools.partial(self._build_normflows, case, x)
             for name, build in builds.items():
-                self._measure("memory", case, name, build, batch, once=True)  # of seconds each
+                self._measure("memory", case, name, build, batch, once=True)  # a step takes seconds
 
     def sampling(self) -> None:
-        """Images a second, and the latency of one, by every backend that runs here."""
+        """Throughput in images per second, and the latency of one image, with every backend that runs here."""
         steps, levels, hidden, size = (2, 2, 8, 8) if self.toy else TRAINING[0][:4]
         case = {"steps": steps, "levels": levels, "hidden": hidden, "image_size": size}
         model = self._glow({**case})
@@ -128,7 +128,7 @@ class Stages:
                 self._measure("sampling", {**case, "batch": number}, name, functools.partial(_same, call), number)
 
     def drop_in(self) -> None:
-        """A training step of code as people have it, before and after ``accelerate``."""
+        """A training step of existing code, before and after ``accelerate``."""
         sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
         from dialects import openai, rosinality
 
@@ -154,7 +154,7 @@ class Stages:
         return case, torch.rand(batch, 3, size, size, device=self.device) - 0.5
 
     def _trained(self, case: dict[str, int], x: Tensor) -> dict[str, Build]:
-        """By name what builds a step; the most telling first, since the stage may be stopped."""
+        """Functions that build a step, by name; the most informative first, since the stage may be stopped."""
         reference = functools.partial(on, "reference")
 
         def graph(backend: str = "", low_precision: bool = True, **options: Any) -> Call:
@@ -178,7 +178,7 @@ class Stages:
             "checkpoint per step": lambda: self._step(checkpointed(self._glow(case)), x),
             f"{OURS} bfloat16": lambda: self._build(case, x, low_precision=True),
             "floor: bare convolutions": lambda: self._floor(case, x),
-            # Each alone computes what it can, and leaves the rest to the reference.
+            # Each backend alone; what it does not support is left to the reference.
             **{f"{backend} bfloat16, graph": functools.partial(graph, backend) for backend in backends},
             COMPILED: lambda: reference(self._step(models.compiled(self._glow(case), x), x)),
         }
@@ -186,7 +186,7 @@ class Stages:
     def _measure(
         self, part: str, case: Mapping[str, int | str], name: str, build: Build, images: int, once: bool = False
     ) -> None:
-        """Time and peak of one implementation alone: several such models do not fit beside each other."""
+        """Time and peak memory of one implementation alone, since several such models do not fit on one GPU."""
         row: results.Row = {
             "kind": "model",
             "case": {"part": part, **case, "implementation": name, "device": self.device.type},
@@ -195,7 +195,7 @@ class Stages:
         }
         try:
             with warnings.catch_warnings(), timing.capturable(self.device):
-                warnings.simplefilter("ignore")  # of other packages
+                warnings.simplefilter("ignore")  # warnings of other packages
                 call = build()
                 call()
                 if once:
@@ -205,10 +205,10 @@ class Stages:
                 else:
                     times = timing.measure({name: [call]}, 0.02 if self.toy else 0.3, self.device)
                     row["seconds"] = times.spread(name).as_row()
-                    if not name.endswith("graph"):  # whose replay allocates nothing
+                    if not name.endswith("graph"):  # the replay of a graph allocates nothing
                         row["peak_extra_bytes"] = peak_extra_bytes(call, self.device)
                 row["images_per_second"] = images / row["seconds"][0]
-        except Exception as error:  # too little memory, a package that is missing or fails: the others go on
+        except Exception as error:  # out of memory, or a package is missing or fails: go on with the others
             row["failed"] = in_brief(error)
         call = None  # type: ignore[assignment]
         gc.collect()
@@ -240,14 +240,14 @@ class Stages:
         torch.manual_seed(0)
         model = make().to(self.device)
         with torch.no_grad():
-            loss(model, x)  # which initialises ActNorm
+            loss(model, x)  # initialises ActNorm
         if options is not None and (left := accelerate(model, **options).left_alone):
             raise GlowKernelsError(f"{left[0].path} is not patched: {left[0].reason}")
         parameters = list(model.parameters())
         return lambda: torch.autograd.grad(loss(model, x), parameters)
 
     def _step(self, model: nn.Module, x: Tensor, low_precision: bool = False) -> Call:
-        """Gradients of a model's mean negative log-density."""
+        """A function that computes the gradients of a model's mean negative log-density."""
         model.to(self.device).train()
         if isinstance(model, Glow):
             model.initialize(x)
@@ -262,7 +262,7 @@ class Stages:
         return autocast if low_precision else step
 
     def _whole_step(self, model: Glow, x: Tensor) -> Call:
-        """All that a training loop does for a batch: also clipping and the optimizer."""
+        """Everything that a training loop does for a batch, clipping and the optimizer included, as a CUDA graph."""
         step = self._step(model, x, low_precision=True)
         on_gpu = self.device.type == "cuda"
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True, capturable=on_gpu)
@@ -281,7 +281,7 @@ class Stages:
         return functools.partial(captured, x)
 
     def _floor(self, case: dict[str, int], x: Tensor, low_precision: bool = False) -> Call:
-        """The convolutions of the coupling networks alone, forward and backward, as often as a step runs them."""
+        """Only the convolutions of the coupling networks, forward and backward, as often as a step runs them."""
         model = self._glow(case)
         model.initialize(x)
         found = _network_convolutions(model, x)
@@ -306,16 +306,16 @@ class Stages:
         return call
 
     def _graph(self, call: Call) -> Call:
-        """``call`` as a CUDA graph; on a CPU, which has none, as it is."""
+        """``call`` as the replay of a CUDA graph; on a CPU, unchanged."""
         if self.device.type != "cuda":
             return call
         call()
-        torch.cuda.empty_cache()  # what a graph holds it shares with nothing else
+        torch.cuda.empty_cache()  # the graph allocates from a private pool and cannot use cached memory
         return timing.capture(call)
 
 
 def on(backend: str, call: Call) -> Call:
-    """``call`` with the backend chosen."""
+    """``call`` with ``backend``."""
 
     def chosen() -> object:
         with use_backend(backend):
@@ -325,7 +325,7 @@ def on(backend: str, call: Call) -> Call:
 
 
 def checkpointed(model: Glow) -> Glow:
-    """Every step of flow in ``torch.utils.checkpoint``."""
+    """``model`` with every flow step in ``torch.utils.checkpoint``."""
     for step in (module for module in model.modules() if isinstance(module, FlowStep)):
         forward = step.forward
 
@@ -342,7 +342,7 @@ def _same(call: Call) -> Call:
 
 
 def normflows_glow(case: dict[str, int]) -> nn.Module:
-    """The same model of normflows: its multiscale flow of Glow blocks, squeezes and merges, deepest level first."""
+    """The same model in normflows: a multiscale flow of Glow blocks, squeezes and merges, deepest level first."""
     import normflows as nf
 
     levels, size = case["levels"], case["image_size"]
@@ -369,7 +369,7 @@ def normflows_glow(case: dict[str, int]) -> nn.Module:
 
 
 def _network_convolutions(model: Glow, x: Tensor) -> list[tuple[Any, ...]]:
-    """Arguments of the convolutions of all coupling networks for this input."""
+    """The arguments of all convolutions in the coupling networks for this input."""
     found: list[tuple[Any, ...]] = []
     inputs: list[tuple[nn.Module, tuple[Any, ...]]] = []
     networks = [module.coupling.network for module in model.modules() if isinstance(module, FlowStep)]

@@ -1,13 +1,13 @@
 """Memory and time of a training step: this package's policies, PyTorch's checkpointing, memcnn and normflows.
 
-The same flow for all, one level of Glow's steps (ActNorm, 1x1 convolution, coupling with a network of three
-convolutions); memcnn can only do the additive coupling, so there are two tables. Peaks are live bytes of real tensors
-on the CPU without the gradients of parameters; times are medians of interleaved steps, with these gradients. Writes
+All train the same flow, one level of Glow's steps (ActNorm, 1x1 convolution, coupling with a network of three
+convolutions). memcnn only has the additive coupling, so there are two tables. Peaks are live bytes of real tensors on
+the CPU, without gradients of parameters; times are medians of interleaved steps, with these gradients. Writes
 docs/memory/compare.json. Needs the extra "peers".
 
-    python benchmarks/memory_compare.py            everything
-    python benchmarks/memory_compare.py 16         with another number of steps of flow
-    python benchmarks/memory_compare.py 8 additive  that table alone; the other stays as it is
+    python benchmarks/memory_compare.py             everything
+    python benchmarks/memory_compare.py 16          with another number of flow steps
+    python benchmarks/memory_compare.py 8 additive  only this table; the other stays as it is
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ REPEATS = 8
 
 
 class ResizableStorages(LiveStorages):
-    """Asks every storage for its size again after every operator: memcnn empties storages that live on."""
+    """Reads the size of every storage again after every operator, since memcnn empties storages that stay alive."""
 
     def __init__(self, ignored: list[nn.Module]) -> None:
         super().__init__(ignored)
@@ -69,7 +69,7 @@ class Checkpointed(nn.Module):
 
 
 class OfMemcnn(nn.Module):
-    """ActNorm and 1x1 convolution by this package, as a layer of memcnn's kind, and memcnn's additive coupling."""
+    """ActNorm and 1x1 convolution of this package, wrapped as memcnn layers, with memcnn's additive coupling."""
 
     def __init__(self, steps: nn.Sequential) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ class OfNormflows(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         total = x.new_zeros(len(x))
         for block in self.blocks:
-            x, log_det = block.inverse(x)  # its direction from data to latents
+            x, log_det = block.inverse(x)  # from data to latents in normflows
             total = total + log_det
         return x, total
 
@@ -146,7 +146,7 @@ def models(count: int, coupling: str) -> dict[str, nn.Module]:
 
 
 def step(model: nn.Module, x: Tensor) -> None:
-    # memcnn destroys its input, and gives no gradients without one here.
+    # memcnn frees its input's storage, and computes no gradients unless the input requires one.
     z, log_det = model(x.clone().requires_grad_())
     (0.5 * z.square().flatten(1).sum(1) - log_det).mean().backward()
 

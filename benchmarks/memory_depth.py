@@ -1,7 +1,7 @@
-"""Activation memory against depth at the size of the published benchmark, counted with fake tensors.
+"""Activation memory against depth at the sizes of the published benchmark, counted with fake tensors.
 
 256 x 256 images, batch 8, 256 hidden channels, 3 levels (InvertibleNetworks.jl, JOSS 9(99), 2024, figure 2). Writes
-docs/memory/depth.json. A step is simulated operator by operator, so this needs no GPU and some minutes.
+docs/memory/depth.json. A step is simulated operator by operator, so this needs no GPU and takes a few minutes.
 """
 
 from __future__ import annotations

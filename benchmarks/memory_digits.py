@@ -1,4 +1,4 @@
-"""Five hundred steps on digits with anchors, beside the same with plain autograd: bits/dim at every validation.
+"""Trains 500 steps on digits with anchors and with plain autograd, and compares bits/dim at every validation.
 
 Writes docs/memory/digits.json.
 """

@@ -1,9 +1,10 @@
-"""How far inverted states are off, and what that does to gradients: against depth, and for poisoned batches.
+"""Errors of inverted states, and their effect on gradients: by depth, and for poisoned batches.
 
-``depth``: relative error of inverting K steps with random weights after data-dependent initialisation.
-``poison K [UPDATES]``: gradients of a Glow with K steps, trained on photographs for 300 updates, relative to plain
-autograd, for clean images, noise, saturated pixels and one bad row in one of eight images. With 300 updates it writes a
-file to docs/memory, as the other does.
+``depth``: relative error of inverting K steps with random weights after data-dependent initialisation. Writes
+docs/memory/drift.json.
+``poison K [UPDATES]``: relative error of the gradients, compared with plain autograd, of a Glow with K steps, trained
+on photographs for 300 updates, for clean images, noise, saturated pixels, random black and white, and one bad row in
+one of eight images. With 300 updates it writes docs/memory/poisonK.json.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.what == "poison" and arguments.steps is None:
         parser.error("poison needs the number of steps of flow")
-    # For convolutions this small oneDNN's set-up takes longer than the work.
+    # For convolutions this small, oneDNN's set-up takes longer than the computation.
     with torch.backends.mkldnn.flags(enabled=False, allow_tf32=None):
         depth() if arguments.what == "depth" else poison(arguments.steps, arguments.updates)
 

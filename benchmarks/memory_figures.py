@@ -1,4 +1,4 @@
-"""Draws the figures of docs/memory.md from what the other memory scripts measured."""
+"""Draws the figures of docs/memory.md from the results of the other memory scripts."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def read(name: str) -> list[dict[str, Any]]:
 
 
 def extrapolated(rows: list[dict[str, Any]]) -> float:
-    """The peak of the deepest model: what is kept grows by the anchors exactly, which the tests prove."""
+    """The peak of the deepest model: each further anchor adds exactly its state, which the tests prove."""
     if "offloaded" in rows[0]["policy"]:
         return float(rows[-1]["peak"])
     every = int(rows[0]["policy"].split()[1].rstrip(","))
     anchors = DEEPEST // every - rows[-1]["steps"] // every
     state = 8 * 3 * 256 * 256 * 4
-    # Either at the end of the forward, with the anchors of all levels, or in the backward of the first.
+    # The peak is either at the end of the forward, with the anchors of all levels, or in the first level's backward.
     return float(max(rows[-1]["kept"] + anchors * 1.75 * state, rows[-1]["peak"] + anchors * state))
 
 

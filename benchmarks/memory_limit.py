@@ -1,7 +1,7 @@
-"""A model that plain autograd cannot train in 4 GiB of address space trains in 1 GiB.
+"""A model that plain autograd cannot train in 4 GiB of memory trains in 1 GiB.
 
-Every run is a process of its own with a hard limit on its memory (``RLIMIT_DATA``: heap and anonymous mappings, which
-is what tensors live in, without the code of the libraries). Prints one line per run.
+Every run is a separate process with a hard limit on its memory (``RLIMIT_DATA``: heap and anonymous mappings, which
+hold all tensors, without the code of the libraries). Prints one line per run.
 
     python benchmarks/memory_limit.py              both runs
     python benchmarks/memory_limit.py invert 1.0   one policy under one limit in GiB
@@ -18,7 +18,7 @@ STEPS, LEVELS, HIDDEN, SIZE, BATCH = 72, 2, 128, 128, 8
 
 
 def train(memory: str, limit: float) -> None:
-    """Two optimisation steps, whose losses are printed."""
+    """Run two training steps and print their losses."""
     import torch
 
     from glow_kernels.models import Glow

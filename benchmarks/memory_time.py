@@ -1,7 +1,7 @@
-"""Time of a training step of a Glow under every policy, and with torch.utils.checkpoint around every step.
+"""Time of a training step of a Glow under every policy, and with torch.utils.checkpoint around every flow step.
 
-Interleaved steps on one thread, with Python's garbage collector off as in ``timeit``: medians, then medians and least
-times relative to plain autograd. The same weights for all.
+Steps are interleaved on one thread, with Python's garbage collector off as in ``timeit``, and all models have the same
+weights. Prints medians, then medians and minima relative to plain autograd.
 
     python benchmarks/memory_time.py               the sizes of SIZES
     python benchmarks/memory_time.py 8 2 64 32 16  steps, levels, width, image size, batch

@@ -1,4 +1,4 @@
-"""Entry points for pytest-benchmark: ``pytest benchmarks``, with its options to save, compare and draw histories."""
+"""Benchmarks for pytest-benchmark: ``pytest benchmarks``, with its options to save, compare and plot results."""
 
 import itertools
 
