@@ -1,5 +1,5 @@
-// The linear map of actnorm_conv1x1 on the CPU, folded before or in the same call. The mathematics stands in
-// glow_kernels/ops/actnorm_conv1x1.py, the arithmetic in cpu/kernels.
+// The linear map of actnorm_conv1x1 on the CPU, folded beforehand or in the same call. The mathematics is described in
+// glow_kernels/ops/actnorm_conv1x1.py, the arithmetic is in cpu/kernels.
 #include "cpu/actnorm_conv1x1.h"
 
 #include <torch/csrc/stable/library.h>
@@ -17,10 +17,10 @@
 namespace glow_kernels {
 namespace {
 
-// The sums over positions are cut into at most so many parts, whatever the number of threads, and the parts are added
-// in order: so the result does not depend on the number of threads.
+// The sums over positions are split into at most this many parts, and the parts are added in order, so the result does
+// not depend on the number of threads.
 constexpr int64_t kParts = 64;
-// Positions are handed out in multiples of so many, whole vectors of every instruction set.
+// Positions are distributed in multiples of this, which is a whole number of vectors in every instruction set.
 constexpr int64_t kUnit = 64;
 
 template <typename T>
@@ -41,7 +41,7 @@ void check(const Tensor& x, const Tensor& matrix) {
                   "matrix must be (C, C)");
 }
 
-// Samples of one position are positions of one sample, so that tiles are read and written where they lie.
+// Samples of a single position are treated as positions of one sample, so that tiles can be read and written in place.
 template <typename T>
 Positions<T> positions(const Tensor& x, T* data) {
   const Planes p = planes_of(x);
@@ -49,12 +49,12 @@ Positions<T> positions(const Tensor& x, T* data) {
   return {data, {1, p.channels, p.batches * p.positions, 0, p.channel_stride, p.batch_stride}};
 }
 
-// P of x.
+// P, the number of positions.
 double positions_of(const Tensor& x) { return static_cast<double>(planes_of(x).positions); }
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Work on the matrices that those who work on the data need not wait for; empty for none.
+// Work on the matrices that runs concurrently with the work on the data; empty if there is none.
 using Beside = std::function<void()>;
 
 // Whether such work, of the order of n^3, is worth a thread.
@@ -87,7 +87,7 @@ void run_apply(const Tensor& x, const compute_t<T>* matrix, const compute_t<T>* 
   const auto target = positions(z, z.mutable_data_ptr<T>());
   const int64_t total = source.planes.batches * source.planes.positions;
   if (beside) {
-    // Each lays out the matrix anew.
+    // Few tasks, since each one pads the matrix again.
     constexpr int64_t kTasks = 16, kLeastUnits = 2;
     const int64_t size = std::max(kLeastUnits * kUnit, divide_up(total, kTasks * kUnit) * kUnit);
     for_each_task(beside, divide_up(total, size), [&](int64_t index) {
@@ -95,7 +95,7 @@ void run_apply(const Tensor& x, const compute_t<T>* matrix, const compute_t<T>* 
     });
     return;
   }
-  // Units that a thread gets at least: fewer would cost more to hand out than to compute.
+  // Minimum number of units per thread: fewer would cost more to distribute than to compute.
   const int64_t grain = std::max<int64_t>(1, 16384 / (x.size(1) * kUnit));
   torch::stable::parallel_for(0, divide_up(total, kUnit), grain, [&](int64_t begin, int64_t end) {
     kernel(source, matrix, shift, target, begin * kUnit, std::min(end * kUnit, total));
@@ -114,7 +114,7 @@ Tensor apply(const Tensor& x_any, const Tensor& matrix_any, const Tensor& shift_
   return z;
 }
 
-// In double, some elements of all parts at a time.
+// Adds in double, some elements of all parts at a time.
 template <typename A>
 void add_parts(const std::vector<A>& parts, int64_t count, int64_t size, A* target) {
   constexpr int64_t kAtOnce = 64;
@@ -130,9 +130,10 @@ void add_parts(const std::vector<A>& parts, int64_t count, int64_t size, A* targ
   }
 }
 
-// Positions of a part: as many as a tile has, but two parts at least if each is worth a thread.
+// Positions per part: those of a tile, fewer if that makes two parts that are each worth a thread, more if there would
+// otherwise be over kParts parts.
 int64_t part_size(int64_t channels, int64_t total) {
-  constexpr int64_t kWorthAThread = 1 << 20;  // products of two numbers
+  constexpr int64_t kWorthAThread = 1 << 20;  // multiply-adds
   const auto share = [](int64_t all, int64_t parts) { return divide_up(all, parts * kUnit) * kUnit; };
   const int64_t least = std::max(share(total, 2), share(kWorthAThread, channels * channels));
   return std::max(share(total, kParts), std::min(summed_positions(channels), least));
@@ -195,7 +196,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> reversible_backward(const Tensor& gra
   });
 }
 
-// A step folded in memory that the thread keeps.
+// Room for a folded step, its inverse and the sums of its backward, in memory that the thread keeps.
 template <typename A>
 struct FoldedStep {
   Folded<A> map, inverse, sums;
@@ -244,7 +245,7 @@ std::tuple<Tensor, Tensor> transform(const Tensor& x_any, const Tensor& log_scal
   });
 }
 
-// l of the parameters: P times the gradient of log_det, over all samples.
+// The gradient of the log-determinant per position: P times that of log_det, summed over the samples.
 template <typename A>
 double total_gradient(const Tensor& grad_log_det, const Tensor& x) {
   const Tensor contiguous = as_contiguous(grad_log_det);
@@ -255,7 +256,7 @@ double total_gradient(const Tensor& grad_log_det, const Tensor& x) {
   return total * positions_of(x);
 }
 
-// From the gradients of transform's results, and its input, to those of its arguments.
+// Computes the gradients of transform's arguments from its input and the gradients of its results.
 template <bool is_inverse>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> transform_backward(
     const Tensor& grad_any, const Tensor& grad_log_det, const Tensor& x_any, const Tensor& log_scale,
@@ -288,7 +289,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> transform_backward(
     arguments.matrix = folded.map.matrix;
     if (needs_grad_x) arguments.grad_x = positions(grad_x, grad_x.mutable_data_ptr<T>());
     run_backward(arguments, folded.sums.matrix, folded.sums.shift, beside);
-    // M^-1 may leave the range of A where W^-1 does not.
+    // M^-1 may be out of the range of A even if W^-1 is not.
     if (beside && !is_finite(inverse, n * n)) inverse = nullptr;
     const auto kernel = is_inverse ? folding.fold_inverse_backward : folding.fold_backward;
     kernel(n, {folded.sums.matrix, folded.sums.shift}, total_gradient<A>(grad_log_det, x), parameters.step(), inverse,
@@ -297,7 +298,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> transform_backward(
   return {grad_x, grads.log_scale, grads.bias, grads.weight, grads.weight_log_det};
 }
 
-// From the output z: the input x, and all gradients.
+// Computes the input x and all gradients from the output z.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> transform_reversible_backward(
     const Tensor& grad_any, const Tensor& grad_log_det, const Tensor& z_any, const Tensor& log_scale,
     const Tensor& bias, const Tensor& weight, std::optional<Tensor> weight_log_det) {

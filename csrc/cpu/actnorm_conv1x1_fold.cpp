@@ -1,5 +1,5 @@
-// Folding ActNorm and the 1x1 convolution into one matrix on the CPU, for a batch of steps. The mathematics stands in
-// glow_kernels/ops/actnorm_conv1x1.py, the arithmetic in cpu/kernels/actnorm_conv1x1_fold.cpp.
+// Folding ActNorm and the 1x1 convolution into one matrix on the CPU, for a batch of steps. The mathematics is
+// described in glow_kernels/ops/actnorm_conv1x1.py, the arithmetic is in cpu/kernels/actnorm_conv1x1_fold.cpp.
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
@@ -38,7 +38,7 @@ Tensor empty_per_step(const Tensor& matrix) {
 
 template <typename F>
 void for_each_step(const Sizes& sizes, const F& f) {
-  // Steps that a thread gets at least.
+  // Minimum number of steps per thread.
   const int64_t grain = std::max<int64_t>(1, 32768 / (sizes.n * sizes.n * sizes.n));
   torch::stable::parallel_for(0, sizes.steps, grain, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) f(k);
@@ -69,7 +69,7 @@ std::tuple<Tensor, Tensor, Tensor> fold(const Tensor& log_scale, const Tensor& b
       }
     });
   });
-  for (char singular : is_singular) check_invertible(!singular, n);  // an exception does not leave a parallel loop
+  for (char singular : is_singular) check_invertible(!singular, n);  // an exception must not leave a parallel loop
   return {matrix, shift, log_det};
 }
 

@@ -1,5 +1,5 @@
-// Mean and variance of every channel on the CPU: those of tiles, combined as in Chan, Golub and LeVeque, "Updating
-// formulae and a pairwise algorithm for computing sample variances", 1979.
+// Mean and variance of every channel on the CPU, computed per tile and combined as in Chan, Golub and LeVeque,
+// "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
 #include "cpu/actnorm_statistics.h"
 
 #include <torch/csrc/stable/library.h>
@@ -18,13 +18,13 @@ StatisticsKernels<T> kernels() {
   GLOW_KERNELS_RETURN_TABLE(statistics_kernels<T>());
 }
 
-// Statistics of the elements that were seen so far, of every channel.
+// Statistics per channel of the elements seen so far.
 struct Statistics {
   std::vector<double> counts, means, deviations;
 
   explicit Statistics(int64_t channels) : counts(channels), means(channels), deviations(channels) {}
 
-  // Adds those of `count` elements each of channels from `first` on, of which the same number was seen before.
+  // Adds the statistics of `count` elements of each channel from `first` on. These channels must have equal counts.
   void add(int64_t first, int64_t channels, double count, const double* other_means, const double* other_deviations) {
     const double before = counts[first], share = count / (before + count);
     for (int64_t i = 0; i < channels; ++i) {

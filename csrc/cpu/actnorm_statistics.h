@@ -1,4 +1,4 @@
-// The statistics of ActNorm's initialisation on the CPU: what the instruction-set variants of their kernel offer.
+// The statistics of ActNorm's initialisation on the CPU: the kernel that every instruction-set variant provides.
 #pragma once
 
 #include "cpu/tile.h"
@@ -7,7 +7,7 @@ namespace glow_kernels {
 
 template <typename T>
 struct StatisticsKernels {
-  // Mean and sum of squared deviations from it of every row of a tile, or of every column if `of_columns`.
+  // The mean, and the sum of squared deviations from it, of every row of a tile, or of every column if `of_columns`.
   void (*forward)(const Strided<const T>& tile, int64_t rows, int64_t columns, bool of_columns, double* means,
                   double* deviations);
 };

@@ -1,5 +1,5 @@
-// The affine coupling on the CPU. The mathematics stands in glow_kernels/ops/affine_coupling.py, the arithmetic in
-// cpu/kernels/affine_coupling.cpp.
+// The affine coupling on the CPU. The mathematics is described in glow_kernels/ops/affine_coupling.py, the arithmetic
+// is in cpu/kernels/affine_coupling.cpp.
 #include "cpu/affine_coupling.h"
 
 #include <torch/csrc/stable/library.h>
@@ -13,7 +13,7 @@
 namespace glow_kernels {
 namespace {
 
-// The kernels take rows of whole vectors, of whichever instruction set, where they lie.
+// The kernels access rows in place if these are whole vectors, and 16 elements are in every instruction set.
 Tiling tiling_of(const Tensor& x) {
   constexpr int64_t kWholeVectors = 16;
   const Planes planes = planes_of(x);
@@ -31,8 +31,8 @@ struct Arguments {
   std::optional<Tensor> gain = {}, grad = {}, grad_log_det = {}, result = {}, grad_data = {}, grad_h = {};
 };
 
-// The kernel over all tiles, in parallel. Returns what it returned for every tile; writes to `grad_gain`, unless it is
-// null, the sums over samples and positions. Everything is added in a fixed order.
+// Runs the kernel over all tiles in parallel and returns what it returned for each. Writes the gradient of the gain,
+// summed over samples and positions in a fixed order, to `grad_gain` unless that is null.
 template <typename T, typename H>
 std::vector<double> run(const Arguments& arguments, typename CouplingKernels<T, H>::Kernel* kernel,
                         const CouplingOptions& options, const CouplingLayout& layout, const Tiling& tiling,
@@ -126,7 +126,7 @@ auto gradients(const Tensor& grad, const Tensor& grad_log_det, const Tensor& y, 
   }
 }
 
-// The kernels cannot: where a sigmoid is out of range they read everything again.
+// The kernels cannot work in place: if a sigmoid is out of range, they read their inputs again.
 Tensor in_place_backward(Tensor grad, const Tensor& grad_log_det, Tensor y, const Tensor& h, Name kind,
                          std::vector<double> scale_parameters, Name layout, Name order) {
   const auto [x, grad_x, grad_h, _] = gradients<Direction::reversible_backward>(

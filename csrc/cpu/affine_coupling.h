@@ -1,4 +1,4 @@
-// The affine coupling on the CPU: what the instruction-set variants of its kernels offer.
+// The affine coupling on the CPU: the kernels that every instruction-set variant provides.
 #pragma once
 
 #include "cpu/tile.h"
@@ -7,7 +7,7 @@
 namespace glow_kernels {
 
 // One tile of all arguments and results, `rows` x `columns` elements, at most kTile. T is the type of x and y, H that
-// of h, of which `u` holds the raw scales and `t` the shifts. Which members a kernel uses stands with the kernel.
+// of h, which holds the raw scales `u` and the shifts `t`. CouplingKernels says which members each kernel uses.
 template <typename T, typename H>
 struct CouplingTile {
   using A = compute_t<T>;
@@ -20,7 +20,7 @@ struct CouplingTile {
   Strided<T> result;  // y, or x for the inverse and the reversible backward
   Strided<T> grad_data;
   Strided<H> grad_u, grad_t;
-  A* grad_gain;   // contributions of all elements, rows x columns; null for none
+  A* grad_gain;   // the contribution of every element, rows x columns; null for none
   bool streamed;  // whether the results are too large for the caches
 };
 
@@ -31,11 +31,11 @@ struct CouplingKernels {
   Kernel* forward;
   // From y to x; returns minus the sum of log s.
   Kernel* inverse;
-  // From y, dL/dy and dL/dlog_det to dL/dx, dL/du, dL/dt and dL/dgain; returns nothing of use, as those below.
+  // From y, dL/dy and dL/dlog_det to dL/dx, dL/du, dL/dt and dL/dgain; what it and those below return is meaningless.
   Kernel* backward;
   // From x, dL/dx and dL/dlog_det to dL/dy, dL/du, dL/dt and dL/dgain.
   Kernel* inverse_backward;
-  // What backward does, and x.
+  // The same as backward, and x.
   Kernel* reversible_backward;
 };
 

@@ -1,4 +1,4 @@
-// From tensors and the processor to the kernels that are made for them.
+// Selects the kernels for the processor, and turns tensors into their arguments.
 #pragma once
 
 #include <optional>
@@ -9,7 +9,7 @@
 #include "cpu/tiling.h"
 #include "glow_kernels/tensors.h"
 
-// Returns a table of kernels, table<T...>(), of the instruction set in use.
+// GLOW_KERNELS_RETURN_TABLE(table<T...>()) returns the table of kernels for the instruction set in use.
 #if defined(GLOW_KERNELS_HAS_AVX512)
 #define GLOW_KERNELS_IF_AVX512(...) \
   if (isa() == Isa::avx512) return avx512::__VA_ARGS__;
@@ -29,7 +29,7 @@
 
 namespace glow_kernels {
 
-// Strided memory of a tensor; null for none.
+// The strided memory of a tensor; `data` is null if there is no tensor.
 template <typename T>
 struct Plane {
   T* data = nullptr;
@@ -51,7 +51,7 @@ Plane<T> writable(const std::optional<Tensor>& x) {
   return x ? Plane<T>{x->mutable_data_ptr<T>(), planes_of(*x)} : Plane<T>{};
 }
 
-// A value (B,) per sample from those of its tiles, which are added in a fixed order.
+// Sums the values of each sample's tiles, in a fixed order, into a tensor (B,).
 template <typename A>
 Tensor sum_per_sample(const std::vector<double>& values, const Tiling& tiling, int64_t batches, const Tensor& x) {
   Tensor sums = empty_vector(batches, std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float, x);

@@ -1,5 +1,5 @@
-// The diagonal Gaussian on the CPU. The mathematics stands in glow_kernels/ops/gaussian_log_prob.py, the arithmetic in
-// cpu/kernels/gaussian_log_prob.cpp.
+// The diagonal Gaussian on the CPU. The mathematics is described in glow_kernels/ops/gaussian_log_prob.py, the
+// arithmetic is in cpu/kernels/gaussian_log_prob.cpp.
 #include "cpu/gaussian_log_prob.h"
 
 #include <torch/csrc/stable/library.h>
@@ -19,13 +19,13 @@ GaussianKernels<T, H> kernels() {
   GLOW_KERNELS_RETURN_TABLE(gaussian_kernels<T, H>());
 }
 
-// What a function reads and writes, as the members of GaussianTile.
+// What a function reads and writes; the members are named as in GaussianTile.
 struct Arguments {
   Tensor data, h;
   std::optional<Tensor> grad = {}, grad_log_prob = {}, result = {}, grad_h = {};
 };
 
-// The kernel over all tiles, in parallel; what it returned for every tile.
+// Runs the kernel over all tiles in parallel and returns what it returned for each.
 template <typename T, typename H>
 std::vector<double> run(const Arguments& arguments, typename GaussianKernels<T, H>::Kernel* kernel,
                         const std::string& layout_name, const Tiling& tiling) {

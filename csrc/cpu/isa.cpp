@@ -8,7 +8,7 @@ namespace glow_kernels {
 namespace {
 
 Isa best() {
-  // F16C is not asked for: every processor with AVX2 has it, and not every compiler's builtin knows its name.
+  // F16C is not checked: every processor with AVX2 has it, and not every compiler's builtin knows its name.
 #ifdef GLOW_KERNELS_HAS_AVX512
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
@@ -21,7 +21,7 @@ Isa best() {
   return Isa::baseline;
 }
 
-// A name that is unknown or more than the processor runs changes nothing; native_isa() tells what was chosen.
+// An unknown name, or a set that the processor does not support, is ignored; native_isa() tells what was chosen.
 Isa choose() {
   const char* wanted = std::getenv("GLOW_KERNELS_ISA");
   const Isa limit = best();

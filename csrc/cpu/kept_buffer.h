@@ -1,4 +1,4 @@
-// Memory that a thread keeps between calls, since fresh memory of the size of a matrix costs page faults.
+// Memory that a thread keeps between calls: newly allocated memory the size of a matrix would cost page faults.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@ namespace glow_kernels {
 template <typename A>
 class KeptBuffer {
  public:
-  // At least `size` elements, aligned for every vector.
+  // At least `size` elements, aligned for the vectors of every instruction set. Old contents may be lost.
   A* reserve(int64_t size) {
     if (size > size_) {
       constexpr int64_t kAlignment = 64;

@@ -1,5 +1,5 @@
-// Filters times a learned scale on the CPU. The mathematics stands in glow_kernels/ops/scale_filters.py. PyTorch takes
-// a pass for every factor, and as many calls, which cost more than the passes over filters so small.
+// Filters times a learned scale on the CPU. The mathematics is described in glow_kernels/ops/scale_filters.py. PyTorch
+// needs a call and a pass for every factor, and for filters this small the calls cost more than the passes.
 #include "glow_kernels/scale_filters.h"
 
 #include <torch/csrc/stable/library.h>
@@ -14,7 +14,7 @@
 namespace glow_kernels {
 namespace {
 
-constexpr int kSums = 16;  // independent ones, which the compiler adds in a vector
+constexpr int kSums = 16;  // independent accumulators, which the compiler keeps in vector registers
 
 template <typename A>
 struct Vectors {
@@ -24,7 +24,7 @@ struct Vectors {
   A scale(int64_t index, double factor) const { return std::exp(static_cast<A>(factor) * log_scale[index]); }
 };
 
-// Calls f.operator()<A>() with the type of x, which has no half precision here.
+// Calls f.operator()<A>() with the type of x, which is float or double.
 template <typename F>
 void with_type(const Tensor& x, const F& f) {
   if (x.scalar_type() == ScalarType::Double) return f.template operator()<double>();

@@ -1,4 +1,4 @@
-// The parameters of ActNorm and the 1x1 convolution as operators get them, for one step or a batch (*K) of them.
+// The parameters of ActNorm and the 1x1 convolution as operators receive them, for one step or a batch (*K) of steps.
 #pragma once
 
 #include <optional>
@@ -17,7 +17,7 @@ FoldKernels<A> fold_kernels() {
   GLOW_KERNELS_RETURN_TABLE(fold_kernels<A>());
 }
 
-// A tensor with `size` elements of type A for every step, contiguous.
+// A contiguous tensor with `size` elements of type A for every step.
 template <typename A>
 class Input {
  public:
@@ -54,7 +54,7 @@ class InputParameters {
   std::optional<Input<A>> weight_log_det_;
 };
 
-// Uninitialised gradients of the parameters, of which the last is empty if there is no weight_log_det.
+// Uninitialised gradients of the parameters; that of weight_log_det is empty if the parameter is absent.
 class ParameterGradients {
  public:
   Tensor log_scale, bias, weight, weight_log_det;

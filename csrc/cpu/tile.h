@@ -8,10 +8,10 @@
 
 namespace glow_kernels {
 
-// Elements of a tile: eight buffers of floats fill a 32 KiB cache, and most tiles need none.
+// Maximum number of elements of a tile. Eight float buffers of this size fill a 32 KiB cache, but most tiles need none.
 constexpr int64_t kTile = 1024;
 
-// Tensors above this size, in bytes, leave the caches before anything reads them.
+// Tensors larger than this, in bytes, are evicted from the caches before anything reads them.
 constexpr int64_t kCached = int64_t{16} << 20;
 
 // A matrix in memory; strides count elements.

@@ -10,13 +10,12 @@
 namespace glow_kernels {
 
 // Some rows and columns of one sample. Rows and columns are channels and positions, or the other way round, whichever
-// makes the columns lie next to each other.
+// makes neighbouring columns adjacent in memory.
 struct Tile {
   int64_t batch, row, column, rows, columns;
 };
 
-// Elements of a row that are a tile by themselves, for kernels where several rows that do not follow each other go
-// through a buffer.
+// A row with this many elements is a tile by itself, for kernels that copy several non-adjacent rows through a buffer.
 constexpr int64_t kLongRow = 256;
 
 // All tiles of a tensor, in a fixed order that does not depend on the number of threads.
@@ -44,7 +43,7 @@ class Tiling {
   // Whether the columns of a tile are channels.
   bool channels_inside() const { return channels_inside_; }
 
-  // The channels of a tile, and at most how many a tile has.
+  // The channels of a tile, and the most that any tile has.
   int64_t first_channel(const Tile& tile) const { return channels_inside_ ? tile.column : tile.row; }
   int64_t channels(const Tile& tile) const { return channels_inside_ ? tile.columns : tile.rows; }
   int64_t channels_per_tile() const { return channels_inside_ ? columns_ : rows_; }
@@ -59,7 +58,7 @@ class Tiling {
     }
   }
 
-  // The tile in a tensor whose channel c stands at channel `first_channel + channel_step * c`.
+  // The tile in a tensor that holds channel c at index `first_channel + channel_step * c`.
   template <typename T>
   Strided<T> at(const Tile& tile, T* data, const Planes& planes, int64_t first_channel = 0,
                 int64_t channel_step = 1) const {
@@ -76,7 +75,7 @@ class Tiling {
   int64_t outer_, inner_, columns_, rows_, row_tiles_, column_tiles_, batches_;
 };
 
-// Tiles a thread gets at least: fewer would cost more to hand out than to compute.
+// Minimum number of tiles per thread: fewer would cost more to distribute than to compute.
 constexpr int64_t kTilesPerThread = 16;
 
 }  // namespace glow_kernels

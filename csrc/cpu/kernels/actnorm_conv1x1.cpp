@@ -8,7 +8,7 @@
 namespace glow_kernels::GLOW_KERNELS_ISA {
 namespace {
 
-// Whether a tensor that is there has its channels next to each other.
+// Whether the channels of a tensor are contiguous, or there is no tensor.
 template <typename T>
 bool channels_inside(const Positions<T>& x) {
   return x.data == nullptr || (x.planes.channel_stride == 1 && x.planes.channels > 1 && x.planes.position_stride != 1);
@@ -63,7 +63,7 @@ void backward_as(const LinearBackward<T>& arguments, int64_t begin, int64_t end,
     auto x = Layout::template load<Read::vectors>(arguments.data, start, stop, data_buffer);
     if (inverse) {
       const auto restored = Layout::destination(arguments.x, start, stop, result_buffer);
-      // Cached, since the sums read it.
+      // Not streamed, since the sums read it.
       Layout::template multiply_tile<Stores::cached>(*inverse, x, restored, channels, count);
       Layout::store(restored, arguments.x, start, stop, result_buffer);
       x = restored.as_const();

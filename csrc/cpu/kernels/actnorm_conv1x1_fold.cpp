@@ -1,5 +1,5 @@
-// Folding ActNorm and the 1x1 convolution into one matrix, and assembling that from its LU factors; compiled once per
-// instruction set. The mathematics stands in glow_kernels/ops/actnorm_conv1x1.py.
+// Folding ActNorm and the 1x1 convolution into one matrix, and computing the weight from its LU factors; compiled once
+// per instruction set. The mathematics is described in glow_kernels/ops/actnorm_conv1x1.py.
 #include "cpu/actnorm_conv1x1_fold.h"
 
 #include <numeric>
@@ -15,7 +15,7 @@ KeptBuffer<double>& buffer(int index) {
   return kept[index];
 }
 
-// exp(sign log_s).
+// exp(sign log_scale), and the sum of log_scale.
 struct Scale {
   double values[kMaxChannels];
   double sum_of_logs = 0;
@@ -75,7 +75,7 @@ double fold_inverse(int64_t n, const StepParameters<const A>& step, const Folded
   return -inverse_s.sum_of_logs - (step.weight_log_det ? *step.weight_log_det : log_det);
 }
 
-// W^-1, or its transpose, from M^-1 = diag(1/s) W^-1 or, if that is null, from W.
+// W^-1, or its transpose, from `inverse` = M^-1 = diag(1/s) W^-1 or, if that is null, from W.
 template <typename A>
 PaddedMatrix<double> inverse_of(int64_t n, const A* weight, const A* inverse, const Scale& s, bool transpose) {
   PaddedMatrix<double> matrix(buffer(0), Rows<const A>{inverse ? inverse : weight, n}, transpose, nullptr, n);
@@ -99,7 +99,7 @@ void fold_backward(int64_t n, const Folded<const A>& grad, double grad_log_det, 
   double in_log_scale[kMaxChannels], in_bias[kMaxChannels], none[kMaxChannels];
   std::fill_n(in_log_scale, n, grad_log_det);
   std::fill_n(in_bias, n, 0.0);
-  // The gradient of log|det W| in W, and the factor of that.
+  // The gradient of log|det W| with respect to W, W^-T, and its factor.
   const double in_log_det = step.weight_log_det ? 0.0 : grad_log_det;
   Rows<double> of_log_det{none, 0};
   if (step.weight_log_det) {
@@ -114,7 +114,7 @@ void fold_backward(int64_t n, const Folded<const A>& grad, double grad_log_det, 
     A* in_weight = result.weight + i * n;
 #pragma omp simd
     for (int64_t j = 0; j < n; ++j) {
-      // The gradient in M, of which v = M b.
+      // The gradient of M, with the part that comes from v = M b.
       const double total = in_matrix[j] + in_shift * b[j], scaled = s.values[j] * w[j];
       in_weight[j] = static_cast<A>(total * s.values[j] + in_log_det * row[j]);
       in_log_scale[j] += scaled * total;
@@ -126,8 +126,8 @@ void fold_backward(int64_t n, const Folded<const A>& grad, double grad_log_det, 
   if (step.weight_log_det) *result.weight_log_det = static_cast<A>(grad_log_det);
 }
 
-// With N = M^-1: dlog_s_i = -sum_j dN_ij N_ij - l and dW = -(N^T dN + l) W^-T, the second without l if log|det W| is
-// given.
+// With N = M^-1 and l = grad_log_det: dlog_s_i = -sum_j dN_ij N_ij - l and dW = -(N^T dN + l) W^-T, where dW has no l
+// if log|det W| is given.
 template <typename A>
 void fold_inverse_backward(int64_t n, const Folded<const A>& grad, double grad_log_det,
                            const StepParameters<const A>& step, const A* inverse, const StepParameters<A>& result) {
@@ -154,7 +154,7 @@ void fold_inverse_backward(int64_t n, const Folded<const A>& grad, double grad_l
   if (!step.weight_log_det) {
     for (int64_t i = 0; i < n; ++i) values[i * product.stride + i] += grad_log_det;
   }
-  // In the place of dN, which is done with.
+  // Overwrites dN, which is no longer needed.
   multiply(n, {values, product.stride}, transposed.rows(), in_rows);
   for (int64_t i = 0; i < n; ++i) {
     const double* row = in_rows.data + i * in_rows.stride;
@@ -164,7 +164,8 @@ void fold_inverse_backward(int64_t n, const Folded<const A>& grad, double grad_l
   if (step.weight_log_det) *result.weight_log_det = static_cast<A>(-grad_log_det);
 }
 
-// L with its diagonal of ones, and U + diag(s), whatever an optimizer with momentum writes outside the triangles.
+// L with its unit diagonal, and U + diag(s), or their transposes. Elements outside the triangles are cleared, since an
+// optimizer with momentum may write there.
 template <typename A>
 struct Triangles {
   PaddedMatrix<double> lower, upper;
@@ -182,7 +183,7 @@ struct Triangles {
   }
 };
 
-// to[i] += sum over k of p[i][k] from[k], or p[k][i] from[k], where p is a permutation and has few elements.
+// to[i] += sum over k of p[i][k] from[k], or of p[k][i] from[k] if `transpose`; p is a permutation, so mostly zeros.
 template <typename A, typename From>
 void permute(int64_t n, const A* p, bool transpose, Rows<const From> from, Rows<double> to) {
   for (int64_t i = 0; i < n; ++i) {

@@ -9,23 +9,23 @@
 namespace glow_kernels::GLOW_KERNELS_ISA {
 namespace {
 
-// As many elements as a vector of doubles has, as doubles.
+// As many elements as a vector of doubles has lanes, converted to double.
 template <typename A>
 inline Vector<double> wide_at(const A* values) {
   typedef A Narrow __attribute__((vector_size(kLanes<double> * sizeof(A)), aligned(alignof(A)), may_alias));
   return __builtin_convertvector(*reinterpret_cast<const Narrow*>(values), Vector<double>);
 }
 
-// Mean and sum of squared deviations from it of `count` elements, from the sums of deviations d from the first of them
-// and of d^2. The first is one of the elements, so sum d^2 is at most count + 1 times what is left after subtraction:
-// in double nothing that matters cancels. A constant channel has its very value as the mean, and deviations of 0.
+// The mean of `count` elements and the sum of squared deviations from it, from the sums of d and d^2, where d is the
+// deviation from the first element. As that is one of the elements, sum d^2 is at most count + 1 times the result, so
+// in double the cancellation is harmless. A constant channel has exactly its value as the mean, and deviations of 0.
 inline void finish(double first, int64_t count, double* mean, double* deviations) {
   const double mean_of_d = *mean / count;
   *deviations -= *mean * mean_of_d;
   *mean = first + mean_of_d;
 }
 
-// Statistics of `rows` rows at once, since a short row takes longer to add up than to read.
+// Statistics of `rows` rows at once, since reducing the lanes of a short row takes longer than reading it.
 template <int rows, typename A>
 inline void statistics_of_rows(const A* values, int64_t columns, double* means, double* deviations) {
   Vector<double> sums[rows] = {}, squares[rows] = {};

@@ -1,4 +1,4 @@
-// Tiles of the affine coupling; compiled once per instruction set. The mathematics stands in
+// Tiles of the affine coupling; compiled once per instruction set. The mathematics is described in
 // glow_kernels/ops/affine_coupling.py.
 #include "cpu/affine_coupling.h"
 
@@ -10,10 +10,10 @@
 namespace glow_kernels::GLOW_KERNELS_ISA {
 namespace {
 
-// What a pass over the scales produces beside the sum of log s: s, or 1/s for the inverse.
+// What a pass over the scales produces besides the sum of log s: s, or 1/s for the inverse.
 enum class Factor { scale, reciprocal };
 
-// Where the scales of a tile go. The derivatives are those of log s, in u and in the learned gain.
+// Where the scales of a tile go, and the derivatives of log s with respect to u and to the learned gain.
 template <typename A>
 struct Scales {
   A* __restrict factors;
@@ -45,7 +45,7 @@ double general_scales(const ScaleParameters<A>& map, int64_t count, const A* __r
       if constexpr (kind != ScaleKind::sigmoid) {
         scales.factors[i] = exponential(factor == Factor::scale ? log_s.value : -log_s.value);
       } else {
-        // Not from log s, whose rounding counts where it is large.
+        // Not from log s, whose rounding error matters where it is large.
         const A v = map.slope * u[i] + map.offset, e = exponential(factor == Factor::scale && v < A(0) ? v : -v);
         const A s = map.gain * (v < A(0) ? e : A(1)) / (A(1) + e);
         scales.factors[i] = factor == Factor::scale ? s : (A(1) + e) / map.gain;
@@ -73,7 +73,7 @@ double scales_of_kind(const ScaleParameters<A>& map, int64_t count, const A* u, 
   return general_scales<kind, false, false, factor, with_derivative>(map, count, u, gain, scales);
 }
 
-// Evaluates the scale map: s (or 1/s) and, if asked for, the derivatives. Returns the sum of log s.
+// Evaluates the scale map: s (or 1/s) and, if `with_derivative`, the derivatives. Returns the sum of log s.
 template <Factor factor, bool with_derivative, typename A>
 double evaluate(const CouplingOptions& options, int64_t count, const A* u, const A* gain, const Scales<A>& scales) {
   const ScaleParameters<double>& d = options.map;
@@ -94,7 +94,7 @@ double evaluate(const CouplingOptions& options, int64_t count, const A* u, const
   }
 }
 
-// Calls f with the order as a constant.
+// Calls f with the order as a compile-time constant.
 template <typename F>
 inline void with_order(CouplingOrder order, const F& f) {
   switch (order) {
@@ -107,14 +107,15 @@ inline void with_order(CouplingOrder order, const F& f) {
   }
 }
 
-// Results of an element, or of a vector of elements; those that a direction does not have are left out.
+// Results of an element, or of a vector of elements; those that a direction does not have are not set.
 template <typename V>
 struct Results {
   V result, grad_data, grad_t, in_log_s;
 };
 
-// With dL/dresult and the result of a direction, the gradients are those in its data, in t, and in log s, hence in u
-// and the gain; factor is 1 / s for an inverse, s otherwise.
+// For a gradient, `data` is the result of the direction and `g` is dL/dresult; computed are the gradients of the
+// direction's input, of t, and of log s, from which those of u and the gain follow. `factor` is 1 / s for an inverse,
+// otherwise s, and `reciprocal` is 1 / s for the reversible backward.
 template <Direction direction, CouplingOrder order, typename V, typename A>
 inline __attribute__((always_inline)) Results<V> results_of(V data, V t, V g, A lambda, V factor, V reciprocal) {
   constexpr Shift shift = shift_of(order, is_inverse(direction)), back = shift_of(order, true);
@@ -151,7 +152,7 @@ void combine(int64_t count, const Run<A>& run, const Scales<A>& scales) {
   }
 }
 
-// A run with any scale map. Returns the sum of log s.
+// Computes a run with any scale map. Returns the sum of log s.
 template <Direction direction, typename A>
 double compute(const CouplingOptions& options, int64_t count, const Run<A>& run) {
   constexpr Factor factor = is_inverse(direction) ? Factor::reciprocal : Factor::scale;
@@ -169,7 +170,7 @@ class SigmoidCoupling {
   explicit SigmoidCoupling(const ScaleParameters<double>& map)
       : slope_(map.slope), offset_(map.offset), gain_(map.gain), inverse_gain_(A(1) / gain_) {}
 
-  // `count` vectors, which lie at a step from `run` on. Returns w.
+  // Computes `count` vectors from `run` on, `step` apart. Returns w.
   template <int count>
   inline __attribute__((always_inline)) Vectors<A, count> compute(const Run<A>& run, const Strides& step) const {
     using V = Vectors<A, count>;
@@ -189,7 +190,7 @@ class SigmoidCoupling {
     return w;
   }
 
-  // Less than a vector. Returns w, 1 in the lanes that have no element.
+  // Computes a tail of less than a vector. Returns w, with 1 in the lanes that have no element.
   inline __attribute__((always_inline)) Vector<A> compute_rest(const Run<A>& run, int64_t count) const {
     constexpr int64_t lanes = kLanes<A>;
     A from[4][lanes] = {}, to[4][lanes];
@@ -211,20 +212,20 @@ class SigmoidCoupling {
   A slope_, offset_, gain_, inverse_gain_;
 };
 
-// All runs with such a sigmoid, in one pass. The sums of a gradient only tell of the range.
+// Computes all runs with such a sigmoid in one pass. For a gradient, the result only tells whether w was out of range.
 template <Direction direction, CouplingOrder order, Stores stores, typename A>
 SigmoidSums<A> compute_sigmoid(const ScaleParameters<double>& map, Runs<A> runs) {
   constexpr int64_t lanes = kLanes<A>;
 #if defined(__SANITIZE_ADDRESS__)
-  // With every access checked, more would take the compiler minutes.
+  // More, with every access checked, would take minutes to compile.
   constexpr int in_step = is_gradient(direction) ? 1 : 2;
 #else
-  // As many vectors in step as the registers hold.
+  // As many interleaved vectors as fit into the registers.
   constexpr int in_step = is_gradient(direction) ? 2 : 4;
 #endif
   const SigmoidCoupling<direction, order, stores, A> coupling(map);
-  // Vectors may alias anything: only what has no address elsewhere stays in registers. So the sums are copied at the
-  // end.
+  // The vector type may alias anything, so only objects whose address does not escape stay in registers. That is why a
+  // copy of the sums is returned.
   SigmoidSums<A> sums;
   const auto add = [&](const auto& w) __attribute__((always_inline)) {
     if constexpr (is_gradient(direction)) {
@@ -235,7 +236,7 @@ SigmoidSums<A> compute_sigmoid(const ScaleParameters<double>& map, Runs<A> runs)
   };
   Strides step = runs.vector_step();
   if (runs.count == lanes) {
-    // Rows of one vector are one run, whose vectors lie at the strides of the rows.
+    // Rows of one vector become one run, whose vectors are a row stride apart.
     step = runs.stride;
     runs.count = runs.rows * lanes;
     runs.rows = 1;

@@ -20,12 +20,13 @@ constexpr bool has_result(Direction direction) {
   return !is_gradient(direction) || direction == Direction::reversible_backward;
 }
 
-// Distances of elements, for every member of a Run.
+// The distance from one run, or one vector, to the next, in elements, for every member of a Run.
 struct Strides {
   int64_t data, u, t, gain, g, result, grad_data, grad_u, grad_t, grad_gain;
 };
 
-// Elements that lie next to each other, of a tile or of a row of it: what the members of CouplingTile are called there.
+// Contiguous elements of a tile or of one of its rows, for every member of CouplingTile; `g` and `lambda` are its
+// `grad` and `grad_log_det`.
 template <typename A>
 struct Run {
   const A *data, *u, *t, *gain, *g;
@@ -46,14 +47,14 @@ struct Run {
   }
 };
 
-// Runs of `count` elements whose pointers lie at strides.
+// `rows` runs of `count` elements each, `stride` apart.
 template <typename A>
 struct Runs {
   Run<A> first;
   Strides stride;
   int64_t rows, count;
 
-  // Where a run has vectors next to each other, of the members that there are.
+  // The distance from one vector of a run to the next; 0 for members that are null.
   Strides vector_step() const {
     const auto step = [](const A* member) { return member ? kLanes<A> : 0; };
     return {step(first.data),   step(first.u),         step(first.t),      step(first.gain),   step(first.g),
@@ -71,8 +72,8 @@ struct Runs {
   }
 };
 
-// All members of a tile as runs: row by row where they lie, if a row is whole vectors, otherwise at once, where the
-// members lie so or from buffers.
+// All members of a tile as runs: a run per row if rows are whole vectors, otherwise a single run. Members whose memory
+// has that form are accessed in place, the others through buffers.
 template <typename T, typename H, Direction direction>
 class TileRuns {
  public:
@@ -103,7 +104,7 @@ class TileRuns {
             by_row_ ? tile_.columns : tile_.rows * tile_.columns};
   }
 
-  // Whether everything that is written lies in place and begins at whole vectors.
+  // Whether all results are written in place, by aligned vectors.
   bool is_aligned() const {
     return (by_row_ || tile_.columns % kLanes<A> == 0) && fits(result_, 4) && fits(grad_data_, 6) && fits(grad_u_, 7) &&
            fits(grad_t_, 8);

@@ -1,4 +1,4 @@
-// Tiles of the diagonal Gaussian; compiled once per instruction set. The mathematics stands in
+// Tiles of the diagonal Gaussian; compiled once per instruction set. The mathematics is described in
 // glow_kernels/ops/gaussian_log_prob.py.
 #include "cpu/gaussian_log_prob.h"
 
@@ -57,7 +57,7 @@ double differentiate(const GaussianTile<T, H>& tile) {
       grad_log_sd_buffer;
   const A* data = load(tile.data, rows, columns, data_buffer.values);
   const A* log_sd = load(tile.log_sd, rows, columns, log_sd_buffer.values);
-  // The gradient of the data is the result here. The density needs the mean, the others a gradient for every element.
+  // `tile.result` takes the gradient of the data. Only of_log_prob needs the mean; only the others read `tile.grad`.
   const A* mean = of_log_prob ? load(tile.mean, rows, columns, mean_buffer.values) : data;
   const A* g = of_log_prob ? data : load(tile.grad, rows, columns, grad_buffer.values);
   A* grad_data = destination(tile.result, rows, columns, result_buffer.values);

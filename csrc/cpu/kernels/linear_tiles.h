@@ -1,7 +1,6 @@
-// Tiles of the linear map: where their positions lie next to each other (NCHW) a row holds positions of one channel,
-// where the channels do (channels last) it holds channels of one position. Both are read and written where the tensors
-// lie if the type is that of arithmetic and vectors fit; otherwise a tile goes through a buffer. Compiled once per
-// instruction set.
+// Tiles of the linear map. In contiguous tensors (NCHW) a row holds positions of one channel, in channels-last tensors
+// it holds channels of one position. Tiles are read and written in place if the tensor has the type of arithmetic and
+// its rows are whole vectors, otherwise through a buffer. Compiled once per instruction set.
 #pragma once
 
 #include <algorithm>
@@ -12,20 +11,20 @@
 
 namespace glow_kernels::GLOW_KERNELS_ISA {
 
-// What a tile of at most `positions` positions needs: memory, if it does not lie in its tensor as it is computed on,
-// and where its vectors begin.
+// What a tile of at most `positions` positions needs: memory, in case it is not accessed in place, and the offsets of
+// its vectors.
 template <typename A>
 struct PositionsBuffer {
   A* values;
-  int64_t stride;  // not a power of 2, whose multiples share few places in a cache
+  int64_t stride;  // not a power of 2, whose multiples would map to few cache sets
   int64_t offsets[kMostSummed / kLanes<A>];
 
   PositionsBuffer(KeptBuffer<A>& buffer, int64_t channels, int64_t positions)
       : values(buffer.reserve(padded(channels, kLanes<A>) * (positions + kLanes<A>))), stride(positions + kLanes<A>) {}
 };
 
-// Calls visit(offset, count, data) for the part of every sample that positions [begin, end) touch: where it stands
-// among these positions, how many there are, and its first element.
+// Calls visit(offset, count, data) for every sample that overlaps positions [begin, end): where the overlap begins
+// among these positions, how many positions it has, and its first element.
 template <typename T, typename F>
 inline void for_each_sample(const Positions<T>& x, int64_t begin, int64_t end, const F& visit) {
   const Planes& p = x.planes;
@@ -37,7 +36,8 @@ inline void for_each_sample(const Positions<T>& x, int64_t begin, int64_t end, c
   }
 }
 
-// Whether the tiles of a tensor that lies in place, and begin at whole vectors, should be streamed to memory.
+// Whether tiles that are written in place should be streamed to memory: the tensor exceeds the caches and its tiles are
+// aligned to vectors.
 template <typename T>
 bool is_streamed(const Positions<T>& z) {
   const Planes& p = z.planes;
@@ -47,16 +47,15 @@ bool is_streamed(const Positions<T>& z) {
          is_aligned(std::max(p.channel_stride, p.position_stride) * sizeof(T)) && is_aligned(p.positions * sizeof(T));
 }
 
-// From so many channels on, sums of outer products are of rows of channels, which takes a transpose first, but no sum
-// over the lanes of a vector.
+// From this many channels on, x is transposed before outer products are summed, which saves the sums over lanes.
 constexpr int64_t kTransposedChannels = 64;
 
-// Whether a tile is read vector by vector, or only as the factors of a product, one by one.
+// Whether a tile is read vector by vector, or only element by element as the factors of a product.
 enum class Read { vectors, factors };
 
 // Tiles with a row per channel.
 struct Planar {
-  // Whether every vector of a tile, which begins at a whole one, lies within a sample.
+  // Whether a tile can be accessed in place: it is whole vectors, none of which crosses from one sample to the next.
   template <typename A, typename T>
   static bool is_in_place(const Positions<T>& x, int64_t begin, int64_t end) {
     const int64_t positions = x.planes.positions;
@@ -105,7 +104,7 @@ struct Planar {
     });
   }
 
-  // tile z = M x + v, given the transpose of M.
+  // z = M x + v for a tile, given the transpose of M.
   template <Stores stores, typename A>
   static void multiply_tile(const PaddedMatrix<A>& transposed, VectorRows<const A> x, VectorRows<A> z, int64_t channels,
                             int64_t count) {
@@ -158,7 +157,8 @@ struct Planar {
   }
 };
 
-// Tiles with a row per position, in a buffer padded to whole vectors by anything: the lanes do not meet.
+// Tiles with a row per position. In a buffer rows are padded to whole vectors with arbitrary values, since lanes are
+// never combined.
 struct Interleaved {
   template <typename A, typename T>
   static bool is_in_place(const Positions<T>& x, int64_t begin, int64_t end) {
@@ -204,7 +204,7 @@ struct Interleaved {
     });
   }
 
-  // tile z = M x + v, given the transpose of M.
+  // z = M x + v for a tile, given the transpose of M.
   template <Stores stores, typename A>
   static void multiply_tile(const PaddedMatrix<A>& transposed, Rows<const A> x, Rows<A> z, int64_t channels,
                             int64_t count) {

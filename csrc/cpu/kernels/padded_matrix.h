@@ -11,8 +11,8 @@ namespace glow_kernels::GLOW_KERNELS_ISA {
 
 inline int64_t padded(int64_t channels, int64_t lanes) { return (channels + lanes - 1) / lanes * lanes; }
 
-// A square matrix, or its transpose, and a shift, with their rows padded to whole vectors by zeros, so that products
-// may read beyond the last column. It lies in `buffer` until that is used again.
+// A square matrix, or its transpose, and a shift, with rows zero-padded to whole vectors, so that products may read
+// beyond the last column. It is stored in `buffer` and valid until that is reused.
 template <typename A>
 class PaddedMatrix {
  public:
@@ -46,7 +46,7 @@ class PaddedMatrix {
   const A* shift() const { return shift_; }
 
  private:
-  // A block of the transpose, of at most a vector's lanes in either direction.
+  // Writes a block of the transpose, with at most as many rows and columns as a vector has lanes.
   template <typename From>
   void transpose_into(A* to, Rows<From> matrix, int64_t rows, int64_t columns) {
     if (rows < kLanes<A> || columns < kLanes<A>) {

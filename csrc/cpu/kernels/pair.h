@@ -1,4 +1,4 @@
-// Vectors that are computed on in step; compiled once per instruction set.
+// Several vectors that are computed together; compiled once per instruction set.
 #pragma once
 
 #include "cpu/kernels/vector.h"
@@ -17,8 +17,8 @@ struct VectorsOf<A, 1> {
   using type = Vector<A>;
 };
 
-// A power of two of vectors, as a value. A processor's queues hold little more than the long chain of instructions of
-// one exponential: only chains that the program itself interleaves run side by side.
+// A power-of-two number of vectors, as a value. A processor's reorder buffer holds little more than the long dependency
+// chain of one exponential, so chains only run in parallel if the program itself interleaves them.
 template <typename A, int count>
 using Vectors = typename VectorsOf<A, count>::type;
 
@@ -29,7 +29,7 @@ struct Pair {
 
   Pair() = default;
   inline __attribute__((always_inline)) Pair(const Half& low, const Half& high) : low(low), high(high) {}
-  // Member by member: GCC keeps in memory what is copied as a whole.
+  // Copies member by member, since GCC keeps in memory what is copied as a whole.
   inline __attribute__((always_inline)) Pair(const Pair& other) : low(other.low), high(other.high) {}
   inline __attribute__((always_inline)) Pair& operator=(const Pair& other) {
     low = other.low;
@@ -38,7 +38,7 @@ struct Pair {
   }
 };
 
-// f of each vector.
+// Applies f to each vector.
 template <typename F, typename V, typename... More>
 inline __attribute__((always_inline)) V each(const F& f, const V& first, const More&... more) {
   return f(first, more...);
@@ -55,7 +55,7 @@ inline __attribute__((always_inline)) Pair<A, count> operator-(const Pair<A, cou
   return {-a.low, -a.high};
 }
 
-// With another, or with a number.
+// Operators of two pairs, or of a pair and a number.
 #define GLOW_KERNELS_PAIR_OPERATOR(op)                                                                                 \
   template <typename A, int count>                                                                                     \
   inline __attribute__((always_inline)) Pair<A, count> operator op(const Pair<A, count>& a, const Pair<A, count>& b) { \
@@ -74,7 +74,7 @@ GLOW_KERNELS_PAIR_OPERATOR(-)
 GLOW_KERNELS_PAIR_OPERATOR(*)
 #undef GLOW_KERNELS_PAIR_OPERATOR
 
-// Vectors in memory that lie `step` elements apart.
+// `count` vectors that are `step` elements apart in memory.
 template <int count, typename A>
 inline __attribute__((always_inline)) Vectors<A, count> vectors_at(const A* data, int64_t step) {
   if constexpr (count == 1) {

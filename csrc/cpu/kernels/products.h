@@ -5,7 +5,7 @@
 
 namespace glow_kernels::GLOW_KERNELS_ISA {
 
-// Accumulators that fit into the registers: rows by vectors.
+// Register blocking: how many rows and vectors (or columns) of accumulators fit into the registers.
 #if defined(__AVX512F__)
 constexpr int kRows = 6, kVectors = 4, kSumRows = 6, kSumColumns = 4, kOuterRows = 12, kOuterVectors = 2;
 #elif defined(__AVX__)
@@ -14,7 +14,7 @@ constexpr int kRows = 6, kVectors = 2, kSumRows = 4, kSumColumns = 2, kOuterRows
 constexpr int kRows = 4, kVectors = 2, kSumRows = 4, kSumColumns = 2, kOuterRows = 4, kOuterVectors = 2;
 #endif
 
-// A matrix in the type of arithmetic whose rows lie at a stride; columns lie next to each other.
+// A row-major matrix in the type of arithmetic.
 template <typename A>
 struct Rows {
   A* data;
@@ -23,8 +23,8 @@ struct Rows {
   Rows<const A> as_const() const { return {data, stride}; }
 };
 
-// The same where only the columns of a vector lie next to each other, and vector v of row 0 lies at offsets[v]. What is
-// read after it lies `ahead` of it, as far as that is known.
+// A matrix in which only the columns of one vector are contiguous: vector v of row 0 is at offsets[v]. The next tile to
+// be read begins `ahead` elements after this one; 0 if that is unknown.
 template <typename A>
 struct VectorRows {
   A* data;
@@ -33,16 +33,16 @@ struct VectorRows {
   int64_t ahead;
 
   A* at(int64_t row, int64_t column) const { return data + row * stride + offsets[column / kLanes<A>]; }
-  // Whether the vector that begins at `column` lies next to the one before.
+  // Whether the vector that begins at `column` directly follows the one before it in memory.
   bool follows(int64_t column) const { return at(0, column) == at(0, column - kLanes<A>) + kLanes<A>; }
   VectorRows<const A> as_const() const { return {data, stride, offsets, ahead}; }
 };
 
-// Which operand of a product is the small matrix: the one at its left has its shift per row and is given as its
-// transpose, so that the factors of a step lie next to each other; the one at its right has its shift per column.
+// Which operand of a product is the small matrix. On the left it is given as its transpose, so that the factors of one
+// step of the inner loop are contiguous, and the shift has an element per row; on the right, an element per column.
 enum class Small { left, right };
 
-// What a product is added to: the shift, of which null is zero, or what stands where the result goes.
+// What a product is added to: the shift (null for zero), or the previous contents of the result.
 enum class Start { shift, result };
 
 // z[row + r][column + c] = start + sum over k of a[row + r][k] b[k][column + c] for `rows` rows and `vectors` vectors
@@ -64,7 +64,7 @@ inline __attribute__((always_inline)) void multiply_block(Rows<const A> a, Rows<
   for (int64_t k = 0; k < inner; ++k) {
     Vector<A> values[vectors];
     for (int c = 0; c < vectors; ++c) values[c] = vector_at(from + c * kLanes<A>);
-    // The next block's, which the processor does not foresee if every row is a stream of its own.
+    // Prefetches for the next block: with a stream per row, the hardware does not.
     if (transposed) {
       for (int c = 0; c < vectors; ++c) __builtin_prefetch(from + (vectors + c) * kLanes<A>);
     }
@@ -123,7 +123,7 @@ inline __attribute__((always_inline)) void sum_block(VectorRows<const A> g, Vect
     const A *left = g.at(row, i), *right = x.at(column, i);
     Vector<A> values[columns];
     for (int c = 0; c < columns; ++c) values[c] = vector_at(right + c * x.stride);
-    // The next tile, every vector once: the processor does not foresee where it begins.
+    // Prefetches each vector of the next tile once: the hardware cannot predict where that begins.
     if (row == 0) {
       for (int c = 0; c < columns; ++c) __builtin_prefetch(right + c * x.stride + x.ahead, 0, kIntoL2);
     }
@@ -173,8 +173,8 @@ void transpose(VectorRows<const A> x, Rows<A> to, int64_t channels, int64_t coun
   }
 }
 
-// sums[row][column] += sum over i < count of g[row][i] x[i][column], for channels x channels sums in rows of whole
-// vectors.
+// sums[row][column] += sum over i < count of g[row][i] x[i][column], for channels x channels sums; channels must be a
+// multiple of the lanes.
 template <typename A>
 void sum_outer_products(VectorRows<const A> g, Rows<const A> x, A* sums, int64_t channels, int64_t count) {
   for (int64_t begin = 0, end; begin < count; begin = end) {

@@ -1,4 +1,4 @@
-// What a sigmoid 1 / w, w = 1 + exp(-v), is made of, and the sum of its logarithms; compiled once per instruction set.
+// The parts of a sigmoid 1 / w with w = 1 + exp(-v), and the sum of log w; compiled once per instruction set.
 #pragma once
 
 #include <cmath>
@@ -26,7 +26,7 @@ inline __attribute__((always_inline)) Vector<double> estimated_reciprocal(const 
   return _mm512_maskz_rcp14_pd(0xFF, x);
 }
 
-// x 2^k with any k: 0 beyond the range of x on one side, infinity on the other.
+// x 2^k for any k; underflows to 0 and overflows to infinity.
 inline __attribute__((always_inline)) Vector<float> scaled(const Vector<float>& x, const Vector<float>& k) {
   return _mm512_maskz_scalef_ps(0xFFFF, x, k);
 }
@@ -35,11 +35,11 @@ inline __attribute__((always_inline)) Vector<double> scaled(const Vector<double>
 }
 #endif
 
-// Beyond, exp(-v) leaves the range of A.
+// Up to this |v|, exp(-v) is in the normal range of A.
 template <typename A>
 constexpr A kLimit = std::is_same_v<A, float> ? 87 : 708;
 
-// e = exp(-v); where v is below -kLimit, SigmoidSums tells of 1 + e, and e is not right.
+// e = exp(-v). Where v is below -kLimit, e is wrong, and SigmoidSums detects that by the size of 1 + e.
 template <typename A, typename V>
 inline __attribute__((always_inline)) V exp_of_minus(const V& v) {
   using F = detail::Format<A>;
@@ -48,7 +48,7 @@ inline __attribute__((always_inline)) V exp_of_minus(const V& v) {
   const V p = detail::exp_polynomial<A>((-v - k * F::kLn2High) - k * F::kLn2Low);
   return each([](const Vector<A>& p, const Vector<A>& k) __attribute__((always_inline)) { return scaled(p, k); }, p, k);
 #else
-  // Comparisons that NaN fails keep v, so that it comes through.
+  // NaN fails the comparisons and so propagates.
   constexpr A kLeast = -kLimit<A> - A(1);
   const V bounded =
       each([](const Vector<A>& v) __attribute__((always_inline)) { return v < kLeast ? Vector<A>{} + kLeast : v; }, v);
@@ -67,7 +67,7 @@ inline __attribute__((always_inline)) V exp_of_minus(const V& v) {
 template <typename A, typename V>
 inline __attribute__((always_inline)) V reciprocal(const V& x) {
 #if defined(__AVX512F__)
-  // An estimate of 14 bits and steps of Newton's method take half as long as a division.
+  // An estimate of 14 bits, refined by Newton's method, takes half as long as a division.
   const V first = each([](const Vector<A>& x) __attribute__((always_inline)) { return estimated_reciprocal(x); }, x);
   const V second = first + first * (A(1) - x * first);
   if constexpr (std::is_same_v<A, float>) return second;
@@ -77,8 +77,8 @@ inline __attribute__((always_inline)) V reciprocal(const V& x) {
 #endif
 }
 
-// For a sum of log w with w = m 2^k and m in [1, 2): the m of a tile are multiplied and the k added up, lane by lane,
-// so that a whole tile takes one logarithm.
+// The sum of log w, where w = m 2^k with m in [1, 2): lane by lane, the m of a tile are multiplied and the k added, so
+// that a whole tile takes one logarithm.
 template <typename A>
 class SigmoidSums {
   using F = detail::Format<A>;
@@ -93,13 +93,13 @@ class SigmoidSums {
     if (++factors_ % kMostFactors == 0) normalize();
   }
 
-  // Their product, whose range is checked for theirs: each is at least 1.
+  // Adds the product. If it is in range so are its factors, since each is at least 1.
   template <int count>
   inline __attribute__((always_inline)) void add(const Pair<A, count>& w) {
     add(w.low * w.high);
   }
 
-  // Only for out_of_range().
+  // Takes w into account for out_of_range() only.
   inline __attribute__((always_inline)) void check(const Vector<A>& w) {
     const Vector<Bits> bits = bits_as<Bits>(w);
     highest_ = bits > highest_ ? bits : highest_;
@@ -124,13 +124,13 @@ class SigmoidSums {
     Bits exponent = -F::kBias * static_cast<Bits>(factors_ * kLanes<A>);
     for (int64_t lane = 0; lane < kLanes<A>; ++lane) exponent += exponents_[lane];
     const A product = product_of<kLanes<A> / 2>(mantissas_, std::make_integer_sequence<int64_t, kLanes<A>>());
-    // ln 2 in two parts, so that little is rounded before the last sum.
+    // ln 2 in two parts, so that little is rounded before the last addition.
     using D = detail::Format<double>;
     return exponent * D::kLn2High + (exponent * D::kLn2Low + std::log(double{product}));
   }
 
  private:
-  static constexpr int64_t kMostFactors = 64;  // below 2, whose product an A holds
+  static constexpr int64_t kMostFactors = 64;  // each below 2, so that an A holds their product
 
   static inline __attribute__((always_inline)) Vector<A> mantissas_of(Vector<Bits> bits) {
     constexpr Bits kOne = F::kBias << F::kMantissaBits, kMantissa = (Bits{1} << F::kMantissaBits) - 1;
@@ -143,7 +143,7 @@ class SigmoidSums {
     exponents_ += (bits >> F::kMantissaBits) - F::kBias;
   }
 
-  // Of 2 * half lanes, the others repeating them.
+  // The product of 2 * half lanes, which the other lanes repeat.
   template <int64_t half, int64_t... lane>
   static A product_of(const Vector<A>& values, std::integer_sequence<int64_t, lane...> lanes) {
     if constexpr (half == 0) {
@@ -154,9 +154,9 @@ class SigmoidSums {
   }
 
   Vector<A> mantissas_ = Vector<A>{} + A(1);
-  Vector<Bits> exponents_ = {};  // their sums modulo 2^32 or 2^64
-  Vector<Bits> highest_ = {};    // of the bits of w, which are in the order of w, with NaN above all
-  int64_t factors_ = 0;          // of every lane
+  Vector<Bits> exponents_ = {};  // biased, summed modulo 2^32 or 2^64
+  Vector<Bits> highest_ = {};    // the largest bits of a w; bits are ordered like w, with NaN above all
+  int64_t factors_ = 0;          // the number of factors per lane
 };
 
 }  // namespace glow_kernels::GLOW_KERNELS_ISA

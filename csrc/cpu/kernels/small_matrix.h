@@ -1,5 +1,5 @@
-// Determinants, inverses and products of n x n matrices in double, whose rows are padded to whole vectors by zeros:
-// what the folding of a step is made of. Compiled once per instruction set.
+// Determinants, inverses and products of n x n matrices in double, whose rows are zero-padded to whole vectors: the
+// building blocks of folding a step. Compiled once per instruction set.
 #pragma once
 
 #include <cmath>
@@ -9,10 +9,11 @@
 
 namespace glow_kernels::GLOW_KERNELS_ISA {
 
-// Columns that are eliminated at once. A multiple of every vector, so that what is right of them begins at one.
+// Columns that are eliminated at a time. A multiple of every vector length, so that the columns to their right begin at
+// a whole vector.
 constexpr int64_t kBlock = 16;
 
-// Where elimination works, besides in the matrix itself.
+// The workspace of an elimination, besides the matrix itself.
 struct Elimination {
   Rows<double> panel;  // columns of the matrix as rows, kBlock x n
   Rows<double> rows;   // rows of the matrix, kBlock x n
@@ -33,7 +34,7 @@ struct Elimination {
   }
 };
 
-// The first of the largest magnitudes in values[begin, end).
+// The index of the largest magnitude in values[begin, end), the first if there are several.
 inline int64_t largest(const double* values, int64_t begin, int64_t end) {
   double most = 0;
 #pragma omp simd reduction(max : most)
@@ -44,11 +45,11 @@ inline int64_t largest(const double* values, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     if (std::fabs(values[i]) == most) return i;
   }
-  return begin;  // NaN everywhere
+  return begin;  // all are NaN
 }
 
-// Factors columns [first, first + count) of a, whose first rows are done, with partial pivoting, in a copy: `panel` has
-// U and, below its diagonal, the negative multipliers. Swaps rows of a from column `from` on.
+// Factors a copy of columns [first, first + count) of a, from row `first` on, with partial pivoting: `panel` then holds
+// U and, below its diagonal, the negated multipliers. Swaps rows of a from column `from` on.
 inline void factor_panel(int64_t n, int64_t first, int64_t count, int64_t from, Rows<double> a,
                          const Elimination& work) {
   const auto column = [&](int64_t k) { return work.panel.data + k * work.panel.stride; };
@@ -75,8 +76,8 @@ inline void factor_panel(int64_t n, int64_t first, int64_t count, int64_t from, 
   }
 }
 
-// The logarithm of a product of magnitudes that a double cannot hold. Of their logarithms the partial sums would be
-// large where the product is not, and rounded accordingly.
+// The logarithm of a product of magnitudes, which may exceed the range of a double. A sum of their logarithms would
+// lose accuracy: its partial sums can be large where the total is not.
 class LogProduct {
  public:
   void multiply(double value) {
@@ -92,7 +93,7 @@ class LogProduct {
   int64_t exponent_ = 0;
 };
 
-// log|det a|, minus infinity for a singular matrix, by an LU decomposition of which only what is needed is kept.
+// log|det a|, minus infinity for a singular matrix, by an LU decomposition that keeps only what it needs; overwrites a.
 inline double log_abs_det(int64_t n, Rows<double> a) {
   const Elimination work(n);
   LogProduct det;
@@ -105,7 +106,7 @@ inline double log_abs_det(int64_t n, Rows<double> a) {
       det.multiply(pivot);
     }
     if (next == n) break;
-    // The rows of U, then what is left of the matrix.
+    // Completes the rows of U, then updates the trailing submatrix.
     double* upper = a.data + first * a.stride + next;
     for (int64_t k = 0; k < count; ++k) {
       for (int64_t i = k + 1; i < count; ++i) {
@@ -123,8 +124,8 @@ inline double log_abs_det(int64_t n, Rows<double> a) {
   return det.log();
 }
 
-// Inverts the block d (count x count, in rows of kBlock) whose pivots are in place, by which it multiplies `det`.
-// Returns whether it is regular.
+// Inverts the block d (count x count, in rows of kBlock), whose rows are already pivoted, and multiplies `det` by its
+// pivots. Returns whether d is invertible.
 inline bool invert_block(int64_t count, double* d, LogProduct& det) {
   for (int64_t k = 0; k < count; ++k) {
     const double pivot = d[k * kBlock + k];
@@ -143,10 +144,10 @@ inline bool invert_block(int64_t count, double* d, LogProduct& det) {
   return true;
 }
 
-// Puts the inverse of a in its place and returns log|det a|; for a singular matrix NaN, and minus infinity or NaN.
+// Inverts a in place and returns log|det a|. A singular matrix becomes NaN, and its result is minus infinity or NaN.
 //
 // Gauss-Jordan elimination by blocks. For the block of rows and columns K with D = A[K, K]: A[K, :] = D^-1 A[K, :] and
-// A[i, :] -= A[i, K] A[K, :] for the other rows, where column K becomes that of the inverse.
+// A[i, :] -= A[i, K] A[K, :] for the other rows, while the columns K become those of the inverse.
 inline double invert(int64_t n, Rows<double> a) {
   const Elimination work(n);
   const auto row = [&](int64_t i) { return a.data + i * a.stride; };
@@ -184,7 +185,7 @@ inline double invert(int64_t n, Rows<double> a) {
     for (int64_t i = 0; i < n; ++i) std::fill_n(row(i), n, std::numeric_limits<double>::quiet_NaN());
     return log_det;
   }
-  // A swap of rows of the matrix is one of columns of the inverse.
+  // Swapped rows of the matrix are swapped columns of the inverse.
   for (int64_t k = 0; k < n; ++k) work.order[k] = k;
   for (int64_t k = n - 1; k >= 0; --k) std::swap(work.order[k], work.order[work.swaps[k]]);
   double* swapped = work.rows.data;

@@ -1,4 +1,4 @@
-// Loading and storing of tiles; compiled once per instruction set.
+// Loading and storing tiles; compiled once per instruction set.
 #pragma once
 
 #include <cstdint>
@@ -47,7 +47,7 @@ inline __attribute__((always_inline)) To converted(From value) {
   }
 }
 
-// target[i] = source[i], converted, for a number of elements that needs no loop.
+// target[i] = source[i], converted, for a count small enough to unroll.
 template <int count, typename To, typename From>
 inline __attribute__((always_inline)) void copy_block(const From* __restrict source, To* __restrict target) {
 #pragma omp simd
@@ -55,14 +55,14 @@ inline __attribute__((always_inline)) void copy_block(const From* __restrict sou
 }
 
 // target[i * target_stride] = source[i * source_stride], converted. Short rows are common: a 4 x 4 image has 16
-// positions, and channels that lie next to each other are few.
+// positions, and a row of a channels-last tensor is a few channels.
 template <typename To, typename From>
 inline __attribute__((always_inline)) void copy_row(const From* __restrict source, int64_t source_stride,
                                                     To* __restrict target, int64_t target_stride, int64_t count) {
   int64_t i = 0;
   if (source_stride == 1 && target_stride == 1) {
     for (; i + 16 <= count; i += 16) copy_block<16>(source + i, target + i);
-    // What is left, in two blocks that may overlap.
+    // The tail, in two blocks that may overlap.
     const int64_t left = count - i;
     if (left >= 8) {
       copy_block<8>(source + i, target + i);
@@ -76,7 +76,7 @@ inline __attribute__((always_inline)) void copy_row(const From* __restrict sourc
   for (; i < count; ++i) target[i * target_stride] = converted<To>(source[i * source_stride]);
 }
 
-// A tile that does not lie in place.
+// Memory for a tile that is not accessed in place.
 template <typename A>
 struct alignas(64) TileBuffer {
   A values[kTile];
@@ -88,7 +88,7 @@ inline bool lies_as_tile(const Strided<T>& matrix, int64_t rows, int64_t columns
          (rows == 1 || matrix.row_stride == columns);
 }
 
-// The tile as one vector in the type of arithmetic: where it lies, if it lies so, otherwise in `buffer`.
+// The tile as one contiguous vector in the type of arithmetic: in place if it is one, otherwise copied to `buffer`.
 template <typename A, typename T>
 inline const A* load(const Strided<const T>& source, int64_t rows, int64_t columns, A* buffer) {
   if constexpr (std::is_same_v<A, T>) {
@@ -100,7 +100,7 @@ inline const A* load(const Strided<const T>& source, int64_t rows, int64_t colum
   return buffer;
 }
 
-// Where to compute a tile that `store` will write: in place, if it lies as one vector there, otherwise in `buffer`.
+// Where to compute a tile that `store` will write: in place if it is one contiguous vector, otherwise in `buffer`.
 template <typename A, typename T>
 inline A* destination(const Strided<T>& target, int64_t rows, int64_t columns, A* buffer) {
   if constexpr (std::is_same_v<A, T>) {

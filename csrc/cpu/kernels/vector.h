@@ -1,4 +1,4 @@
-// Vector registers as values, by the vector extensions that GCC and Clang share; compiled once per instruction set.
+// Vector registers as values, by the vector extensions of GCC and Clang; compiled once per instruction set.
 #pragma once
 
 #include <algorithm>
@@ -25,7 +25,7 @@ constexpr int64_t kLanes = kVectorBytes / sizeof(A);
 
 template <typename A>
 struct VectorOf {
-  // Aligned as an element, since tensors begin anywhere.
+  // Aligned like an element, since tensors need not be aligned to vectors.
   typedef A type __attribute__((vector_size(kVectorBytes), aligned(alignof(A)), may_alias));
 };
 
@@ -42,8 +42,8 @@ inline Vector<A>& vector_at(A* data) {
   return *reinterpret_cast<Vector<A>*>(data);
 }
 
-// How results are written: streamed stores, of whole aligned vectors, do not read the cache lines that they overwrite,
-// which pays for tensors that no cache holds.
+// How results are written. Streamed (non-temporal) stores, which need aligned vectors, do not read the cache lines that
+// they overwrite; that pays for tensors larger than the caches.
 enum class Stores { cached, streamed };
 
 template <Stores stores, typename A>
@@ -62,12 +62,12 @@ inline __attribute__((always_inline)) void put(A* data, Vector<A> value) {
   vector_at(data) = value;
 }
 
-// Calls f with the stores as a constant.
+// Calls f with the stores as a compile-time constant.
 template <typename F>
 inline void with_stores(bool streamed, const F& f) {
   if (streamed) {
     f(std::integral_constant<Stores, Stores::streamed>{});
-    // Before another thread may read.
+    // Streamed stores must be visible before another thread may read.
 #if defined(__AVX__)
     _mm_sfence();
 #endif
@@ -76,7 +76,7 @@ inline void with_stores(bool streamed, const F& f) {
   }
 }
 
-// The bits of a vector as those of another type.
+// The bits of a vector, reinterpreted as another type.
 template <typename To, typename From>
 inline Vector<To> bits_as(const From& value) {
   static_assert(sizeof(From) == kVectorBytes);
@@ -85,8 +85,8 @@ inline Vector<To> bits_as(const From& value) {
   return result;
 }
 
-// Of two vectors whose lanes are cut into blocks of `width` summands: the blocks of both, halved by adding their
-// halves.
+// For two vectors whose lanes form blocks of `width` summands: adds the halves of each block, and returns the blocks of
+// both vectors, half as wide.
 template <typename A, int64_t width, int64_t... lane>
 inline __attribute__((always_inline)) Vector<A> add_halves(const Vector<A>& a, const Vector<A>& b,
                                                            std::integer_sequence<int64_t, lane...>) {
@@ -95,14 +95,14 @@ inline __attribute__((always_inline)) Vector<A> add_halves(const Vector<A>& a, c
          __builtin_shufflevector(a, b, (lane / half * width + lane % half + half)...);
 }
 
-// Of two vectors: lanes from `first` on, alternating.
+// The lanes of two vectors from `first` on, alternating.
 template <int64_t first, typename V, int64_t... lane>
 inline __attribute__((always_inline)) V interleaved(const V& a, const V& b, std::integer_sequence<int64_t, lane...>) {
   return __builtin_shufflevector(a, b, (first + lane / 2 + lane % 2 * int64_t{sizeof...(lane)})...);
 }
 
-// Transposes a block of as many vectors as each has lanes. A step rotates the bits of an element's place, those of its
-// vector and then those of its lane, by one; as many steps as a lane has bits exchange the two.
+// Transposes a block of as many vectors as each has lanes. A step rotates the bits of an element's index (the bits of
+// its vector, then those of its lane) by one; after as many steps as a lane index has bits, the two are exchanged.
 template <typename A>
 inline __attribute__((always_inline)) void transpose_block(Vector<A> (&block)[kLanes<A>]) {
   constexpr int64_t half = kLanes<A> / 2;
@@ -117,8 +117,8 @@ inline __attribute__((always_inline)) void transpose_block(Vector<A> (&block)[kL
   }
 }
 
-// sums[i] = the sum of the lanes of totals[i], i < count. Lanes are added by halves: of several vectors at once, so
-// that no lane is idle. `vectors` and `width` say how far that has come.
+// sums[i] = the sum of the lanes of totals[i], i < count. Halves are added, those of several vectors at once so that no
+// lane is idle. `vectors` and `width` are the state of the recursion.
 template <int count, typename A, int vectors = count, int64_t width = kLanes<A>>
 inline __attribute__((always_inline)) void sum_lanes(const Vector<A>* totals, A* sums) {
   if constexpr (width == 1) {
