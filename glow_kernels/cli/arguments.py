@@ -105,7 +105,7 @@ def _whole_number(text: str, least: int) -> int:
 
 def add_dataset(parser: argparse.ArgumentParser) -> None:
     """Add ``--dataset``, data to use instead of the run's."""
-    parser.add_argument("--dataset", help="other data of the same size, as for 'train' (default: those of the run)")
+    parser.add_argument("--dataset", help="other data of the same shape, as for 'train' (default: those of the run)")
 
 
 def load_data(dataset: str | None, config: TrainingConfig, model: Glow, document: Mapping[str, Any]) -> ImageData:
