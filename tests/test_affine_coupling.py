@@ -276,10 +276,13 @@ def test_large_samples(backend, size):
             check_gradients(case, inputs)
 
 
-# h as of networks whose images lie channels last, with channels beside it that a convolution was padded with: read in
+# h as of networks whose images lie channels last, with channels beside it, as of a convolution that was padded: read in
 # vectors of 16 bytes, in shorter ones and in single elements.
-@pytest.mark.parametrize("channels", [3, 6, 12, 20])
-def test_channels_last_h_of_contiguous_data(backend, channels):
+@pytest.mark.parametrize(
+    ("channels", "before", "of", "width"),
+    [(3, 0, 16, 8), (6, 0, 16, 8), (12, 0, 32, 8), (20, 0, 48, 8), (6, 2, 16, 8), (6, 0, 13, 2)],
+)
+def test_channels_last_h_of_contiguous_data(backend, channels, before, of, width):
     for layout, order, dtypes, learned_gain in (
         ("interleaved_shift_scale", "shift_scale", "float32_with_bfloat16", False),
         ("chunk_scale_shift", "scale_shift", "float32_with_bfloat16", True),
@@ -288,11 +291,11 @@ def test_channels_last_h_of_contiguous_data(backend, channels):
         scale_map = MAPS["tanh" if learned_gain else "glow"]
         options = (scale_map, layout, order, learned_gain)
         for case in (affine_case("forward", *options), affine_case("inverse", *options), reversible_case(*options)):
-            inputs = case.draw((3, channels, 10, 8), DTYPES[dtypes])
+            inputs = case.draw((3, channels, 10, width), DTYPES[dtypes])
             at = case.data_arguments
-            padded = torch.full((3, -(-2 * channels // 16) * 16, 10, 8), torch.nan, dtype=inputs[at].dtype)
-            padded[:, : 2 * channels] = inputs[at]
-            inputs[at] = padded.to(memory_format=torch.channels_last)[:, : 2 * channels]
+            padded = torch.full((3, of, 10, width), torch.nan, dtype=inputs[at].dtype)
+            padded = padded.to(memory_format=torch.channels_last)
+            inputs[at] = padded[:, before : before + 2 * channels].copy_(inputs[at])
             check_results(case, inputs)
             if case.undo is not None:
                 check_gradients(case, inputs)

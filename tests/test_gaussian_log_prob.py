@@ -128,6 +128,16 @@ def test_anything_is_as_accurate_as_eager(backend, data, shape):
     check_gradients(case, inputs)
 
 
+# Pairs of neighbours, from one position to the next of which it is further than a pair.
+@pytest.mark.parametrize("case", ALL_CASES, ids=lambda case: case.name)
+def test_one_channel_with_h_among_others(backend, case):
+    z, h = case.draw((3, 1, 2, 4))
+    others = torch.full((3, 16, 2, 4), torch.nan).to(memory_format=torch.channels_last)
+    inputs = [z, others[:, :2].copy_(h)]
+    check_results(case, inputs)
+    check_gradients(case, inputs)
+
+
 @pytest.mark.parametrize("size", LARGE_SHAPES, ids=str)
 def test_large_samples(backend, size):
     options = (ALL_CASES, ("contiguous", "channels_last"), LARGE_DTYPES)
