@@ -62,6 +62,13 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
+@pytest.fixture(params=[name for name in gk.available_backends() if name != "reference"])
+def fast_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The same where the reference, which is the truth, would be compared with itself."""
+    with gk.use_backend(request.param):
+        yield request.param
+
+
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """Fill every ``torch.empty`` with NaN: an element that an operator forgets to write shows.

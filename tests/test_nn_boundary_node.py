@@ -72,11 +72,11 @@ def differentiated(model: nn.Module, x: Tensor, used: tuple[int, ...] = (0, 1)) 
         ("additive", "lu", 5),
     ],
 )
-def test_the_nodes_equal_the_steps(backend, monkeypatch, nodes, coupling, mixing, channels, apart):
+def test_the_nodes_equal_the_steps(fast_backend, monkeypatch, nodes, coupling, mixing, channels, apart):
     monkeypatch.setattr(network_module, "is_bias_apart", lambda x: apart)
     model, x = chain(channels, coupling=coupling, mixing=mixing)
     actual = differentiated(model, x)
-    assert len(nodes) == (3 if backend != "reference" and coupling == "affine" else 0)
+    assert len(nodes) == (3 if coupling == "affine" else 0)
     with gk.use_backend("reference"):
         expected = differentiated(model, x)
     for one, other in zip(actual, expected, strict=True):
@@ -86,7 +86,7 @@ def test_the_nodes_equal_the_steps(backend, monkeypatch, nodes, coupling, mixing
 @pytest.mark.usefixtures("taken")
 @pytest.mark.parametrize("low_precision", [False, True])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_a_model_is_as_accurate_with_nodes(backend, monkeypatch, nodes, memory_format, low_precision):
+def test_a_model_is_as_accurate_with_nodes(fast_backend, monkeypatch, nodes, memory_format, low_precision):
     x = torch.rand(3, 3, 8, 8) - 0.5
     model = ready(Glow(3, 8, steps=3, levels=2, hidden_channels=8), x).to(memory_format=memory_format)
 
@@ -98,7 +98,7 @@ def test_a_model_is_as_accurate_with_nodes(backend, monkeypatch, nodes, memory_f
     with gk.use_backend("reference"):
         truth = step(copy.deepcopy(model).double(), x.double())
     actual = step(model, x)
-    assert len(nodes) == (4 if backend != "reference" else 0)
+    assert len(nodes) == 4
     monkeypatch.setattr(Operator, "is_fast", lambda *_: False)
     parts = step(model, x)
     unit = 2**-8 if low_precision else 2**-20
@@ -110,7 +110,7 @@ def test_a_model_is_as_accurate_with_nodes(backend, monkeypatch, nodes, memory_f
 
 @pytest.mark.usefixtures("taken")
 @pytest.mark.parametrize("used", [(0,), (1,)])
-def test_one_result_alone_may_be_used(backend, used):
+def test_one_result_alone_may_be_used(fast_backend, used):
     model, x = chain()
     actual = differentiated(model, x, used)
     with gk.use_backend("reference"):
@@ -121,7 +121,7 @@ def test_one_result_alone_may_be_used(backend, used):
 
 @pytest.mark.usefixtures("taken")
 @pytest.mark.parametrize("frozen", ["mixing", "actnorm", "network", "network.second", ""])
-def test_frozen_parameters_get_no_gradient(backend, frozen):
+def test_frozen_parameters_get_no_gradient(fast_backend, frozen):
     model, x = chain()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(frozen not in name)  # "" is in every name
@@ -151,7 +151,7 @@ def test_without_gradients_every_policy_takes_them(backend, nodes, memory):
 
 
 @pytest.mark.usefixtures("taken")
-def test_no_more_is_kept(backend, monkeypatch):
+def test_no_more_is_kept(fast_backend, monkeypatch):
     model, x = chain(dtype=torch.float32)
 
     def kept() -> int:
@@ -171,9 +171,7 @@ def test_no_more_is_kept(backend, monkeypatch):
 
 
 @pytest.mark.usefixtures("taken")
-def test_backward_computes_with_the_backend_of_forward(backend, monkeypatch):
-    if backend == "reference":
-        pytest.skip("the reference has no nodes")
+def test_backward_computes_with_the_backend_of_forward(fast_backend, monkeypatch):
     asked = []
     original = boundary_node.boundary_backward
 
@@ -186,11 +184,11 @@ def test_backward_computes_with_the_backend_of_forward(backend, monkeypatch):
     z, _ = model(x)
     with gk.use_backend("reference"):
         z.sum().backward()
-    assert asked == [backend] * 3
+    assert asked == [fast_backend] * 3
 
 
 @pytest.mark.usefixtures("taken")
-def test_gradients_may_be_asked_for_twice(backend):
+def test_gradients_may_be_asked_for_twice(fast_backend):
     model, x = chain()
     z, log_det = model(x.requires_grad_())
     first, second = (torch.autograd.grad(z.sum() + log_det.sum(), x, retain_graph=True)[0] for _ in range(2))
@@ -234,12 +232,12 @@ ALTERATIONS = (_hooked_coupling, _hooked_network, _replaced, _of_a_subclass, _of
 
 @pytest.mark.usefixtures("taken")
 @pytest.mark.parametrize("alter", ALTERATIONS, ids=lambda alter: alter.__name__.strip("_"))
-def test_a_coupling_that_somebody_may_look_at_is_called(backend, nodes, alter):
+def test_a_coupling_that_somebody_may_look_at_is_called(fast_backend, nodes, alter):
     model, x = chain()
     alter(model[1])
     actual = differentiated(model, x)
     # Those of step 0 and of step 2 have nothing to do with it.
-    assert len(nodes) == (2 if backend != "reference" else 0)
+    assert len(nodes) == 2
     with gk.use_backend("reference"):
         expected = differentiated(model, x)
     for one, other in zip(actual, expected, strict=True):
@@ -354,7 +352,7 @@ def test_operators_of_a_training_step_on_matrix_units(monkeypatch, channels, pad
     )
 
 
-def test_where_no_backend_has_the_operator_there_are_no_nodes(backend, monkeypatch, nodes):
+def test_where_no_backend_has_the_operator_there_are_no_nodes(fast_backend, monkeypatch, nodes):
     monkeypatch.setattr(Operator, "is_fast", lambda *_: False)
     model, x = chain()
     model(x)

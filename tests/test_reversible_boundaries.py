@@ -41,14 +41,11 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize(("mixing", "channels"), [("lu", 6), ("plain", 5), ("reverse", 2)])
-def test_gradients_are_those_of_autograd(backend, taken, policy, mixing, channels):
+def test_gradients_are_those_of_autograd(fast_backend, taken, policy, mixing, channels):
     plain, x = chain(channels, 6, mixing=mixing)
     model = forgetting(plain, **POLICIES[policy])
     actual = differentiated(model, x)
-    if backend == "reference":
-        assert not taken
-    else:
-        assert len(taken) >= 5
+    assert len(taken) >= 5
     if POLICIES[policy].get("check") == "flag":
         assert set(model.drift()) == {0, 1, 3}
         assert max(model.drift().values()) < 1e-12
@@ -60,7 +57,7 @@ def test_gradients_are_those_of_autograd(backend, taken, policy, mixing, channel
 
 @pytest.mark.parametrize("used", [(0,), (1,)])
 @pytest.mark.parametrize("policy", ["checkpoint", "anchor", "invert"])
-def test_one_result_alone_may_be_used(backend, taken, policy, used):
+def test_one_result_alone_may_be_used(fast_backend, taken, policy, used):
     plain, x = chain()
     actual = differentiated(forgetting(plain, **POLICIES[policy]), x, used)
     with gk.use_backend("reference"):
@@ -70,7 +67,7 @@ def test_one_result_alone_may_be_used(backend, taken, policy, used):
 
 
 @pytest.mark.parametrize("alter", ALTERATIONS, ids=lambda alter: alter.__name__.strip("_"))
-def test_a_chain_that_somebody_may_look_into_stays_apart(backend, taken, alter):
+def test_a_chain_that_somebody_may_look_into_stays_apart(fast_backend, taken, alter):
     plain, x = chain()
     alter(plain[1])
     actual = differentiated(forgetting(plain, "anchor", anchor_every=2), x)
@@ -82,7 +79,7 @@ def test_a_chain_that_somebody_may_look_into_stays_apart(backend, taken, alter):
 
 
 @pytest.mark.parametrize("memory", ["anchor", "invert"])
-def test_gradients_may_be_asked_for_twice(backend, taken, memory):
+def test_gradients_may_be_asked_for_twice(fast_backend, taken, memory):
     plain, x = chain()
     z, log_det = forgetting(plain, memory, anchor_every=2)(x.requires_grad_())
     kept = z.detach().clone()
@@ -91,7 +88,7 @@ def test_gradients_may_be_asked_for_twice(backend, taken, memory):
     assert torch.equal(z, kept)
 
 
-def test_inverted_weights_that_are_singular_are_named(backend, taken):
+def test_inverted_weights_that_are_singular_are_named(fast_backend, taken):
     plain, x = chain(mixing="plain")
     with torch.no_grad():
         plain[2].mixing.weight[0] = 0.0
@@ -105,7 +102,7 @@ def test_inverted_weights_that_are_singular_are_named(backend, taken):
 @pytest.mark.parametrize(
     "options", [{"memory": "anchor"}, {"memory": "invert"}, {"memory": "anchor", "micro_batches": 4}]
 )
-def test_no_more_memory_is_taken(backend, monkeypatch, options):
+def test_no_more_memory_is_taken(fast_backend, monkeypatch, options):
     """As many anchors, and at the peak, which is in the backward of a network, no more states."""
 
     def measure(crosses: bool) -> tuple[int, int]:
