@@ -340,19 +340,16 @@ def any_shape(draw: st.DrawFn, smallest: int = 0) -> tuple[int, ...]:
     return (draw(st.integers(smallest, 4)), draw(st.integers(smallest, 9)), *spatial)
 
 
-class OperatorProperties:
-    """What holds for every operator; a subclass names the operator and its cases.
+class ResultProperties:
+    """What holds for the results of every operator; a subclass names the operator and its cases.
 
     Attributes:
         module: the operator's name in ``torch.ops.glow_kernels``, ``<module>_<function>_<backend>``.
-        arguments: for every function of that name, its arguments for data of a shape, laid out by a function; under
-            ``<function>_<backend>`` where a backend's differ.
         cases: directions and options.
         shapes: shapes of the data to try.
     """
 
     module: ClassVar[str]
-    arguments: ClassVar[dict[str, Callable[[Sequence[int], Function], tuple[Any, ...]]]]
     cases: ClassVar[list[Case]]
     shapes: ClassVar[list[tuple[int, ...]]] = SHAPES + EMPTY_SHAPES
 
@@ -450,6 +447,17 @@ class OperatorProperties:
         for shape in [(2, 4, 3, 5), (3, 4, 2, 7)]:  # the second makes the sizes symbolic
             inputs = case.draw(shape)
             assert_same_bits(evaluate(compiled, inputs), evaluate(case.operator, inputs))
+
+
+class OperatorProperties(ResultProperties):
+    """What holds for every operator, and for all that is registered for it.
+
+    Attributes:
+        arguments: for every function of ``module``, its arguments for data of a shape, laid out by a function; under
+            ``<function>_<backend>`` where a backend's differ.
+    """
+
+    arguments: ClassVar[dict[str, Callable[[Sequence[int], Function], tuple[Any, ...]]]]
 
     @pytest.mark.parametrize(("size", "layout"), OPCHECK_SAMPLES, ids=str)
     def test_opcheck_of_schema_and_fake_in_every_memory_layout(self, registered, size, layout):

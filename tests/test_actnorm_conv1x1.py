@@ -22,7 +22,7 @@ from operators import (
     PROPERTY,
     Case,
     DifferentiableProperties,
-    OperatorProperties,
+    ResultProperties,
     any_shape,
     assert_accurate,
     check_gradients,
@@ -313,11 +313,10 @@ class TestProperties(DifferentiableProperties):
     cases = ALL_CASES
 
 
-class TestReversibleBackward(OperatorProperties):
-    """What holds for every operator."""
+class TestReversibleBackward(ResultProperties):
+    """What holds for the results of every operator."""
 
-    module = "actnorm_conv1x1_apply_reversible"
-    arguments: ClassVar = {"backward": reversible_arguments}
+    module = "actnorm_conv1x1"
     cases: ClassVar = [reversible_case(knows_log_det=False), reversible_case(knows_log_det=True)]
 
 

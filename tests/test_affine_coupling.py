@@ -26,7 +26,7 @@ from operators import (
     PROPERTY,
     Case,
     DifferentiableProperties,
-    OperatorProperties,
+    ResultProperties,
     any_shape,
     assert_accurate,
     assert_same_bits,
@@ -213,11 +213,10 @@ class TestProperties(DifferentiableProperties):
     ] + additive_cases()
 
 
-class TestReversibleBackward(OperatorProperties):
-    """What holds for every operator, for a selection of the options."""
+class TestReversibleBackward(ResultProperties):
+    """What holds for the results of every operator, for a selection of the options."""
 
-    module = "affine_coupling_reversible"
-    arguments: ClassVar = {"backward": backward_arguments}
+    module = "affine_coupling"
     cases: ClassVar = [
         reversible_case(MAPS["glow"], "interleaved_shift_scale", "shift_scale"),
         reversible_case(MAPS["tanh_with_everything"], "chunk_scale_shift", "scale_shift", True),
