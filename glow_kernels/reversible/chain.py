@@ -48,7 +48,7 @@ class ReversibleSequential(nn.Sequential):
         memory: what is kept for backward: ``"store"`` everything, as PyTorch does; ``"checkpoint"`` the state before
             every step; ``"anchor"`` the state before every ``anchor_every``-th step, so that fewer steps than that are
             inverted in a row; ``"invert"`` nothing. Inverting many steps in a row amplifies rounding errors
-            exponentially, and to infinity for inputs unlike the training data: anchors stop that.
+            exponentially, even to infinity for inputs unlike the training data; anchors prevent that.
         anchor_every: number of steps from one anchor to the next.
         micro_batches: number of parts in which every step evaluates the batch, one after the other; this divides the
             working memory of the step's network. ``"auto"`` finds the number from ``memory_budget``. Must be 1 with

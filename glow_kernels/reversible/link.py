@@ -284,7 +284,7 @@ def find(place: Place) -> ReversibleSequential:
 
 
 def _bounds(place: Place, steps: Sequence[Step]) -> list[int]:
-    """Index of the first parameter of each step among the tensors, and the end of the last step's."""
+    """Index of the first parameter of each step among the tensors, and the end index of the last step's."""
     return list(itertools.accumulate([len(step.slots) for step in steps], initial=place.contexts))
 
 
