@@ -3,15 +3,15 @@
 The environment variable ``GLOW_KERNELS_BUILD`` says which of them to compile:
 
 - ``none``, the default: pure Python, which needs neither a compiler nor torch;
-- ``cpu``: ``glow_kernels/_C.so`` for the CPU, or fail and say why;
-- ``cuda``: also ``glow_kernels/_C_cuda.so`` for NVIDIA GPUs, which needs nvcc but no GPU, and no torch that has CUDA;
-- ``auto``: each where that works; elsewhere say why not and go on without.
+- ``cpu``: ``glow_kernels/_C.so`` for the CPU; the build fails if that cannot be compiled;
+- ``cuda``: also ``glow_kernels/_C_cuda.so`` for NVIDIA GPUs, which needs nvcc but neither a GPU nor a torch with CUDA;
+- ``auto``: each library that can be compiled; for the others, the build says why not and goes on without.
 
-``CXX`` chooses the compiler, ``CXXFLAGS`` adds options, ``MAX_JOBS`` says how many compilers run at once, ``CUDA_HOME``
-where nvcc is and ``GLOW_KERNELS_CUDA_ARCHS``, such as ``80,90``, for which GPUs it compiles. With
-``GLOW_KERNELS_ISAS=baseline`` the CPU library has none but the kernels for every processor, in a third of the time. The
-libraries have no Python symbols and keep to torch's stable ABI, so that one build serves every Python and every torch
-from 2.10 on.
+``CXX`` chooses the compiler, ``CXXFLAGS`` adds options, ``MAX_JOBS`` is the number of compilers that run at once,
+``CUDA_HOME`` is where nvcc is, and ``GLOW_KERNELS_CUDA_ARCHS``, for example ``80,90``, the GPUs to compile for. With
+``GLOW_KERNELS_ISAS=baseline`` the CPU library has only the kernels that run on every processor, and compiles in a third
+of the time. The libraries use no Python symbols and only torch's stable ABI, so that one build serves every Python and
+every torch from 2.10 on.
 """
 
 import hashlib
@@ -44,31 +44,31 @@ LIBRARY, CUDA_LIBRARY = "glow_kernels/_C.so", "glow_kernels/_C_cuda.so"
 INCLUDE = "-Icsrc/include -Icsrc -DTORCH_TARGET_VERSION=0x020a000000000000"
 COMPILE = (
     "-std=c++17 -O3 -g0 -fPIC -fvisibility=hidden -Wall -Wextra"
-    # What vectorizing needs of fast-math, without its licence to reorder sums or to assume that NaN never comes.
+    # The parts of fast-math that vectorizing needs, without those that reorder sums or assume that there are no NaNs.
     f" -fno-math-errno -fno-trapping-math -ffp-contract=fast -fopenmp-simd {INCLUDE}"
 )
-# An undefined symbol shows now and not when a user loads the library; macOS's linker does that unasked.
+# Undefined symbols are errors now, not when a user loads the library; on macOS the linker does this by default.
 LINK = ["-shared"] if sys.platform == "darwin" else ["-shared", "-Wl,--no-undefined"]
-# What csrc/cpu/kernels is compiled for, the lowest first: build() needs this order.
+# The instruction sets that csrc/cpu/kernels is compiled for, the lowest first: build() needs this order.
 ISAS = {"baseline": ""}
 if platform.machine() in ("x86_64", "AMD64") and os.environ.get("GLOW_KERNELS_ISAS") != "baseline":
     ISAS["avx2"] = "-mavx2 -mfma -mf16c"
     ISAS["avx512"] = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512"
 
-# What _C_cuda.so has machine code for; later GPUs compile the intermediate code of the last at the first start.
+# The GPUs that _C_cuda.so has machine code for; later ones compile the PTX of the last when the library first runs.
 CUDA_ARCHS = (80, 86, 89, 90, 100, 120)
-# Where the intermediate code of our kernels changes: that of the architectures between is the same but for its name,
-# so that each of these is made once, half of the build.
+# The architectures at which the PTX of our kernels changes; in between only its name differs. So each of these is
+# generated only once, which halves the build.
 CUDA_GENERATIONS = (80, 90, 100)
-OLDEST_NVCC = (12, 8)  # the first that knows the newest of them
+OLDEST_NVCC = (12, 8)  # the first that knows the newest of CUDA_ARCHS
 CUDA_COMPILE = (
-    # -O1 is for what launches kernels: nvcc has other options for the kernels, and optimises them fully without.
+    # -O1 is for the host code only: nvcc has other options for kernels, and optimises them fully by default.
     "-std=c++20 -O1 -Werror all-warnings -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra,-Werror "
     f"-DUSE_CUDA {INCLUDE}"
 )
-# The only function of libtorch_cuda that _C_cuda.so calls. A library with its name stands in for it at the link.
+# The only function of libtorch_cuda that _C_cuda.so calls. A stub library of that name is linked in its place.
 CUDA_STUB = 'extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }\n'
-# The CUDA sources as C++ for the CPU, with threads and barriers by tests/cuda_host: `make test-cuda-host`.
+# `make test-cuda-host` compiles the CUDA sources as C++ for the CPU, with threads and barriers from tests/cuda_host.
 CUDA_HOST = Path("tests/cuda_host")
 CUDA_HOST_COMPILE = (
     f"-std=c++20 -g1 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-unknown-pragmas -fno-strict-aliasing {INCLUDE}"
@@ -76,7 +76,7 @@ CUDA_HOST_COMPILE = (
 
 
 class Toolchain(NamedTuple):
-    """What a build uses."""
+    """The compiler and the torch that a build uses."""
 
     compiler: list[str]
     compiler_version: str
@@ -85,7 +85,7 @@ class Toolchain(NamedTuple):
 
 
 def find_toolchain() -> Toolchain:
-    """Look for a compiler and torch; a CompileError says what is missing and what to do."""
+    """Find a compiler and torch, or raise a CompileError that says what is missing and what to do."""
     if sys.platform == "win32":
         raise CompileError("the native library does not build on Windows yet; unset GLOW_KERNELS_BUILD")
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
@@ -107,7 +107,7 @@ def find_toolchain() -> Toolchain:
 
 
 class Nvcc(NamedTuple):
-    """What a build for NVIDIA GPUs uses besides."""
+    """What a build for NVIDIA GPUs uses in addition."""
 
     path: str
     version: str
@@ -115,7 +115,7 @@ class Nvcc(NamedTuple):
 
 
 def find_nvcc() -> Nvcc:
-    """Look for nvcc; a CompileError says what is missing and what to do. Whether there is a GPU does not matter."""
+    """Find nvcc, or raise a CompileError that says what is missing and what to do. No GPU is needed."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     candidates = [f"{home}/bin/nvcc", "nvcc"] if home else ["nvcc", "/usr/local/cuda/bin/nvcc"]
     path = next((found for name in candidates if (found := shutil.which(name))), None)
@@ -139,10 +139,10 @@ def find_nvcc() -> Nvcc:
 
 
 def build(tools: Toolchain, root: Path, compilers: Executor) -> None:
-    """Compile what changed of the CPU library and write it and its description below ``root``."""
+    """Compile what has changed in the CPU library, and write the library and its description below ``root``."""
     units = [Unit(path, [*COMPILE.split(), *has_isas()]) for path in sorted(CSRC.glob("cpu/*.cpp"))]
-    # Of an inline function that several objects hold, the linker keeps the first. With the lowest ISA first, no
-    # instruction that a processor may lack gets into code that every processor runs.
+    # If several objects define the same inline function, the linker keeps the first. With the lowest ISA first, that is
+    # one which runs on every processor.
     units += [
         Unit(path, [*COMPILE.split(), *has_isas(), *flags.split(), f"-DGLOW_KERNELS_ISA={isa}"], isa)
         for isa, flags in ISAS.items()
@@ -153,7 +153,7 @@ def build(tools: Toolchain, root: Path, compilers: Executor) -> None:
 
 
 def build_cuda(tools: Toolchain, nvcc: Nvcc, root: Path, compilers: Executor) -> None:
-    """The same for the CUDA library."""
+    """Do the same for the CUDA library."""
     host, *options = tools.compiler
     compiler = [nvcc.path, "-ccbin", host, *(f"-Xcompiler={option}" for option in options)]
     generations = [max((each for each in CUDA_GENERATIONS if each <= arch), default=arch) for arch in nvcc.archs]
@@ -167,7 +167,7 @@ def build_cuda(tools: Toolchain, nvcc: Nvcc, root: Path, compilers: Executor) ->
     source = stub.with_suffix(".cpp")
     source.write_text(CUDA_STUB)
     produce(stub, [*tools.compiler, "-shared", "-fPIC", "-Wl,-soname,libtorch_cuda.so", str(source)])
-    # nvcc adds its runtime; without its names, so that any other in the process does not matter.
+    # nvcc links its runtime statically. Its symbols are hidden, so that they cannot clash with another copy's.
     options = ["-Xlinker=--no-undefined", "-Xlinker=--exclude-libs,ALL"]
     produce(
         root / CUDA_LIBRARY, [*compiler, "-shared", *options, *map(str, objects), *torch_libraries(tools), str(stub)]
@@ -176,7 +176,7 @@ def build_cuda(tools: Toolchain, nvcc: Nvcc, root: Path, compilers: Executor) ->
 
 
 def build_cuda_host(tools: Toolchain, root: Path, compilers: Executor) -> None:
-    """The CUDA sources as a library for the CPU, in the place of the CPU library."""
+    """Build the CUDA sources as a library for the CPU, in place of the CPU library."""
     flags = ["-I", str(CUDA_HOST), *CUDA_HOST_COMPILE.split(), "-x", "c++"]
     sources = [*sorted(CSRC.glob("cuda/*.cu")), *sorted(CUDA_HOST.glob("*.cpp"))]
     units = [Unit(path, flags, "host") for path in sources]
@@ -185,7 +185,7 @@ def build_cuda_host(tools: Toolchain, root: Path, compilers: Executor) -> None:
 
 
 class Unit(NamedTuple):
-    """A source, the flags it is compiled with, and what tells it from other units of the same source."""
+    """A source, the flags it is compiled with, and a name that distinguishes units of the same source."""
 
     source: Path
     flags: list[str]
@@ -193,23 +193,23 @@ class Unit(NamedTuple):
 
 
 def has_isas() -> list[str]:
-    """Tell the sources what they are compiled for."""
+    """Macros that tell the sources which instruction sets they are compiled for."""
     return [f"-DGLOW_KERNELS_HAS_{name.upper()}" for name in ISAS]
 
 
 def compile_all(compilers: Executor, tools: Toolchain, compiler: list[str], units: list[Unit]) -> list[Path]:
-    """The objects of ``units``."""
+    """Compile ``units`` in parallel, and return their objects."""
     read = [with_headers(unit.source) for unit in units]
-    # Those that read most compile longest: with them first, no compiler is left alone with one at the end.
+    # Units that read the most compile the longest; they go first, so that none runs alone at the end.
     order = sorted(range(len(units)), key=lambda index: -sum(path.stat().st_size for path in read[index]))
     made = {index: compilers.submit(compile_unit, tools, compiler, read[index], units[index]) for index in order}
     return [made[index].result() for index in range(len(units))]
 
 
 def with_headers(source: Path) -> list[Path]:
-    """``source`` and the headers of ours that it includes, or that these include."""
+    """Return ``source`` and those of our headers that it includes, directly or indirectly."""
     read = [source]
-    for path in read:  # which grows
+    for path in read:  # grows in the loop
         for name in re.findall(r'^ *# *include ["<](.+)[">]', path.read_text(), re.MULTILINE):
             headers = (folder / name for folder in (CSRC / "include", CSRC, CUDA_HOST))
             read += [header for header in headers if header.is_file() and header not in read]
@@ -217,17 +217,17 @@ def with_headers(source: Path) -> list[Path]:
 
 
 def link(tools: Toolchain, library: Path, objects: list[Path]) -> None:
-    """Make ``library`` of ``objects`` and torch."""
+    """Link ``objects`` with torch into ``library``."""
     produce(library, [*tools.compiler, *LINK, *extra_flags(), *map(str, objects), *torch_libraries(tools)])
 
 
 def torch_libraries(tools: Toolchain) -> list[str]:
-    """Options that link torch."""
+    """Linker options for torch."""
     return [f"-L{tools.torch / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
 
 
 def describe(tools: Toolchain, library: Path, part: str, **built_for: object) -> None:
-    """Write beside ``library`` what it was built for and from."""
+    """Write a description of what ``library`` was built for and from, beside it."""
     description = {
         "torch": tools.torch_version,
         "compiler": tools.compiler_version,
@@ -239,20 +239,21 @@ def describe(tools: Toolchain, library: Path, part: str, **built_for: object) ->
 
 
 def extra_flags() -> list[str]:
-    """Options that the user adds; the compiler lets the last of contrary ones win."""
+    """Options from ``CXXFLAGS``; of contradictory options the compiler takes the last."""
     return shlex.split(os.environ.get("CXXFLAGS", ""))
 
 
 def compile_unit(tools: Toolchain, compiler: list[str], read: list[Path], unit: Unit) -> Path:
-    """Compile ``unit``, which reads these files, or take the object that an earlier build made of the very same."""
-    # As system headers torch's give no warnings; the map keeps this machine's folders out of error messages.
+    """Compile ``unit``, which reads these files, or return the object of an earlier build with identical input."""
+    # Torch's headers are system headers, so they give no warnings; the prefix map keeps the folders of this machine out
+    # of error messages.
     include = tools.torch / "include"
     of_host = [*extra_flags(), f"-fmacro-prefix-map={include}/="]
     if unit.source.suffix == ".cu" and unit.variant != "host":
         of_host = [f"-Xcompiler={option}" for option in of_host]
     command = [*compiler, *unit.flags, *of_host, "-isystem", str(include), "-c", str(unit.source)]
     key = hashlib.sha256(repr((command, tools, platform.machine())).encode())
-    # Builds with other options, such as a sanitizer's, keep their objects beside these.
+    # Builds with other options, for example sanitizers, keep their objects beside these.
     name = ".".join((*unit.source.parts[1:], unit.variant, key.hexdigest()[:8]))
     for path in read:
         key.update(path.read_bytes())
@@ -266,7 +267,7 @@ def compile_unit(tools: Toolchain, compiler: list[str], read: list[Path], unit: 
 
 
 def produce(target: Path, command: list[str]) -> None:
-    """Let ``command`` write ``target``, whole or not at all, even where a process has the old one open."""
+    """Let ``command`` write ``target`` atomically, even while a process has the old file open."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.{os.getpid()}")
     try:
@@ -277,7 +278,7 @@ def produce(target: Path, command: list[str]) -> None:
 
 
 def execute(command: list[str]) -> str:
-    """Run ``command`` and return what it printed; a CompileError shows both."""
+    """Run ``command`` and return its output; if it fails, raise a CompileError with both."""
     done = subprocess.run(command, text=True, errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if done.returncode != 0:
         raise CompileError(f"this command failed:\n{shlex.join(command)}\n{done.stdout}")
@@ -285,7 +286,7 @@ def execute(command: list[str]) -> str:
 
 
 def csrc_hash(part: str) -> str:
-    """Fingerprint of the sources of a library; glow_kernels/backends/native/library.py computes the same."""
+    """Hash of the sources of a library; glow_kernels/backends/native/library.py computes the same."""
     digest = hashlib.sha256()
     for path in sorted(path for folder in ("include", part) for path in (CSRC / folder).rglob("*") if path.is_file()):
         digest.update(f"{path.relative_to(CSRC).as_posix()}\0".encode() + path.read_bytes())
@@ -293,24 +294,24 @@ def csrc_hash(part: str) -> str:
 
 
 def say_without(what: str, error: CompileError) -> None:
-    """Tell that ``auto`` goes on without a library; pip shows this with ``-v``."""
+    """Say that ``auto`` goes on without a library; pip shows this with ``-v``."""
     sys.stderr.write(f"\n*** glow_kernels WITHOUT its native {what}, which could not be built: {error}\n\n")
 
 
 def build_or_say(what: str, library: Path, build_it: Callable[[], None]) -> None:
-    """Build ``library``; where that does not work, in mode ``auto`` say why, else raise the error."""
+    """Build ``library``; if that fails, say why in mode ``auto``, otherwise raise the error."""
     try:
         build_it()
     except CompileError as error:
         if MODE != "auto":
             raise
         say_without(what, error)
-        for path in (library, library.with_suffix(".json")):  # of an earlier build, which must not get into this wheel
+        for path in (library, library.with_suffix(".json")):  # an earlier build must not get into this wheel
             path.unlink(missing_ok=True)
 
 
 class BuildNative(build_ext):
-    """Build the libraries when and where setuptools asks for extensions."""
+    """Build the libraries when setuptools builds extensions."""
 
     def run(self) -> None:
         if not self.extensions:
@@ -323,7 +324,7 @@ class BuildNative(build_ext):
                 self.build_beside_each_other(root, compilers)
 
     def build_beside_each_other(self, root: Path, compilers: Executor) -> None:
-        """The libraries asked for: either has a source that takes half a minute, however many cores there are."""
+        """Build the libraries in parallel: each has a source that takes half a minute, however many cores there are."""
         wanted = [("CPU library", LIBRARY, lambda: build(find_toolchain(), root, compilers))]
         if MODE != "cpu":
             what = "CUDA library (Triton or the reference computes on GPUs)"
@@ -334,7 +335,7 @@ class BuildNative(build_ext):
                 for each in as_completed(built):
                     each.result()
             except CompileError:
-                compilers.shutdown(wait=False, cancel_futures=True)  # of the other library, which is lost with this one
+                compilers.shutdown(wait=False, cancel_futures=True)  # the other library is of no use without this one
                 raise
 
     def outputs(self) -> list[str]:
@@ -352,14 +353,14 @@ class BuildNative(build_ext):
 
 
 class AnyPythonWheel(bdist_wheel):
-    """A wheel with the libraries is for one platform and for every Python."""
+    """A wheel with the libraries is for one platform, but for every Python."""
 
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]
 
 
 class SourcesToo(sdist):
-    """A source distribution holds csrc, so that it can be installed with ``GLOW_KERNELS_BUILD=cpu``."""
+    """A source distribution that contains csrc, so that it can be installed with ``GLOW_KERNELS_BUILD=cpu``."""
 
     def make_distribution(self) -> None:
         self.filelist.extend(str(path) for path in CSRC.rglob("*") if path.is_file())
@@ -367,7 +368,7 @@ class SourcesToo(sdist):
 
 
 def extensions() -> list[Extension]:
-    """The libraries, if they are to be built; checked at once, before pip fetches torch for an isolated build."""
+    """The libraries, if they are to be built; checked early, before pip fetches torch for an isolated build."""
     if MODE not in ("none", "cpu", "cuda", "auto", "cuda-host"):
         raise SystemExit(f"glow_kernels: GLOW_KERNELS_BUILD must be none, cpu, cuda or auto, got {MODE!r}")
     if MODE == "none":

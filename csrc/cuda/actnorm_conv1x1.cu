@@ -1,7 +1,7 @@
-// The linear map of actnorm_conv1x1 on NVIDIA GPUs, for up to 64 channels. The mathematics stands in
+// The linear map of actnorm_conv1x1 on NVIDIA GPUs, for up to 64 channels. The mathematics is described in
 // glow_kernels/ops/actnorm_conv1x1.py.
 //
-// A block has a tile of positions in shared memory, a row for each channel, and a matrix.
+// A block has a tile of positions in shared memory, with a row for each channel, and a matrix.
 #include <algorithm>
 #include <tuple>
 
@@ -13,9 +13,9 @@
 namespace glow_kernels {
 namespace {
 
-using namespace linear;  // NOLINT: what the tile header is for
+using namespace linear;  // NOLINT: the headers of the map are made for this
 
-// All matrices are C x C, row by row.
+// All matrices are C x C, row-major.
 template <typename T, unsigned R>
 struct Apply {
   using A = compute_t<T>;

@@ -1,4 +1,4 @@
-// What the kernels of the linear map share, whether it is folded before or in the same launch.
+// What the kernels of the linear map share, whether it is folded beforehand or in the same launch.
 #pragma once
 
 #include <tuple>
@@ -14,17 +14,17 @@ struct Backward {
   using A = compute_t<T>;
   Work<A, R> work;
   unsigned tiles = 0;
-  Positions<const T> grad = {}, data = {};  // g, and x, or z for the reversible backward
+  Positions<const T> grad = {}, data = {};  // g, and x (z in the reversible backward)
   const A* matrix = nullptr;                // M, unless the kernel folds it
   const A* inverse = nullptr;               // M^-1, and the shift of x = M^-1 z + shift; null unless reversible
   const A* inverse_shift = nullptr;
-  Positions<T> x = {};       // of the reversible backward
+  Positions<T> x = {};       // written by the reversible backward only
   Positions<T> grad_x = {};  // M^T g; null if it is not wanted
   A* parts = nullptr;        // sum g x^T and sum g of every block
 };
 
-// The tiles from `first` on, every `step`-th. Tiles of g and x, M and its inverse lie in shared memory; of large
-// tensors M and its inverse take turns at one place.
+// Processes the tiles from `first` on, every `step`-th. Tiles of g and x, M and its inverse are in shared memory; for
+// large tensors M and its inverse take turns at one place.
 template <typename T, unsigned R, typename A = compute_t<T>>
 __device__ void backward_tiles(const Backward<T, R>& arguments, bool reversible, unsigned first, unsigned step, A* x,
                                A* g, A* matrix, A* inverse, OuterSum<Work<A, R>>& sums) {
@@ -33,7 +33,7 @@ __device__ void backward_tiles(const Backward<T, R>& arguments, bool reversible,
   const A* const no_shift = nullptr;
   for (unsigned index = first; index < arguments.tiles; index += step) {
     const Span span = work.span(index);
-#pragma unroll 1  // the registers hold one tile on its way
+#pragma unroll 1  // the registers hold one tile in flight
     for (int input = 0; input < 2; ++input) {
       const Positions<const T> from = input == 0 ? arguments.data : arguments.grad;
       load_tile(from, work, span, input == 0 ? x : g);
@@ -75,7 +75,7 @@ unsigned tile_count(const W& work) {
   return static_cast<unsigned>(work.tiles());
 }
 
-// Calls f(work): with few channels a thread where many would leave a multiprocessor less than two blocks.
+// Calls f(work), with few channels per thread if many would leave a multiprocessor fewer than two blocks.
 template <typename A, typename F>
 void with_work(const Launcher& launch, const Tensor& x, const F& f) {
   const int64_t multiprocessors = launch.multiprocessors();
@@ -87,7 +87,7 @@ void with_work(const Launcher& launch, const Tensor& x, const F& f) {
   }
 }
 
-// From z: x = M^-1 z + shift, M^T g, sum g x^T and sum g.
+// Returns, computed from z: x = M^-1 z + shift, M^T g, sum g x^T and sum g.
 std::tuple<Tensor, Tensor, Tensor, Tensor> reversible_backward(const Tensor& grad, const Tensor& z,
                                                                const Tensor& matrix, const Tensor& inverse,
                                                                const Tensor& inverse_shift);

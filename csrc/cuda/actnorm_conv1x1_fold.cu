@@ -1,5 +1,5 @@
-// Folding ActNorm and the 1x1 convolution into one matrix on NVIDIA GPUs: one launch for all steps, in double; a block
-// for every matrix whose inverse is needed, else several. The mathematics stands in
+// Folding ActNorm and the 1x1 convolution into one matrix on NVIDIA GPUs: one launch for all steps, in double; one
+// block per matrix if its inverse is needed, otherwise several. The mathematics is described in
 // glow_kernels/ops/actnorm_conv1x1.py.
 #include <cmath>
 #include <optional>
@@ -13,7 +13,7 @@
 namespace glow_kernels {
 namespace {
 
-// What the kernels of the folding read and write; for some of them not all of it.
+// What the kernels of the folding read and write; not all of them use every member.
 struct Fold {
   unsigned n;
   double* workspace;                     // of the elimination
@@ -24,7 +24,7 @@ struct Fold {
   Output grad_log_scale, grad_bias, grad_weight, grad_known;
 };
 
-// exp(sign * log_scale) in shared memory.
+// Writes exp(sign * log_scale) to shared memory.
 __device__ void exponentials(const Fold& fold, double sign, double* scale) {
   for (unsigned i = threadIdx.x; i < fold.n; i += blockDim.x) scale[i] = std::exp(sign * fold.log_scale(fold.n, i));
 }
@@ -83,11 +83,11 @@ __global__ void __launch_bounds__(kThreads, 1) fold_backward_kernel(const Fold f
   Elimination elimination(n, scale + n, fold.workspace);
   exponentials(fold, 1, scale);
   __syncthreads();
-  // The gradient in M, of which v = M b.
+  // The gradient of M, with the part that comes from v = M b.
   const auto total = [&](unsigned i, unsigned j) {
     return fold.grad_matrix(square, i * n + j) + fold.grad_shift(n, i) * fold.bias(n, j);
   };
-  // A lane has a column, of which every warp adds some rows.
+  // A lane has a column, and every warp adds some of its rows.
   GLOW_KERNELS_SHARED(double, sums, [2][kThreads]);
   for (unsigned first = blockIdx.y * 32; first < n; first += gridDim.y * 32) {
     const unsigned j = first + lane;
@@ -161,11 +161,11 @@ struct Assembly {
 
   static int64_t shared_size(int64_t n) { return kProductSize + Spans::size(n) + n; }
 
-  // s in shared memory.
+  // Writes s to shared memory.
   __device__ void write_diagonal(double* diagonal) const {
     for (unsigned i = threadIdx.x; i < n; i += blockDim.x) diagonal[i] = sign(n, i) * std::exp(log_diagonal(n, i));
   }
-  // L with its diagonal of ones, and U + diag(s), without what lies outside the triangles.
+  // L with its unit diagonal, and U + diag(s), ignoring elements outside the triangles.
   __device__ double unit_lower(unsigned i, unsigned j) const {
     return i > j ? lower(int64_t{n} * n, i * n + j) : i == j ? 1.0 : 0.0;
   }
@@ -174,7 +174,7 @@ struct Assembly {
   }
 };
 
-// W = (P L) U; a layer has a tile.
+// W = (P L) (U + diag(s)); a layer has a tile.
 __global__ void __launch_bounds__(kThreads, 1) lu_weight_kernel(const Assembly lu) {
   GLOW_KERNELS_DYNAMIC_SHARED(double, shared);
   const unsigned n = lu.n, square = n * n;
@@ -195,7 +195,8 @@ __global__ void __launch_bounds__(kThreads, 1) lu_weight_kernel(const Assembly l
   if (threadIdx.x == 0) lu.log_det(1, 0, sum);
 }
 
-// With A = P^T dW: the triangles of A U^T and L^T A; a layer has a tile of both, of which one can be all zeros.
+// With A = P^T dW and the diagonal in U: the lower triangle of A U^T and the upper one of L^T A. A layer has a tile of
+// both, one of which can be all zeros.
 __global__ void __launch_bounds__(kThreads, 1) lu_weight_backward_kernel(const Assembly lu) {
   GLOW_KERNELS_DYNAMIC_SHARED(double, shared);
   const unsigned n = lu.n, square = n * n;
@@ -265,7 +266,7 @@ std::tuple<Tensor, Tensor, Tensor> lu_weight_backward(const Tensor& grad_weight,
   return {grad_lower, grad_upper, grad_log_diagonal};
 }
 
-// Blocks that fold a matrix where nobody waits for its elimination.
+// The number of blocks that fold a matrix if its inverse is not needed.
 int64_t fold_layers(int64_t n) { return (n + 31) / 32; }
 
 Fold fold_of(Steps& steps, const Tensor& log_scale, const Tensor& bias, const Tensor& weight,

@@ -1,12 +1,12 @@
-// Products of the linear map of actnorm_conv1x1 on the matrix units, for many channels of float32, which a warp
-// computes on its own for a strip of positions. A factor is split into a large part of 11 bits and a small one, both
-// TF32, and a product is small by large, large by small, and large by large, added in float32: what is left out is
-// 2^-22 of it. An infinity becomes NaN.
+// Products of the linear map of actnorm_conv1x1 on tensor cores, for many channels of float32; a warp computes them on
+// its own for a strip of positions. A factor is split into a large part of 11 bits and a small one, both TF32, and a
+// product is the sum, in float32, of small by large, large by small, and large by large; what is omitted, small by
+// small and the low bits of small parts, is 2^-22 of it. An infinity becomes NaN.
 //
-// Fragments are those of the PTX ISA, "Matrix Fragments for mma.m16n8k8". Lane l has group l / 4 and quarter l % 4 in
-// them: of A (16 x 8) the rows group and group + 8 by the columns quarter and quarter + 4, of B (8 x 8) the rows
-// quarter and quarter + 4 of column group, of C (16 x 8) the rows group and group + 8 by the columns 2 quarter and 2
-// quarter + 1.
+// Fragments are those of the PTX ISA, "Matrix Fragments for mma.m16n8k8". With group l / 4 and quarter l % 4, lane l
+// has, of A (16 x 8), the rows group and group + 8 in the columns quarter and quarter + 4, of B (8 x 8) the rows
+// quarter and quarter + 4 in column group, and of C (16 x 8) the rows group and group + 8 in the columns 2 quarter and
+// 2 quarter + 1.
 #pragma once
 
 #include <cstdint>
@@ -18,10 +18,10 @@
 
 namespace glow_kernels::linear {
 
-// c += a b, of TF32, whose low 13 bits the matrix units ignore. All lanes of a warp must call it.
+// c += a b in TF32, of which tensor cores ignore the low 13 bits. All lanes of a warp must call it.
 inline __device__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #if defined(__CUDACC__)
-  // Volatile, since it must not go to where only some lanes do.
+  // Volatile, so that it is not moved into a divergent branch.
   asm volatile(
       "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
@@ -32,7 +32,7 @@ inline __device__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], const
 #endif
 }
 
-// N elements of a matrix, split. The low bits of the small parts are left to the matrix units to drop.
+// N elements of a matrix, split. The low bits of the small parts are left for the tensor cores to ignore.
 template <unsigned N>
 struct Split {
   uint32_t large[N], small[N];
@@ -48,7 +48,7 @@ struct Split {
   }
 };
 
-// Two elements that lie together.
+// Splits two adjacent elements.
 inline __device__ Split<2> split_pair(const float* pair) {
   detail::Registers<float, 2> elements;
   detail::copy<2>(elements.values, pair);
@@ -58,7 +58,8 @@ inline __device__ Split<2> split_pair(const float* pair) {
   return split;
 }
 
-// c[m][n] += a[m] b[n] for all m and n, one step after the other: a step waits for the one before on the same c.
+// c[m][n] += a[m] b[n] for all m and n. Each of the three steps is done for all m and n before the next, since a step
+// has to wait for the previous one on the same c.
 template <unsigned M, unsigned N>
 __device__ void multiply_add(const Split<4> (&a)[M], const Split<2> (&b)[N], float (&c)[M][N][4]) {
 #pragma unroll
@@ -73,16 +74,16 @@ __device__ void multiply_add(const Split<4> (&a)[M], const Split<2> (&b)[N], flo
   }
 }
 
-// How a warp works: on 32 positions of `kSide` channels, those that exist rounded up.
+// What a warp works on at a time: 32 positions of `kSide` channels, the existing ones rounded up.
 template <unsigned kChannels>
 struct Strip {
   static constexpr unsigned kSide = kChannels, kPositions = 32, kSize = kSide * kPositions, kTiles = kSide / 8;
-  // What a lane has of a product: of tile n of 8 channels, the channels 8 n + quarter + 4 b at the positions
-  // 4 group + 2 m + h, at [m][n][2 h + b]. So it has 16 bytes of a channel.
+  // A lane's part of a product: [m][n][2 h + b] is, in tile n of 8 channels, channel 8 n + quarter + 4 b at position
+  // 4 group + 2 m + h. So a lane has 16 contiguous bytes of a channel.
   using Values = float[2][kTiles][4];
 
-  // Where an element stands in shared memory. Rows are turned against each other so that neighbouring lanes find in
-  // different banks: 16 bytes of four rows, 8 bytes of four rows, and an element of eight rows.
+  // The index of an element in shared memory. Rows are swizzled so that there are no bank conflicts when neighbouring
+  // lanes access 16 bytes of four rows, 8 bytes of four rows, or an element of eight rows.
   static __device__ unsigned at(unsigned channel, unsigned position) {
     return channel * kPositions + (position ^ ((channel & 3) << 3) ^ ((channel & 4) << 2));
   }
@@ -128,12 +129,12 @@ __device__ void load_strip(const Positions<const float>& x, unsigned channels, c
   }
 }
 
-// 16 bytes of what a lane has: channel 8 n + quarter + 4 b at the positions from 4 group on.
+// 16 bytes of a lane's values: channel 8 n + quarter + 4 b at the positions from 4 group on.
 inline __device__ detail::Registers<float, 4> vector_of(const float (&first)[4], const float (&second)[4], unsigned b) {
   return {{first[b], first[2 + b], second[b], second[2 + b]}};
 }
 
-// Writes what the lanes have to a strip. Nobody may read it any more.
+// Writes the values of the lanes to a strip, which no lane may still be reading.
 template <typename S>
 __device__ void put_strip(const typename S::Values& values, float* strip) {
 #pragma unroll
@@ -146,8 +147,8 @@ __device__ void put_strip(const typename S::Values& values, float* strip) {
   }
 }
 
-// Writes what the lanes have to a tensor, by way of a strip that other lanes may still read, unless they can write it
-// themselves: 128 bytes of a channel by 8 lanes.
+// Writes the values of the lanes to a tensor: directly if its positions are contiguous and aligned, 128 bytes of a
+// channel by 8 lanes; otherwise by way of a strip, which other lanes may still be reading.
 template <typename S>
 __device__ void store_strip(const Positions<float>& z, unsigned channels, const Span& span,
                             const typename S::Values& values, float* strip) {
@@ -193,7 +194,7 @@ __device__ void store_strip(const Positions<float>& z, unsigned channels, const 
   }
 }
 
-// From a row to the next of a matrix that multiply() takes, so that what lanes read together lies in different banks.
+// The row stride of a matrix for multiply(), at which the lanes' reads have no bank conflicts.
 template <typename S, bool transposed>
 constexpr unsigned kMatrixRow = S::kSide + (transposed ? 8 : 4);
 
@@ -208,7 +209,7 @@ __device__ void multiply(const float* matrix, const float* shift, const float* s
       total[0][n][b] = total[0][n][2 + b] = total[1][n][b] = total[1][n][2 + b] = start;
     }
   }
-  // Column 2 q + b of the product is channel q + 4 b, so that lanes have of a result what they take of a factor.
+  // Column 2 q + b of the product is channel q + 4 b, so that a lane's part of a result is its part of a factor.
   const unsigned out = group() / 2 + group() % 2 * 4;
   constexpr unsigned row = kMatrixRow<S, transposed>, of_in = transposed ? row : 1, of_out = transposed ? 1 : row;
   const float* const elements = matrix + quarter() * of_in + out * of_out;
@@ -239,7 +240,7 @@ __device__ void multiply(const float* matrix, const float* shift, const float* s
 template <typename S>
 class StripSums {
   static constexpr unsigned kRowTiles = S::kSide / 16;
-  // From a row to the next, so that what lanes write together lies in different banks, transposed or not.
+  // The row stride at which the lanes' writes have no bank conflicts, transposed or not.
   static constexpr unsigned kRow = S::kSide + 4;
 
  public:
@@ -248,7 +249,7 @@ class StripSums {
   __device__ void add(const float* g, const float* x) {
 #pragma unroll 1
     for (unsigned k = 0; k < S::kPositions; k += 8) {
-      // The two positions that a lane has of 8, of the channels group, group + 8, ...
+      // Of 8 positions a lane has two, of the channels group, group + 8, ...
       const unsigned first = S::at(group(), k + 2 * quarter());
       Split<4> a[kRowTiles];
 #pragma unroll
@@ -266,8 +267,8 @@ class StripSums {
     }
   }
 
-  // Adds what the warps have and writes it to `parts`: C x C, which may be transposed, then C. For every warp there are
-  // kScratch elements at `scratch`, which nobody may use any more. All threads must call it.
+  // Adds the sums of the warps and writes them to `parts`: C x C, which may be transposed, then C. `scratch` has
+  // kScratch elements for every warp, which nothing else may still be using. All threads must call it.
   __device__ void write(unsigned channels, bool transposed, float* scratch, float* parts) {
     const unsigned warp = threadIdx.x / 32, warps = blockDim.x / 32;
     float* const matrix = scratch + warp * kScratch;

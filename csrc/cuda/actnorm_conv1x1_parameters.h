@@ -1,5 +1,5 @@
-// What the kernels of the linear map make of the parameters of a step by themselves: M and v, which every block needs,
-// and what needs an elimination, by a block of its own, for which the others do not wait. All C x C work is in double.
+// What the kernels of the linear map compute from the parameters of a step: M and v, which every block computes for
+// itself, and what needs an elimination, by one block that the others do not wait for. All C x C work is in double.
 #pragma once
 
 #include <cmath>
@@ -16,10 +16,10 @@ struct Parameters {
   const A* known;  // log|det W|, or null
 };
 
-// Shared memory of fold_matrix().
+// Bytes of shared memory that fold_matrix() needs.
 inline int64_t fold_bytes(int64_t channels) { return 2 * 8 * channels; }
 
-// Starts to bring W to where M will be; these copies are a group.
+// Starts to copy W to where M will be; these copies are a group.
 template <typename A>
 __device__ void start_fold(const Parameters<A>& parameters, const Frame& frame, A* matrix) {
   const A* const no_shift = nullptr;
@@ -27,8 +27,8 @@ __device__ void start_fold(const Parameters<A>& parameters, const Frame& frame, 
   end_of_copies();
 }
 
-// Makes M of W, for whose copies the threads have waited, and writes v after it: with the very operations of
-// fold_kernel. For all threads; there must be a barrier before others read what it writes.
+// Turns W, once its copies have been waited for, into M in place and writes v after it, by exactly the operations of
+// fold_kernel. All threads must call it, with a barrier before other threads read what it writes.
 template <typename A>
 __device__ void fold_matrix(const Parameters<A>& parameters, const Frame& frame, double* scale, A* matrix) {
   const unsigned n = frame.channels;
@@ -53,7 +53,7 @@ __device__ void fold_matrix(const Parameters<A>& parameters, const Frame& frame,
 
 static_assert(kMaxChannels<float> <= WarpElimination::kMost);
 
-// log_det of every sample. By one block.
+// Writes log_det of every sample. By one block.
 template <typename A>
 __device__ void write_log_det(const Parameters<A>& parameters, unsigned n, double* shared, int64_t batches,
                               int64_t positions, A* log_det) {
@@ -69,7 +69,7 @@ __device__ void write_log_det(const Parameters<A>& parameters, unsigned n, doubl
   for (int64_t batch = threadIdx.x; batch < batches; batch += blockDim.x) log_det[batch] = of_sample;
 }
 
-// W^-1, n x n. By one block.
+// Writes W^-1, n x n. By one block.
 template <typename A>
 __device__ void write_inverse(const Parameters<A>& parameters, unsigned n, double* shared, double* inverse) {
   Elimination elimination(n, shared, nullptr);

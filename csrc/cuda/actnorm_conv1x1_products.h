@@ -1,6 +1,7 @@
-// Products of the linear map of actnorm_conv1x1 in shared memory. A thread takes R channels of V neighbouring
-// positions, 16 bytes: V V multiply-adds for each 16 bytes of the matrix that it reads, and R V for each of the tile. A
-// thread of the gradient of the matrix takes 6 by 6 elements and adds over positions, in registers from tile to tile.
+// Products of the linear map of actnorm_conv1x1 in shared memory. A thread computes R channels of V neighbouring
+// positions (16 bytes), which makes V V multiply-adds for every 16 bytes of the matrix that it reads, and R V for every
+// 16 bytes of the tile. For the gradient of the matrix a thread accumulates 6 x 6 elements over positions, in registers
+// from tile to tile.
 #pragma once
 
 #include <cstdint>
@@ -33,7 +34,7 @@ __device__ void multiply(const W& work, const A* matrix, const A* tile, typename
     for (unsigned j = 0; j < V; ++j) detail::copy<V>(values[j].values, x + j * work.kStride);
 #pragma unroll
     for (unsigned i = 0; i < R; ++i) {
-      // V factors: of one channel of the result, or transposed of V of them and one of x.
+      // V factors: of one channel of the result and V of x or, transposed, of V channels of the result and one of x.
       const unsigned first = i % (R / V) * V, j = i / (R / V);
       Vector m;
       detail::copy<V>(m.values, factors + (transposed ? j * work.side + first : i * work.side));
@@ -54,7 +55,7 @@ __device__ void multiply(const W& work, const A* matrix, const A* tile, typename
   }
 }
 
-// Elements (i + e, j + f) of sum g x^T, and of sum g, that a thread adds over some positions of its tiles.
+// Elements (i + e, j + f) of sum g x^T, and i + e of sum g, which a thread sums over some positions of its tiles.
 template <typename W>
 class OuterSum {
   using A = typename W::A;
@@ -102,8 +103,8 @@ class OuterSum {
     }
   }
 
-  // Adds what the threads have and writes it to `parts`: C x C, or its transpose, then C. Nobody else may use
-  // `scratch`, shared memory.
+  // Adds the sums of the threads and writes them to `parts`: C x C, or its transpose, then C. `scratch` is shared
+  // memory that nothing else may use.
   __device__ void write(const W& work, A* scratch, A* parts, bool transposed = false) const {
     const unsigned channels = work.channels, size = channels * (channels + 1);
     const unsigned down = transposed ? 1 : channels, across = transposed ? channels : 1;
@@ -130,7 +131,7 @@ class OuterSum {
  private:
   static constexpr unsigned kEdge = kManyRows / 2;
   static __host__ __device__ unsigned cells(const W& work) { return work.side / kEdge * (work.side / kEdge); }
-  // Threads that share the positions for the same elements.
+  // The number of threads that have the same elements and share the positions.
   static __host__ __device__ unsigned splits(const W& work, unsigned threads) {
     const unsigned all = threads / cells(work), most = work.positions() / W::V;
     return all < most ? all : most;

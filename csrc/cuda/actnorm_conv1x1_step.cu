@@ -1,8 +1,8 @@
-// The whole of actnorm_conv1x1 in one call on NVIDIA GPUs, for the channels of the linear map: one launch forward, two
-// backward. The mathematics stands in glow_kernels/ops/actnorm_conv1x1.py.
+// The whole of actnorm_conv1x1 in one call on NVIDIA GPUs, for as many channels as the linear map takes: one launch
+// forward, two backward. The mathematics is described in glow_kernels/ops/actnorm_conv1x1.py.
 //
-// The blocks of the map fold M for themselves. What needs an elimination, log|det W| or W^-1, nobody in the map waits
-// for: block 0, which starts first, has that to do alone.
+// Every block of the map folds M for itself. None of them waits for what needs an elimination, log|det W| or W^-1:
+// block 0, which starts first, computes that and nothing else.
 #include <algorithm>
 #include <cmath>
 #include <optional>
@@ -18,7 +18,7 @@
 namespace glow_kernels {
 namespace {
 
-using namespace linear;  // NOLINT: what the map's headers are for
+using namespace linear;  // NOLINT: the headers of the map are made for this
 
 template <typename T, unsigned R>
 struct Forward {
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(R == kFewRows ? kMaxThreads : 256, R == kFewRo
   typename Work<A, R>::Values total;
   start_fold(arguments.parameters, work.frame(), matrix);
   load_tile(arguments.x, work, span, x);
-  wait_for_copies<1>();  // the tile may still be on its way
+  wait_for_copies<1>();  // the tile may still be in flight
   fold_matrix(arguments.parameters, work.frame(), reinterpret_cast<double*>(matrix + work.matrix_size()), matrix);
   wait_for_copies();
   __syncthreads();
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(R == kFewRows ? kMaxThreads : 256, R == kFewRo
   store_tile(arguments.z, work, span, total, x);
 }
 
-// The map backward, and W^-1 if that is wanted.
+// The backward of the map, and W^-1 if that is wanted.
 template <typename T, unsigned R>
 __global__ void __launch_bounds__(kMaxThreads, sizeof(compute_t<T>) == 8 ? 1 : 2)
     folding_backward_kernel(const Backward<T, R> arguments, const Parameters<compute_t<T>> parameters,
@@ -78,13 +78,13 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(compute_t<T>) == 8 ? 1 : 2
   sums.write(work, x, arguments.parts + int64_t{index} * work.channels * (work.channels + 1), true);
 }
 
-// From the sums over positions to the gradients of the parameters.
+// The arguments of the kernel that computes the gradients of the parameters from the sums over positions.
 template <typename A>
 struct Finish {
   unsigned n, parts;
   unsigned width;                // threads in a row, for the 2 n sums that a block needs
-  const A *matrices, *shifts;    // sum g x^T and sum g, of as many parts
-  int64_t down, across, beyond;  // elements from a row of a matrix, a column, and a part to the next
+  const A *matrices, *shifts;    // sum g x^T and sum g, each in `parts` parts
+  int64_t down, across, beyond;  // strides of the rows and columns of a matrix, and of the parts
   Parameters<A> parameters;
   const double* inverse;  // W^-1; null if log|det W| was given
   const A* grad_log_det;  // (B,)
@@ -92,7 +92,7 @@ struct Finish {
   A *grad_log_scale, *grad_bias, *grad_weight, *grad_known;
 };
 
-// Column j of the parts' sum and their shift, of width `width` in shared memory, from as many rows of threads.
+// Sums column j of the matrices, and the shifts: every row of `width` threads writes its sum over some parts to `sums`.
 template <typename A>
 __device__ void add_parts(const Finish<A>& finish, unsigned j, double* sums) {
   const unsigned n = finish.n, i = threadIdx.x % finish.width, rows = blockDim.x / finish.width;
@@ -107,7 +107,7 @@ __device__ void add_parts(const Finish<A>& finish, unsigned j, double* sums) {
   sums[threadIdx.x] = total;
 }
 
-// A block for every column of W, of which the first warp ends the sums.
+// A block for every column of W, whose first warp completes the sums.
 template <typename A>
 __global__ void __launch_bounds__(1024) finish_kernel(const Finish<A> finish) {
   GLOW_KERNELS_DYNAMIC_SHARED(double, sums);
@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(1024) finish_kernel(const Finish<A> finish) {
   }
   wait_for_previous();  // for parts and inverse
   add_parts(finish, j, sums);
-  of_samples = block_sum(of_samples);  // with a barrier, after which all sums are there
+  of_samples = block_sum(of_samples);  // with a barrier, after which `sums` is complete
   if (threadIdx.x >= 32) return;
   const double in_log_det = __shfl_sync(kWholeWarp, of_samples, 0) * static_cast<double>(finish.positions);
   const double scale = std::exp(static_cast<double>(parameters.log_scale[j])), bias = parameters.bias[j];
@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(kThreads, 1) inversion_kernel(const Inversion<
   const unsigned n = arguments.n;
   const Parameters<A>& parameters = arguments.parameters;
   write_inverse(parameters, n, shared, arguments.weight_inverse);
-  for_each_row(n, [&](unsigned i) {  // a warp has the rows that it has written
+  for_each_row(n, [&](unsigned i) {  // a warp reads only rows that it wrote itself
     const double shrink = std::exp(-static_cast<double>(parameters.log_scale[i]));
     for (unsigned j = threadIdx.x % 32; j < n; j += 32) {
       const unsigned at = i * n + j;
@@ -173,7 +173,7 @@ __global__ void __launch_bounds__(kThreads, 1) inversion_kernel(const Inversion<
   });
 }
 
-// The parameters of the step that x passes: contiguous versions of them, and their gradients.
+// The parameters of the step that is applied to x, as contiguous tensors, and memory for their gradients.
 class StepTensors {
  public:
   StepTensors(const Tensor& x, const Tensor& log_scale, const Tensor& bias, const Tensor& weight,
@@ -240,8 +240,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x_any, const Tensor& log_scale,
   return {z, log_det};
 }
 
-// Completes `finish` and runs it. `grad_log_det` must have been contiguous before the launch that this follows: the
-// kernel reads it before it waits for that.
+// Completes `finish` and launches its kernel. `grad_log_det` must have been made contiguous before the previous launch:
+// the kernel reads it before it waits for that launch.
 template <typename A>
 void run_finish(const Launcher& launch, const Tensor& x, const StepTensors& step, const Tensor& grad_log_det,
                 Finish<A> finish, Gradients& grads) {
@@ -257,7 +257,7 @@ void run_finish(const Launcher& launch, const Tensor& x, const StepTensors& step
   finish.grad_bias = bias.mutable_data_ptr<A>();
   finish.grad_weight = weight.mutable_data_ptr<A>();
   if (step.knows_log_det()) finish.grad_known = known.mutable_data_ptr<A>();
-  // Rows of threads, with some loads of each on their way at once.
+  // Rows of threads, each with several loads in flight.
   const unsigned rows = std::clamp(finish.parts / 4, 1u, 1024 / finish.width), threads = rows * finish.width;
   launch.next(step.n(), static_cast<int>(threads), int64_t{threads} * 8, finish_kernel<A>, finish);
 }
@@ -282,7 +282,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_a
       finish.parts = static_cast<unsigned>(parts.size(0));
       finish.matrices = parts.const_data_ptr<A>();
       finish.shifts = finish.matrices + n * n;
-      finish.down = 1;  // transposed, so that what a block reads lies together
+      finish.down = 1;  // transposed, so that a block reads contiguous elements
       finish.across = n;
       finish.beyond = n * (n + 1);
       finish.inverse = inverse_data;
@@ -296,7 +296,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_a
       const int64_t of_map =
           std::max(work.shared_bytes(2, 1) + fold_bytes(n), OuterSum<Work<A, R>>::scratch_bytes(work));
       const int64_t bytes = std::max(of_map, others * Elimination::shared_bytes(n));
-      // All blocks at the same time, so that none starts after the others.
+      // No more blocks than are resident at the same time, so that none starts after the others.
       const int64_t blocks = std::min(work.tiles(), std::max<int64_t>(1, launch.resident_blocks(bytes, 3) - others));
       Tensor parts = empty({blocks, n * (n + 1)}, step.type(), x);
       Backward<T, R> arguments{work};
@@ -314,7 +314,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_a
   return {grad_x, in_log_scale, in_bias, in_weight, in_known};
 }
 
-// Here nothing hides the elimination: x = M^-1 z waits for it.
+// Here nothing overlaps with the elimination: x = M^-1 z waits for it.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> reversible_backward_of_step(
     const Tensor& grad, const Tensor& grad_log_det_any, const Tensor& z_any, const Tensor& log_scale,
     const Tensor& bias, const Tensor& weight, std::optional<Tensor> weight_log_det) {

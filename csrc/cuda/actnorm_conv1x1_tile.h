@@ -1,5 +1,5 @@
-// Tiles of positions of all channels, as the linear map of actnorm_conv1x1 works on them: between tensors, where the
-// positions or the channels lie next to each other, and shared memory, where the positions do.
+// Tiles of positions with all channels, which the linear map of actnorm_conv1x1 works on: copies between tensors, in
+// which either positions or channels are contiguous, and shared memory, in which positions are.
 #pragma once
 
 #include <cuda_pipeline_primitives.h>
@@ -14,24 +14,24 @@
 
 namespace glow_kernels::linear {
 
-// More channels are a matrix product that is limited by arithmetic: cuBLAS, through the reference. support.py knows it.
-// In double, 60 are what fits into the shared memory of every GPU from sm_80 on.
+// With more channels the map is a compute-bound matrix product, left to cuBLAS through the reference; support.py has
+// the same limit. In double, 60 are what fits into the shared memory of every GPU from sm_80 on.
 template <typename A>
 constexpr int64_t kMaxChannels = sizeof(A) == 8 ? 60 : 64;
 
-// Channels of a thread: 12 in large tensors, since Glow's have 12, 24 and 48. Small ones leave a multiprocessor too few
-// threads for that, which wait for memory and for each other's results.
+// Channels of a thread: 12 for large tensors, since Glow's have 12, 24 and 48. For small ones that would leave a
+// multiprocessor too few threads to hide the latencies of memory and arithmetic.
 constexpr unsigned kManyRows = 12, kFewRows = 4;
 constexpr unsigned kMaxThreads = 192;
 
-// The positions of a tile: `count` of them from one of a sample on, which may reach into the next samples.
+// The positions of a tile: `count` of them from `position` of sample `batch` on, which may reach into the next samples.
 struct Span {
   int64_t batch, position;
   unsigned count;
 };
 
-// Where a matrix C x C lies in shared memory: with zeros around it, `side` squared, its rows `row` elements apart, and
-// a shift after it.
+// The layout of a C x C matrix in shared memory: zero-padded to `side` x `side`, with rows `row` elements apart and a
+// shift after it.
 struct Frame {
   unsigned channels, side, row;
 
@@ -39,19 +39,19 @@ struct Frame {
   __host__ __device__ unsigned size() const { return side * (row + 1); }
 };
 
-// How a block works: on `strips` strips of positions, with threads for the channels of each. A thread has R channels
-// and V neighbouring positions, 16 bytes of the type of arithmetic.
+// How a block divides its work: a tile is `strips` strips of positions, with threads for the channels of each. A thread
+// has R channels and V neighbouring positions, which are 16 bytes in the type of arithmetic.
 template <typename Arithmetic, unsigned R>
 struct Work {
   using A = Arithmetic;
   static constexpr bool kSmall = R == kFewRows;
   static constexpr unsigned kRows = R, V = 16 / sizeof(A), kLanes = kSmall ? 8 : 32, kStrip = kLanes * V;
-  // Elements from a channel of a strip to the next: V more than its positions, so that they lie in different banks.
+  // The distance from one channel of a strip to the next: V more than its positions, which avoids bank conflicts.
   static constexpr unsigned kStride = kStrip + V;
   using Values = A[R][V];
 
   unsigned channels, strips;
-  unsigned side;  // the channels, rounded up to those of whole threads
+  unsigned side;  // the channels, rounded up to a multiple of kManyRows
   int64_t batches, per_sample;
 
   Work(const Tensor& x, int64_t multiprocessors)
@@ -65,13 +65,13 @@ struct Work {
       strips = rows < 4 ? 4 / rows : 1;
     }
   }
-  // For small tensors four warps at least, of which some only help to load and to add.
+  // At least four warps for small tensors, of which some only help to load and to add.
   int threads() const {
     const unsigned with_rows = side / R * strips * kLanes;
     return static_cast<int>(kSmall ? std::max(128u, (with_rows + 31) / 32 * 32) : with_rows);
   }
   int64_t tiles() const { return (batches * per_sample + positions() - 1) / positions(); }
-  // Of tiles, and of matrices with a shift.
+  // For this many tiles, and matrices with a shift.
   int64_t shared_bytes(int64_t tile_count, int64_t matrix_count) const {
     return (tile_count * tile_size() + matrix_count * matrix_size()) * static_cast<int64_t>(sizeof(A));
   }
@@ -80,7 +80,7 @@ struct Work {
   __host__ __device__ Frame frame() const { return {channels, side, side}; }
   __host__ __device__ unsigned matrix_size() const { return frame().size(); }
 
-  // Of this thread: its first channel, if it has any, its first position in the tile, and where both stand in memory.
+  // The first channel of this thread, if it has any, its first position in the tile, and an element's index in memory.
   __device__ bool has_row() const { return !kSmall || row() < side; }
   __device__ unsigned row() const { return threadIdx.x / kLanes / strips * R; }
   __device__ unsigned column() const { return threadIdx.x / kLanes % strips * kStrip + threadIdx.x % kLanes * V; }
@@ -94,18 +94,18 @@ struct Work {
   }
 };
 
-// A tensor (B, C, *spatial); strides count elements, `data` is null for none.
+// A tensor (B, C, *spatial); strides are in elements, `data` is null if there is no tensor.
 template <typename T>
 struct Positions {
   T* data = nullptr;
   int64_t per_sample = 0, batch_stride = 0, channel_stride = 0, position_stride = 0;
-  bool channels_inside = false;  // whether channels lie next to each other
-  bool vectors = false;          // whether V at a time lie together and are aligned
+  bool channels_inside = false;  // whether channels are contiguous
+  bool vectors = false;          // whether V elements at a time are contiguous and aligned
 
-  // Channel 0 at a position that is counted from the beginning of a tile.
+  // The address of channel 0 at a position that is counted from the beginning of a tile.
   __device__ T* at(const Span& span, unsigned offset) const {
     int64_t batch = span.batch, position = span.position + offset;
-    if (position >= per_sample) {  // then what is beyond is less than a tile, and so is the size of a sample further on
+    if (position >= per_sample) {  // `beyond` is less than a tile; so is `size` where it is used, both fit into 32 bits
       const auto beyond = static_cast<unsigned>(position - per_sample), size = static_cast<unsigned>(per_sample);
       const unsigned more = beyond < per_sample ? 0 : beyond / size;
       batch += 1 + more;
@@ -139,36 +139,36 @@ Positions<T> writable(const Tensor& x) {
   return positions_of(x, x.mutable_data_ptr<T>());
 }
 
-// Copies N elements to shared memory, where they are after wait_for_copies() and a barrier. No register holds them, so
-// that a thread can have many on their way.
+// Starts to copy N elements to shared memory, where they can be read after wait_for_copies() and a barrier. They take
+// no registers, so that a thread can have many in flight.
 template <int N, typename A>
 __device__ void start_copy(A* to, const A* from) {
   __pipeline_memcpy_async(to, from, N * sizeof(A));
 }
 
-// The same, or zeros for what does not exist.
+// The same, or writes zeros if the elements do not exist.
 template <int N, typename A>
 __device__ void start_copy(A* to, const A* from, bool exists) {
   __pipeline_memcpy_async(to, from, N * sizeof(A), exists ? 0 : N * sizeof(A));
 }
 
-// The copies that a thread has started since it last said so are a group.
+// Ends a group of copies: those that this thread has started since the last group ended.
 inline __device__ void end_of_copies() { __pipeline_commit(); }
 
-// Waits for all groups but the last `left`.
+// Waits for all groups except the last `left`.
 template <int left>
 __device__ void wait_for_groups() {
   __pipeline_wait_prior(left);
 }
 
-// The same, where the last group ends here.
+// Ends a group, then does the same.
 template <int left = 0>
 __device__ void wait_for_copies() {
   end_of_copies();
   wait_for_groups<left>();
 }
 
-// Starts to load a matrix C x C with zeros around it, and a shift if there is one.
+// Starts to load a C x C matrix, zero-padded, and a shift if there is one.
 template <typename A>
 __device__ void load_matrix(const A* from, const A* shift, const Frame& frame, A* matrix) {
   constexpr unsigned V = 16 / sizeof(A);
@@ -192,8 +192,8 @@ __device__ void load_matrix(const A* from, const A* shift, const Frame& frame, A
   }
 }
 
-// Calls f(channel, position) for all elements of a tile, `step` channels at a time. Where the channels lie together,
-// 8 neighbouring threads have neighbouring positions, which lie in different banks, and 32 threads 64 bytes and more of
+// Calls f(channel, position) for all elements of a tile, `step` channels at a time. If the channels are contiguous, 8
+// neighbouring threads have neighbouring positions, which are in different banks, and a warp has 4 x `step` channels of
 // each; otherwise neighbouring threads have neighbouring positions.
 template <typename W, typename F>
 __device__ void for_each_chunk(const W& work, unsigned channels, bool channels_inside, unsigned step, const F& f) {
@@ -228,7 +228,7 @@ __device__ void load_tile(const Positions<const T>& x, const W& work, const Span
         }
       }
     } else {
-      Vector values[R];  // all on their way before the first is waited for
+      Vector values[R];  // all in flight before the first is waited for
 #pragma unroll
       for (unsigned r = 0; r < R; ++r) {
         values[r] = Vector{};
@@ -261,7 +261,7 @@ __device__ void load_tile(const Positions<const T>& x, const W& work, const Span
   }
 }
 
-// Writes what the threads have to a tile.
+// Writes the values of the threads to a tile.
 template <typename W>
 __device__ void put_tile(const W& work, const typename W::Values& values, typename W::A* tile) {
   using A = typename W::A;
@@ -277,7 +277,7 @@ __device__ void put_tile(const W& work, const typename W::Values& values, typena
   }
 }
 
-// Writes a tile to a tensor whose positions do not lie together or are not aligned.
+// Writes a tile to a tensor whose positions are not contiguous or not aligned.
 template <typename T, typename W, typename A = typename W::A>
 __device__ void store_elements(const Positions<T>& z, const W& work, const Span& span, const A* tile) {
   constexpr unsigned V = W::V;
@@ -316,8 +316,8 @@ __device__ void write_tile(const Positions<T>& z, const W& work, const Span& spa
   }
 }
 
-// Writes what the threads have to a tensor, by way of a tile that other threads may still read, unless they can write
-// it themselves. All threads must call it.
+// Writes the values of the threads to a tensor: directly if its positions are contiguous and aligned, otherwise by way
+// of a tile, which other threads may still be reading. All threads must call it.
 template <typename T, typename W, typename A = typename W::A>
 __device__ void store_tile(const Positions<T>& z, const W& work, const Span& span, const typename W::Values& values,
                            A* tile) {

@@ -1,8 +1,8 @@
-// The linear map of actnorm_conv1x1 on the matrix units, alone or folded in the same launch. The mathematics stands in
-// glow_kernels/ops/actnorm_conv1x1.py.
+// The linear map of actnorm_conv1x1 on tensor cores, alone or folded in the same launch. The mathematics is described
+// in glow_kernels/ops/actnorm_conv1x1.py.
 //
-// A block stays on its multiprocessor, with its matrices and two strips of positions for every warp in shared memory.
-// Warps take strips by turns and wait for nobody: while a warp works on one strip its next is on its way.
+// Blocks are persistent, with their matrices and two strips of positions for every warp in shared memory. Warps take
+// turns at the strips and do not wait for each other: while a warp works on one strip, its next is being loaded.
 #include <algorithm>
 #include <optional>
 
@@ -15,14 +15,14 @@
 namespace glow_kernels {
 namespace {
 
-using namespace linear;  // NOLINT: what the tile header is for
+using namespace linear;  // NOLINT: the headers of the map are made for this
 
-// With fewer channels the ordinary units keep up with the memory. The sums of more than 48 leave too little memory.
+// With fewer channels the ordinary units keep up with the memory. Backward, more than 48 leave too little memory.
 constexpr int64_t kLeastChannels = 25, kMostOfApply = 64, kMostOfBackward = 48;
-// Of a block, which has a multiprocessor for itself.
+// Warps of a block, which has a multiprocessor to itself.
 constexpr int kWarps = 8;
 
-// All strips of a tensor with this many positions in all.
+// The strips of a tensor with `positions` positions in total.
 struct Strips {
   unsigned channels, count, positions, per_sample;
 
@@ -31,10 +31,10 @@ struct Strips {
     return {batch, first - batch * per_sample, left < Strip<8>::kPositions ? left : Strip<8>::kPositions};
   }
 
-  // Calls load(strip, turn) for the strips of this warp, and work(strip, turn) for each when it is there, while the
-  // next is on its way; of two neighbours one has turn 0 and the other 1. Multiprocessors differ by one strip at most.
-  // Between the first loads and the first work all threads call start(), when at most the last two groups of copies are
-  // on their way. Every piece of code stands here once: instructions come from memory too, and a warp has few strips.
+  // Calls load(strip, turn) for the strips of this warp, and work(strip, turn) for each once it is loaded, while the
+  // next is in flight; turns alternate between 0 and 1. Blocks differ by at most one strip. Between the first loads and
+  // the first work all threads call start(), when at most the last two groups of copies are in flight. Each function is
+  // called at a single place in the code: instructions come from memory too, and a warp has few strips.
   template <typename Load, typename Start, typename F>
   __device__ void for_each(unsigned block, unsigned blocks, const Load& load, const Start& start, const F& work) const {
     const unsigned step = kWarps * blocks;
@@ -69,7 +69,7 @@ struct Apply {
   Strips strips;
   Positions<const float> x;
   const float *matrix = nullptr, *shift = nullptr;  // M and v, unless the kernel folds them
-  Parameters<float> parameters = {};                // of the step, where the kernel folds
+  Parameters<float> parameters = {};                // of the step, if the kernel folds
   float* log_det = nullptr;                         // of every sample; null unless the kernel folds
   Positions<float> z = {};
 };
@@ -111,15 +111,15 @@ __global__ void __launch_bounds__(kWarps * 32, 1) apply_kernel(const Apply argum
 
 struct Backward {
   Strips strips;
-  Positions<const float> grad = {}, data = {};  // g, and x, or z for the reversible backward
+  Positions<const float> grad = {}, data = {};  // g, and x (z in the reversible backward)
   const float* matrix = nullptr;                // M, unless the kernel folds it
   const float* inverse = nullptr;               // M^-1, and the shift of x = M^-1 z + shift; null unless reversible
   const float* inverse_shift = nullptr;
-  Parameters<float> parameters = {};  // of the step, where the kernel folds M
+  Parameters<float> parameters = {};  // of the step, if the kernel folds M
   double* weight_inverse = nullptr;   // where W^-1 goes; null if it is not wanted
-  Positions<float> x = {};            // of the reversible backward
+  Positions<float> x = {};            // written by the reversible backward only
   Positions<float> grad_x = {};       // M^T g; null if it is not wanted
-  float* parts = nullptr;             // sum g x^T, transposed where the kernel folds, and sum g of every block
+  float* parts = nullptr;             // sum g x^T, transposed if the kernel folds, and sum g of every block
 };
 
 template <typename S>
@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) backward_kernel(const Backward
              arguments.parts + int64_t{block} * strips.channels * (strips.channels + 1));
 }
 
-// Calls f.operator()<S>(strips) where these kernels are for x. Returns what that returns, whether they ran, or false.
+// Calls f.operator()<S>(strips) if these kernels are meant for x. Returns whether they ran: what f returns, or false.
 template <int64_t kMostChannels, typename F>
 bool with_strips(const Launcher& launch, const Tensor& x, const F& f) {
   const int64_t channels = x.size(1);
@@ -187,7 +187,7 @@ bool with_strips(const Launcher& launch, const Tensor& x, const F& f) {
   const Planes planes = planes_of(x);
   const int64_t positions = planes.batches * planes.positions;
   const int64_t count = (positions + Strip<8>::kPositions - 1) / Strip<8>::kPositions;
-  // Of fewer, some multiprocessors would have none for all of their warps.
+  // With fewer, some warps would have none.
   const int64_t least = kWarps * launch.multiprocessors();
   if (count < std::max<int64_t>(1, least) || positions >= int64_t{1} << 31) return false;
   const Strips strips{static_cast<unsigned>(channels), static_cast<unsigned>(count), static_cast<unsigned>(positions),
@@ -203,20 +203,20 @@ bool with_strips(const Launcher& launch, const Tensor& x, const F& f) {
   return ran;
 }
 
-// Bytes of a block for scales, matrices, and some strips of each of its warps.
+// Shared memory of a block for scales, matrices, and `strips` strips for each of its warps.
 template <typename S>
 constexpr int64_t shared_bytes(int64_t of_matrices, int64_t strips) {
   return 2 * S::kSide * sizeof(double) +
          (of_matrices + kWarps * strips * S::kSize) * static_cast<int64_t>(sizeof(float));
 }
 
-// Blocks for strips beside `others`, all at the same time.
+// The number of blocks for strips that can be resident at the same time as `others`.
 int64_t blocks_for(const Launcher& launch, const Strips& strips, int64_t bytes, int64_t others) {
   const int64_t resident = launch.resident_blocks(bytes, 1) - others;
   return std::min<int64_t>((strips.count + kWarps - 1) / kWarps, std::max<int64_t>(1, resident));
 }
 
-// Not where a block has less shared memory: 99 KiB on sm_86, 89 and 120, 163 on sm_80.
+// Returns false if a block has too little shared memory: it has 99 KiB on sm_86, 89 and 120, and 163 on sm_80.
 template <typename S>
 bool run_apply(const Launcher& launch, const Apply& arguments) {
   const int64_t others = arguments.log_det == nullptr ? 0 : 1;
@@ -227,7 +227,7 @@ bool run_apply(const Launcher& launch, const Apply& arguments) {
   return true;
 }
 
-// Runs the kernel, where a block has the memory, and returns the sums of its blocks. `fill` completes the arguments.
+// Runs the kernel if a block has the shared memory, and returns the sums of its blocks. `fill` completes the arguments.
 template <typename F>
 std::optional<Tensor> run_backward(const Launcher& launch, const Tensor& like, const F& fill) {
   std::optional<Tensor> parts;

@@ -1,5 +1,5 @@
-// The linear map of actnorm_conv1x1 on the matrix units: large float32 tensors of many channels, which are more
-// arithmetic than the ordinary units do while the memory delivers.
+// The linear map of actnorm_conv1x1 on tensor cores, for large float32 tensors of many channels, for which the ordinary
+// units do not keep up with the memory.
 #pragma once
 
 #include <optional>
@@ -10,11 +10,11 @@
 
 namespace glow_kernels {
 
-// Where a tensor is one of those, and a block has the shared memory for it, these compute what the operators of
-// actnorm_conv1x1.cu do, of tensors that have planes and contiguous matrices, and return true.
+// For such a tensor, if a block has the shared memory, these compute what the operators of actnorm_conv1x1.cu do and
+// return true; otherwise they return false. Tensors must have planes, and matrices must be contiguous.
 bool apply_wide(const Launcher& launch, const Tensor& x, const Tensor& matrix, const Tensor& shift, Tensor& z);
 
-// grad_x may have no elements, for none.
+// grad_x has no elements if it is not wanted.
 bool backward_wide(const Launcher& launch, const Tensor& grad, const Tensor& x, const Tensor& matrix, Tensor& grad_x,
                    Tensor& grad_matrix, Tensor& grad_shift);
 

@@ -1,6 +1,6 @@
-// Mean and variance of every channel on NVIDIA GPUs: those of what the threads have seen, combined as in Chan, Golub
-// and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979. In double, since it
-// runs once in the life of a model.
+// Mean and variance of every channel on NVIDIA GPUs, computed per thread and combined as in Chan, Golub and LeVeque,
+// "Updating formulae and a pairwise algorithm for computing sample variances", 1979. In double, since it runs only once
+// per model.
 #include <algorithm>
 #include <cmath>
 #include <tuple>
@@ -13,9 +13,9 @@
 namespace glow_kernels {
 namespace {
 
-// What a thread looks at, and blocks of the whole launch, at least and at most.
+// Rows per thread, unless that takes more than kBlocks blocks.
 constexpr int64_t kSteps = 16, kBlocks = 1024;
-// Elements that a thread loads at a time where they lie together.
+// Elements that a thread loads at a time if they are contiguous.
 constexpr int kTogether = 4;
 
 // Statistics of some elements of a channel.
@@ -31,7 +31,7 @@ struct Statistics {
   }
 };
 
-// Combines those of `groups` x `width` threads, group after group, over the groups; the result is with group 0.
+// Combines the statistics of `groups` x `width` threads, in that order, over the groups; group 0 has the result.
 __device__ Statistics combine(const Statistics& mine, int groups, int width) {
   GLOW_KERNELS_SHARED(Statistics, all, [kThreads]);
   const int thread = static_cast<int>(threadIdx.x);
@@ -46,15 +46,15 @@ __device__ Statistics combine(const Statistics& mine, int groups, int width) {
   return all[thread];
 }
 
-// What lies together in memory and is loaded at a time: a single element, positions of a channel, or channels.
+// What is contiguous in memory and loaded at a time: a single element, positions of a channel, or channels.
 enum class Together { nothing, positions, channels };
 
-// How the work is cut: a block looks at `width` neighbouring columns, each a channel or some that lie together, and at
-// one of `parts` parts of the rows of all samples, each a position or some that lie together. Its threads are `groups`
-// groups that share the rows, with one thread for every column.
+// How the work is divided. A block has `width` neighbouring columns, each a channel or kTogether contiguous ones, and
+// one of `parts` parts of the rows of all samples, each a position or kTogether contiguous ones. Its threads form
+// `groups` groups that share the rows, with one thread for every column.
 struct Cut {
   Together together;
-  unsigned width, groups, parts, across;  // so many blocks lie across the columns
+  unsigned width, groups, parts, across;  // `across` blocks cover the columns
   unsigned columns, rows;
   int64_t batches_per_step;  // from one row of a thread to its next
   unsigned rows_per_step;
@@ -92,8 +92,8 @@ __global__ void __launch_bounds__(kThreads) parts_kernel(const T* x, Planes plan
   const unsigned part = blockIdx.x / cut.across, group = threadIdx.x / cut.width;
   const unsigned column = blockIdx.x % cut.across * cut.width + threadIdx.x % cut.width;
   int64_t seen = 0;
-  // Deviations from the first element, which is never further from the mean than the root of all squares together: so
-  // the difference below loses little.
+  // Deviations from the first element. As its own deviation from the mean is part of the sum of squares, the difference
+  // below loses little.
   double first[channels]{}, sums[channels]{}, squares[channels]{};
   if (group < cut.groups && column < cut.columns && cut.rows > 0) {
     const unsigned start = part * cut.groups + group;
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(kThreads) parts_kernel(const T* x, Planes plan
     Statistics mine{0, 0, 0};
     if (seen > 0) {
       const double deviations = squares[i] - sums[i] * (sums[i] / count);
-      mine = {count, first[i] + sums[i] / count, deviations < 0 ? 0 : deviations};  // NaN stays
+      mine = {count, first[i] + sums[i] / count, deviations < 0 ? 0 : deviations};  // keeps NaN
     }
     mine = combine(mine, static_cast<int>(cut.groups), static_cast<int>(cut.width));
     if (group == 0 && column < cut.columns) parts[(int64_t{column} * channels + i) * cut.parts + part] = mine;

@@ -1,8 +1,8 @@
-// The affine coupling on NVIDIA GPUs. The mathematics stands in glow_kernels/ops/affine_coupling.py.
+// The affine coupling on NVIDIA GPUs. The mathematics is described in glow_kernels/ops/affine_coupling.py.
 //
-// All threads agree on direction, kind, order and layout, so these are branches of two kernels: one maps, the other
-// differentiates. Each reads and writes every element once, and has a twin for an h that lies in memory another way
-// than the data.
+// Direction, kind, order and layout are the same for all threads, so they are branches of only two kernels: one maps,
+// the other computes gradients. Each reads and writes every element once, and has a variant for an h whose memory
+// layout is not that of the data.
 #include <tuple>
 #include <vector>
 
@@ -16,19 +16,19 @@
 namespace glow_kernels {
 namespace {
 
-using namespace coupling;  // NOLINT: what the header of scales is for
+using namespace coupling;  // NOLINT: coupling_scales.h is made for this
 
-// Threads of a block that maps N columns at a time, at most.
+// Maximum number of threads of a block that maps N columns at a time.
 template <int N>
 constexpr int kMapThreads = N == 1 ? kMostThreads : kThreads;
-// Blocks that a multiprocessor holds at least: as many as leave a thread the registers for its part of H.
+// Minimum number of resident blocks per multiprocessor: as many as leave a thread the registers for its elements of h.
 template <typename H, int N>
 constexpr int kMapBlocks = N == 1                      ? 1
                            : std::is_same_v<H, double> ? 3
                                                        : 4;
 template <typename H, int N>
 constexpr int kGradientBlocks = N == 1 || std::is_same_v<H, float> ? 4 : 3;
-// Of the kernels with an h of its own layout, of which a thread holds less at a time.
+// The same for the gradients with an h of another layout, of which a thread holds less at a time.
 template <int N>
 constexpr int kExchangedBlocks = N == 4 ? 4 : 3;
 
@@ -47,11 +47,11 @@ struct Views {
   View<T> grad_data;
   Pair<H> grad_h;
   SampleSums<A> log_det;
-  double* grad_gain;  // (C, samples * tiles of positions): what tiles add to it
+  double* grad_gain;  // (C, samples * tiles of positions): the contributions of tiles; null for none
 };
 
-// Writes to `in_gain`, unless it is null or there is no gain, the derivatives in the learned gain: in shared memory,
-// so that kernels without a gain need no registers for them.
+// Writes the derivatives with respect to the learned gain to `in_gain`, unless that is null or there is no gain. It is
+// in shared memory, so that kernels without a gain need no registers for it.
 template <int N, typename T, typename H, typename A>
 __device__ LogScales<A, N> log_scales(const Views<T, H>& views, const Tile& tile, const Spot& spot, const A (&u)[N],
                                       A* in_gain) {
@@ -98,7 +98,7 @@ __device__ LogScales<A, N> log_scales(const Views<T, H>& views, const Tile& tile
   return log_s;
 }
 
-// Writes the result at a spot, and adds its log f to `total`.
+// Writes the result at a spot, and adds log f to `total`.
 template <int N, typename T, typename H, typename A>
 __device__ void transform(const Views<T, H>& views, const Tile& tile, const Spot& spot,
                           const detail::Registers<T, N>& raw_data, const A (&u)[N], const A (&t)[N], A& total) {
@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(kMapThreads<N>, kMapBlocks<H, N>) transform_ke
   views.log_det.leave(tile.batch, block_sum(total));
 }
 
-// The same with h by way of shared memory.
+// The same with h exchanged through shared memory.
 template <int N, typename T, typename H>
 __global__ void __launch_bounds__(kThreads, kMapBlocks<H, N>)
     exchanged_transform_kernel(const Views<T, H> views, const PairExchange exchange, const PairRows<const H> h) {
@@ -150,14 +150,14 @@ __global__ void __launch_bounds__(kThreads, kMapBlocks<H, N>)
   views.log_det.leave(tile.batch, block_sum(total));
 }
 
-// What a tile adds to each of its channels: the sums of `values`, rows x columns in shared memory, over positions. A
-// warp takes a channel or, where there are many, a thread.
+// Writes a tile's contribution to each of its channels: the sums over positions of `values`, rows x columns in shared
+// memory. A channel is summed by a warp or, if there are many, by a thread.
 template <typename A>
 __device__ void sum_channels(const Tiling& tiling, const Tile& tile, unsigned threads, const A* values, double* parts) {
   const bool inside = tiling.channels_inside;
   const unsigned channels = inside ? tile.columns : tile.rows, positions = inside ? tile.rows : tile.columns;
   const unsigned channel_stride = inside ? 1 : tile.columns, position_stride = inside ? tile.columns : 1;
-  // The tile is one of those that share its channels, sample after sample.
+  // The tiles that share these channels are numbered sample after sample.
   const unsigned in_sample = blockIdx.x % tiling.per_sample;
   const unsigned tiles = inside ? tiling.row_tiles : tiling.column_tiles;
   const unsigned index = inside ? in_sample / tiling.column_tiles : in_sample % tiling.column_tiles;
@@ -175,7 +175,7 @@ __device__ void sum_channels(const Tiling& tiling, const Tile& tile, unsigned th
   }
 }
 
-// Writes the gradient in the data at a spot and, where there is a result to write, x; u and t become their gradients.
+// Writes the gradient of the data at a spot and, if there is a result to write, x; u and t become their gradients.
 template <int N, typename T, typename H, typename A>
 __device__ void differentiate(const Views<T, H>& views, const Tile& tile, const Spot& spot,
                               const detail::Registers<T, N>& raw_data, const detail::Registers<T, N>& raw_grad,
@@ -225,7 +225,7 @@ __global__ void __launch_bounds__(kThreads, kGradientBlocks<H, N>) gradient_kern
   sum_channels(views.tiling, tile, kThreads, grad_gain, views.grad_gain);
 }
 
-// The same with h and its gradient by way of shared memory, `gain_at` elements of which are theirs.
+// The same with h and its gradient exchanged through shared memory, of which they take the first `gain_at` elements.
 template <int N, typename T, typename H>
 __global__ void __launch_bounds__(kThreads, kExchangedBlocks<N>)
     exchanged_gradient_kernel(const Views<T, H> views, const PairExchange exchange, const PairRows<const H> h,
@@ -244,7 +244,7 @@ __global__ void __launch_bounds__(kThreads, kExchangedBlocks<N>)
     A u[N], t[N];
     load(exchange, pairs, tile, spot, u, t);
     differentiate(views, tile, spot, raw_data, raw_grad, lambda, u, t, grad_gain);
-    store(exchange, pairs, tile, spot, u, t);  // nobody else reads this pair before the barrier
+    store(exchange, pairs, tile, spot, u, t);  // no other thread reads this pair before the barrier
   }
   __syncthreads();
   take(exchange, grad_h, tile, pairs);
@@ -318,7 +318,7 @@ std::tuple<Tensor, Tensor> transform(const Tensor& x, const Tensor& h, std::opti
       });
 }
 
-// Launches the kernel of the gradients, with memory for those in the gain where `has_gain`.
+// Launches the kernel of the gradients, with shared memory for those of the gain if they are wanted.
 template <int N, bool exchanged, typename T, typename H>
 void launch_gradients(const Launcher& launch, const Views<T, H>& views, const Arguments& arguments,
                       const CouplingLayout& channels) {
@@ -339,7 +339,7 @@ void launch_gradients(const Launcher& launch, const Views<T, H>& views, const Ar
 
 enum class Direction { backward, inverse_backward, reversible_backward, in_place_backward };
 
-// In place, a thread reads what there is at a spot before it writes there, and nobody else does either.
+// In place is safe: a thread reads a spot before it writes there, and no other thread accesses that spot.
 template <Direction direction>
 auto gradients(const Tensor& grad, const Tensor& grad_log_det, const Tensor& y, const Tensor& h,
                std::optional<Tensor> log_scale_gain, Name kind, std::vector<double> scale_parameters, Name layout,

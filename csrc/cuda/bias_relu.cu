@@ -1,7 +1,7 @@
-// Bias and ReLU on NVIDIA GPUs. The mathematics stands in glow_kernels/ops/bias_relu.py.
+// Bias and ReLU on NVIDIA GPUs. The mathematics is described in glow_kernels/ops/bias_relu.py.
 //
-// Each kernel reads and writes every element once. Backward sums in the same pass: a thread has the same channels all
-// the way, and adds over positions in registers. So does what copies to more channels.
+// Each kernel reads and writes every element once. The backward computes its sums in the same pass: a thread has the
+// same channels throughout, and accumulates over positions in registers. So does the copy that pads channels.
 #include <algorithm>
 #include <optional>
 #include <tuple>
@@ -15,7 +15,7 @@
 namespace glow_kernels {
 namespace {
 
-// Blocks of backward that a multiprocessor holds: with 32 bytes of every thread on their way, enough to wait for
+// Resident blocks of the backward per multiprocessor: with 32 bytes in flight per thread, enough to hide the latency of
 // memory.
 constexpr int kBackwardBlocks = 6;
 
@@ -47,21 +47,21 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const Forward<T, H> v
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       const A total = y[i] + bias[i];
-      y[i] = total < A(0) ? A(0) : total;  // NaN stays
+      y[i] = total < A(0) ? A(0) : total;  // keeps NaN
     }
     store(views.y, tile, spot, y);
   });
 }
 
-// How backward is cut: a block has the channels of `width` threads side by side, one channel where the positions lie
-// together, and one of `parts` parts of what `rows` count: positions, or there N of them. Its threads are `groups`
-// groups, which take turns at the rows of all samples.
+// How the work of the backward is divided. A block has the channels of `width` neighbouring threads and one of `parts`
+// parts of the rows, which are positions. If the positions are contiguous, it has a single channel, and a row is N
+// positions. Its threads form `groups` groups, which take turns at the rows of all samples.
 struct Cut {
   unsigned width, groups, across, rows, parts;
   unsigned batch_step, row_step;  // from a row of a group to its next
 
-  // In `wanted` parts or, with less than 2, in up to `blocks` blocks, as many as that leaves each the same number of
-  // turns.
+  // In `wanted` parts or, if that is less than 2, in the fewest with which no block has more turns than if there were
+  // `blocks` of them.
   Cut(const Tiling& tiling, int vector, int64_t blocks, int64_t wanted) {
     const auto vectors = (tiling.inner + vector - 1) / vector;
     width = 1;
@@ -78,7 +78,7 @@ struct Cut {
   }
 };
 
-// What is done beside the sum over positions: ReLU's backward, nothing, or a copy to more channels in another type.
+// What is done besides the sum over positions: ReLU's backward, nothing, or a copy to more channels in another type.
 enum class Pass { kRelu, kSum, kPad };
 
 template <typename T, typename H>
@@ -87,8 +87,8 @@ struct Backward {
   Cut cut;
   unsigned channels;      // of what is read
   View<const T> y, grad;  // y for ReLU
-  View<H> result;         // but for a sum alone
-  compute_t<T>* parts;    // (cut.parts, channels), what blocks add to the sums; null if those are not wanted
+  View<H> result;         // null for a sum alone
+  compute_t<T>* parts;    // (cut.parts, channels), the sums of the blocks; null if they are not wanted
 };
 
 template <Pass pass, typename T, typename H>
@@ -182,7 +182,7 @@ Tensor forward(const Tensor& x_any, const Tensor& bias) {
   return y;
 }
 
-// The sums of what is read over all positions, (parts, C); more than one part as the blocks have them.
+// Returns the sums over all positions of what is read, (parts, C); with more than one part, those of the blocks.
 template <Pass pass>
 Tensor run_backward(const Launcher& launch, const Tensor& grad, const std::optional<Tensor>& y,
                     const std::optional<Tensor>& result, int64_t parts) {

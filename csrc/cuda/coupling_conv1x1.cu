@@ -1,9 +1,9 @@
-// The coupling of a step and the linear map of the next on NVIDIA GPUs, for up to 64 channels. The mathematics stands
-// in glow_kernels/ops/coupling_conv1x1.py.
+// The coupling of a step and the linear map of the next on NVIDIA GPUs, for up to 64 channels. The mathematics is
+// described in glow_kernels/ops/coupling_conv1x1.py.
 //
-// A block has a tile of positions of one sample in shared memory, as in actnorm_conv1x1.cu, and couples there what the
-// product reads. The backward has three tiles: z, which becomes x; the gradient; and M^T times it, which becomes that
-// of z.
+// A block has a tile of positions of one sample in shared memory, as in actnorm_conv1x1.cu, and applies the coupling
+// there before the product reads it. The backward has three tiles: z, which becomes x; the gradient g; and M^T g, which
+// becomes the gradient of z.
 #include <algorithm>
 #include <string>
 #include <tuple>
@@ -20,17 +20,17 @@
 namespace glow_kernels {
 namespace {
 
-using namespace coupling;  // NOLINT: what these headers are for
+using namespace coupling;  // NOLINT: these headers are made for this
 using namespace linear;    // NOLINT
 
-// Of the backward: threads of a block at most, and blocks that share a multiprocessor, which its registers limit.
+// The backward's maximum threads of a block, and blocks that share a multiprocessor, which are limited by registers.
 template <unsigned R>
 constexpr int kBackwardThreads = R == kFewRows ? kThreads : kMaxThreads;
 template <unsigned R>
 constexpr int kBackwardBlocks = R == kFewRows ? 2 : 3;
 
-// log s of a spot and its derivative in u. The switch is that of affine_coupling.cu, of whose kernels some spill once
-// it is a function that both call.
+// log s of a spot and its derivative with respect to u. The switch repeats that of affine_coupling.cu: with a function
+// that both call, some kernels there spill registers.
 template <typename A>
 __device__ LogScales<A, kAtOnce> log_scales(const Options<A>& options, const A (&u)[kAtOnce]) {
   LogScales<A, kAtOnce> log_s;
@@ -64,7 +64,7 @@ __device__ LogScales<A, kAtOnce> log_scales(const Options<A>& options, const A (
   return log_s;
 }
 
-// All matrices are C x C, row by row.
+// All matrices are C x C, row-major.
 template <typename T, typename H, unsigned R>
 struct Forward {
   using A = compute_t<T>;
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kThreads, R == kFewRows ? 3 : 2) forward_kerne
     }
     write_spot(work, h, spot, data, place);
   });
-  // After the barrier of this sum the tile is complete, too.
+  // After the barrier in this sum the tile is complete, too.
   arguments.log_det.leave(span.batch, block_sum(total));
   typename W::Values values;
   multiply<false>(work, matrix, x, values);
@@ -125,7 +125,7 @@ struct Backward {
   A* parts;  // sum g x^T and sum g of every block
 };
 
-// Every gridDim.x-th tile.
+// A block processes every gridDim.x-th tile.
 template <typename T, typename H, unsigned R>
 __global__ void __launch_bounds__(kBackwardThreads<R>, 2) backward_kernel(const Backward<T, H, R> arguments) {
   let_next_start();
@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(kBackwardThreads<R>, 2) backward_kernel(const 
   load_matrix(arguments.matrix, no_shift, work.frame(), matrix);
   for (unsigned index = blockIdx.x; index < arguments.tiles; index += gridDim.x) {
     const Span span = work.span(index);
-#pragma unroll 1  // the registers hold one tile on its way
+#pragma unroll 1  // the registers hold one tile in flight
     for (int input = 0; input < 2; ++input) {
       load_tile(input == 0 ? arguments.z : arguments.grad, work, span, input == 0 ? x : g);
     }
@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(kBackwardThreads<R>, 2) backward_kernel(const 
     typename W::Values values;
     multiply<true>(work, matrix, g, values);
     put_tile(work, values, dx);
-    // The product leaves no register for what is read ahead.
+    // The product leaves no registers for what was prefetched.
     if constexpr (!W::kSmall) reader = Reader<H>(h, span);
     __syncthreads();
     reader.for_each([&](const Spot& spot, A(&u)[kAtOnce], A(&t)[kAtOnce]) {
@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(kBackwardThreads<R>, 2) backward_kernel(const 
   sums.write(work, x, arguments.parts + int64_t{blockIdx.x} * work.channels * (work.channels + 1));
 }
 
-// Channels that are transformed.
+// Checks the arguments, and returns the number of channels that are transformed.
 int64_t check(const Tensor& z, const Tensor& h, const Tensor& matrix) {
   STD_TORCH_CHECK(z.dim() >= 2 && h.dim() == z.dim(), "z and h must be (B, C, *spatial)");
   const int64_t channels = z.size(1), transformed = h.size(1) / 2;
@@ -196,7 +196,7 @@ int64_t check(const Tensor& z, const Tensor& h, const Tensor& matrix) {
   return transformed;
 }
 
-// How threads walk through scales and shifts that lie as in `like`.
+// How threads traverse scales and shifts in the memory layout of `like`.
 struct ScalesAndShifts {
   Tiling tiling;
   CouplingLayout layout;
@@ -225,8 +225,8 @@ struct ScalesAndShifts {
   }
 };
 
-// Calls f.operator()<T, H, R>(work) with the types of z and h: with few channels a thread where many would leave a
-// multiprocessor less than two blocks or threads without positions, or do not fit into shared memory.
+// Calls f.operator()<T, H, R>(work) with the types of z and h, and with few channels per thread if many would leave a
+// multiprocessor fewer than two blocks, leave threads without positions, or not fit into shared memory.
 template <typename F>
 auto dispatch_work(const Launcher& launch, const Tensor& z, const Tensor& h, int64_t tile_count, const F& f) {
   return dispatch_single(z, h, [&]<typename T, typename H>() {

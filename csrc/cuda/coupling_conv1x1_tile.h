@@ -1,5 +1,5 @@
-// How a block of coupling_conv1x1 works: on tiles of the linear map, whose transformed channels its threads share
-// evenly, with the network's output in whatever layout that has.
+// How a block of coupling_conv1x1 divides its work: on tiles of the linear map, whose transformed channels its threads
+// share evenly, with the network's output in any layout.
 #pragma once
 
 #include <algorithm>
@@ -11,20 +11,20 @@
 
 namespace glow_kernels::linear {
 
-// What every GPU from sm_80 on has for a block.
+// Shared memory that a block can have on every GPU from sm_80 on.
 constexpr int64_t kMostSharedBytes = 99 * 1024;
 
-// Neighbours in h that a thread takes at a time: two, since the halves of a Glow have 6, 12 and 24 channels.
+// Adjacent elements of h that a thread takes at a time: two, since the halves of a Glow have 6, 12 and 24 channels.
 constexpr int kAtOnce = 2;
 
-// Work on tiles that end where their sample does, so that a block has one log-determinant. There are threads besides
-// those that have rows of the product.
+// Work on tiles that end where their sample does, so that a block has one log-determinant. There may be more threads
+// than have rows of the product.
 template <typename Arithmetic, unsigned R>
 struct SampleWork : Work<Arithmetic, R> {
   using Base = Work<Arithmetic, R>;
   using Base::kLanes, Base::kSmall, Base::kStrip;
 
-  unsigned in_sample;  // tiles
+  unsigned in_sample;  // tiles per sample
 
   // With `tile_count` tiles in shared memory.
   SampleWork(const Tensor& z, int64_t transformed, int64_t tile_count, int64_t multiprocessors)
@@ -34,11 +34,11 @@ struct SampleWork : Work<Arithmetic, R> {
     const int64_t of_strip = int64_t{this->side / R} * kLanes;  // threads with rows
     int64_t most = of_sample;
     if (!kSmall) {
-      // Small tiles where there are several, so that they leave room for more blocks.
+      // Smaller tiles if there are several, so that they leave room for more blocks.
       most = several ? this->strips / 2 : this->strips;
     } else if (several || of_sample * of_strip > kThreads) {
-      // As few positions as give every thread some of the coupling to do. Otherwise a whole sample, which saves the
-      // kernel that adds parts of log-determinants.
+      // As few positions as give every thread a part of the coupling. Otherwise a tile is a whole sample, which saves
+      // the kernel that adds parts of log-determinants.
       most = std::min<int64_t>(this->strips, kThreads / (kStrip / kAtOnce) / transformed);
     }
     this->strips = static_cast<unsigned>(std::clamp<int64_t>(most, 1, of_sample));
@@ -62,8 +62,8 @@ struct SampleWork : Work<Arithmetic, R> {
   int threads_;
 };
 
-// The network's output or its gradient, scales and shifts, for the channels from `first` on. Either the channels lie
-// together and are the columns of the pair, or the positions.
+// The network's output or its gradient: scales and shifts for the channels from `first` on. The columns of the pair are
+// the channels if these are contiguous, otherwise the positions.
 template <typename T>
 struct Conditioning {
   Pair<T> pair;
@@ -71,8 +71,9 @@ struct Conditioning {
   bool channels_inside;
 };
 
-// The elements of the transformed channels that a thread takes, kAtOnce at a time. 8 neighbouring threads have
-// neighbouring positions, or 16 threads positions in pairs: so a warp has every bank once, and of memory whole sectors.
+// Iterates over a thread's elements of the transformed channels, kAtOnce at a time. 8 neighbouring threads have
+// neighbouring positions, or 16 threads have pairs of them, so that a warp accesses every bank once, and whole sectors
+// of memory.
 class Walk {
  public:
   template <typename T>
@@ -112,7 +113,7 @@ class Walk {
   unsigned place_, place_step_;  // a position, or kAtOnce of them
 };
 
-// Goes through scales and shifts of a tile: each is on its way while what was there before is worked on.
+// Iterates over the scales and shifts of a tile, and prefetches the next while the last are processed.
 template <typename H>
 class Reader {
   using A = compute_t<H>;
@@ -123,7 +124,7 @@ class Reader {
     fetch_next();
   }
 
-  // As rows and columns of h.
+  // The tile in the rows and columns of h.
   template <typename T>
   __device__ static Tile tile_of(const Conditioning<T>& h, const Span& span) {
     const unsigned batch = static_cast<unsigned>(span.batch), position = static_cast<unsigned>(span.position);
@@ -156,7 +157,7 @@ class Reader {
   detail::Registers<H, 2 * kAtOnce> raw_;
 };
 
-// Where the elements of a spot of h lie in a tile.
+// The index in a tile of the elements at a spot of h.
 template <typename W, typename T>
 __device__ unsigned index_of(const W& work, const Conditioning<T>& h, const Spot& spot) {
   return h.channels_inside ? work.at(h.first + spot.column, spot.row) : work.at(h.first + spot.row, spot.column);

@@ -1,4 +1,4 @@
-// The options and the scales of the affine coupling as its kernels take them.
+// The options and the scales of the affine coupling, as its kernels use them.
 #pragma once
 
 #include <cmath>
@@ -30,7 +30,7 @@ Options<A> options_of(const CouplingOptions& options, bool inverse) {
           shift_of(options.order, true)};
 }
 
-// log s of N elements and its derivative in u.
+// log s of N elements and its derivative with respect to u.
 template <typename A, int N>
 struct LogScales {
   A value[N], in_u[N];

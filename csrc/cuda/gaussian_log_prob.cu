@@ -1,4 +1,4 @@
-// The diagonal Gaussian on NVIDIA GPUs. The mathematics stands in glow_kernels/ops/gaussian_log_prob.py.
+// The diagonal Gaussian on NVIDIA GPUs. The mathematics is described in glow_kernels/ops/gaussian_log_prob.py.
 #include <string>
 #include <tuple>
 
@@ -10,7 +10,7 @@
 namespace glow_kernels {
 namespace {
 
-// What a kernel reads and writes, as the members of `Arguments` below; T is the type of the data, H that of h.
+// What a kernel reads and writes, named as in `Arguments` below; T is the type of the data, H that of h.
 template <typename T, typename H>
 struct Views {
   using A = compute_t<T>;

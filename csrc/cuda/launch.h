@@ -1,6 +1,6 @@
-// Launching kernels on the device and the stream of a tensor. But for the instruction of actnorm_conv1x1_mma.h, these
-// are the only lines that tell nvcc from the host shim of tests/cuda_host, which compiles the files of this folder as
-// C++ and runs their kernels on the CPU.
+// Launching kernels on the device and the stream of a tensor. Except for the instruction in actnorm_conv1x1_mma.h, only
+// this header distinguishes nvcc from the host shim of tests/cuda_host, which compiles the files of this folder as C++
+// and runs their kernels on the CPU.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -31,28 +31,28 @@
 
 namespace glow_kernels {
 
-// Threads of a block where nothing else is said, a multiple of a warp's 32.
+// The default number of threads of a block, a multiple of a warp's 32.
 constexpr int kThreads = 256;
 
 inline void check_cuda(cudaError_t error, const char* what) {
   STD_TORCH_CHECK(error == cudaSuccess, what, " failed: ", cudaGetErrorString(error));
 }
 
-// In a kernel that Launcher::next() follows: that one may start as soon as all blocks of this have called it.
+// For kernels followed by Launcher::next(): the next kernel may start once all blocks of this one have called it.
 inline __device__ void let_next_start() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   cudaTriggerProgrammaticLaunchCompletion();
 #endif
 }
 
-// In a kernel launched by Launcher::next(): waits until the one before has ended, whose results can be read then.
+// For kernels launched by Launcher::next(): waits until the previous kernel has ended and its results can be read.
 inline __device__ void wait_for_previous() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   cudaGridDependencySynchronize();
 #endif
 }
 
-// Makes the device of a tensor current as long as it lives, and launches on the stream that torch works on there.
+// Makes the device of a tensor current during its lifetime, and launches on torch's current stream there.
 class Launcher {
  public:
 #if defined(__CUDACC__)
@@ -66,14 +66,14 @@ class Launcher {
 #endif
 
   // Runs kernel(arguments...) in `blocks` blocks of `threads` threads with `shared_bytes` of dynamic shared memory.
-  // `threads` must be a multiple of 32. Nothing happens where there are no blocks.
+  // `threads` must be a multiple of 32. Does nothing if there are no blocks.
   template <typename... P, typename... A>
   void operator()(int64_t blocks, int threads, int64_t shared_bytes, void (*kernel)(P...),
                   const A&... arguments) const {
     start(false, blocks, 1, threads, shared_bytes, kernel, arguments...);
   }
 
-  // The same `layers` times at once; blockIdx.y counts them.
+  // The same with `layers` times as many blocks; blockIdx.y is the layer.
   template <typename... P, typename... A>
   void layered(int64_t layers, int64_t blocks, int threads, int64_t shared_bytes, void (*kernel)(P...),
                const A&... arguments) const {
@@ -86,9 +86,9 @@ class Launcher {
     (*this)(blocks, kThreads, 0, kernel, arguments...);
   }
 
-  // The same for a kernel that ends what the one just launched has begun. GPUs from sm_90 on bring its blocks to their
-  // places while that one still runs, so it must call wait_for_previous() before it reads what that one writes, and
-  // before it writes.
+  // The same for a kernel that completes the work of the one just launched. From sm_90 on its blocks are scheduled
+  // while the previous kernel still runs (programmatic dependent launch), so it must call wait_for_previous() before it
+  // reads what that kernel writes, and before it writes.
   template <typename... P, typename... A>
   void next(int64_t blocks, int threads, int64_t shared_bytes, void (*kernel)(P...), const A&... arguments) const {
     start(true, blocks, 1, threads, shared_bytes, kernel, arguments...);
@@ -111,10 +111,10 @@ class Launcher {
 #endif
   }
 
-  // Blocks that the device runs at the same time: on each multiprocessor `most`, or fewer with this much shared memory.
+  // Blocks that are resident at the same time: `most` per multiprocessor, or fewer with this much shared memory.
   int64_t resident_blocks([[maybe_unused]] int64_t shared_bytes, int64_t most) const {
 #if defined(__CUDACC__)
-    // Every block takes 1 KiB more.
+    // The system takes 1 KiB more for every block.
     const int64_t fit = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / (shared_bytes + 1024);
     return multiprocessors() * (fit < 1 ? 1 : fit < most ? fit : most);
 #else

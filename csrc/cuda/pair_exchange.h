@@ -1,6 +1,6 @@
-// The pairs of h for data whose positions lie next to each other, where in h the channels do, as in the output of a
-// network whose images lie channels last. A block takes the pairs of a tile along channels and the data along
-// positions, and its threads hand the pairs to each other in shared memory: both are read in wide accesses, and once.
+// The pairs of h for data with contiguous positions if h has contiguous channels, such as the output of a network that
+// runs channels last. A block reads the pairs of a tile along channels and the data along positions, and its threads
+// exchange the pairs through shared memory, so that both are read once, in wide accesses.
 #pragma once
 
 #include <bit>
@@ -12,15 +12,15 @@
 
 namespace glow_kernels {
 
-// Channels of a tile at most: enough for whole lines of h, so few that a warp takes whole lines of the data.
+// Maximum channels of a tile: enough for whole cache lines of h, few enough for warps to have whole ones of the data.
 constexpr int64_t kExchangedChannels = 32;
-// Elements for each multiprocessor from which on pairs are exchanged: before, most blocks would have nothing to do.
+// Minimum elements per multiprocessor for an exchange: with fewer, too many multiprocessors would be idle.
 constexpr int64_t kExchangedElements = 1024;
 
-// Tiles that leave no thread of a block more than one spot of N positions.
+// Tiles with at most one spot of N positions for every thread of a block.
 inline Tiling exchange_tiling(const Planes& planes, int N) {
   const int64_t groups = (planes.channels + kExchangedChannels - 1) / kExchangedChannels;
-  // The pairs of a group begin where 16 bytes of h do, whatever its type.
+  // The pairs of a group begin at a multiple of 16 bytes of h, whatever its type.
   const int64_t each = ((planes.channels + groups - 1) / groups + 7) / 8 * 8;
   const int64_t channels = groups == 1 ? planes.channels : each;
   return Tiling::along_positions(planes, channels, N * std::bit_floor(static_cast<uint64_t>(kThreads / channels)));
@@ -33,8 +33,8 @@ inline bool is_exchanged(const Launcher& launch, const Tensor& x, const Tensor& 
          data.position_stride == 1 && pairs.channel_stride == 1 && pairs.position_stride != 1;
 }
 
-// h or its gradient in memory. What a tile needs of it are runs of neighbours, one for a position or two; all of a tile
-// that has all channels of a dense tensor is `one` run.
+// h or its gradient in memory. The part that belongs to a tile is one or two contiguous runs per position, or a single
+// run (`one`) if the tile has all channels of a dense tensor.
 template <typename H>
 struct PairRows {
   H* data = nullptr;
@@ -42,13 +42,13 @@ struct PairRows {
   unsigned position_stride = 0;
   int width = 1;  // elements that a thread copies at a time
   bool one = false;
-  unsigned run_lanes = 0;  // log2 of the threads that copy a run together, unless it is one
+  unsigned run_lanes = 0;  // log2 of the threads that copy a run together; 0 for a single run
 };
 
-// How the threads of a block share the pairs of a tile: position after position, at each the channels of the tile in
-// the order that all channels have in h.
+// How the threads of a block share the pairs of a tile. In shared memory these are stored position by position, each
+// with the channels of the tile in their order in h.
 struct PairExchange {
-  unsigned channels, spot_lanes;          // of the data; log2 of the spots of a channel, so that none need divide
+  unsigned channels, spot_lanes;          // of the data; log2 of the spots of a channel, which avoids divisions
   bool interleaved, scale_second, apart;  // apart: a position has two runs, one of raw scales and one of shifts
 
   PairExchange(const Tiling& tiling, const CouplingLayout& layout, int N)
@@ -64,7 +64,7 @@ struct PairExchange {
   PairRows<H> rows_of(H* data, const Planes& planes, const Tiling& tiling) const {
     const int64_t of_channel = apart ? 1 : 2, run = of_channel * tiling.rows;
     const bool one = tiling.row_tiles == 1 && planes.position_stride == planes.channels;
-    // What divides all runs and all steps from one to another.
+    // Divides the lengths of all runs and the distances between them.
     int64_t step = one ? std::gcd(run * tiling.columns, run * tiling.inner)
                        : std::gcd(std::gcd(run, of_channel * tiling.outer), planes.position_stride);
     if (tiling.batches > 1) step = std::gcd(step, planes.batch_stride);
@@ -74,13 +74,13 @@ struct PairExchange {
       if (step % width == 0 && reinterpret_cast<uintptr_t>(data) % bytes == 0) rows.width = width;
     }
     rows.one = one;
-    // A warp's lanes at most, so that every thread stays at its place in all runs that it takes part in.
+    // At most a warp's lanes, so that a thread has the same place in all runs that it helps to copy.
     rows.run_lanes =
         one ? 0 : std::min(5, static_cast<int>(std::bit_width(static_cast<uint64_t>(run / rows.width - 1))));
     return rows;
   }
 
-  // The spot of this thread; its count is 0 where there is none.
+  // The spot of this thread; its count is 0 if there is none.
   template <int N>
   __device__ Spot spot(const Tile& tile) const {
     const unsigned row = threadIdx.x >> spot_lanes, column = (threadIdx.x & ((1u << spot_lanes) - 1)) * N;
@@ -91,18 +91,19 @@ struct PairExchange {
 
 namespace detail {
 
-// A line of all banks is followed by room for a pair, so that threads whose pairs lie whole lines apart find them in
-// different banks.
+// The index of an element in shared memory. Every 128 bytes, one line of all banks, are followed by room for a pair, so
+// that pairs that are whole lines apart are in different banks.
 template <typename H>
 __host__ __device__ constexpr unsigned place(unsigned element) {
   return element + element / (128 / sizeof(H)) * 2;
 }
 
-// Calls f(memory, element, exists) for V neighbours of the tensor at a time and the first of them among the pairs of
-// the tile, until the threads of the block have been at all. `together` of them are the arguments of one call.
+// Calls f(memory, elements, exists) until the threads of the block have visited all chunks of V contiguous elements of
+// a tile, `together` chunks per call: their addresses in the tensor, the indices of their first elements among the
+// pairs of the tile, and whether they exist.
 template <int V, int together, typename H, typename F>
 __device__ void for_each_chunk(const PairExchange& exchange, const PairRows<H>& rows, const Tile& tile, const F& f) {
-  // One run is as many as it has chunks.
+  // A single run is treated as a run per chunk.
   const unsigned pairs = 2 * tile.rows, runs = rows.one ? pairs * tile.columns / V : tile.columns;
   const unsigned length = rows.one ? V : exchange.apart ? tile.rows : pairs;
   const unsigned step = blockDim.x >> rows.run_lanes, first_run = threadIdx.x >> rows.run_lanes;
@@ -149,7 +150,7 @@ __device__ Registers<H, V> get(const H* pairs, unsigned element) {
   return raw;
 }
 
-// Calls f(the width as a constant).
+// Calls f with the width as a compile-time constant.
 template <typename H, typename F>
 __device__ void with_width(int width, const F& f) {
   if (width * sizeof(H) == 16) return f(std::integral_constant<int, 16 / sizeof(H)>{});

@@ -1,8 +1,8 @@
-// Filters times a learned scale on NVIDIA GPUs, those of several convolutions in one launch. The mathematics stands in
-// glow_kernels/ops/scale_filters.py.
+// Filters times a learned scale on NVIDIA GPUs, those of several convolutions in one launch. The mathematics is
+// described in glow_kernels/ops/scale_filters.py.
 //
-// A filter is some rows of memory: a position's channels each if it is channels last, else all in one. Zeros for more
-// channels follow every row, and zeros for more filters the last.
+// A filter is some rows of memory: in channels last each row has the channels of one position, otherwise there is a
+// single row. Padding of channels follows every row, and padding of filters follows the last filter.
 #include <algorithm>
 #include <cstdint>
 #include <tuple>
@@ -17,14 +17,14 @@
 namespace glow_kernels {
 namespace {
 
-// Convolutions of a launch, one more than a coupling network has.
+// Maximum number of convolutions of a launch, one more than a coupling network has.
 constexpr size_t kMost = 4;
 constexpr unsigned kWarps = kThreads / 32;
-// Vectors that a thread fetches before it waits for any, and that a warp then has.
+// Vectors that a thread fetches before it waits for any, and those of a whole warp.
 constexpr int kAtOnce = 3;
 constexpr unsigned kOfWarp = 32 * kAtOnce;
 
-// The rows of a filter, and the vectors of a thread in each.
+// The rows of a filter: their number, and the size of each in elements and in vectors of a thread.
 struct Rows {
   unsigned count, size, vectors;
 
@@ -40,7 +40,7 @@ struct Rows {
     const unsigned row = count == 1 ? 0 : vector / vectors, column = (vector - row * vectors) * N;
     return part<N>({row, column, vector < size_in_vectors() ? N : 0});
   }
-  // The elements of a spot in longer rows that exist here.
+  // The elements of a spot of longer, padded rows that exist in these rows.
   template <int N>
   __device__ Spot part(const Spot& spot) const {
     const unsigned left = spot.column < size ? size - spot.column : 0;
@@ -48,7 +48,7 @@ struct Rows {
   }
 };
 
-// The filters of one convolution as a kernel reads and writes them, weights of type T and scaled ones of type H.
+// The filters of one convolution as a kernel reads and writes them, with weights of type T and scaled ones of type H.
 template <typename T, typename H>
 struct Filters {
   using A = compute_t<T>;
@@ -58,7 +58,7 @@ struct Filters {
   // Forward.
   View<H> scaled;
   H* scaled_bias;
-  // Backward; one of the two gradients of the bias is null. The other is in parts, of a padded bias each.
+  // Backward. One of the two gradients of the bias is null; the wide one is the sum of `parts` padded biases.
   View<const H> grad;
   const H* grad_bias;
   const A* wide_grad_bias;
@@ -66,15 +66,15 @@ struct Filters {
   View<T> result;
   A *result_bias, *result_log_scale;
 
-  unsigned count, padded_count;  // filters, and those that a kernel has to do with
+  unsigned count, padded_count;  // filters, and filters that the kernel writes
   Rows rows, padded;
-  unsigned warps, first_block;  // that share a filter, and the first that has to do with these
+  unsigned warps, first_block;  // warps that share a filter, and the first block of this convolution
 
   __device__ A scale(unsigned index) const {
     return exponential(static_cast<A>(factor) * static_cast<A>(log_scale[index]));
   }
 
-  // By a whole warp; the warps of a block have neighbours, and so read the same sectors of memory.
+  // By a whole warp; the warps of a block have neighbouring filters, and so read the same sectors of memory.
   __device__ A sum_grad_bias(unsigned index) const {
     if (wide_grad_bias == nullptr) return static_cast<A>(grad_bias[index]);
     double total = 0;
@@ -89,7 +89,7 @@ template <typename T, typename H>
 struct Batch {
   Filters<T, H> all[kMost];
 
-  // Those of this block.
+  // The filters of this block.
   __device__ const Filters<T, H>& of_block() const {
     unsigned i = 0;
     while (i + 1 < kMost && blockIdx.x >= all[i + 1].first_block) ++i;
@@ -97,7 +97,7 @@ struct Batch {
   }
 };
 
-// A filter, and the warp's number among those that share it.
+// The filter of a warp, and the warp's number among those that share the filter.
 struct Place {
   unsigned index, warp;
 
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const Batch<T, H> bat
   }
 }
 
-// A filter by one warp, or by all of a block.
+// A filter is handled by one warp, or by all warps of a block.
 template <typename T, typename H>
 __global__ void __launch_bounds__(kThreads) backward_kernel(const Batch<T, H> batch) {
   using A = compute_t<T>;
@@ -186,14 +186,14 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const Batch<T, H> ba
   }
 }
 
-// Filters that lie one after the other, and so do the rows of each.
+// A view of filters that follow each other in memory, as do the rows of each.
 template <int N, typename T>
 View<T> view_of(T* data, const Rows& rows) {
   const bool aligned = reinterpret_cast<uintptr_t>(data) % std::min<size_t>(16, N * sizeof(T)) == 0;
   return {data, int64_t{rows.count} * rows.size, rows.size, 1, aligned && rows.size % N == 0};
 }
 
-// What forward and backward have in common, of a weight and what is like it with zeros. Vectors must be contiguous.
+// What forward and backward have in common; `padded` is like the weight, but padded. Vectors must be contiguous.
 template <typename T, typename H>
 Filters<T, H> filters_of(const Tensor& weight, const Tensor& padded, const Tensor& bias, const Tensor& log_scale,
                          double factor) {
@@ -201,7 +201,7 @@ Filters<T, H> filters_of(const Tensor& weight, const Tensor& padded, const Tenso
   constexpr int64_t limit = int64_t{1} << 30;
   const int64_t size = size_of_filter(weight), padded_size = size_of_filter(padded);
   STD_TORCH_CHECK(padded.size(0) < limit && padded_size < limit, "the weight is too large");
-  // Rows as long as the padded ones are as good as one.
+  // Without padding of channels, all rows are treated as one.
   const bool in_rows = is_channels_last(weight) && weight.size(1) < padded.size(1);
   const int64_t rows = in_rows ? size / weight.size(1) : 1;
   Filters<T, H> filters{};

@@ -1,5 +1,5 @@
-// Products and inverses of n x n matrices, row by row and in double, each by one block or tile by tile by several: what
-// the folding of a step is made of.
+// Products and inverses of n x n matrices, row-major and in double, each by one block or, tile by tile, by several: the
+// building blocks of folding a step.
 #pragma once
 
 #include <algorithm>
@@ -20,14 +20,14 @@ __device__ double sum_over(unsigned n, const F& f) {
   return warp_sum(total);
 }
 
-// Calls f(i) for all rows; a warp of some layer for each.
+// Calls f(i) for all rows, each in one warp of one of the layers.
 template <typename F>
 __device__ void for_each_row(unsigned n, const F& f) {
   const unsigned warps = blockDim.x / 32;
   for (unsigned i = blockIdx.y * warps + threadIdx.x / 32; i < n; i += gridDim.y * warps) f(i);
 }
 
-// Calls put(j, get(j)) for j < n, a lane of a warp its own; several of what it gets are on their way at once.
+// Calls put(j, get(j)) for j < n, spread over the lanes of a warp; a lane has several loads in flight.
 template <typename F, typename G>
 __device__ void along_row(unsigned n, const F& get, const G& put) {
   constexpr unsigned kAtOnce = 6;
@@ -42,16 +42,16 @@ __device__ void along_row(unsigned n, const F& get, const G& put) {
   }
 }
 
-// Columns that are eliminated at a time, and from a row of the panel to the next: without bank conflicts of 16 bytes.
+// Columns that are eliminated at a time, and the row stride of the panel, which avoids bank conflicts of 16 bytes.
 constexpr unsigned kPanel = 8, kPanelStride = kPanel + 2;
 
 // Gauss-Jordan elimination in place with partial pivoting, without moving rows: step k takes the largest element of
 // column k among the rows not yet taken, row `row_of_step[k]`. A panel of columns is eliminated by itself, and then its
-// pivot rows from all other columns: as here, or where rows of a panel fit into the registers of a warp as
-// WarpElimination does. A singular matrix has a log-determinant of minus infinity and an inverse that is not finite.
+// pivot rows are eliminated from all other columns; if a panel fits into the registers of a warp, by WarpElimination. A
+// singular matrix has a log-determinant of minus infinity and an inverse that is not finite.
 class Elimination {
  public:
-  // Where the matrix fits into the shared memory of every GPU from sm_80 on.
+  // Whether the matrix fits into the shared memory of every GPU from sm_80 on.
   static bool fits(int64_t n) { return n <= 96; }
   static int64_t shared_bytes(int64_t n) {
     if (n <= WarpElimination::kMost) return WarpElimination::shared_bytes(n);
@@ -59,7 +59,7 @@ class Elimination {
     return doubles * 8 + integers * 4;
   }
 
-  // `workspace` has room for the matrices of all blocks, or is null where they fit into shared memory.
+  // `workspace` has room for the matrices of all blocks, or is null if they fit into shared memory.
   __device__ Elimination(unsigned n, double* shared, double* workspace) : n_(n), stride_(n) {
     if (n <= WarpElimination::kMost) {
       const WarpElimination by_warp(n, shared);
@@ -68,7 +68,7 @@ class Elimination {
       pivots_ = by_warp.pivots;
       step_of_row_ = by_warp.step_of_row;
       row_of_step_ = by_warp.row_of_step;
-      panel_ = shared;  // from where it is made again
+      panel_ = shared;  // run_few() constructs WarpElimination again from here
       return;
     }
     panel_ = shared + reinterpret_cast<uintptr_t>(shared) / sizeof(double) % 2;  // aligned to 16 bytes
@@ -79,7 +79,7 @@ class Elimination {
     row_of_step_ = step_of_row_ + n;
   }
 
-  // Inverts the matrix with the elements value(i, j), or does only what the determinant needs. For all threads.
+  // Inverts the matrix of elements value(i, j), or does only what the determinant needs. All threads must call it.
   template <typename F>
   __device__ void run(const F& value, bool only_log_det) {
     if (n_ <= WarpElimination::kMost) {
@@ -106,7 +106,7 @@ class Elimination {
     }
   }
 
-  // The same for a matrix that is small enough for a warp, in kernels that have no registers for others.
+  // The same for a matrix that is small enough for a warp, for kernels that have no registers for larger ones.
   template <typename F>
   __device__ void run_few(const F& value, bool only_log_det) {
     WarpElimination(n_, panel_).run(value, only_log_det);
@@ -154,7 +154,7 @@ class Elimination {
     }
   }
 
-  // By one warp: the row of step first + k, and what that row becomes in the panel.
+  // By one warp: chooses the row of step first + k, and computes what that row becomes in the panel.
   __device__ void choose_pivot(unsigned first, unsigned k) {
     double largest = 0;
     unsigned row = n_;
@@ -165,14 +165,14 @@ class Elimination {
         row = i;
       }
     }
-    // Numbers that are not negative have the order of their bits. The first row of those with the largest.
+    // Numbers that are not negative are ordered like their bits. Of the rows with the largest, the first is chosen.
     const auto bits = static_cast<uint64_t>(__double_as_longlong(largest));
     const unsigned high = static_cast<unsigned>(bits >> 32), low = static_cast<unsigned>(bits);
     const unsigned most_high = __reduce_max_sync(kWholeWarp, high);
     const unsigned most_low = __reduce_max_sync(kWholeWarp, high == most_high ? low : 0);
     row = __reduce_min_sync(kWholeWarp, high == most_high && low == most_low ? row : n_);
     const double pivot = row_of_panel(row)[k];
-    __syncwarp();  // until here others read which rows are taken
+    __syncwarp();  // until here other lanes read which rows are taken
     if (threadIdx.x < kPanel) {
       scaled_[threadIdx.x] = (threadIdx.x == k ? 1 : row_of_panel(row)[threadIdx.x]) / pivot;
     }
@@ -183,10 +183,10 @@ class Elimination {
     }
   }
 
-  // Takes the pivot rows of the panel from the other columns, of which a determinant needs those to the right and the
-  // rows not yet taken. A warp has 64 columns of some rows, and the pivot rows there in its registers.
+  // Eliminates the pivot rows of the panel from the other columns; a determinant needs only those to the right. A warp
+  // has 64 columns of some rows, and the pivot rows in these columns in its registers.
   __device__ void eliminate_beside(unsigned first, unsigned count, bool only_log_det) {
-    constexpr unsigned kColumns = 2, kRows = 8;  // of a lane at once
+    constexpr unsigned kColumns = 2, kRows = 8;  // of a lane at a time
     const unsigned begin = only_log_det ? first + count : 0, strips = (n_ - begin + 63) / 64;
     if (strips == 0) return;
     const unsigned warp = threadIdx.x / 32, groups = blockDim.x / 32 / strips, group = warp / strips;
@@ -202,7 +202,7 @@ class Elimination {
         pivot_rows[c][k] = has[c] && k < count ? left_[row_of_step_[first + k] * n_ + j] : 0;
       }
     }
-    __syncthreads();  // before others write there
+    __syncthreads();  // before others overwrite the pivot rows
     if (group >= groups) return;
     for (unsigned at = group; at < n_; at += kRows * groups) {
       double values[kRows][kColumns];
@@ -245,8 +245,8 @@ class Elimination {
 // Threads of a block that works on n x n matrices: the square of an even number, for product().
 inline int matrix_threads(int64_t n) { return n <= 32 ? 64 : 256; }
 
-// Where the lines of a matrix, its rows or its columns, have elements that are not zero. Those of a permutation have
-// one each, so that multiplying by it does not take the time of a product.
+// Where the lines of a matrix, its rows or its columns, have nonzero elements. Those of a permutation have one each, so
+// that multiplying by it is much faster than a product.
 class Spans {
  public:
   // Doubles of shared memory.
@@ -254,18 +254,18 @@ class Spans {
 
   __device__ Spans(unsigned n, double* shared) : n_(n), first_(reinterpret_cast<unsigned*>(shared)), end_(first_ + n) {}
 
-  // Finds those of rows, in the rows from `first` to `end` of a matrix. For all threads of a block, like the next.
+  // Finds the spans of the rows from `first` to `end`. All threads of a block must call it, as for find_in_columns().
   template <typename T>
   __device__ void find_in_rows(const T* matrix, unsigned first, unsigned end) {
     find(matrix, first, end, [](unsigned i, unsigned) { return i; }, [](unsigned, unsigned j) { return j; });
   }
-  // Finds those of columns.
+  // Finds the spans of all columns.
   template <typename T>
   __device__ void find_in_columns(const T* matrix) {
     find(matrix, 0, n_, [](unsigned, unsigned j) { return j; }, [](unsigned i, unsigned) { return i; });
   }
 
-  // The sum of f(place) over the places of a line, nearly always one.
+  // The sum of f(place) over the span of a line, which is nearly always one place.
   template <typename F>
   __device__ double sum(unsigned line, const F& f) const {
     double total = 0;
@@ -277,7 +277,7 @@ class Spans {
  private:
   template <typename T, typename F, typename G>
   __device__ void find(const T* matrix, unsigned first, unsigned end, const F& line, const G& place) {
-    constexpr unsigned kAtOnce = 8;  // elements of a thread on their way
+    constexpr unsigned kAtOnce = 8;  // loads in flight per thread
     for (unsigned i = threadIdx.x; i < n_; i += blockDim.x) {
       first_[i] = n_;
       end_[i] = 0;
@@ -308,7 +308,7 @@ class Spans {
   unsigned *first_, *end_;
 };
 
-// Shared memory of product().
+// Shared memory of product(), in doubles.
 constexpr unsigned kProductDepth = 8, kProductStride = 65;
 constexpr unsigned kProductSize = 2 * kProductDepth * kProductStride;
 
@@ -316,7 +316,7 @@ constexpr unsigned kProductSize = 2 * kProductDepth * kProductStride;
 struct MatrixTile {
   unsigned n, edge, down, across;  // its first row and column
 
-  // Tiles of a matrix.
+  // The number of tiles of a matrix.
   static __host__ __device__ unsigned count(unsigned n) { return (n + 63) / 64 * ((n + 63) / 64); }
   __device__ MatrixTile(unsigned n, unsigned index) : n(n), edge(n <= 32 ? 32 : 64) {
     const unsigned in_row = (n + edge - 1) / edge;
@@ -327,8 +327,8 @@ struct MatrixTile {
   __device__ unsigned right() const { return across + edge < n ? across + edge : n; }
 };
 
-// Calls put(i, j, sum over k of a(i, k) b(k, j)), k from `from` to `to`, for the elements of a tile. For all threads of
-// a block; before others read what it puts there must be a barrier.
+// Calls put(i, j, sum over k of a(i, k) b(k, j)), k from `from` to `to`, for the elements of a tile. All threads of a
+// block must call it, with a barrier before other threads read what is put.
 template <typename F, typename G, typename H>
 __device__ void product(const MatrixTile& tile, unsigned from, unsigned to, double* shared, const F& a, const G& b,
                         const H& put) {

@@ -1,5 +1,5 @@
-// The parameters of many steps in one call, float or double, whose C x C work is in double: a block for every step, or
-// as many as there are layers.
+// The parameters of many steps in one call, float or double. All C x C work is in double, by a block for every step or
+// by as many as there are layers.
 #pragma once
 
 #include <algorithm>
@@ -13,10 +13,10 @@
 
 namespace glow_kernels {
 
-// More channels are left to the reference. support.py knows it.
+// More channels are left to the reference; support.py has the same limit.
 constexpr int64_t kMaxFoldChannels = 384;
 
-// On a GPU nothing waits for the device: there an inverse that is not finite tells. For the tests on the CPU.
+// For the tests on the CPU. On a GPU the check would wait for the device; callers get an inverse that is not finite.
 template <typename A>
 void check_invertible(const Tensor& inverse, int64_t n) {
   if (!inverse.is_cpu()) return;
@@ -26,18 +26,18 @@ void check_invertible(const Tensor& inverse, int64_t n) {
                   ") matrix, or parameters that are not finite");
 }
 
-// Parameters or gradients of all steps, float or double: a branch that all threads agree on.
+// Parameters or gradients of all steps, float or double; all threads take the same branch on the type.
 struct Input {
   const void* data = nullptr;
   bool wide = false;
 
-  // Element of the step of this block, which has `size` of them.
+  // An element of the step of this block; a step has `size` elements.
   __device__ double operator()(int64_t size, int64_t index) const {
     index += blockIdx.x * size;
     return wide ? static_cast<const double*>(data)[index] : static_cast<double>(static_cast<const float*>(data)[index]);
   }
 
-  // Calls f with a pointer to the elements of that step, for many loads at once: what is widened waits for its own.
+  // Calls f with a pointer to the elements of that step, for many loads in flight: the conversion above waits for each.
   template <typename F>
   __device__ void visit(int64_t size, const F& f) const {
     if (wide) {
@@ -62,7 +62,7 @@ struct Output {
   }
 };
 
-// The matrices (*K, C, C) of a call, and contiguous versions of its tensors as long as it lasts.
+// The matrices (*K, C, C) of a call; keeps contiguous versions of its tensors alive.
 class Steps {
  public:
   explicit Steps(const Tensor& matrix) : matrix_(matrix), count_(1), n_(matrix.size(-1)) {
@@ -76,7 +76,7 @@ class Steps {
 
   unsigned n() const { return static_cast<unsigned>(n_); }
 
-  // Of `size` numbers for every step.
+  // A tensor with `size` elements for every step.
   Input input(const Tensor& tensor, int64_t size) {
     STD_TORCH_CHECK(tensor.numel() == count_ * size && tensor.scalar_type() == matrix_.scalar_type(),
                     "the sizes or the types of the parameters do not agree");
@@ -91,15 +91,15 @@ class Steps {
     const auto sizes = matrix_.sizes();
     return empty(std::vector<int64_t>(sizes.begin(), sizes.end() - 2));
   }
-  // A double matrix for every step.
+  // Memory for a double matrix per step.
   double* memory() {
     kept_.push_back(empty_parts(count_ * n_ * n_, matrix_));
     return kept_.back().mutable_data_ptr<double>();
   }
   double* workspace() { return Elimination::fits(n_) ? nullptr : memory(); }
 
-  // Runs a kernel with this many doubles of shared memory, or with what an elimination takes besides; where there are
-  // layers, a block in each for every step.
+  // Runs a kernel with this many doubles of shared memory, and what an elimination needs if it `eliminates`. Every step
+  // has a block in each layer.
   template <typename A>
   void run(const Launcher& launch, void (*kernel)(A), const A& arguments, int64_t doubles, bool eliminates,
            int64_t layers = 1) const {

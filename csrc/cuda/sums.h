@@ -1,5 +1,5 @@
-// Sums in a fixed order, in two stages: a block adds what its threads have, and a second kernel what the blocks have.
-// No floating-point atomics, so that a result is the same to the last bit at every run.
+// Sums in a fixed order, in two stages: a block adds the values of its threads, and a second kernel adds the sums of
+// the blocks. There are no floating-point atomics, so results are bitwise reproducible.
 #pragma once
 
 #include <algorithm>
@@ -20,7 +20,7 @@ __device__ A warp_sum(A value) {
   return value;
 }
 
-// The sum over the threads of a block, in thread 0. All threads must call it, and may again only after a barrier.
+// The sum over the threads of a block, in thread 0. All threads must call it, with a barrier before they call it again.
 template <typename A>
 __device__ A block_sum(A value) {
   GLOW_KERNELS_SHARED(A, sums, [32]);
@@ -32,7 +32,7 @@ __device__ A block_sum(A value) {
   return value;
 }
 
-// sums[i] = the sum of parts (rows, columns) over row i; a warp for every row.
+// sums[i] = the sum of row i of parts (rows, columns); a warp for every row.
 template <typename A>
 __global__ void __launch_bounds__(kThreads)
     sum_rows_kernel(const double* parts, unsigned rows, unsigned columns, A* sums) {
@@ -48,15 +48,15 @@ __global__ void __launch_bounds__(kThreads)
 // Uninitialised memory for the parts of a sum, on the device of x.
 inline Tensor empty_parts(int64_t size, const Tensor& x) { return empty_vector(size, ScalarType::Double, x); }
 
-// From parts (rows, columns) of empty_parts() to a sum for every row.
+// Sums every row of parts (rows, columns), a tensor of empty_parts().
 template <typename A>
 void sum_rows(const Launcher& launch, const Tensor& parts, int64_t rows, int64_t columns, A* sums) {
   launch.next((rows + kThreads / 32 - 1) / (kThreads / 32), kThreads, 0, sum_rows_kernel<A>,
               parts.const_data_ptr<double>(), static_cast<unsigned>(rows), static_cast<unsigned>(columns), sums);
 }
 
-// The sums over the rows of parts (rows, columns): the first `split` of them to `first`, the others to `second`. A
-// block for 32 columns, whose warps take turns at the rows.
+// Sums every column of parts (rows, columns); the first `split` sums go to `first`, the others to `second`. A block has
+// 32 columns, and its warps take turns at the rows.
 template <typename A>
 __global__ void __launch_bounds__(1024)
     sum_columns_kernel(const A* parts, unsigned rows, unsigned columns, unsigned split, A* first, A* second) {
@@ -78,23 +78,23 @@ __global__ void __launch_bounds__(1024)
   (column < split ? first[column] : second[column - split]) = static_cast<A>(total);
 }
 
-// From parts (rows, columns) to the sums of the first columns and, if there is a second result, of the others.
+// Sums every column of parts (rows, columns): the first columns into `first`, the others, if any, into `second`.
 template <typename A>
 void sum_columns(const Launcher& launch, const Tensor& parts, int64_t rows, Tensor& first, Tensor* second = nullptr) {
   const int64_t split = first.numel(), columns = split + (second == nullptr ? 0 : second->numel());
-  const int64_t warps = std::clamp<int64_t>(rows / 4, 1, 32);  // with some loads of each on their way at once
+  const int64_t warps = std::clamp<int64_t>(rows / 4, 1, 32);  // each with several loads in flight
   launch.next((columns + 31) / 32, static_cast<int>(32 * warps), 0, sum_columns_kernel<A>, parts.const_data_ptr<A>(),
               static_cast<unsigned>(rows), static_cast<unsigned>(columns), static_cast<unsigned>(split),
               first.mutable_data_ptr<A>(), second == nullptr ? nullptr : second->mutable_data_ptr<A>());
 }
 
-// Where the blocks of a kernel leave what samples sum to: the sums where a tile is a whole sample, parts elsewhere.
+// Where the blocks of a kernel leave their sums over a sample: `sums` if a block has a whole sample, otherwise `parts`.
 template <typename A>
 struct SampleSums {
   A* sums = nullptr;
   double* parts = nullptr;
 
-  // The block's sum is that of its thread 0.
+  // The sum of the block must be in its thread 0.
   __device__ void leave(int64_t batch, double sum) const {
     if (threadIdx.x != 0) return;
     if (parts == nullptr) {
@@ -105,8 +105,8 @@ struct SampleSums {
   }
 };
 
-// A sum for every sample (B,) of x by a kernel with `per_sample` blocks for each, one sample after the other, which
-// `run` launches with a SampleSums. Tiles of whole samples save the second kernel in small images.
+// Returns a sum for every sample of x, (B,). `run` launches, with a SampleSums, a kernel that has `per_sample` blocks
+// for each sample, one sample after the other. With one block per sample no second kernel is needed.
 template <typename A, typename F>
 Tensor sum_samples(const Launcher& launch, const Tensor& x, int64_t per_sample, const F& run) {
   constexpr ScalarType type = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;

@@ -1,5 +1,5 @@
 // Tiles: the unit of work of a block. A tile is some rows and columns of one sample of (B, C, *spatial); rows and
-// columns are channels and positions, or the other way round, whichever makes the columns lie next to each other.
+// columns are channels and positions, or the other way round, whichever makes neighbouring columns adjacent in memory.
 // Threads take N neighbouring columns at a time.
 #pragma once
 
@@ -15,11 +15,11 @@
 
 namespace glow_kernels {
 
-// Elements of a tile: many in large tensors, few in small ones, which would leave multiprocessors idle otherwise.
+// Elements of a tile: many in large tensors, few in small ones, which would otherwise leave multiprocessors idle.
 constexpr int64_t kLargeTile = 4096, kSmallTile = 1024;
 constexpr int64_t kManyTiles = 1024;
-// Where a multiprocessor has fewer elements than that, threads may take them one by one, so that more of them wait at
-// the same time, in smaller tiles and in blocks of more threads.
+// With fewer than kFewElements per multiprocessor, threads may take elements one by one, in smaller tiles and in blocks
+// of more threads, so that more threads wait for memory at the same time.
 constexpr int64_t kFewElements = 4096, kTileOfFew = 256, kMostThreads = 1024;
 
 inline bool has_few_elements(const Launcher& launch, const Tensor& x) {
@@ -46,8 +46,8 @@ struct Tiling {
   unsigned outer, inner, batches;
   unsigned rows, columns, row_tiles, column_tiles, per_sample;
 
-  // With `whole_samples` a tile is a sample wherever that fits, so that a sum over a sample takes no second kernel;
-  // otherwise it has `small` elements in a small tensor.
+  // With `whole_samples` a tile is a whole sample if that fits, so that a sum over a sample needs no second kernel;
+  // otherwise tiles of a small tensor have `small` elements.
   explicit Tiling(const Planes& planes, bool whole_samples = false, int64_t small = kSmallTile)
       : channels_inside(planes.positions == 1 || planes.position_stride != 1) {
     const int64_t down = channels_inside ? planes.positions : planes.channels;
@@ -58,7 +58,7 @@ struct Tiling {
     cut(planes.batches, down, across, tile / most, most);
   }
 
-  // Tiles of so many channels and positions, of data whose positions lie next to each other.
+  // Tiles of this many channels and positions, for data whose positions are contiguous.
   static Tiling along_positions(const Planes& planes, int64_t channels, int64_t positions) {
     Tiling tiling;
     tiling.cut(planes.batches, planes.channels, planes.positions, channels, positions);
@@ -66,7 +66,7 @@ struct Tiling {
   }
 
   int64_t size() const { return int64_t{batches} * per_sample; }
-  // Threads of a block that takes N columns at a time: no more than have something to do, in whole warps.
+  // Threads of a block that takes N columns at a time: no more whole warps than have work.
   int threads(int N) const {
     const int64_t spots = int64_t{rows} * ((columns + N - 1) / N);
     return static_cast<int>(std::min<int64_t>(N == 1 ? kMostThreads : kThreads, (spots + 31) / 32 * 32));
@@ -74,7 +74,7 @@ struct Tiling {
   // Tiles that share a channel.
   int64_t per_channel() const { return int64_t{batches} * (channels_inside ? row_tiles : column_tiles); }
 
-  // In 32 bits, since all threads of a block divide here.
+  // In 32 bits, since every thread of a block does these divisions.
   __device__ Tile operator[](unsigned index) const {
     const unsigned batch = index / per_sample, in_sample = index - batch * per_sample;
     const unsigned down = in_sample / column_tiles, across = in_sample - down * column_tiles;
@@ -108,7 +108,7 @@ struct Tiling {
 template <int N, typename F>
 __device__ void for_each_spot(const Tile& tile, const F& f) {
   const unsigned per_row = (tile.columns + N - 1) / N;
-  // Divisions are for a thread and not for every spot: they take as long as a few elements do.
+  // A thread divides once and not for every spot: a division takes as long as a few elements.
   const unsigned rows = blockDim.x / per_row, rest = blockDim.x - rows * per_row;
   unsigned row = threadIdx.x / per_row, in_row = threadIdx.x - row * per_row;
   while (row < tile.rows) {
@@ -123,16 +123,16 @@ __device__ void for_each_spot(const Tile& tile, const F& f) {
   }
 }
 
-// A tensor as a tiling walks through it; strides count elements, `data` is null for none. Strides inside a sample have
-// 32 bits, so that an address takes few instructions; products of theirs have 64.
+// A tensor in the rows and columns of a tiling; strides are in elements, `data` is null if there is no tensor. Strides
+// inside a sample have 32 bits, so that an address takes few instructions; their products have 64.
 template <typename T>
 struct View {
   T* data = nullptr;
   int64_t batch_stride = 0;
   unsigned row_stride = 0, column_stride = 0;
-  bool vectors = false;  // whether N columns at a time lie together and are aligned
+  bool vectors = false;  // whether N columns at a time are contiguous and aligned
 
-  // The place of a spot, whose columns lie `step` elements from each other.
+  // The address of a spot, whose columns are `step` elements apart.
   __device__ T* at(const Tile& tile, const Spot& spot, unsigned step) const {
     return data + tile.batch * batch_stride + uint64_t{tile.row + spot.row} * row_stride +
            uint64_t{tile.column + spot.column} * step;
@@ -143,13 +143,13 @@ struct View {
 template <typename T>
 struct Pair {
   View<T> first, second;
-  // 1 where both alternate and N columns of both at a time lie together and are aligned; -1 the second first.
+  // 1 if the two alternate and N columns of both at a time are contiguous and aligned; -1 if the second comes first.
   int together = 0;
 };
 
 namespace detail {
 
-// Strides mean nothing where there is nothing to step to.
+// With at most one element there is nothing to step to, and the stride is meaningless.
 inline unsigned narrow_stride(int64_t stride, unsigned count) {
   if (count <= 1) return 0;
   STD_TORCH_CHECK(stride <= std::numeric_limits<unsigned>::max(), "a stride of ", stride, " elements is too large");
@@ -191,7 +191,7 @@ Pair<T> pair(T* data, const Planes& planes, const Tiling& tiling, int64_t first,
   return pair;
 }
 
-// Copies N elements, 16 bytes at a time, between memory that is aligned to that and registers.
+// Copies N elements, up to 16 bytes at a time, between registers and memory that is aligned to that.
 template <int N, typename T>
 __device__ void copy(T* to, const T* from) {
   constexpr int bytes = N * static_cast<int>(sizeof(T));
@@ -204,7 +204,7 @@ __device__ void copy(T* to, const T* from) {
   }
 }
 
-// N elements in registers, as they stand in memory and aligned for copy().
+// N elements in registers, in the type that they have in memory, and aligned for copy().
 template <typename T, int N>
 struct alignas(16) Registers {
   T values[N];
@@ -212,7 +212,7 @@ struct alignas(16) Registers {
 
 }  // namespace detail
 
-// Views that kernels read and write. A pair is that of channels `first + step * c` and `second + step * c`.
+// Views that kernels read and write. A pair views the channels `first + step * c` and `second + step * c`.
 template <int N, typename T>
 View<const T> readable(const std::optional<Tensor>& x, const Tiling& tiling) {
   if (!x) return {};
@@ -237,7 +237,7 @@ Pair<T> writable_pair(const std::optional<Tensor>& h, const Tiling& tiling, int6
   return detail::pair<N>(h->mutable_data_ptr<T>(), planes_of(*h), tiling, first, second, step);
 }
 
-// A value for every channel, whatever the sample and the position.
+// A value for every channel, the same for all samples and positions.
 template <int N, typename T>
 View<const T> per_channel(const std::optional<Tensor>& vector, const Tiling& tiling) {
   if (!vector) return {};
@@ -245,7 +245,7 @@ View<const T> per_channel(const std::optional<Tensor>& vector, const Tiling& til
   return detail::with_vectors<N>(detail::view(vector->const_data_ptr<T>(), planes, tiling, 0, 1), tiling);
 }
 
-// The elements at a spot; 0 beyond its count. A thread that fetches all it needs before it widens any waits once.
+// The elements at a spot; 0 beyond its count. A thread that fetches all it needs before it widens any waits only once.
 template <int N, typename T>
 __device__ detail::Registers<T, N> fetch(const View<const T>& view, const Tile& tile, const Spot& spot) {
   detail::Registers<T, N> raw;
@@ -307,8 +307,8 @@ __device__ void load(const Pair<const T>& pair, const Tile& tile, const Spot& sp
   widen(raw_second, second);
 }
 
-// What load() does in two steps, for a thread that has something else to do in between: what both views have at a spot,
-// in turn where it lies together and else one view after the other,
+// The first of the two steps of load(), for a thread that has other work in between: reads the elements of both views
+// at a spot, which alternate if the pair is `together`; otherwise one view comes after the other.
 template <int N, typename T>
 __device__ detail::Registers<T, 2 * N> fetch(const Pair<const T>& pair, const Tile& tile, const Spot& spot) {
   detail::Registers<T, 2 * N> raw;
@@ -326,7 +326,7 @@ __device__ detail::Registers<T, 2 * N> fetch(const Pair<const T>& pair, const Ti
   return raw;
 }
 
-// and the same in the type of arithmetic.
+// The second step: converts them to the type of arithmetic.
 template <int N, typename T, typename A>
 __device__ void widen(const Pair<const T>& pair, const Spot& spot, const detail::Registers<T, 2 * N>& raw,
                       A (&first)[N], A (&second)[N]) {

@@ -1,5 +1,5 @@
-// Gauss-Jordan elimination of an n x n matrix that is small enough for a warp to have a panel of its columns in
-// registers, in double, by one block.
+// Gauss-Jordan elimination, in double and by one block, of an n x n matrix that is small enough for a warp to hold a
+// panel of its columns in registers.
 #pragma once
 
 #include <cmath>
@@ -11,11 +11,11 @@
 namespace glow_kernels {
 
 // One warp eliminates a panel of columns: a lane has whole rows of it, so that a step takes one barrier of the warp and
-// none of the block. Then all warps take the pivot rows from the other columns. Pivots divide by their reciprocals,
-// which are finite from 2^-1024 on.
+// none of the block. Then all warps eliminate the pivot rows from the other columns. Rows are multiplied by the
+// reciprocals of the pivots, which are finite for pivots from 2^-1024 on.
 struct WarpElimination {
   static constexpr unsigned kPanel = 4, kSlots = 2, kMost = 32 * kSlots;
-  // From a row to the next: of the panel with 16-byte reads and of the matrix in different banks.
+  // Row strides that avoid bank conflicts: of the panel for reads of 16 bytes, and of the matrix.
   static constexpr unsigned kPanelStride = kPanel + 2;
   __host__ __device__ static constexpr unsigned stride(unsigned n) { return n | 1; }
   static constexpr int64_t shared_bytes(int64_t n) {
@@ -38,7 +38,7 @@ struct WarpElimination {
     rest = row_of_step + n;
   }
 
-  // For all threads of a block of two warps at least.
+  // All threads must call it, of a block of at least two warps.
   template <typename F>
   __device__ void run(const F& value, bool only_log_det) const {
     load(value);
@@ -54,7 +54,7 @@ struct WarpElimination {
   }
 
  private:
-  // Warps have pieces of rows, several of which are on their way at once.
+  // A warp loads pieces of rows, several of which are in flight at once.
   template <typename F>
   __device__ void load(const F& value) const {
     constexpr unsigned kLoads = 6;
@@ -65,7 +65,7 @@ struct WarpElimination {
       for (unsigned k = 0; k < kLoads; ++k) {
         const unsigned piece = first + k * warps, i = piece >> two, j = (piece & two) * 32 + lane;
         const bool inside = piece < pieces && j < n;
-        values[k] = value(inside ? i : 0, inside ? j : 0);  // without a branch, in which each would be waited for
+        values[k] = value(inside ? i : 0, inside ? j : 0);  // without a branch, which would wait for each load
       }
 #pragma unroll
       for (unsigned k = 0; k < kLoads; ++k) {
@@ -76,7 +76,7 @@ struct WarpElimination {
   }
 
   // By one warp, whose lanes have two rows each. The column of a step is always the first in the registers: a step
-  // moves all to the left and what becomes of its own to the end.
+  // shifts all columns to the left, and what its own column becomes goes to the end.
   __device__ void eliminate_panel(unsigned first, unsigned count) const {
     const unsigned lane = threadIdx.x;
     double rows[kSlots][kPanel];
@@ -92,7 +92,7 @@ struct WarpElimination {
     }
 #pragma unroll 1
     for (unsigned k = 0; k < count; ++k) {
-      double* const pivot_row = scaled + k % 2 * kPanel;  // while others may read that of the last step
+      double* const pivot_row = scaled + k % 2 * kPanel;  // other lanes may still read that of the last step
       choose_pivot(rows, free, first + k, pivot_row);
       __syncwarp();
       double factors[kSlots];
@@ -128,12 +128,13 @@ struct WarpElimination {
     }
   }
 
-  // The row of a step, which becomes what is left of it after the pivot, 1 / pivot in place of the pivot. It is written
-  // for all, and in the registers made such that the step makes the same of it: 0 - (-1) times that.
+  // Chooses the pivot row of a step and writes to `pivot_row` what it becomes: its elements divided by the pivot, and
+  // 1 / pivot in place of the pivot. In the registers the row becomes (-1, 0, ...), from which the step computes the
+  // same values as for other rows: 0 - (-1) times `pivot_row`.
   __device__ void choose_pivot(double (&rows)[kSlots][kPanel], bool (&free)[kSlots], unsigned step,
                                double* pivot_row) const {
     constexpr uint64_t kSign = uint64_t{1} << 63, kInfinity = 0x7ff0000000000000u;
-    // Numbers that are not negative have the order of their bits; NaN counts as infinity.
+    // Numbers that are not negative are ordered like their bits; NaN counts as infinity.
     uint64_t largest = 0;
     unsigned mine = n;
     double pivot = 1;
@@ -149,7 +150,7 @@ struct WarpElimination {
     }
     const unsigned high = static_cast<unsigned>(largest >> 32), low = static_cast<unsigned>(largest);
     const unsigned most_high = __reduce_max_sync(kWholeWarp, high);
-    const double reciprocal = 1 / pivot;  // before the lanes agree on one, which takes as long
+    const double reciprocal = 1 / pivot;  // overlaps with the choice among the lanes, which takes as long
     bool chosen = high == most_high;
     if (__popc(__ballot_sync(kWholeWarp, chosen)) > 1) {
       const unsigned most_low = __reduce_max_sync(kWholeWarp, chosen ? low : 0);
@@ -174,10 +175,10 @@ struct WarpElimination {
     row_of_step[step] = mine;
   }
 
-  // Takes the pivot rows of the panel from the other columns, of which a determinant needs those to the right and the
-  // rows not yet taken. A warp has 32 columns of some rows.
+  // Eliminates the pivot rows of the panel from the other columns, of which a determinant needs those to the right, in
+  // the rows not yet taken. A warp has 32 columns of some rows.
   __device__ void eliminate_beside(unsigned first, unsigned count, bool only_log_det) const {
-    constexpr unsigned kRows = 3;  // at once
+    constexpr unsigned kRows = 3;  // at a time
     const unsigned begin = only_log_det ? first + count : 0, pieces = (n - begin + 31) / 32;
     const unsigned warp = threadIdx.x / 32, groups = pieces == 2 ? blockDim.x / 64 : blockDim.x / 32;
     const unsigned group = pieces == 2 ? warp / 2 : warp,
@@ -188,7 +189,7 @@ struct WarpElimination {
     for (unsigned k = 0; k < kPanel; ++k) {
       pivot_rows[k] = works && k < count ? left[row_of_step[first + k] * stride(n) + j] : 0;
     }
-    __syncthreads();  // before others write there
+    __syncthreads();  // before others overwrite the pivot rows
     if (!works) return;
     const unsigned end = only_log_det ? n - begin : n;
     for (unsigned at = group; at < end; at += kRows * groups) {

@@ -11,7 +11,7 @@
 
 namespace glow_kernels {
 
-// Where the raw scale and the shift of channel c stand in h: at channel `first + step * c`.
+// Where the raw scale and the shift of channel c are in h: at channel `first + step * c`.
 struct CouplingLayout {
   int64_t scale_first, shift_first, step;
 };

@@ -10,7 +10,7 @@
 
 namespace glow_kernels {
 
-// Where the mean and the log standard deviation of channel c stand in h: at channel `first + step * c`.
+// Where the mean and the log standard deviation of channel c are in h: at channel `first + step * c`.
 struct GaussianLayout {
   int64_t mean_first, log_sd_first, step;
 };

@@ -1,8 +1,8 @@
 // Elementary functions shared by host and device code.
 //
-// On the host they are branch-free polynomials that compilers vectorise, within 2 ulp: those of float by Cephes
-// (Moshier), those of double and all exponentials by Remez' algorithm. Devices use the library's own, but for the
-// logarithm of a fraction.
+// On the host they are branch-free polynomials that compilers vectorise, within 2 ulp: the float logarithm and tanh are
+// from Cephes (Moshier), the others from the Remez algorithm. Devices use CUDA's functions, except for the float
+// log1p_of_fraction.
 #pragma once
 
 #include <cmath>
@@ -19,7 +19,7 @@
 namespace glow_kernels {
 namespace detail {
 
-// c_0 + c_1 x + c_2 x^2 + ..., of a number or a vector of numbers.
+// c_0 + c_1 x + c_2 x^2 + ..., where x is a number or a vector of numbers.
 template <typename V, typename A, typename... More>
 GLOW_KERNELS_INLINE V polynomial(V x, A c, More... more) {
   if constexpr (sizeof...(more) == 0) {
@@ -30,7 +30,7 @@ GLOW_KERNELS_INLINE V polynomial(V x, A c, More... more) {
 }
 
 #if !defined(__CUDA_ARCH__)
-// How a type is made, ln 2 in two parts of which the first has few bits, and where exp is 0 or infinity.
+// The bit layout of a type, ln 2 in two parts, the first with few bits, and bounds beyond which exp is 0 or infinity.
 template <typename A>
 struct Format;
 template <>
@@ -69,7 +69,7 @@ GLOW_KERNELS_INLINE Bits<A> to_bits(A value) {
   return bits;
 }
 
-// exp(r) for |r| <= ln(2) / 2, of a number or a vector of numbers of type A.
+// exp(r) for |r| <= ln(2) / 2, where r is a number or a vector of numbers of type A.
 template <typename A, typename V>
 GLOW_KERNELS_INLINE V exp_polynomial(V r) {
   if constexpr (std::is_same_v<A, float>) {
@@ -93,8 +93,8 @@ GLOW_KERNELS_INLINE float log_near_one(float f, float e) {
 }
 
 GLOW_KERNELS_INLINE double log_near_one(double f, double e) {
-  // log(1 + f) = 2 atanh(s) = f - s (f - r) with r = 2 atanh(s) / s - 2, where s f = f^2 / 2 - s f^2 / 2 is subtracted
-  // in parts, so that the division rounds only what is small.
+  // log(1 + f) = 2 atanh(s) = f - s (f - r) with r = 2 atanh(s) / s - 2. To subtract s f as f^2 / 2 - s f^2 / 2 limits
+  // the rounding error of the division to the small second term.
   const double s = f / (f + 2.0), z = s * s, half = 0.5 * f * f;
   const double r = z * polynomial(z, 0.6666666666666734, 0.39999999999415575, 0.28571428742417665, 0.2222219855243068,
                                   0.18183566149816868, 0.1531398765283611, 0.14796722088247835);
@@ -155,7 +155,7 @@ GLOW_KERNELS_INLINE A arc_tangent(A x) {
 
 GLOW_KERNELS_INLINE double log1p_of_fraction(double x) { return std::log1p(x); }
 GLOW_KERNELS_INLINE double over_one_to_two(double x, double w) { return x / w; }
-// Within 2 ulp here; the exact one has a branch to a function.
+// Within 2 ulp for w in [1, 2]; the exact division has a branch to a function.
 GLOW_KERNELS_INLINE float over_one_to_two(float x, float w) { return __fdividef(x, w); }
 
 #else
@@ -164,7 +164,7 @@ GLOW_KERNELS_INLINE float over_one_to_two(float x, float w) { return __fdividef(
 template <typename A>
 GLOW_KERNELS_INLINE A exponential(A x) {
   using F = detail::Format<A>;
-  // Comparisons that NaN fails keep x, so that it comes through.
+  // NaN fails both comparisons and so propagates.
   const A bounded = x < F::kLeast ? F::kLeast : (x > F::kMost ? F::kMost : x);
   // bounded = k ln 2 + r with an integer k and |r| <= ln(2) / 2. Adding kRounder rounds to an integer and leaves it in
   // the low bits.
@@ -186,7 +186,7 @@ GLOW_KERNELS_INLINE A logarithm(A x) {
   const detail::Bits<A> bits = detail::to_bits(x), scaled = bits + (kOne - F::kSqrtHalf);
   const detail::Bits<A> exponent = scaled >> F::kMantissaBits;
   const A m = detail::from_bits<A>(bits - (exponent << F::kMantissaBits) + kOne);
-  // The low bits of kRounder hold an integer, which every instruction set converts so.
+  // Converts the exponent as the low bits of kRounder, which works on every instruction set.
   const A e = detail::from_bits<A>(detail::to_bits(F::kRounder) + exponent) - (F::kRounder + A(F::kBias));
   // Infinity and NaN fail the comparison and are returned as they are.
   return x < A(INFINITY) ? detail::log_near_one(m - A(1), e) : x;
@@ -196,7 +196,7 @@ template <typename A>
 GLOW_KERNELS_INLINE A hyperbolic_tangent(A x) {
   const A magnitude = x < A(0) ? -x : x;
   const A e = exponential(A(-2) * magnitude);
-  // Small arguments would cancel.
+  // Cancels for small arguments, for which the polynomial is taken.
   const A large = A(1) - A(2) * e / (A(1) + e);
   const A z = x * x, small = detail::tanh_polynomial(z) * z * x + x;
   return magnitude < A(0.625) ? small : (x < A(0) ? -large : large);
@@ -225,7 +225,7 @@ GLOW_KERNELS_INLINE A over_one_to_two(A x, A w) {
 
 // log(1 + x) for 0 <= x <= 1.
 GLOW_KERNELS_INLINE float log1p_of_fraction(float x) {
-  // Least squares, reweighted until the relative error is level. Half the instructions of CUDA's log1pf.
+  // Fitted by least squares, reweighted until the relative error is even. Half the instructions of CUDA's log1pf.
   const float p = detail::polynomial(x, -4.9999931454658508e-1f, 3.3330512046813965e-1f, -2.4958585202693939e-1f,
                                      1.9695386290550232e-1f, -1.5355351567268372e-1f, 1.0680473595857620e-1f,
                                      -5.7663582265377045e-2f, 2.0204097032546997e-2f, -3.3183579798787832e-3f);

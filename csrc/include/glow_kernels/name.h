@@ -1,4 +1,4 @@
-// A string among the arguments of an operator.
+// A string argument of an operator.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -9,16 +9,15 @@
 
 namespace glow_kernels {
 
-// The name of an option. A type of its own, since the conversion to std::string in torch's headers, as seen in 2.11 and
-// 2.13, allocates one that nobody frees: some bytes for every call, and between large tensors they keep the C library
-// from reusing the memory of those.
+// The name of an option. It has its own type because torch's conversion to std::string, as seen in 2.11 and 2.13, leaks
+// a string at every call: only a few bytes, but between large tensors they keep the C library from reusing memory.
 struct Name : std::string {
   using std::string::string;
 };
 
 }  // namespace glow_kernels
 
-// Takes over the handle, as the conversions of torch do.
+// Takes ownership of the handle, as torch's conversions do.
 template <>
 struct torch::stable::detail::ToImpl<glow_kernels::Name> {
   static glow_kernels::Name call(StableIValue value, uint64_t, bool) {

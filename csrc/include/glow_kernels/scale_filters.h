@@ -1,4 +1,4 @@
-// What scale_filters checks on any device. A filter lies in one piece of memory, in either memory format.
+// What scale_filters checks on any device. A filter is one contiguous piece of memory in either memory format.
 #pragma once
 
 #include <torch/headeronly/util/Exception.h>
@@ -14,14 +14,14 @@ inline int64_t size_of_filter(const Tensor& weight) {
   return weight.size(0) == 0 ? 0 : weight.numel() / weight.size(0);
 }
 
-// The tensor must have this type and these sizes, and lie densely in the memory format of the weight.
+// Checks that the tensor has this type and these sizes, and is dense in the memory format of the weight.
 inline void check_dense(const char* name, const Tensor& tensor, ScalarType type, const Tensor& weight,
                         torch::headeronly::IntHeaderOnlyArrayRef sizes) {
   bool same = tensor.scalar_type() == type && tensor.sizes().equals(sizes);
   const int64_t dimensions = tensor.dim();
   int64_t stride = 1;
   for (int64_t i = 0; same && i < dimensions && tensor.numel() > 0; ++i) {
-    // From the innermost dimension outwards; channels last, that is 1, then the last to the third, then 0.
+    // From the innermost dimension outwards; in channels last these are 1, then the last down to 2, then 0.
     const bool last = is_channels_last(weight);
     const int64_t dimension = !last ? dimensions - 1 - i : i == 0 ? 1 : i == dimensions - 1 ? 0 : dimensions - i;
     same = tensor.size(dimension) == 1 || tensor.stride(dimension) == stride;
@@ -35,7 +35,7 @@ inline void check_vector(const char* name, const Tensor& vector, ScalarType type
                   " must have the type of weight, and a number for every filter");
 }
 
-// The sizes of a weight (O, I, *kernel) with others in place of its first two, which must not be smaller.
+// The sizes (count, channels, *kernel) for a weight (O, I, *kernel); count >= O and channels >= I.
 inline std::vector<int64_t> padded_sizes(const Tensor& weight, int64_t count, int64_t channels) {
   STD_TORCH_CHECK(weight.dim() >= 2 && count >= weight.size(0) && channels >= weight.size(1),
                   "sizes must be at least those of the weight");
@@ -45,7 +45,7 @@ inline std::vector<int64_t> padded_sizes(const Tensor& weight, int64_t count, in
   return sizes;
 }
 
-// What every convolution has one of, and its gradients of which it has two.
+// Checks that there is one of each, and below also two gradients, for every convolution.
 inline void check_counts(const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
                          const std::vector<Tensor>& log_scales, const std::vector<double>& factors) {
   STD_TORCH_CHECK(!weights.empty() && biases.size() == weights.size() && log_scales.size() == weights.size() &&

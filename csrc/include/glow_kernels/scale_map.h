@@ -1,5 +1,5 @@
-// The scale maps of the affine coupling: log s = phi(u) and its derivative. The table of kinds stands in the docstring
-// of ScaleMap in glow_kernels/ops/affine_coupling.py.
+// The scale maps of the affine coupling: log s = phi(u) and its derivative. The table of kinds is in the docstring of
+// ScaleMap in glow_kernels/ops/affine_coupling.py.
 #pragma once
 
 #include "glow_kernels/math.h"
@@ -16,12 +16,12 @@ struct ScaleParameters {
 template <typename A>
 struct LogScale {
   A value;       // log s
-  A derivative;  // of log s in u
+  A derivative;  // of log s with respect to u
 };
 
 namespace detail {
 
-// f(v) of "exp(gain * f(v))" and its derivative.
+// f(v) of the scale exp(gain * f(v)), and its derivative.
 template <ScaleKind kind, typename A>
 GLOW_KERNELS_INLINE void bound(A v, const ScaleParameters<A>& map, A& value, A& derivative) {
   if constexpr (kind == ScaleKind::tanh) {
@@ -52,7 +52,7 @@ template <ScaleKind kind, typename A>
 GLOW_KERNELS_INLINE LogScale<A> log_scale(A u, const ScaleParameters<A>& map, A log_gain) {
   const A v = map.slope * u + map.offset;
   if constexpr (kind == ScaleKind::sigmoid) {
-    // exp(-|v|) never overflows, and log(1 + exp(-|v|)) loses nothing where sigmoid(v) is next to 0 or 1.
+    // exp(-|v|) never overflows, and log(1 + exp(-|v|)) loses no accuracy where sigmoid(v) is close to 0 or 1.
     const A e = exponential(v < A(0) ? v : -v);
     return {(v < A(0) ? v : A(0)) - log1p_of_fraction(e) + log_gain,
             map.slope * over_one_to_two(v < A(0) ? A(1) : e, A(1) + e)};
@@ -66,10 +66,10 @@ GLOW_KERNELS_INLINE LogScale<A> log_scale(A u, const ScaleParameters<A>& map, A 
 template <typename A>
 struct Floored {
   A scale, log_scale;  // s + floor and its logarithm
-  A share;             // of s in it: the derivative of that logarithm in log s
+  A share;             // s / (s + floor), the derivative of that logarithm with respect to log s
 };
 
-// The floor is nothing beside a scale that overflows.
+// If the scale overflows, the floor is negligible.
 template <typename A>
 GLOW_KERNELS_INLINE Floored<A> with_floor(A log_s, A floor) {
   const A s = exponential(log_s), scale = s + floor;

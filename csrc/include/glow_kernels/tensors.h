@@ -1,4 +1,4 @@
-// Tensors as operators get and make them, on any device: (B, C, *spatial) as batches of C x P planes, and their types.
+// Tensors as operators receive and create them, on any device: (B, C, *spatial) as batches of C x P planes, and types.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -23,7 +23,7 @@ using torch::stable::Tensor;
 // The planes of x, unless its spatial dimensions do not collapse into one.
 inline std::optional<Planes> try_planes(const Tensor& x) {
   Planes planes{x.size(0), x.size(1), 1, x.stride(0), x.stride(1), 1};
-  // Strides mean nothing where there is no element.
+  // The strides of an empty tensor are meaningless.
   const bool empty = x.numel() == 0;
   for (int64_t dimension = x.dim() - 1; dimension >= 2; --dimension) {
     const int64_t size = x.size(dimension);
@@ -38,16 +38,16 @@ inline std::optional<Planes> try_planes(const Tensor& x) {
   return planes;
 }
 
-// x itself or, where its positions do not lie at one stride, a contiguous copy.
+// x itself or, if its positions do not have a single stride, a contiguous copy.
 inline Tensor with_planes(const Tensor& x) { return try_planes(x) ? x : torch::stable::contiguous(x); }
 
 inline Planes planes_of(const Tensor& x) { return *try_planes(x); }
 
-// x itself or, where it is not contiguous, a contiguous copy. Asking first is cheaper than a call that does nothing.
+// x itself or, if it is not contiguous, a contiguous copy. Checking first is cheaper than a call that does nothing.
 inline Tensor as_contiguous(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
 
-// An uninitialised tensor. The C interface beneath torch::stable::empty, which looks its operator up by name at every
-// call and takes several times as long.
+// An uninitialised tensor, by torch's C interface: torch::stable::empty looks its operator up by name at every call and
+// takes several times as long.
 inline Tensor empty_strided(int64_t dimensions, const int64_t* sizes, const int64_t* strides, ScalarType type,
                             const Tensor& like) {
   const torch::stable::Device device = like.device();
@@ -73,13 +73,13 @@ inline Tensor empty_contiguous(const Tensor& x) { return empty(x.sizes(), x.scal
 
 inline Tensor empty_vector(int64_t size, ScalarType type, const Tensor& like) { return empty({size}, type, like); }
 
-// Whether results with the shape of x are channels last, and not contiguous; the rule is that of output_format in
+// Whether results with the shape of x are channels last, and not contiguous, by the rule of output_format in
 // glow_kernels/backends/numerics.py.
 inline bool is_channels_last(const Tensor& x) {
   return x.dim() >= 4 && x.size(1) > 1 && x.stride(1) == 1 && !x.is_contiguous();
 }
 
-// An uninitialised tensor of these sizes that lies in memory as results with the shape of x do.
+// An uninitialised tensor of these sizes, in the memory format of results with the shape of x.
 inline Tensor empty_output(const Tensor& x, ScalarType type, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
   if (!is_channels_last(x)) return empty(sizes, type, x);
   std::vector<int64_t> strides(sizes.size());
@@ -132,7 +132,7 @@ auto dispatch(const Tensor& x, const Tensor& h, const F& f) {
   return twice ? f.template operator()<double, double>() : dispatch_single(x, h, f);
 }
 
-// h must be (B, 2 C, *spatial) for this x.
+// Checks that h is (B, 2 C, *spatial) for this x.
 inline void check_conditioning(const Tensor& x, const Tensor& h) {
   STD_TORCH_CHECK(x.dim() >= 2 && h.dim() == x.dim() && h.size(1) == 2 * x.size(1),
                   "h must have twice the channels of x");

@@ -23,7 +23,7 @@ struct Compute<double> {
 template <typename T>
 using compute_t = typename Compute<T>::type;
 
-// Sizes and strides of a tensor whose positions lie at one stride; strides count elements.
+// Sizes and strides of a tensor whose positions have a single stride; strides are in elements.
 struct Planes {
   int64_t batches, channels, positions;
   int64_t batch_stride, channel_stride, position_stride;
