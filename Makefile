@@ -1,47 +1,48 @@
-# Every target sets up .venv by itself; a second run starts at once.
+# Every target sets up .venv if needed; a second run starts at once.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-# The Triton of tests/triton_kernels.csv, unless torch has brought its own, as it does for NVIDIA GPUs.
+# The Triton version of tests/triton_kernels.csv, unless torch has installed its own, as it does for NVIDIA GPUs.
 TRITON = $(shell $(BIN)/python -c 'import triton' 2>/dev/null || echo "\"triton==3.9.0; sys_platform == 'linux'\"")
-# All that compiling needs: with --jobs=2 the rest is installed meanwhile.
+# All that compiling needs; with --jobs=2 the rest is installed at the same time.
 TORCH_INSTALLED := .venv/.torch
 
 LIBRARY := glow_kernels/_C.so
 
 ifeq ($(origin CXX),default)
-# g++ by that name: as c++ torch.compile does not know it and does without precompiled headers, which takes twice as long.
+# g++ under that name: torch.compile does not recognise it as c++, and then compiles without precompiled headers, which
+# takes twice as long.
 CXX := $(shell command -v g++ || command -v c++ || command -v clang++)
 endif
 export CXX
-# Some containers set it, in which every process of the tests would compile all sources again.
+# Some containers set it; every process of the tests would then compile all Python sources again.
 unexport PYTHONDONTWRITEBYTECODE
-# Demo and tests run without a compiler too, on the reference backend.
+# Without a compiler, demo and tests run on the reference backend.
 NATIVE := $(if $(shell command -v $(firstword $(CXX)) 2>/dev/null),$(LIBRARY),no-compiler)
 
 # A process per core with one thread each: two processes of several threads wait for each other most of the time.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
-# Every operator has a file of its name in the reference.
+# Every operator has a file of its name in the reference backend.
 OPERATOR_TESTS := $(patsubst glow_kernels/backends/reference/%,tests/test_%,$(wildcard glow_kernels/backends/reference/[!_]*.py))
 NATIVE_SOURCES := 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/cuda_host/*.h' 'tests/cuda_host/*.cpp'
-# Other targets run these.
+# Tests that other targets run.
 ELSEWHERE := $(addprefix tests/test_,triton_compile.py cuda_compile.py cuda_host.py)
-# The native library with every access and every arithmetic operation checked. Of the variants of a kernel only the best
-# would run here; it is the baseline of a library for this processor. Left out is what takes a quarter of the compiling and
-# tells of pointers that AddressSanitizer tells of where they are followed.
+# The native library with every memory access and arithmetic operation checked. Only one variant of the kernels would
+# run here, so the baseline is compiled for this processor. The checks that are switched off take a quarter of the
+# compile time, and find pointers that AddressSanitizer finds when they are dereferenced.
 SANITIZED := build/sanitized
 SANITIZE := -g1 -fsanitize=address,undefined -fno-sanitize=null,object-size,pointer-overflow \
 	-fno-sanitize-recover=all -fno-omit-frame-pointer
-# Tests of what Python makes of the kernels, whose accesses are those of other tests.
+# Tests of the Python layer over the kernels, whose memory accesses other tests cover.
 OF_PYTHON := opcheck compile gradcheck torch_func meta_tensors autocast ranks
 OF_KERNELS := "native $(addprefix and not ,$(OF_PYTHON))"
 
 PYTEST_SANITIZED = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(1) OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto \
 	-k $(OF_KERNELS)
-# The CUDA sources as C++ on the CPU, checked likewise; once more those that have other kernels for small tensors, which
-# nearly all tensors of the tests are.
+# The CUDA sources as C++ on the CPU, with the same checks. Operators with separate kernels for small tensors are tested
+# a second time with the kernels for large ones, since nearly all tensors of the tests are small.
 CUDA_HOST := build/cuda_host
 OF_ANY_SIZE := $(addprefix tests/test_,actnorm_conv1x1.py affine_coupling.py coupling_conv1x1.py)
 
@@ -81,19 +82,19 @@ test-triton: $(INSTALLED)
 	$(BIN)/python -m pytest tests/test_triton_compile.py
 	TRITON_INTERPRET=1 $(PYTEST) $(OPERATOR_TESTS) tests/test_triton.py -k triton
 
-# nvcc compiles the CUDA library for all GPUs, or for one where these sources are recorded to have been; where there is no
-# nvcc, this says so.
+# nvcc compiles the CUDA library for all GPUs, or for one if these sources are recorded as compiled for all. Without
+# nvcc the tests are skipped with a message.
 test-cuda: $(INSTALLED)
 	$(BIN)/python -m pytest -rs tests/test_cuda_compile.py
 
-# Every Triton and CUDA kernel with its registers, spills, shared memory and widest accesses on GPUs that need not be here.
-# tests/triton_kernels.csv and tests/cuda_kernels.csv, which are committed, record of which sources all have been compiled.
+# A report of the registers, spills, shared memory and widest accesses of every Triton and CUDA kernel; needs no GPU.
+# tests/triton_kernels.csv and tests/cuda_kernels.csv, which are committed, record the sources that have been compiled.
 kernels-report: $(INSTALLED)
 	$(BIN)/python tests/kernel_record.py reports/kernels.csv
 	@GLOW_KERNELS_BUILD=cuda $(BIN)/python setup.py --quiet build_ext --inplace && \
 		$(BIN)/python tests/cuda_resources.py reports/cuda_kernels.csv || echo "no report of the CUDA kernels"
 
-# The kernels that processors without AVX-512, or without AVX2, get.
+# The kernels that run on processors without AVX-512, or without AVX2.
 test-variants: $(INSTALLED) $(LIBRARY)
 	GLOW_KERNELS_ISA=avx2 $(PYTEST) $(OPERATOR_TESTS) -k $(OF_KERNELS)
 	GLOW_KERNELS_ISA=baseline $(PYTEST) $(OPERATOR_TESTS) -k $(OF_KERNELS)
@@ -108,13 +109,13 @@ test-cuda-host: $(INSTALLED)
 	GLOW_KERNELS_MULTIPROCESSORS=0 $(call PYTEST_SANITIZED,$(CUDA_HOST)) $(OF_ANY_SIZE)
 	$(PYTEST) tests/test_cuda_host.py
 
-# memcnn's layers need none of what its scripts need, torchvision among it.
+# --no-deps, since memcnn's layers need none of the dependencies of its scripts, such as torchvision.
 bench: $(INSTALLED) $(NATIVE)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps memcnn==1.5.2 || echo "measured without memcnn"
 	$(BIN)/glow-kernels bench --check --output runs/bench.jsonl
 	$(BIN)/glow-kernels bench report runs/bench.jsonl
 
-# Not the .venv, whose torch may have no CUDA.
+# Not in .venv, whose torch may have no CUDA.
 gpu:
 	$(PYTHON) benchmarks/gpu.py
 
@@ -135,14 +136,15 @@ format: $(INSTALLED)
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis glow_kernels/_C.* glow_kernels/_C_cuda.*
 
-# The folders are among what find lists, so that a file taken away counts as a change too.
+# find lists the folders too, so that removing a file also counts as a change.
 $(LIBRARY): setup.py $(shell find csrc/include csrc/cpu) | $(TORCH_INSTALLED)
 	GLOW_KERNELS_BUILD=cpu $(BIN)/python setup.py --quiet build_ext --inplace
 
 no-compiler:
 	@echo "no C++ compiler: the native library is not built, the reference backend computes; install g++ or clang++"
 
-# torch comes first and pinned, since a looser requirement may fetch gigabytes; an isolated build would fetch it again.
+# torch is installed first and pinned, since a looser requirement may fetch gigabytes, and an isolated build would fetch
+# it again.
 $(INSTALLED): pyproject.toml setup.py | $(TORCH_INSTALLED)
 	GLOW_KERNELS_BUILD=none $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[train,dev]" $(TRITON)
 	@touch $@

@@ -1,4 +1,4 @@
-// Blocks of threads on the CPU: the schedule, barriers, what the lanes of a warp exchange, and shared memory.
+// Blocks of threads on the CPU: the schedule, barriers, exchanges between the lanes of a warp, and shared memory.
 #include <algorithm>
 #include <cstdlib>
 #include <map>
@@ -32,7 +32,7 @@ struct Copy {
   size_t group;
 };
 
-// The copies of a thread that are on their way, and the number of groups that it has ended.
+// The asynchronous copies of a thread that are in flight, and the number of groups that it has ended.
 struct Copies {
   std::vector<Copy> started = {};
   size_t groups = 0;
@@ -44,14 +44,14 @@ struct Thread {
   Place place{};  // where it waits
   Exchange exchange{};
   unsigned mask = 0, source = 0;
-  uint64_t value = 0;  // what it gives, then what it gets
+  uint64_t value = 0;  // what it passes to an exchange, then what it receives
   Copies copies = {};
 };
 
-// The order in which blocks and threads run: as they are numbered (0), backwards (1) or any (2 and more).
+// The order in which blocks and threads run: ascending (seed 0), descending (1) or random (2 and above).
 class Schedule {
  public:
-  // The seed is GLOW_KERNELS_SCHEDULE; without it every launch has the next one.
+  // The seed is GLOW_KERNELS_SCHEDULE; if that is not set, every launch takes the next seed.
   Schedule() {
     static unsigned long launches = 0;
     const char* text = std::getenv("GLOW_KERNELS_SCHEDULE");
@@ -97,7 +97,7 @@ class Block {
   void* shared_memory(const void* key, size_t bytes) {
     std::unique_ptr<char[]>& memory = shared_[key];
     if (!memory) {
-      memory.reset(new char[bytes]);           // aligned to 16 bytes as all that new gives
+      memory.reset(new char[bytes]);           // new aligns to 16 bytes
       std::memset(memory.get(), 0xff, bytes);  // NaN in every type
     }
     return memory.get();
@@ -121,7 +121,7 @@ class Block {
   unsigned waiting_ = 0, done_ = 0;  // threads at a barrier, and those that have returned
 };
 
-// The low 13 bits are not part of it.
+// TF32 ignores the low 13 bits.
 float tf32(uint32_t bits) {
   float value;
   bits &= ~0x1fffu;
@@ -174,7 +174,7 @@ void Block::go_on(unsigned index) {
       this);
 }
 
-// Lets those go on for whom the thread that has just paused was the last.
+// If the thread that has just paused was the last that others waited for, makes these ready.
 void Block::after(unsigned index) {
   const State state = threads_[index].state;
   if (state == State::done) {
@@ -219,7 +219,7 @@ void Block::complain() const {
   std::ostringstream text;
   text << "block " << blockIdx.x << " of " << gridDim.x << " in layer " << blockIdx.y
        << " waits for ever (GLOW_KERNELS_SCHEDULE=" << seed_ << "):";
-  // A line for every place where threads wait, and the first thread there.
+  // Has a line for every place where threads wait, with their number and the first of them.
   std::map<std::string, std::pair<unsigned, unsigned>> places;
   for (unsigned index = 0; index < threads_.size(); ++index) {
     const Thread& thread = threads_[index];
@@ -295,7 +295,7 @@ uint64_t exchange(Place place, Exchange exchange, unsigned mask, uint64_t value,
   return running->exchange(place, exchange, mask, value, source);
 }
 
-// The layout of fragments is that of "Matrix Fragments for mma.m16n8k8" in the PTX ISA.
+// Fragments are laid out as in "Matrix Fragments for mma.m16n8k8" of the PTX ISA.
 void multiply_add(Place place, float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   struct Fragments {
     const uint32_t *a, *b;
@@ -313,7 +313,7 @@ void multiply_add(Place place, float (&c)[4], const uint32_t (&a)[4], const uint
     }
     c[i] = static_cast<float>(sum);
   }
-  sync_warp(place);  // the fragments are where they were until all have read them
+  sync_warp(place);  // the fragments must stay valid until all lanes have read them
 }
 
 }  // namespace cuda_host

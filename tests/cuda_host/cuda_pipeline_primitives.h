@@ -1,5 +1,5 @@
-// Stands in for CUDA's header of copies to shared memory that go on while their thread does: here they are made when it
-// waits for them, so that who does not wait reads what was there before.
+// Replaces CUDA's header of asynchronous copies to shared memory: here a copy is made when its thread waits for it, so
+// that a thread that does not wait reads the old contents.
 #pragma once
 
 #include "cuda_runtime.h"
@@ -8,12 +8,12 @@ namespace cuda_host {
 
 void start_copy(void* to, const void* from, size_t bytes, size_t zeros);
 void end_group_of_copies();
-// Makes those of all groups but the last `left`.
+// Makes the copies of all groups except the last `left`.
 void finish_copies(size_t left);
 
 }  // namespace cuda_host
 
-// The last `zeros` bytes are not read, but 0.
+// The last `zeros` bytes are not read but set to 0.
 inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes, size_t zeros = 0) {
   cuda_host::start_copy(to, from, bytes, zeros);
 }

@@ -1,9 +1,9 @@
-// Stands in for CUDA's own header, so that the files of csrc/cuda compile as C++ and their kernels run on the CPU.
+// Replaces CUDA's own header, so that the files of csrc/cuda compile as C++ and their kernels run on the CPU.
 //
 // A block's threads are fibres of one thread of the CPU. Each runs until it waits for others, at __syncthreads() or at
-// a shuffle or vote of its warp; who runs next is up to the schedule, which GLOW_KERNELS_SCHEDULE seeds. So a barrier
-// that is missing lets a thread read what another has not written yet. Shared memory is NaN until it is written.
-// Threads that wait for ever are an error that says who waits where.
+// a shuffle or vote of its warp; which runs next is decided by the schedule, which GLOW_KERNELS_SCHEDULE seeds. So if a
+// barrier is missing, a thread can read what another has not written yet. Shared memory is NaN until it is written. A
+// deadlock is an error that says which threads wait where.
 #pragma once
 
 #include <algorithm>
@@ -45,22 +45,22 @@ using cudaStream_t = void*;
 constexpr cudaError_t cudaSuccess = 0;
 inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
 
-// Of the fibre that runs.
+// Those of the running fibre.
 extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
 
 namespace cuda_host {
 
-// Runs `thread` once for every thread of every block of every layer. Throws where threads of a block wait for ever.
+// Runs `thread` once for every thread of every block of every layer. Throws if threads of a block wait for ever.
 void launch(unsigned blocks, unsigned layers, unsigned threads, size_t shared_bytes,
             const std::function<void()>& thread);
 
-// GLOW_KERNELS_MULTIPROCESSORS, 1 without it: with 0, which no device has, no tensor is small.
+// GLOW_KERNELS_MULTIPROCESSORS, or 1 if that is not set. With 0, which no device has, no tensor counts as small.
 int multiprocessors();
-// GLOW_KERNELS_SHARED_BYTES, those of sm_90 without it.
+// GLOW_KERNELS_SHARED_BYTES, or what sm_90 has if that is not set.
 int most_shared_bytes();
 
-// Memory that the threads of a block share: one piece for every `key`, of this size, until the block ends.
+// Memory that the threads of a block share: an array of this size for every `key`, which lives until the block ends.
 void* shared_memory(const void* key, size_t bytes);
 void* dynamic_shared();
 
@@ -89,7 +89,7 @@ T shuffle(Place place, unsigned mask, T value, unsigned source) {
 
 inline unsigned lane() { return threadIdx.x % 32; }
 
-// mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32: c += a b, of fragments that all lanes of a warp give.
+// mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32: c += a b, where every lane of a warp passes its fragments.
 void multiply_add(Place place, float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 
 }  // namespace cuda_host
@@ -105,7 +105,7 @@ void multiply_add(Place place, float (&c)[4], const uint32_t (&a)[4], const uint
 #define __shfl_sync(mask, value, source) ::cuda_host::shuffle(CUDA_HOST_PLACE, mask, value, (source) % 32u)
 #define __shfl_xor_sync(mask, value, distance) \
   ::cuda_host::shuffle(CUDA_HOST_PLACE, mask, value, ::cuda_host::lane() ^ static_cast<unsigned>(distance))
-// Beyond the warp's end a lane keeps its own value.
+// A lane whose source is beyond the end of the warp keeps its own value.
 #define __shfl_down_sync(mask, value, distance) \
   ::cuda_host::shuffle(CUDA_HOST_PLACE, mask, value, ::cuda_host::down(static_cast<unsigned>(distance)))
 #define __shfl_up_sync(mask, value, distance) \
@@ -118,7 +118,7 @@ void multiply_add(Place place, float (&c)[4], const uint32_t (&a)[4], const uint
 #define __reduce_min_sync(mask, value) \
   ::cuda_host::reduce(CUDA_HOST_PLACE, mask, value, [](unsigned a, unsigned b) { return a < b ? a : b; })
 
-// One thread runs at a time, until it waits.
+// These need no locks: one thread runs at a time, until it waits.
 inline unsigned atomicMin(unsigned* at, unsigned value) { return std::exchange(*at, std::min(*at, value)); }
 inline unsigned atomicMax(unsigned* at, unsigned value) { return std::exchange(*at, std::max(*at, value)); }
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
@@ -135,7 +135,7 @@ inline unsigned up(unsigned distance) { return lane() >= distance ? lane() - dis
 inline unsigned vote(Place place, unsigned mask, bool predicate) {
   return static_cast<unsigned>(exchange(place, Exchange::vote, mask, predicate, lane()));
 }
-// Of all lanes; of fewer it waits for ever.
+// Works for a mask of all lanes only; with fewer it waits for ever.
 template <typename F>
 unsigned reduce(Place place, unsigned mask, unsigned value, const F& of_two) {
   for (unsigned distance = 16; distance > 0; distance /= 2) {

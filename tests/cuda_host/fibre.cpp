@@ -11,8 +11,8 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
-// Saves the registers that a callee must keep on the stack, writes the stack pointer to `*save` and goes on with the
-// stack `load`, from which it takes the same registers and the address to return to. ucontext would make a system call.
+// Pushes the callee-saved registers, writes the stack pointer to `*save`, and continues on the stack `load`, from which
+// it pops the same registers and the return address. ucontext would make a system call.
 extern "C" void cuda_host_switch(void** save, void* load);
 
 #if defined(__x86_64__)
@@ -82,7 +82,7 @@ cuda_host_switch:
 namespace cuda_host {
 namespace {
 
-// A new fibre's function gets no argument, so that its first lines find the fibre here.
+// A new fibre's function gets no argument, so it finds the fibre here.
 thread_local Fibre* entering = nullptr;
 
 }  // namespace
@@ -104,7 +104,8 @@ void Fibre::start(void (*body)(void*), void* argument) {
   auto** top = reinterpret_cast<void**>(static_cast<char*>(memory_) + kStackBytes);
   const auto function = reinterpret_cast<void*>(+[]() { enter(entering); });
 #if defined(__x86_64__)
-  // Six registers, the address to return to, and one where the caller's would be, which keeps the stack aligned.
+  // Six registers, the return address, and a word in place of the caller's return address, which keeps the stack
+  // aligned.
   top -= 8;
   for (int i = 0; i < 8; ++i) top[i] = nullptr;
   top[6] = function;

@@ -1,4 +1,4 @@
-// Fibres: functions with stacks of their own that a thread of the CPU switches between.
+// Fibres: functions with their own stacks, between which a thread of the CPU switches.
 #pragma once
 
 #include <cstddef>
@@ -13,11 +13,11 @@ class Fibre {
   Fibre(const Fibre&) = delete;
   Fibre& operator=(const Fibre&) = delete;
 
-  // Runs `body(argument)` until it pauses or returns. What an abandoned body had on the stack is forgotten.
+  // Runs `body(argument)` until it pauses or returns. If an earlier body has not returned, its stack is discarded.
   void start(void (*body)(void*), void* argument);
-  // Goes on after pause().
+  // Continues after pause().
   void resume();
-  // Returns from the start() or resume() that runs.
+  // Returns control to the start() or resume() that runs this fibre.
   void pause();
 
  private:
@@ -28,7 +28,7 @@ class Fibre {
   void* memory_;
   void* stack_pointer_ = nullptr;
   void* caller_stack_pointer_ = nullptr;
-  // AddressSanitizer's, which must know about every change of stacks.
+  // State for AddressSanitizer, which must be told about every change of stacks.
   void* fake_stack_ = nullptr;
   void* caller_fake_stack_ = nullptr;
   const void* caller_stack_ = nullptr;

@@ -4,7 +4,7 @@
 
 namespace {
 
-// `glow-kernels info` and tests tell by this that the native backend is csrc/cuda on the CPU.
+// Tells `glow-kernels info` and tests that the native backend is csrc/cuda on the CPU.
 std::string native_isa() { return "cuda host shim"; }
 
 }  // namespace
