@@ -57,7 +57,7 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Work on the matrices that runs concurrently with the work on the data; empty if there is none.
 using Beside = std::function<void()>;
 
-// Whether such work, of the order of n^3, is worth a thread.
+// Whether such work, of the order of n^3, is worth a thread of its own.
 bool is_worth_a_thread(int64_t n) { return n >= 64; }
 
 template <typename A>
@@ -211,7 +211,7 @@ struct FoldedStep {
   }
 };
 
-// x -> z or, for the inverse, z -> x, and its log-determinant.
+// Computes x -> z or, for the inverse, z -> x, and the log-determinant.
 template <bool is_inverse>
 std::tuple<Tensor, Tensor> transform(const Tensor& x_any, const Tensor& log_scale, const Tensor& bias,
                                      const Tensor& weight, std::optional<Tensor> weight_log_det) {

@@ -14,7 +14,7 @@ constexpr int64_t kTile = 1024;
 // Tensors larger than this, in bytes, are evicted from the caches before anything reads them.
 constexpr int64_t kCached = int64_t{16} << 20;
 
-// A matrix in memory; strides count elements.
+// A matrix in memory; strides are in elements.
 template <typename T>
 struct Strided {
   T* data;

@@ -23,7 +23,7 @@ namespace {
 using namespace coupling;  // NOLINT: these headers are made for this
 using namespace linear;    // NOLINT
 
-// The backward's maximum threads of a block, and blocks that share a multiprocessor, which are limited by registers.
+// The backward's maximum threads per block, and its blocks per multiprocessor, which registers limit.
 template <unsigned R>
 constexpr int kBackwardThreads = R == kFewRows ? kThreads : kMaxThreads;
 template <unsigned R>

@@ -147,7 +147,7 @@ void Fibre::enter(Fibre* fibre) {
 #endif
   fibre->body_(fibre->argument_);
   fibre->pause();
-  std::abort();  // nobody resumes a body that has returned
+  std::abort();  // a body that has returned is never resumed
 }
 
 }  // namespace cuda_host

@@ -20,7 +20,7 @@ namespace glow_kernels {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// The planes of x, unless its spatial dimensions do not collapse into one.
+// The planes of x, or nothing if its spatial dimensions do not collapse into one.
 inline std::optional<Planes> try_planes(const Tensor& x) {
   Planes planes{x.size(0), x.size(1), 1, x.stride(0), x.stride(1), 1};
   // The strides of an empty tensor are meaningless.
