@@ -144,6 +144,25 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def _cropped(x: Tensor) -> Tensor:
+    return x.new_full((*x.shape[:-1], x.shape[-1] + 1), torch.nan)[..., :-1].copy_(x)
+
+
+# Ways for rows of a whole number of vectors not to begin where a vector may.
+UNALIGNED: dict[str, Callable[[Tensor], Tensor]] = {
+    "offset": LAYOUTS["offset"],
+    "cropped": _cropped,
+    "cropped_channels_last": lambda x: _cropped(x.movedim(1, -1)).movedim(-1, 1),
+}
+
+
+def unaligned(case: Case, layout: str) -> list[Tensor]:
+    """Arguments for 12 channels; unaligned are those with the shape of the data or, at an offset, all."""
+    inputs = case.draw((3, 12, 16))
+    count = len(inputs) if layout == "offset" else case.batched
+    return [*map(UNALIGNED[layout], inputs[:count]), *inputs[count:]]
+
+
 def other_layouts(layout: str, count: int) -> list[tuple[str, ...]]:
     """Layouts of the ``count`` arguments after the first, which has this one; in the interpreter the same, or plain."""
     if INTERPRETED:
@@ -384,6 +403,10 @@ class ResultProperties:
         for others in other_layouts(layout, case.batched - 1):
             check_results(case, in_layout(case.draw((3, 4, 2, 5)), layout, *others))
 
+    @pytest.mark.parametrize("layout", UNALIGNED)
+    def test_results_of_unaligned_rows(self, backend, case, layout):
+        check_results(case, unaligned(case, layout))
+
     @pytest.mark.parametrize(("size", "memory_format"), CHANNELS_LAST)
     def test_channels_last_data_makes_channels_last_results(self, backend, case, size, memory_format):
         for layout in ("channels_last", "last_half_channels_last"):
@@ -493,6 +516,10 @@ class DifferentiableProperties(OperatorProperties):
     def test_gradients_of_every_memory_layout(self, backend, case, layout):
         for others in other_layouts(layout, case.batched - 1):
             check_gradients(case, in_layout(case.draw((3, 4, 2, 5)), layout, *others))
+
+    @pytest.mark.parametrize("layout", UNALIGNED)
+    def test_gradients_of_unaligned_rows(self, backend, case, layout):
+        check_gradients(case, unaligned(case, layout))
 
     @pytest.mark.parametrize("layout", LAYOUTS)
     def test_upstream_gradients_of_every_memory_layout(self, backend, case, layout):
