@@ -1,9 +1,9 @@
 """The host shim finds what it is there for: faults are planted in copies of a kernel, which must come out.
 
-A barrier taken away shows as a wrong result, a thread that misses one as an error with text, an access out of bounds as
-AddressSanitizer's. One library has all faults of an operator, and an environment variable chooses one. The product that
-stands in for the matrix units is held against their documentation. The operator tests themselves run on the shim by
-``make test-cuda-host``.
+A barrier taken away shows as a wrong result, a thread that misses one and a copy that is not aligned as errors with
+text, an access out of bounds as AddressSanitizer's. One library has all faults of an operator, and an environment
+variable chooses one. The product that stands in for the matrix units is held against their documentation. The operator
+tests themselves run on the shim by ``make test-cuda-host``.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ SOURCES = {
     "affine_coupling": ["affine_coupling.cu"],
     "coupling_conv1x1": ["coupling_conv1x1.cu"],
     "actnorm_conv1x1": [
-        *(f"actnorm_conv1x1{end}" for end in ("_step.cu", "_parameters.h", ".cu", "_wide.cu")),
+        *(f"actnorm_conv1x1{end}" for end in ("_step.cu", "_parameters.h", "_tile.h", ".cu", "_wide.cu")),
         "warp_elimination.h",
     ],
     "actnorm_conv1x1_wide": ["actnorm_conv1x1_wide.cu", "actnorm_conv1x1.cu"],
@@ -185,6 +185,9 @@ FAULTS = {
     "actnorm_conv1x1": {
         "no barrier between scales and folding": Fault("  «__syncthreads()»;\n  for_each_row"),
         "no barrier between folding and product": Fault(f"{FOLDED}  wait_for_copies();\n  «__syncthreads()»"),
+        "a copy from between two vectors": Fault(
+            "start_copy<V>(matrix + i * frame.row + j, «from» + i", "from + 1", "not aligned"
+        ),
         "a product before its tile is there": Fault(f"{FOLDED}  «wait_for_copies()»"),
         "folding before the weight is there": Fault("«wait_for_copies<1>()»", "wait_for_copies<2>()"),
         "no barrier of a warp between a pivot row and its step": Fault(
@@ -311,7 +314,7 @@ def outcome(tree: Tree, program: str, fault: str) -> str:
         return "heap-buffer-overflow" if named else done.stderr
     said, _, isa = done.stdout.rstrip().rpartition(" on the ")
     assert isa == "cuda host shim"
-    return "waits for ever" if "waits for ever" in said else said
+    return next((error for error in ("waits for ever", "not aligned") if error in said), said)
 
 
 @pytest.mark.parametrize("operator", FAULTS)

@@ -104,6 +104,10 @@ class Block {
   }
   size_t shared_bytes() const { return shared_bytes_; }
   Copies& copies() { return threads_[threadIdx.x].copies; }
+  void start_copy(void* to, const void* from, size_t bytes, size_t zeros) {
+    aligned_ = aligned_ && (reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % bytes == 0;
+    copies().started.push_back({to, from, bytes, zeros, copies().groups});
+  }
 
  private:
   void go_on(unsigned index);
@@ -119,6 +123,7 @@ class Block {
   std::vector<Fibre*> resting_;  // fibres without a thread
   std::map<const void*, std::unique_ptr<char[]>> shared_;
   unsigned waiting_ = 0, done_ = 0;  // threads at a barrier, and those that have returned
+  bool aligned_ = true;              // all copies so far
 };
 
 // TF32 ignores the low 13 bits.
@@ -148,6 +153,7 @@ void Block::run(Schedule& schedule) {
       if (threads_[index].state != State::ready) continue;
       progress = true;
       go_on(index);
+      if (!aligned_) throw std::runtime_error("a thread copies from or to an address that is not aligned");
       after(index);
     }
     if (!progress) complain();
@@ -274,10 +280,7 @@ int most_shared_bytes() {
 
 void* shared_memory(const void* key, size_t bytes) { return running->shared_memory(key, bytes); }
 void* dynamic_shared() { return running->shared_memory(nullptr, running->shared_bytes()); }
-void start_copy(void* to, const void* from, size_t bytes, size_t zeros) {
-  Copies& copies = running->copies();
-  copies.started.push_back({to, from, bytes, zeros, copies.groups});
-}
+void start_copy(void* to, const void* from, size_t bytes, size_t zeros) { running->start_copy(to, from, bytes, zeros); }
 void end_group_of_copies() { ++running->copies().groups; }
 void finish_copies(size_t left) {
   auto& [started, groups] = running->copies();

@@ -1,5 +1,5 @@
-// Replaces CUDA's header of asynchronous copies to shared memory: here a copy is made when its thread waits for it, so
-// that a thread that does not wait reads the old contents.
+// Stands in for CUDA's header of copies to shared memory that go on while their thread does: here they are made when it
+// waits for them, so that who does not wait reads what was there before. Addresses must be multiples of their bytes.
 #pragma once
 
 #include "cuda_runtime.h"
