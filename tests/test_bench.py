@@ -130,7 +130,6 @@ def test_on_a_gpu_the_figures_are_of_replays_where_they_can_be_captured(monkeypa
     assert re.search(r" 9\d+\.\d\* ", table.operator_line(row))
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")  # PyTorch's own, at import
 def test_compiled_code_is_a_candidate():
     session = Session()
     row = session.measure(Case("gaussian_log_prob", "no_grad", SHAPE), 0.01)
@@ -138,7 +137,6 @@ def test_compiled_code_is_a_candidate():
     assert row["candidates"]["compile"]["seconds"][0] > 0
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")  # PyTorch's own, at import
 def test_one_compilation_serves_all_numbers_of_threads(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     case = Case("actnorm_statistics", "no_grad", SHAPE)

@@ -565,7 +565,6 @@ def test_networks_with_a_forward_of_their_own_are_run_as_copies():
     assert coupling.net[1].num_batches_tracked == 0
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 def test_transforms_of_functions_and_batches_of_gradients():
     original = flow(rosinality.AffineCoupling(4, 8))
     nn.init.normal_(original.coupling.net[-1].conv.weight, 0, 0.1)

@@ -519,7 +519,6 @@ def test_actnorm_with_offsets_as_in_srflow_is_computed_by_the_original_where_it_
     torch.testing.assert_close(actual, expected)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 def test_scripted_layers_are_not_touched():
     scripted = torch.jit.script(nn.ReLU())
     model = nn.ModuleDict({"scripted": scripted, "flow": step()})
