@@ -557,6 +557,7 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     assert process.returncode == 141
 
 
+@pytest.mark.usefixtures("_no_curve")
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 def test_a_stream_that_is_closed_is_no_error(stream: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = f"array:{save_images(tmp_path / 'images.npz')}"
@@ -564,6 +565,7 @@ def test_a_stream_that_is_closed_is_no_error(stream: str, tmp_path: Path, monkey
     assert cli("train", "--run", tmp_path / "run", "--dataset", dataset, *TINY) == 0
 
 
+@pytest.mark.usefixtures("_no_curve")
 def test_a_stream_that_cannot_spell_a_path_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = f"array:{save_images(tmp_path / 'images.npz')}"
     written = io.BytesIO()

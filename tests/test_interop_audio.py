@@ -61,7 +61,7 @@ def test_another_convolution_inside_of_waveglows_has_its_effect():
 
 @pytest.mark.parametrize("memory", ["store", "checkpoint"])
 @pytest.mark.parametrize("name", ["waveglow", "glow-tts"])
-def test_hundred_steps_of_training_have_the_same_losses(name, memory):
+def test_a_training_run_has_the_same_losses(name, memory):
     generator = torch.Generator().manual_seed(0)
     models = []
     for _ in range(2):  # not a deep copy, which weight_norm refuses
@@ -70,10 +70,10 @@ def test_hundred_steps_of_training_have_the_same_losses(name, memory):
     original, accelerated = models
     if name == "waveglow":
         loss = audio.waveglow_loss
-        batches = [waveglow_batch(generator) for _ in range(100)]
+        batches = [waveglow_batch(generator) for _ in range(40)]
     else:
         loss = decoder_loss
-        batches = [(torch.randn(3, 8, 12, generator=generator),) for _ in range(100)]
+        batches = [(torch.randn(3, 8, 12, generator=generator),) for _ in range(40)]
     keys = list(accelerated.state_dict())
     report = gk.accelerate(accelerated, memory=memory)
     kinds = {row.kind for row in report.patched}
