@@ -1,7 +1,7 @@
-"""Compile the Triton kernels for GPUs that are not here, just as the operators launch them.
+"""Compile the Triton kernels for GPUs that are not here, exactly as the operators launch them.
 
-The operators run on meta tensors, on a stub of Triton's driver that claims to be the GPU, so that every choice of
-tiles, types and options is their own; each launch is compiled and its resources are read from the binary.
+The operators run on meta tensors with a stub of Triton's driver that pretends to be the GPU, so they choose all tiles,
+types and options themselves. Each launch is compiled, and its resource usage is read from the binary.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from unittest import mock
 import torch
 from triton_samples import Sample, all_samples, is_bandwidth, is_of_two_formats
 
-# Compute capability or AMD architecture, threads of a warp, bytes of shared memory that a block may have, and registers
-# and threads of a multiprocessor.
+# Backend, compute capability or AMD architecture, threads per warp, bytes of shared memory per block at most, and
+# registers and threads per multiprocessor.
 TARGETS: dict[str, tuple[str, int | str, int, int, int, int]] = {
     "sm_80": ("cuda", 80, 32, 166_912, 65_536, 2048),
     "sm_90": ("cuda", 90, 32, 232_448, 65_536, 2048),
@@ -33,13 +33,13 @@ TARGETS: dict[str, tuple[str, int | str, int, int, int, int]] = {
     "gfx942": ("hip", "gfx942", 64, 65_536, 131_072, 2048),
 }
 
-# Name of a kernel, and all that Triton compiles it anew for: types of its tensors, and what is decided at compile time.
+# Name of a kernel, and all that selects a compiled variant: the types of its tensors and its compile-time arguments.
 Variant = tuple[str, str]
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """Resources of one compiled variant; registers per thread, bytes of shared memory, bits of an access."""
+    """Resource usage of one compiled variant: registers per thread, bytes of shared memory, bits per memory access."""
 
     target: str
     operator: str
@@ -56,7 +56,7 @@ class Kernel:
 
 
 class _Driver:
-    """As much of a driver as compiling asks for."""
+    """The part of a driver that compiling needs."""
 
     def __init__(self, target: Any, device: int) -> None:
         self._target, self._device = target, device
@@ -80,20 +80,20 @@ def pretending(target: str, launched: Callable[..., None]) -> Iterator[None]:
 
     backend, architecture, warp, *_ = TARGETS[target]
     driver.set_active(_Driver(GPUTarget(backend, architecture, warp), list(TARGETS).index(target)))
-    hip = "0" if backend == "hip" else None  # what the operators ask
+    hip = "0" if backend == "hip" else None  # the operators check torch.version.hip
     with mock.patch.object(torch.version, "hip", hip), mock.patch.object(triton.JITFunction, "run", launched):
         yield
 
 
 def variant(kernel: Any, args: Sequence[Any], options: dict[str, Any]) -> Variant:
-    """What a launch is compiled for. Numbers and addresses choose no variant: see ``device_functions.kernel``."""
+    """The variant of a launch. Numbers and addresses do not affect it: see ``device_functions.kernel``."""
     types = [str(arg.dtype) for arg in args if isinstance(arg, torch.Tensor)]
     chosen = sorted((name, value) for name, value in options.items() if name not in ("grid", "warmup"))
     return kernel.fn.__name__, f"{types} {chosen}"
 
 
 def variants(calls: Iterable[Callable[[], Any]], target: str = "sm_90") -> dict[Variant, Any]:
-    """What the calls would launch on ``target``, with the kernel of each."""
+    """The variants that the calls would launch on ``target``, with the kernel of each."""
     found: dict[Variant, Any] = {}
 
     def launched(kernel: Any, *args: Any, **options: Any) -> None:
@@ -106,7 +106,7 @@ def variants(calls: Iterable[Callable[[], Any]], target: str = "sm_90") -> dict[
 
 
 def compile_for(target: str, samples: Sequence[Sample], wanted: Iterable[Variant]) -> list[Kernel]:
-    """Compile the variants that are wanted of those that the samples launch. Only the interpreter cannot be on."""
+    """Compile the ``wanted`` variants among those that the samples launch. The interpreter must be off."""
     import triton
 
     run, left, kernels, operator = triton.JITFunction.run, set(wanted), [], ""
@@ -124,7 +124,7 @@ def compile_for(target: str, samples: Sequence[Sample], wanted: Iterable[Variant
 
 
 def compile_all(wanted: dict[str, Sequence[Variant]], parts: int = 8) -> list[Kernel]:
-    """Compile these variants for these targets, a process per core."""
+    """Compile these variants for these targets, with one process per core."""
     jobs = [(target, part, parts, keys) for (target, keys), part in itertools.product(wanted.items(), range(parts))]
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
         return [kernel for part in pool.imap(_compile_part, jobs) for kernel in part]
@@ -132,25 +132,25 @@ def compile_all(wanted: dict[str, Sequence[Variant]], parts: int = 8) -> list[Ke
 
 def _compile_part(job: tuple[str, int, int, Sequence[Variant]]) -> list[Kernel]:
     target, part, parts, wanted = job
-    # Neighbours are alike, so every part gets some of each.
+    # Neighbours are similar, so they are dealt out to different parts.
     return compile_for(target, all_samples(), wanted[part::parts])
 
 
-# Kernels that only add up partial results, and those that write nothing else.
+# Kernels that only sum partial results, and kernels that write only partial results.
 _WITHOUT_DATA = ("_sum_kernel", "_combine_kernel")
 _REDUCTIONS = ("_log_prob_kernel", "_chunk_kernel", "sums_kernel", "wide_sums_kernel")
 
 
 def faults(kernel: Kernel) -> list[str]:
-    """What no kernel may do.
+    """The faults of a kernel.
 
-    It spills, its block does not fit, or it moves the bandwidth shapes less than 128 bits at a time, or single elements
-    of an ``h`` that lies otherwise than the data.
+    It must not spill, its block must fit, it must move the bandwidth shapes 128 bits at a time, and it must not move
+    single elements of an ``h`` whose memory format differs from that of the data.
     """
     found = []
     if kernel.spills or kernel.shared_memory > TARGETS[kernel.target][3] or not kernel.occupancy:
         found.append("spills or does not fit")
-    # AMD's matrix units leave neighbouring channels of a product with different threads.
+    # AMD's matrix units put neighbouring channels of a product into different threads.
     amd = kernel.target == "gfx942"
     products = ("apply_kernel", "backward_kernel") if amd and "channels last" in kernel.operator else ()
     if is_bandwidth(kernel.operator) and kernel.kernel not in _WITHOUT_DATA:
@@ -159,7 +159,7 @@ def faults(kernel: Kernel) -> list[str]:
         if kernel.widest_store < 128 and kernel.kernel.removeprefix("coupled_") not in (*_REDUCTIONS, *products):
             found.append(f"writes {kernel.widest_store} bits at a time")
     if is_of_two_formats(kernel.operator) and kernel.kernel.startswith(("coupled_", "mixed_")):
-        # In bfloat16, of which a single element has 16 bits.
+        # h is in bfloat16: an access of 16 bits moves a single element.
         if min(kernel.widest_load, kernel.widest_store) < 128 or kernel.narrowest_load < 32:
             found.append(f"moves an h that lies otherwise {kernel.narrowest_load} bits at a time, or less than 128")
         if kernel.narrowest_store < 32 and not (amd and "chunk" in kernel.operator):
@@ -168,7 +168,7 @@ def faults(kernel: Kernel) -> list[str]:
 
 
 def write_report(kernels: Sequence[Kernel], path: Path) -> None:
-    """A row per compiled variant."""
+    """Write a CSV file with a row per compiled variant."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Kernel)])
@@ -183,7 +183,7 @@ def _read(target: str, operator: str, compiled: Any) -> Kernel:
         registers, spills, loads, stores = _read_nvidia(compiled.asm, disassemble=is_bandwidth(operator))
     else:
         registers, spills, loads, stores = _read_amd(compiled.asm)
-    # Registers are allocated in eights; AMD has a file for each of four units.
+    # Registers are allocated in multiples of eight; AMD has a register file for each of four SIMD units.
     per_block = -(-registers // 8) * 8 * warp * metadata.num_warps
     blocks = min(register_file * (4 if backend == "hip" else 1) // per_block, 32) if registers else 32
     occupancy = min(1.0, blocks * metadata.num_warps * warp / threads)
@@ -195,7 +195,7 @@ def _read(target: str, operator: str, compiled: Any) -> Kernel:
 
 
 def _read_nvidia(asm: dict[str, Any], disassemble: bool) -> tuple[int, int, list[int], list[int]]:
-    """Registers, stack, and bits of loads and stores: of the machine's instructions, or of PTX's, which is quicker."""
+    """Registers, stack, and bits of loads and stores, from the machine code or, which is faster, from PTX."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
         file.flush()
@@ -225,7 +225,7 @@ def _read_amd(asm: dict[str, Any]) -> tuple[int, int, list[int], list[int]]:
     def value(name: str) -> int:
         return int(re.search(rf"\.{name}:\s*(\d+)", code)[1])
 
-    # Scalar registers are spilled to lanes of vector registers; the segment is what goes to memory of either.
+    # Scalar registers spill to lanes of vector registers; the private segment counts what spills to memory.
     spills = value("vgpr_spill_count") + value("private_segment_fixed_size")
     loads, stores = (re.findall(rf"(?:global|buffer)_{name}_(\w+)", code) for name in ("load", "store"))
     return value("vgpr_count"), spills, [_amd_bits(found) for found in loads], [_amd_bits(found) for found in stores]
@@ -237,7 +237,7 @@ def _amd_bits(suffix: str) -> int:
 
 
 def nvidia_tool(name: str, *arguments: str) -> str:
-    """Output of one of the tools that come with Triton."""
+    """The output of one of the tools that come with Triton."""
     import triton
 
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name

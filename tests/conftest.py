@@ -1,4 +1,4 @@
-"""Fixtures that every test may use."""
+"""Fixtures for all tests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from glow_kernels.reversible.randomness import seed_generators
 
 pytest.register_assert_rewrite("operators")
 
-# A script's process in the background ignores Ctrl-C, and so would all that tests start to interrupt it.
+# A background process of a shell script ignores SIGINT, and so would the processes that tests start to interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -25,32 +25,32 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 
 def pytest_collection_finish() -> None:
-    """Spare the garbage collector PyTorch's modules and all collected tests, each time that it runs."""
+    """Freeze PyTorch's modules and all collected tests, so the garbage collector does not scan them at every run."""
     gc.freeze()
 
 
 def pytest_sessionfinish() -> None:
-    """Let all go that Triton's library would take for a leak."""
+    """Unfreeze the objects again, which Triton's library would otherwise take for leaks."""
     gc.unfreeze()
 
 
-# Where the tensors of the tests are: ``make gpu`` says cuda.
+# The device of the tests' tensors; ``make gpu`` sets it to cuda.
 DEVICE = os.environ.get("GLOW_KERNELS_TEST_DEVICE", "cpu")
 if DEVICE != "cpu":
-    # Some tests want the bits of a gradient again, and none the ten bits of TF32.
+    # Some tests need bitwise reproducible gradients, and no test tolerates the ten mantissa bits of TF32.
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.allow_tf32 = False
 
 
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
-    """Every test draws the same numbers on every run, alone or among others."""
+    """Every test draws the same numbers on every run, whether run alone or with others."""
     seed_generators(torch.device(DEVICE), 0)
 
 
 @pytest.fixture(autouse=DEVICE != "cpu")
 def _device() -> Iterator[None]:
-    """Tests make tensors on the device that is tested."""
+    """Tests make tensors on the tested device by default."""
     with torch.device(DEVICE):
         yield
 
@@ -71,10 +71,10 @@ def fast_backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
-    """Fill every ``torch.empty`` with NaN: an element that an operator forgets to write shows.
+    """Fill every ``torch.empty`` with NaN, to reveal elements that an operator forgets to write.
 
-    So does one of the native library, which allocates beneath that: the C library fills what it hands out with bytes
-    that are 3e38 in float32 and NaN in float16.
+    The native library allocates below this level, so glibc also fills the memory that it returns with bytes that make
+    3e38 in float32 and NaN in float16.
     """
     perturb = getattr(ctypes.CDLL(None), "mallopt", None)
     if perturb is not None:  # glibc, whose M_PERTURB is -6

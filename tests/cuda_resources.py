@@ -1,8 +1,8 @@
-"""What the kernels of the CUDA library need of a GPU, read from the machine code that nvcc made of them.
+"""The resource usage of the CUDA library's kernels, read from the machine code.
 
-Run as a program, this writes the report of all kernels: registers, shared memory, local memory and how many of a
-multiprocessor's threads can be there at once. Where the library is for all GPUs it also writes the record, which is
-committed: of which sources all kernels have been compiled for all of them.
+Run as a program, this writes the report of all kernels: registers, shared memory, local memory and occupancy. If the
+library has been built for all GPUs, it also writes the record, which is committed: a summary for every GPU, with the
+hash of the sources that have been compiled.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ REPOSITORY = Path(__file__).parents[1]
 LIBRARY = REPOSITORY / "glow_kernels" / "_C_cuda.so"
 RECORD = Path(__file__).with_name("cuda_kernels.csv")
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
-# Of a multiprocessor beside what TARGETS tells of sm_80 and the later ones.
+# The same data as in TARGETS, for GPUs that are not in it.
 OTHERS = {"sm_86": ("cuda", 86, 32, 101_376, 65_536, 1536), "sm_89": ("cuda", 89, 32, 101_376, 65_536, 1536)}
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """Registers per thread; bytes per thread on the stack and in local memory, which are in global memory in truth;
-    bytes of static shared memory per block; threads of a block at most; share of a multiprocessor's threads.
+    """Registers per thread; bytes per thread of stack and local memory, both in global memory; bytes of static shared
+    memory per block; most threads per block; occupancy, the fraction of a multiprocessor's threads.
     """
 
     target: str
@@ -46,7 +46,7 @@ class Kernel:
 
 
 def kernels(library: Path = LIBRARY) -> list[Kernel]:
-    """All kernels for all GPUs that ``library`` has machine code for."""
+    """All kernels for all GPUs for which ``library`` has machine code."""
     threads = _block_sizes(nvidia_tool("cuobjdump", "-elf", str(library)))
     found, target = [], ""
     for line in nvidia_tool("cuobjdump", "--dump-resource-usage", str(library)).splitlines():
@@ -57,7 +57,7 @@ def kernels(library: Path = LIBRARY) -> list[Kernel]:
         elif "REG:" in line:
             usage = {key: int(value) for key, value in re.findall(r"([A-Z]+):(\d+)", line)}
             block = threads[target, name]
-            # From sm_90 on it counts what the system keeps.
+            # From sm_90 on, the number includes the 1 KiB that the system reserves.
             shared_memory = usage["SHARED"] - (1024 if int(target[3:]) >= 90 and usage["SHARED"] else 0)
             occupancy = _occupancy(target, usage["REG"], shared_memory, block)
             figures = (usage["REG"], usage["STACK"], usage["LOCAL"], shared_memory, block, occupancy)
@@ -66,7 +66,7 @@ def kernels(library: Path = LIBRARY) -> list[Kernel]:
 
 
 def _block_sizes(elf: str) -> dict[tuple[str, str], int]:
-    """Threads that a kernel promises to have at most, per target and kernel."""
+    """The most threads per block that each kernel declares, per target and kernel."""
     sizes: dict[tuple[str, str], int] = {}
     target = name = attribute = ""
     for line in elf.splitlines():
@@ -83,7 +83,7 @@ def _block_sizes(elf: str) -> dict[tuple[str, str], int]:
 
 def _occupancy(target: str, registers: int, shared_memory: int, threads: int) -> float:
     _, _, warp, most_shared, register_file, most_threads = (TARGETS | OTHERS)[target]
-    # Registers are allocated in eights; the system keeps 1 KiB of shared memory per block.
+    # Registers are allocated in multiples of eight; the system reserves 1 KiB of shared memory per block.
     blocks = min(
         register_file // (-(-registers // 8) * 8 * warp * (threads // warp)),
         (most_shared + 1024) // (shared_memory + 1024),
@@ -94,7 +94,7 @@ def _occupancy(target: str, registers: int, shared_memory: int, threads: int) ->
 
 
 def _plain(found: list[Kernel]) -> list[str]:
-    """Names as in the sources, without arguments and namespaces."""
+    """The kernels' names as in the sources, without arguments and namespaces."""
     mangled = "\n".join(kernel.kernel for kernel in found)
     names = subprocess.run(["c++filt"], input=mangled, capture_output=True, text=True, check=True).stdout.splitlines()
     without = re.compile(r"glow_kernels::|\(anonymous namespace\)::|c10::|^void ")
@@ -102,13 +102,13 @@ def _plain(found: list[Kernel]) -> list[str]:
 
 
 def sources() -> str:
-    """Fingerprint of what the kernels are made of, the compiler's options included."""
+    """A hash of everything that the kernels are compiled from, including the compiler's options."""
     made_of = source_hash(REPOSITORY / "csrc", "cuda").encode() + (REPOSITORY / "setup.py").read_bytes()
     return hashlib.sha256(made_of).hexdigest()[:16]
 
 
 def summary(found: list[Kernel]) -> list[dict[str, str]]:
-    """A row of the record for every GPU: how many kernels there are, and the most that one needs."""
+    """A row of the record for every GPU: the number of kernels, and the most that any of them needs."""
     nvcc = json.loads(LIBRARY.with_suffix(".json").read_text())["nvcc"]
     rows = []
     for target in ARCHS:
@@ -121,7 +121,7 @@ def summary(found: list[Kernel]) -> list[dict[str, str]]:
 
 
 def recorded() -> list[dict[str, str]]:
-    """The rows of the record, if it is of the sources as they are."""
+    """The rows of the record that match the current sources."""
     with RECORD.open(newline="") as file:
         return [row for row in csv.DictReader(file) if row["sources"] == sources()]
 
@@ -135,7 +135,7 @@ def _write(path: Path, names: Iterable[str], rows: Iterable[Mapping[str, object]
 
 
 def main(path: Path) -> None:
-    """Write the report and say how it looks."""
+    """Write the report and print a summary."""
     rows = kernels()
     _write(path, [field.name for field in fields(Kernel)], map(asdict, rows))
     if {row.target for row in rows} == set(ARCHS):

@@ -1,8 +1,8 @@
-"""The record of all that has been compiled: ``triton_kernels.csv`` beside this file, a row per kernel and target.
+"""The record of all compiled Triton kernels: ``triton_kernels.csv`` beside this file, a row per kernel and target.
 
-It names the sources of a kernel and the list of its variants by their hashes, and sums up what compiling all of them
-gave. ``make kernels-report`` runs this: it compiles the kernels whose sources or variants are others than those of the
-record, all of their variants, and writes them into it unless one has a fault.
+A row has hashes of the kernel's sources and of the list of its variants, and a summary of their resource usage. ``make
+kernels-report`` runs this: it compiles all variants of the kernels whose sources or variants differ from those in the
+record, and updates the record unless one has a fault.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ RECORD = Path(__file__).with_name("triton_kernels.csv")
 
 @dataclass(frozen=True)
 class Entry:
-    """One kernel on one target: what was compiled, and the most that any variant needs."""
+    """One kernel on one target, with hashes of its sources and variants."""
 
     kernel: str
     target: str
@@ -34,13 +34,13 @@ class Entry:
     count: int
 
     def key(self) -> tuple[str, str]:
-        """What there is one entry for."""
+        """The key of the entry in the record."""
         return self.kernel, self.target
 
 
 @dataclass(frozen=True)
 class Recorded(Entry):
-    """The same, compiled."""
+    """An entry that has been compiled, with the most that any variant needs."""
 
     registers: int
     spills: int
@@ -49,7 +49,7 @@ class Recorded(Entry):
 
 
 def current(target: str) -> list[tuple[Entry, list[Variant]]]:
-    """Every kernel as it is now, with the variants that the launch rules can choose."""
+    """Every kernel in its current state, with the variants that the launch rules can choose."""
     import triton
 
     found = variants((sample.call for sample in all_samples()), target)
@@ -63,7 +63,7 @@ def current(target: str) -> list[tuple[Entry, list[Variant]]]:
 
 
 def recorded() -> list[Recorded]:
-    """The record; nothing before the first."""
+    """The record, empty if there is none."""
     if not RECORD.exists():
         return []
     with RECORD.open(newline="") as file:
@@ -73,7 +73,7 @@ def recorded() -> list[Recorded]:
 
 
 def update(report: Path, again: bool) -> None:
-    """Compile what is missing or has changed, or everything again; write the record, and a row each to a report."""
+    """Compile what is missing or has changed, or everything if ``again``; write the record and a report of variants."""
     known = {} if again else {entry.key(): entry for entry in recorded()}
     rows: dict[tuple[str, str], Recorded] = {}
     kernels: list[Kernel] = []
@@ -87,7 +87,7 @@ def update(report: Path, again: bool) -> None:
             raise SystemExit("\n".join(found))
         fresh = {entry.key(): _summary(entry, compiled) for entry, _ in stale}
         rows |= {entry.key(): fresh.get(entry.key()) or known[entry.key()] for entry, _ in now}
-        # After every target, so that an interruption loses no more than one.
+        # Write after every target, so an interruption loses at most one.
         _write([*rows.values(), *(entry for entry in known.values() if entry.target not in {at for _, at in rows})])
         total = sum(entry.count for entry, _ in now)
         print(f"{target}: compiled {len(compiled)} of {total} variants", flush=True)
@@ -121,7 +121,7 @@ def _summary(entry: Entry, kernels: list[Kernel]) -> Recorded:
 
 
 def _sources(kernel: Any) -> str:
-    """Hash of a kernel and all that it calls: Triton's own, wherever in its file each of them stands."""
+    """Triton's own hash of a kernel and all that it calls, made independent of their positions in their files."""
     for function in _functions():
         function.starting_line_number, function.hash = 0, None
     return _short(kernel.cache_key)

@@ -1,8 +1,8 @@
-"""What every operator must do, written once; an operator's test file says what the operator is.
+"""Properties that every operator must have, written once; the test file of an operator defines what it computes.
 
 The truth is always a plain formula in float64, written in the test file, and autograd through it for gradients. The
-accuracy rule: the error against the truth is at most twice that of the same formula in eager PyTorch at the precision
-of the result, plus a few units in the last place.
+accuracy rule: the error is at most twice that of the same formula in eager PyTorch at the precision of the result, plus
+a few units in the last place.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ import glow_kernels as gk
 
 Function = Callable[..., Any]
 
-# Every operator has a file of its name in the reference.
+# The reference has a file for every operator, named after it.
 REFERENCE = Path(gk.__file__).parent / "backends" / "reference"
 MODULES = sorted(path.stem for path in REFERENCE.glob("[!_]*.py"))
 
-# Triton's interpreter takes a thousand times as long as a kernel: its run makes the same checks on fewer samples, of
-# types, layouts and options one after the other instead of in all combinations. So does its run on a GPU where each
-# would be compiled anew, for a third of a second; ``test_triton_compile.py`` is about those.
+# Triton's interpreter is a thousand times slower than a kernel, so with it the same checks use fewer samples: each
+# type, layout and option occurs, but not every combination. Triton on a GPU does so too where each combination would
+# take a third of a second to compile; ``test_triton_compile.py`` covers these.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def combinations(*values: Sequence[Any], few: bool = INTERPRETED) -> list[tuple[Any, ...]]:
-    """Combinations of one of each of ``values``: every two meet in one of them, or only so ``few`` that each is in one.
+    """Combinations of one of each of ``values``, with all pairs of values; if ``few``, just with every value.
 
-    Two are enough: an option decides on addresses, on conversions or on one term of the arithmetic, never on how two
-    others go together. What no pair shows, hypothesis draws: ``test_anything_is_as_accurate_as_eager``.
+    Pairs are enough: an option decides on addresses, on conversions or on one term of the arithmetic, never on how two
+    others interact. Hypothesis draws other combinations: ``test_anything_is_as_accurate_as_eager``.
     """
     if few:
         return [tuple(each[index % len(each)] for each in values) for index in range(max(map(len, values), default=0))]
@@ -59,7 +59,7 @@ def _pairs(candidate: tuple[int, ...]) -> frozenset[tuple[tuple[int, int], ...]]
     return frozenset(itertools.combinations(enumerate(candidate), 2))
 
 
-# Type of the data and of the other arguments.
+# Dtypes of the data and of the other arguments.
 DTYPES = {
     "float16": (torch.float16, torch.float16),
     "bfloat16": (torch.bfloat16, torch.bfloat16),
@@ -69,7 +69,7 @@ DTYPES = {
     "bfloat16_with_float32": (torch.bfloat16, torch.float32),
 }
 
-# (B, C, *spatial): 0 to 3 spatial dimensions, sizes of one, primes, and nothing at all.
+# (B, C, *spatial): 0 to 3 spatial dimensions, sizes of one, primes, and empty tensors.
 SHAPES = [
     (1, 1),
     (5, 3),
@@ -81,10 +81,10 @@ SHAPES = [
     (2, 3, 2, 5, 3),
 ]
 EMPTY_SHAPES = [(0, 3), (0, 4, 2, 2), (2, 0, 3), (2, 3, 0), (2, 3, 0, 5)]
-# Samples that kernels cut into tiles, of sizes that are multiples of 8 and of others, and with many channels. Triton's
-# interpreter goes through a program for each of these, and 72 are enough for tiles that begin and end among them.
+# Samples that kernels cut into tiles: with sizes that are multiples of 8, with other sizes, and with many channels.
+# Triton's interpreter runs a program per channel of the last, where 72 are enough for tiles to begin and end inside.
 LARGE_SHAPES = [(2, 8, 32, 24), (2, 5, 37, 29), (2, 72 if INTERPRETED else 600, 2, 4)]
-# Work for several threads, on the data and on matrices beside it.
+# Enough work for several threads, on the data and on matrices beside them.
 SHAPE_OF_MANY_TASKS = (5, 64, 16, 16)
 LARGE_DTYPES = ("float32", "float64", "bfloat16", "float32_with_bfloat16")
 
@@ -94,14 +94,14 @@ class Case:
     """One direction of one operator with one choice of options.
 
     Attributes:
-        name: for the test's id.
+        name: the test's id.
         operator: the function under test, of tensors only; the first is the data (B, C, *spatial).
-        formula: the same map written plainly, for tensors that all have one type.
-        inputs: random float64 arguments for data of a given shape.
-        batched: how many leading arguments have the shape of the data, up to the number of channels.
-        data_arguments: how many leading arguments have the type of the data.
-        types: for every result, the argument whose type it has; None is the type of log-determinants. Unless told,
-            results that have the shape of the data have its type.
+        formula: the same map written plainly, for tensors of one dtype.
+        inputs: makes random float64 arguments for data of a given shape.
+        batched: how many leading arguments have the shape of the data, except for the number of channels.
+        data_arguments: how many leading arguments have the dtype of the data.
+        types: for every result, the argument whose dtype it has, or None for the dtype of log-determinants. By default,
+            results with the shape of the data have the dtype of the data.
         undo: operator and formula that lead from the first result back to the data, given the other arguments.
     """
 
@@ -115,7 +115,7 @@ class Case:
     undo: tuple[Function, Function] | None = None
 
     def draw(self, shape: Sequence[int], dtypes: tuple[torch.dtype, torch.dtype] = DTYPES["float32"]) -> list[Tensor]:
-        """Random arguments of these types."""
+        """Random arguments of these dtypes."""
         arguments = enumerate(self.inputs(shape))
         return [argument.to(dtypes[index >= self.data_arguments]) for index, argument in arguments]
 
@@ -125,12 +125,12 @@ def _channels_last(x: Tensor) -> Tensor:
 
 
 def _among_nan(x: Tensor, channels: slice, layout: Function = Tensor.contiguous) -> Tensor:
-    # Reading a neighbour of such a view shows.
+    # A view between NaN, to reveal reads beyond it.
     room = x.new_full((x.shape[0], 2 * x.shape[1], *x.shape[2:]), torch.nan)
     return layout(room)[:, channels].copy_(x)
 
 
-# Ways for a tensor (B, C, *spatial) to lie in memory. The last two have values of their own.
+# Memory layouts of a tensor (B, C, *spatial). The last two change its values.
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": Tensor.contiguous,
     "permuted": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
@@ -164,14 +164,14 @@ def unaligned(case: Case, layout: str) -> list[Tensor]:
 
 
 def other_layouts(layout: str, count: int) -> list[tuple[str, ...]]:
-    """Layouts of the ``count`` arguments after the first, which has this one; in the interpreter the same, or plain."""
+    """Layouts of the ``count`` arguments after the first, which has this one; in the interpreter only a few."""
     if INTERPRETED:
         return [(layout,) * count, ("contiguous",) * count][: 1 + (count > 0)]
     return list(itertools.product(LAYOUTS, repeat=count))
 
 
 def in_layout(tensors: Sequence[Tensor], *layouts: str) -> list[Tensor]:
-    """``tensors``, the first of which lie in memory as named."""
+    """``tensors``, the leading ones of which have these layouts."""
     laid_out = [LAYOUTS[layout](tensor) for layout, tensor in zip(layouts, tensors, strict=False)]
     return [*laid_out, *tensors[len(layouts) :]]
 
@@ -183,12 +183,12 @@ def spread_parameters(case: Case, inputs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def upstream_in_layout(grad: Tensor, layout: str) -> Tensor:
-    """A gradient of data (B, C, *spatial) or of a log-determinant (B,) that lies in memory as named."""
+    """A gradient of data (B, C, *spatial) or of a log-determinant (B,) with this memory layout."""
     return LAYOUTS[layout](grad) if grad.dim() > 1 else LAYOUTS[layout](grad[:, None].repeat(1, 2))[:, 0]
 
 
 def evaluate(function: Function, inputs: Sequence[Tensor], dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
-    """All results of ``function``; with ``dtype``, of arguments that are converted to it."""
+    """All results of ``function``; its arguments are converted to ``dtype`` if given."""
     results = function(*(tensor if dtype is None else tensor.to(dtype) for tensor in inputs))
     return results if isinstance(results, tuple) else (results,)
 
@@ -196,7 +196,7 @@ def evaluate(function: Function, inputs: Sequence[Tensor], dtype: torch.dtype | 
 def backpropagate(
     results: Sequence[Tensor], upstream: Sequence[Tensor | None], leaves: Sequence[Tensor]
 ) -> list[Tensor]:
-    """Gradients of ``results`` in ``leaves``; zero where there is none. An upstream gradient of None is not used."""
+    """Gradients of ``results`` in ``leaves``, zero for leaves without one. Upstream gradients of None are not used."""
     pairs = [(result, grad) for result, grad in zip(results, upstream, strict=True) if result.requires_grad]
     used = [(result, grad.to(result.dtype)) for result, grad in pairs if grad is not None]
     if not used:
@@ -212,7 +212,7 @@ def gradients(
     dtype: torch.dtype | None = None,
     wanted: Collection[int] | None = None,
 ) -> list[Tensor]:
-    """Gradients of the results of :func:`evaluate` in the ``wanted`` inputs, all of them unless told."""
+    """Gradients of the results of :func:`evaluate` in the ``wanted`` inputs, by default all."""
     wanted = range(len(inputs)) if wanted is None else wanted
     leaves = [tensor.detach().requires_grad_(index in wanted) for index, tensor in enumerate(inputs)]
     return backpropagate(evaluate(function, leaves, dtype), upstream, [leaves[index] for index in wanted])
@@ -227,17 +227,17 @@ def assert_accurate(actual: Tensor, truth: Tensor, eager: Tensor, what: str, uni
     """The accuracy rule, for the largest error over all elements.
 
     Args:
-        actual, truth, eager: what the operator says, the truth in float64, the formula in eager PyTorch.
-        what: named by the error.
-        unit: least magnitude whose units in the last place count: that of the arguments, and so of terms that cancel.
+        actual, truth, eager: the operator's result, the truth in float64, and the formula in eager PyTorch.
+        what: the name in the error message.
+        unit: least magnitude for units in the last place: that of the arguments, and so of terms that cancel.
     """
     assert actual.shape == truth.shape, what
     if actual.numel() == 0:
         return
-    # A float64 truth is no better than a float64 result: both round sums of up to 400 terms.
+    # A float64 truth is no more accurate than a float64 result: both round sums of up to 400 terms.
     ulps = 1000 if actual.dtype == torch.float64 else 8
     tolerance = ulps * torch.finfo(actual.dtype).eps * max(unit, truth.abs().max().item())
-    # Where eager breaks down it allows nothing.
+    # Elements where eager is not finite do not raise the tolerance.
     eager_error = (eager.double() - truth).abs().nan_to_num(0.0, posinf=0.0)
     allowed = 2.0 * eager_error.max().item() + tolerance
     error = (actual.double() - truth).abs().nan_to_num(torch.inf)
@@ -247,7 +247,7 @@ def assert_accurate(actual: Tensor, truth: Tensor, eager: Tensor, what: str, uni
 
 
 def count_calls(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> list[int]:
-    """Grows by one with every call of the function of this ``name`` in ``module``."""
+    """A list that grows by one with every call of the function ``name`` of ``module``."""
     calls: list[int] = []
     original = getattr(module, name)
 
@@ -265,7 +265,7 @@ def unit_of_sum(result: Tensor, data: Tensor, unit: float) -> float:
 
 
 def check_results(case: Case, inputs: Sequence[Tensor], unit: float = 1.0) -> None:
-    """Shapes, types and values of the results."""
+    """Check shapes, dtypes and values of the results."""
     data = inputs[0]
     truth, actual = evaluate(case.formula, inputs, torch.float64), evaluate(case.operator, inputs)
     for index, (result, true) in enumerate(zip(actual, truth, strict=True)):
@@ -283,9 +283,9 @@ def check_gradients(
     unit: float = 1.0,
     precision: torch.dtype | None = None,
 ) -> None:
-    """Types and values of the gradients in the ``wanted`` inputs, all of them unless told.
+    """Check dtypes and values of the gradients in the ``wanted`` inputs, by default all.
 
-    ``precision`` is that of the eager formula, the type of the data unless told.
+    ``precision`` is the dtype of the eager formula, by default that of the data.
     """
     if upstream is None:
         upstream = random_upstream(case.operator, inputs)
@@ -299,12 +299,12 @@ def check_gradients(
 
 
 def gradcheck(function: Function, inputs: Sequence[Tensor]) -> bool:
-    """``torch.autograd.gradcheck``, in the interpreter of all derivatives at once, in a random direction."""
+    """``torch.autograd.gradcheck``; in the interpreter its fast mode, which checks one random direction."""
     return torch.autograd.gradcheck(function, inputs, fast_mode=INTERPRETED)
 
 
 def assert_same_bits(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
-    """Equal in every bit of every value."""
+    """Check that all values are equal, bit for bit."""
     for one, other in zip(actual, expected, strict=True):
         assert torch.equal(one, other)
 
@@ -326,7 +326,7 @@ def registered_operators(module: str = "") -> list[str]:
 
 
 def _runs_on_cpu(name: str) -> bool:
-    # The native library has an operator for one device, for the other, or for both.
+    # An operator of the native library may be for the CPU, for CUDA or for both.
     return not name.endswith("_native") or torch._C._dispatch_has_kernel_for_dispatch_key(
         f"glow_kernels::{name}", "CPU"
     )
@@ -342,7 +342,7 @@ OPCHECK_FAST = ("test_schema", "test_faketensor")
 
 CHANNELS_LAST = [((2, 4, 3, 5), torch.channels_last), ((2, 4, 2, 3, 2), torch.channels_last_3d)]
 
-# Reproducible; the fixture that hypothesis warns of only names the backend, which all examples share.
+# Reproducible. The fixture about which hypothesis warns only sets the backend, which is the same for all examples.
 PROPERTY = settings(
     max_examples=8 if INTERPRETED else 40,
     deadline=None,
@@ -354,7 +354,7 @@ PROPERTY = settings(
 @st.composite
 def any_shape(draw: st.DrawFn, smallest: int = 0) -> tuple[int, ...]:
     """Shapes (B, C, *spatial); empty ones too unless the ``smallest`` size is one."""
-    torch.manual_seed(0)  # the example alone decides on the numbers
+    torch.manual_seed(0)  # so that only the example decides on the numbers
     spatial = draw(st.lists(st.integers(smallest, 7), max_size=3))
     return (draw(st.integers(smallest, 4)), draw(st.integers(smallest, 9)), *spatial)
 
@@ -414,7 +414,7 @@ class ResultProperties:
             for result in evaluate(case.operator, inputs):
                 assert result.shape != inputs[0].shape or result.is_contiguous(memory_format=memory_format)
 
-    # Not a permutation, which the additive coupling keeps, as every addition in PyTorch does.
+    # Without permuted dimensions, which the additive coupling preserves, like every addition in PyTorch.
     @pytest.mark.parametrize("layout", ["every_second_channel", "last_half", "offset", "expanded_batch", "one_element"])
     def test_views_make_contiguous_results(self, backend, case, layout):
         for result in evaluate(case.operator, in_layout(case.draw((3, 4, 2, 5)), layout)):
@@ -440,7 +440,7 @@ class ResultProperties:
         assert_same_bits(evaluate(case.operator, inputs), evaluate(case.operator, inputs))
 
     def require_native(self):
-        """Go on where the native CPU library computes this operator."""
+        """Skip the test unless the native library computes this operator on the CPU."""
         if not any(name.endswith("_native") for name in registered_operators(self.module)):
             pytest.skip("the native library is not built or has not this operator on the CPU")
         if torch.ops.glow_kernels.native_isa() == "cuda host shim":
@@ -490,7 +490,7 @@ class OperatorProperties(ResultProperties):
     def test_opcheck_of_schema_and_fake_of_every_type(self, registered, dtype):
         torch.library.opcheck(*self.sample(registered, (2, 4, 3, 5), lambda x: x.to(dtype)), test_utils=OPCHECK_FAST)
 
-    # With symbolic sizes, which takes 100 times as long: for one layout.
+    # With symbolic sizes, which takes 100 times as long, so only for one layout.
     def test_opcheck_of_traced_forward_and_backward(self, registered):
         sample = self.sample(registered, (2, 4, 3, 5), _channels_last)
         torch.library.opcheck(*sample, test_utils=("test_autograd_registration", "test_aot_dispatch_dynamic"))
@@ -503,7 +503,7 @@ class OperatorProperties(ResultProperties):
 
 
 class DifferentiableProperties(OperatorProperties):
-    """What holds for every operator with gradients."""
+    """Properties of every operator with gradients."""
 
     @pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES.keys())
     def test_gradients_are_as_accurate_as_eager(self, backend, case, dtypes):
@@ -626,7 +626,7 @@ class DifferentiableProperties(OperatorProperties):
         (eager,) = evaluate(there_and_back, inputs, data.dtype)
         assert_accurate(restored, data.double(), eager, "restored data")
         for one, other in zip(log_det, undone_log_det, strict=True):
-            # Two sums of the same 210 terms, in orders of their own.
+            # The sums of the same 210 terms, in different orders.
             assert (one + other).abs().max() <= 8 * torch.finfo(one.dtype).eps * one.abs().max()
 
     def test_log_det_is_that_of_the_jacobian(self, backend, invertible):

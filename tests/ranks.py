@@ -1,4 +1,4 @@
-"""Two gloo processes on the CPU, which take seconds to start: each runs one function for all cases of a test file."""
+"""Runs one function in two gloo processes on the CPU; as they start slowly, it runs all cases of a test file."""
 
 from __future__ import annotations
 

@@ -60,14 +60,14 @@ def plain_log_det(x, log_scale, weight, weight_log_det):
 
 
 def plain_forward(x, log_scale, bias, weight, weight_log_det=None):
-    """x -> z, one step after the other."""
+    """x -> z, first ActNorm, then the convolution."""
     activated = channels(log_scale.exp(), x) * (x + channels(bias, x))
     z = torch.einsum("ij,bj...->bi...", weight, activated)
     return z, plain_log_det(x, log_scale, weight, weight_log_det)
 
 
 def plain_inverse(z, log_scale, bias, weight, weight_log_det=None):
-    """z -> x, one step after the other."""
+    """z -> x, first the inverse convolution, then the inverse ActNorm."""
     inverse = torch.linalg.inv(weight.to(torch.promote_types(weight.dtype, torch.float32))).to(weight.dtype)
     activated = torch.einsum("ij,bj...->bi...", inverse, z)
     x = activated / channels(log_scale.exp(), z) - channels(bias, z)
@@ -90,7 +90,7 @@ def inputs_without_log_det(shape: Sequence[int]) -> tuple[Tensor, ...]:
 
 
 def inputs_with_log_det(shape: Sequence[int]) -> tuple[Tensor, ...]:
-    """The same, and weight_log_det."""
+    """Data, log_scale, bias, weight and weight_log_det."""
     inputs = inputs_without_log_det(shape)
     return *inputs, torch.linalg.slogdet(inputs[-1]).logabsdet
 
@@ -139,7 +139,7 @@ def reversible_case(knows_log_det: bool) -> Case:
 
 
 def plain_lu_weight(lower, permutation, upper, log_diagonal, diagonal_sign):
-    """W and log|det W|, as the paper writes them."""
+    """W and log|det W| by the formulas of the paper."""
     identity = torch.eye(lower.shape[-1], dtype=lower.dtype)
     unit_lower = lower * torch.ones_like(lower).tril(-1) + identity
     full_upper = upper * torch.ones_like(upper).triu(1) + identity * (diagonal_sign * log_diagonal.exp())[..., None, :]
@@ -147,7 +147,7 @@ def plain_lu_weight(lower, permutation, upper, log_diagonal, diagonal_sign):
 
 
 def lu_inputs(shape: Sequence[int]) -> tuple[Tensor, ...]:
-    """Random factors for matrices (*K, C, C), with junk outside the triangles."""
+    """Random factors of matrices (*K, C, C), with random entries outside the triangles too."""
     *steps, size = shape
     lower, upper = torch.randn(2, *steps, size, size, dtype=torch.float64)
     permutation = torch.eye(size, dtype=torch.float64)[torch.randperm(size)].expand_as(lower)
@@ -218,11 +218,11 @@ def fold_arguments(shape, lay):
     steps, size = tuple(shape[:1]) if len(shape) > 2 else (), shape[1]
     log_scale, bias = (lay(torch.randn(*steps, size)) if steps else torch.randn(size) for _ in range(2))
     weight = random_weight(size).float().expand(*steps, size, size)
-    if steps and lay is not LAYOUTS["one_element"]:  # which would be singular
+    if steps and lay is not LAYOUTS["one_element"]:  # matrices in that layout would be singular
         weight = lay(weight)
     weight_log_det = torch.randn(steps) if len(shape) == 4 else None
     tensors = (log_scale, bias, weight, weight_log_det)
-    dtype = compute_dtype(log_scale)  # parameters are never in half precision here
+    dtype = compute_dtype(log_scale)  # these parameters are never in half precision
     return tuple(None if tensor is None else tensor.to(dtype).requires_grad_() for tensor in tensors)
 
 
@@ -291,7 +291,7 @@ def lu_backward_arguments(shape, lay):
 
 
 class TestProperties(DifferentiableProperties):
-    """What holds for every differentiable operator."""
+    """Properties of every differentiable operator."""
 
     module = "actnorm_conv1x1"
     arguments: ClassVar = {
@@ -348,7 +348,7 @@ def test_every_number_of_channels(backend, case, size):
     check_gradients(case, inputs)
 
 
-# More positions than a tile has: whole vectors of many samples, other numbers of few, and many channels in two parts.
+# More positions than a tile has: many samples of whole vectors, few samples of other sizes, many channels in two parts.
 @DIRECTIONS
 @pytest.mark.parametrize("shape", [(70, 5, 4, 4), (3, 5, 19, 23), (1, 100, 9, 16), (5, 80, 8, 8)], ids=str)
 def test_tiles_and_parts_of_any_number_of_samples(backend, case, shape):
@@ -386,7 +386,7 @@ def test_tiny_and_huge_scales_keep_their_relative_accuracy(backend, case, log_sc
 
 
 def test_gradient_of_the_determinant_where_the_inverse_leaves_single_precision(backend):
-    # M^-1 has a factor of exp(100), which log|det W| and its gradient have not.
+    # M^-1 has a factor of exp(100), but log|det W| and its gradient do not.
     data, _, bias, weight = conv_case("forward").draw((2, 80, 3))
     weight.requires_grad_()
     _, log_det = gk.actnorm_conv1x1(data, torch.full((80,), -100.0), bias, weight)
@@ -426,7 +426,7 @@ def test_work_on_the_matrix_is_in_float64(backend, direction):
 
 
 def test_a_weight_in_float64_is_not_rounded_before_it_is_inverted(backend):
-    # As above; rounding W would move the inverse by 1e5 eps.
+    # As above; rounding W would change the inverse by 1e5 eps.
     size, eps = 8, torch.finfo(torch.float32).eps
     data, weight, zeros = torch.randn(3, size, 5), ill_conditioned(size).double(), torch.zeros(size)
     weight = (weight * (1 + 1e-8 * torch.randn(size, size, dtype=torch.float64))).requires_grad_()
@@ -444,7 +444,7 @@ def test_a_weight_in_float64_is_not_rounded_before_it_is_inverted(backend):
 
 
 def test_gradient_through_the_inverse_is_in_float64(backend):
-    # As above: the sums over B P = 15 terms are float32, what W^-1 does to them is not.
+    # As above: the sums over B P = 15 terms are in float32, but their products with W^-1 are not.
     size, eps = 8, torch.finfo(torch.float32).eps
     inputs = [torch.randn(3, size, 5), torch.zeros(size), torch.zeros(size), ill_conditioned(size)]
     upstream = [torch.randn(3, size, 5), torch.randn(3)]
@@ -509,7 +509,7 @@ def test_singular_weight_has_no_log_det_and_no_inverse(backend, weight, dtype):
     expected = weight.to(dtype) @ data
     assert_accurate(z, (weight.double() @ data.double()), expected, "z")
     assert (log_det == -torch.inf).all()
-    if backend != "reference" and data.is_cuda:  # which does not wait for the device to say so
+    if backend != "reference" and data.is_cuda:  # raises no error, which would have to wait for the device
         x, log_det = gk.actnorm_conv1x1_inverse(data, log_scale, bias, weight)
         assert (log_det == torch.inf).all()
         assert not x.isfinite().all()
@@ -540,7 +540,7 @@ def long_double_log_det(weight):
 
 
 def test_log_det_of_a_wide_rotation(backend):
-    """The logarithms of its pivots cancel, and their partial sums are large."""
+    """The logarithms of its pivots cancel, but their partial sums are large."""
     data, zero = torch.randn(1, 192, 1, dtype=torch.float64), torch.zeros(192, dtype=torch.float64)
     for _ in range(3):
         weight = torch.linalg.qr(torch.randn(192, 192, dtype=torch.float64, device="cpu")).Q
@@ -585,7 +585,7 @@ def test_folding_many_steps_is_folding_each(registered_fold, channels, knows_log
 X, C, W = torch.zeros(2, 3, 5), torch.zeros(3), torch.eye(3)
 IMAGE = "must be (B, C, *spatial) with 0 to 3 spatial dimensions"
 
-# Arguments, the type of the error and its message; NAME stands for x of the forward and z of the inverse.
+# Arguments, the type of the error and its message; NAME is x for the forward and z for the inverse.
 BAD_ARGUMENTS = {
     "data_no_tensor": ((None, C, C, W), TypeError, "NAME must be a tensor, got NoneType"),
     "data_integer": ((X.int(), C, C, W), TypeError, "NAME must be a floating-point tensor, got int32"),

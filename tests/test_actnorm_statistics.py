@@ -1,7 +1,7 @@
 """Statistics for the initialisation of ActNorm, on every backend that can run here.
 
 Proven against the two-pass formula in float64: mean and population standard deviation, their stability far from
-zero, and that ranks of any size, an empty one too, arrive at the statistics of all data together.
+zero, and that ranks with batches of any size, even empty ones, compute the statistics of all data.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ CASE = Case("statistics", gk.actnorm_statistics, plain, lambda shape: (torch.ran
 
 
 class TestProperties(OperatorProperties):
-    """What holds for every operator."""
+    """Properties of every operator."""
 
     module = "actnorm_statistics"
     arguments: ClassVar = {"forward": lambda shape, lay: (lay(torch.randn(tuple(shape))),)}
@@ -118,7 +118,7 @@ QUESTIONS = {
 
 
 def rank_data(question: str) -> list[torch.Tensor]:
-    """The same data in every process, on the CPU, whose tensors gloo sends."""
+    """The same data in every process, on the CPU, since gloo sends CPU tensors."""
     torch.manual_seed(0)
     with torch.device("cpu"):
         return QUESTIONS[question]()

@@ -185,13 +185,13 @@ def backward_arguments(shape, lay):
 
 
 def in_place_arguments(shape, lay):
-    """The same without a gain; what is overwritten has memory of its own."""
+    """Arguments of the backwards in place, without a gain; tensors that are overwritten have memory of their own."""
     grad, grad_log_det, y, h, _, *options = backward_arguments(shape, lambda x: lay(x).contiguous())
     return grad, grad_log_det, y, h, *options
 
 
 class TestProperties(DifferentiableProperties):
-    """What holds for every differentiable operator, for a selection of the options."""
+    """Properties of every differentiable operator, for a selection of the options."""
 
     module = "affine_coupling"
     arguments: ClassVar = {
@@ -238,7 +238,7 @@ def test_reversible_backward_of_every_map_in_every_layout_and_order(backend, nam
 @pytest.mark.parametrize("dtypes", ["float32", "float32_with_bfloat16", "float64"])
 @pytest.mark.parametrize("shape", [(3, 6, 4, 8), (2, 5, 3, 7), (2, 20, 16, 16)], ids=str)
 def test_in_place_the_half_of_a_tensor_is_what_it_is_apart(backend, shape, dtypes, of_h, memory_format):
-    """Also where a sigmoid is out of range, and neither what stands beside the half nor h changes."""
+    """Also if a sigmoid is out of range; neither the other half of the tensor nor h changes."""
     batch, channels, *spatial = shape
     dtype, h_dtype = DTYPES[dtypes]
     y, grad = torch.randn(2, batch, 2 * channels, *spatial, dtype=dtype)
@@ -300,7 +300,7 @@ def test_channels_last_h_of_contiguous_data(backend, channels, before, of, width
                 check_gradients(case, inputs)
 
 
-# More and fewer channels than a tile has of them, tiles that end among positions and vectors, dense and padded h.
+# More and fewer channels than a tile has, tiles that end within positions and within vectors, dense and padded h.
 @pytest.mark.parametrize(
     "size",
     [(2, 1, 4096), (3, 1, 5), (5, 3, 49), (2, 6, 1156), (4, 24, 1), (3, 24, 49), (2, 40, 36), (1, 50, 13)],
@@ -333,7 +333,7 @@ def test_channels_last_h_at_all_sizes(backend, size):
 @pytest.mark.parametrize("positions", [4, 8, 16])
 @pytest.mark.parametrize("offset", [2.0, -30.0])
 def test_rows_of_one_vector(backend, positions, offset):
-    # Of some instruction set and type. Products of several exp(30) are beyond float32, each is not.
+    # One vector of some instruction set and dtype. A product of several exp(30) overflows float32, one factor does not.
     scale_map = ScaleMap("sigmoid", offset=offset)
     cases = (
         affine_case("forward", scale_map, "interleaved_shift_scale", "shift_scale"),
@@ -430,7 +430,7 @@ ALPHA = torch.tensor([0.3, 1.0, -0.7], dtype=torch.float64)
 CLAMP = 1.9
 LOG_SLOPE = math.log(1e-3)
 
-# Of each library: where the raw scale u and the shift t come from, its scale s(u) and its step, then our options.
+# For each library: where raw scale u and shift t come from, its scale s(u) and its formula, then our options.
 LIBRARIES = {
     "openai_glow": (
         (odd, even, lambda u: torch.sigmoid(u + 2), lambda x, s, t: (x + t) * s),
@@ -538,7 +538,7 @@ def saturated(u: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("u", [-1e4, -100.0, 100.0, 1e4])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
 def test_saturated_sigmoid_keeps_log_det_and_its_gradient(backend, u, dtype):
-    # log(sigmoid(v)) lies within exp(-|v|) of min(v, 0); the logarithm of a float32 sigmoid is -inf below v = -104.
+    # log(sigmoid(v)) is within exp(-|v|) of min(v, 0); the logarithm of a float32 sigmoid is -inf below v = -104.
     x, h = saturated(u, dtype)
     h.requires_grad_()
     log_det = gk.affine_coupling(x, h, layout="chunk_scale_shift")[1]
@@ -593,7 +593,7 @@ def test_names_of_scale_maps_and_the_default_options(backend):
 X, H = torch.zeros(2, 3, 5), torch.zeros(2, 6, 5)
 LAYOUT_NAMES = "'chunk_scale_shift', 'chunk_shift_scale', 'interleaved_scale_shift', 'interleaved_shift_scale'"
 
-# Arguments, the type of the error and its message; NAME stands for x of the forward and y of the inverse.
+# Arguments, the type of the error and its message; NAME is x for the forward and y for the inverse.
 BAD_ARGUMENTS = {
     "data_no_tensor": (([1.0], H), TypeError, "NAME must be a tensor, got list"),
     "data_integer": ((X.int(), H), TypeError, "NAME must be a floating-point tensor, got int32"),
@@ -681,6 +681,6 @@ def test_impossible_scale_maps_are_refused(options, message):
 @pytest.mark.parametrize("name", ["slope", "offset", "gain", "floor", "low", "high"])
 @pytest.mark.parametrize("value", ["a", None, torch.ones((), requires_grad=True)])
 def test_scale_maps_of_other_things_than_numbers_are_refused(name, value):
-    """A tensor that is to be learned would get no gradient."""
+    """A learnable tensor would get no gradient."""
     with pytest.raises(TypeError, match=f"^{name} must be a number, got {re.escape(repr(value))}$"):
         ScaleMap("exp", **{name: value})

@@ -1,4 +1,4 @@
-"""The allocator is tuned where there is glibc, keeps freed memory there, and is left alone elsewhere. No call leaks."""
+"""With glibc the allocator is tuned and keeps freed memory; elsewhere it is not changed. No call leaks memory."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_tuning_keeps_freed_memory():
     output = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
     tuned, page_faults = output.split()
     assert tuned == str(platform.libc_ver()[0] == "glibc")
-    # Untuned, each of the last five clones faults in its 40 MiB anew, 10240 pages of 4 KiB.
+    # Untuned, each of the last five clones faults in its 40 MiB again, 10240 pages of 4 KiB.
     assert tuned == "False" or int(page_faults) < 1024
 
 
@@ -66,7 +66,7 @@ def test_both_thresholds_must_be_accepted(monkeypatch, refused):
 
 
 def test_older_libraries_take_a_smaller_threshold(monkeypatch):
-    """glibc before 2.35 refuses to keep more than 32 MiB a block."""
+    """glibc before 2.35 accepts thresholds of at most 32 MiB."""
     thresholds = {}
 
     def mallopt(option: int, value: int) -> int:
@@ -108,5 +108,5 @@ def test_calls_leave_nothing_allocated(backend):
         before, calls = mallinfo().in_use, 500
         for _ in range(calls):
             step()
-    # A string of an option that is not freed has 32 bytes.
+    # A leaked string of an option would take 32 bytes per call.
     assert mallinfo().in_use - before < 16 * calls

@@ -1,7 +1,8 @@
-"""The choice of a backend: what is there, who decides, what a refusal says, and what importing the package costs.
+"""The choice of a backend: which are available, what decides, what errors say, and what importing the package costs.
 
-Proven: an explicit choice beats the environment, which beats the preference; it nests, is undone by exceptions, reaches
-other threads and compiled code; every operator has a reference and a test file; the import is lean.
+Proven: an explicit choice overrides the environment, which overrides the preference; choices nest, are undone by
+exceptions, and reach other threads and compiled code; every operator has a reference and a test file; the import is
+lean.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ UNKNOWN = "backend must be one of native, triton, reference, got 'cuda'"
 
 @pytest.fixture(autouse=True)
 def _no_choice_from_outside(monkeypatch):
-    """Whatever the environment of the test run says."""
+    """Ignore the choice in the environment of the test run."""
     monkeypatch.setattr(backends, "_chosen", None)
     backends._default_order.cache_clear()
     yield
@@ -85,7 +86,7 @@ def test_refusal_gives_the_reason_and_the_remedy(monkeypatch):
 
 
 def chosen_by_environment(name: str) -> str:
-    """What a new process with this choice in the environment says of it."""
+    """The output of a new process with this choice in its environment."""
     program = """
 import torch, glow_kernels as gk
 from glow_kernels import backends
@@ -159,11 +160,11 @@ def test_choice_holds_in_other_threads():
 def test_every_operator_has_a_reference():
     implementations = [operator.rpartition("_") for operator in registered_operators()]
     reference = {operator for operator, _, backend in implementations if backend == "reference"}
-    # Backwards of other backends are operators too; those of the reference are plain PyTorch.
+    # Backwards are operators only in other backends; in the reference they are plain PyTorch.
     every = {operator for operator, _, _ in implementations}
-    # These are composed of others wherever the native backend does not have them in one piece.
+    # These are composed of other operators unless the native backend has them as one.
     composed = {"actnorm_conv1x1_forward", "actnorm_conv1x1_inverse"}
-    # This one has no derivative, and so is plain PyTorch too.
+    # This one has no derivative, so its reference is plain PyTorch too.
     plain = {"scale_filters_forward_all"}
     assert {operator for operator in every - reference if "backward" not in operator} <= composed | plain
 
@@ -181,7 +182,7 @@ def operators_in(graph: torch.fx.GraphModule) -> set[str]:
 
 
 def test_compiled_code_follows_the_choice():
-    # The choice is guarded: a new one recompiles, one seen before does not.
+    # The choice is a guard of compiled code: a new choice recompiles, one seen before does not.
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(gk.affine_coupling, fullgraph=True, backend=counter)

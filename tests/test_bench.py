@@ -1,4 +1,4 @@
-"""The benchmark harness: what it measures, that it finds wrong results, and what it says of bad input."""
+"""The benchmark harness: what it measures, that it finds wrong results, and its messages about bad input."""
 
 import argparse
 import dataclasses
@@ -74,14 +74,14 @@ def test_textbook_and_ours_compute_the_same(case):
 
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_declared_bytes_are_those_of_the_tensors(case):
-    # A position costs nothing to the parameters, so they vanish beside large data.
+    # The size of the parameters does not depend on the positions, so it is negligible with many.
     case = Case(case.operator, case.direction, (4, 4, 64, 64))
     arguments, grads, call = built(case)
     written = operators.tensors(call())
     if case.direction == "forward_backward":
         written += operators.tensors(built(Case(case.operator, "forward", case.shape))[2]())
         read = 2 * [*arguments] + grads
-        # The backward reads the output of the coupling instead of its input, of the same size.
+        # The backward reads the coupling's output, which has the size of its input.
     else:
         read = [*arguments, *grads] if "backward" in case.direction else arguments
     moved = sum(tensor.numel() * tensor.element_size() for tensor in (*read, *written))
@@ -223,14 +223,14 @@ def test_what_a_candidate_finds_in_the_caches_does_not_count(taking):
 
 def test_measuring_takes_the_time_it_is_given(monkeypatch):
     ticks = itertools.count()
-    monkeypatch.setattr(time, "perf_counter", lambda: 1e-3 * next(ticks))  # every call takes as long as the other
+    monkeypatch.setattr(time, "perf_counter", lambda: 1e-3 * next(ticks))  # every call takes equally long
     calls = {"a": [lambda: None], "b": [lambda: None]}
     # A round reads the clock five times.
     assert 190 < len(timing.measure(calls, 1.0, torch.device("cpu")).rounds["a"]) < 210
 
 
 def test_ratios_are_those_of_undisturbed_rounds():
-    # Another load hit all but three rounds of each, and one candidate more than the other.
+    # Other load slowed all but three rounds of each, and one candidate more than the other.
     times = Times({"slow": [9.0, 2.0, 2.0, 2.0, 30.0, 9.0], "fast": [1.0, 1.0, 1.0, 5.0, 5.0, 5.0]})
     assert times.fastest("slow") == 2.0
     assert times.ratio("slow", "fast") == (2.0, 1.8, 6.0)
@@ -310,7 +310,7 @@ def test_a_part_alone_is_measured_as_in_a_full_run(part, tmp_path, monkeypatch):
     assert (seen[0], seen[1]) == ("tuned", writer.rows[-1]["case"]["threads"])
 
 
-@pytest.mark.filterwarnings("ignore")  # of other packages, about functions that PyTorch will remove
+@pytest.mark.filterwarnings("ignore")  # other packages use functions that PyTorch has deprecated
 @pytest.mark.parametrize("name", chains.available())
 def test_chains_are_trained(name):
     chain = chains.CHAINS[name](4, 8, 2, 4)
@@ -327,7 +327,7 @@ def test_allocators_are_measured_in_the_order_that_can_be(tmp_path):
     measure = Suite(writer, lambda line: None, with_compile=False)
     measure._session.measure = lambda case, seconds, series="": (
         measured.append(case.allocator)
-        or {  # in place of measuring
+        or {  # instead of measuring
             "kind": "operator",
             "case": case.as_dict(),
             "wrong": {},
@@ -354,7 +354,7 @@ def test_large_tensors_are_visited_less_often(tmp_path):
     selection = Selection(["actnorm_statistics"], ["no_grad"], [SHAPE, (64, 12, 128, 128)])
     tasks = Suite(writer, lambda line: None, with_compile=False).tasks([selection])
     counts = Counter(task.name.split()[-1] for task in tasks if task.seconds > 0)
-    # Each is also measured again.
+    # Each case is also measured a second time.
     assert counts == {"2x4x3x5": 2 * 8, "64x12x128x128": 2 * 2}
 
 
@@ -370,7 +370,7 @@ def test_a_full_run_leaves_out_what_tells_nothing_new(monkeypatch):
     cases = full_run()
 
     def shapes(name: str, direction: str) -> list[int]:
-        """Their number with one thread and with two, of what is measured on most."""
+        """The numbers of shapes with one thread and with two, under the usual conditions."""
         like = {"operator": name, "direction": direction, "allocator": "tuned", "dtype": "float32"}
         found = [case for case in cases if like.items() <= case.as_dict().items()]
         return [
@@ -403,7 +403,7 @@ def test_cases_are_visited_again_and_some_measured_again(tmp_path):
     assert repeat["first"]["eager"] == last["candidates"]["eager"]["ratio_to_ours"][0]
     assert repeat["again"]["eager"] > 0
     case = next(iter(selection.cases()))
-    # Three rounds a visit; what is measured again is kept apart.
+    # Three rounds per visit; the second measurement is kept separate.
     rounds = [len(measure._session._times[case, series].rounds["eager"]) for series in ("", "again")]
     assert rounds == [3 * 8, 3 * 8]
 
@@ -430,7 +430,7 @@ def test_a_plan_shares_its_time():
     ]
     plan.run(tasks, 1.0, shown.append)
     assert shown[0] == "2 measurements, planned to take 1 s"
-    # The first took no time, so the second gets all that is left, of which it needs 3 s.
+    # The first took no time, so the second gets all the time left, though it asks for 3 s.
     assert allowed == {"a": pytest.approx(0.25, rel=0.1), "b": pytest.approx(1.0, rel=0.1)}
     plan.run(tasks, 100.0, shown.append)
     assert allowed == pytest.approx({"a": 1.0, "b": 3.0}, rel=0.01)
@@ -454,7 +454,7 @@ def test_a_strict_plan_leaves_out_what_comes_too_late():
 
 @pytest.fixture
 def _small_convolutions():
-    """For convolutions this small oneDNN's set-up takes longer than the work."""
+    """For convolutions this small, oneDNN's set-up takes longer than the computation."""
     with torch.backends.mkldnn.flags(enabled=False, allow_tf32=None):
         yield
 
@@ -563,7 +563,7 @@ def test_wrong_numbers_are_named(option, message, capsys):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("busy", "found"), [("97", True), ("0", False), ("[N/A]", False)])  # the last of a part of one
+@pytest.mark.parametrize(("busy", "found"), [("97", True), ("0", False), ("[N/A]", False)])  # [N/A] of a MIG instance
 def test_a_busy_gpu_is_named(busy, found, monkeypatch):
     monkeypatch.setattr(environment, "_nvidia_smi", lambda query: f"1500, 1980, {busy}")
     monkeypatch.setattr(environment, "_spin", lambda: 1.0)

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def script(name):
-    """Of benchmarks, which is not installed."""
+    """A module of benchmarks, which is not installed."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -46,7 +46,7 @@ ENVIRONMENT = {
 def operator_row(
     ratio=5.0, spread=0.1, direction="forward", shape=(64, 12, 16, 16), operator="affine_coupling", **case
 ):
-    """As ``measurement.measure`` makes it; eager takes ``ratio`` times as long as ours."""
+    """A row like those of ``Session.measure``; eager takes ``ratio`` times as long as ours."""
     named = {"operator": operator, "direction": direction, "shape": list(shape), "dtype": "float32"}
     case = named | {"memory_format": "contiguous", "threads": 1, "allocator": "tuned", "device": "cpu"} | case
 
@@ -287,7 +287,7 @@ def test_large_shapes_are_held_against_a_copy():
     assert goals(operator_row(direction="no_grad"))[name].verdict == "not measured"
     large = operator_row(direction="no_grad", shape=(64, 12, 128, 128))
     assert (goals(large)[name].figure, goals(large)[name].verdict) == (pytest.approx(2.0), "reached")
-    large["candidates"]["copy"]["ratio_to_ours"] = [0.2, 0.2, 0.5]  # of the fastest rounds, whatever the medians
+    large["candidates"]["copy"]["ratio_to_ours"] = [0.2, 0.2, 0.5]  # the ratio counts, whatever the medians
     assert (goals(large)[name].figure, goals(large)[name].verdict) == (pytest.approx(5.0), "missed")
 
 
@@ -348,7 +348,7 @@ def memory_row(policy, steps, kept, peak):
 
 
 def test_goals_of_memory():
-    # As measured once: a state of all levels per 4 steps, and the same sums as in tests/test_reversible_memory.py.
+    # Measured values: a state of all levels per 4 steps, and the same sums as in tests/test_reversible_memory.py.
     rows = [
         memory_row("anchor 4", 8, 42_481_232, 444_089_676),
         memory_row("anchor 4", 16, 64_501_328, 456_672_588),
@@ -360,7 +360,7 @@ def test_goals_of_memory():
     assert [goal.figure for goal in found] == pytest.approx([1.0, 0.0, 0.557, 0.164], abs=1e-3)
     assert {goal.verdict for goal in found} == {"reached"}
     alone = [goal.verdict for goal in goals(rows[0]).values() if goal.group.startswith("Activ")]
-    assert alone == ["not measured", "not measured", "reached", "not measured"]  # a slope takes two
+    assert alone == ["not measured", "not measured", "reached", "not measured"]  # a slope needs two rows
 
 
 @pytest.mark.parametrize(("difference", "verdict"), [(1e-6, "reached"), (1e-3, "missed"), (None, "missed")])
@@ -490,7 +490,7 @@ def test_page_of_performance_is_written_from_committed_files_alone(tmp_path, cap
 
 
 def test_committed_page_is_that_of_the_committed_results():
-    """Not of those that somebody has measured since."""
+    """Local results that are not committed do not matter."""
     listed = environment.git("ls-files", "benchmarks/results/*.jsonl")
     files = sorted(ROOT / name for name in (listed or "").splitlines())
     if not files:  # no repository
@@ -583,12 +583,12 @@ def test_stages_beside_each_other_share_their_time(tmp_path, monkeypatch, capsys
     assert [row["case"]["stage"] for row in rows] == [f"check {paths[0]}", f"check {paths[1]}", "last"]
 
 
-@pytest.mark.filterwarnings("ignore")  # of other packages and of the compiler
+@pytest.mark.filterwarnings("ignore")  # warnings of other packages and of the compiler
 def test_what_the_gpu_stages_measure_runs_on_a_cpu(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_stages.models, "compiled", lambda model, x: model)  # half a minute
+    monkeypatch.setattr(gpu_stages.models, "compiled", lambda model, x: model)  # compiling takes half a minute
     monkeypatch.setattr(timing, "_FEWEST_ROUNDS", 1)
     path = tmp_path / "r.jsonl"
-    # For convolutions this small oneDNN's set-up takes longer than the work.
+    # For convolutions this small, oneDNN's set-up takes longer than the computation.
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     commands = {stage.name: stage.command for stage in gpu.stages(path, dry_run=True)}
     assert main(["bench", *commands["kernels"][commands["kernels"].index("operators") :]]) == 0

@@ -32,12 +32,12 @@ from glow_kernels.ops.bias_relu import backward, bias_backward, pad
 
 
 def plain(x: Tensor, bias: Tensor) -> Tensor:
-    """Two passes."""
+    """Bias and ReLU in two passes."""
     return torch.relu(x + bias.view(-1, *(1,) * (x.dim() - 2)))
 
 
 def inputs(shape) -> tuple[Tensor, Tensor]:
-    # Sums of multiples of 1/8 are exact in every type: never of the wrong sign, and 0 where the truth is.
+    # Sums of multiples of 1/8 are exact in every dtype: they never have the wrong sign, and are 0 where the truth is 0.
     x = torch.randint(-32, 33, tuple(shape), dtype=torch.float64) / 8
     return x, torch.randint(-8, 9, (shape[1],), dtype=torch.float64) / 8
 
@@ -51,20 +51,20 @@ def forward_arguments(shape, lay):
 
 
 def backward_arguments(shape, lay):
-    """Arguments of its backward, which has no derivative itself."""
+    """Arguments of the registered backward, which has no derivative itself."""
     y = lay(torch.randn(tuple(shape))).relu()
     return torch.randn(tuple(shape), dtype=y.dtype), y, 3
 
 
 def pad_arguments(shape, lay):
-    """Arguments of the padding, which is for images."""
+    """Arguments of the padding, which takes four dimensions."""
     x = lay(torch.randn(tuple(shape)))
     x = x.flatten(3) if x.dim() > 4 else x.view(*x.shape, *(1,) * (4 - x.dim()))
     return x, x.shape[1] + 3, x.dtype, True, 2
 
 
 class TestProperties(DifferentiableProperties):
-    """What holds for every differentiable operator."""
+    """Properties of every differentiable operator."""
 
     module = "bias_relu"
     arguments: ClassVar = {

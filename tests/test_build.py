@@ -1,4 +1,4 @@
-"""setup.py compiles the native library or says why not; the loader opens it or says why not."""
+"""setup.py compiles the native library or reports why not; the loader opens it or reports why not."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, (os.environ.get("CXX") or "", *COMPILERS))), reason="needs a C++ compiler"
 )
 
-# A kernel that tells its variant, and one that calls an inline function which all variants share.
+# A kernel that returns its variant, and one that calls an inline function shared by all variants.
 HEADER = """\
 #pragma once
 #if defined(__AVX512F__)
@@ -76,7 +76,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(glow_kernels, m) {
 }
 """
 LANES = {"baseline": 4, "avx2": 8, "avx512": 16}
-# Loads the library once for every value of GLOW_KERNELS_ISA among the arguments, each time in a process of its own.
+# Loads the library once for every value of GLOW_KERNELS_ISA in the arguments, each time in a new process.
 ASK = """\
 import json, os, sys, torch
 from glow_kernels.backends import backend_status
@@ -91,7 +91,7 @@ for isa in sys.argv[1:]:
     os.wait()
 """
 
-# A compiler that is there on every machine, for tests that stop before they use it.
+# A "compiler" that every machine has, for tests that stop before using it.
 BUILD_ANYWHERE = {"GLOW_KERNELS_BUILD": "cpu", "CXX": sys.executable}
 
 
@@ -111,7 +111,7 @@ def source_tree(folder: Path, csrc: dict[str, str]) -> Path:
 
 
 def setup(tree: Path, *arguments: str, environment: dict[str, str], options: tuple[str, ...] = ()) -> tuple[int, str]:
-    """Run ``tree``'s setup.py; its exit status and all that it printed."""
+    """Run ``tree``'s setup.py; returns its exit status and everything that it printed."""
     done = subprocess.run(
         [sys.executable, *options, "setup.py", "--quiet", *arguments],
         cwd=tree,
@@ -127,12 +127,12 @@ def clean_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("GLOW_KERNELS_")}
 
 
-# The loader, on files that need no compiler.
+# The loader, with files that need no compiler.
 
 
 @pytest.fixture
 def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the loader looks, in a source tree of its own; the library itself is not there yet."""
+    """The path where the loader looks, in a temporary source tree; the library itself is not there yet."""
     (tmp_path / "glow_kernels").mkdir()
     (tmp_path / "csrc" / "cpu").mkdir(parents=True)
     monkeypatch.setattr(loader, "PACKAGE", tmp_path / "glow_kernels")
@@ -146,7 +146,7 @@ def describe(library: Path, **changes: str) -> None:
 
 
 def elf(machine: int, sections: int) -> bytes:
-    """The header of a 64-bit shared library with a section table behind it, which is left out."""
+    """The header of a 64-bit shared library that announces a section table, which is missing."""
     identity = b"\x7fELF\x02\x01\x01".ljust(16, b"\0")
     return identity + struct.pack("<HHIQQQIHHHHHH", 3, machine, 1, 0, 64, 64, 0, 64, 56, 0, 64, sections, 0)
 
@@ -250,7 +250,7 @@ def test_a_library_that_is_out_of_date(
     assert len(caplog.records) == stale
 
 
-# setup.py where nothing can be compiled.
+# setup.py if nothing can be compiled.
 
 
 @pytest.fixture(scope="module")
@@ -325,11 +325,11 @@ def test_a_source_distribution_holds_csrc(bare_tree: Path, tmp_path: Path) -> No
     assert {"setup.py", "csrc/cpu/a.cpp", "csrc/include/a.h"} <= names
 
 
-# setup.py and nvcc, which need not be there.
+# setup.py and nvcc, which need not be installed.
 
 
 def nvcc_of(release: str, folder: Path) -> dict[str, str]:
-    """An environment where nvcc says that it is of this release; it does not compile."""
+    """An environment with a fake nvcc that reports this release and cannot compile."""
     nvcc = folder / "bin" / "nvcc"
     nvcc.parent.mkdir(parents=True)
     nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.99'\n")
@@ -378,12 +378,12 @@ def test_without_nvcc_auto_builds_the_rest_and_says_so(tmp_path: Path) -> None:
     assert {path.name for path in tree.glob("glow_kernels/_C*")} == {"_C.so", "_C.json"}
 
 
-# setup.py with a compiler, on the sources that are always there and a kernel that tells its variant.
+# setup.py with a compiler, on the sources that every library has and a kernel that returns its variant.
 
 
 @pytest.fixture(scope="module")
 def built_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A source tree with its wheel, library included, in dist/ and unpacked in installed/."""
+    """A source tree with a wheel that contains the library in dist/, and its contents in installed/."""
     real = ("cpu/isa.h", "cpu/isa.cpp", "cpu/library.cpp")
     sources = {name: (REPOSITORY / "csrc" / name).read_text() for name in real}
     sources |= {"cpu/kernels/probe.cpp": KERNEL, "cpu/probe.cpp": OPERATOR, "include/probe.h": HEADER}
@@ -396,7 +396,7 @@ def built_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_development_takes_the_triton_that_torch_asks_for() -> None:
-    """Those of torch 2.10 and 2.13 for NVIDIA GPUs, which pip would otherwise replace, and none if it cannot."""
+    """The versions of torch 2.10 and 2.13 for NVIDIA GPUs are accepted, or pip would replace them."""
     wanted = map(Requirement, importlib.metadata.requires("glow_kernels") or ())
     (triton,) = [requirement for requirement in wanted if requirement.name == "triton"]
     assert triton.specifier.contains("3.6.0")
@@ -487,5 +487,5 @@ def test_a_source_that_does_not_compile_ends_the_build_of_the_other_library(tmp_
     code, said = setup(source_tree(tmp_path / "tree", sources), "build_ext", "--inplace", environment=environment)
     assert code == 1
     assert "csrc/cpu/broken.cpp:1:9" in said
-    # At most one before the broken one, and one until its error is read.
+    # At most one before the broken file, and one more until its error is read.
     assert said.count("compiling csrc/cuda") <= 2

@@ -1,4 +1,4 @@
-"""The command line on tiny data: what each command leaves and prints, and that a stopped run can go on."""
+"""The command line on tiny data: what each command writes and prints, and that a stopped run can be resumed."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def cli(*arguments: object) -> int:
 
 
 def save_images(path: Path, *, size: int = 4, channels: int = 1, classes: int | None = 3, seed: int = 0) -> Path:
-    """Images of all 256 levels, perhaps with labels: 32 to train, 64 to validate and 40 to test."""
+    """Save images with 256 levels, optionally with labels: 32 to train, 64 to validate and 40 to test."""
     random = np.random.default_rng(seed)
     arrays = {}
     for part, count in (("train", 32), ("validation", 64), ("test", 40)):
@@ -66,7 +66,7 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def _no_curve(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Matplotlib takes longer than all the rest of a run this small."""
+    """Do not draw curves: Matplotlib takes longer than all the rest of a run this small."""
     monkeypatch.setattr(gallery, "draw_curve", lambda _, path: path.touch())
 
 
@@ -75,14 +75,14 @@ def train_two_runs(folder: Path, dataset: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gallery, "draw_curve", lambda _, path: path.touch())
         assert cli("train", "--run", folder / "plain", "--dataset", dataset, *TINY, "--learning-rate", "0.02") == 0
-        # So fast that samples of different classes differ.
+        # The learning rate is high, so that samples of different classes differ.
         fast = ("--conditional", "--learning-rate", "0.1")
         assert cli("train", "--run", folder / "conditional", "--dataset", dataset, *TINY, *fast) == 0
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with images.npz and runs on it called ``plain`` and ``conditional``."""
+    """A folder with images.npz and two runs trained on it, ``plain`` and ``conditional``."""
     folder = tmp_path_factory.mktemp("trained")
     train_two_runs(folder, f"array:{save_images(folder / 'images.npz')}")
     return folder
@@ -143,7 +143,7 @@ def test_run_folder_is_named_after_the_data_unless_given(
 
 @pytest.mark.usefixtures("_no_curve")
 def test_three_image_files_are_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One each to train, validate and test, and then there is no second one to interpolate to."""
+    """One each to train, validate and test, so there is no second test image to interpolate to."""
     (tmp_path / "images").mkdir()
     for index in range(3):
         pixels = np.random.default_rng(index).integers(256, size=(9, 12, 3), dtype=np.uint8)
@@ -178,7 +178,7 @@ def test_the_time_of_training_is_that_of_the_whole_run(runs: Path, capsys: pytes
 
 @pytest.mark.usefixtures("_no_curve")
 def test_patience_can_change_when_a_run_goes_on(runs: Path) -> None:
-    """On noise nothing improves for long, so that the run ends early."""
+    """Training on noise soon stops improving, so the run ends early."""
     options = ("--iterations", 60, "--patience", 2)
     assert cli("train", "--run", runs / "conditional", "--resume", *options) == 0
     assert 6 < metrics.read(runs / "conditional")[-1]["step"] < 60
@@ -196,7 +196,7 @@ def test_a_run_goes_on_where_its_data_have_moved(runs: Path) -> None:
 
 
 def interrupt_steps(monkeypatch: pytest.MonkeyPatch, *steps: int, number: int = signal.SIGINT) -> None:
-    """Send this process a signal in these steps of every training."""
+    """Send this process a signal in these steps of every training run."""
 
     class Interrupted(Trainer):
         def __init__(self, *args: Any, **options: Any) -> None:
@@ -340,7 +340,7 @@ def test_evaluate_on_other_data(trained: Path, tmp_path: Path, capsys: pytest.Ca
 def test_before_the_first_validation_the_last_weights_are_used(
     runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And not the best ones of a run that was replaced."""
+    """Not the best weights of a run that was replaced."""
     folder = runs / "plain"
     interrupt_steps(monkeypatch, 2)
     assert cli("train", "--overwrite", "--run", folder, "--dataset", f"array:{runs}/images.npz", *TINY) == 0
@@ -368,7 +368,7 @@ def test_sample_writes_into_the_run_folder_unless_told(runs: Path, capsys: pytes
     assert cli("sample", runs / "plain", "--output", runs / "mine.png") == 0
     assert capsys.readouterr().out == f"{runs / 'mine.png'}\n"
     after = bytes_of(runs)
-    # The defaults of all options are those of the picture above.
+    # The picture above was drawn with the defaults of all options.
     assert after.pop("mine.png") == before["plain/samples.png"]
     assert after == before
 
@@ -524,7 +524,7 @@ def help_of(*command: str, capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize("command", OPTIONS)
 def test_help_mentions_every_option_with_a_text(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     text = help_of(command, capsys=capsys)
-    # An option at the beginning of a line, and a text after its metavariable or on the next line.
+    # An option at the beginning of a line, and its help text after the metavariable or on the next line.
     found = re.findall(
         r"^  (?:-h, |--run(?: FOLDER)?, )?(RUN|--?[a-z-]+)(?: [A-Z{][^ \n]*)*(?:  +|\n +)\w", text, flags=re.MULTILINE
     )
@@ -578,7 +578,7 @@ def test_a_stream_that_cannot_spell_a_path_is_no_error(tmp_path: Path, monkeypat
 def test_ctrl_c_while_the_benchmark_compiles_is_one_line(seconds: float, tmp_path: Path) -> None:
     path = tmp_path / "bench.jsonl"
     command = [sys.executable, "-m", "glow_kernels", "bench", "operators", "--minutes", "0.5", "--output", str(path)]
-    # A terminal sends Ctrl-C to the whole group.
+    # A terminal sends Ctrl-C to the whole process group.
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as process:
         assert process.stdout is not None

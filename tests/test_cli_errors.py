@@ -1,4 +1,4 @@
-"""Whatever a user does wrong gives one line that names it and the remedy, the right exit code, and harms no run."""
+"""Every user error gives one line that names it and the remedy, and the right exit code, and harms no run."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ COMMANDS_ON_A_RUN = ("evaluate", "sample", "interpolate", "train --resume --run"
 
 @pytest.fixture(scope="module", autouse=True)
 def _no_curve() -> Iterator[None]:
-    """Matplotlib takes longer than all the rest of a run this small."""
+    """Do not draw curves: Matplotlib takes longer than all the rest of a run this small."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gallery, "draw_curve", lambda _, path: path.touch())
         yield
@@ -42,7 +42,7 @@ def _no_curve() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with images.npz, runs on it called ``plain`` and ``conditional``, and bad data of all kinds."""
+    """A folder with images.npz, two runs trained on it, ``plain`` and ``conditional``, and bad data of all kinds."""
     folder = tmp_path_factory.mktemp("originals")
     save_images(folder / "images.npz")
     with pytest.MonkeyPatch.context() as patch:
@@ -69,7 +69,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def runs(originals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of ``originals`` for one test, which runs in it."""
+    """A copy of ``originals`` for one test, as its current folder."""
     folder = Path(shutil.copytree(originals, tmp_path / "runs"))
     monkeypatch.chdir(folder)
     return folder
@@ -90,7 +90,7 @@ class Failing:
         self._capsys = capsys
 
     def __call__(self, code: int, message: str, command: str) -> str:
-        """The command fails with one line that the regular expression ``message`` is found in; return that line."""
+        """Check that the command fails with one line that matches the regular expression ``message``; return it."""
         arguments = shlex.split(command)
         self._capsys.readouterr()
         got, parsed = exit_code(arguments)
@@ -112,7 +112,7 @@ def fails(capsys: pytest.CaptureFixture[str]) -> Failing:
 
 @pytest.fixture
 def harmless(runs: Path, fails: Failing) -> Iterator[Failing]:
-    """Like ``fails``; and in the end no file is new, gone or changed."""
+    """Like ``fails``, and also checks at the end that no file is new, gone or changed."""
     before = bytes_of(runs)
     yield fails
     assert bytes_of(runs) == before
@@ -155,7 +155,7 @@ def harmless(runs: Path, fails: Failing) -> Iterator[Failing]:
 def test_bad_data(code: int, message: str, dataset: str, harmless: Failing) -> None:
     tiny = shlex.join(TINY)
     harmless(code, message, f"train --run new {tiny} --dataset {dataset}")
-    # Nor is a run that it was to replace gone.
+    # A run that it should replace is not touched either.
     harmless(code, message, f"train --run plain --overwrite {tiny} --dataset {dataset}")
 
 
@@ -195,7 +195,7 @@ def test_data_of_the_run_have_changed(runs: Path, fails: Failing) -> None:
 
 
 def test_images_held_out_are_not_those_of_other_data_in_the_same_place(runs: Path, fails: Failing) -> None:
-    """In a tenth of other images there may be some that were trained on."""
+    """The test split of changed data may contain images that were trained on."""
     assert cli("train", "--run", "split", "--dataset", "array:unsplit.npy", *TINY) == 0
     np.save("unsplit.npy", np.zeros((31, 4, 4), dtype=np.uint8))
     before = bytes_of(runs)
@@ -303,7 +303,7 @@ def test_folder_where_a_file_of_the_run_should_be(runs: Path, fails: Failing) ->
 
 
 def truncated(length: float) -> Callable[[Path], None]:
-    """Keep this many bytes, or this part of all; a negative number is cut off the end."""
+    """Keep this many bytes, or this fraction of them; a negative number cuts bytes off the end."""
 
     def cut(path: Path) -> None:
         content = path.read_bytes()
@@ -367,7 +367,7 @@ def test_damaged_checkpoint(
     path = runs / "plain" / name
     damage(path)
     if damage is Path.unlink:
-        # Without a best one the last one would do.
+        # Without a best checkpoint, the last one would be used.
         (runs / "plain" / LAST).unlink(missing_ok=True)
     before = bytes_of(runs)
     fails(1, f"plain/.*safetensors.*{message}", f"{command} plain")
@@ -444,7 +444,7 @@ def test_number_that_makes_no_sense(command: str, option: str, values: list[str]
     for value in values:
         message = f"{name}.*(got|not|value:) '?{re.escape(value)}"
         line = harmless(2, message, f"{command} --{option}={shlex.quote(value)}")
-        # A name from the source code says nothing to a user.
+        # Names from the source code must not be in messages.
         assert "_int" not in line
 
 
@@ -463,7 +463,7 @@ def test_device_that_cannot_be_used(device: str, command: str, harmless: Failing
 
 
 def test_the_default_device_is_one_of_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``torch.cuda.set_device`` takes none without a number, as ``torch.device("cuda")`` is."""
+    """``torch.cuda.set_device`` needs a device with an index, which ``torch.device("cuda")`` lacks."""
     first = SimpleNamespace(item=lambda: 0.0, device=torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch, "zeros", lambda size, device: first if device == "cuda" else None)
@@ -515,7 +515,7 @@ def test_output_that_names_no_picture(output: str, command: str, harmless: Faili
 
 @pytest.mark.parametrize("option", ["", "--overwrite", "--resume"])
 def test_run_without_a_name(option: str, harmless: Failing) -> None:
-    """It would be the current folder."""
+    """It would mean the current folder."""
     harmless(2, "--run/--run-folder: must name a folder, got ''", f"train --run '' {option} {shlex.join(TINY)}")
 
 
@@ -546,7 +546,7 @@ def test_a_run_folder_in_which_another_training_is_going_on(options: str, runs: 
 
 
 def test_training_that_diverges(runs: Path, fails: Failing) -> None:
-    """A finite loss in the first step, and weights that make no sense after it."""
+    """The loss of the first step is finite, but not the weights after it."""
     settings = f"--dataset array:images.npz {shlex.join(TINY)} --iterations 3 --learning-rate 1e30"
     fails(1, "--learning-rate", f"train --overwrite --run plain {settings}")
 
@@ -566,7 +566,7 @@ def largest_file(size: int) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def extended(originals: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What ``plain`` has after three more steps on an empty disk."""
+    """The contents of ``plain`` after three more steps with enough disk space."""
     folder = Path(shutil.copytree(originals / "plain", tmp_path_factory.mktemp("extended") / "plain"))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(originals)
@@ -585,7 +585,7 @@ def test_resume_on_a_full_disk(size: int, runs: Path, fails: Failing, extended: 
 
 
 def fill_disk(patch: pytest.MonkeyPatch, writes: int) -> None:
-    """Let that many writes succeed."""
+    """Let only ``writes`` writes succeed."""
     left = iter(range(writes))
     replace = os.replace
 
@@ -609,7 +609,7 @@ def fill_disk(patch: pytest.MonkeyPatch, writes: int) -> None:
 def test_a_run_that_cannot_begin_on_a_full_disk(
     folder: str, writes: int, file: str, left: set[str], runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    """No half of a run stays where there was none, and of one that it was to replace the best weights do."""
+    """If the folder was empty, nothing stays in it; if it held a run to be replaced, its best weights stay."""
     before = bytes_of(runs / folder)
     start = ("train", "--overwrite", "--run", folder, "--dataset", "array:images.npz", *TINY)
     with monkeypatch.context() as patch:
@@ -629,7 +629,7 @@ def test_disk_fills_up_while_training(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Whichever write is the first to fail, what is there is good, and nothing is different after a resume."""
+    """Whichever write is the first to fail, the files are intact, and a resumed run ends as if nothing had failed."""
     with monkeypatch.context() as patch:
         fill_disk(patch, writes)
         assert cli("train", "--resume", "--run", "plain", "--iterations", 9) == 1

@@ -1,4 +1,4 @@
-"""Settings of a run: they survive JSON, every value that makes no sense is refused by name, and presets give way."""
+"""Settings of a run: they survive JSON, invalid values are refused by name, and options override presets."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from glow_kernels.errors import CheckpointError, UsageError
 from glow_kernels.training.config import PRESETS, TrainingConfig
 from glow_kernels.training.data import ImageData
 
-# One value for each setting that is not its default.
+# For each setting a value that is not its default.
 OTHER = {
     "dataset": "patches",
     "n_bits": 5,
@@ -147,7 +147,7 @@ def test_damaged_setting_is_named_with_its_file(name: str, value: Any) -> None:
 
 
 def test_whole_numbers_are_good_floats() -> None:
-    """JSON of other programs writes 1.0 as 1."""
+    """Other programs may write 1.0 as 1 in JSON."""
     assert TrainingConfig.from_json({"clip": 1, "learning_rate": 1}, "here.json").clip == 1
 
 
@@ -187,5 +187,5 @@ def test_model_is_what_the_settings_say() -> None:
     assert all(getattr(level.steps, name) == value for level in model.levels for name, value in kept.items())
     step = model.levels[0].steps[0]
     assert step.coupling.network.first.weight.shape[0] == 5
-    # Additive: one output per channel that is changed; affine has two.
+    # The additive coupling has one output per changed channel; the affine coupling has two.
     assert step.coupling.network.last.weight.shape[0] == 6

@@ -1,8 +1,8 @@
 """The coupling of a step with the linear map of the next, on every backend that can run here.
 
-Proven against plain formulas in float64 and against the two operators one after the other: values, log-determinants and
-gradients for every kind of ScaleMap, layout and order, every number of channels and every share of them that is
-transformed; and that a forward keeps its arguments for the backward and nothing else.
+Proven against plain formulas in float64 and against the two operators in sequence: values, log-determinants and
+gradients for every kind of ScaleMap, layout and order, and for every number of channels and of transformed channels;
+and that a forward saves only its arguments for the backward.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from glow_kernels.ops.affine_coupling import KINDS, ORDERS
 from glow_kernels.ops.affine_coupling import LAYOUTS as CHANNEL_LAYOUTS
 from glow_kernels.ops.coupling_conv1x1 import forward
 
-# Channels that the coupling transforms, of C.
+# How many of C channels the coupling transforms.
 SHARES: dict[str, Callable[[int], int]] = {
     "half": lambda channels: channels // 2,
     "one": lambda channels: 1,
@@ -58,12 +58,12 @@ SHARES: dict[str, Callable[[int], int]] = {
 
 
 def at_least_two_channels(shape: Sequence[int]) -> tuple[int, ...]:
-    """One conditions and one is transformed."""
+    """``shape`` with at least two channels: one conditions and one is transformed."""
     return (shape[0], max(2, shape[1]), *shape[2:])
 
 
 def plain(scale_map, layout, order, z, h, matrix, shift):
-    """The coupling, the concatenation and the linear map, one after the other."""
+    """The coupling, the concatenation and the linear map in sequence."""
     untouched = z.shape[1] - h.shape[1] // 2
     y, log_det = plain_forward(scale_map, layout, order, z[:, untouched:], h)
     x = torch.cat((z[:, :untouched], y), dim=1)
@@ -109,7 +109,7 @@ def backward_arguments(shape, lay):
 
 
 class TestProperties(DifferentiableProperties):
-    """What holds for every differentiable operator, for a selection of the options."""
+    """Properties of every differentiable operator, for a selection of the options."""
 
     module = "coupling_conv1x1"
     arguments: ClassVar = {"forward": opcheck_arguments, "backward": backward_arguments}
@@ -146,8 +146,8 @@ def test_every_number_of_channels(backend, channels):
         check_gradients(case, inputs, upstream)
 
 
-# Of h as of networks whose images lie channels last, with channels beside it that a convolution was padded with: read
-# in vectors of 16 bytes, in shorter ones and in single elements.
+# h as a channels-last network makes it, perhaps a view of a convolution's output with padded channels: read in vectors
+# of 16 bytes, in shorter ones and in single elements.
 @pytest.mark.parametrize("channels", [6, 12, 24, 48])
 def test_channels_last_h_of_contiguous_data(backend, channels):
     for layout, dtypes, share in (
@@ -164,7 +164,7 @@ def test_channels_last_h_of_contiguous_data(backend, channels):
         check_gradients(case, [z, h, *parameters])
 
 
-# In the interpreter with a few tiles in a sample, and more of them than programs.
+# In the interpreter: a few tiles per sample, and more tiles than programs.
 @pytest.mark.parametrize("size", [(2, 8, 16, 12), (3, 5, 13, 11)] if INTERPRETED else LARGE_SHAPES, ids=str)
 def test_large_samples(backend, size):
     cases = (

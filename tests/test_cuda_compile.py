@@ -1,8 +1,8 @@
-"""The CUDA library as nvcc makes it, for GPUs that are not here: every warning is an error, nothing spills.
+"""The CUDA library as nvcc compiles it, for GPUs that are not here: every warning is an error, nothing spills.
 
-``make kernels-report`` writes what every kernel needs into reports/cuda_kernels.csv, and into tests/cuda_kernels.csv of
-which sources that is true for all GPUs. As long as those are the sources, one GPU is compiled for here instead of six,
-and must come out as it is recorded.
+``make kernels-report`` writes the resource usage of every kernel to reports/cuda_kernels.csv, and a summary for all
+GPUs with the hash of the sources to tests/cuda_kernels.csv. While the sources match, the tests compile for one GPU
+instead of six, and compare the result with the record.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ COMPILED = ("sm_90",) if set(RECORDED) == set(ARCHS) else ARCHS
 
 @pytest.fixture(scope="module")
 def built():
-    """The kernels of the library as the sources are now; building takes minutes where nothing is there yet."""
+    """The kernels of the library for the current sources; building from scratch takes minutes."""
     command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
     archs = ",".join(arch.removeprefix("sm_") for arch in COMPILED)
     environment = {**os.environ, "GLOW_KERNELS_BUILD": "cuda", "GLOW_KERNELS_CUDA_ARCHS": archs}

@@ -1,6 +1,6 @@
-"""The CUDA kernels on a real GPU: streams, graphs and devices, and tensors that are large to it.
+"""The CUDA kernels on a real GPU: streams, graphs and devices, and tensors large enough for a GPU.
 
-Everything else the operator tests prove there too.
+The operator tests prove everything else, and run on a GPU too.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ pytestmark = pytest.mark.skipif(not cuda.status().available, reason=cuda.status(
 
 
 def inputs(device: str = "cuda") -> tuple[torch.Tensor, torch.Tensor]:
-    """Data and what conditions it."""
+    """Data x and the conditioning h."""
     return torch.randn(8, 12, 32, 32, device=device), torch.randn(8, 24, 32, 32, device=device)
 
 
 def compute(x: torch.Tensor, h: torch.Tensor) -> list[torch.Tensor]:
-    """Something of every operator."""
+    """A result of every operator."""
     y, log_det = gk.affine_coupling(x, h)
     weight, vector = torch.eye(12, device=x.device) + 0.1, torch.full((12,), 0.1, device=x.device)
     return [y, log_det, *gk.actnorm_conv1x1(y, vector, vector, weight), gk.gaussian_log_prob(y, h)]
@@ -74,7 +74,7 @@ def test_tensors_of_another_gpu_are_computed_there():
     assert torch.cuda.current_device() == 0
 
 
-# Those that the matrix units compute, and among them sizes that do not fill their tiles.
+# Shapes that the matrix units compute, some of which do not fill their tiles.
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("shape", [(16, 48, 64, 64), (40, 25, 37, 41), (16, 64, 64, 64)], ids=str)
 def test_many_channels_of_a_large_tensor(shape, memory_format):

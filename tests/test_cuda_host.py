@@ -1,4 +1,4 @@
-"""The host shim finds what it is there for: faults are planted in copies of a kernel, which must come out.
+"""The host shim detects the faults that it is for: they are planted in copies of the kernels and must be found.
 
 A barrier taken away shows as a wrong result, a thread that misses one and a copy that is not aligned as errors with
 text, an access out of bounds as AddressSanitizer's. One library has all faults of an operator, and an environment
@@ -20,11 +20,11 @@ from typing import NamedTuple
 import pytest
 
 REPOSITORY = Path(__file__).parents[1]
-# Half the compiling of what make test-cuda-host runs the operator tests with; no fault here is UBSan's to find.
+# Takes half as long to compile as the options of make test-cuda-host; UBSan is not needed for these faults.
 SANITIZE = "-O0 -g1 -fsanitize=address -fno-omit-frame-pointer"
 
-# Runs programs in the folder and with the variables that come with them, each in a process of its own, and says how it
-# ended. Importing torch, under a sanitizer too, takes longer than most of them: this has done it once.
+# Runs each requested program in a fork, with the given folder and environment variables, and reports how it ended.
+# Importing torch, and under a sanitizer too, takes longer than most programs, so the server does it once for all.
 SERVER = """\
 import json, os, sys, traceback, torch
 for line in sys.stdin:
@@ -48,7 +48,7 @@ for line in sys.stdin:
         os._exit(code)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
-# Prints what is wrong first with the samples of an operator, under one schedule or the other.
+# Prints the first error in the samples of an operator, under one schedule or the other.
 ASK = """\
 import os, torch
 import glow_kernels as gk
@@ -70,13 +70,13 @@ def fault():
     return "none"
 print(fault(), "on the", torch.ops.glow_kernels.native_isa())
 """
-# Lines that define samples and what is computed of each.
+# Source lines that define samples and what is computed from each.
 SAMPLES = {
     "actnorm_statistics": """\
 compute = gk.actnorm_statistics
 samples = [(torch.randn(shape),) for shape in ((3, 5, 7, 11), (40, 300))]
 """,
-    # In many tiles, with the kernels for small tensors and, of no multiprocessors, those for large ones.
+    # Many tiles, with the kernels for small tensors and, by claiming no multiprocessors, with those for large ones.
     "coupling_conv1x1": """\
 from glow_kernels.ops import coupling_conv1x1
 def compute(multiprocessors, z, h, matrix, shift, grad, grad_log_det):
@@ -87,7 +87,7 @@ def compute(multiprocessors, z, h, matrix, shift, grad, grad_log_det):
 sizes = ((3, 6, 420), (3, 6, 420), (6, 6), (6,), (3, 6, 420), (3,))
 samples = [(count, *map(torch.randn, sizes)) for count in "10"]
 """,
-    # The same, with an elimination in a block of its own and without, and on the matrix units.
+    # Likewise, with the elimination in a separate block or not, and on the matrix units.
     "actnorm_conv1x1": """\
 import importlib
 whole = importlib.import_module("glow_kernels.ops.actnorm_conv1x1")
@@ -100,7 +100,7 @@ def sample(multiprocessors, channels, *known):
     return multiprocessors, *data, *torch.randn(2, channels), weight, *known
 samples = [sample("1", 12, None), sample("0", 12, None), sample("0", 12, torch.tensor(0.5)), sample("0", 27, None)]
 """,
-    # With an inverse of more channels than a warp eliminates.
+    # With more channels than one warp can invert by elimination.
     "folding": """\
 from glow_kernels.ops.folding import fold_inverse, lu_weight, lu_weight_backward
 def compute(weight, grad, grad_log_det, *factors):
@@ -111,8 +111,8 @@ def sample(n):
     return weight, torch.randn(n, n), torch.randn(()), permutation, *torch.randn(2, n, n), *torch.randn(2, n)
 samples = [sample(7), sample(40)]
 """,
-    # Of no multiprocessors, so that no tensor is small: two blocks, some warps of which have three strips in turn. With
-    # as little shared memory as a block has on sm_86, other kernels compute.
+    # With no multiprocessors no tensor is small: two blocks, in which some warps process three strips in turn. With the
+    # small shared memory of sm_86, other kernels are used.
     "actnorm_conv1x1_wide": """\
 from glow_kernels.ops.actnorm_conv1x1 import apply, apply_backward, apply_reversible_backward
 os.environ["GLOW_KERNELS_MULTIPROCESSORS"] = "0"
@@ -125,7 +125,7 @@ channels_last = *(torch.randn(3, 350, 32).mT for _ in range(2)), *map(torch.rand
 contiguous, channels_last = ([0.3 * part for part in sample] for sample in (map(torch.randn, sizes), channels_last))
 samples = [(227, *contiguous), (227, *channels_last), (99, *contiguous)]
 """,
-    # Of contiguous data with an h that lies channels last, in tiles that end among the positions of a thread.
+    # Contiguous data with a channels-last h, in tiles that end within the positions of a thread.
     "affine_coupling": """\
 from glow_kernels.ops.affine_coupling import forward, in_place_backward, reversible_backward
 os.environ["GLOW_KERNELS_MULTIPROCESSORS"] = "0"
@@ -143,7 +143,7 @@ samples = [sample(2, 6, 19, 11), sample(2, 40, 7, 5)]
 """,
 }
 
-# In which files the kernels of an operator are, faults among them.
+# The files with the kernels of an operator, in which faults are planted.
 SOURCES = {
     "actnorm_statistics": ["actnorm_statistics.cu"],
     "affine_coupling": ["affine_coupling.cu"],
@@ -158,7 +158,7 @@ SOURCES = {
 
 
 class Fault(NamedTuple):
-    """Where in the sources of an operator, with the right expression in «», what it becomes, and what must come out."""
+    """A place in the sources, with the right expression in «», its replacement, and the expected outcome."""
 
     place: str
     wrong: str = "void()"
@@ -234,7 +234,7 @@ inline bool planted(std::string_view fault) {
 
 
 def libraries() -> str:
-    """What a process must load first for the sanitizers."""
+    """The libraries that a process must preload for the sanitizers."""
     compiler = os.environ.get("CXX", "g++").split()[0]
     names = ("libasan.so", "libstdc++.so")
     found = (subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True) for name in names)
@@ -242,7 +242,7 @@ def libraries() -> str:
 
 
 class Tree:
-    """A copy of the package and of the shim in a folder, without kernels, and a server for programs that use it."""
+    """A copy of the package and the shim in a folder, without kernels, and a server for programs that use it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -257,7 +257,7 @@ class Tree:
         self.server = subprocess.Popen(command, cwd=folder, env=environment, stdin=pipe, stdout=pipe, text=True)
 
     def run(self, program: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        """``program`` in the folder."""
+        """Run ``program`` in the folder."""
         said, complained = self.folder / "said", self.folder / "complained"
         request = {"folder": str(self.folder), "program": program, "arguments": ["program", *arguments]}
         request |= {"environment": environment, "said": str(said), "complained": str(complained)}
@@ -279,7 +279,7 @@ def tree(tmp_path_factory):
 
 
 def build(tree: Tree, sources: dict[str, str]) -> None:
-    """A library of these files of csrc/cuda alone."""
+    """Build a library from only these files of csrc/cuda."""
     cuda = tree.folder / "csrc" / "cuda"
     for earlier in cuda.glob("*.cu"):
         earlier.unlink()
@@ -291,7 +291,7 @@ def build(tree: Tree, sources: dict[str, str]) -> None:
 
 
 def with_faults(operator: str) -> dict[str, str]:
-    """The sources of ``operator`` with all faults, each only where it is ``planted``."""
+    """The sources of ``operator`` with all faults, each active only if ``planted`` returns true for it."""
     sources = {name: (REPOSITORY / "csrc" / "cuda" / name).read_text() for name in SOURCES[operator]}
     places: dict[tuple[str, int, int], str] = {}
     for fault, (place, wrong, _) in FAULTS[operator].items():
@@ -301,13 +301,13 @@ def with_faults(operator: str) -> dict[str, str]:
         start = text.index(before + right + after) + len(before)
         at = name, start, start + len(right)
         places[at] = f'(planted("{fault}") ? {wrong} : {places.get(at, right)})'
-    for (name, start, end), text in sorted(places.items(), reverse=True):  # no place moves one before it
+    for (name, start, end), text in sorted(places.items(), reverse=True):  # backwards, so that no earlier place moves
         sources[name] = sources[name][:start] + text + sources[name][end:]
     return {name: '#include "planted.h"\n' + text for name, text in sources.items()} | {"planted.h": PLANTED}
 
 
 def outcome(tree: Tree, program: str, fault: str) -> str:
-    """What comes out with this fault."""
+    """The outcome of ``program`` with this fault."""
     done = tree.run(program, PLANTED_FAULT=fault)
     if done.returncode != 0:
         named = "heap-buffer-overflow" in done.stderr and "parts_kernel" in done.stderr
@@ -326,7 +326,7 @@ def test_planted_faults_come_out(tree, operator):
     assert outcomes == {fault: expected for fault, (_, _, expected) in FAULTS[operator].items()}
 
 
-# Registers of a lane as "Matrix Fragments for mma.m16n8k8" of the PTX ISA tells where they stand in their matrices.
+# Loads and stores the registers of each lane as "Matrix Fragments for mma.m16n8k8" in the PTX ISA defines them.
 PROBE = """\
 #include "cuda/actnorm_conv1x1_mma.h"
 
@@ -362,7 +362,7 @@ GLOW_KERNELS_CUDA_LIBRARY(m) { m.impl("probe", TORCH_BOX(&probe)); }
 
 }  // namespace glow_kernels
 """
-# Of whole numbers with something in the bits that TF32 has not, the product is exact.
+# The inputs are whole numbers plus something in the bits that TF32 drops, so the product is exact.
 ASK_PROBE = """\
 import torch
 import glow_kernels as gk

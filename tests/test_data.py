@@ -1,4 +1,4 @@
-"""The data sources on made-up data: what they return, how they split, and what they say of bad input."""
+"""The data sources on synthetic data: what they return, how they split it, and their messages about bad input."""
 
 import io
 import os
@@ -39,7 +39,7 @@ def assert_same(one: ImageData, other: ImageData) -> None:
 
 
 def assert_fails(kind: type[GlowKernelsError], message: str, specification: str, **options: Any) -> None:
-    """Loading fails with one line that the regular expression ``message`` is found in."""
+    """Check that loading fails with one line that matches the regular expression ``message``."""
     with pytest.raises(kind, match=message) as caught:
         load(specification, **options)
     assert "\n" not in str(caught.value)
@@ -139,7 +139,7 @@ def test_digits_refuses_options() -> None:
 
 @pytest.fixture
 def numbered_photographs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Photographs of the true size in which no two pixels have the same colour."""
+    """Replace the photographs by images of the same size in which no two pixels have the same colour."""
     numbers = np.arange(2 * 427 * 640, dtype="<u4").view(np.uint8).reshape(2, 427, 640, 4)
     photographs = SimpleNamespace(images=[np.ascontiguousarray(each[..., :3]) for each in numbers])
     monkeypatch.setattr(sklearn.datasets, "load_sample_images", lambda: photographs)
@@ -152,7 +152,7 @@ def test_no_pixel_of_a_photograph_is_in_two_parts(size: int) -> None:
     seen = [torch.zeros(2 * 427 * 640, dtype=torch.bool) for _ in PARTS]
     for pixels, images in zip(seen, images_of(data), strict=True):
         number = images[:, 0].int() + 256 * images[:, 1].int() + 65536 * images[:, 2].int()
-        # A crop is a true piece of a photograph: neighbours to the right and below are neighbours there.
+        # A crop is a contiguous piece of a photograph: its neighbouring pixels are neighbours there.
         assert (number[:, :, 1:] - number[:, :, :-1] == 1).all()
         assert (number[:, 1:] - number[:, :-1] == 640).all()
         pixels[number.flatten()] = True
@@ -180,7 +180,7 @@ def test_largest_patches() -> None:
 
 
 def python2_pickle(value: Any) -> bytes:
-    """What Python 2's cPickle wrote, protocol 2, with the module names of the NumPy of its time."""
+    """``value`` as Python 2's cPickle wrote it, in protocol 2 with the module names of NumPy at that time."""
     if value is None:
         return b"N"
     if isinstance(value, bool):
@@ -209,7 +209,7 @@ def batch_file(pixels: Any, labels: Any) -> bytes:
 
 
 def cifar_files(suffix: str) -> tuple[dict[str, bytes], np.ndarray, list[int]]:
-    """Files of CIFAR-10, python ("") or binary (".bin"), and all the images and labels in them in order."""
+    """Files of CIFAR-10, python ("") or binary (".bin"), and their images and labels in order."""
     pixels = noise(6 * IMAGES_PER_BATCH, 3072)
     labels = noise(len(pixels), below=10, seed=1).tolist()
     files = {"readme.html": b"<p>"}
@@ -260,11 +260,11 @@ def test_cifar10(suffix: str, form: str, tmp_path: Path) -> None:
 
 
 def test_made_up_cifar10_pickle_is_a_true_pickle() -> None:
-    """Guards the test above: Python and NumPy read it as the project page says, and find the same in it."""
+    """Guards the test above: read as the CIFAR-10 page says, with pickle and NumPy, it has the same contents."""
     import pickle
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # NumPy 2 warns of the old module names
+        warnings.simplefilter("ignore")  # NumPy 2 warns about the old module names
         batch = pickle.loads(batch_file(noise(2, 3072), [3, 4]), encoding="bytes")
     assert np.array_equal(batch[b"data"], noise(2, 3072))
     assert batch[b"labels"] == [3, 4]
@@ -384,11 +384,11 @@ def test_fingerprint_is_of_the_images_and_not_of_where_they_are(tmp_path: Path) 
     one, two, other = (load(f"folder:{folder}", image_size=4).fingerprint for folder in folders)
     assert one == two != other
     assert one == {"train": 7, "validation": 1, "test": 1, "crc32": one["crc32"]}
-    # The values identify these, whatever the file is called.
+    # Arrays are identified by their values, not by the file's name.
     arrays = [save(folder, x=noise(9, 4, 4, seed=seed)) for folder, seed in zip(folders, (0, 0, 1), strict=True)]
     one, two, other = (load(array).fingerprint for array in arrays)
     assert one == two != other
-    # Labels have a number of their own.
+    # Labels have a checksum of their own.
     labelled = [
         load(save(folders[0], x=noise(9, 4, 4), y=classes)).fingerprint for classes in (np.arange(9), np.ones(9, int))
     ]
@@ -417,7 +417,7 @@ def test_folder_order_does_not_depend_on_the_file_system(tmp_path: Path, monkeyp
 
 
 def read_one(folder: Path, image: Image.Image, size: int) -> np.ndarray:
-    """The given image as the folder source makes it: (size, size, 3)."""
+    """The given image as the folder source reads it: (size, size, 3)."""
     for index in range(3):
         image.save(folder / f"{index}.png", exif=image.getexif())
     return load(f"folder:{folder}", image_size=size).train[0].permute(1, 2, 0).numpy()
@@ -430,7 +430,7 @@ def test_folder_crops_the_centre_and_leaves_pixels_of_the_right_size_alone(tmp_p
 
 @pytest.mark.parametrize("shape", [(8, 24), (24, 8), (10, 16), (4, 6)])
 def test_folder_resizes_the_shorter_side(shape: tuple[int, int], tmp_path: Path) -> None:
-    # A left half of one colour and an upper half of another: both edges stay in the middle.
+    # The left half in one colour and the upper half in another: both edges stay in the middle.
     pixels = np.zeros((*shape, 3), dtype=np.uint8)
     pixels[:, : shape[1] // 2, 0] = 200
     pixels[: shape[0] // 2, :, 1] = 200
@@ -520,7 +520,7 @@ def save(path: Path, **arrays: Any) -> str:
         ((20, 4, 6, 5), 4, (6, 5)),
         ((20, 6, 5, 1), 1, (6, 5)),
         ((20, 6, 5, 3), 3, (6, 5)),
-        ((20, 3, 8, 4), 3, (8, 4)),  # both ways possible: channels first
+        ((20, 3, 8, 4), 3, (8, 4)),  # ambiguous: taken as channels first
     ],
 )
 def test_array_shapes(shape: tuple[int, ...], channels: int, image_size: tuple[int, int], tmp_path: Path) -> None:
@@ -670,7 +670,7 @@ def test_batches_depend_on_the_seed_only() -> None:
 
 @pytest.mark.parametrize("taken", range(12))
 def test_batches_resume_exactly(taken: int) -> None:
-    """At the beginning, in the middle, at and past the end of an epoch; the state is not a live view."""
+    """At the beginning, in the middle, at the end and past the end of an epoch; the state is a copy."""
     sampler = BatchSampler(22, 4, seed=3)
     batches(sampler, taken)
     state, epoch = sampler.state_dict(), sampler.epoch

@@ -1,7 +1,7 @@
-"""Training on two ranks: the same run as on one process, one writer, one message, and nobody left behind.
+"""Training on two ranks: the same run as on one process, one writer, one message, and no rank left hanging.
 
-Every scenario has two fresh processes on the CPU, with the environment that ``torchrun`` would give them.
-Most runs are in float64, where a gradient with a wrong weight cannot hide behind rounding.
+Every scenario has two new processes on the CPU, with the environment that ``torchrun`` would give them.
+Most runs are in float64, where rounding cannot hide a gradient with a wrong weight.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 WRAPPERS = {"ddp": False, "fsdp": True}
 TIME_LIMIT = 150.0
-# Else every process of every scenario would spend seconds on them.
+# Imported before forking; otherwise every process of every scenario would spend seconds on them.
 IMPORTED_LATE = (
     "safetensors.torch",
     "torch._dynamo",
@@ -63,7 +63,7 @@ def new_trainer(folder: Path, ranks: Ranks = ALONE, *, resume: bool = False, **c
 
 
 def weights_of(trainer: Trainer) -> dict[str, Tensor]:
-    """All weights and averaged weights, whole and on their own."""
+    """Copies of all weights and averaged weights, unsharded."""
     models = {"model": trainer.model, "average": trainer.average.model}
     return {
         f"{kind}.{name}": whole(value).clone() for kind, m in models.items() for name, value in m.state_dict().items()
@@ -77,7 +77,7 @@ def in_float64() -> Iterator[None]:
     torch.set_default_dtype(torch.float32)
 
 
-# What the ranks do. A scenario returns what the tests look at.
+# The scenarios: functions that the ranks run, which return what the tests check.
 
 
 def train(folder: Path, ranks: Ranks, **changes: Any) -> dict[str, Any]:
@@ -89,7 +89,7 @@ def train(folder: Path, ranks: Ranks, **changes: Any) -> dict[str, Any]:
 
 
 def values_held(trainer: Trainer) -> dict[str, int]:
-    """How many values this process keeps."""
+    """The numbers of values that this process keeps."""
     moments = [moment for state in trainer.optimizer.state.values() for name, moment in state.items() if name != "step"]
     tensors = {"model": trainer.model.parameters(), "average": trainer.average.model.parameters(), "optimizer": moments}
     return {
@@ -107,7 +107,7 @@ def stop_by_a_signal_on_the_second_rank(folder: Path, ranks: Ranks) -> dict[str,
 
 
 def poison(folder: Path, ranks: Ranks, steps: range) -> dict[str, Any]:
-    """Train with NaN in one image of the second rank in some steps."""
+    """Train with NaN in one image of the second rank in these steps."""
     trainer = new_trainer(folder, ranks)
     draw_batch = trainer._batch
 
@@ -123,7 +123,7 @@ def poison(folder: Path, ranks: Ranks, steps: range) -> dict[str, Any]:
 
 
 def fail(folder: Path, ranks: Ranks, error: Exception) -> None:
-    """Train until an error hits the second rank in step 3, while the first one is in a collective."""
+    """Train until step 3, where the second rank raises ``error`` while the first one is in a collective."""
     trainer = new_trainer(folder, ranks)
 
     def raise_on_the_second_rank(step: int) -> None:
@@ -184,12 +184,12 @@ SCENARIOS: dict[str, Callable[[Path, Ranks], Any]] = {
     "ddp different weights": start_from_different_weights,
     "ddp bar": look_at_the_bar,
 }
-# The second rank reads the run folder only to resume; else it gets one that nobody makes.
+# The second rank reads the run folder only to resume; otherwise it gets one that does not exist.
 READS_FOLDER = ("ddp chain", "fsdp chain")
 
 
 def run_all(_: int, folder: str, ports: list[int]) -> None:
-    """Go through all scenarios, each on processes of its own: forks of this one, which has loaded everything."""
+    """Run all scenarios, each on forks of this process, which has imported everything."""
     os.setsid()
     torch.set_num_threads(1)
     for module in IMPORTED_LATE:
@@ -205,7 +205,7 @@ def run_all(_: int, folder: str, ports: list[int]) -> None:
 
 
 def run_rank(name: str, folder: Path, rank: int, port: int) -> None:
-    """Take part in one scenario, leave the result in a file, and end."""
+    """Run one scenario as one rank, write the result to a file, and exit."""
     try:
         os.environ.update(environment(rank, port))
         if name in COMMANDS:
@@ -253,14 +253,14 @@ def run_command(arguments: list[str]) -> dict[str, Any]:
 
 
 def environment(rank: int, port: int) -> dict[str, str]:
-    """What ``torchrun`` sets for a worker; the launcher keeps the store."""
+    """The variables that ``torchrun`` sets for a worker; the launcher hosts the store."""
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS, "MASTER_PORT": port}
     texts = {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": "1"}
     return texts | {name: str(number) for name, number in numbers.items()}
 
 
 def new_store() -> Any:
-    """What a launcher keeps while its workers run."""
+    """The store that a launcher hosts while its workers run."""
     return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
@@ -271,7 +271,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> dict[str, dict[str, Any]]:
-    """The same runs on one process, and the beginning of those that the ranks continue."""
+    """The same runs on one process, and the first part of the runs that the ranks resume."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("draw_samples", "draw_reconstruction", "draw_curve"):
             patch.setattr(gallery, name, lambda *_, **__: 0.0)
@@ -292,7 +292,7 @@ def alone(folder: Path) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def ranks_say(folder: Path, alone: Any) -> Callable[[str], list[Any]]:
-    """What each rank returns of a scenario or a command."""
+    """A function that returns the results of each rank for a scenario or a command."""
     stores = [new_store() for _ in (*SCENARIOS, *COMMANDS)]
     context = mp.spawn(run_all, args=(str(folder), [store.port for store in stores]), join=False)
     deadline = time.monotonic() + TIME_LIMIT
@@ -302,7 +302,7 @@ def ranks_say(folder: Path, alone: Any) -> Callable[[str], list[Any]]:
             pytest.fail(f"the ranks hang; they have done {sorted(path.name for path in folder.glob('*.pt'))}")
 
     def read(name: str) -> list[Any]:
-        # A rank that was killed says nothing.
+        # A rank that was killed leaves no file.
         files = [folder / f"{name} {rank}.pt" for rank in range(RANKS)]
         return [torch.load(file, weights_only=False) for file in files if file.exists()]
 
@@ -326,7 +326,7 @@ def test_two_ranks_are_one_process_up_to_the_order_of_sums(
     first, second = ranks_say(f"{wrapper} {kind}")
     expected = alone[kind]
     assert_weights_close(first["initial"], expected["initial"], 1e-12)
-    # The classification loss is in float32, whatever the rest is.
+    # The classification loss is always in float32.
     assert_weights_close(first["final"], expected["final"], 1e-7 if "conditional" in kind else 1e-9)
     for part in ("initial", "final"):
         assert all(torch.equal(first[part][name], value) for name, value in second[part].items())
@@ -340,7 +340,7 @@ def test_two_ranks_are_one_process_up_to_the_order_of_sums(
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_losses_in_float32_agree_to_rounding(wrapper: str, folder: Path, alone: Any, ranks_say: Any) -> None:
     first, _ = ranks_say(f"{wrapper} float32")
-    # Unlike the losses, a weight whose gradient is near zero may go another way: Adam divides by its size.
+    # Final weights may differ: Adam divides by the size of a gradient, which amplifies rounding in gradients near zero.
     assert_weights_close(first["initial"], alone["float32"]["initial"], 1e-5)
     for key in ("train_bits_per_dim", "validation_bits_per_dim"):
         got, expected = (values_of(folder / run, key) for run in (f"{wrapper} float32", "alone float32"))
@@ -494,7 +494,7 @@ def test_launcher_that_does_not_say_how_to_connect_is_named(
 def test_a_rank_that_cannot_connect_leaves_the_word_to_one_that_has_failed(
     failed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The first rank may be through with connecting, find its error and go before the second has all of its sockets.
+    # The first rank may connect, fail and exit before the second has opened all of its sockets.
     store = dist.HashStore()
     if failed:
         store.set(distributed.FAILURE, "0 2")
@@ -535,7 +535,7 @@ def test_torchrun_trains_a_sharded_model_and_leaves_a_complete_run(
     assert len(re.findall("test bits/dim", result.stdout)) == 1
     bits = re.search(r"test bits/dim +(\S+)", result.stdout)
     assert bits is not None
-    # As the report does: 102 draws for each of 40 images.
+    # The report also uses 102 draws for each of 40 images.
     assert cli("evaluate", tmp_path / "run", "--draws", 102) == 0
     assert float(capsys.readouterr().out.split()[0]) == pytest.approx(float(bits[1]), abs=2e-4)
 

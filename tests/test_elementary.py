@@ -1,4 +1,4 @@
-"""csrc/include/glow_kernels/math.h on the CPU: every elementary function within 2 ulp, in every instruction set."""
+"""csrc/include/glow_kernels/math.h on the CPU: every elementary function is within 2 ulp in every instruction set."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ CAPABILITIES = {"AVX512": 2, "AVX2": 1}
 
 @pytest.fixture(scope="module", params=["baseline", "avx2", "avx512"])
 def library(request, tmp_path_factory):
-    """The functions over arrays, compiled as the kernels of an instruction set are."""
+    """The functions for arrays, compiled like the kernels for an instruction set."""
     compiler = shlex.split(os.environ.get("CXX") or "c++")
     if shutil.which(compiler[0]) is None:
         pytest.skip("needs a C++ compiler")
@@ -57,7 +57,7 @@ def library(request, tmp_path_factory):
 
 @functools.cache
 def arguments_and_truth(name, type_):
-    """Dense arguments, those where a reduction switches, and special ones; the truth in long double."""
+    """Dense arguments, those where the range reduction switches, and special values; and the truth in long double."""
     dtype, count = DTYPES[type_], 1 << 15
     limits, random = np.finfo(dtype), np.random.default_rng(0)
     low, high = np.log(float(limits.tiny)), np.log(float(limits.max))
@@ -93,7 +93,7 @@ def test_elementary_functions_are_within_two_ulps(library, name, type_):
     library[f"{name}_{type_}"](*pointers, ctypes.c_int64(x.size))
 
     with np.errstate(all="ignore"):
-        # Subnormal numbers, infinity and NaN are the truth, rounded.
+        # Subnormal results, infinity and NaN must be the rounded truth.
         same = (result == truth.astype(x.dtype)) | (np.isnan(result) & np.isnan(truth))
         exponents = np.floor(np.log2(np.maximum(np.abs(truth), limits.tiny)))
         ulps = np.abs(result - truth) / np.exp2(exponents - limits.nmant)

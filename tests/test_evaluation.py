@@ -29,7 +29,7 @@ def random_images(*shape: int) -> Tensor:
 
 
 def make_model(channels: int = 1, size: int = 4, num_classes: int | None = None, spread: float = 0.1) -> Glow:
-    """A Glow of two levels with weights that are random by ``spread``, in evaluation mode."""
+    """A Glow of two levels in evaluation mode, with its weights moved at random by ``spread``."""
     model = Glow(channels, size, 1, 2, 4, num_classes=num_classes)
     labels = None if num_classes is None else torch.arange(64) % num_classes
     model.initialize(torch.rand(64, channels, size, size) - 0.5, labels)
@@ -40,10 +40,10 @@ def make_model(channels: int = 1, size: int = 4, num_classes: int | None = None,
 
 
 def tiles(path: Path, columns: int, size: int) -> Tensor:
-    """The square images in a picture, one pixel of the picture for each of theirs: (rows, columns, 3, size, size)."""
+    """The square images in a picture at their own resolution: (rows, columns, 3, size, size)."""
     with Image.open(path) as picture:
         pixels = torch.from_numpy(np.array(picture))[2:, 2:]
-    # Each image is enlarged by a whole number and followed by 2 pixels of padding.
+    # Each image is enlarged by a whole factor and followed by 2 pixels of padding.
     side = pixels.shape[1] // columns
     separate = pixels.view(-1, side, columns, side, 3).permute(0, 2, 4, 1, 3)
     step = (side - 2) // size
@@ -177,7 +177,7 @@ def test_path_is_the_great_circle_between_the_latents(count: int, num_classes: i
     for index in range(count):
         t = index / (count - 1)
         expected = (torch.sin((1 - t) * omega) * a + torch.sin(t * omega) * b) / torch.sin(omega)
-        # Classes change over half way.
+        # The class switches half way.
         got = flat_latents(model, path[:, index], first_labels if t < 0.5 else last_labels)
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
 

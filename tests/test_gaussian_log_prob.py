@@ -105,7 +105,7 @@ def backward_arguments(shape, lay, per_sample=False):
 
 
 class TestProperties(DifferentiableProperties):
-    """What holds for every differentiable operator."""
+    """Properties of every differentiable operator."""
 
     module = "gaussian_log_prob"
     arguments: ClassVar = {
@@ -163,7 +163,7 @@ def test_log_prob_changes_variables_to_a_standard_normal(backend, layout):
 @pytest.mark.parametrize("log_sd", [-60.0, -20.0, 20.0, 60.0])
 @pytest.mark.parametrize("function", ["log_prob", "sample", "standardize"])
 def test_narrow_and_wide_gaussians_keep_their_relative_accuracy(backend, function, log_sd):
-    # exp(2 log_sd) would leave the range of float32 at 44. Data of the Gaussian's own size, so that nothing cancels.
+    # exp(2 log_sd) would overflow float32 at 44. The data have the Gaussian's own scale, so nothing cancels.
     case = gaussian_case(function, "chunk_mean_log_sd")
     data = torch.randn(3, 4, 5) * (1.0 if function == "sample" else math.exp(log_sd))
     h = torch.cat((torch.zeros(3, 4, 5), torch.full((3, 4, 5), log_sd)), dim=1)
@@ -174,7 +174,7 @@ def test_narrow_and_wide_gaussians_keep_their_relative_accuracy(backend, functio
 @pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES.keys())
 @pytest.mark.parametrize("function", ["log_prob", "sample", "standardize"])
 def test_narrow_gaussians_far_from_zero_keep_their_accuracy(backend, function, dtypes):
-    # z - mean loses what z was rounded by: in bfloat16 more than the deviation of exp(-5) itself.
+    # z - mean has the error by which z was rounded: in bfloat16 that exceeds the standard deviation of exp(-5).
     of_h = gaussian_case(function, "chunk_mean_log_sd")
 
     def inputs(shape):
@@ -205,7 +205,7 @@ def test_the_default_layout_is_interleaved(backend):
 Z, H = torch.zeros(2, 3, 5), torch.zeros(2, 6, 5)
 IMAGE = "must be (B, C, *spatial) with 0 to 3 spatial dimensions"
 
-# Arguments, the type of the error and its message; NAME stands for the name of the data.
+# Arguments, the type of the error and its message; NAME is the name of the data.
 BAD_ARGUMENTS = {
     "data_no_tensor": ((1.0, H), TypeError, "NAME must be a tensor, got float"),
     "data_integer": ((Z.long(), H), TypeError, "NAME must be a floating-point tensor, got int64"),

@@ -1,7 +1,7 @@
 """The whole model is a density: its log-determinant, its formulas, its samples, and its round trip after training.
 
 The latents are standard normal under the model: ``log_prob`` is their log-density plus the log-determinant of
-autograd's Jacobian of ``encode``, in float64. The formulas are those of the flow step's test, put together once more.
+autograd's Jacobian of ``encode``, in float64. The formulas are composed of those in the flow step's test.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def test_samples_are_decoded_normal_latents():
     assert torch.equal(warm, again)
     hot, warm = flat(model.encode(hot, labels)), flat(model.encode(warm, labels))
     assert_close(warm, 0.5 * hot, 1e-12)
-    # 288 normal numbers: mean and standard deviation within five of their own standard deviations.
+    # 288 normal numbers: mean and standard deviation must be within five of their own standard deviations.
     assert abs(hot.mean().item()) < 5 / 288**0.5
     assert abs(hot.std().item() - 1) < 5 / 576**0.5
 
@@ -193,7 +193,7 @@ def test_whole_model_compiles_into_one_graph(backend):
         assert torch.equal(actual, expected)
         parameters = [*model.levels.parameters(), *model.top_prior.parameters()]
         gradients = [torch.autograd.grad(log_prob.mean(), parameters) for log_prob in (actual, expected)]
-        for one, other in zip(*gradients, strict=True):  # whose sums may be in another order
+        for one, other in zip(*gradients, strict=True):  # sums may be in another order
             assert (one - other).norm() <= 1e-5 * other.norm()
 
 
@@ -236,7 +236,7 @@ def test_deep_model_reconstructs_photographs_after_training():
     model = Glow(3, 8, steps=32, levels=3, hidden_channels=32)
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
     losses = []
-    # For convolutions this small oneDNN's set-up takes longer than the work.
+    # For convolutions this small, oneDNN's set-up takes longer than the computation.
     with torch.backends.mkldnn.flags(enabled=False, allow_tf32=None):
         model.initialize(model.dequantize(photographs.train[:64]))
         for step in range(200):
@@ -393,7 +393,7 @@ def test_training_has_the_same_losses_on_every_backend(backend):
 
     def losses(name: str) -> list[float]:
         model = copy.deepcopy(start)
-        # Not Adam: it makes steps of full size of gradients that are nothing but rounding errors.
+        # Not Adam, which takes full steps along gradients that are only rounding errors.
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
         with gk.use_backend(name):
             return [take_step(model, optimizer, x) for x in batches]
@@ -409,7 +409,7 @@ def test_training_has_the_same_losses_on_every_backend(backend):
 
 
 def test_biases_of_actnorm_have_no_gradient_on_the_batch_that_initialised_them():
-    """All couplings start as constants and all means at 0, so what Adam makes of these gradients is rounding alone."""
+    """Couplings start constant and means at 0, so these gradients are pure rounding, which Adam would amplify."""
     x = torch.rand(8, 3, 8, 8, dtype=torch.float64) - 0.5
     model = Glow(3, 8, steps=2, levels=2, hidden_channels=8).double().train()
     model.bits_per_dim(x).mean().backward()
@@ -419,7 +419,7 @@ def test_biases_of_actnorm_have_no_gradient_on_the_batch_that_initialised_them()
 
 
 class Decoder(torch.nn.Module):
-    """Images of latents, and samples as many."""
+    """Decodes latents to images, and draws as many samples."""
 
     def __init__(self, model: Glow) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A training step as one CUDA graph: what can be seen without a GPU, and on one, that it is the same step."""
+"""A training step as one CUDA graph: what can be tested without a GPU, and on a GPU, that it is the same step."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
 @pytest.mark.parametrize("memory", ["store", "anchor"])
 def test_device_decides_as_the_host_does(memory: str, device: str) -> None:
-    """Ten steps, the third and the last of which are bad; on a GPU, all but the first three from a graph."""
+    """Ten steps, of which the third and the last are bad; on a GPU, all except the first three are replayed."""
     host_model = make_model(device, memory)
     device_model = copy.deepcopy(host_model)
     by_host, by_device = make_update(host_model, capture=False), make_update(device_model, capture=True)
@@ -86,11 +86,11 @@ def test_what_has_to_wait_for_the_host_says_so(changes: dict[str, Any], reason: 
 
 
 class NoWaiting(TorchDispatchMode):
-    """Refuses what makes the host wait for a device: values of tensors, and sizes that depend on them."""
+    """Refuses operators that make the host wait for the device: they read values, or sizes depend on values."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         waits = torch.Tag.data_dependent_output in function.tags or torch.Tag.dynamic_output_shape in function.tags
-        # The states of random generators, of devices too, are bytes on the host.
+        # States of random generators are byte tensors on the host, also for devices.
         if waits and args[0].dtype != torch.uint8:
             raise AssertionError(f"{function} depends on the values of tensors")
         return function(*args, **(kwargs or {}))
@@ -132,7 +132,7 @@ def test_inputs_are_needed_to_know_the_device() -> None:
 
 
 def test_the_graph_is_made_on_the_device_of_the_inputs_beside_other_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The device need not be the current one, of which it would be empty."""
+    """It need not be the current device, on which the graph would be empty."""
     devices = []
 
     def graph(_: Any, stream: Any, capture_error_mode: str) -> AbstractContextManager[None]:
@@ -159,7 +159,7 @@ def test_the_graph_is_made_on_the_device_of_the_inputs_beside_other_threads(monk
 
 
 def test_a_failed_recording_leaves_the_stream_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.cuda.graph leaves its own in use where it cannot end the recording."""
+    """torch.cuda.graph does not restore the stream if it cannot end the recording."""
     current: list[Any] = ["main"]
 
     class Using:

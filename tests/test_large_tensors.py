@@ -1,6 +1,6 @@
-"""Sizes and strides beyond 2^31 elements, in little memory: a sparse file of which a view touches a few pages.
+"""Sizes and strides beyond 2^31 elements in little memory: views that touch only a few pages of a sparse file.
 
-Proven: every operator finds its elements wherever strides of more than 31 bits put them, and counts more than 2^31.
+Proven: every operator handles strides of more than 31 bits, and tensors of more than 2^31 elements.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ import glow_kernels as gk
 
 BEYOND = 2**31 + 4096
 SHAPE = (2, 2, 3)
-# In elements, of the batch, the channels and the positions.
+# Strides of batch, channels and positions, in elements.
 STRIDES = {"batch": (BEYOND, 64, 1), "channel": (64, BEYOND, 1), "position": (8, 1, BEYOND // 2 + 4096)}
 
 
 @pytest.fixture
 def far_apart(tmp_path):
-    """Copies tensors into views of a sparse file, with these strides."""
+    """A function that copies tensors into views of a sparse file with given strides."""
 
     def lay(tensor: Tensor, strides: tuple[int, ...], name: str) -> Tensor:
-        # Twice the channels, for h, need room as well.
+        # h, with twice the channels, needs room too.
         size = 1 + sum((length - 1) * stride for length, stride in zip(tensor.shape, strides, strict=True))
         memory = torch.from_file(str(tmp_path / name), shared=True, size=size, dtype=tensor.dtype)
         return memory.as_strided(tensor.shape, strides).copy_(tensor)
@@ -60,7 +60,7 @@ def test_strides_of_more_than_31_bits(backend, far_apart, name, strides):
     for lay in (lambda tensor, _: tensor, lambda tensor, file: far_apart(tensor, strides, file)):
         torch.manual_seed(0)
         results.append(OPERATORS[name](lay(x, "x"), lay(h, "h")))
-    # The order of sums may follow the memory.
+    # The order of sums may depend on the strides.
     for near, far in zip(*results, strict=True):
         torch.testing.assert_close(far, near, rtol=1e-5, atol=1e-5)
 

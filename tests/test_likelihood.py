@@ -1,7 +1,7 @@
-"""Pixels become a density and come back, and bits per dimension are what the definition says.
+"""Dequantisation can be undone, and bits per dimension follow their definition.
 
-Dequantised pixels stay in their own level for every noise that there is. Where the density is constant within a level
-the bound on the discrete code length is tight, so it can be computed in another way.
+Dequantised pixels stay in their own level for every possible noise. For a density that is constant within a level, the
+bound on the discrete code length is tight, so it can be checked by computing the code length directly.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from glow_kernels.models import Glow, bits_per_dim, dequantize, quantize
 
 BINS = [2, 17, 32, 256]
 INTEGERS = [torch.uint8, torch.uint16, torch.int16, torch.int32, torch.int64]
-# The least and the largest numbers of torch.rand in float32, and what lies next to them.
+# The smallest and the largest numbers of torch.rand in float32, and their neighbours.
 EXTREME_NOISE = [0.0, 2**-24, 2**-23, 0.5, 1 - 2**-16, 1 - 2**-17, 1 - 2**-23, 1 - 2**-24]
 
 
 def every_level(n_bins: int, dtype: torch.dtype = torch.int64) -> Tensor:
-    """Every level once (1, 1, 1, n_bins)."""
+    """Every level once, in the shape (1, 1, 1, n_bins)."""
     return torch.arange(n_bins).to(dtype).view(1, 1, 1, -1)
 
 
@@ -37,7 +37,7 @@ def test_dequantised_pixels_stay_in_their_level(n_bins, dtype):
     assert x.min() >= -0.5
     assert x.max() < 0.5
     assert torch.equal(quantize(x, n_bins), levels.to(torch.uint8))
-    # Uniform noise: mean 1/2 and variance 1/12 of the width of a level, within five standard deviations.
+    # Uniform noise in units of a level: mean 1/2 and variance 1/12, within five standard deviations.
     noise = (x.double() + 0.5) * n_bins - levels.double()
     count = noise.numel()
     assert abs(noise.mean().item() - 1 / 2) < 5 / (12 * count) ** 0.5
@@ -53,12 +53,12 @@ def test_the_next_level_is_never_reached(monkeypatch, n_bins, noise):
     assert x.min() >= -0.5
     assert x.max() < 0.5
     assert torch.equal(quantize(x, n_bins), levels.to(torch.uint8))
-    # A level is 2^15 or more of the least differences of x, and rounding costs a few of them.
+    # A level has the width of 2^15 or more ulps of x, and rounding costs a few ulps.
     assert (x - ((levels.double() + noise) / n_bins - 0.5)).abs().max() < 2**-21
 
 
 def test_a_compiled_call_takes_another_number_of_images():
-    """Which is a symbol from then on."""
+    """The number is symbolic from then on."""
     compiled = torch.compile(dequantize, fullgraph=True, backend="eager")
     for n in (2, 3):
         levels = torch.randint(0, 256, (n, 1, 2, 2), dtype=torch.uint8)
@@ -89,7 +89,7 @@ def test_bits_per_dim_is_the_definition(n_bins, dtype):
     expected = [(-value + 48 * math.log(n_bins)) / (48 * math.log(2)) for value in log_prob.tolist()]
     actual = bits_per_dim(log_prob, 48, n_bins)
     assert actual.dtype == dtype
-    # Three roundings of numbers that are not larger than those bits.
+    # Three roundings of numbers that are no larger than the bits.
     scale = max(map(abs, expected)) + math.log2(n_bins)
     assert actual.tolist() == pytest.approx(expected, rel=0, abs=4 * torch.finfo(dtype).eps * scale)
 
@@ -102,7 +102,7 @@ def test_a_uniform_density_needs_all_bits(n_bins):
 
 @pytest.mark.parametrize("n_bins", BINS)
 def test_bits_of_a_density_that_is_constant_within_levels_are_the_code_length(n_bins):
-    # Every value of an image has the same distribution over levels, so P(k) is a product.
+    # All values of an image have the same independent distribution over levels, so P(k) is a product.
     probabilities = torch.rand(n_bins, dtype=torch.float64).softmax(0)
     levels = torch.randint(0, n_bins, (5, 3, 4, 4))
     x = dequantize(levels, n_bins)
@@ -121,7 +121,7 @@ def test_a_model_counts_every_value_of_an_image():
     assert model.dimensions == 96
     log_prob = model.log_prob(x).double()
     expected = (-log_prob + 96 * math.log(32)) / (96 * math.log(2))
-    # Bits of size log2(32) in float32, after three roundings.
+    # Three roundings of bits of size log2(32) = 5 in float32.
     torch.testing.assert_close(model.bits_per_dim(x).double(), expected, rtol=0.0, atol=4 * 2**-23 * 5)
 
 

@@ -1,6 +1,6 @@
-"""The CUDA library as Python sees it: when it is opened, what is said where it cannot be, and when it is chosen.
+"""The CUDA library from Python: when it is loaded, the reasons given if it cannot be, and when it is chosen.
 
-No GPU is needed: torch's answers about GPUs, and the library's description, are made up.
+No GPU is needed: torch's answers about GPUs and the library's description are faked.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ HOPPER = "NVIDIA H100 80GB HBM3"
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
-    """A machine with a CUDA torch, one H100, nvcc, and a library that is built for it; a test may change all of it."""
+    """A fake machine with a CUDA torch, an H100, nvcc and a library built for it; a test may change all of this."""
     machine = SimpleNamespace(capability=(9, 0), package=tmp_path / "glow_kernels", nvcc="/usr/local/cuda/bin/nvcc")
     machine.package.mkdir()
     (tmp_path / "csrc" / "cuda").mkdir(parents=True)
@@ -163,11 +163,11 @@ def test_info_shows_both_libraries(gpu: SimpleNamespace, capsys: pytest.CaptureF
     )
 
 
-# Which backend takes a CUDA tensor.
+# The choice of a backend for CUDA tensors.
 
 
 def cuda_tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """As much of a CUDA tensor as the choice looks at."""
+    """A fake CUDA tensor with the attributes that the choice reads."""
 
     class Fake(torch.Tensor):
         is_cpu = False
@@ -181,7 +181,7 @@ def cuda_tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor
 
 @pytest.fixture
 def registered(monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """Operators that the made-up library has."""
+    """The operators of the fake library."""
     names: set[str] = set()
     monkeypatch.setattr(support, "_has_kernel", lambda *name: name in names)
     return names
@@ -294,7 +294,7 @@ def test_a_table_chooses_by_operator_and_size(gpu: SimpleNamespace, monkeypatch:
         *("native", "native", "triton", "triton", "native", "native", "native"),
     ]
     assert first(1, "gaussian_log_prob_forward") == first(1, "affine_coupling_forward") == "native"
-    # The name of the GPU, which takes longer than a launch, has been asked for once.
+    # The name of the GPU is cached, since asking for it takes longer than a launch.
     monkeypatch.setattr(torch.cuda, "get_device_name", None)
     assert first(1000) == "triton"
     of_lists = ([cuda_tensor(60), cuda_tensor(40)], [weight], [weight])
@@ -317,7 +317,7 @@ def test_comparing_writes_the_table_that_the_choice_reads(
     arguments = tuning._arguments
     monkeypatch.setattr(tuning, "_arguments", lambda *size: arguments(*size[:2], torch.device("meta")))
 
-    # CUDA C++ has a lower start and Triton more bandwidth.
+    # CUDA C++ has less overhead, Triton more bandwidth.
     def seconds(operator: str, args: tuple[object, ...]) -> float:
         return 1 + faster.elements(args) / 1e5 if operator.endswith("native") else 2.0
 
@@ -325,7 +325,7 @@ def test_comparing_writes_the_table_that_the_choice_reads(
     path, table = tuning.compare(tmp_path)
     assert path == tmp_path / "nvidia_h100_80gb_hbm3.json"
     assert json.loads(path.read_text()).keys() == table.keys()
-    # Every operator that both have.
+    # Every operator that both backends have.
     every = torch._C._dispatch_get_all_op_names()
     ours = {
         name.removesuffix("_native")

@@ -1,7 +1,7 @@
-"""What holds for every layer: the log-determinant is that of the Jacobian, the inverse undoes the forward, types stay.
+"""Every layer: the log-determinant is that of the Jacobian, the inverse undoes the forward, dtypes are preserved.
 
 The Jacobian is autograd's, in float64, and every weight is moved off its initial value: a network that starts at zero
-proves nothing. Here stand also the helpers of the other tests of layers and models.
+proves nothing. The helpers of the other tests of layers and models are also here.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ CASES = _cases()
 
 
 def moved(layer: nn.Module, amount: float = 0.03) -> nn.Module:
-    """The layer with every parameter moved off its value at random."""
+    """The layer with random numbers added to every parameter."""
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter += amount * torch.randn_like(parameter)
@@ -68,24 +68,24 @@ def moved(layer: nn.Module, amount: float = 0.03) -> nn.Module:
 
 
 def ready(layer: nn.Module, *inputs: Any) -> nn.Module:
-    """The layer in the type of its first input, initialised from it, moved, and in evaluation mode."""
+    """The layer in the dtype of its first input, initialised from the inputs, moved, and in evaluation mode."""
     layer.to(inputs[0].dtype).train()(*inputs)
     return moved(layer).eval()
 
 
 def log_abs_det(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Per sample (B,), the logarithm of the absolute determinant of autograd's Jacobian of ``function``."""
+    """The logarithm of the absolute determinant of autograd's Jacobian of ``function``, per sample (B,)."""
     jacobian = torch.autograd.functional.jacobian(lambda x: function(x).flatten(1).sum(0), x)
     return torch.linalg.slogdet(jacobian.flatten(2).transpose(0, 1)).logabsdet
 
 
 def standard_normal_log_prob(z: Tensor) -> Tensor:
-    """Per sample (B,)."""
+    """The standard normal log-density, per sample (B,)."""
     return (-0.5 * (z.square() + math.log(2 * math.pi))).flatten(1).sum(1)
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
-    """Same shape and type, and no element further away than ``tolerance``."""
+    """Check shape and dtype, and that no element differs by more than ``tolerance``."""
     torch.testing.assert_close(actual, expected, atol=tolerance, rtol=0.0)
 
 
@@ -130,7 +130,7 @@ def test_types_and_sizes(backend, name, dtype):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", [name for name in CASES if "Coupling" not in name and "FlowStep" not in name])
 def test_low_precision_is_rounded_once(backend, name, dtype):
-    # The weights stay float32, so the arithmetic must: only the result has the type of the input.
+    # The weights stay in float32, and so must the arithmetic; only the result has the dtype of the input.
     layer, x = draw(name, torch.float32)
     x = x.to(dtype)
     for function in (layer, layer.inverse):
@@ -154,7 +154,7 @@ def test_squeeze_makes_channels_of_blocks():
 
 
 class RecordingNetwork(nn.Module):
-    """A 1x1 convolution that keeps its input and its output."""
+    """A 1x1 convolution that records its input and its output."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""ActNorm starts from the first batch of training and from no other, and remembers that it did.
+"""ActNorm is initialised from the first training batch only, and remembers that it is initialised.
 
-After the first forward in training every channel has mean 0 and standard deviation 1, alone, in a flow step and inside
-the coupling networks of a whole model. The memory of it survives a state dict, a copy, pickle and a new process.
+After the first forward in training every channel has mean 0 and standard deviation 1: in a single layer, in a flow step
+and in the coupling networks of a whole model. The flag survives state dicts, copies, pickle and a new process.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def assert_normalised(z: Tensor, std: Tensor, eps: float = 1e-6) -> None:
-    """Mean 0, and standard deviation 1 up to the eps that is added to the one of the data, ``std``."""
+    """Check mean 0, and standard deviation 1 up to ``eps``, which is added to the deviation of the data, ``std``."""
     mean, actual = statistics(z)
     assert_close(mean, torch.zeros_like(mean), 1e-12)
     assert_close(actual, std / (std + eps), 1e-12)
 
 
 def through_state_dict(module: nn.Module) -> nn.Module:
-    """The same kind of module, fresh, with the saved state of ``module``."""
+    """A new module of the same kind that has loaded the saved state of ``module``."""
     file = io.BytesIO()
     torch.save(module.state_dict(), file)
     file.seek(0)
@@ -108,7 +108,7 @@ def test_a_constant_channel_stays_finite():
     z, log_det = layer(x)
     assert z.isfinite().all()
     assert log_det.isfinite().all()
-    # Seven is a float32 number, so its mean is exact and the channel becomes zero.
+    # The mean of sevens is exact in float32, so the channel becomes exactly zero.
     assert torch.equal(z[:, 2], torch.zeros(8, 3, 3))
     assert_close(layer.log_scale[2].detach(), -torch.tensor(1e-6).log(), 1e-5)
     assert_close(layer.inverse(z)[0], x, 1e-5)
@@ -284,7 +284,7 @@ def test_a_batch_that_is_not_finite_initialises_nothing(value):
 
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "not strict"])
 def test_what_is_not_initialised_is_not_exported(strict):
-    # The program would start from the statistics of every batch that it gets.
+    # The exported program would initialise again from every batch that it gets.
     x = torch.randn(3, 4, 2, 2)
     with pytest.raises(RuntimeError, match=r"ActNorm of 4 channels is not initialised: run one forward"):
         torch.export.export(ActNorm(4), (x,), strict=strict)
@@ -296,7 +296,7 @@ def test_what_is_not_initialised_is_not_exported(strict):
 
 @pytest.fixture
 def process_group() -> Iterator[None]:
-    """Of this process alone."""
+    """A process group of this process alone."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -305,7 +305,7 @@ def process_group() -> Iterator[None]:
 @pytest.mark.parametrize("memory", ["store", "anchor"])
 @pytest.mark.parametrize("per_step", [False, True])
 def test_nothing_is_written_to_weights_that_fsdp_gives_up(memory: str, per_step: bool, process_group: None) -> None:
-    """They would be what they were before again, and said to be initialised."""
+    """They would return to their old values, but count as initialised."""
     x, mesh = torch.randn(4, 1, 4, 4), dist.device_mesh.init_device_mesh("cpu", (1,))
     model = gk.models.Glow(1, 4, steps=2, levels=1, hidden_channels=4, memory=memory)
     initialized = copy.deepcopy(model)
@@ -336,7 +336,7 @@ def test_nothing_is_written_to_those_of_the_older_fsdp(use_orig_params: bool, gr
 @pytest.mark.filterwarnings("ignore:FSDP")
 @pytest.mark.parametrize("memory", ["checkpoint", "anchor"])
 def test_steps_under_the_older_fsdp_are_refused_by_chains(memory: str, process_group: None) -> None:
-    """An inverse read the weights where they are not gathered, and the process ended."""
+    """An inverse would read weights that are not gathered, which crashed the process."""
     model, x = gk.models.Glow(1, 4, steps=1, levels=1, hidden_channels=4, memory=memory), torch.randn(4, 1, 4, 4)
     model.initialize(x)
     steps = model.levels[0].steps
@@ -346,7 +346,7 @@ def test_steps_under_the_older_fsdp_are_refused_by_chains(memory: str, process_g
 
 
 def test_networks_under_fsdp_are_refused_by_chains(process_group: None) -> None:
-    """Backward found tensors that are no parameters of the step."""
+    """Backward would find tensors that are not parameters of the step."""
     model, x = gk.models.Glow(1, 4, steps=1, levels=1, hidden_channels=4, memory="anchor"), torch.randn(4, 1, 4, 4)
     model.initialize(x)
     fully_shard(model.levels[0].steps[0].coupling.network, mesh=dist.device_mesh.init_device_mesh("cpu", (1,)))

@@ -1,5 +1,5 @@
-"""The boundary between two steps as one node: the numbers of the steps one after the other, and those wherever somebody
-may look. Where no backend but the reference has the operator here, it is made to be taken for one that has.
+"""The boundary between two steps as one autograd node: it gives the results of separate steps, and is not used if its
+parts can be observed, for example by hooks. Every backend except the reference is treated as one that has the operator.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ from glow_kernels.ops._registry import Operator
 
 @pytest.fixture
 def nodes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by one with every boundary that is one node."""
+    """A list that grows by one with every boundary that is one node."""
     return count_calls(monkeypatch, boundary_node, "boundary_node")
 
 
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every backend but the reference counts as one that has the operator."""
+    """Treat every backend except the reference as one that has the operator."""
     monkeypatch.setattr(Operator, "is_fast", lambda *_: True)
 
 
 def chain(
     channels: int = 6, count: int = 4, memory: str = "store", dtype: torch.dtype = torch.float64, **options: str
 ) -> tuple[ReversibleSequential, Tensor]:
-    """Steps that do something, and data for them."""
+    """A chain of steps that are not the identity, and data for it."""
     x = torch.randn(3, channels, 4, 5, dtype=dtype)
     return ready(ReversibleSequential([FlowStep(channels, 8, **options) for _ in range(count)], memory), x), x
 
 
 def differentiated(model: nn.Module, x: Tensor, used: tuple[int, ...] = (0, 1)) -> list[Tensor | None]:
-    """Results of a chain and the gradients of those that are used."""
+    """Results of a chain, and the gradients of the ``used`` ones."""
     x = x.detach().requires_grad_()
     results = model(x)
     generator = torch.Generator(x.device).manual_seed(1)
@@ -104,7 +104,7 @@ def test_a_model_is_as_accurate_with_nodes(fast_backend, monkeypatch, nodes, mem
     unit = 2**-8 if low_precision else 2**-20
     for one, other, true in zip(actual, parts, truth, strict=True):
         assert one.dtype == other.dtype
-        # The sums of few samples vary by as much as bfloat16 rounds.
+        # Sums over few samples vary by as much as the rounding of bfloat16.
         assert (one - true).norm() <= 1.5 * (other - true).norm() + unit * true.norm() + unit
 
 
@@ -274,7 +274,7 @@ def test_the_backend_is_asked_for_the_operator(backend, nodes, dtype, made):
 
 
 class Launched(TorchDispatchMode):
-    """Counts operators that compute something, by name."""
+    """Counts operators that compute something, not views, by name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -289,14 +289,14 @@ class Launched(TorchDispatchMode):
 
 
 class Counts(NamedTuple):
-    """Operators of one step of flow, by name, in a chain of this policy."""
+    """Operators of one flow step, by name, in forward and backward."""
 
     forward: Counter[str]
     backward: Counter[str]
 
 
 def operators_per_step(monkeypatch: pytest.MonkeyPatch, channels: int, steps: int = 1, **options: Any) -> Counts:
-    """Those of ``steps`` more steps of flow, in bfloat16 on matrix units."""
+    """The operators that ``steps`` more flow steps add to a chain, in bfloat16 on matrix units."""
     monkeypatch.setattr(passes_module, "has_tensor_cores", lambda device, dtype: dtype == torch.bfloat16)
     monkeypatch.setattr(network_module, "is_bias_apart", lambda x: True)
     monkeypatch.setattr(backends, "candidates", lambda: ("triton",))
@@ -327,7 +327,7 @@ def operators_per_step(monkeypatch: pytest.MonkeyPatch, channels: int, steps: in
     ("channels", "pads_input", "pads_output"), [(12, True, True), (24, True, False), (48, False, False)]
 )
 def test_operators_of_a_training_step_on_matrix_units(monkeypatch, channels, pads_input, pads_output):
-    """Each is a launch at least: whoever adds one should know."""
+    """Each operator is at least one launch, so adding one should be noticed."""
     forward, backward = operators_per_step(monkeypatch, channels, memory="store")
     assert forward == Counter(
         {
@@ -337,7 +337,7 @@ def test_operators_of_a_training_step_on_matrix_units(monkeypatch, channels, pad
             "bias_relu_forward": 1,
             "_addmm_activation": 1,
             "coupling_conv1x1_forward": 1,
-            "add": 1,  # of log-determinants, which on a GPU are summed together
+            "add": 1,  # log-determinants, which on a GPU are summed together
         }
     )
     assert backward == Counter(

@@ -1,4 +1,4 @@
-"""The 1x1 convolution is the matrix that its factors say, starts as a rotation, and keeps what must stay fixed."""
+"""The 1x1 convolution multiplies by the product of its factors, starts as a rotation, and never changes fixed parts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SIZES = [1, 2, 3, 12, 48]
 
 
 def assemble(layer: InvertibleConv1x1) -> Tensor:
-    """``P L (U + diag(s))`` element by element, from whatever lies inside the triangles."""
+    """``P L (U + diag(s))``, assembled element by element from the entries inside the triangles."""
     channels = layer.channels
     lower, upper = torch.eye(channels, dtype=torch.float64), torch.zeros(channels, channels, dtype=torch.float64)
     for row, column in itertools.product(range(channels), repeat=2):
@@ -47,7 +47,7 @@ def test_weight_is_the_product_of_its_factors(channels):
 def test_starts_as_a_rotation_or_reflection(channels, lu):
     layer = InvertibleConv1x1(channels, lu)
     weight, _ = layer.matrix()
-    # Orthogonal up to the rounding of its float32 factors.
+    # The product is orthogonal up to the rounding of its float32 factors.
     assert_close(weight @ weight.mT, torch.eye(channels), 4 * channels**0.5 * torch.finfo(torch.float32).eps)
     _, log_det = layer(torch.randn(2, channels, 3, 4))
     assert_close(log_det, torch.zeros(2), 12 * 4 * channels**0.5 * torch.finfo(torch.float32).eps)

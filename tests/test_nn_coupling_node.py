@@ -1,4 +1,4 @@
-"""A coupling as one node of autograd: the same numbers as of its parts, and its parts wherever somebody may look."""
+"""A coupling as one autograd node gives the results of its parts; the parts run if anybody can observe them."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ every_coupling = pytest.mark.parametrize("kind", COUPLINGS)
 
 @pytest.fixture
 def nodes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by one with every coupling that is one node."""
+    """A list that grows by one with every coupling that is one node."""
     return count_calls(monkeypatch, coupling_module, "coupling_node")
 
 
 def ready(kind: str, channels: int, hidden: int = 8, dtype: torch.dtype = torch.float64, **options) -> nn.Module:
-    """A coupling that does something, with initialised ActNorms."""
+    """A coupling that is not the identity, with initialised ActNorms."""
     module = COUPLINGS[kind](channels, hidden, **options).to(dtype)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -99,7 +99,7 @@ def test_the_node_is_as_accurate_as_its_parts_under_autocast(fast_backend, monke
     assert made == len(nodes) == 1
     for one, other, true in zip(actual, parts, truth, strict=True):
         assert one.dtype == other.dtype
-        # The sums of few samples vary by as much as bfloat16 rounds.
+        # Sums over few samples vary by as much as the rounding of bfloat16.
         assert (one - true).norm() <= 1.5 * (other - true).norm() + 2**-9 * true.norm()
 
 
@@ -111,7 +111,7 @@ def test_padding_and_epilogues_of_matrix_units_change_nothing(
 ):
     monkeypatch.setattr(passes_module, "has_tensor_cores", lambda *_: True)
     monkeypatch.setattr(network_module, "is_bias_apart", lambda x: True)
-    monkeypatch.setattr(passes_module, "_ELEMENTS", 32)  # so that there are several parts
+    monkeypatch.setattr(passes_module, "_ELEMENTS", 32)  # to have several parts
     module = ready(kind, channels).to(memory_format=memory_format)
     x = torch.randn(3, channels, 4, 6, dtype=torch.float64)
     actual = differentiated(module, x)
@@ -219,13 +219,13 @@ def test_parts_compute_where_somebody_may_look(nodes, alter):
 
 @pytest.fixture
 def nodes_of_chains(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by one with every step of a chain that is one node."""
+    """A list that grows by one with every step of a chain that is one node."""
     monkeypatch.setattr(Operator, "is_fast", lambda *_: False)
     return count_calls(monkeypatch, boundary_node, "coupling_node")
 
 
 def ready_chain(channels: int = 6, **options: str) -> tuple[gk.ReversibleSequential, Tensor]:
-    """Three steps that do something, and data for them."""
+    """A chain of three steps that are not the identity, and data for it."""
     chain = gk.ReversibleSequential([FlowStep(channels, 8, **options) for _ in range(3)], "store").double()
     x = torch.randn(3, channels, 4, 5, dtype=torch.float64)
     with torch.no_grad():

@@ -1,6 +1,6 @@
-"""Flow steps make a density: on points in the plane it integrates to one, before and after training.
+"""Flow steps define a density: on points in the plane it integrates to one, before and after training.
 
-The integral is numerical, so it needs no formula of ours: only what ``forward`` says of every point.
+The integral is numerical, so it needs none of our formulas, only the results of ``forward`` at every point.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from glow_kernels.nn import FlowStep
 
 
 def smooth_network() -> nn.Module:
-    """Smooth and bounded, so that the density has no heavy tails outside the square; it does not start at zero."""
+    """A smooth and bounded network, so the density has no heavy tails outside the square; it does not start at zero."""
     return nn.Sequential(nn.Conv2d(1, 32, 1), nn.Tanh(), nn.Conv2d(32, 2, 1))
 
 
@@ -45,7 +45,7 @@ def two_moons(count: int) -> Tensor:
 
 @torch.no_grad()
 def integral(flow: Flow2d, radius: float = 6.0, points: int = 300) -> float:
-    """Of the density over a square, by the midpoint rule."""
+    """The integral of the density over a square, by the midpoint rule."""
     width = 2 * radius / points
     axis = (torch.arange(points) + 0.5) * width - radius
     grid = torch.cartesian_prod(axis, axis).view(-1, 2, 1, 1)

@@ -1,4 +1,4 @@
-"""An error of a layer names the argument, what was expected and what came."""
+"""Errors of layers name the argument, what was expected and what was given."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_constructors(message):
         BAD_ARGUMENTS[message]()
 
 
-# Every layer with a fixed number of channels, 4 here, and what it calls the argument of its inverse.
+# Every layer with a fixed number of channels, 4 here, and the name of its inverse's argument.
 LAYERS = {
     "ActNorm": (lambda: ActNorm(4), "z"),
     "InvertibleConv1x1": (lambda: InvertibleConv1x1(4), "z"),

@@ -1,4 +1,4 @@
-"""A chain folds the linear maps of all of its steps in one call, wherever it may, and computes what single steps do."""
+"""A chain folds the linear maps of all its steps in one call if possible, and computes what single steps compute."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FOLDING = ("fold", "fold_inverse", "lu_weight", "fold_backward", "lu_weight_back
 
 
 class Calls(TorchDispatchMode):
-    """Counts the calls of this package's operators, without the names of module and backend."""
+    """Counts the calls of this package's operators, by name without module and backend."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Calls(TorchDispatchMode):
 
     @property
     def single_steps(self) -> int:
-        """Steps that fold for themselves, which the native backend does in the call that applies the map."""
+        """The number of steps that fold by themselves; the native backend folds and applies in one call."""
         return self.count.get("fold", 0) + self.count.get("forward", 0)
 
 
@@ -85,7 +85,7 @@ def test_the_number_of_folding_calls_does_not_grow_with_the_steps(memory, count)
     with Calls() as calls:
         z, log_det = model(x)
         (z.sum() + log_det.sum()).backward()
-    # Chains that forget fold again in backward, once for the steps and these parameters; some need the inverses.
+    # Chains that recompute fold again in backward, once for all steps with the same parameters; some need the inverses.
     again = memory != "store"
     inverts = memory in ("anchor", "invert")
     folding = {name: calls.count.get(name, 0) for name in FOLDING}
@@ -178,7 +178,7 @@ def test_a_singular_matrix_is_named_by_the_inverse():
             model.inverse(x)
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # PyTorch about itself
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # PyTorch's own
 @pytest.mark.parametrize("memory", ["store", "anchor"])
 def test_what_a_compiled_chain_folds(memory):
     torch._dynamo.reset()
@@ -192,7 +192,7 @@ def test_what_a_compiled_chain_folds(memory):
     compiled = torch.compile(model, fullgraph=True, backend=aot_autograd(fw_compiler=compiler))
     parameters = list(model.parameters())
     actual, expected = (gradients(run(x), parameters) for run in (compiled, model))
-    # One that forgets folds inside of its opaque steps, so that the graph has no matrices to keep.
+    # A chain that recomputes folds inside its opaque steps, so the graph has no matrices to keep.
     assert sum("_fold_" in target and "backward" not in target for target in targets) == (memory == "store")
     for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)

@@ -1,4 +1,4 @@
-"""The split prior and the top prior are the Gaussians that their formulas say, and sample what they score.
+"""The split prior and the top prior are the Gaussians of their formulas, and sample from the density that they score.
 
 The truth is torch.distributions in float64, with a convolution written plainly.
 """
@@ -66,7 +66,7 @@ def test_data_of_low_precision_under_autocast(backend):
     assert kept.dtype == eps.dtype == back.dtype == torch.bfloat16
     torch.testing.assert_close(log_prob, split(x.float())[1], rtol=1e-6, atol=0.0)
     assert_close(back[:, :3], x[:, :3], 0.0)
-    # eps is rounded to 8 bits, relative to itself.
+    # eps is rounded to 8 significant bits.
     assert_close(back[:, 3:], x[:, 3:], 2e-2 * float(x.abs().max()))
 
 

@@ -1,4 +1,4 @@
-"""A flow step and its network equal their formulas written plainly, also under autocast and torch.compile.
+"""A flow step and its network equal plainly written formulas, also under autocast and torch.compile.
 
 The formulas use convolutions and autograd only, in float64, with the weights of the layer under test.
 """
@@ -63,7 +63,7 @@ def gradients(results: tuple[Tensor, Tensor], inputs: list[Tensor]) -> tuple[Ten
 
 
 class Conversions(TorchDispatchMode):
-    """Notes the shapes of what is converted outside of this package's operators."""
+    """Records the shapes of tensors that are converted outside this package's operators."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class Conversions(TorchDispatchMode):
 
 
 class WithoutAutocast(nn.Module):
-    """A network that autocast does not touch."""
+    """A network with autocast disabled."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -141,7 +141,7 @@ def test_autocast_converts_the_folded_weights_only(monkeypatch, apart):
         actual = network(torch.ones(2, 4, 5, 3))
     assert actual.dtype == torch.bfloat16
     torch.testing.assert_close(actual.float(), expected, rtol=0.05, atol=0.05)
-    # Of the input; the weights come in the type of the network.
+    # Only the input is converted; the weights are made in the dtype of the network.
     assert conversions.shapes == [(2, 4, 5, 3)]
 
 
@@ -149,7 +149,7 @@ def test_network_starts_small_and_ends_in_zero():
     network = CouplingNetwork(4, 6, 64)
     assert torch.equal(network(torch.randn(3, 4, 5, 3)), torch.zeros(3, 6, 5, 3))
     for weight in (network.first.weight, network.second.weight):
-        # Five standard deviations of the mean, and of the standard deviation, of that many normal numbers.
+        # Within five standard deviations of the mean, and of the standard deviation, of that many normal numbers.
         assert abs(weight.mean().item()) < 5 * 0.05 / weight.numel() ** 0.5
         assert abs(weight.std().item() / 0.05 - 1) < 5 / (2 * weight.numel()) ** 0.5
 
@@ -182,7 +182,7 @@ def test_autocast_of_the_network_keeps_the_step_invertible(backend, coupling, mi
     assert z.dtype == log_det.dtype == back.dtype == torch.float32
     assert not torch.equal(z, exact)
     assert (back - x).abs().max() < 1e-5
-    # 384 logarithms of scales of size one, and eps for each.
+    # 384 logarithms of scales of size one, with an error of eps each.
     assert_close(inverse_log_det, -log_det, 384 * torch.finfo(torch.float32).eps)
 
 
@@ -214,7 +214,7 @@ def test_the_initialising_forward_compiles_too(backend):
     twin = copy.deepcopy(step)
     x = 3.0 + 2.0 * torch.randn(8, 4, 4, 4)
     in_one_graph = compiled(step)
-    for _ in range(2):  # the first initialises, the second is compiled anew without that
+    for _ in range(2):  # the first initialises, the second is compiled again without that
         assert all(torch.equal(one, other) for one, other in zip(in_one_graph(x), twin(x), strict=True))
         assert all(torch.equal(value, twin.state_dict()[name]) for name, value in step.state_dict().items())
     with torch.compiler.set_stance("fail_on_recompile"):

@@ -37,7 +37,7 @@ def test_grid_layout(tmp_path: Path) -> None:
     pictures.grid(images, tmp_path / "a.png", n_bins=256, columns=3, scale=2, padding=1)
     picture = pixels(tmp_path / "a.png")
     assert picture.shape == (2 * 9 + 1, 3 * 13 + 1, 3)
-    # The fifth image: second row, second column.
+    # The fifth image is in the second row and second column.
     enlarged = images[4].permute(1, 2, 0).numpy().repeat(2, axis=0).repeat(2, axis=1)
     assert (picture[10:18, 14:26] == enlarged).all()
     # Padding and the place of the missing sixth image are gray.
@@ -77,7 +77,7 @@ def test_picture_that_cannot_be_written(tmp_path: Path) -> None:
 def rows_of_reconstruction(path: Path, original: torch.Tensor, reconstructed: torch.Tensor) -> list[NDArray[np.uint8]]:
     pictures.reconstruction(original, reconstructed, path, n_bins=256, error=0.5)
     picture = pixels(path)
-    # One image: the rows are the three squares in a gray frame, between the labels and the margin.
+    # With one image, the rows are three squares in a gray frame, between the labels and the margin.
     side = 800 // (3 * original.shape[-1]) * original.shape[-1]
     right = picture.shape[1] - 10 - 2
     return [picture[10 + 2 + row * (side + 2) :][:side, right - side : right] for row in range(3)]
@@ -126,7 +126,7 @@ def test_interpolation_has_one_line_per_row(tmp_path: Path) -> None:
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures that are saved, so that a test can look at what is in them."""
+    """The figures that are saved, for tests to inspect."""
     figures = []
     real = Figure.savefig
 

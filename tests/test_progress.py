@@ -1,4 +1,4 @@
-"""Bars are for people: where standard error is a terminal, and only for what takes more than a moment."""
+"""Progress bars are shown only if standard error is a terminal, and only for work that takes more than a moment."""
 
 from __future__ import annotations
 

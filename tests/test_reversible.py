@@ -1,4 +1,4 @@
-"""Chains that forget give the gradients of chains that keep everything.
+"""Chains that recompute states give the gradients of chains that keep everything.
 
 The truth is plain autograd through the same steps, ``memory="store"``, in float64. Then everything that earlier
 reversible libraries got wrong: ``torch.autograd.grad``, inputs without gradients, second backwards, hooks, dropout,
@@ -36,7 +36,7 @@ CONTIGUOUS = torch.contiguous_format
 
 
 class Scaling(nn.Module):
-    """A user's own layer, whose log-determinant and inverse are plain PyTorch."""
+    """A user's layer with log-determinant and inverse in plain PyTorch."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class Scaling(nn.Module):
 
 
 class Conditioned(nn.Module):
-    """A network that also reads a vector per sample, with dropout if asked."""
+    """A network that also takes a vector per sample, with optional dropout."""
 
     def __init__(self, channels: int, outputs: int, context: int = 0, dropout: float = 0.0) -> None:
         super().__init__()
@@ -74,17 +74,17 @@ def flow_steps(count: int, channels: int = 6, **options) -> list[nn.Module]:
 
 
 def chain(steps: list[nn.Module], x: Tensor, *context: Tensor) -> ReversibleSequential:
-    """The steps, moved away from their start, in a chain that keeps everything."""
+    """The steps, initialised and moved off their initial values, in a chain that keeps everything."""
     return ready(ReversibleSequential(steps, "store"), x, *context)
 
 
 def forgetting(plain: ReversibleSequential, memory: str, **options) -> ReversibleSequential:
-    """The same steps in a chain that forgets."""
+    """The same steps in a chain that recomputes states."""
     return ReversibleSequential(list(plain), memory, **options).train(plain.training)
 
 
 def weighted(results: tuple[Tensor, Tensor], use: str = "both") -> Tensor:
-    """A scalar that depends on every element of z and of the log-determinant, or of one of them."""
+    """A scalar that depends on every element of z and the log-determinant, or of only one of them."""
     z, log_det = results
     weights = torch.linspace(-1.0, 1.0, z.numel(), dtype=z.dtype).view(z.shape)
     parts = {"z": (z * weights + z.square()).sum(), "log_det": (log_det * weights.flatten()[: len(z)]).sum()}
@@ -92,7 +92,7 @@ def weighted(results: tuple[Tensor, Tensor], use: str = "both") -> Tensor:
 
 
 def gradients(module: nn.Module, x: Tensor, *context: Tensor, use: str = "both", wrt: str = "all") -> list[Tensor]:
-    """Results, then gradients in x, context and parameters."""
+    """Results, then the gradients in x, context and parameters."""
     x = x.detach().requires_grad_(wrt == "all")
     context = tuple(c.detach().requires_grad_(c.is_floating_point()) for c in context)
     leaves = [t for t in (x, *context, *module.parameters()) if t.requires_grad]
@@ -102,7 +102,7 @@ def gradients(module: nn.Module, x: Tensor, *context: Tensor, use: str = "both",
 
 
 def assert_same(actual: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
-    """Relative L2 differences of all tensors."""
+    """Check the relative L2 difference of all tensors."""
     assert len(actual) == len(expected)
     for number, (one, other) in enumerate(zip(actual, expected, strict=True)):
         assert one.isfinite().all(), number
@@ -178,7 +178,7 @@ def test_micro_batches(memory, micro_batches, check):
 
 
 class Shifting(Scaling):
-    """Autograd gives both shifts one tensor as their gradient."""
+    """A layer with two shifts, to which autograd gives the same tensor as gradient."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels)
@@ -291,7 +291,7 @@ def test_context_gets_its_gradient(memory):
 
 
 class Outer(nn.Module):
-    """A step that gives its input to a module."""
+    """A step that passes its input to a submodule."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -306,7 +306,7 @@ class Outer(nn.Module):
 
 @pytest.mark.parametrize("memory", FORGETFUL)
 def test_operations_can_be_counted(memory):
-    # The counter puts hooks on what modules are given, context among it.
+    # The counter puts hooks on the inputs of modules, including the context.
     x, context = torch.randn(4, 6, 4, 5, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
     first, last = (FlowStep(6, network=Conditioned(3, 6, context=3)) for _ in range(2))
     plain = chain([first, Outer(6), last], x, context)
@@ -323,7 +323,7 @@ def test_operations_can_be_counted(memory):
 def test_anomaly_detection_finds_nothing(memory):
     x = torch.randn(3, 6, 4, 5, dtype=torch.float64)
     plain = chain([FlowStep(6, network=Conditioned(3, 6)) for _ in range(3)], x)
-    torch.use_deterministic_algorithms(True)  # which fills memory that is not initialised with NaN
+    torch.use_deterministic_algorithms(True)  # fills uninitialised memory with NaN
     try:
         with torch.autograd.set_detect_anomaly(True):
             actual = gradients(forgetting(plain, memory), x)
@@ -333,7 +333,7 @@ def test_anomaly_detection_finds_nothing(memory):
 
 
 class Recurrent(nn.Module):
-    """A network with weights that it keeps in a list of its own as well."""
+    """A recurrent network, which also keeps its weights in a list of its own."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -365,7 +365,7 @@ def test_networks_of_users(memory, network):
 
 
 @pytest.mark.parametrize("memory", FORGETFUL)
-@pytest.mark.parametrize("count", [1, 2])  # one folds for itself
+@pytest.mark.parametrize("count", [1, 2])  # a single step folds by itself
 def test_layers_of_a_network_may_share_parameters(memory, count):
     x = torch.randn(3, 6, 4, 5, dtype=torch.float64)
     steps = flow_steps(count)
@@ -403,7 +403,7 @@ def test_numbers_of_other_generators_are_repeated(memory, draw):
 
 
 class Differentiating(Scaling):
-    """Finds its log-determinant by differentiating itself, whether or not that is to be differentiated again."""
+    """Computes its log-determinant by differentiating itself, even if gradients are disabled outside."""
 
     @torch.enable_grad()
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -435,15 +435,15 @@ def test_dropout_is_repeated(memory, micro_batches):
         one.train()(x)
         torch.manual_seed(5)
         loss = weighted(one(x))
-        one.eval()  # what backward does is what forward did
+        one.eval()  # backward must repeat forward in the mode that it had
         results.append(list(torch.autograd.grad(loss, parameters)))
         assert not any(module.training for module in one.modules())
-        results[-1].append(torch.rand(3).double())  # the stream of random numbers goes on as it would have
+        results[-1].append(torch.rand(3).double())  # the random stream continues as without recomputation
     assert_same(*results, 1e-9)
 
 
 class Relaid(FlowStep):
-    """A step whose inverse lays its result out in the other memory format."""
+    """A step whose inverse returns its result in the other memory format."""
 
     def inverse(self, z: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
         x, log_det = super().inverse(z, *context)
@@ -454,9 +454,9 @@ class Relaid(FlowStep):
 @pytest.mark.parametrize("micro_batches", [1, 2])
 @pytest.mark.parametrize("format_", [CONTIGUOUS, torch.channels_last])
 def test_dropout_is_repeated_for_states_that_lie_otherwise_in_memory(format_, micro_batches, memory):
-    # Its numbers go to elements in the order of memory.
+    # Dropout assigns random numbers to elements in memory order.
     x = torch.randn(5, 6, 4, 5, dtype=torch.float64).contiguous(memory_format=format_)
-    # Step 0 keeps its input, and step 2 draws nothing, so that nobody lays what it gives to step 1.
+    # Step 0 keeps its input, and step 2 draws nothing, so nothing fixes the format of the state it restores for step 1.
     plain = chain([Relaid(6, network=Conditioned(3, 6, dropout=dropout)) for dropout in (0.5, 0.5, 0.0, 0.5)], x)
     results = []
     for policy in ("checkpoint", memory):
@@ -499,7 +499,7 @@ def test_backward_twice_and_forward_twice(memory):
     first = torch.autograd.grad(loss, parameters, retain_graph=True)
     second = torch.autograd.grad(loss, parameters)
     assert all(torch.equal(one, two) for one, two in zip(first, second, strict=True))
-    # Two forwards before their backwards, the first one's first: gradient accumulation.
+    # Two forwards before their backwards, in the same order, as in gradient accumulation.
     losses = [weighted(model(x)), weighted(model(other))]
     for loss in losses:
         loss.backward()
@@ -512,7 +512,7 @@ def test_backward_twice_and_forward_twice(memory):
 @pytest.mark.parametrize("own_network", [True, False])
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_backward_overwrites_only_its_own(memory, coupling, own_network, micro_batches):
-    # States and gradients between the steps give their place to those before them; nobody may see that.
+    # States and gradients between the steps are overwritten by earlier ones, which must not be observable.
     x = torch.randn(3, 6, 4, 5, dtype=torch.float64)
     steps = flow_steps(9, coupling=coupling)
     if not own_network:
@@ -535,7 +535,7 @@ def test_backward_overwrites_only_its_own(memory, coupling, own_network, micro_b
 def test_the_input_is_left_alone(memory):
     x = torch.randn(3, 6, 4, 5)
     model = forgetting(chain(flow_steps(5), x), memory)
-    leaf = torch.tanh(x.clone().requires_grad_())  # its own backward needs it
+    leaf = torch.tanh(x.clone().requires_grad_())  # the backward of tanh needs its output
     z, log_det = model(leaf)
     kept = leaf.detach().clone()
     (weighted((z, log_det)) + (leaf * z).sum()).backward()
@@ -586,9 +586,9 @@ def test_hooks_of_steps_run():
             lambda module, grad_input, grad_output: seen.append(("backward", len(grad_input), len(grad_output)))
         )
     assert_same(gradients(model, x), expected, 1e-9)
-    # As many arguments and results as without a chain.
+    # The hooks get as many arguments and results as without a chain.
     assert seen == [("before", 1), ("after", 1, 2)] * 5 + [("backward", 1, 2)] * 5
-    assert not any(step.coupling.network.frugal for step in model)  # whoever calls it next may go back twice
+    assert not any(step.coupling.network.frugal for step in model)  # the next caller may run backward twice
 
 
 def test_a_forward_of_a_step_s_own_is_there_again_after_its_hooks():
@@ -631,7 +631,7 @@ def test_hooks_that_change_something(memory, hook):
         pytest.skip("plain autograd, the truth, refuses it")
     x = torch.randn(3, 6, 4, 5, dtype=torch.float64)
     plain = chain(flow_steps(3), x)
-    if hook == "cast":  # as FSDP does it
+    if hook == "cast":  # as FSDP does
         plain[0].register_forward_hook(lambda _, args, output: (output[0].float(), output[1]))
     HOOKS[hook](plain[1])
     model = forgetting(plain, memory)
@@ -761,7 +761,7 @@ def test_autocast_is_repeated_in_backward(memory, backward_inside):
         return list(torch.autograd.grad(weighted(results), [leaf, *module.parameters()]))
 
     exact = gradients(plain, x)[2:]
-    # The same roundings both ways; inverted states differ in the last place, which flips a few roundings to bfloat16.
+    # Both round alike, but inverted states differ in the last place, which flips a few roundings to bfloat16.
     actual, expected = run(model), run(plain)
     assert_same(actual, expected, 1e-6 if memory == "checkpoint" else 2e-2)
     assert any((one - other).norm() > 1e-3 * other.norm() for one, other in zip(expected, exact, strict=True))

@@ -1,5 +1,5 @@
-"""Chains that forget, with steps that end after the linear map of the next one: the gradients, what is kept, how many
-operators there are. Where no backend but the reference has the operator here, it is made to be taken for one that has.
+"""Chains that recompute, with the linear map of a step fused with the coupling before it: gradients, memory, number of
+operators. Every backend except the reference is treated as one that has the fused operator.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ POLICIES = {
 
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Every backend but the reference has the operator; grows by one with every call of its forward."""
+    """Treat every backend except the reference as one that has the operator; the list grows with every forward."""
     monkeypatch.setattr(Operator, "is_fast", lambda *_: True)
     return count_calls(monkeypatch, plain_step, "boundary_forward")
 
@@ -93,7 +93,7 @@ def test_inverted_weights_that_are_singular_are_named(fast_backend, taken):
     with torch.no_grad():
         plain[2].mixing.weight[0] = 0.0
     z, _ = forgetting(plain, "checkpoint")(x)
-    z.sum().backward()  # which inverts nothing
+    z.sum().backward()  # checkpointing inverts nothing
     z, _ = forgetting(plain, "anchor", anchor_every=2)(x)
     with pytest.raises(ValueError, match=r"^step 2 \(FlowStep\): weight must be invertible"):
         z.sum().backward()
@@ -116,7 +116,7 @@ def test_no_more_memory_is_taken(fast_backend, monkeypatch, options):
     ("channels", "pads_input", "pads_output"), [(12, True, True), (24, True, False), (48, False, False)]
 )
 def test_operators_of_a_training_step_on_matrix_units(monkeypatch, channels, pads_input, pads_output):
-    """Of four steps, one of which is anchored. Each is a launch at least: whoever adds one should know."""
+    """Four steps, one of them anchored. Each operator is at least one launch, so adding one should be noticed."""
     forward, backward = operators_per_step(monkeypatch, channels, steps=4, memory="anchor")
     network = {
         "bias_relu_pad" if pads_input else "_to_copy": 4,
@@ -125,7 +125,7 @@ def test_operators_of_a_training_step_on_matrix_units(monkeypatch, channels, pad
         "bias_relu_forward": 4,
         "_addmm_activation": 4,
     }
-    # Adding log-determinants is on a GPU one launch for all of a chain.
+    # On a GPU the log-determinants of a whole chain are added in one launch.
     assert forward == Counter({**network, "coupling_conv1x1_forward": 4, "add": 4})
     again = {
         "coupling_conv1x1_backward": 1,

@@ -1,6 +1,6 @@
-"""Chains in DistributedDataParallel and FSDP2: two processes on half a batch each give the gradients of one on it all.
+"""Chains in DistributedDataParallel and FSDP2: two processes with half a batch each get the gradients of the whole.
 
-Two gloo processes on the CPU run every case of this file; the parent compares with a single process.
+Two gloo processes on the CPU run every case of this file; the parent process compares with a single process.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CASES = [*DDP, *FSDP, "initialisation"]
 
 
 def build() -> tuple[Glow, Tensor]:
-    """The same moved model and batch in every process."""
+    """A model with moved weights and a batch, the same in every process."""
     torch.manual_seed(0)
     x = torch.rand(6, 1, 8, 8, dtype=torch.float64) - 0.5
     model = Glow(1, 8, steps=5, levels=2, hidden_channels=8, memory="anchor")
@@ -46,7 +46,7 @@ def wrap(name: str, model: Glow) -> nn.Module:
 
 
 def gradients(module: nn.Module, model: Glow, x: Tensor) -> dict[str, Tensor]:
-    """Gradients of the second of two steps, so that what a first backward leaves behind shows."""
+    """Gradients of the second of two steps, to reveal any state that the first backward leaves behind."""
     for _ in range(2):
         module.zero_grad()
         module(x).mean().backward()

@@ -1,8 +1,8 @@
-"""Gradients in float32 are those of autograd, also of batches that a chain without anchors turns into NaN.
+"""Gradients in float32 are those of autograd, even for batches that give NaN in a chain without anchors.
 
-A Glow with 32 steps, trained on photographs, then shown noise, saturated pixels and one bad row in one image; and a
-chain of 64 steps that contracts without ActNorm's initialisation. Autograd through the same steps is the truth, and the
-comparison at the anchors tells where inversion alone fails.
+Tested are a Glow with 32 steps, trained on photographs, with noise, saturated pixels and one bad row in one image; and
+a chain of 64 steps that contracts without ActNorm's initialisation. Autograd through the same steps is the truth, and
+the check at the anchors detects where inversion alone fails.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def trained() -> tuple[Glow, Tensor]:
     photographs = data.load("patches", image_size=8)
     model = glow(memory="anchor")
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
-    # For convolutions this small oneDNN's set-up takes longer than the work.
+    # For convolutions this small, oneDNN's set-up takes longer than the computation.
     with torch.backends.mkldnn.flags(enabled=False, allow_tf32=None):
         model.initialize(model.dequantize(photographs.train[:64]))
         for step in range(100):
@@ -96,7 +96,7 @@ def test_clean_batches_pass_the_check(trained, options):
     assert 0 < max(drift.values()) < 1e-5
     if options["memory"] == "anchor":
         every = options.get("anchor_every", 4)
-        # The last anchor gets the output of the chain itself, which nothing has inverted.
+        # The steps after the last anchor start from the chain's output, which is exact, so nothing is checked there.
         assert list(drift) == [0, *range(every - 1, STEPS - 1, every)]
 
 
@@ -115,7 +115,7 @@ def test_an_untrained_chain_that_contracts(memory):
         results.append(torch.cat([grad.flatten() for grad in grads]))
     assert results[1].isfinite().all()
     assert (results[1] - results[0]).norm() <= 1e-4 * results[0].norm()
-    # 64 scales of sigmoid(2) leave a thousandth of one half.
+    # 64 scales of sigmoid(2) shrink one half to a thousandth.
     with pytest.raises(RuntimeError, match=r"^step 0 "):
         weighted(ReversibleSequential(steps, "invert", check="raise", drift_limit=1e-6)(x)).backward()
 
@@ -124,7 +124,7 @@ def test_sixty_four_steps_in_float32():
     torch.manual_seed(1)
     steps = [FlowStep(6, 16) for _ in range(64)]
     x = torch.randn(8, 6, 8, 8)
-    # Trained in float64, since in float32 every processor trains another chain.
+    # Trained in float64, since in float32 the trained weights differ between processors.
     chain = ReversibleSequential(steps, "anchor").double()
     optimizer = torch.optim.Adam(chain.parameters(), lr=1e-3)
     for _ in range(15):  # towards a standard normal

@@ -1,7 +1,7 @@
-"""A whole training step waits for nothing and depends on no value, so that a CUDA graph can hold it.
+"""A whole training step waits for nothing and depends on no value, so a CUDA graph can capture it.
 
-Without a GPU: every operator of forward, backward and optimiser is looked at, inside this package's reference operators
-too. With one: a captured step is replayed on other data.
+Without a GPU, every operator of forward, backward and optimizer is inspected, also inside this package's reference
+operators. With a GPU, a captured step is replayed on other data.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ POLICIES = {
 
 
 class NeverWaiting(TorchDispatchMode):
-    """Raises where the host would have to wait for a value: it reads one, or a shape depends on one."""
+    """Raises an error if the host would have to wait for a value: it reads one, or a shape depends on one."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(function.tags):
@@ -67,7 +67,7 @@ def prepared(x: torch.Tensor, **options: Any) -> tuple[Glow, torch.optim.Optimiz
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_training_step_never_waits(policy, monkeypatch):
-    # It does not look at the flag while a CUDA graph is captured.
+    # This check is skipped anyway while a CUDA graph is captured.
     monkeypatch.setattr(actnorm_conv1x1, "_check_invertible", lambda *_: None)
     x = torch.rand(4, 3, 8, 8) - 0.5
     model, optimizer = prepared(x, **POLICIES[policy])

@@ -1,7 +1,6 @@
-"""What a chain refuses names the step, and what it accepts is right even for poisoned batches.
+"""What a chain refuses, with an error that names the step, and what it warns about or accepts.
 
-The poisoned batches are those that a purely inverted chain turns into NaN: noise, saturated pixels, one bad row in one
-image, and a chain without ActNorm's initialisation that contracts. Autograd through the same steps is the truth.
+Steps that cannot be recomputed, changes between forward and backward, singular matrices, wrong options and arguments.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ class InPlaceInverse(Scaling):
 
 
 class Counting(Scaling):
-    """Changes with every call, without a tensor that shows it."""
+    """Changes with every call, though no tensor of it changes."""
 
     calls = 0
 
@@ -58,7 +57,7 @@ class Counting(Scaling):
 
 
 class CountingLogDet(Scaling):
-    """The same of its log-determinant alone."""
+    """Like :class:`Counting`, but only the log-determinant changes."""
 
     calls = 0
 
@@ -69,7 +68,7 @@ class CountingLogDet(Scaling):
 
 
 class Lazy(Scaling):
-    """Sets its own parameter in the first forward."""
+    """Sets its parameter in the first forward."""
 
     done = False
 
@@ -81,7 +80,7 @@ class Lazy(Scaling):
 
 
 class WithGenerator(Scaling):
-    """Draws from a generator of its own, which nobody can rewind."""
+    """Draws from its own generator, which a chain cannot rewind."""
 
     generator = torch.Generator()
 
@@ -91,7 +90,7 @@ class WithGenerator(Scaling):
 
 
 class Storing(Scaling):
-    """Stores what a loss may use."""
+    """Stores a tensor that a loss may use."""
 
     def forward(self, x):
         z, log_det = super().forward(x)
@@ -178,7 +177,7 @@ def test_a_tensor_alone_is_not_taken_apart_into_two_samples():
 @pytest.mark.parametrize("memory", FORGETFUL)
 def test_numbers_and_weights_may_be_stored(memory):
     x = torch.randn(4, 6, 4, 4, dtype=torch.float64)
-    with pytest.warns(FutureWarning):  # the older weight_norm, which stores a weight with a graph
+    with pytest.warns(FutureWarning):  # the older weight_norm, which stores a weight with an autograd graph
         network = nn.utils.weight_norm(nn.Conv2d(3, 6, 1))
     plain = chain([StoringNumbers(6), FlowStep(6, network=network)], x)
     assert_same(gradients(forgetting(plain, memory), x), gradients(plain, x), 1e-9)
@@ -328,7 +327,7 @@ def test_torch_func_is_refused():
 
 
 def replica(module):
-    """As DataParallel makes one for another device: parameters are copies with a graph, and plain attributes."""
+    """A replica as DataParallel makes it for a device: parameters are copies with a graph, in plain attributes."""
     result = module._replicate_for_data_parallel()
     for name, child in module._modules.items():
         result._modules[name] = replica(child)

@@ -1,8 +1,8 @@
-"""What a chain keeps, and the most that it takes while it works, counted with fake tensors at sizes of a GPU.
+"""The memory that a chain keeps and its peak, counted with fake tensors at sizes for a GPU.
 
 The published benchmark of memory is 256 x 256 images, batch 8, 256 hidden channels, 3 levels (InvertibleNetworks.jl,
 JOSS 9(99), 2024, figure 2: 5.07 GB; normflows runs out of 40 GB at 64 steps per level). Gradients of parameters, which
-every method needs, are not counted: each is dropped when it is done.
+every method needs, do not count: each is dropped as soon as it is computed.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from glow_kernels.nn import FlowStep
 
 GB = 1e9
 BATCH, SIZE, HIDDEN = 8, 256, 256
-# Bytes of the state of the first level and of all three: every level has half of the one before.
+# Bytes of the state of the first level, and of all three levels, each half as large as the one before.
 FIRST_STATE = BATCH * 3 * SIZE * SIZE * 4
 ALL_STATES = FIRST_STATE * (1 + 1 / 2 + 1 / 4)
-# Matrix and shift of a step of the first level. Backward folds them and the inverses anew, for all of its steps, and
-# their gradients wait for each other; so does what they are folded from: permutation, lower, upper and weight, four
-# vectors, and two log-determinants.
+# Bytes of matrix and shift of a step of the first level, and of what they are folded from: permutation, lower, upper
+# and weight, four vectors and two log-determinants. Backward folds them and the inverses again, for all steps at once,
+# and holds their gradients until all are computed.
 FIRST_MAP = 4 * (12 + 1) * 12
 FIRST_FACTORS = 4 * (4 * (12 + 1) * 12 + 2)
 
@@ -39,7 +39,7 @@ FIRST_FACTORS = 4 * (4 * (12 + 1) * 12 + 2)
 def measure(
     steps: int, levels: int, size: int = SIZE, hidden: int = HIDDEN, fake: bool = True, **options
 ) -> tuple[int, int]:
-    """Bytes kept after the forward, and the most at any time, of a training step of the published benchmark."""
+    """Bytes kept after the forward, and the peak, of a training step of the published benchmark."""
     with gk.use_backend("reference"):
         return training_step_bytes(
             lambda: Glow(3, size, steps, levels, hidden, **options), (BATCH, 3, size, size), fake
@@ -49,12 +49,12 @@ def measure(
 def test_the_published_benchmark_of_eighty_steps():
     kept, peak = measure(80, 3, memory="anchor", anchor_every=4)
     assert peak <= 0.62 * GB
-    # 20 anchors per level, the latents and what the split priors keep: as many bytes again.
+    # 20 anchors per level, the latents, and the tensors that the split priors keep.
     assert kept <= 20 * ALL_STATES + 3 * FIRST_STATE * (1 + 1 / 2)
 
 
 def test_eight_micro_batches_of_the_published_benchmark():
-    # The peak is in the first level's backward, or at the end of the forward, which keeps the same as without them.
+    # The peak is in the first level's backward, or at the end of the forward, which keeps as much as with one batch.
     kept, _ = measure(13, 3, memory="anchor", anchor_every=6)
     _, few = measure(7, 1, memory="anchor", anchor_every=6, micro_batches=8)
     _, more = measure(13, 1, memory="anchor", anchor_every=6, micro_batches=8)
@@ -80,14 +80,14 @@ def test_memory_grows_with_depth_by_the_anchors_only(memory, anchor_every):
     (kept, peak), (deeper_kept, deeper_peak) = measure(5, 3, **options), measure(9, 3, **options)
     slope = 4 / anchor_every if anchor_every else 0
     assert deeper_kept - kept == slope * ALL_STATES
-    # The peak is in the backward of the first level, when the others are done.
+    # The peak is in the backward of the first level, after that of the others.
     assert deeper_peak - peak <= 1.02 * slope * FIRST_STATE + 4 * (3 * FIRST_MAP + FIRST_FACTORS)
 
 
 def test_micro_batches_divide_the_working_set():
     peaks = {parts: measure(2, 1, memory="invert", micro_batches=parts)[1] for parts in (1, 2, 4, 8)}
     hidden = BATCH * HIDDEN * (SIZE // 2) ** 2 * 4
-    # Three hidden buffers; the rest are a few states.
+    # Three hidden activations; the rest are a few states.
     for parts, peak in peaks.items():
         assert 3 * hidden / parts < peak < 3 * hidden / parts + 9 * FIRST_STATE
     assert all(peaks[2 * parts] < 0.75 * peaks[parts] for parts in (1, 2, 4))
@@ -99,12 +99,12 @@ def test_a_budget_chooses_the_micro_batches(megabytes, parts):
     _, peak = measure(2, 1, **options)
     _, fixed = measure(2, 1, memory="invert", micro_batches=parts)
     assert peak == fixed
-    # Beside the working set there are states, which the budget does not count.
+    # The budget covers the working set but not the states.
     assert peak < options["memory_budget"] + 9 * FIRST_STATE or parts == BATCH
 
 
 def test_a_budget_counts_filters_once():
-    """Not for every sample: they are as large as a hidden layer of all 32."""
+    """Filters are as large as a hidden activation of all 32 samples, and must not count for every sample."""
     chain = ReversibleSequential([FlowStep(12, 512)], "invert", micro_batches="auto", memory_budget=16e6)
     chain(torch.randn(32, 12, 4, 4))
     assert list(chain._parts.values()) == [1]
@@ -130,7 +130,7 @@ def test_real_tensors_take_what_fake_ones_do(options):
 
 @pytest.mark.parametrize("memory", ["anchor", "invert"])
 def test_a_short_chain_takes_less_than_checkpointing_of_every_step(memory):
-    # Its working set is all that it takes: a state or two decide.
+    # It needs little more than its working set, so a state or two decide.
     for steps, size in ((1, 16), (2, 16), (4, 16), (4, 8)):
         x = torch.randn(8, 12, size, size)
         peaks = []
@@ -143,7 +143,7 @@ def test_a_short_chain_takes_less_than_checkpointing_of_every_step(memory):
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 
 
-# torch.compile uses what PyTorch itself deprecates.
+# torch.compile uses deprecated functions of PyTorch itself.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize(
     "backend",
@@ -175,7 +175,7 @@ def test_compiled_chains_keep_no_more(memory, backend):
     eager = saved_bytes(model)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend=backend)
-    # And the ghost of every step's input or output, which is one number.
+    # Plus one number per step, which stands in for its input or output.
     assert saved_bytes(compiled) <= eager + len(model) * x.element_size()
     for one, other in itertools.zip_longest(*gradients):
         assert (one - other).norm() <= 1e-5 * other.norm()

@@ -1,7 +1,7 @@
 """Filters times a learned scale, on every backend that can run here.
 
-Proven against the product written plainly in float64, values and gradients. The data of the properties are a weight
-(O, I, *kernel); bias and scale are as many as its filters.
+Proven against the plain product in float64, values and gradients. In the properties, the data are a weight
+(O, I, *kernel), and bias and scale have one element per filter.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from glow_kernels.ops.scale_filters import scale_all, scale_all_backward
 
 
 def plain(weight: Tensor, bias: Tensor, log_scale: Tensor, factor: float) -> tuple[Tensor, Tensor]:
-    """As a convolution's output would be scaled."""
+    """Filters and bias that scale a convolution's output by ``exp(factor * log_scale)``."""
     scale = torch.exp(factor * log_scale)
     return weight * scale.view(-1, *(1,) * (weight.dim() - 1)), bias * scale
 
@@ -47,7 +47,7 @@ def inputs(shape) -> tuple[Tensor, ...]:
 
 
 def case(factor: float) -> Case:
-    """One factor."""
+    """The operator with one factor."""
     operator, formula = (functools.partial(function, factor=factor) for function in (scale_filters, plain))
     return Case(f"factor_{factor:g}", operator, formula, inputs, types=(0, 0))
 
@@ -62,14 +62,14 @@ def forward_arguments(shape, lay):
 
 
 def backward_arguments(shape, lay):
-    """Arguments of its backward, which has no derivative itself."""
+    """Arguments of the registered backward, which has no derivative itself."""
     weight = lay(torch.randn(tuple(shape)))
     bias, log_scale, grad_bias = (torch.randn(shape[0]).to(compute_dtype(weight)) for _ in range(3))
     return torch.randn(tuple(shape)), grad_bias, weight, bias, log_scale, 3.0
 
 
 def forward_all_arguments(shape, lay, zeros=0):
-    """Arguments for two convolutions, the second of them plain; so many channels and filters more."""
+    """Arguments for two convolutions with factors 3 and 1, padded by ``zeros`` channels and filters."""
     weights = [lay(torch.randn(tuple(shape))), torch.randn(5, 3, 2).to(lay(torch.zeros(1, 1)).dtype)]
     biases, log_scales = ([torch.randn(len(weight)).to(weight.dtype) for weight in weights] for _ in range(2))
     sizes = [size + zeros for weight in weights for size in weight.shape[:2]]
@@ -77,14 +77,14 @@ def forward_all_arguments(shape, lay, zeros=0):
 
 
 def backward_all_arguments(shape, lay):
-    """The same with gradients."""
+    """Arguments of the backward for two convolutions."""
     *filters, factors, dtype, _ = forward_all_arguments(shape, lay)
     grads = [grad for weight in filters[0] for grad in (weight.clone(), torch.randn(len(weight)).to(dtype))]
     return grads, *filters, factors
 
 
 def dense(arguments):
-    """The native kernels take dense filters, in float32 and float64 on the CPU, which ``support.py`` sees to."""
+    """Dense float32 arguments: ``support.py`` gives native kernels dense ones, of float32 or float64 on the CPU."""
 
     def of_shape(shape, lay):
         found = arguments(shape, lay)
@@ -105,7 +105,7 @@ def dense(arguments):
 
 
 class TestProperties(DifferentiableProperties):
-    """What holds for every differentiable operator."""
+    """Properties of every differentiable operator."""
 
     module = "scale_filters"
     arguments: ClassVar = {
@@ -184,7 +184,7 @@ def test_bad_arguments(arguments, message):
         scale_filters(*arguments)
 
 
-# One convolution, the three of a network whose last has large filters, and seven: vectors, nothing, odd sizes.
+# One convolution, three of a network whose last has large filters, and seven with vectors, empty and odd sizes.
 SEVERAL = {
     "one": [(7, 5, 3, 3)],
     "network": [(16, 6, 3, 3), (16, 64, 1, 1), (3, 512, 3, 3)],
@@ -250,7 +250,7 @@ def test_zeros_follow_and_parts_are_added(backend, types, parts, channels_last):
             inside = tuple(map(slice, other.shape))
             torch.testing.assert_close(one[inside], other)
             assert one.count_nonzero() == other.count_nonzero()
-        # What is beyond must not count.
+        # Gradients of the padding must not count.
         grad = torch.full_like(scaled, torch.nan)
         grads += [torch.randn_like(own), torch.randn(max(parts, 1), shape[0]).to(compute_dtype(own))]
         grad[: shape[0], : shape[1]] = grads[-2]
@@ -267,7 +267,7 @@ def test_zeros_follow_and_parts_are_added(backend, types, parts, channels_last):
 
 
 def derivatives(filters, grads, factor, dtype):
-    """Gradients of the plain formula at a precision."""
+    """Gradients of the plain formula in ``dtype``."""
     leaves = [tensor.to(dtype).requires_grad_() for tensor in filters]
     return torch.autograd.grad(plain(*leaves, factor), leaves, [grad.to(dtype) for grad in grads])
 

@@ -1,6 +1,6 @@
-"""The training loop: exact resume after any interruption, the guard against non-finite steps, and what a step is.
+"""The training loop: exact resume after any interruption, the guard against non-finite steps, and single steps.
 
-Bit for bit means equal bytes of everything that a run keeps, but for times and speeds.
+Bit for bit means equal bytes of everything that a run keeps, except times and speeds.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from glow_kernels.training.objective import Objective
 from glow_kernels.training.run_folder import BEST, LAST, METRICS
 from glow_kernels.training.trainer import MAX_NON_FINITE, PACKAGES, Trainer
 
-# Seven steps cross the end of an epoch of four batches, and end neither with a regular validation nor log entry.
+# Seven steps cross the end of an epoch of four batches; the last has neither a regular validation nor a log entry.
 SETTINGS: dict[str, Any] = {
     "flow_steps": 1,
     "levels": 2,
@@ -47,7 +47,7 @@ SETTINGS: dict[str, Any] = {
     "validate_every": 3,
     "log_every": 2,
 }
-# Of everything that changes how a step is computed, each at least once.
+# Every setting that changes how a step is computed occurs at least once.
 KINDS: dict[str, dict[str, Any]] = {
     "adam": {},
     "adamax, conditional": {"optimizer": "adamax", "conditional": True},
@@ -63,7 +63,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module", autouse=True)
 def _no_pictures() -> Iterator[None]:
-    """Drawing takes most of the time of a run this small, and the command line's tests look at pictures."""
+    """Draw nothing: that takes most of the time of a run this small, and the command line's tests check pictures."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("draw_samples", "draw_reconstruction", "draw_curve"):
             patch.setattr(gallery, name, lambda *_, **__: 0.0)
@@ -98,7 +98,7 @@ def make_trainer(
 
 
 def before_step(trainer: Trainer, action: Callable[[int], object]) -> None:
-    """Call ``action`` with the number of each step, from 1, while that step is on its way."""
+    """Call ``action`` with the number of each step, from 1, during that step."""
     next_batch = trainer.sampler.next
 
     def act_and_go_on() -> Tensor:
@@ -114,7 +114,7 @@ def send(number: int, at: int) -> Callable[[int], None]:
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """Everything that a run keeps, tensors as bytes, but for times and speeds."""
+    """Everything that a run keeps except times and speeds, with tensors as bytes."""
     result: dict[str, Any] = {}
     for name in (LAST, BEST):
         tensors, document = checkpoint.load(folder / name)
@@ -192,7 +192,7 @@ def test_a_checkpoint_written_beside_training_is_of_when_it_was_due(
     save = checkpoint.save
     monkeypatch.setattr(Trainer, "_trains_beside", True)
     monkeypatch.setattr(checkpoint, "save", late)
-    # One checkpoint waits for the one before, and here that for steps to come.
+    # Writing a checkpoint waits for the previous one, which here waits for later steps.
     monkeypatch.setattr(Trainer, "_save_best", lambda self, result: None)
     trainer = make_trainer(tmp_path, config)
     before_step(trainer, fail)
@@ -216,7 +216,7 @@ def test_a_checkpoint_that_cannot_be_written_beside_training_ends_it(
     trainer = make_trainer(tmp_path, make_config())
     with pytest.raises(CheckpointError, match="no space left"):
         trainer.train()
-    assert trainer.progress.iteration == 3  # where the next one was due
+    assert trainer.progress.iteration == 3  # when the next one was due
 
 
 def test_a_checkpoint_that_is_asked_for_is_there_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,7 +320,7 @@ def test_training_time_adds_up_over_a_resume(tmp_path: Path) -> None:
 def test_images_per_second_are_those_since_the_last_record_or_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    times = (number**2 for number in itertools.count())  # so that the steps take 1, 5, 9, 13, ... seconds
+    times = (number**2 for number in itertools.count())  # the steps take 1, 5, 9, 13, ... seconds
     monkeypatch.setattr(time, "perf_counter", times.__next__)
     trainer = make_trainer(tmp_path)
     before_step(trainer, send(signal.SIGTERM, at=3))
@@ -334,7 +334,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @pytest.fixture
 def _with_a_terminal() -> Iterator[None]:
-    """Also where the tests run under nohup."""
+    """Restore the default handling of SIGHUP if the tests run under nohup."""
     handler = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, handler)
@@ -433,7 +433,7 @@ def test_resuming_with_another_number_of_images_is_refused(tmp_path: Path) -> No
 
 
 def poison(trainer: Trainer, steps: set[int], kind: str) -> None:
-    """Make the loss or, with a good loss, one gradient non-finite in these steps."""
+    """Make the loss, or one gradient with a finite loss, non-finite in these steps."""
 
     def is_poisoned() -> bool:
         return trainer.progress.iteration + 1 in steps
@@ -456,7 +456,7 @@ def test_non_finite_step_changes_no_state_and_training_goes_on(kind: str, optimi
     poison(trainer, {4}, kind)
     before_step(trainer, lambda _: states.append(state_of(trainer)) if trainer.progress.iteration else None)
     assert trainer.train()
-    # states[0] is that before step 2, since an optimizer has no state before its first step.
+    # states[0] is the state before step 2, since an optimizer has no state before its first step.
     assert not changed(states[2], states[3])
     for before, after in ((1, 2), (3, 4)):
         kinds = {name.split(".")[0] for name in changed(states[before], states[after])}
@@ -469,7 +469,7 @@ def test_non_finite_step_changes_no_state_and_training_goes_on(kind: str, optimi
 
 
 def test_run_with_a_skipped_step_resumes_bit_for_bit(tmp_path: Path) -> None:
-    """The moving average counts updates and not iterations; that count is saved too."""
+    """The moving average counts updates, not iterations, and that count is saved too."""
     for name, stop in (("whole", None), ("parts", 5)):
         trainer = make_trainer(tmp_path / name)
         poison(trainer, {4}, "nan loss")
@@ -528,7 +528,7 @@ def test_non_finite_validation_is_no_best_one(tmp_path: Path) -> None:
 
 
 def script_validation(trainer: Trainer, results: list[float]) -> None:
-    """Let the validations give these results, one after the other."""
+    """Let the validations return these results in turn."""
     remaining = iter(results)
     trainer.evaluate_split = lambda split: BitsPerDim(next(remaining), 0.0, 1, 1)  # type: ignore[method-assign]
 
@@ -619,7 +619,7 @@ def test_validation_is_deterministic_and_of_the_averaged_weights(conditional: bo
 
 @pytest.mark.parametrize("part", ["validation", "test"])
 def test_held_out_images_change_no_weights(part: str, tmp_path: Path) -> None:
-    """Not even the validation's images do; and on the test images only their fingerprint depends."""
+    """Neither validation nor test images do; only the fingerprint depends on the test images."""
     data = make_data()
     other = dataclasses.replace(data, **{part: 15 - getattr(data, part)})
     kept = []
@@ -655,7 +655,7 @@ def test_no_more_large_images_are_taken_at_a_time_than_fit(
     batch_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(evaluation, "MOST_AT_A_TIME", 64)
-    monkeypatch.setattr(evaluation, "LARGEST_OF_MOST", 1)  # so that 4x4 is large
+    monkeypatch.setattr(evaluation, "LARGEST_OF_MOST", 1)  # makes 4x4 count as large
     seen: list[int] = []
     dequantize, sample = Glow.dequantize, Glow.sample
 
@@ -670,7 +670,7 @@ def test_no_more_large_images_are_taken_at_a_time_than_fit(
     monkeypatch.setattr(Glow, "dequantize", counted)
     monkeypatch.setattr(Glow, "sample", sampled)
     make_trainer(tmp_path, make_config(batch_size=batch_size), make_data(train=40)).train()
-    assert seen[0] == max(4, batch_size)  # which initialise the model
+    assert seen[0] == max(4, batch_size)  # to initialise the model
     assert set(seen) == {4, batch_size}
 
 
@@ -710,7 +710,7 @@ def test_gradients_are_scaled_down_to_the_largest_norm(clip: float, tmp_path: Pa
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamax"])
 def test_weight_decay_shrinks_the_convolutions_of_couplings_alone(optimizer: str, tmp_path: Path) -> None:
-    """One step with decay ends where one without does, less learning rate times decay times the weights before."""
+    """A step with decay gives the weights of a step without, minus learning rate times decay times the old weights."""
     settings = {"optimizer": optimizer, "iterations": 1, "warmup": 2, "learning_rate": 0.2}
     states = []
     for decay in (0.0, 0.5):
@@ -734,7 +734,7 @@ def test_weight_decay_shrinks_the_convolutions_of_couplings_alone(optimizer: str
 
 
 def test_average_of_known_weights() -> None:
-    """Against the definition in plain floats, with a decay of min(decay, (1 + n) / (10 + n)) after n updates."""
+    """Compare with the definition in plain floats, with decay min(decay, (1 + n) / (10 + n)) after n updates."""
     model = torch.nn.BatchNorm1d(1)
     average = MovingAverage(model, 0.5)
     expected = 1.0
@@ -750,7 +750,7 @@ def test_average_of_known_weights() -> None:
 
 @pytest.mark.parametrize("decay", [0.0, 0.3, 0.999])
 def test_average_follows_training(decay: float, tmp_path: Path) -> None:
-    """Update by update; the step that is skipped is none."""
+    """Compare after every update; a skipped step is not an update."""
     trainer = make_trainer(tmp_path, make_config(ema=decay))
     poison(trainer, {3}, "nan loss")
     weights = [[parameter.detach().double() for parameter in trainer.model.parameters()]]
@@ -767,7 +767,7 @@ def test_average_follows_training(decay: float, tmp_path: Path) -> None:
 
 
 def test_classification_counts_as_much_as_its_weight(tmp_path: Path) -> None:
-    """With a large weight the head learns the classes; with none it stays as it is. Bits per dimension leave it out."""
+    """With a large weight the head learns the classes, without it does not. Bits per dimension exclude this loss."""
     right = {}
     for weight in (0.0, 10.0):
         config = make_config(conditional=True, class_weight=weight, iterations=30, validate_every=30)
@@ -783,7 +783,7 @@ def test_classification_counts_as_much_as_its_weight(tmp_path: Path) -> None:
 
 
 def test_classification_is_counted_in_bits() -> None:
-    """At the start the head does not tell the three classes apart."""
+    """The initial head cannot distinguish the three classes."""
     config, data = make_config(conditional=True, class_weight=10.0), make_data()
     model = config.build_model_for(data)
     loss, bits = Objective(model, config)(model.dequantize(data.train), data.train_labels)

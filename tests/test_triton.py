@@ -1,4 +1,4 @@
-"""What only the Triton kernels have: their arithmetic, addresses, tiles and tables, and what is said without a GPU.
+"""Properties of the Triton kernels only: arithmetic, addresses, tiles and tables, and the messages without a GPU.
 
 Proven in the interpreter: elementary functions are accurate to a few ulps, addresses beyond 2^31 elements are right,
 and every kernel reads and writes each element as often as its docstring says.
@@ -31,7 +31,7 @@ STATUS = "import glow_kernels as gk; print(gk.backend_status('triton')); print(g
 
 
 def status_in_a_new_process(**environment: str) -> list[str]:
-    """What the backend says of itself there."""
+    """The backend's status in a new process, as lines."""
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", STATUS]
     result = subprocess.run(command, env=inherited | environment, capture_output=True, text=True, check=True)
@@ -204,7 +204,7 @@ def test_elementary_functions_are_accurate_to_a_few_ulps(name, dtype):
         x = torch.cat((-x, x, x.new_tensor([0.0])))
     truth = function(x.double())
     actual = probes.elementary(x, name.removesuffix("_small")).double()
-    # Denormals of float32 and infinity are as in the truth, rounded.
+    # Subnormal float32 results and infinity must be the rounded truth.
     finfo = torch.finfo(dtype)
     truth = truth.where(truth < finfo.max, truth.new_tensor(torch.inf))
     allowed = 4 * finfo.eps * truth.abs() + finfo.tiny * finfo.eps
@@ -220,7 +220,7 @@ def test_elementary_functions_let_nan_and_infinity_through(name):
     torch.testing.assert_close(probes.elementary(x, name), getattr(torch, name)(x), equal_nan=True)
 
 
-# Positions, channels and strides (B, C, P) whose products leave 32 bits.
+# Sizes, positions and strides (B, C, P) whose products exceed 32 bits.
 WIDE = [
     ((8, 1, 70_000), (7, 0, 65_536), (70_000 * 65_536, 1, 65_536)),
     ((2, 5, 3), (0, 1, 2), (3 * 2**31, 2**31 + 16, 16)),
@@ -240,7 +240,7 @@ def test_offsets_beyond_31_bits(sizes, at, strides):
 
 @INTERPRETED
 def test_tensors_that_span_more_than_2_to_the_31_elements():
-    # Memory that is not touched is not there: two channels 4 GiB apart.
+    # Two channels 4 GiB apart; untouched memory between them is not allocated by the system.
     stride = 2**31 + 64
     base = torch.empty(stride + 16, dtype=torch.float16)
     x = base.as_strided((1, 2, 4), (stride, stride, 1))
@@ -271,7 +271,7 @@ def coupling_arguments(shape, dtype):
     return x, h, grad, torch.randn(shape[0]), options
 
 
-# Of the data, and of h: whether it lies channels last.
+# Whether the data, and whether h, are channels last.
 FORMATS = pytest.mark.parametrize(("channels_last", "h_last"), [(False, False), (True, True), (False, True)])
 
 
@@ -340,7 +340,7 @@ def test_the_linear_map_reads_from_memory_once(shape, channels_last):
                 assert traffic.writes(result) == [1] * result.numel()
 
 
-# Of the operators' docstrings: passes over data of the size of x, reading and writing, h counting for two.
+# From the operators' docstrings: passes over data of the size of x, read plus written, where h counts as two.
 PASSES = {
     "affine_coupling.forward": 3 + 1,
     "affine_coupling.inverse": 3 + 1,
@@ -363,14 +363,14 @@ PASSES = {
     "bias_relu.forward": 1 + 1,
     "bias_relu.backward": 2 + 1,
 }
-# From 33 channels on: z or x, dx, and the sums, one launch each.
+# From 33 channels on: one launch each for z or x, dx, and the sums.
 PASSES_OF_MANY_CHANNELS = {
     "actnorm_conv1x1.apply": 1 + 1,
     "actnorm_conv1x1.apply_backward": 1 + 1 + 2,
     "actnorm_conv1x1.apply_backward (no dx)": 2,
     "actnorm_conv1x1.apply_reversible_backward": 2 * (1 + 1) + 2,
 }
-# Across steps three programs read the same tile of g, which two of them find in the cache.
+# In the operators across steps, three programs read the same tile of g, and two of them find it in the cache.
 PASSES_ACROSS_STEPS = {name: passes for name, passes in PASSES.items() if name.startswith("coupling_conv1x1")}
 
 
@@ -394,7 +394,7 @@ def test_no_byte_is_moved_twice(name, passes, shape, channels_last, h_last):
     if channels_last:
         x, grad = (tensor.to(memory_format=torch.channels_last) for tensor in (x, grad))
     matrix, shift, layout = torch.randn(shape[1], shape[1]), torch.randn(shape[1]), "interleaved_mean_log_sd"
-    # Half of the channels are coupled: h has as many as x.
+    # Half of the channels are transformed, so h has as many channels as x.
     conditions = torch.randn_like(h[:, : shape[1]])
     arguments = {
         "affine_coupling": (grad, grad_log_det, x, h, *options) if "backward" in name else (x, h, *options),
@@ -418,8 +418,8 @@ def test_no_byte_is_moved_twice(name, passes, shape, channels_last, h_last):
     implemented = getattr(implementation("triton", module), function.split()[0])
     _, traffic = probes.count(lambda: implemented(*arguments))
     minimum = passes * x.numel() * x.element_size()
-    # And what does not grow with the data: parameters, and what at most eight programs sum, there and back; or mean,
-    # deviations and count of every channel from at most sixteen programs, there and back, and the results.
+    # Bytes that do not grow with the data: parameters, and partial sums of at most eight programs, written and read; or
+    # mean, deviations and count per channel from at most sixteen programs, written and read, and the results.
     beside = {
         "actnorm_conv1x1": 4 * (2 * matrix.numel() + 18 * (matrix.numel() + shape[1])),
         "coupling_conv1x1": 4 * (2 * matrix.numel() + 18 * (matrix.numel() + shape[1])),

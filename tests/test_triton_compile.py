@@ -1,10 +1,9 @@
-"""Triton kernels compiled for GPUs that are not here, just as the operators launch them.
+"""Triton kernels compiled for GPUs that are not here, exactly as the operators launch them.
 
 Proven for every target: nothing spills, every block fits, and the bandwidth shapes are read and written 128 bits at a
-time. ``make kernels-report`` compiles every variant of every kernel and records of which sources and which variants;
-the record must be of those that are here. The tests compile some of them again, others every day, and find what is
-recorded. No shape and no memory layout leads to a variant that is not listed. On the way to a launch nothing waits for
-the device.
+time. ``make kernels-report`` compiles every variant of every kernel and records hashes of sources and variants, which
+must match the current ones. The tests compile some variants again, different ones every day, and compare them with the
+record. No shape and no memory layout leads to a variant that is not listed, and no launch waits for the device.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ RUN = "run: make kernels-report"
 
 @pytest.fixture(scope="module")
 def kernels():
-    """A tenth of all variants for one target, compiled; another tenth for another target every day."""
+    """A tenth of all variants, compiled for one target; the tenth and the target change every day."""
     day = datetime.date.today().toordinal()
     target = list(TARGETS)[day % len(TARGETS)]
     part = day // len(TARGETS) % 10
@@ -134,7 +133,7 @@ def test_every_variant_of_these_sources_has_been_compiled(target):
 
 @functools.cache
 def listed(target: str = "sm_90") -> dict[Variant, object]:
-    """Every variant that the record is about."""
+    """Every variant in the record."""
     return variants((sample.call for sample in all_samples()), target)
 
 
@@ -245,7 +244,7 @@ def test_filters_of_three_convolutions_take_one_launch():
 
 
 class _Calls(TorchDispatchMode):
-    """Notes the operators of PyTorch that are called."""
+    """Records the operators of PyTorch that are called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -258,12 +257,12 @@ class _Calls(TorchDispatchMode):
 
 ALLOCATIONS = {"empty", "empty_like", "new_empty"}
 VIEWS = {"view", "permute", "_unsafe_view", "transpose", "unsqueeze", "slice", "select", "expand", "detach", "alias"}
-# Of the sums over positions, since results share no memory; of a bias's gradient that is not in the type of arithmetic.
+# Copies of sums over positions, since results share no memory, and of a bias's gradient that needs another dtype.
 COPIES = {"clone", "_to_copy"}
 
 
 def test_an_operator_only_allocates_and_launches():
-    # Values that Python asks for, or that go to the host, would be an error: these tensors have none.
+    # These tensors have no values, so reading one or copying it to the host would be an error.
     samples = all_samples()
     with _Calls() as seen:
         variants(sample.call for sample in samples)
@@ -289,7 +288,7 @@ def test_folding_large_matrices_does_not_wait_for_the_device(known):
     def tensors(device: str) -> tuple[torch.Tensor, ...]:
         return tuple(torch.empty(size, device=device) for size in ((4, 96), (4, 96, 96), (4,)))
 
-    # On tensors without values, so that asking for one is an error.
+    # Tensors without values: reading one would be an error.
     vector, matrix, number = tensors("meta")
     with _Calls() as seen:
         folding.fold_inverse(vector, vector, matrix, number if known else None)
@@ -305,7 +304,7 @@ def test_folding_large_matrices_does_not_wait_for_the_device(known):
         library.lu_weight_backward(matrix, number, *lu)
         with pytest.raises(DataDependentOutputException):
             library.fold_inverse(*parameters)
-    # Which of the two computes it on a GPU.
+    # Whether the backend itself or the reference computes it on a GPU.
     on_gpu = [torch.empty(size, device="meta") for size in ((96,), (96,), (96, 96))]
     with mock.patch.object(support, "_on_device", return_value=True):
         taken = {name: support.actnorm_conv1x1(name, *on_gpu) for name in ("fold", "fold_inverse", "fold_backward")}

@@ -32,7 +32,7 @@ def _triton() -> Iterator[None]:
 
 
 def arguments(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, device: str = "cuda") -> dict[str, Tensor]:
-    """Everything that a function below may ask for by name."""
+    """All arguments that the functions below select by name."""
     draw = functools.partial(torch.randn, dtype=torch.float64)
     channels = shape[1]
     data = {"x": draw(shape), "grad": draw(shape), "h": draw(shape[0], 2 * channels, *shape[2:])}
@@ -91,7 +91,7 @@ every_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
 
 
 def assert_equal(actual: list[Tensor], expected: list[Tensor]) -> None:
-    """Every bit."""
+    """Check equality in every bit."""
     assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
 
 
@@ -154,7 +154,7 @@ def test_kernels_run_on_the_current_stream(call):
     torch.cuda.synchronize()
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
-        # Whoever does not wait for this stream computes with zeros.
+        # A kernel that does not wait for this stream computes with zeros.
         torch.cuda._sleep(100_000_000)
         for name, tensor in late.items():
             tensor.copy_(given[name])
@@ -185,6 +185,6 @@ def test_a_flow_step_becomes_one_graph():
         for _ in range(3):
             given = arguments((4, 12, 8, 8))
             actual, expected = (_differentiated(function, *names)(given) for function in (compiled, flow_step))
-            # The compiler fuses a product and a sum of log-determinants, with one rounding instead of two.
+            # The compiler fuses a product and a sum of log-determinants into one rounding instead of two.
             for one, other in zip(actual, expected, strict=True):
                 assert (one - other).abs().max() <= 1e-6 * other.abs().max()

@@ -1,6 +1,6 @@
-"""How Triton's kernels are started: what is compiled once is found again without Triton's own look-up.
+"""Launches of Triton's kernels: a compiled kernel is found again without Triton's own look-up.
 
-Proven on a stub of its driver that notes what would be launched, against what Triton itself passes.
+Proven with a stub of Triton's driver that records launches, in comparison with the arguments that Triton passes itself.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def started():
-    """Grid and arguments of every launch on a GPU that is not here."""
+    """Grid and arguments of every launch on a fake GPU."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
     found = []
 
     def launcher(source, metadata):
-        # Stream, function, metadata and hooks stand between.
+        # The arguments in between are stream, function, metadata and hooks.
         return lambda *args: found.append((args[:3], args[9:]))
 
     utils = SimpleNamespace(
@@ -39,7 +39,7 @@ def started():
             utils=utils,
             launcher_cls=launcher,
             get_current_target=lambda: GPUTarget("cuda", 90, 32),
-            get_current_device=lambda: 99,  # whose compiled kernels no other test gets
+            get_current_device=lambda: 99,  # a device whose cached kernels no other test gets
             get_current_stream=lambda device: 0,
         )
     )

@@ -1,4 +1,4 @@
-"""Triton's interpreter without what takes most of its time and computes nothing; imported where it runs the kernels."""
+"""Patches Triton's interpreter to skip the bookkeeping that takes most of its time; importing this module is enough."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _numpy_type_of_scalar = functools.cache(_numpy_type)
 
 
 def _call(function: Any, *args: Any, **kwargs: Any) -> Any:
-    """It prepares triton.language at a launch, and again for every function that a kernel calls: once is enough for
-    Triton's own, and the others see the kernels' module."""
+    """Call a function without patching triton.language again, which the interpreter does at every launch and every call
+    in a kernel: once is enough for Triton's own functions, and the others share the kernels' module."""
     module = function.fn.__module__
     if module.startswith("triton.") and module not in _prepared:
         _prepared.add(module)
@@ -44,10 +44,10 @@ def _numpy_type_from_cache(dtype: Any) -> Any:
 InterpretedFunction.__call__ = _call
 TritonSemantic.broadcast_impl_value = _broadcast_if_shapes_differ
 block_type.with_element_ty = _with_other_element_type
-block_type.to_ir = lambda block, builder: block  # which makes the same type again
+block_type.to_ir = lambda block, builder: block  # the original builds an equal type
 interpreter._get_np_dtype = _numpy_type_from_cache
 
-# It computes of every sum and product of integers whether they overflow, and asserts that only in debug mode.
+# The interpreter checks every integer sum and product for overflow, but asserts the result only in debug mode.
 _builder = interpreter.interpreter_builder
 assert not _builder.options.debug
 _builder.options = dataclasses.replace(_builder.options, sanitize_overflow=False)

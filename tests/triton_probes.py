@@ -1,4 +1,4 @@
-"""Small kernels and a counter of memory traffic that look inside the Triton kernels, in the interpreter."""
+"""Small kernels and a counter of memory traffic to inspect the Triton kernels in the interpreter."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def elementary(x: Tensor, name: str) -> Tensor:
 
 
 def offsets(sample: int, position: int, channel: int, positions: int, strides: Sequence[int]) -> tuple[int, int]:
-    """Offset of an element, found by its sample and by its row, which counts the positions of all samples."""
+    """The offset of an element, from its sample and from its row, which counts the positions of all samples."""
     base, result = torch.empty(1, dtype=torch.int8), torch.empty(2, dtype=torch.int64)
     _offset_kernel[(1,)](base, result, *strides, sample, position, channel, positions)
     return int(result[0]), int(result[1])
@@ -78,7 +78,7 @@ class Traffic:
         self._sizes: dict[int, int] = {}
 
     def begin_launch(self) -> None:
-        """What follows belongs to another launch."""
+        """Count what follows as another launch."""
         self._reads.append(Counter())
         self._writes.append(Counter())
 
@@ -99,7 +99,7 @@ class Traffic:
         return [sum(launch[address] for launch in self._writes) for address in _addresses(tensor)]
 
     def moved(self) -> int:
-        """Bytes to and from memory: what a launch reads again is still in the cache."""
+        """Bytes to and from memory, if a launch finds in the cache whatever it reads again."""
         read = sum(self._sizes[address] for launch in self._reads for address in launch)
         return read + sum(self._sizes[address] * n for launch in self._writes for address, n in launch.items())
 
@@ -110,7 +110,7 @@ class Traffic:
 
 
 def count(call: Callable[[], Sequence[Tensor]]) -> tuple[Sequence[Tensor], Traffic]:
-    """What ``call`` returns, and its traffic, as the interpreter sees it."""
+    """The results of ``call`` and its traffic in the interpreter."""
     traffic, builder = Traffic(), interpreter.interpreter_builder
     load, store, launch = builder.create_masked_load, builder.create_masked_store, interpreter.GridExecutor.__call__
 

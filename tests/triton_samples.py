@@ -1,7 +1,7 @@
-"""Calls of every Triton operator that between them launch every variant of a kernel that the launch rules can choose.
+"""Calls of every Triton operator that together launch every kernel variant that the launch rules can choose.
 
-The tensors have no memory: the calls are made where launches are recorded or compiled, not run. A new kernel needs
-samples of its own here, and ``make kernels-report``.
+The tensors have no memory, since launches are only recorded or compiled, not run. For a new kernel, add samples here
+and run ``make kernels-report``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Sample(NamedTuple):
     call: Callable[[], Any]
 
 
-# Types of the data and of h.
+# Dtypes of the data and of h.
 DTYPES = {
     "float32": (torch.float32, torch.float32),
     "float32_with_bfloat16": (torch.float32, torch.bfloat16),
@@ -36,13 +36,13 @@ DTYPES = {
     "float64": (torch.float64, torch.float64),
 }
 PLAIN = ("float32", "bfloat16", "float16", "float64")
-# float32 of these is what bandwidth is measured with.
+# Bandwidth is measured on these shapes in float32.
 BANDWIDTH_SHAPES = [(64, 12, 128, 128), (32, 48, 64, 64)]
 SCALE_MAP = ScaleMap("sigmoid", offset=2.0)
 
 
 def all_samples() -> list[Sample]:
-    """What the record is about: with the usual launch parameters, and with those of every table in the package."""
+    """The samples of the record, with the default launch parameters and with those of every table in the package."""
     from glow_kernels.backends.triton import launch
 
     samples = [
@@ -70,12 +70,12 @@ def _tuned(sample: Sample, table: dict[str, dict[str, int]]) -> Sample:
 
 
 def is_bandwidth(name: str) -> bool:
-    """Whether a sample is of what bandwidth is measured with."""
+    """Whether a sample has a shape and dtype on which bandwidth is measured."""
     return any(f"{'x'.join(map(str, shape))} float32 " in name for shape in BANDWIDTH_SHAPES)
 
 
 def is_of_two_formats(name: str) -> bool:
-    """Whether a sample has contiguous data in float32 and an ``h`` in bfloat16 that lies channels last."""
+    """Whether a sample has contiguous float32 data and a channels-last bfloat16 ``h``."""
     return "float32_with_bfloat16 NCHW with channels last" in name
 
 
@@ -86,26 +86,26 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32, channels_last: bool =
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Type of arithmetic."""
+    """The dtype of the arithmetic."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def describe(shape: Sequence[int], dtypes: str, channels_last: bool | Sequence[bool], *more: str) -> str:
-    """``64x12x128x128 float32 NCHW``, or ``NCHW with channels last`` for data and an h of other formats."""
+    """For example ``64x12x128x128 float32 NCHW``; ``NCHW with channels last`` if the formats of data and h differ."""
     of_data, of_h = (channels_last, channels_last) if isinstance(channels_last, bool) else channels_last
     formats = ["channels last" if last else "NCHW" for last in (of_data, of_h)]
     return " ".join(("x".join(map(str, shape)), dtypes, " with ".join(dict.fromkeys(formats)), *more))
 
 
 def elementwise_data() -> Iterator[tuple[str, bool, Sequence[int]]]:
-    """Types, memory format, and a shape that is read in vectors and one that is not."""
+    """Dtypes and memory formats with a shape that is read in vectors and one that is not."""
     for dtypes, channels_last in itertools.product(DTYPES, (False, True)):
         yield dtypes, channels_last, (64, 16, 128, 128) if "16" in dtypes else BANDWIDTH_SHAPES[0]
         yield dtypes, channels_last, (64, 3, 5, 5)
 
 
 def coupling_samples() -> Iterator[Sample]:
-    """Every function with all types and formats, then with every map, layout and order."""
+    """Every function with all dtypes and formats, then with every map, layout and order."""
     for dtypes, channels_last, shape in elementwise_data():
         yield from _coupling(shape, dtypes, channels_last)
     for kind, gain, floor in itertools.product(KINDS, (False, True), (0.0, 0.1)):
@@ -122,7 +122,7 @@ def coupling_samples() -> Iterator[Sample]:
 
 
 def mixed_coupling_samples() -> Iterator[Sample]:
-    """Contiguous data with an h that lies channels last: every type and width, then every map, layout and order."""
+    """Contiguous data with a channels-last h: every dtype and width, then every map, layout and order."""
     formats = (False, True)
     for dtypes, channels in (("float32", 12), ("float32_with_bfloat16", 6), ("float32_with_bfloat16", 12)):
         yield from _coupling((64, channels, 64, 64), dtypes, formats)
@@ -169,7 +169,7 @@ def _coupling(
 
 
 def gaussian_samples() -> Iterator[Sample]:
-    """Every function with all types, formats and layouts."""
+    """Every function with all dtypes, formats and layouts."""
     from glow_kernels.backends.triton import gaussian_log_prob
 
     for (dtypes, channels_last, shape), layout in itertools.product(
@@ -200,7 +200,7 @@ def linear_data() -> Iterator[tuple[str, bool, Sequence[int]]]:
 
 
 def linear_samples() -> Iterator[Sample]:
-    """Every function with every block."""
+    """Every function with every block size."""
     from glow_kernels.backends.triton import actnorm_conv1x1
 
     for dtypes, channels_last, shape in linear_data():
@@ -218,14 +218,14 @@ def linear_samples() -> Iterator[Sample]:
 
 
 def coupling_linear_samples() -> Iterator[Sample]:
-    """Both functions with every block, type, format and width of h, then with every map, layout and order."""
+    """Both functions with every block size, dtype, format and width of h, then with every map, layout and order."""
     for dtypes, *formats in itertools.product(("float32", "float32_with_bfloat16"), (False, True), (False, True)):
         yield from _coupling_linear(BANDWIDTH_SHAPES[0], dtypes, formats)
         for channels in (16, 20, 32, 36, 48):
-            # Log-determinants are summed in groups of 16 positions, or are not.
+            # With positions that log-determinants sum in groups of 16, and without.
             yield from _coupling_linear((32, channels, 64, 64), dtypes, formats)
             yield from _coupling_linear((32, channels, 4, 2), dtypes, formats)
-            # In single elements.
+            # Read in single elements.
             yield from _coupling_linear((32, channels - 1, 5, 5), dtypes, formats)
         yield from _coupling_linear((64, 12, 4, 2), dtypes, formats)
     for kind in KINDS:
@@ -266,7 +266,7 @@ def _coupling_linear(
 
 
 def folding_samples() -> Iterator[Sample]:
-    """Every function with every size of the tile."""
+    """Every function with every tile size."""
     from glow_kernels.backends.triton import folding
 
     for size, dtype in itertools.product((16, 32, 64), (torch.float32, torch.float64)):
@@ -294,7 +294,7 @@ def statistics_data() -> Iterator[tuple[str, bool, Sequence[int]]]:
 
 
 def statistics_samples() -> Iterator[Sample]:
-    """Every type, format and block."""
+    """Every dtype, format and block size."""
     from glow_kernels.backends.triton import actnorm_statistics
 
     for dtypes, channels_last, shape in statistics_data():
@@ -303,7 +303,7 @@ def statistics_samples() -> Iterator[Sample]:
 
 
 def network_samples() -> Iterator[Sample]:
-    """Every type, format and block of bias and ReLU; filters."""
+    """Bias and ReLU with every dtype, format and block size, and the filters."""
     from glow_kernels.backends.triton import bias_relu
 
     for dtypes, channels_last, shape in elementwise_data():
@@ -323,7 +323,7 @@ def network_samples() -> Iterator[Sample]:
 
 
 def _filter_samples() -> Iterator[Sample]:
-    """One convolution and three, every type."""
+    """One convolution and three, with every dtype."""
     from glow_kernels.backends.triton import scale_filters
 
     for dtypes, count in itertools.product(DTYPES, (1, 3)):
