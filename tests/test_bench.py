@@ -234,7 +234,7 @@ def test_ratios_are_those_of_undisturbed_rounds():
     times = Times({"slow": [9.0, 2.0, 2.0, 2.0, 30.0, 9.0], "fast": [1.0, 1.0, 1.0, 5.0, 5.0, 5.0]})
     assert times.fastest("slow") == 2.0
     assert times.ratio("slow", "fast") == (2.0, 1.8, 6.0)
-    assert Times({"one": [float(value) for value in range(20, 0, -1)]}).fastest("one") == 2.5  # of four rounds
+    assert Times({"one": [float(value) for value in range(20, 0, -1)]}).fastest("one") == 2.5  # the mean of four rounds
     later = Times({"slow": [2.0], "fast": [0.7]})
     joined = times.joined(later)
     assert (joined.rounds["fast"][-1], joined.fastest("fast")) == (0.7, pytest.approx(0.9))

@@ -69,7 +69,7 @@ def test_a_library_for_this_gpu_is_used(gpu: SimpleNamespace) -> None:
     [
         (ARCHS, (8, 0), True),
         (ARCHS, (8, 7), True),  # machine code of sm_86
-        (ARCHS, (10, 3), True),  # of sm_100
+        (ARCHS, (10, 3), True),  # machine code of sm_100
         (ARCHS, (11, 0), False),  # neither machine code nor older intermediate code
         (ARCHS, (12, 1), True),
         (ARCHS, (13, 0), True),  # intermediate code of sm_120

@@ -85,7 +85,7 @@ def test_the_number_of_folding_calls_does_not_grow_with_the_steps(memory, count)
     with Calls() as calls:
         z, log_det = model(x)
         (z.sum() + log_det.sum()).backward()
-    # Chains that recompute fold again in backward, once for all steps with the same parameters; some need the inverses.
+    # Chains that recompute fold again in backward, once for all steps; some need the inverses.
     again = memory != "store"
     inverts = memory in ("anchor", "invert")
     folding = {name: calls.count.get(name, 0) for name in FOLDING}

@@ -419,7 +419,7 @@ def test_a_run_goes_on_on_another_kind_of_device(tmp_path: Path) -> None:
     before_step(trainer, send(signal.SIGTERM, at=4))
     trainer.train()
     tensors, document = checkpoint.load(tmp_path / LAST)
-    checkpoint.save(tmp_path / LAST, {**tensors, "noise": torch.zeros(16, dtype=torch.uint8)}, document)  # as of a GPU
+    checkpoint.save(tmp_path / LAST, {**tensors, "noise": torch.zeros(16, dtype=torch.uint8)}, document)  # a GPU's size
     assert make_trainer(tmp_path, resume=True).train()
 
 

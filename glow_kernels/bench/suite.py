@@ -1,4 +1,4 @@
-"""Which cases of the operators a run measures, as tasks."""
+"""Selects the operator cases that a run measures, and makes tasks of them."""
 
 from __future__ import annotations
 

@@ -103,6 +103,6 @@ def _refuse_ranks(arguments: argparse.Namespace) -> None:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    # On a CPU PyTorch raises a plain RuntimeError. A rank wraps any error in a RuntimeError that names the rank.
+    # On a CPU PyTorch raises a plain RuntimeError. A rank wraps unexpected errors in a RuntimeError that names it.
     found = any(isinstance(one, (MemoryError, torch.OutOfMemoryError)) for one in (error, error.__cause__))
     return found or "can't allocate memory" in str(error)
