@@ -245,7 +245,7 @@ def _wrong(
     backends: Iterable[str],
 ) -> dict[str, str]:
     """What is wrong with the results of our backends, compared with the textbook in float64; empty if nothing is."""
-    with threads(os.cpu_count() or 1):  # just to be fast: the truth does not depend on it
+    with threads(os.cpu_count() or 1):  # for speed only: the truth does not depend on it
         wide, wide_grads = [argument.double() for argument in arguments], [grad.double() for grad in grads]
         truth = operators.tensors(operators.call(operator.plain, case.direction, wide, wide_grads)())
         eager = results["eager"]

@@ -49,7 +49,7 @@ class Models:
         self._backends = operators.backends_on(device)
 
     def tasks(self, *, quick: bool) -> list[Task]:
-        """All parts."""
+        """The tasks of all parts."""
         found = []
         for index, sizes in enumerate(QUICK_GLOWS if quick else GLOWS):
             # Only the first model is compiled, since compiling takes longer than all the rest.

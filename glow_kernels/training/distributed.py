@@ -94,7 +94,7 @@ class Ranks:
             return self.shard(objective, device)
         if self.size == 1:
             return objective
-        # Gradients that are views of the buckets save a second copy of all gradients.
+        # Gradients that are views of the buckets avoid a second copy of all gradients.
         devices = [device] if device.type == "cuda" else None
         wrapped = DistributedDataParallel(objective, device_ids=devices, gradient_as_bucket_view=True)
         # Buffers of a Glow are constant. Set as an attribute, since torch 2.13 has renamed the argument.
