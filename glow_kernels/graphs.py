@@ -58,7 +58,7 @@ class CapturedStep:
 
     @property
     def is_settled(self) -> bool:
-        """Whether it has been decided if calls replay a graph; if they do not, :attr:`reason` says why."""
+        """Whether it has been decided if calls replay a graph; :attr:`reason` says why not, and is empty if they do."""
         return self._calls_before < 0
 
     def __call__(self, *inputs: Tensor) -> Any:

@@ -346,7 +346,7 @@ def test_steps_under_the_older_fsdp_are_refused_by_chains(memory: str, process_g
 
 
 def test_networks_under_fsdp_are_refused_by_chains(process_group: None) -> None:
-    """Backward would find tensors that are not parameters of the step."""
+    """Backward found tensors that are not parameters of the step."""
     model, x = gk.models.Glow(1, 4, steps=1, levels=1, hidden_channels=4, memory="anchor"), torch.randn(4, 1, 4, 4)
     model.initialize(x)
     fully_shard(model.levels[0].steps[0].coupling.network, mesh=dist.device_mesh.init_device_mesh("cpu", (1,)))

@@ -1,7 +1,8 @@
 """Which backend computes an operator, and why.
 
 An explicit choice (:func:`use_backend`, or the environment variable ``GLOW_KERNELS_BACKEND`` at import) is followed, or
-refused with a reason. Without one, the first backend of :data:`PREFERENCE` that can run here is used.
+refused with a reason. Without one, the first backend of :data:`PREFERENCE` that can run here and supports the arguments
+is used.
 """
 
 from __future__ import annotations
@@ -55,7 +56,11 @@ def available_backends() -> tuple[str, ...]:
 def use_backend(name: str) -> AbstractContextManager[None]:
     """Compute every operator with backend ``name`` inside the ``with`` block.
 
-    The choice applies to the whole process, including other threads. Blocks may be nested.
+    The reference computes calls whose arguments the backend does not support. The choice applies to the whole process,
+    including other threads. Blocks may be nested.
+
+    Args:
+        name: ``"native"``, ``"triton"`` or ``"reference"``.
 
     Raises:
         UsageError: ``name`` is not a backend of this package.

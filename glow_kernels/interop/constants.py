@@ -98,7 +98,7 @@ class Constants:
             return torch.equal(current.detach().cpu().float(), value.cpu().float())
         try:
             return current is value or bool(current == value)
-        except Exception:  # such as from arrays, whose comparison is no single bool
+        except Exception:  # such as from arrays, whose comparison is not a single bool
             return False
 
     def _new_names(self, module: nn.Module) -> list[str]:

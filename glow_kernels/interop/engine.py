@@ -92,7 +92,7 @@ def accelerate(
             layer that has the structure of a known one but another formula gives other results.
 
     Returns:
-        a report, to print or to process.
+        A report, to print or to process.
 
     Raises:
         TypeError: ``model`` is not a module, or a number is not whole.

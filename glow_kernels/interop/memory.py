@@ -331,8 +331,7 @@ def _harmless(hook: Any) -> bool:
 
 
 def _is_foreign(module: nn.Module) -> bool:
-    """Whether the module does not tell its parameters: it is a replica of DataParallel, or a compiler traces the
-    code."""
+    """Whether the module cannot name its parameters: it is a replica of DataParallel, or is being compiled."""
     return torch.compiler.is_compiling() or _is_replica(module)
 
 

@@ -190,7 +190,7 @@ def find_coupling(
         log_scale_gain: (C_transformed,), if the layer multiplies the log-scale of each channel by a learned number.
 
     Raises:
-        Mismatch: it is no coupling that the operators can compute.
+        Mismatch: it is not a coupling that the operators can compute.
     """
     probe = _Probe(layer, channels, outputs, spatial)
     read, transformed = probe.halves()

@@ -18,7 +18,8 @@ class LayerReport:
         dialect, kind: what it was recognised as.
         patched: whether it computes with the fused operators now.
         options: what was found by probing.
-        agreement: measured differences between before and after; None without ``verify`` or if it was not patched.
+        agreement: measured differences between the original and the patched layer; None without ``verify``, if it was
+            not patched, or if an earlier call patched it.
         reason: why it was not patched.
         memory: what a step that runs a network keeps for backward, ``"store"`` for everything; ``""`` for others.
         memory_reason: why it keeps everything although less was asked for.
@@ -40,7 +41,12 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Report:
-    """All flow layers of a model, in the model's order; ``print`` shows a table."""
+    """All flow layers of a model, in the model's order; ``print`` shows a table.
+
+    Attributes:
+        layers: one row for every flow layer that was recognised, patched or not.
+        note: a remark on the model as a whole, such as why no layer was recognised; usually empty.
+    """
 
     layers: tuple[LayerReport, ...] = field(default_factory=tuple)
     note: str = ""

@@ -96,7 +96,7 @@ class Workshop:
             log_scale_gain: reads the learned gain of each channel's log-scale from a copy, if there is one.
 
         Raises:
-            Mismatch: it is no coupling that the operators can compute, or it cannot be run.
+            Mismatch: it is not a coupling that the operators can compute, or it cannot be run.
         """
         inputs = input_channels(network) if inputs is None else inputs
         stand_in = self._stand_in(network, inputs, spatial, context)

@@ -92,7 +92,7 @@ class FlowStep(nn.Module):
     def inverse(self, z: Tensor, *context: Tensor | None, linear: LinearMap | None = None) -> tuple[Tensor, Tensor]:
         """``z`` (B, C, H, W) to ``x`` and ``log_det`` (B,) of the inverse map.
 
-        ``linear`` is as for :meth:`forward`, but the inverse map.
+        ``context`` and ``linear`` are as for :meth:`forward`, but ``linear`` is the folded inverse map.
 
         Raises:
             TypeError, ValueError: ``z`` has the wrong type or shape, or the 1x1 convolution is singular.

@@ -179,6 +179,8 @@ class ReversibleSequential(nn.Sequential):
     def inverse(self, z: Tensor, *context: Tensor | None) -> tuple[Tensor, Tensor]:
         """``z`` (B, ...) to ``x`` and ``log_det`` (B,) of the inverse map; always with plain autograd.
 
+        ``context`` is as for :meth:`forward`.
+
         Raises:
             TypeError: ``z`` is not a tensor, or the inverse of a step returns only a tensor.
             ValueError: a 1x1 convolution is singular.

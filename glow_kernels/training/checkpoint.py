@@ -103,7 +103,7 @@ class Saver:
         self._writing: Future[None] | None = None
 
     def start(self, path: Path, tensors: Mapping[str, Tensor], document: Mapping[str, JSON]) -> None:
-        """Wait for the previous write, then start :func:`save` in the background; its arguments must not change.
+        """Wait for the previous write, then :func:`save` in the background; its arguments must not change meanwhile.
 
         Raises:
             CheckpointError, MissingDependencyError, TypeError: the previous checkpoint could not be written.

@@ -19,7 +19,11 @@ def _option(default: Any, description: str, *, choices: tuple[str, ...] | None =
 
 @dataclass
 class TrainingConfig:
-    """Everything that determines a run; two runs with equal values on one CPU give equal weights, bit for bit."""
+    """Everything that determines a run; two runs with equal values on one CPU give equal weights, bit for bit.
+
+    Raises:
+        UsageError: a value has the wrong type or is out of range; the message names it.
+    """
 
     dataset: str = _option("digits", "digits, patches, cifar10:PATH, folder:PATH or array:PATH")
     n_bits: int = _option(8, "bits kept of every pixel value, 1 to 8")
