@@ -527,7 +527,7 @@ def test_an_interrupted_run_keeps_what_was_measured(tmp_path, monkeypatch, capsy
     command = ["bench", "operators", "--operator", "affine_coupling", "--shape", "1x2x2x2", "--seconds", "0.01"]
     assert main([*command, "--no-compile", "--output", str(path), "--threads", "1", "--allocator", "tuned"]) == 130
     assert [row["kind"] for row in results.read(path) if row["kind"] != "warning"] == ["environment", "operator"]
-    assert f"what was measured until now is in {path}" in capsys.readouterr().out
+    assert f"the results so far are in {path}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -541,7 +541,7 @@ def test_an_interrupted_run_keeps_what_was_measured(tmp_path, monkeypatch, capsy
         (["--backend", "cublas"], "backend must be one of native, triton, reference, got 'cublas'"),
         (["--threads", "1,9999"], "threads must be at most "),
         (["--allocator", "slab"], "allocator must be one of default, tuned, got 'slab'"),
-        (["--results", "x"], "--results goes with --check"),
+        (["--results", "x"], "--results needs --check"),
         (["--device", "tpu"], "--device tpu cannot be used here"),
     ],
 )

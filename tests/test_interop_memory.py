@@ -322,7 +322,7 @@ def test_state_that_does_not_arrive_is_an_error_and_not_a_wrong_gradient():
     gk.accelerate(chain, memory="invert", verify=False)
     y, log_det = chain[0](torch.randn(4, 4, 6, 6))
     chain[1](y)  # has no part in the loss
-    with pytest.raises(RuntimeError, match=r"has no part in what is differentiated: use memory='checkpoint'"):
+    with pytest.raises(RuntimeError, match=r"is not part of what is differentiated: use memory='checkpoint'"):
         log_det.sum().backward()
     gk.accelerate(chain, memory="checkpoint", verify=False)
     y, log_det = chain[0](torch.randn(4, 4, 6, 6))
@@ -622,7 +622,7 @@ def test_compiled_steps_keep_their_inputs():
     chain = flows()
     x = torch.randn(4, 4, 6, 6)
     expected = parameter_gradients(chain, x)
-    gk.accelerate(chain, memory="anchor")
+    gk.accelerate(chain, memory="anchor", verify=False)
     in_turn(chain, x)  # reads the flags of its ActNorms
     torch._dynamo.reset()
     compiled = torch.compile(lambda x: in_turn(chain, x), backend="aot_eager", fullgraph=True)
