@@ -49,8 +49,8 @@ inline CouplingOptions parse_options(const std::string& kind, const std::vector<
 
 inline void check_coupling(const Tensor& x, const Tensor& h, const std::optional<Tensor>& gain) {
   check_conditioning(x, h);
-  const ScalarType wide = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  STD_TORCH_CHECK(!gain || (gain->dim() == 1 && gain->size(0) == x.size(1) && gain->scalar_type() == wide),
+  const ScalarType compute_type = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  STD_TORCH_CHECK(!gain || (gain->dim() == 1 && gain->size(0) == x.size(1) && gain->scalar_type() == compute_type),
                   "log_scale_gain must have an element of the type of arithmetic for every channel of x");
 }
 

@@ -40,7 +40,7 @@ struct Format<float> {
   static constexpr Bits kBias = 127, kSqrtHalf = 0x3F3504F3;
   static constexpr float kRounder = 12582912.0f, kLog2E = 1.44269504088896341f;  // 1.5 * 2^23
   static constexpr float kLn2High = 0.693145751953125f, kLn2Low = 1.42860682030941723212e-6f;
-  static constexpr float kLeast = -105.0f, kMost = 89.0f;
+  static constexpr float kMinExpArgument = -105.0f, kMaxExpArgument = 89.0f;
 };
 template <>
 struct Format<double> {
@@ -49,7 +49,7 @@ struct Format<double> {
   static constexpr Bits kBias = 1023, kSqrtHalf = 0x3FE6A09E667F3BCD;
   static constexpr double kRounder = 6755399441055744.0, kLog2E = 1.44269504088896341;  // 1.5 * 2^52
   static constexpr double kLn2High = 0.693147180559663, kLn2Low = 2.8235290563031577e-13;
-  static constexpr double kLeast = -746.0, kMost = 710.0;
+  static constexpr double kMinExpArgument = -746.0, kMaxExpArgument = 710.0;
 };
 
 template <typename A>
@@ -154,9 +154,9 @@ GLOW_KERNELS_INLINE A arc_tangent(A x) {
 }
 
 GLOW_KERNELS_INLINE double log1p_of_fraction(double x) { return std::log1p(x); }
-GLOW_KERNELS_INLINE double over_one_to_two(double x, double w) { return x / w; }
+GLOW_KERNELS_INLINE double fast_divide(double x, double w) { return x / w; }
 // Within 2 ulp for w in [1, 2]; the exact division has a branch to a function.
-GLOW_KERNELS_INLINE float over_one_to_two(float x, float w) { return __fdividef(x, w); }
+GLOW_KERNELS_INLINE float fast_divide(float x, float w) { return __fdividef(x, w); }
 
 #else
 
@@ -165,7 +165,7 @@ template <typename A>
 GLOW_KERNELS_INLINE A exponential(A x) {
   using F = detail::Format<A>;
   // NaN fails both comparisons and so propagates.
-  const A bounded = x < F::kLeast ? F::kLeast : (x > F::kMost ? F::kMost : x);
+  const A bounded = x < F::kMinExpArgument ? F::kMinExpArgument : (x > F::kMaxExpArgument ? F::kMaxExpArgument : x);
   // bounded = k ln 2 + r with an integer k and |r| <= ln(2) / 2. Adding kRounder rounds to an integer and leaves it in
   // the low bits.
   const A shifted = bounded * F::kLog2E + F::kRounder, k = shifted - F::kRounder;
@@ -217,7 +217,7 @@ GLOW_KERNELS_INLINE double log1p_of_fraction(double x) {
 }
 
 template <typename A>
-GLOW_KERNELS_INLINE A over_one_to_two(A x, A w) {
+GLOW_KERNELS_INLINE A fast_divide(A x, A w) {
   return x / w;
 }
 

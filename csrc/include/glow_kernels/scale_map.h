@@ -55,7 +55,7 @@ GLOW_KERNELS_INLINE LogScale<A> log_scale(A u, const ScaleParameters<A>& map, A 
     // exp(-|v|) never overflows, and log(1 + exp(-|v|)) loses no accuracy where sigmoid(v) is close to 0 or 1.
     const A e = exponential(v < A(0) ? v : -v);
     return {(v < A(0) ? v : A(0)) - log1p_of_fraction(e) + log_gain,
-            map.slope * over_one_to_two(v < A(0) ? A(1) : e, A(1) + e)};
+            map.slope * fast_divide(v < A(0) ? A(1) : e, A(1) + e)};
   } else {
     A value, derivative;
     detail::bound<kind>(v, map, value, derivative);
