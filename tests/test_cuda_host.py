@@ -94,10 +94,10 @@ whole = importlib.import_module("glow_kernels.ops.actnorm_conv1x1")
 def compute(multiprocessors, x, grad, grad_log_det, *parameters):
     os.environ["GLOW_KERNELS_MULTIPROCESSORS"] = multiprocessors
     return *whole._forward(x, *parameters), *whole._backward(grad, grad_log_det, x, *parameters, True)
-def sample(multiprocessors, channels, *known):
+def sample(multiprocessors, channels, *weight_log_det):
     data = torch.randn(3, channels, 420), torch.randn(3, channels, 420), torch.randn(3)
     weight = torch.linalg.qr(torch.randn(channels, channels)).Q
-    return multiprocessors, *data, *torch.randn(2, channels), weight, *known
+    return multiprocessors, *data, *torch.randn(2, channels), weight, *weight_log_det
 samples = [sample("1", 12, None), sample("0", 12, None), sample("0", 12, torch.tensor(0.5)), sample("0", 27, None)]
 """,
     # With more channels than one warp can invert by elimination.
@@ -186,20 +186,20 @@ FAULTS = {
         "no barrier between scales and folding": Fault("  «__syncthreads()»;\n  for_each_row"),
         "no barrier between folding and product": Fault(f"{FOLDED}  wait_for_copies();\n  «__syncthreads()»"),
         "a copy from between two vectors": Fault(
-            "start_copy<V>(matrix + i * frame.row + j, «from» + i", "from + 1", "not aligned"
+            "start_copy<V>(matrix + i * frame.row_stride + j, «from» + i", "from + 1", "not aligned"
         ),
         "a product before its tile is there": Fault(f"{FOLDED}  «wait_for_copies()»"),
         "folding before the weight is there": Fault("«wait_for_copies<1>()»", "wait_for_copies<2>()"),
         "no barrier of a warp between a pivot row and its step": Fault(
             "choose_pivot(rows, free, first + k, pivot_row);\n      «__syncwarp()»"
         ),
-        "no barrier before pivot rows change": Fault("«__syncthreads()»;  // before others write there"),
+        "no barrier before pivot rows change": Fault("«__syncthreads()»;  // before others overwrite the pivot rows"),
         "no barrier between folding and product of strips": Fault("        start();\n        «__syncthreads()»"),
     },
     "folding": {
         "no barrier before what a permutation picks is looked for": Fault("end_[i] = 0;\n    }\n    «__syncthreads()»"),
         "no barrier before pivot rows of many channels change": Fault(
-            "«__syncthreads()»;  // before others write there"
+            "«__syncthreads()»;  // before others overwrite the pivot rows"
         ),
     },
     "actnorm_conv1x1_wide": {
@@ -212,10 +212,10 @@ FAULTS = {
     "affine_coupling": {
         "positions beyond the tensor count": Fault("if («i < spot.count») total += log_factor;", "true"),
         "no barrier before pairs are read": Fault(
-            "raw_data = fetch<N>(views.data, tile, spot);\n  bring(exchange, h, tile, pairs);\n  «__syncthreads()»"
+            "raw_data = fetch<N>(views.data, tile, spot);\n  load_pairs(exchange, h, tile, pairs);\n  «__syncthreads()»"
         ),
         "no barrier before their gradients are written": Fault(
-            "// nobody else reads this pair before the barrier\n  }\n  «__syncthreads()»"
+            "// no other thread reads this pair before the barrier\n  }\n  «__syncthreads()»"
         ),
     },
 }

@@ -73,7 +73,7 @@ Tensor apply(const Tensor& x_any, const Tensor& matrix_any, const Tensor& shift_
   const Launcher launch(x_any);
   const Tensor x = with_planes(x_any), matrix = as_contiguous(matrix_any), shift = as_contiguous(shift_any);
   Tensor z = empty_output(x_any);
-  if (apply_wide(launch, x, matrix, shift, z)) return z;
+  if (apply_on_tensor_cores(launch, x, matrix, shift, z)) return z;
   dispatch(x, [&]<typename T>() {
     using A = compute_t<T>;
     with_work<A>(launch, x, [&]<unsigned R>(const Work<A, R>& work) {
@@ -112,7 +112,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_any, const Tensor
   Tensor grad_x = needs_grad_x ? empty_output(x_any) : empty_vector(0, x.scalar_type(), x);
   Tensor grad_matrix = torch::stable::empty(matrix.sizes(), matrix.scalar_type(), std::nullopt, x.device());
   Tensor grad_shift = empty_vector(x.size(1), matrix.scalar_type(), x);
-  if (backward_wide(launch, grad, x, matrix, grad_x, grad_matrix, grad_shift)) return {grad_x, grad_matrix, grad_shift};
+  if (backward_on_tensor_cores(launch, grad, x, matrix, grad_x, grad_matrix, grad_shift))
+    return {grad_x, grad_matrix, grad_shift};
   dispatch(x, [&]<typename T>() {
     using A = compute_t<T>;
     run_backward<T>(launch, x, grad_matrix, grad_shift, [&](auto& arguments) {
@@ -139,7 +140,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear::reversible_backward(const Ten
   Tensor x = empty_output(z_any), grad_x = empty_output(z_any);
   Tensor grad_matrix = torch::stable::empty(matrix.sizes(), matrix.scalar_type(), std::nullopt, z.device());
   Tensor grad_shift = empty_vector(z.size(1), matrix.scalar_type(), z);
-  if (reversible_backward_wide(launch, grad, z, matrix, inverse, inverse_shift, x, grad_x, grad_matrix, grad_shift)) {
+  if (reversible_backward_on_tensor_cores(launch, grad, z, matrix, inverse, inverse_shift, x, grad_x, grad_matrix,
+                                          grad_shift)) {
     return {x, grad_x, grad_matrix, grad_shift};
   }
   dispatch(z, [&]<typename T>() {

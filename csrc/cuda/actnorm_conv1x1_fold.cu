@@ -16,12 +16,12 @@ namespace {
 // What the kernels of the folding read and write; not all of them use every member.
 struct Fold {
   unsigned n;
-  double* workspace;                     // of the elimination
-  double* product;                       // n x n for every step
-  Input log_scale, bias, weight, known;  // the last is log|det W|, or null
+  double* workspace;                              // of the elimination
+  double* product;                                // n x n for every step
+  Input log_scale, bias, weight, weight_log_det;  // the last is log|det W|, or null
   Input grad_matrix, grad_shift, grad_log_det;
   Output matrix, shift, log_det;
-  Output grad_log_scale, grad_bias, grad_weight, grad_known;
+  Output grad_log_scale, grad_bias, grad_weight, grad_weight_log_det;
 };
 
 // Writes exp(sign * log_scale) to shared memory.
@@ -33,8 +33,8 @@ __device__ void exponentials(const Fold& fold, double sign, double* scale) {
 __device__ void write_log_det(const Fold& fold, const Elimination& elimination, double sign) {
   if (threadIdx.x >= 32 || blockIdx.y != 0) return;
   const double sum = sum_over(fold.n, [&](unsigned i) { return fold.log_scale(fold.n, i); });
-  const double of_weight = fold.known.data != nullptr ? fold.known(1, 0) : elimination.log_det();
-  if (threadIdx.x == 0) fold.log_det(1, 0, sign * (sum + of_weight));
+  const double weight_log_det = fold.weight_log_det.data != nullptr ? fold.weight_log_det(1, 0) : elimination.log_det();
+  if (threadIdx.x == 0) fold.log_det(1, 0, sign * (sum + weight_log_det));
 }
 
 __global__ void __launch_bounds__(kThreads, 1) fold_kernel(const Fold fold) {
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kThreads, 1) fold_kernel(const Fold fold) {
     sum = warp_sum(sum);
     if (lane == 0) fold.shift(n, i, sum);
   });
-  if (fold.known.data == nullptr && blockIdx.y == 0) {
+  if (fold.weight_log_det.data == nullptr && blockIdx.y == 0) {
     elimination.run([&](unsigned i, unsigned j) { return fold.weight(square, i * n + j); }, true);
   }
   write_log_det(fold, elimination, 1);
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kThreads, 1) fold_backward_kernel(const Fold f
   GLOW_KERNELS_DYNAMIC_SHARED(double, scale);
   const unsigned n = fold.n, square = n * n, lane = threadIdx.x % 32;
   const double in_log_det = fold.grad_log_det(1, 0);
-  const bool known = fold.known.data != nullptr;
+  const bool has_log_det = fold.weight_log_det.data != nullptr;
   Elimination elimination(n, scale + n, fold.workspace);
   exponentials(fold, 1, scale);
   __syncthreads();
@@ -111,13 +111,14 @@ __global__ void __launch_bounds__(kThreads, 1) fold_backward_kernel(const Fold f
     }
     __syncthreads();
   }
-  if (!known) elimination.run([&](unsigned i, unsigned j) { return fold.weight(square, i * n + j); }, false);
+  if (!has_log_det) elimination.run([&](unsigned i, unsigned j) { return fold.weight(square, i * n + j); }, false);
   for_each_row(n, [&](unsigned i) {
     along_row(
-        n, [&](unsigned j) { return total(i, j) * scale[j] + (known ? 0 : in_log_det * elimination.inverse(j, i)); },
+        n,
+        [&](unsigned j) { return total(i, j) * scale[j] + (has_log_det ? 0 : in_log_det * elimination.inverse(j, i)); },
         [&](unsigned j, double element) { fold.grad_weight(square, i * n + j, element); });
   });
-  if (known && threadIdx.x == 0 && blockIdx.y == 0) fold.grad_known(1, 0, in_log_det);
+  if (has_log_det && threadIdx.x == 0 && blockIdx.y == 0) fold.grad_weight_log_det(1, 0, in_log_det);
 }
 
 // With N = diag(exp(-log_scale)) W^-1: dW = -(N^T dN) W^-T - dlog_det W^-T.
@@ -125,7 +126,7 @@ __global__ void __launch_bounds__(kThreads, 1) fold_inverse_backward_kernel(cons
   GLOW_KERNELS_DYNAMIC_SHARED(double, shared);
   const unsigned n = fold.n, square = n * n;
   const double in_log_det = fold.grad_log_det(1, 0);
-  const bool known = fold.known.data != nullptr;
+  const bool has_log_det = fold.weight_log_det.data != nullptr;
   double* const scale = shared + kProductSize;
   Elimination elimination(n, scale + n, fold.workspace);
   exponentials(fold, -1, scale);
@@ -147,9 +148,9 @@ __global__ void __launch_bounds__(kThreads, 1) fold_inverse_backward_kernel(cons
       n, shared, [&](unsigned i, unsigned k) { return inner[i * n + k]; },
       [&](unsigned k, unsigned j) { return elimination.inverse(j, k); },
       [&](unsigned i, unsigned j, double sum) {
-        fold.grad_weight(square, i * n + j, -sum - (known ? 0 : in_log_det * elimination.inverse(j, i)));
+        fold.grad_weight(square, i * n + j, -sum - (has_log_det ? 0 : in_log_det * elimination.inverse(j, i)));
       });
-  if (known && threadIdx.x == 0) fold.grad_known(1, 0, -in_log_det);
+  if (has_log_det && threadIdx.x == 0) fold.grad_weight_log_det(1, 0, -in_log_det);
 }
 
 struct Assembly {
@@ -182,9 +183,9 @@ __global__ void __launch_bounds__(kThreads, 1) lu_weight_kernel(const Assembly l
   const MatrixTile tile(n, blockIdx.y);
   Spans spans(n, diagonal + n);
   lu.write_diagonal(diagonal);
-  lu.permutation.visit(square, [&](const auto* p) { spans.find_in_rows(p, tile.down, tile.bottom()); });
+  lu.permutation.visit(square, [&](const auto* p) { spans.find_in_rows(p, tile.first_row, tile.end_row()); });
   product(
-      tile, 0, tile.right(), shared,
+      tile, 0, tile.end_column(), shared,
       [&](unsigned i, unsigned k) {
         return spans.sum(i, [&](unsigned m) { return lu.permutation(square, i * n + m) * lu.unit_lower(m, k); });
       },
@@ -210,11 +211,11 @@ __global__ void __launch_bounds__(kThreads, 1) lu_weight_backward_kernel(const A
                      [&](unsigned m) { return lu.permutation(square, m * n + i) * lu.grad_weight(square, m * n + j); });
   };
   product(
-      tile, tile.down < tile.across ? n : tile.across, n, shared, permuted,
+      tile, tile.first_row < tile.first_column ? n : tile.first_column, n, shared, permuted,
       [&](unsigned k, unsigned j) { return lu.full_upper(j, k, diagonal); },
       [&](unsigned i, unsigned j, double sum) { lu.grad_lower(square, i * n + j, i > j ? sum : 0); });
   product(
-      tile, tile.down > tile.across ? n : tile.down, n, shared,
+      tile, tile.first_row > tile.first_column ? n : tile.first_row, n, shared,
       [&](unsigned i, unsigned k) { return lu.unit_lower(k, i); }, permuted,
       [&](unsigned i, unsigned j, double sum) {
         lu.grad_upper(square, i * n + j, i < j ? sum : 0);
@@ -227,7 +228,7 @@ std::tuple<Tensor, Tensor> lu_weight(const Tensor& permutation, const Tensor& lo
   const Launcher launch(lower);
   Steps steps(lower);
   const int64_t n = steps.n();
-  Tensor weight = steps.empty(lower.sizes()), log_det = steps.empty_number();
+  Tensor weight = steps.empty(lower.sizes()), log_det = steps.empty_scalars();
   Assembly lu{};
   lu.n = steps.n();
   lu.permutation = steps.input(permutation, n * n);
@@ -270,14 +271,14 @@ std::tuple<Tensor, Tensor, Tensor> lu_weight_backward(const Tensor& grad_weight,
 int64_t fold_layers(int64_t n) { return (n + 31) / 32; }
 
 Fold fold_of(Steps& steps, const Tensor& log_scale, const Tensor& bias, const Tensor& weight,
-             const std::optional<Tensor>& known) {
+             const std::optional<Tensor>& weight_log_det) {
   const int64_t n = steps.n();
   Fold fold{};
   fold.n = steps.n();
   fold.log_scale = steps.input(log_scale, n);
   fold.bias = steps.input(bias, n);
   fold.weight = steps.input(weight, n * n);
-  if (known) fold.known = steps.input(*known, 1);
+  if (weight_log_det) fold.weight_log_det = steps.input(*weight_log_det, 1);
   return fold;
 }
 
@@ -286,7 +287,7 @@ std::tuple<Tensor, Tensor, Tensor> fold(const Tensor& log_scale, const Tensor& b
                                         std::optional<Tensor> weight_log_det) {
   const Launcher launch(weight);
   Steps steps(weight);
-  Tensor matrix = steps.empty(weight.sizes()), shift = steps.empty(bias.sizes()), log_det = steps.empty_number();
+  Tensor matrix = steps.empty(weight.sizes()), shift = steps.empty(bias.sizes()), log_det = steps.empty_scalars();
   Fold fold = fold_of(steps, log_scale, bias, weight, weight_log_det);
   const bool eliminates = inverse || !weight_log_det;
   if (eliminates) fold.workspace = steps.workspace();
@@ -315,22 +316,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fold_backward(const Tensor& grad_matr
   const int64_t n = steps.n();
   Tensor grad_log_scale = steps.empty(log_scale.sizes()), grad_bias = steps.empty(bias.sizes());
   Tensor grad_weight = steps.empty(weight.sizes());
-  Tensor grad_known =
+  Tensor grad_weight_log_det =
       weight_log_det ? steps.empty(weight_log_det->sizes()) : empty_vector(0, weight.scalar_type(), weight);
   Fold fold = fold_of(steps, log_scale, bias, weight, weight_log_det);
   const bool eliminates = inverse || !weight_log_det;
   if (eliminates) fold.workspace = steps.workspace();
-  if (inverse) fold.product = steps.memory();
+  if (inverse) fold.product = steps.allocate_matrices();
   fold.grad_matrix = steps.input(grad_matrix, n * n);
   fold.grad_shift = steps.input(grad_shift, n);
   fold.grad_log_det = steps.input(grad_log_det, 1);
   fold.grad_log_scale = steps.output(grad_log_scale);
   fold.grad_bias = steps.output(grad_bias);
   fold.grad_weight = steps.output(grad_weight);
-  if (weight_log_det) fold.grad_known = steps.output(grad_known);
+  if (weight_log_det) fold.grad_weight_log_det = steps.output(grad_weight_log_det);
   steps.run(launch, inverse ? fold_inverse_backward_kernel : fold_backward_kernel, fold,
             n + (inverse ? kProductSize : 0), eliminates, eliminates ? 1 : fold_layers(n));
-  return {grad_log_scale, grad_bias, grad_weight, grad_known};
+  return {grad_log_scale, grad_bias, grad_weight, grad_weight_log_det};
 }
 
 }  // namespace

@@ -196,7 +196,7 @@ __device__ void store_strip(const Positions<float>& z, unsigned channels, const 
 
 // The row stride of a matrix for multiply(), at which the lanes' reads have no bank conflicts.
 template <typename S, bool transposed>
-constexpr unsigned kMatrixRow = S::kSide + (transposed ? 8 : 4);
+constexpr unsigned kMatrixRowStride = S::kSide + (transposed ? 8 : 4);
 
 // M x + shift of a strip, or M^T x + shift; no shift if that is null. The positions are the rows of the product.
 template <typename S, bool transposed>
@@ -211,7 +211,7 @@ __device__ void multiply(const float* matrix, const float* shift, const float* s
   }
   // Column 2 q + b of the product is channel q + 4 b, so that a lane's part of a result is its part of a factor.
   const unsigned out = group() / 2 + group() % 2 * 4;
-  constexpr unsigned row = kMatrixRow<S, transposed>, of_in = transposed ? row : 1, of_out = transposed ? 1 : row;
+  constexpr unsigned row = kMatrixRowStride<S, transposed>, of_in = transposed ? row : 1, of_out = transposed ? 1 : row;
   const float* const elements = matrix + quarter() * of_in + out * of_out;
   const float* const low = strip + S::at(quarter(), 4 * group());
   const float* const high = strip + S::at(quarter() + 4, 4 * group());
@@ -241,10 +241,10 @@ template <typename S>
 class StripSums {
   static constexpr unsigned kRowTiles = S::kSide / 16;
   // The row stride at which the lanes' writes have no bank conflicts, transposed or not.
-  static constexpr unsigned kRow = S::kSide + 4;
+  static constexpr unsigned kRowStride = S::kSide + 4;
 
  public:
-  static constexpr unsigned kScratch = (S::kSide + 1) * kRow;
+  static constexpr unsigned kScratch = (S::kSide + 1) * kRowStride;
 
   __device__ void add(const float* g, const float* x) {
 #pragma unroll 1
@@ -272,25 +272,25 @@ class StripSums {
   __device__ void write(unsigned channels, bool transposed, float* scratch, float* parts) {
     const unsigned warp = threadIdx.x / 32, warps = blockDim.x / 32;
     float* const matrix = scratch + warp * kScratch;
-    const unsigned down = transposed ? 1 : kRow, across = transposed ? kRow : 1;
+    const unsigned row_stride = transposed ? 1 : kRowStride, column_stride = transposed ? kRowStride : 1;
 #pragma unroll
     for (unsigned m = 0; m < 2 * kRowTiles; ++m) {
       const unsigned row = 8 * m + group();
 #pragma unroll
       for (unsigned n = 0; n < S::kTiles; ++n) {
         const float* const sums = matrix_[m / 2][n] + m % 2 * 2;
-        float* const to = matrix + row * down + (8 * n + 2 * quarter()) * across;
+        float* const to = matrix + row * row_stride + (8 * n + 2 * quarter()) * column_stride;
         to[0] = sums[0];
-        to[across] = sums[1];
+        to[column_stride] = sums[1];
       }
       float sum = shift_[m] + __shfl_xor_sync(0xffffffffu, shift_[m], 1);
       sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-      if (quarter() == 0) matrix[S::kSide * kRow + row] = sum;
+      if (quarter() == 0) matrix[S::kSide * kRowStride + row] = sum;
     }
     __syncthreads();
     for (unsigned index = threadIdx.x; index < channels * (channels + 1); index += blockDim.x) {
       const unsigned i = index / channels, j = index - i * channels;
-      const float* const from = scratch + (i < channels ? i : S::kSide) * kRow + j;
+      const float* const from = scratch + (i < channels ? i : S::kSide) * kRowStride + j;
       float sum = 0;
       for (unsigned other = 0; other < warps; ++other) sum += from[other * kScratch];
       parts[index] = sum;

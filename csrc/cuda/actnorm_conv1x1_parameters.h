@@ -13,7 +13,7 @@ namespace glow_kernels::linear {
 template <typename A>
 struct Parameters {
   const A *log_scale, *bias, *weight;
-  const A* known;  // log|det W|, or null
+  const A* weight_log_det;  // log|det W|, or null
 };
 
 // Bytes of shared memory that fold_matrix() needs.
@@ -24,7 +24,7 @@ template <typename A>
 __device__ void start_fold(const Parameters<A>& parameters, const Frame& frame, A* matrix) {
   const A* const no_shift = nullptr;
   load_matrix(parameters.weight, no_shift, frame, matrix);
-  end_of_copies();
+  commit_copies();
 }
 
 // Turns W, once its copies have been waited for, into M in place and writes v after it, by exactly the operations of
@@ -41,7 +41,7 @@ __device__ void fold_matrix(const Parameters<A>& parameters, const Frame& frame,
   for (unsigned i = n + threadIdx.x; i < frame.side; i += blockDim.x) shift[i] = 0;
   __syncthreads();
   for_each_row(n, [&](unsigned i) {
-    A* const row = matrix + i * frame.row;
+    A* const row = matrix + i * frame.row_stride;
     const double sum = sum_over(n, [&](unsigned j) {
       const double element = static_cast<double>(row[j]) * scale[j];
       row[j] = static_cast<A>(element);
@@ -51,20 +51,21 @@ __device__ void fold_matrix(const Parameters<A>& parameters, const Frame& frame,
   });
 }
 
-static_assert(kMaxChannels<float> <= WarpElimination::kMost);
+static_assert(kMaxChannels<float> <= WarpElimination::kMaxSize);
 
 // Writes log_det of every sample. By one block.
 template <typename A>
 __device__ void write_log_det(const Parameters<A>& parameters, unsigned n, double* shared, int64_t batches,
                               int64_t positions, A* log_det) {
   Elimination elimination(n, shared, nullptr);
-  if (parameters.known == nullptr) {
-    elimination.run_few([&](unsigned i, unsigned j) { return static_cast<double>(parameters.weight[i * n + j]); },
-                        true);
+  if (parameters.weight_log_det == nullptr) {
+    elimination.run_small([&](unsigned i, unsigned j) { return static_cast<double>(parameters.weight[i * n + j]); },
+                          true);
   }
   const double scales = sum_over(n, [&](unsigned i) { return static_cast<double>(parameters.log_scale[i]); });
-  const double of_weight = parameters.known != nullptr ? static_cast<double>(*parameters.known) : elimination.log_det();
-  const auto of_position = static_cast<A>(scales + of_weight);
+  const double weight_log_det =
+      parameters.weight_log_det != nullptr ? static_cast<double>(*parameters.weight_log_det) : elimination.log_det();
+  const auto of_position = static_cast<A>(scales + weight_log_det);
   const auto of_sample = static_cast<A>(static_cast<double>(of_position) * static_cast<double>(positions));
   for (int64_t batch = threadIdx.x; batch < batches; batch += blockDim.x) log_det[batch] = of_sample;
 }
@@ -73,7 +74,8 @@ __device__ void write_log_det(const Parameters<A>& parameters, unsigned n, doubl
 template <typename A>
 __device__ void write_inverse(const Parameters<A>& parameters, unsigned n, double* shared, double* inverse) {
   Elimination elimination(n, shared, nullptr);
-  elimination.run_few([&](unsigned i, unsigned j) { return static_cast<double>(parameters.weight[i * n + j]); }, false);
+  elimination.run_small([&](unsigned i, unsigned j) { return static_cast<double>(parameters.weight[i * n + j]); },
+                        false);
   for_each_row(n, [&](unsigned i) {
     for (unsigned j = threadIdx.x % 32; j < n; j += 32) inverse[i * n + j] = elimination.inverse(i, j);
   });

@@ -107,7 +107,7 @@ class OuterSum {
   // memory that nothing else may use.
   __device__ void write(const W& work, A* scratch, A* parts, bool transposed = false) const {
     const unsigned channels = work.channels, size = channels * (channels + 1);
-    const unsigned down = transposed ? 1 : channels, across = transposed ? channels : 1;
+    const unsigned row_stride = transposed ? 1 : channels, column_stride = transposed ? channels : 1;
     if (split_ < splits_) {
       A* const own = scratch + split_ * size;
 #pragma unroll
@@ -116,7 +116,7 @@ class OuterSum {
         if (j_ == 0) own[channels * channels + i_ + e] = shift_[e];
 #pragma unroll
         for (unsigned f = 0; f < kEdge; ++f) {
-          if (j_ + f < channels) own[(i_ + e) * down + (j_ + f) * across] = matrix_[e][f];
+          if (j_ + f < channels) own[(i_ + e) * row_stride + (j_ + f) * column_stride] = matrix_[e][f];
         }
       }
     }

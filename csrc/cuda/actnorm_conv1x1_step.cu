@@ -82,14 +82,14 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(compute_t<T>) == 8 ? 1 : 2
 template <typename A>
 struct Finish {
   unsigned n, parts;
-  unsigned width;                // threads in a row, for the 2 n sums that a block needs
-  const A *matrices, *shifts;    // sum g x^T and sum g, each in `parts` parts
-  int64_t down, across, beyond;  // strides of the rows and columns of a matrix, and of the parts
+  unsigned width;                                  // threads in a row, for the 2 n sums that a block needs
+  const A *matrices, *shifts;                      // sum g x^T and sum g, each in `parts` parts
+  int64_t row_stride, column_stride, part_stride;  // strides of the rows and columns of a matrix, and of the parts
   Parameters<A> parameters;
   const double* inverse;  // W^-1; null if log|det W| was given
   const A* grad_log_det;  // (B,)
   int64_t batches, positions;
-  A *grad_log_scale, *grad_bias, *grad_weight, *grad_known;
+  A *grad_log_scale, *grad_bias, *grad_weight, *grad_weight_log_det;
 };
 
 // Sums column j of the matrices, and the shifts: every row of `width` threads writes its sum over some parts to `sums`.
@@ -98,10 +98,11 @@ __device__ void add_parts(const Finish<A>& finish, unsigned j, double* sums) {
   const unsigned n = finish.n, i = threadIdx.x % finish.width, rows = blockDim.x / finish.width;
   double total = 0;
   if (i < 2 * n) {
-    const A* const from = i < n ? finish.matrices + i * finish.down + j * finish.across : finish.shifts + (i - n);
+    const A* const from =
+        i < n ? finish.matrices + i * finish.row_stride + j * finish.column_stride : finish.shifts + (i - n);
 #pragma unroll 8
     for (unsigned part = threadIdx.x / finish.width; part < finish.parts; part += rows) {
-      total += static_cast<double>(from[part * finish.beyond]);
+      total += static_cast<double>(from[part * finish.part_stride]);
     }
   }
   sums[threadIdx.x] = total;
@@ -143,7 +144,7 @@ __global__ void __launch_bounds__(1024) finish_kernel(const Finish<A> finish) {
   if (threadIdx.x != 0) return;
   finish.grad_log_scale[j] = static_cast<A>(scale * in_log_scale + in_log_det);
   finish.grad_bias[j] = static_cast<A>(scale * in_bias);
-  if (j == 0 && parameters.known != nullptr) *finish.grad_known = static_cast<A>(in_log_det);
+  if (j == 0 && parameters.weight_log_det != nullptr) *finish.grad_weight_log_det = static_cast<A>(in_log_det);
 }
 
 // What the reversible backward needs before it starts.
@@ -177,29 +178,29 @@ __global__ void __launch_bounds__(kThreads, 1) inversion_kernel(const Inversion<
 class StepTensors {
  public:
   StepTensors(const Tensor& x, const Tensor& log_scale, const Tensor& bias, const Tensor& weight,
-              const std::optional<Tensor>& known)
+              const std::optional<Tensor>& weight_log_det)
       : x_(x),
         type_(x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float),
         log_scale_(checked(log_scale, n())),
         bias_(checked(bias, n())),
         weight_(checked(weight, n() * n())) {
-    if (known) known_ = checked(*known, 1);
+    if (weight_log_det) weight_log_det_ = checked(*weight_log_det, 1);
   }
 
   int64_t n() const { return x_.size(1); }
   ScalarType type() const { return type_; }
-  bool knows_log_det() const { return known_.has_value(); }
+  bool has_weight_log_det() const { return weight_log_det_.has_value(); }
   template <typename A>
   Parameters<A> parameters() const {
     return {log_scale_.const_data_ptr<A>(), bias_.const_data_ptr<A>(), weight_.const_data_ptr<A>(),
-            known_ ? known_->const_data_ptr<A>() : nullptr};
+            weight_log_det_ ? weight_log_det_->const_data_ptr<A>() : nullptr};
   }
   Tensor empty_matrix() const { return empty({n(), n()}, type_, x_); }
   Tensor empty_channels() const { return empty_vector(n(), type_, x_); }
   // The last is empty if log|det W| was not given.
   std::tuple<Tensor, Tensor, Tensor, Tensor> empty_gradients() const {
     return {empty_channels(), empty_channels(), empty_matrix(),
-            known_ ? empty_contiguous(*known_) : empty_vector(0, type_, x_)};
+            weight_log_det_ ? empty_contiguous(*weight_log_det_) : empty_vector(0, type_, x_)};
   }
 
  private:
@@ -212,7 +213,7 @@ class StepTensors {
   const Tensor& x_;
   ScalarType type_;
   Tensor log_scale_, bias_, weight_;
-  std::optional<Tensor> known_;
+  std::optional<Tensor> weight_log_det_;
 };
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
@@ -227,13 +228,13 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x_any, const Tensor& log_scale,
   dispatch(x, [&]<typename T>() {
     using A = compute_t<T>;
     if constexpr (std::is_same_v<T, float>) {
-      if (forward_wide(launch, x, step.parameters<A>(), z, log_det)) return;
+      if (forward_on_tensor_cores(launch, x, step.parameters<A>(), z, log_det)) return;
     }
     with_work<A>(launch, x, [&]<unsigned R>(const Work<A, R>& work) {
       const Forward<T, R> arguments{work, step.parameters<A>(), readable<T>(x), writable<T>(z),
                                     log_det.mutable_data_ptr<A>()};
       const int64_t of_map = work.shared_bytes(1, 1) + fold_bytes(step.n());
-      const int64_t bytes = std::max(of_map, step.knows_log_det() ? 0 : Elimination::shared_bytes(step.n()));
+      const int64_t bytes = std::max(of_map, step.has_weight_log_det() ? 0 : Elimination::shared_bytes(step.n()));
       launch(work.tiles() + 1, work.threads(), bytes, forward_kernel<T, R>, arguments);
     });
   });
@@ -246,7 +247,7 @@ template <typename A>
 void run_finish(const Launcher& launch, const Tensor& x, const StepTensors& step, const Tensor& grad_log_det,
                 Finish<A> finish, Gradients& grads) {
   STD_TORCH_CHECK(grad_log_det.numel() == x.size(0), "grad_log_det must be (B,)");
-  auto& [log_scale, bias, weight, known] = grads;
+  auto& [log_scale, bias, weight, weight_log_det] = grads;
   finish.n = static_cast<unsigned>(step.n());
   finish.width = (2 * finish.n + 31) / 32 * 32;
   finish.parameters = step.parameters<A>();
@@ -256,7 +257,7 @@ void run_finish(const Launcher& launch, const Tensor& x, const StepTensors& step
   finish.grad_log_scale = log_scale.mutable_data_ptr<A>();
   finish.grad_bias = bias.mutable_data_ptr<A>();
   finish.grad_weight = weight.mutable_data_ptr<A>();
-  if (step.knows_log_det()) finish.grad_known = known.mutable_data_ptr<A>();
+  if (step.has_weight_log_det()) finish.grad_weight_log_det = weight_log_det.mutable_data_ptr<A>();
   // Rows of threads, each with several loads in flight.
   const unsigned rows = std::clamp(finish.parts / 4, 1u, 1024 / finish.width), threads = rows * finish.width;
   launch.next(step.n(), static_cast<int>(threads), int64_t{threads} * 8, finish_kernel<A>, finish);
@@ -270,7 +271,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_a
   const Launcher launch(x_any);
   const Tensor grad = with_planes(grad_any), x = with_planes(x_any), grad_log_det = as_contiguous(grad_log_det_any);
   const StepTensors step(x, log_scale, bias, weight, weight_log_det);
-  const int64_t n = step.n(), others = step.knows_log_det() ? 0 : 1;
+  const int64_t n = step.n(), others = step.has_weight_log_det() ? 0 : 1;
   Tensor grad_x = needs_grad_x ? empty_output(x_any) : empty_vector(0, x.scalar_type(), x);
   Gradients grads = step.empty_gradients();
   Tensor inverse = empty_parts(others * n * n, x);
@@ -282,14 +283,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_a
       finish.parts = static_cast<unsigned>(parts.size(0));
       finish.matrices = parts.const_data_ptr<A>();
       finish.shifts = finish.matrices + n * n;
-      finish.down = 1;  // transposed, so that a block reads contiguous elements
-      finish.across = n;
-      finish.beyond = n * (n + 1);
+      finish.row_stride = 1;  // transposed, so that a block reads contiguous elements
+      finish.column_stride = n;
+      finish.part_stride = n * (n + 1);
       finish.inverse = inverse_data;
       run_finish(launch, x, step, grad_log_det, finish, grads);
     };
     if constexpr (std::is_same_v<T, float>) {
-      const auto parts = folding_backward_wide(launch, grad, x, step.parameters<A>(), inverse_data, grad_x);
+      const auto parts = folding_backward_on_tensor_cores(launch, grad, x, step.parameters<A>(), inverse_data, grad_x);
       if (parts) return finish_parts(*parts);
     }
     with_work<A>(launch, x, [&]<unsigned R>(const Work<A, R>& work) {
@@ -310,8 +311,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_a
       finish_parts(parts);
     });
   });
-  const auto& [in_log_scale, in_bias, in_weight, in_known] = grads;
-  return {grad_x, in_log_scale, in_bias, in_weight, in_known};
+  const auto& [in_log_scale, in_bias, in_weight, in_weight_log_det] = grads;
+  return {grad_x, in_log_scale, in_bias, in_weight, in_weight_log_det};
 }
 
 // Here nothing overlaps with the elimination: x = M^-1 z waits for it.
@@ -337,16 +338,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> reversible_backward_o
     finish.parts = 1;
     finish.matrices = in_matrix.template const_data_ptr<A>();
     finish.shifts = in_shift.template const_data_ptr<A>();
-    finish.down = n;
-    finish.across = 1;
-    if (!step.knows_log_det()) finish.inverse = weight_inverse.const_data_ptr<double>();
+    finish.row_stride = n;
+    finish.column_stride = 1;
+    if (!step.has_weight_log_det()) finish.inverse = weight_inverse.const_data_ptr<double>();
     run_finish(launch, z, step, grad_log_det, finish, grads);
     return {x, grad_x};
   };
   const auto [x, grad_x] = step.type() == ScalarType::Double ? with_arithmetic.template operator()<double>()
                                                              : with_arithmetic.template operator()<float>();
-  const auto& [in_log_scale, in_bias, in_weight, in_known] = grads;
-  return {x, grad_x, in_log_scale, in_bias, in_weight, in_known};
+  const auto& [in_log_scale, in_bias, in_weight, in_weight_log_det] = grads;
+  return {x, grad_x, in_log_scale, in_bias, in_weight, in_weight_log_det};
 }
 
 }  // namespace

@@ -30,13 +30,13 @@ struct Span {
   unsigned count;
 };
 
-// The layout of a C x C matrix in shared memory: zero-padded to `side` x `side`, with rows `row` elements apart and a
-// shift after it.
+// The layout of a C x C matrix in shared memory: zero-padded to `side` x `side`, with rows `row_stride` elements apart
+// and a shift after it.
 struct Frame {
-  unsigned channels, side, row;
+  unsigned channels, side, row_stride;
 
-  __host__ __device__ unsigned shift() const { return side * row; }
-  __host__ __device__ unsigned size() const { return side * (row + 1); }
+  __host__ __device__ unsigned shift() const { return side * row_stride; }
+  __host__ __device__ unsigned size() const { return side * (row_stride + 1); }
 };
 
 // How a block divides its work: a tile is `strips` strips of positions, with threads for the channels of each. A thread
@@ -153,7 +153,7 @@ __device__ void start_copy(A* to, const A* from, bool exists) {
 }
 
 // Ends a group of copies: those that this thread has started since the last group ended.
-inline __device__ void end_of_copies() { __pipeline_commit(); }
+inline __device__ void commit_copies() { __pipeline_commit(); }
 
 // Waits for all groups except the last `left`.
 template <int left>
@@ -164,7 +164,7 @@ __device__ void wait_for_groups() {
 // Ends a group, then does the same.
 template <int left = 0>
 __device__ void wait_for_copies() {
-  end_of_copies();
+  commit_copies();
   wait_for_groups<left>();
 }
 
@@ -177,13 +177,13 @@ __device__ void load_matrix(const A* from, const A* shift, const Frame& frame, A
     const unsigned in_row = side / V;
     for (unsigned index = threadIdx.x; index < side * in_row; index += blockDim.x) {
       const unsigned i = index / in_row, j = (index - i * in_row) * V;
-      start_copy<V>(matrix + i * frame.row + j, from + i * channels + j);
+      start_copy<V>(matrix + i * frame.row_stride + j, from + i * channels + j);
     }
   } else {
     for (unsigned index = threadIdx.x; index < side * side; index += blockDim.x) {
       const unsigned i = index / side, j = index - i * side;
       const bool exists = i < channels && j < channels;
-      start_copy<1>(matrix + i * frame.row + j, exists ? from + i * channels + j : from, exists);
+      start_copy<1>(matrix + i * frame.row_stride + j, exists ? from + i * channels + j : from, exists);
     }
   }
   if (shift == nullptr) return;

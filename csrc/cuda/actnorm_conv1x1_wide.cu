@@ -18,7 +18,7 @@ namespace {
 using namespace linear;  // NOLINT: the headers of the map are made for this
 
 // With fewer channels the ordinary units keep up with the memory. Backward, more than 48 leave too little memory.
-constexpr int64_t kLeastChannels = 25, kMostOfApply = 64, kMostOfBackward = 48;
+constexpr int64_t kMinChannels = 25, kMaxApplyChannels = 64, kMaxBackwardChannels = 48;
 // Warps of a block, which has a multiprocessor to itself.
 constexpr int kWarps = 8;
 
@@ -54,7 +54,7 @@ struct Strips {
         here += step;
       }
       if (next < count) load(next, pass % 2);
-      end_of_copies();
+      commit_copies();
       next += step;
     }
   }
@@ -62,7 +62,7 @@ struct Strips {
 
 template <typename S, bool transposed>
 __host__ __device__ Frame frame_of(const Strips& strips) {
-  return {strips.channels, S::kSide, kMatrixRow<S, transposed>};
+  return {strips.channels, S::kSide, kMatrixRowStride<S, transposed>};
 }
 
 struct Apply {
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) apply_kernel(const Apply argum
     start_fold(arguments.parameters, frame, matrix);
   } else {
     load_matrix(arguments.matrix, arguments.shift, frame, matrix);
-    end_of_copies();
+    commit_copies();
   }
   strips.for_each(
       blockIdx.x - folds, gridDim.x - folds,
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) backward_kernel(const Backward
   float* const own = all_strips + threadIdx.x / 32 * 4 * S::kSize;
   if (reversible) load_matrix(arguments.inverse, arguments.inverse_shift, of_inverse, inverse);
   load_matrix(folds ? arguments.parameters.weight : arguments.matrix, no_shift, frame, matrix);
-  end_of_copies();
+  commit_copies();
   StripSums<S> sums;
   strips.for_each(
       block, gridDim.x - others,
@@ -180,10 +180,10 @@ __global__ void __launch_bounds__(kWarps * 32, 1) backward_kernel(const Backward
 }
 
 // Calls f.operator()<S>(strips) if these kernels are meant for x. Returns whether they ran: what f returns, or false.
-template <int64_t kMostChannels, typename F>
+template <int64_t max_channels, typename F>
 bool with_strips(const Launcher& launch, const Tensor& x, const F& f) {
   const int64_t channels = x.size(1);
-  if (x.scalar_type() != ScalarType::Float || channels < kLeastChannels || channels > kMostChannels) return false;
+  if (x.scalar_type() != ScalarType::Float || channels < kMinChannels || channels > max_channels) return false;
   const Planes planes = planes_of(x);
   const int64_t positions = planes.batches * planes.positions;
   const int64_t count = (positions + Strip<8>::kPositions - 1) / Strip<8>::kPositions;
@@ -195,9 +195,9 @@ bool with_strips(const Launcher& launch, const Tensor& x, const F& f) {
   bool ran = false;
   if (channels <= 32) {
     ran = f.template operator()<Strip<32>>(strips);
-  } else if (kMostChannels <= 48 || channels <= 48) {
+  } else if (max_channels <= 48 || channels <= 48) {
     ran = f.template operator()<Strip<48>>(strips);
-  } else if constexpr (kMostChannels > 48) {
+  } else if constexpr (max_channels > 48) {
     ran = f.template operator()<Strip<64>>(strips);
   }
   return ran;
@@ -222,7 +222,7 @@ bool run_apply(const Launcher& launch, const Apply& arguments) {
   const int64_t others = arguments.log_det == nullptr ? 0 : 1;
   const int64_t bytes = std::max(shared_bytes<S>(frame_of<S, false>(arguments.strips).size(), 2),
                                  others * Elimination::shared_bytes(arguments.strips.channels));
-  if (bytes > launch.most_shared_bytes()) return false;
+  if (bytes > launch.max_shared_bytes()) return false;
   launch(blocks_for(launch, arguments.strips, bytes, others) + others, 32 * kWarps, bytes, apply_kernel<S>, arguments);
   return true;
 }
@@ -231,14 +231,14 @@ bool run_apply(const Launcher& launch, const Apply& arguments) {
 template <typename F>
 std::optional<Tensor> run_backward(const Launcher& launch, const Tensor& like, const F& fill) {
   std::optional<Tensor> parts;
-  with_strips<kMostOfBackward>(launch, like, [&]<typename S>(const Strips& strips) {
+  with_strips<kMaxBackwardChannels>(launch, like, [&]<typename S>(const Strips& strips) {
     Backward arguments{strips};
     fill(arguments);
     const int64_t others = arguments.weight_inverse == nullptr ? 0 : 1;
     const int64_t of_inverse = arguments.inverse == nullptr ? 0 : frame_of<S, false>(strips).size();
     const int64_t bytes = std::max(shared_bytes<S>(frame_of<S, true>(strips).size() + of_inverse, 4),
                                    others * Elimination::shared_bytes(strips.channels));
-    if (bytes > launch.most_shared_bytes()) return false;
+    if (bytes > launch.max_shared_bytes()) return false;
     const int64_t blocks = blocks_for(launch, strips, bytes, others);
     parts = empty({blocks, strips.channels * (int64_t{strips.channels} + 1)}, ScalarType::Float, like);
     arguments.parts = parts->mutable_data_ptr<float>();
@@ -255,8 +255,9 @@ bool add_parts(const Launcher& launch, const std::optional<Tensor>& parts, Tenso
 
 }  // namespace
 
-bool apply_wide(const Launcher& launch, const Tensor& x, const Tensor& matrix, const Tensor& shift, Tensor& z) {
-  return with_strips<kMostOfApply>(launch, x, [&]<typename S>(const Strips& strips) {
+bool apply_on_tensor_cores(const Launcher& launch, const Tensor& x, const Tensor& matrix, const Tensor& shift,
+                           Tensor& z) {
+  return with_strips<kMaxApplyChannels>(launch, x, [&]<typename S>(const Strips& strips) {
     Apply arguments{strips, readable<float>(x)};
     arguments.matrix = matrix.const_data_ptr<float>();
     arguments.shift = shift.const_data_ptr<float>();
@@ -265,9 +266,9 @@ bool apply_wide(const Launcher& launch, const Tensor& x, const Tensor& matrix, c
   });
 }
 
-bool forward_wide(const Launcher& launch, const Tensor& x, const Parameters<float>& parameters, Tensor& z,
-                  Tensor& log_det) {
-  return with_strips<kMostOfApply>(launch, x, [&]<typename S>(const Strips& strips) {
+bool forward_on_tensor_cores(const Launcher& launch, const Tensor& x, const Parameters<float>& parameters, Tensor& z,
+                             Tensor& log_det) {
+  return with_strips<kMaxApplyChannels>(launch, x, [&]<typename S>(const Strips& strips) {
     Apply arguments{strips, readable<float>(x)};
     arguments.parameters = parameters;
     arguments.log_det = log_det.mutable_data_ptr<float>();
@@ -276,8 +277,8 @@ bool forward_wide(const Launcher& launch, const Tensor& x, const Parameters<floa
   });
 }
 
-bool backward_wide(const Launcher& launch, const Tensor& grad, const Tensor& x, const Tensor& matrix, Tensor& grad_x,
-                   Tensor& grad_matrix, Tensor& grad_shift) {
+bool backward_on_tensor_cores(const Launcher& launch, const Tensor& grad, const Tensor& x, const Tensor& matrix,
+                              Tensor& grad_x, Tensor& grad_matrix, Tensor& grad_shift) {
   const std::optional<Tensor> parts = run_backward(launch, x, [&](Backward& arguments) {
     arguments.grad = readable<float>(grad);
     arguments.data = readable<float>(x);
@@ -287,9 +288,9 @@ bool backward_wide(const Launcher& launch, const Tensor& grad, const Tensor& x, 
   return add_parts(launch, parts, grad_matrix, grad_shift);
 }
 
-std::optional<Tensor> folding_backward_wide(const Launcher& launch, const Tensor& grad, const Tensor& x,
-                                            const Parameters<float>& parameters, double* weight_inverse,
-                                            Tensor& grad_x) {
+std::optional<Tensor> folding_backward_on_tensor_cores(const Launcher& launch, const Tensor& grad, const Tensor& x,
+                                                       const Parameters<float>& parameters, double* weight_inverse,
+                                                       Tensor& grad_x) {
   return run_backward(launch, x, [&](Backward& arguments) {
     arguments.grad = readable<float>(grad);
     arguments.data = readable<float>(x);
@@ -299,9 +300,9 @@ std::optional<Tensor> folding_backward_wide(const Launcher& launch, const Tensor
   });
 }
 
-bool reversible_backward_wide(const Launcher& launch, const Tensor& grad, const Tensor& z, const Tensor& matrix,
-                              const Tensor& inverse, const Tensor& inverse_shift, Tensor& x, Tensor& grad_x,
-                              Tensor& grad_matrix, Tensor& grad_shift) {
+bool reversible_backward_on_tensor_cores(const Launcher& launch, const Tensor& grad, const Tensor& z,
+                                         const Tensor& matrix, const Tensor& inverse, const Tensor& inverse_shift,
+                                         Tensor& x, Tensor& grad_x, Tensor& grad_matrix, Tensor& grad_shift) {
   const std::optional<Tensor> parts = run_backward(launch, z, [&](Backward& arguments) {
     arguments.grad = readable<float>(grad);
     arguments.data = readable<float>(z);

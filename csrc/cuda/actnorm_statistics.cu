@@ -16,7 +16,7 @@ namespace {
 // Rows per thread, unless that takes more than kBlocks blocks.
 constexpr int64_t kSteps = 16, kBlocks = 1024;
 // Elements that a thread loads at a time if they are contiguous.
-constexpr int kTogether = 4;
+constexpr int kElementsPerLoad = 4;
 
 // Statistics of some elements of a channel.
 struct Statistics {
@@ -47,58 +47,60 @@ __device__ Statistics combine(const Statistics& mine, int groups, int width) {
 }
 
 // What is contiguous in memory and loaded at a time: a single element, positions of a channel, or channels.
-enum class Together { nothing, positions, channels };
+enum class Contiguous { none, positions, channels };
 
-// How the work is divided. A block has `width` neighbouring columns, each a channel or kTogether contiguous ones, and
-// one of `parts` parts of the rows of all samples, each a position or kTogether contiguous ones. Its threads form
-// `groups` groups that share the rows, with one thread for every column.
-struct Cut {
-  Together together;
-  unsigned width, groups, parts, across;  // `across` blocks cover the columns
+// How the work is divided. A block has `width` neighbouring columns, each a channel or kElementsPerLoad contiguous
+// ones, and one of `parts` parts of the rows of all samples, each a position or kElementsPerLoad contiguous ones. Its
+// threads form `groups` groups that share the rows, with one thread for every column.
+struct Partition {
+  Contiguous contiguous;
+  unsigned width, groups, parts, column_blocks;  // `column_blocks` blocks cover the columns
   unsigned columns, rows;
   int64_t batches_per_step;  // from one row of a thread to its next
   unsigned rows_per_step;
 
-  Cut(const Planes& planes, const void* data, int64_t element_size) : together(Together::nothing) {
+  Partition(const Planes& planes, const void* data, int64_t element_size) : contiguous(Contiguous::none) {
     const bool channels_inside = planes.positions == 1 || planes.position_stride != 1;
     const int64_t inner_stride = channels_inside ? planes.channel_stride : planes.position_stride;
     const int64_t outer_stride = channels_inside ? planes.position_stride : planes.channel_stride;
     const int64_t inner = channels_inside ? planes.channels : planes.positions;
     const auto address = static_cast<int64_t>(reinterpret_cast<uintptr_t>(data));
-    if (inner_stride == 1 && address % std::min<int64_t>(16, kTogether * element_size) == 0 && inner % kTogether == 0 &&
-        outer_stride % kTogether == 0 && planes.batch_stride % kTogether == 0) {
-      together = channels_inside ? Together::channels : Together::positions;
+    if (inner_stride == 1 && address % std::min<int64_t>(16, kElementsPerLoad * element_size) == 0 &&
+        inner % kElementsPerLoad == 0 && outer_stride % kElementsPerLoad == 0 &&
+        planes.batch_stride % kElementsPerLoad == 0) {
+      contiguous = channels_inside ? Contiguous::channels : Contiguous::positions;
     }
     constexpr int64_t limit = int64_t{1} << 31;
     STD_TORCH_CHECK(planes.channels < limit && planes.positions < limit, "the tensor is too large");
-    columns = static_cast<unsigned>(planes.channels) / (together == Together::channels ? kTogether : 1);
-    rows = static_cast<unsigned>(planes.positions) / (together == Together::positions ? kTogether : 1);
+    columns = static_cast<unsigned>(planes.channels) / (contiguous == Contiguous::channels ? kElementsPerLoad : 1);
+    rows = static_cast<unsigned>(planes.positions) / (contiguous == Contiguous::positions ? kElementsPerLoad : 1);
     width = channels_inside ? std::clamp<unsigned>(columns, 1, kThreads) : 1;
     groups = kThreads / width;
-    across = (columns + width - 1) / width;
+    column_blocks = (columns + width - 1) / width;
     const int64_t per_block = groups * kSteps, total = planes.batches * rows;
-    const int64_t most = std::clamp<int64_t>(kBlocks / std::max(1u, across), 1, kThreads);
+    const int64_t most = std::clamp<int64_t>(kBlocks / std::max(1u, column_blocks), 1, kThreads);
     parts = static_cast<unsigned>(std::clamp<int64_t>((total + per_block - 1) / per_block, 1, most));
     batches_per_step = rows == 0 ? 0 : groups * parts / rows;
     rows_per_step = rows == 0 ? 0 : groups * parts % rows;
   }
 };
 
-template <typename T, Together together>
-__global__ void __launch_bounds__(kThreads) parts_kernel(const T* x, Planes planes, Cut cut, Statistics* parts) {
-  constexpr int elements = together == Together::nothing ? 1 : kTogether;
-  constexpr int channels = together == Together::channels ? elements : 1, positions = elements / channels;
+template <typename T, Contiguous contiguous>
+__global__ void __launch_bounds__(kThreads)
+    parts_kernel(const T* x, Planes planes, Partition partition, Statistics* parts) {
+  constexpr int elements = contiguous == Contiguous::none ? 1 : kElementsPerLoad;
+  constexpr int channels = contiguous == Contiguous::channels ? elements : 1, positions = elements / channels;
   let_next_start();
-  const unsigned part = blockIdx.x / cut.across, group = threadIdx.x / cut.width;
-  const unsigned column = blockIdx.x % cut.across * cut.width + threadIdx.x % cut.width;
+  const unsigned part = blockIdx.x / partition.column_blocks, group = threadIdx.x / partition.width;
+  const unsigned column = blockIdx.x % partition.column_blocks * partition.width + threadIdx.x % partition.width;
   int64_t seen = 0;
   // Deviations from the first element. As its own deviation from the mean is part of the sum of squares, the difference
   // below loses little.
   double first[channels]{}, sums[channels]{}, squares[channels]{};
-  if (group < cut.groups && column < cut.columns && cut.rows > 0) {
-    const unsigned start = part * cut.groups + group;
-    int64_t batch = start / cut.rows;
-    unsigned row = start % cut.rows;
+  if (group < partition.groups && column < partition.columns && partition.rows > 0) {
+    const unsigned start = part * partition.groups + group;
+    int64_t batch = start / partition.rows;
+    unsigned row = start % partition.rows;
     const int64_t row_stride = positions * planes.position_stride;
     const T* at = x + int64_t{column} * channels * planes.channel_stride + batch * planes.batch_stride;
     while (batch < planes.batches) {
@@ -114,11 +116,11 @@ __global__ void __launch_bounds__(kThreads) parts_kernel(const T* x, Planes plan
         squares[channel] += deviation * deviation;
       }
       ++seen;
-      batch += cut.batches_per_step;
-      at += cut.batches_per_step * planes.batch_stride;
-      row += cut.rows_per_step;
-      if (row >= cut.rows) {
-        row -= cut.rows;
+      batch += partition.batches_per_step;
+      at += partition.batches_per_step * planes.batch_stride;
+      row += partition.rows_per_step;
+      if (row >= partition.rows) {
+        row -= partition.rows;
         ++batch;
         at += planes.batch_stride;
       }
@@ -132,8 +134,9 @@ __global__ void __launch_bounds__(kThreads) parts_kernel(const T* x, Planes plan
       const double deviations = squares[i] - sums[i] * (sums[i] / count);
       mine = {count, first[i] + sums[i] / count, deviations < 0 ? 0 : deviations};  // keeps NaN
     }
-    mine = combine(mine, static_cast<int>(cut.groups), static_cast<int>(cut.width));
-    if (group == 0 && column < cut.columns) parts[(int64_t{column} * channels + i) * cut.parts + part] = mine;
+    mine = combine(mine, static_cast<int>(partition.groups), static_cast<int>(partition.width));
+    if (group == 0 && column < partition.columns)
+      parts[(int64_t{column} * channels + i) * partition.parts + part] = mine;
   }
 }
 
@@ -156,16 +159,16 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x_any) {
   const Planes planes = planes_of(x);
   const ScalarType type = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   Tensor mean = empty_vector(planes.channels, type, x), variance = empty_vector(planes.channels, type, x);
-  const Cut cut(planes, x.const_data_ptr(), x.element_size());
-  const Tensor memory = empty_parts(3 * planes.channels * cut.parts, x);
+  const Partition partition(planes, x.const_data_ptr(), x.element_size());
+  const Tensor memory = empty_parts(3 * planes.channels * partition.parts, x);
   auto* parts = reinterpret_cast<Statistics*>(memory.mutable_data_ptr<double>());
   dispatch(x, [&]<typename T>() {
     using A = compute_t<T>;
-    const auto kernel = cut.together == Together::channels    ? parts_kernel<T, Together::channels>
-                        : cut.together == Together::positions ? parts_kernel<T, Together::positions>
-                                                              : parts_kernel<T, Together::nothing>;
-    launch(int64_t{cut.across} * cut.parts, kernel, x.const_data_ptr<T>(), planes, cut, parts);
-    launch.next(planes.channels, kThreads, 0, total_kernel<A>, parts, static_cast<int>(cut.parts),
+    const auto kernel = partition.contiguous == Contiguous::channels    ? parts_kernel<T, Contiguous::channels>
+                        : partition.contiguous == Contiguous::positions ? parts_kernel<T, Contiguous::positions>
+                                                                        : parts_kernel<T, Contiguous::none>;
+    launch(int64_t{partition.column_blocks} * partition.parts, kernel, x.const_data_ptr<T>(), planes, partition, parts);
+    launch.next(planes.channels, kThreads, 0, total_kernel<A>, parts, static_cast<int>(partition.parts),
                 mean.mutable_data_ptr<A>(), variance.mutable_data_ptr<A>());
   });
   return {mean, variance};

@@ -20,7 +20,7 @@ using namespace coupling;  // NOLINT: coupling_scales.h is made for this
 
 // Maximum number of threads of a block that maps N columns at a time.
 template <int N>
-constexpr int kMapThreads = N == 1 ? kMostThreads : kThreads;
+constexpr int kMapThreads = N == 1 ? kMaxThreadsPerBlock : kThreads;
 // Minimum number of resident blocks per multiprocessor: as many as leave a thread the registers for its elements of h.
 template <typename H, int N>
 constexpr int kMapBlocks = N == 1                      ? 1
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(kMapThreads<N>, kMapBlocks<H, N>) transform_ke
     load(views.h, tile, spot, u, t);
     transform(views, tile, spot, raw_data, u, t, total);
   });
-  views.log_det.leave(tile.batch, block_sum(total));
+  views.log_det.write(tile.batch, block_sum(total));
 }
 
 // The same with h exchanged through shared memory.
@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(kThreads, kMapBlocks<H, N>)
   const Tile tile = views.tiling[blockIdx.x];
   const Spot spot = exchange.spot<N>(tile);
   const auto raw_data = fetch<N>(views.data, tile, spot);
-  bring(exchange, h, tile, pairs);
+  load_pairs(exchange, h, tile, pairs);
   __syncthreads();
   A total = 0;
   if (spot.count > 0) {
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(kThreads, kMapBlocks<H, N>)
     load(exchange, pairs, tile, spot, u, t);
     transform(views, tile, spot, raw_data, u, t, total);
   }
-  views.log_det.leave(tile.batch, block_sum(total));
+  views.log_det.write(tile.batch, block_sum(total));
 }
 
 // Writes a tile's contribution to each of its channels: the sums over positions of `values`, rows x columns in shared
@@ -238,7 +238,7 @@ __global__ void __launch_bounds__(kThreads, kExchangedBlocks<N>)
   const Spot spot = exchange.spot<N>(tile);
   const auto raw_data = fetch<N>(views.data, tile, spot), raw_grad = fetch<N>(views.grad, tile, spot);
   const A lambda = views.grad_log_det[tile.batch];
-  bring(exchange, h, tile, pairs);
+  load_pairs(exchange, h, tile, pairs);
   __syncthreads();
   if (spot.count > 0) {
     A u[N], t[N];
@@ -247,7 +247,7 @@ __global__ void __launch_bounds__(kThreads, kExchangedBlocks<N>)
     store(exchange, pairs, tile, spot, u, t);  // no other thread reads this pair before the barrier
   }
   __syncthreads();
-  take(exchange, grad_h, tile, pairs);
+  store_pairs(exchange, grad_h, tile, pairs);
   if (views.grad_gain != nullptr) sum_channels(views.tiling, tile, blockDim.x, grad_gain, views.grad_gain);
 }
 

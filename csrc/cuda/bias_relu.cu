@@ -56,21 +56,21 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const Forward<T, H> v
 // How the work of the backward is divided. A block has the channels of `width` neighbouring threads and one of `parts`
 // parts of the rows, which are positions. If the positions are contiguous, it has a single channel, and a row is N
 // positions. Its threads form `groups` groups, which take turns at the rows of all samples.
-struct Cut {
-  unsigned width, groups, across, rows, parts;
+struct Partition {
+  unsigned width, groups, column_blocks, rows, parts;
   unsigned batch_step, row_step;  // from a row of a group to its next
 
   // In `wanted` parts or, if that is less than 2, in the fewest with which no block has more turns than if there were
   // `blocks` of them.
-  Cut(const Tiling& tiling, int vector, int64_t blocks, int64_t wanted) {
+  Partition(const Tiling& tiling, int vector, int64_t blocks, int64_t wanted) {
     const auto vectors = (tiling.inner + vector - 1) / vector;
     width = 1;
     while (tiling.channels_inside && width < 32 && width < vectors) width *= 2;
     groups = kThreads / width;
-    across = tiling.channels_inside ? (vectors + width - 1) / width : tiling.outer;
+    column_blocks = tiling.channels_inside ? (vectors + width - 1) / width : tiling.outer;
     rows = tiling.channels_inside ? tiling.outer : vectors;
     const int64_t turns = (int64_t{tiling.batches} * rows + groups - 1) / groups;
-    const int64_t most = std::max<int64_t>(1, blocks / std::max(1u, across)), each = (turns + most - 1) / most;
+    const int64_t most = std::max<int64_t>(1, blocks / std::max(1u, column_blocks)), each = (turns + most - 1) / most;
     parts = turns == 0 ? 1 : static_cast<unsigned>((turns + each - 1) / each);
     if (wanted > 1) parts = static_cast<unsigned>(wanted);
     batch_step = groups * parts / std::max(1u, rows);
@@ -84,11 +84,11 @@ enum class Pass { kRelu, kSum, kPad };
 template <typename T, typename H>
 struct Backward {
   Tiling tiling;  // of what is written
-  Cut cut;
+  Partition partition;
   unsigned channels;      // of what is read
   View<const T> y, grad;  // y for ReLU
   View<H> result;         // null for a sum alone
-  compute_t<T>* parts;    // (cut.parts, channels), the sums of the blocks; null if they are not wanted
+  compute_t<T>* parts;    // (partition.parts, channels), the sums of the blocks; null if they are not wanted
 };
 
 template <Pass pass, typename T, typename H>
@@ -97,17 +97,17 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks) backward_kernel(con
   using A = compute_t<T>;
   constexpr int N = kVector<T, H>;
   const Tiling& tiling = views.tiling;
-  const Cut& cut = views.cut;
+  const Partition& partition = views.partition;
   const bool inside = tiling.channels_inside;
-  const unsigned part = blockIdx.x / cut.across, block = blockIdx.x - part * cut.across;
-  const unsigned group = threadIdx.x / cut.width, lane = threadIdx.x - group * cut.width;
-  const unsigned channel = inside ? (block * cut.width + lane) * N : block;
+  const unsigned part = blockIdx.x / partition.column_blocks, block = blockIdx.x - part * partition.column_blocks;
+  const unsigned group = threadIdx.x / partition.width, lane = threadIdx.x - group * partition.width;
+  const unsigned channel = inside ? (block * partition.width + lane) * N : block;
   const unsigned channels = inside ? tiling.inner : tiling.outer;
 
   A total[N] = {};
-  const unsigned start = part * cut.groups + group;
-  unsigned batch = channel < channels && cut.rows > 0 ? start / cut.rows : tiling.batches;
-  unsigned row = cut.rows > 0 ? start % cut.rows : 0;
+  const unsigned start = part * partition.groups + group;
+  unsigned batch = channel < channels && partition.rows > 0 ? start / partition.rows : tiling.batches;
+  unsigned row = partition.rows > 0 ? start % partition.rows : 0;
   while (batch < tiling.batches) {
     const Tile sample{batch, 0, 0, tiling.outer, tiling.inner};
     Spot spot = inside ? Spot{row, channel, N} : Spot{channel, row * N, N};
@@ -134,10 +134,10 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks) backward_kernel(con
     }
 #pragma unroll
     for (int i = 0; i < N; ++i) total[i] += grad[i];
-    batch += cut.batch_step;
-    row += cut.row_step;
-    if (row >= cut.rows) {
-      row -= cut.rows;
+    batch += partition.batch_step;
+    row += partition.row_step;
+    if (row >= partition.rows) {
+      row -= partition.rows;
       ++batch;
     }
   }
@@ -153,11 +153,11 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks) backward_kernel(con
   GLOW_KERNELS_SHARED(A, sums, [N][kThreads]);
 #pragma unroll
   for (int i = 0; i < N; ++i) sums[i][threadIdx.x] = total[i];
-  for (unsigned half = cut.groups / 2; half > 0; half /= 2) {
+  for (unsigned half = partition.groups / 2; half > 0; half /= 2) {
     __syncthreads();
     if (group >= half) continue;
 #pragma unroll
-    for (int i = 0; i < N; ++i) sums[i][threadIdx.x] += sums[i][threadIdx.x + half * cut.width];
+    for (int i = 0; i < N; ++i) sums[i][threadIdx.x] += sums[i][threadIdx.x + half * partition.width];
   }
   if (group != 0) return;
 #pragma unroll
@@ -197,19 +197,19 @@ Tensor run_backward(const Launcher& launch, const Tensor& grad, const std::optio
     } else {
       const int64_t channels = grad.size(1), blocks = launch.resident_blocks(N * kThreads * sizeof(A), kBackwardBlocks);
       STD_TORCH_CHECK(parts * channels < int64_t{1} << 31, "parts are too many");
-      const Cut cut(tiling, N, blocks, parts);
+      const Partition partition(tiling, N, blocks, parts);
       Tensor sums = empty({parts, channels}, type, grad);
       std::optional<Tensor> more;
-      if (parts == 1) more = empty({cut.parts, channels}, type, grad);
+      if (parts == 1) more = empty({partition.parts, channels}, type, grad);
       const Backward<T, H> views{tiling,
-                                 cut,
+                                 partition,
                                  static_cast<unsigned>(channels),
                                  readable<N, T>(y, tiling),
                                  readable<N, T>(grad, tiling),
                                  writable<N, H>(result, tiling),
                                  parts == 0 ? nullptr : (more ? *more : sums).mutable_data_ptr<A>()};
-      launch(int64_t{cut.across} * cut.parts, backward_kernel<pass, T, H>, views);
-      if (more) sum_columns<A>(launch, *more, cut.parts, sums);
+      launch(int64_t{partition.column_blocks} * partition.parts, backward_kernel<pass, T, H>, views);
+      if (more) sum_columns<A>(launch, *more, partition.parts, sums);
       return sums;
     }
   });

@@ -32,8 +32,8 @@ constexpr int kBackwardBlocks = R == kFewRows ? 2 : 3;
 // log s of a spot and its derivative with respect to u. The switch repeats that of affine_coupling.cu: with a function
 // that both call, some kernels there spill registers.
 template <typename A>
-__device__ LogScales<A, kAtOnce> log_scales(const Options<A>& options, const A (&u)[kAtOnce]) {
-  LogScales<A, kAtOnce> log_s;
+__device__ LogScales<A, kSpotSize> log_scales(const Options<A>& options, const A (&u)[kSpotSize]) {
+  LogScales<A, kSpotSize> log_s;
   switch (options.kind) {
     case ScaleKind::sigmoid:
       map_scales<ScaleKind::sigmoid>(options, u, log_s);
@@ -55,7 +55,7 @@ __device__ LogScales<A, kAtOnce> log_scales(const Options<A>& options, const A (
   }
   if (options.map.floor > A(0)) {
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
+    for (int i = 0; i < kSpotSize; ++i) {
       const Floored<A> floored = with_floor(log_s.value[i], options.map.floor);
       log_s.value[i] = floored.log_scale;
       log_s.in_u[i] *= floored.share;
@@ -93,19 +93,19 @@ __global__ void __launch_bounds__(kThreads, R == kFewRows ? 3 : 2) forward_kerne
   wait_for_copies();
   __syncthreads();
   A total = 0;
-  reader.for_each([&](const Spot& spot, const A(&u)[kAtOnce], const A(&t)[kAtOnce]) {
-    const LogScales<A, kAtOnce> log_s = log_scales(arguments.options, u);
+  reader.for_each([&](const Spot& spot, const A(&u)[kSpotSize], const A(&t)[kSpotSize]) {
+    const LogScales<A, kSpotSize> log_s = log_scales(arguments.options, u);
     A* const place = x + index_of(work, h, spot);
     auto data = read_spot(work, h, spot, place);
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
+    for (int i = 0; i < kSpotSize; ++i) {
       if (i < spot.count) total += log_s.value[i];
       data.values[i] = mapped(arguments.options.shift, data.values[i], exponential(log_s.value[i]), t[i]);
     }
     write_spot(work, h, spot, data, place);
   });
   // After the barrier in this sum the tile is complete, too.
-  arguments.log_det.leave(span.batch, block_sum(total));
+  arguments.log_det.write(span.batch, block_sum(total));
   typename W::Values values;
   multiply<false>(work, matrix, x, values);
   store_tile(arguments.result, work, span, values, x);
@@ -155,12 +155,12 @@ __global__ void __launch_bounds__(kBackwardThreads<R>, 2) backward_kernel(const 
     // The product leaves no registers for what was prefetched.
     if constexpr (!W::kSmall) reader = Reader<H>(h, span);
     __syncthreads();
-    reader.for_each([&](const Spot& spot, A(&u)[kAtOnce], A(&t)[kAtOnce]) {
-      const LogScales<A, kAtOnce> log_s = log_scales(arguments.options, u);
+    reader.for_each([&](const Spot& spot, A(&u)[kSpotSize], A(&t)[kSpotSize]) {
+      const LogScales<A, kSpotSize> log_s = log_scales(arguments.options, u);
       const unsigned place = index_of(work, h, spot);
       auto data = read_spot(work, h, spot, x + place), in_data = read_spot(work, h, spot, dx + place);
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
+      for (int i = 0; i < kSpotSize; ++i) {
         const A s = exponential(log_s.value[i]), in_result = in_data.values[i];
         data.values[i] = mapped(shift, data.values[i], s, t[i]);
         u[i] = grad_log_factor(shift, data.values[i], t[i], in_result, lambda) * log_s.in_u[i];
@@ -210,12 +210,12 @@ struct ScalesAndShifts {
 
   template <typename H>
   Conditioning<const H> of(const Tensor& h) const {
-    return {readable_pair<kAtOnce, H>(h, tiling, layout.scale_first, layout.shift_first, layout.step), first, channels,
-            tiling.channels_inside};
+    return {readable_pair<kSpotSize, H>(h, tiling, layout.scale_first, layout.shift_first, layout.step), first,
+            channels, tiling.channels_inside};
   }
   template <typename H>
   Pair<H> written(const Tensor& h) const {
-    return writable_pair<kAtOnce, H>(h, tiling, layout.scale_first, layout.shift_first, layout.step);
+    return writable_pair<kSpotSize, H>(h, tiling, layout.scale_first, layout.shift_first, layout.step);
   }
 
  private:
@@ -233,7 +233,7 @@ auto dispatch_work(const Launcher& launch, const Tensor& z, const Tensor& h, int
     using A = compute_t<T>;
     const int64_t transformed = h.size(1) / 2, multiprocessors = launch.multiprocessors();
     const SampleWork<A, kManyRows> large(z, transformed, tile_count, multiprocessors);
-    const bool fits = large.shared_bytes(tile_count, 1) <= kMostSharedBytes;
+    const bool fits = large.shared_bytes(tile_count, 1) <= kMaxSharedBytes;
     if (fits && large.is_filled() && large.tiles() >= 2 * multiprocessors) {
       return f.template operator()<T, H, kManyRows>(large);
     }

@@ -12,10 +12,10 @@
 namespace glow_kernels::linear {
 
 // Shared memory that a block can have on every GPU from sm_80 on.
-constexpr int64_t kMostSharedBytes = 99 * 1024;
+constexpr int64_t kMaxSharedBytes = 99 * 1024;
 
 // Adjacent elements of h that a thread takes at a time: two, since the halves of a Glow have 6, 12 and 24 channels.
-constexpr int kAtOnce = 2;
+constexpr int kSpotSize = 2;
 
 // Work on tiles that end where their sample does, so that a block has one log-determinant. There may be more threads
 // than have rows of the product.
@@ -39,7 +39,7 @@ struct SampleWork : Work<Arithmetic, R> {
     } else if (several || of_sample * of_strip > kThreads) {
       // As few positions as give every thread a part of the coupling. Otherwise a tile is a whole sample, which saves
       // the kernel that adds parts of log-determinants.
-      most = std::min<int64_t>(this->strips, kThreads / (kStrip / kAtOnce) / transformed);
+      most = std::min<int64_t>(this->strips, kThreads / (kStrip / kSpotSize) / transformed);
     }
     this->strips = static_cast<unsigned>(std::clamp<int64_t>(most, 1, of_sample));
     in_sample = static_cast<unsigned>((this->per_sample + this->positions() - 1) / this->positions());
@@ -71,7 +71,7 @@ struct Conditioning {
   bool channels_inside;
 };
 
-// Iterates over a thread's elements of the transformed channels, kAtOnce at a time. 8 neighbouring threads have
+// Iterates over a thread's elements of the transformed channels, kSpotSize at a time. 8 neighbouring threads have
 // neighbouring positions, or 16 threads have pairs of them, so that a warp accesses every bank once, and whole sectors
 // of memory.
 class Walk {
@@ -87,7 +87,7 @@ class Walk {
     place_step_ = high_step << bits();
   }
 
-  __device__ bool has_ended() const { return place_ * (inside_ ? 1 : kAtOnce) >= positions_; }
+  __device__ bool has_ended() const { return place_ * (inside_ ? 1 : kSpotSize) >= positions_; }
   __device__ void advance() {
     place_ += place_step_;
     chunk_ += chunk_step_;
@@ -98,19 +98,19 @@ class Walk {
   }
   // In the rows and columns of h.
   __device__ Spot spot() const {
-    const unsigned column = kAtOnce * (inside_ ? chunk_ : place_), columns = inside_ ? channels_ : positions_;
+    const unsigned column = kSpotSize * (inside_ ? chunk_ : place_), columns = inside_ ? channels_ : positions_;
     const unsigned left = columns - column;
-    return {inside_ ? place_ : chunk_, column, left < kAtOnce ? static_cast<int>(left) : kAtOnce};
+    return {inside_ ? place_ : chunk_, column, left < kSpotSize ? static_cast<int>(left) : kSpotSize};
   }
 
  private:
   __device__ unsigned bits() const { return inside_ ? 3 : 4; }
-  __device__ unsigned chunks() const { return inside_ ? (channels_ + kAtOnce - 1) / kAtOnce : channels_; }
+  __device__ unsigned chunks() const { return inside_ ? (channels_ + kSpotSize - 1) / kSpotSize : channels_; }
 
   bool inside_;
   unsigned channels_, positions_;
   unsigned chunk_, chunk_step_;  // of channels
-  unsigned place_, place_step_;  // a position, or kAtOnce of them
+  unsigned place_, place_step_;  // a position, or kSpotSize of them
 };
 
 // Iterates over the scales and shifts of a tile, and prefetches the next while the last are processed.
@@ -140,7 +140,7 @@ class Reader {
       const auto raw = raw_;
       walk_.advance();
       fetch_next();
-      A u[kAtOnce], t[kAtOnce];
+      A u[kSpotSize], t[kSpotSize];
       widen(h_->pair, spot, raw, u, t);
       f(spot, u, t);
     }
@@ -148,13 +148,13 @@ class Reader {
 
  private:
   __device__ void fetch_next() {
-    if (!walk_.has_ended()) raw_ = fetch<kAtOnce>(h_->pair, tile_, walk_.spot());
+    if (!walk_.has_ended()) raw_ = fetch<kSpotSize>(h_->pair, tile_, walk_.spot());
   }
 
   const Conditioning<const H>* h_;
   Walk walk_;
   Tile tile_;
-  detail::Registers<H, 2 * kAtOnce> raw_;
+  detail::Registers<H, 2 * kSpotSize> raw_;
 };
 
 // The index in a tile of the elements at a spot of h.
@@ -164,14 +164,14 @@ __device__ unsigned index_of(const W& work, const Conditioning<T>& h, const Spot
 }
 
 template <typename W, typename T, typename A = typename W::A>
-__device__ detail::Registers<A, kAtOnce> read_spot(const W&, const Conditioning<T>& h, const Spot& spot,
-                                                   const A* from) {
-  detail::Registers<A, kAtOnce> elements;
-  if (!h.channels_inside && spot.count == kAtOnce) {
-    detail::copy<kAtOnce>(elements.values, from);
+__device__ detail::Registers<A, kSpotSize> read_spot(const W&, const Conditioning<T>& h, const Spot& spot,
+                                                     const A* from) {
+  detail::Registers<A, kSpotSize> elements;
+  if (!h.channels_inside && spot.count == kSpotSize) {
+    detail::copy<kSpotSize>(elements.values, from);
   } else {
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
+    for (int i = 0; i < kSpotSize; ++i) {
       elements.values[i] = i < spot.count ? from[h.channels_inside ? i * W::kStride : i] : A(0);
     }
   }
@@ -180,12 +180,12 @@ __device__ detail::Registers<A, kAtOnce> read_spot(const W&, const Conditioning<
 
 template <typename W, typename T, typename A = typename W::A>
 __device__ void write_spot(const W&, const Conditioning<T>& h, const Spot& spot,
-                           const detail::Registers<A, kAtOnce>& elements, A* to) {
-  if (!h.channels_inside && spot.count == kAtOnce) {
-    detail::copy<kAtOnce>(to, elements.values);
+                           const detail::Registers<A, kSpotSize>& elements, A* to) {
+  if (!h.channels_inside && spot.count == kSpotSize) {
+    detail::copy<kSpotSize>(to, elements.values);
   } else {
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
+    for (int i = 0; i < kSpotSize; ++i) {
       if (i < spot.count) to[h.channels_inside ? i * W::kStride : i] = elements.values[i];
     }
   }

@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const Views<T, H> vie
     }
   });
   // log(2 pi) / 2 for every element.
-  views.log_prob.leave(tile.batch, -(double(tile.rows) * tile.columns * 0.918938533204672742 + block_sum(total)));
+  views.log_prob.write(tile.batch, -(double(tile.rows) * tile.columns * 0.918938533204672742 + block_sum(total)));
 }
 
 enum class Map { sample, standardize };

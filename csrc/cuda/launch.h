@@ -103,11 +103,11 @@ class Launcher {
   }
 
   // Bytes of shared memory that a block can have.
-  int64_t most_shared_bytes() const {
+  int64_t max_shared_bytes() const {
 #if defined(__CUDACC__)
     return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
 #else
-    return cuda_host::most_shared_bytes();
+    return cuda_host::max_shared_bytes();
 #endif
   }
 
@@ -130,7 +130,7 @@ class Launcher {
     STD_TORCH_CHECK(layers >= 1 && layers <= 65535, "a launch has 1 to 65535 layers of blocks, not ", layers);
     STD_TORCH_CHECK(blocks <= std::numeric_limits<int32_t>::max(), "a launch has at most 2^31 - 1 blocks, not ",
                     blocks);
-    const unsigned across = static_cast<unsigned>(blocks), down = static_cast<unsigned>(layers);
+    const unsigned grid_x = static_cast<unsigned>(blocks), grid_y = static_cast<unsigned>(layers);
     const unsigned block = static_cast<unsigned>(threads);
 #if defined(__CUDACC__)
     if (shared_bytes > 48 * 1024) {
@@ -142,7 +142,7 @@ class Launcher {
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     early.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config{};
-    config.gridDim = dim3(across, down);
+    config.gridDim = dim3(grid_x, grid_y);
     config.blockDim = dim3(block);
     config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
     config.stream = stream_;
@@ -150,7 +150,7 @@ class Launcher {
     config.numAttrs = follows && attribute(cudaDevAttrComputeCapabilityMajor) >= 9 ? 1 : 0;
     check_cuda(cudaLaunchKernelEx(&config, kernel, arguments...), "launching a kernel");
 #else
-    cuda_host::launch(across, down, block, static_cast<size_t>(shared_bytes), [&] { kernel(arguments...); });
+    cuda_host::launch(grid_x, grid_y, block, static_cast<size_t>(shared_bytes), [&] { kernel(arguments...); });
 #endif
   }
 

@@ -34,49 +34,49 @@ inline bool is_exchanged(const Launcher& launch, const Tensor& x, const Tensor& 
 }
 
 // h or its gradient in memory. The part that belongs to a tile is one or two contiguous runs per position, or a single
-// run (`one`) if the tile has all channels of a dense tensor.
+// run (`single_run`) if the tile has all channels of a dense tensor.
 template <typename H>
 struct PairRows {
   H* data = nullptr;
   int64_t batch_stride = 0;
   unsigned position_stride = 0;
   int width = 1;  // elements that a thread copies at a time
-  bool one = false;
+  bool single_run = false;
   unsigned run_lanes = 0;  // log2 of the threads that copy a run together; 0 for a single run
 };
 
 // How the threads of a block share the pairs of a tile. In shared memory these are stored position by position, each
 // with the channels of the tile in their order in h.
 struct PairExchange {
-  unsigned channels, spot_lanes;          // of the data; log2 of the spots of a channel, which avoids divisions
-  bool interleaved, scale_second, apart;  // apart: a position has two runs, one of raw scales and one of shifts
+  unsigned channels, spot_lanes;             // of the data; log2 of the spots of a channel, which avoids divisions
+  bool interleaved, scale_second, two_runs;  // two_runs: a position has one of raw scales and one of shifts
 
   PairExchange(const Tiling& tiling, const CouplingLayout& layout, int N)
       : channels(tiling.outer),
         spot_lanes(std::bit_width((tiling.columns - 1) / N)),
         interleaved(layout.step == 2),
         scale_second(layout.scale_first > layout.shift_first),
-        apart(!interleaved && tiling.row_tiles > 1) {}
+        two_runs(!interleaved && tiling.row_tiles > 1) {}
 
   int threads(const Tiling& tiling) const { return static_cast<int>(((tiling.rows << spot_lanes) + 31) / 32 * 32); }
 
   template <typename H>
   PairRows<H> rows_of(H* data, const Planes& planes, const Tiling& tiling) const {
-    const int64_t of_channel = apart ? 1 : 2, run = of_channel * tiling.rows;
-    const bool one = tiling.row_tiles == 1 && planes.position_stride == planes.channels;
+    const int64_t of_channel = two_runs ? 1 : 2, run = of_channel * tiling.rows;
+    const bool single_run = tiling.row_tiles == 1 && planes.position_stride == planes.channels;
     // Divides the lengths of all runs and the distances between them.
-    int64_t step = one ? std::gcd(run * tiling.columns, run * tiling.inner)
-                       : std::gcd(std::gcd(run, of_channel * tiling.outer), planes.position_stride);
+    int64_t step = single_run ? std::gcd(run * tiling.columns, run * tiling.inner)
+                              : std::gcd(std::gcd(run, of_channel * tiling.outer), planes.position_stride);
     if (tiling.batches > 1) step = std::gcd(step, planes.batch_stride);
     PairRows<H> rows{data, planes.batch_stride, detail::narrow_stride(planes.position_stride, tiling.inner)};
     for (const int bytes : {8, 16}) {
       const int width = bytes / static_cast<int>(sizeof(H));
       if (step % width == 0 && reinterpret_cast<uintptr_t>(data) % bytes == 0) rows.width = width;
     }
-    rows.one = one;
+    rows.single_run = single_run;
     // At most a warp's lanes, so that a thread has the same place in all runs that it helps to copy.
     rows.run_lanes =
-        one ? 0 : std::min(5, static_cast<int>(std::bit_width(static_cast<uint64_t>(run / rows.width - 1))));
+        single_run ? 0 : std::min(5, static_cast<int>(std::bit_width(static_cast<uint64_t>(run / rows.width - 1))));
     return rows;
   }
 
@@ -99,33 +99,33 @@ __host__ __device__ constexpr unsigned place(unsigned element) {
 }
 
 // Calls f(memory, elements, exists) until the threads of the block have visited all chunks of V contiguous elements of
-// a tile, `together` chunks per call: their addresses in the tensor, the indices of their first elements among the
+// a tile, `chunks` chunks per call: their addresses in the tensor, the indices of their first elements among the
 // pairs of the tile, and whether they exist.
-template <int V, int together, typename H, typename F>
+template <int V, int chunks, typename H, typename F>
 __device__ void for_each_chunk(const PairExchange& exchange, const PairRows<H>& rows, const Tile& tile, const F& f) {
   // A single run is treated as a run per chunk.
-  const unsigned pairs = 2 * tile.rows, runs = rows.one ? pairs * tile.columns / V : tile.columns;
-  const unsigned length = rows.one ? V : exchange.apart ? tile.rows : pairs;
+  const unsigned pairs = 2 * tile.rows, runs = rows.single_run ? pairs * tile.columns / V : tile.columns;
+  const unsigned length = rows.single_run ? V : exchange.two_runs ? tile.rows : pairs;
   const unsigned step = blockDim.x >> rows.run_lanes, first_run = threadIdx.x >> rows.run_lanes;
   const unsigned in_run = (threadIdx.x & ((1u << rows.run_lanes) - 1)) * V;
-  const uint64_t run_stride = rows.one ? V : rows.position_stride;
+  const uint64_t run_stride = rows.single_run ? V : rows.position_stride;
   H* const start = rows.data + tile.batch * rows.batch_stride + uint64_t{tile.column} * rows.position_stride +
-                   (exchange.apart ? 1 : 2) * tile.row;
-  for (unsigned half = 0; half < (exchange.apart ? 2 : 1); ++half) {
+                   (exchange.two_runs ? 1 : 2) * tile.row;
+  for (unsigned half = 0; half < (exchange.two_runs ? 2 : 1); ++half) {
     for (unsigned column = in_run; column < length; column += V << rows.run_lanes) {
       H* memory = start + first_run * run_stride + half * exchange.channels + column;
-      unsigned element = first_run * (rows.one ? V : pairs) + half * tile.rows + column;
-      for (unsigned run = first_run; run < runs; run += together * step) {
-        H* at[together];
-        unsigned elements[together];
-        bool exists[together];
+      unsigned element = first_run * (rows.single_run ? V : pairs) + half * tile.rows + column;
+      for (unsigned run = first_run; run < runs; run += chunks * step) {
+        H* at[chunks];
+        unsigned elements[chunks];
+        bool exists[chunks];
 #pragma unroll
-        for (int i = 0; i < together; ++i) {
+        for (int i = 0; i < chunks; ++i) {
           at[i] = memory;
           elements[i] = element;
           exists[i] = run + i * step < runs;
           memory += step * run_stride;
-          element += step * (rows.one ? V : pairs);
+          element += step * (rows.single_run ? V : pairs);
         }
         f(at, elements, exists);
       }
@@ -168,27 +168,27 @@ int64_t exchanged_elements(const Tiling& tiling) {
 
 // Reads the pairs of a tile from memory. A barrier must follow.
 template <typename H>
-__device__ void bring(const PairExchange& exchange, const PairRows<const H>& rows, const Tile& tile, H* pairs) {
+__device__ void load_pairs(const PairExchange& exchange, const PairRows<const H>& rows, const Tile& tile, H* pairs) {
   detail::with_width<H>(rows.width, [&](auto width) {
-    constexpr int V = decltype(width)::value, together = V * sizeof(H) == 16 ? 2 : 4;
-    detail::for_each_chunk<V, together>(exchange, rows, tile,
-                                        [&](const auto& at, const auto& elements, const auto& exists) {
-                                          detail::Registers<H, V> raw[together];  // so that a thread waits once
+    constexpr int V = decltype(width)::value, chunks = V * sizeof(H) == 16 ? 2 : 4;
+    detail::for_each_chunk<V, chunks>(exchange, rows, tile,
+                                      [&](const auto& at, const auto& elements, const auto& exists) {
+                                        detail::Registers<H, V> raw[chunks];  // so that a thread waits once
 #pragma unroll
-                                          for (int i = 0; i < together; ++i) {
-                                            if (exists[i]) detail::copy<V>(raw[i].values, at[i]);
-                                          }
+                                        for (int i = 0; i < chunks; ++i) {
+                                          if (exists[i]) detail::copy<V>(raw[i].values, at[i]);
+                                        }
 #pragma unroll
-                                          for (int i = 0; i < together; ++i) {
-                                            if (exists[i]) detail::put<V>(pairs, elements[i], raw[i]);
-                                          }
-                                        });
+                                        for (int i = 0; i < chunks; ++i) {
+                                          if (exists[i]) detail::put<V>(pairs, elements[i], raw[i]);
+                                        }
+                                      });
   });
 }
 
 // Writes the pairs of a tile to memory, after a barrier.
 template <typename H>
-__device__ void take(const PairExchange& exchange, const PairRows<H>& rows, const Tile& tile, const H* pairs) {
+__device__ void store_pairs(const PairExchange& exchange, const PairRows<H>& rows, const Tile& tile, const H* pairs) {
   detail::with_width<H>(rows.width, [&](auto width) {
     constexpr int V = decltype(width)::value;
     detail::for_each_chunk<V, 1>(exchange, rows, tile, [&](const auto& at, const auto& elements, const auto&) {

@@ -18,11 +18,11 @@ namespace glow_kernels {
 namespace {
 
 // Maximum number of convolutions of a launch, one more than a coupling network has.
-constexpr size_t kMost = 4;
+constexpr size_t kMaxConvolutions = 4;
 constexpr unsigned kWarps = kThreads / 32;
 // Vectors that a thread fetches before it waits for any, and those of a whole warp.
-constexpr int kAtOnce = 3;
-constexpr unsigned kOfWarp = 32 * kAtOnce;
+constexpr int kVectorsInFlight = 3;
+constexpr unsigned kVectorsPerWarp = 32 * kVectorsInFlight;
 
 // The rows of a filter: their number, and the size of each in elements and in vectors of a thread.
 struct Rows {
@@ -87,12 +87,12 @@ struct Filters {
 
 template <typename T, typename H>
 struct Batch {
-  Filters<T, H> all[kMost];
+  Filters<T, H> all[kMaxConvolutions];
 
   // The filters of this block.
   __device__ const Filters<T, H>& of_block() const {
     unsigned i = 0;
-    while (i + 1 < kMost && blockIdx.x >= all[i + 1].first_block) ++i;
+    while (i + 1 < kMaxConvolutions && blockIdx.x >= all[i + 1].first_block) ++i;
     return all[i];
   }
 };
@@ -118,11 +118,11 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const Batch<T, H> bat
   if (place.index >= filters.padded_count) return;
   const bool exists = place.index < filters.count;
   const Tile tile{place.index, 0, 0, filters.padded.count, filters.padded.size};
-  const unsigned lane = threadIdx.x % 32, start = place.warp * kOfWarp + lane;
-  Spot spots[kAtOnce];
-  detail::Registers<T, N> raw[kAtOnce];
+  const unsigned lane = threadIdx.x % 32, start = place.warp * kVectorsPerWarp + lane;
+  Spot spots[kVectorsInFlight];
+  detail::Registers<T, N> raw[kVectorsInFlight];
 #pragma unroll
-  for (int k = 0; k < kAtOnce; ++k) {
+  for (int k = 0; k < kVectorsInFlight; ++k) {
     spots[k] = filters.padded.template operator[]<N>(start + k * 32);
     Spot own = filters.rows.template part<N>(spots[k]);
     if (!exists) own.count = 0;
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const Batch<T, H> bat
   }
   const A scale = exists ? filters.scale(place.index) : A(0);
 #pragma unroll
-  for (int k = 0; k < kAtOnce; ++k) {
+  for (int k = 0; k < kVectorsInFlight; ++k) {
     A values[N];
     widen(raw[k], values);
 #pragma unroll
@@ -156,18 +156,18 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const Batch<T, H> ba
   const A scale = filters.scale(place.index), bias = static_cast<A>(filters.bias[place.index]);
   const A grad_bias = place.warp == 0 ? filters.sum_grad_bias(place.index) : A(0);
   A total = 0;
-  for (unsigned start = thread; start < filters.rows.size_in_vectors(); start += kAtOnce * threads) {
-    Spot spots[kAtOnce];
-    detail::Registers<T, N> raw_weight[kAtOnce];
-    detail::Registers<H, N> raw_grad[kAtOnce];
+  for (unsigned start = thread; start < filters.rows.size_in_vectors(); start += kVectorsInFlight * threads) {
+    Spot spots[kVectorsInFlight];
+    detail::Registers<T, N> raw_weight[kVectorsInFlight];
+    detail::Registers<H, N> raw_grad[kVectorsInFlight];
 #pragma unroll
-    for (int k = 0; k < kAtOnce; ++k) {
+    for (int k = 0; k < kVectorsInFlight; ++k) {
       spots[k] = filters.rows.template operator[]<N>(start + k * threads);
       raw_weight[k] = fetch<N>(filters.weight, tile, spots[k]);
       raw_grad[k] = fetch<N>(filters.grad, tile, spots[k]);
     }
 #pragma unroll
-    for (int k = 0; k < kAtOnce; ++k) {
+    for (int k = 0; k < kVectorsInFlight; ++k) {
       A weight[N], grad[N];
       widen(raw_weight[k], weight);
       widen(raw_grad[k], grad);
@@ -218,10 +218,10 @@ Filters<T, H> filters_of(const Tensor& weight, const Tensor& padded, const Tenso
 // Launches a kernel over filters_at(i) for every i < count.
 template <typename T, typename H, typename F>
 void launch_all(const Launcher& launch, size_t count, void (*kernel)(Batch<T, H>), const F& filters_at) {
-  for (size_t first = 0; first < count; first += kMost) {
+  for (size_t first = 0; first < count; first += kMaxConvolutions) {
     Batch<T, H> batch{};
     int64_t blocks = 0;
-    for (size_t i = 0; i < kMost; ++i) {
+    for (size_t i = 0; i < kMaxConvolutions; ++i) {
       Filters<T, H>& filters = batch.all[i];
       if (first + i < count) filters = filters_at(first + i);
       filters.first_block = static_cast<unsigned>(blocks);
@@ -257,7 +257,7 @@ std::vector<Tensor> forward_all(const std::vector<Tensor>& weights, std::vector<
       filters.scaled = view_of<N>(results[2 * i].mutable_data_ptr<H>(), filters.padded);
       filters.scaled_bias = results[2 * i + 1].mutable_data_ptr<H>();
       filters.padded_count = static_cast<unsigned>(results[2 * i].size(0));
-      filters.warps = std::max(1u, (filters.padded.size_in_vectors() + kOfWarp - 1) / kOfWarp);
+      filters.warps = std::max(1u, (filters.padded.size_in_vectors() + kVectorsPerWarp - 1) / kVectorsPerWarp);
       return filters;
     });
   });
@@ -307,7 +307,7 @@ std::vector<Tensor> backward_all(std::vector<Tensor> grads, const std::vector<Te
       filters.result = view_of<N>(results[3 * i].mutable_data_ptr<T>(), filters.rows);
       filters.result_bias = results[3 * i + 1].mutable_data_ptr<A>();
       filters.result_log_scale = results[3 * i + 2].mutable_data_ptr<A>();
-      filters.warps = filters.rows.size_in_vectors() <= 2 * kOfWarp ? 1 : kWarps;
+      filters.warps = filters.rows.size_in_vectors() <= 2 * kVectorsPerWarp ? 1 : kWarps;
       return filters;
     });
   });

@@ -30,13 +30,13 @@ __device__ void for_each_row(unsigned n, const F& f) {
 // Calls put(j, get(j)) for j < n, spread over the lanes of a warp; a lane has several loads in flight.
 template <typename F, typename G>
 __device__ void along_row(unsigned n, const F& get, const G& put) {
-  constexpr unsigned kAtOnce = 6;
-  for (unsigned first = threadIdx.x % 32; first < n; first += 32 * kAtOnce) {
-    double values[kAtOnce];
+  constexpr unsigned kLoads = 6;
+  for (unsigned first = threadIdx.x % 32; first < n; first += 32 * kLoads) {
+    double values[kLoads];
 #pragma unroll
-    for (unsigned r = 0; r < kAtOnce; ++r) values[r] = get(first + 32 * r < n ? first + 32 * r : first);
+    for (unsigned r = 0; r < kLoads; ++r) values[r] = get(first + 32 * r < n ? first + 32 * r : first);
 #pragma unroll
-    for (unsigned r = 0; r < kAtOnce; ++r) {
+    for (unsigned r = 0; r < kLoads; ++r) {
       if (first + 32 * r < n) put(first + 32 * r, values[r]);
     }
   }
@@ -54,27 +54,27 @@ class Elimination {
   // Whether the matrix fits into the shared memory of every GPU from sm_80 on.
   static bool fits(int64_t n) { return n <= 96; }
   static int64_t shared_bytes(int64_t n) {
-    if (n <= WarpElimination::kMost) return WarpElimination::shared_bytes(n);
+    if (n <= WarpElimination::kMaxSize) return WarpElimination::shared_bytes(n);
     const int64_t doubles = 1 + (kPanelStride + 1) * n + kPanel + (fits(n) ? n * n : 0), integers = 2 * n;
     return doubles * 8 + integers * 4;
   }
 
   // `workspace` has room for the matrices of all blocks, or is null if they fit into shared memory.
   __device__ Elimination(unsigned n, double* shared, double* workspace) : n_(n), stride_(n) {
-    if (n <= WarpElimination::kMost) {
+    if (n <= WarpElimination::kMaxSize) {
       const WarpElimination by_warp(n, shared);
       stride_ = WarpElimination::stride(n);
-      left_ = by_warp.left;
+      matrix_ = by_warp.matrix;
       pivots_ = by_warp.pivots;
       step_of_row_ = by_warp.step_of_row;
       row_of_step_ = by_warp.row_of_step;
-      panel_ = shared;  // run_few() constructs WarpElimination again from here
+      panel_ = shared;  // run_small() constructs WarpElimination again from here
       return;
     }
     panel_ = shared + reinterpret_cast<uintptr_t>(shared) / sizeof(double) % 2;  // aligned to 16 bytes
     scaled_ = panel_ + kPanelStride * n;
     pivots_ = scaled_ + kPanel;
-    left_ = workspace != nullptr ? workspace + int64_t{blockIdx.x} * n * n : pivots_ + n;
+    matrix_ = workspace != nullptr ? workspace + int64_t{blockIdx.x} * n * n : pivots_ + n;
     step_of_row_ = reinterpret_cast<unsigned*>(pivots_ + n + (workspace != nullptr ? 0 : n * n));
     row_of_step_ = step_of_row_ + n;
   }
@@ -82,14 +82,14 @@ class Elimination {
   // Inverts the matrix of elements value(i, j), or does only what the determinant needs. All threads must call it.
   template <typename F>
   __device__ void run(const F& value, bool only_log_det) {
-    if (n_ <= WarpElimination::kMost) {
-      run_few(value, only_log_det);
+    if (n_ <= WarpElimination::kMaxSize) {
+      run_small(value, only_log_det);
       return;
     }
     for (unsigned i = threadIdx.x / 32; i < n_; i += blockDim.x / 32) {
       along_row(
           n_, [&](unsigned j) { return value(i, j); },
-          [&](unsigned j, double element) { left_[i * n_ + j] = element; });
+          [&](unsigned j, double element) { matrix_[i * n_ + j] = element; });
     }
     for (unsigned i = threadIdx.x; i < n_; i += blockDim.x) step_of_row_[i] = n_;
     __syncthreads();
@@ -97,23 +97,25 @@ class Elimination {
       const unsigned count = n_ - first < kPanel ? n_ - first : kPanel;
       for (unsigned i = threadIdx.x; i < n_; i += blockDim.x) {
 #pragma unroll
-        for (unsigned k = 0; k < kPanel; ++k) row_of_panel(i)[k] = k < count ? left_[i * n_ + first + k] : 0;
+        for (unsigned k = 0; k < kPanel; ++k) row_of_panel(i)[k] = k < count ? matrix_[i * n_ + first + k] : 0;
       }
       __syncthreads();
       eliminate_panel(first, count);
-      eliminate_beside(first, count, only_log_det);
+      eliminate_other_columns(first, count, only_log_det);
       __syncthreads();
     }
   }
 
   // The same for a matrix that is small enough for a warp, for kernels that have no registers for larger ones.
   template <typename F>
-  __device__ void run_few(const F& value, bool only_log_det) {
+  __device__ void run_small(const F& value, bool only_log_det) {
     WarpElimination(n_, panel_).run(value, only_log_det);
   }
 
   // Element of the inverse, after a barrier.
-  __device__ double inverse(unsigned i, unsigned j) const { return left_[row_of_step_[i] * stride_ + step_of_row_[j]]; }
+  __device__ double inverse(unsigned i, unsigned j) const {
+    return matrix_[row_of_step_[i] * stride_ + step_of_row_[j]];
+  }
 
   // log|det| in every thread of a warp, all of which must call it.
   __device__ double log_det() const {
@@ -150,7 +152,7 @@ class Elimination {
       __syncthreads();
     }
     for (unsigned i = threadIdx.x; i < n_; i += blockDim.x) {
-      for (unsigned k = 0; k < count; ++k) left_[i * n_ + first + k] = row_of_panel(i)[k];
+      for (unsigned k = 0; k < count; ++k) matrix_[i * n_ + first + k] = row_of_panel(i)[k];
     }
   }
 
@@ -168,9 +170,9 @@ class Elimination {
     // Numbers that are not negative are ordered like their bits. Of the rows with the largest, the first is chosen.
     const auto bits = static_cast<uint64_t>(__double_as_longlong(largest));
     const unsigned high = static_cast<unsigned>(bits >> 32), low = static_cast<unsigned>(bits);
-    const unsigned most_high = __reduce_max_sync(kWholeWarp, high);
-    const unsigned most_low = __reduce_max_sync(kWholeWarp, high == most_high ? low : 0);
-    row = __reduce_min_sync(kWholeWarp, high == most_high && low == most_low ? row : n_);
+    const unsigned max_high = __reduce_max_sync(kWholeWarp, high);
+    const unsigned max_low = __reduce_max_sync(kWholeWarp, high == max_high ? low : 0);
+    row = __reduce_min_sync(kWholeWarp, high == max_high && low == max_low ? row : n_);
     const double pivot = row_of_panel(row)[k];
     __syncwarp();  // until here other lanes read which rows are taken
     if (threadIdx.x < kPanel) {
@@ -185,7 +187,7 @@ class Elimination {
 
   // Eliminates the pivot rows of the panel from the other columns; a determinant needs only those to the right. A warp
   // has 64 columns of some rows, and the pivot rows in these columns in its registers.
-  __device__ void eliminate_beside(unsigned first, unsigned count, bool only_log_det) {
+  __device__ void eliminate_other_columns(unsigned first, unsigned count, bool only_log_det) {
     constexpr unsigned kColumns = 2, kRows = 8;  // of a lane at a time
     const unsigned begin = only_log_det ? first + count : 0, strips = (n_ - begin + 63) / 64;
     if (strips == 0) return;
@@ -199,7 +201,7 @@ class Elimination {
       has[c] = group < groups && j < n_ && (j < first || j >= first + count);
 #pragma unroll
       for (unsigned k = 0; k < kPanel; ++k) {
-        pivot_rows[c][k] = has[c] && k < count ? left_[row_of_step_[first + k] * n_ + j] : 0;
+        pivot_rows[c][k] = has[c] && k < count ? matrix_[row_of_step_[first + k] * n_ + j] : 0;
       }
     }
     __syncthreads();  // before others overwrite the pivot rows
@@ -211,7 +213,7 @@ class Elimination {
         const unsigned i = at + r * groups < n_ ? at + r * groups : at, step = step_of_row_[i];
         const bool of_panel = step >= first && step < first + count;
 #pragma unroll
-        for (unsigned c = 0; c < kColumns; ++c) values[r][c] = of_panel || !has[c] ? 0 : left_[i * n_ + column[c]];
+        for (unsigned c = 0; c < kColumns; ++c) values[r][c] = of_panel || !has[c] ? 0 : matrix_[i * n_ + column[c]];
       }
 #pragma unroll
       for (unsigned r = 0; r < kRows; ++r) {
@@ -231,14 +233,14 @@ class Elimination {
         const unsigned i = at + r * groups;
 #pragma unroll
         for (unsigned c = 0; c < kColumns; ++c) {
-          if (i < n_ && has[c]) left_[i * n_ + column[c]] = values[r][c];
+          if (i < n_ && has[c]) matrix_[i * n_ + column[c]] = values[r][c];
         }
       }
     }
   }
 
   unsigned n_, stride_;
-  double *left_, *panel_, *pivots_, *scaled_;
+  double *matrix_, *panel_, *pivots_, *scaled_;
   unsigned *step_of_row_, *row_of_step_;
 };
 
@@ -277,23 +279,23 @@ class Spans {
  private:
   template <typename T, typename F, typename G>
   __device__ void find(const T* matrix, unsigned first, unsigned end, const F& line, const G& place) {
-    constexpr unsigned kAtOnce = 8;  // loads in flight per thread
+    constexpr unsigned kLoads = 8;  // loads in flight per thread
     for (unsigned i = threadIdx.x; i < n_; i += blockDim.x) {
       first_[i] = n_;
       end_[i] = 0;
     }
     __syncthreads();
 #pragma unroll 1
-    for (unsigned start = first * n_ + threadIdx.x; start < end * n_; start += kAtOnce * blockDim.x) {
-      T found[kAtOnce];
+    for (unsigned start = first * n_ + threadIdx.x; start < end * n_; start += kLoads * blockDim.x) {
+      T found[kLoads];
 #pragma unroll
-      for (unsigned r = 0; r < kAtOnce; ++r) {
+      for (unsigned r = 0; r < kLoads; ++r) {
         const unsigned index = start + r * blockDim.x;
         found[r] = index < end * n_ ? matrix[index] : 0;
       }
       unsigned marks = 0;
 #pragma unroll
-      for (unsigned r = 0; r < kAtOnce; ++r) marks |= (found[r] != 0 ? 1u : 0u) << r;
+      for (unsigned r = 0; r < kLoads; ++r) marks |= (found[r] != 0 ? 1u : 0u) << r;
       for (unsigned index = start; marks != 0; index += blockDim.x, marks >>= 1) {
         if ((marks & 1) == 0) continue;
         const unsigned i = index / n_, j = index % n_;
@@ -314,17 +316,17 @@ constexpr unsigned kProductSize = 2 * kProductDepth * kProductStride;
 
 // A square of elements of an n x n matrix that a block computes at a time.
 struct MatrixTile {
-  unsigned n, edge, down, across;  // its first row and column
+  unsigned n, edge, first_row, first_column;
 
   // The number of tiles of a matrix.
   static __host__ __device__ unsigned count(unsigned n) { return (n + 63) / 64 * ((n + 63) / 64); }
   __device__ MatrixTile(unsigned n, unsigned index) : n(n), edge(n <= 32 ? 32 : 64) {
     const unsigned in_row = (n + edge - 1) / edge;
-    down = index / in_row * edge;
-    across = index % in_row * edge;
+    first_row = index / in_row * edge;
+    first_column = index % in_row * edge;
   }
-  __device__ unsigned bottom() const { return down + edge < n ? down + edge : n; }
-  __device__ unsigned right() const { return across + edge < n ? across + edge : n; }
+  __device__ unsigned end_row() const { return first_row + edge < n ? first_row + edge : n; }
+  __device__ unsigned end_column() const { return first_column + edge < n ? first_column + edge : n; }
 };
 
 // Calls put(i, j, sum over k of a(i, k) b(k, j)), k from `from` to `to`, for the elements of a tile. All threads of a
@@ -338,9 +340,9 @@ __device__ void product(const MatrixTile& tile, unsigned from, unsigned to, doub
   double sums[4][4] = {};
   for (unsigned first = from; first < to; first += kProductDepth) {
     for (unsigned index = threadIdx.x; index < kProductDepth * tile.edge; index += blockDim.x) {
-      const unsigned i = tile.down + index / kProductDepth, k = first + index % kProductDepth;
+      const unsigned i = tile.first_row + index / kProductDepth, k = first + index % kProductDepth;
       left[index % kProductDepth * kProductStride + index / kProductDepth] = i < n && k < to ? a(i, k) : 0;
-      const unsigned j = tile.across + index % tile.edge, l = first + index / tile.edge;
+      const unsigned j = tile.first_column + index % tile.edge, l = first + index / tile.edge;
       right[index / tile.edge * kProductStride + index % tile.edge] = j < n && l < to ? b(l, j) : 0;
     }
     __syncthreads();
@@ -363,7 +365,7 @@ __device__ void product(const MatrixTile& tile, unsigned from, unsigned to, doub
   for (unsigned r = 0; r < 4; ++r) {
 #pragma unroll
     for (unsigned c = 0; c < 4; ++c) {
-      const unsigned i = tile.down + row + r * side, j = tile.across + column + c * side;
+      const unsigned i = tile.first_row + row + r * side, j = tile.first_column + column + c * side;
       if (i < n && j < n) put(i, j, sums[r][c]);
     }
   }

@@ -29,18 +29,19 @@ void check_invertible(const Tensor& inverse, int64_t n) {
 // Parameters or gradients of all steps, float or double; all threads take the same branch on the type.
 struct Input {
   const void* data = nullptr;
-  bool wide = false;
+  bool is_double = false;
 
   // An element of the step of this block; a step has `size` elements.
   __device__ double operator()(int64_t size, int64_t index) const {
     index += blockIdx.x * size;
-    return wide ? static_cast<const double*>(data)[index] : static_cast<double>(static_cast<const float*>(data)[index]);
+    return is_double ? static_cast<const double*>(data)[index]
+                     : static_cast<double>(static_cast<const float*>(data)[index]);
   }
 
   // Calls f with a pointer to the elements of that step, for many loads in flight: the conversion above waits for each.
   template <typename F>
   __device__ void visit(int64_t size, const F& f) const {
-    if (wide) {
+    if (is_double) {
       f(static_cast<const double*>(data) + blockIdx.x * size);
     } else {
       f(static_cast<const float*>(data) + blockIdx.x * size);
@@ -50,11 +51,11 @@ struct Input {
 
 struct Output {
   void* data = nullptr;
-  bool wide = false;
+  bool is_double = false;
 
   __device__ void operator()(int64_t size, int64_t index, double value) const {
     index += blockIdx.x * size;
-    if (wide) {
+    if (is_double) {
       static_cast<double*>(data)[index] = value;
     } else {
       static_cast<float*>(data)[index] = static_cast<float>(value);
@@ -81,22 +82,22 @@ class Steps {
     STD_TORCH_CHECK(tensor.numel() == count_ * size && tensor.scalar_type() == matrix_.scalar_type(),
                     "the sizes or the types of the parameters do not agree");
     kept_.push_back(as_contiguous(tensor));
-    return {kept_.back().const_data_ptr(), wide()};
+    return {kept_.back().const_data_ptr(), is_double()};
   }
-  Output output(Tensor& tensor) const { return {tensor.mutable_data_ptr(), wide()}; }
+  Output output(Tensor& tensor) const { return {tensor.mutable_data_ptr(), is_double()}; }
   Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes) const {
     return torch::stable::empty(sizes, matrix_.scalar_type(), std::nullopt, matrix_.device());
   }
-  Tensor empty_number() const {
+  Tensor empty_scalars() const {
     const auto sizes = matrix_.sizes();
     return empty(std::vector<int64_t>(sizes.begin(), sizes.end() - 2));
   }
   // Memory for a double matrix per step.
-  double* memory() {
+  double* allocate_matrices() {
     kept_.push_back(empty_parts(count_ * n_ * n_, matrix_));
     return kept_.back().mutable_data_ptr<double>();
   }
-  double* workspace() { return Elimination::fits(n_) ? nullptr : memory(); }
+  double* workspace() { return Elimination::fits(n_) ? nullptr : allocate_matrices(); }
 
   // Runs a kernel with this many doubles of shared memory, and what an elimination needs if it `eliminates`. Every step
   // has a block in each layer.
@@ -108,7 +109,7 @@ class Steps {
   }
 
  private:
-  bool wide() const { return matrix_.scalar_type() == ScalarType::Double; }
+  bool is_double() const { return matrix_.scalar_type() == ScalarType::Double; }
 
   const Tensor& matrix_;
   int64_t count_, n_;

@@ -95,7 +95,7 @@ struct SampleSums {
   double* parts = nullptr;
 
   // The sum of the block must be in its thread 0.
-  __device__ void leave(int64_t batch, double sum) const {
+  __device__ void write(int64_t batch, double sum) const {
     if (threadIdx.x != 0) return;
     if (parts == nullptr) {
       sums[batch] = static_cast<A>(sum);

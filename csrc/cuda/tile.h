@@ -20,7 +20,7 @@ constexpr int64_t kLargeTile = 4096, kSmallTile = 1024;
 constexpr int64_t kManyTiles = 1024;
 // With fewer than kFewElements per multiprocessor, threads may take elements one by one, in smaller tiles and in blocks
 // of more threads, so that more threads wait for memory at the same time.
-constexpr int64_t kFewElements = 4096, kTileOfFew = 256, kMostThreads = 1024;
+constexpr int64_t kFewElements = 4096, kTileOfFew = 256, kMaxThreadsPerBlock = 1024;
 
 inline bool has_few_elements(const Launcher& launch, const Tensor& x) {
   return x.numel() < kFewElements * launch.multiprocessors();
@@ -50,12 +50,12 @@ struct Tiling {
   // otherwise tiles of a small tensor have `small` elements.
   explicit Tiling(const Planes& planes, bool whole_samples = false, int64_t small = kSmallTile)
       : channels_inside(planes.positions == 1 || planes.position_stride != 1) {
-    const int64_t down = channels_inside ? planes.positions : planes.channels;
-    const int64_t across = channels_inside ? planes.channels : planes.positions;
-    const bool many = planes.batches * down * across >= kManyTiles * kLargeTile;
-    const bool whole = whole_samples && down * across <= kLargeTile;
-    const int64_t tile = many || whole ? kLargeTile : small, most = std::clamp<int64_t>(across, 1, tile);
-    cut(planes.batches, down, across, tile / most, most);
+    const int64_t outer_size = channels_inside ? planes.positions : planes.channels;
+    const int64_t inner_size = channels_inside ? planes.channels : planes.positions;
+    const bool many = planes.batches * outer_size * inner_size >= kManyTiles * kLargeTile;
+    const bool whole = whole_samples && outer_size * inner_size <= kLargeTile;
+    const int64_t tile = many || whole ? kLargeTile : small, most = std::clamp<int64_t>(inner_size, 1, tile);
+    cut(planes.batches, outer_size, inner_size, tile / most, most);
   }
 
   // Tiles of this many channels and positions, for data whose positions are contiguous.
@@ -69,7 +69,7 @@ struct Tiling {
   // Threads of a block that takes N columns at a time: no more whole warps than have work.
   int threads(int N) const {
     const int64_t spots = int64_t{rows} * ((columns + N - 1) / N);
-    return static_cast<int>(std::min<int64_t>(N == 1 ? kMostThreads : kThreads, (spots + 31) / 32 * 32));
+    return static_cast<int>(std::min<int64_t>(N == 1 ? kMaxThreadsPerBlock : kThreads, (spots + 31) / 32 * 32));
   }
   // Tiles that share a channel.
   int64_t per_channel() const { return int64_t{batches} * (channels_inside ? row_tiles : column_tiles); }
@@ -77,24 +77,24 @@ struct Tiling {
   // In 32 bits, since every thread of a block does these divisions.
   __device__ Tile operator[](unsigned index) const {
     const unsigned batch = index / per_sample, in_sample = index - batch * per_sample;
-    const unsigned down = in_sample / column_tiles, across = in_sample - down * column_tiles;
-    const unsigned row = down * rows, column = across * columns;
+    const unsigned outer_size = in_sample / column_tiles, inner_size = in_sample - outer_size * column_tiles;
+    const unsigned row = outer_size * rows, column = inner_size * columns;
     return {batch, row, column, least(rows, outer - row), least(columns, inner - column)};
   }
 
  private:
   Tiling() : channels_inside(false) {}
 
-  void cut(int64_t samples, int64_t down, int64_t across, int64_t most_rows, int64_t most_columns) {
-    columns = static_cast<unsigned>(std::clamp<int64_t>(across, 1, most_columns));
-    rows = static_cast<unsigned>(std::clamp<int64_t>(down, 1, most_rows));
-    const int64_t row_count = (down + rows - 1) / rows, column_count = (across + columns - 1) / columns;
+  void cut(int64_t samples, int64_t outer_size, int64_t inner_size, int64_t max_rows, int64_t max_columns) {
+    columns = static_cast<unsigned>(std::clamp<int64_t>(inner_size, 1, max_columns));
+    rows = static_cast<unsigned>(std::clamp<int64_t>(outer_size, 1, max_rows));
+    const int64_t row_count = (outer_size + rows - 1) / rows, column_count = (inner_size + columns - 1) / columns;
     constexpr int64_t limit = int64_t{1} << 31;
-    STD_TORCH_CHECK(down < limit && across < limit && samples < limit &&
+    STD_TORCH_CHECK(outer_size < limit && inner_size < limit && samples < limit &&
                         row_count * column_count * std::max<int64_t>(1, samples) < limit,
                     "the tensor is too large");
-    outer = static_cast<unsigned>(down);
-    inner = static_cast<unsigned>(across);
+    outer = static_cast<unsigned>(outer_size);
+    inner = static_cast<unsigned>(inner_size);
     batches = static_cast<unsigned>(samples);
     row_tiles = static_cast<unsigned>(row_count);
     column_tiles = static_cast<unsigned>(column_count);
@@ -144,7 +144,7 @@ template <typename T>
 struct Pair {
   View<T> first, second;
   // 1 if the two alternate and N columns of both at a time are contiguous and aligned; -1 if the second comes first.
-  int together = 0;
+  int interleaved = 0;
 };
 
 namespace detail {
@@ -182,9 +182,9 @@ Pair<T> pair(T* data, const Planes& planes, const Tiling& tiling, int64_t first,
   Pair<T> pair{view(data, planes, tiling, first, step), view(data, planes, tiling, second, step), 0};
   const View<T>& lower = first < second ? pair.first : pair.second;
   const bool neighbours = planes.channel_stride == 1 && std::abs(second - first) == 1;
-  const bool in_step = N == 1 ? lower.column_stride % 2 == 0 : lower.column_stride == 2;
-  if (neighbours && in_step && starts_vectors(lower.data, lower.batch_stride, lower.row_stride, tiling, 2 * N)) {
-    pair.together = first < second ? 1 : -1;
+  const bool stride_fits = N == 1 ? lower.column_stride % 2 == 0 : lower.column_stride == 2;
+  if (neighbours && stride_fits && starts_vectors(lower.data, lower.batch_stride, lower.row_stride, tiling, 2 * N)) {
+    pair.interleaved = first < second ? 1 : -1;
   }
   pair.first = with_vectors<N>(pair.first, tiling);
   pair.second = with_vectors<N>(pair.second, tiling);
@@ -289,15 +289,15 @@ __device__ void store(const View<T>& view, const Tile& tile, const Spot& spot, c
 
 template <int N, typename T, typename A>
 __device__ void load(const Pair<const T>& pair, const Tile& tile, const Spot& spot, A (&first)[N], A (&second)[N]) {
-  if (pair.together != 0 && spot.count == N) {
-    const View<const T>& lower = pair.together > 0 ? pair.first : pair.second;
+  if (pair.interleaved != 0 && spot.count == N) {
+    const View<const T>& lower = pair.interleaved > 0 ? pair.first : pair.second;
     detail::Registers<T, 2 * N> raw;
     detail::copy<2 * N>(raw.values, lower.at(tile, spot, N == 1 ? lower.column_stride : 2));
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       const A even = static_cast<A>(raw.values[2 * i]), odd = static_cast<A>(raw.values[2 * i + 1]);
-      first[i] = pair.together > 0 ? even : odd;
-      second[i] = pair.together > 0 ? odd : even;
+      first[i] = pair.interleaved > 0 ? even : odd;
+      second[i] = pair.interleaved > 0 ? odd : even;
     }
     return;
   }
@@ -308,12 +308,12 @@ __device__ void load(const Pair<const T>& pair, const Tile& tile, const Spot& sp
 }
 
 // The first of the two steps of load(), for a thread that has other work in between: reads the elements of both views
-// at a spot, which alternate if the pair is `together`; otherwise one view comes after the other.
+// at a spot, which alternate if the pair is `interleaved`; otherwise one view comes after the other.
 template <int N, typename T>
 __device__ detail::Registers<T, 2 * N> fetch(const Pair<const T>& pair, const Tile& tile, const Spot& spot) {
   detail::Registers<T, 2 * N> raw;
-  if (pair.together != 0 && spot.count == N) {
-    const View<const T>& lower = pair.together > 0 ? pair.first : pair.second;
+  if (pair.interleaved != 0 && spot.count == N) {
+    const View<const T>& lower = pair.interleaved > 0 ? pair.first : pair.second;
     detail::copy<2 * N>(raw.values, lower.at(tile, spot, N == 1 ? lower.column_stride : 2));
   } else {
     const detail::Registers<T, N> first = fetch<N>(pair.first, tile, spot), second = fetch<N>(pair.second, tile, spot);
@@ -330,25 +330,25 @@ __device__ detail::Registers<T, 2 * N> fetch(const Pair<const T>& pair, const Ti
 template <int N, typename T, typename A>
 __device__ void widen(const Pair<const T>& pair, const Spot& spot, const detail::Registers<T, 2 * N>& raw,
                       A (&first)[N], A (&second)[N]) {
-  const bool in_turn = pair.together != 0 && spot.count == N;
+  const bool interleaved = pair.interleaved != 0 && spot.count == N;
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     const T even = raw.values[2 * i], odd = raw.values[2 * i + 1], early = raw.values[i], late = raw.values[N + i];
-    first[i] = static_cast<A>(!in_turn ? early : pair.together > 0 ? even : odd);
-    second[i] = static_cast<A>(!in_turn ? late : pair.together > 0 ? odd : even);
+    first[i] = static_cast<A>(!interleaved ? early : pair.interleaved > 0 ? even : odd);
+    second[i] = static_cast<A>(!interleaved ? late : pair.interleaved > 0 ? odd : even);
   }
 }
 
 template <int N, typename T, typename A>
 __device__ void store(const Pair<T>& pair, const Tile& tile, const Spot& spot, const A (&first)[N],
                       const A (&second)[N]) {
-  if (pair.together != 0 && spot.count == N) {
-    const View<T>& lower = pair.together > 0 ? pair.first : pair.second;
+  if (pair.interleaved != 0 && spot.count == N) {
+    const View<T>& lower = pair.interleaved > 0 ? pair.first : pair.second;
     detail::Registers<T, 2 * N> raw;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      raw.values[2 * i] = static_cast<T>(pair.together > 0 ? first[i] : second[i]);
-      raw.values[2 * i + 1] = static_cast<T>(pair.together > 0 ? second[i] : first[i]);
+      raw.values[2 * i] = static_cast<T>(pair.interleaved > 0 ? first[i] : second[i]);
+      raw.values[2 * i + 1] = static_cast<T>(pair.interleaved > 0 ? second[i] : first[i]);
     }
     detail::copy<2 * N>(lower.at(tile, spot, N == 1 ? lower.column_stride : 2), raw.values);
     return;

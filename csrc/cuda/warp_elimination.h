@@ -14,7 +14,7 @@ namespace glow_kernels {
 // none of the block. Then all warps eliminate the pivot rows from the other columns. Rows are multiplied by the
 // reciprocals of the pivots, which are finite for pivots from 2^-1024 on.
 struct WarpElimination {
-  static constexpr unsigned kPanel = 4, kSlots = 2, kMost = 32 * kSlots;
+  static constexpr unsigned kPanel = 4, kSlots = 2, kMaxSize = 32 * kSlots;
   // Row strides that avoid bank conflicts: of the panel for reads of 16 bytes, and of the matrix.
   static constexpr unsigned kPanelStride = kPanel + 2;
   __host__ __device__ static constexpr unsigned stride(unsigned n) { return n | 1; }
@@ -24,18 +24,18 @@ struct WarpElimination {
   }
 
   unsigned n;
-  double *panel, *scaled, *left, *pivots;
+  double *panel, *scaled, *matrix, *pivots;
   unsigned *step_of_row, *row_of_step;  // a row that is not taken yet has step n
-  unsigned* rest;                       // the rows not taken yet
+  unsigned* free_rows;                  // the rows not taken yet
 
   __device__ WarpElimination(unsigned size, double* shared) : n(size) {
     panel = shared + reinterpret_cast<uintptr_t>(shared) / sizeof(double) % 2;  // aligned to 16 bytes
     scaled = panel + kPanelStride * n;
-    left = scaled + 2 * kPanel;
-    pivots = left + n * stride(n);
+    matrix = scaled + 2 * kPanel;
+    pivots = matrix + n * stride(n);
     step_of_row = reinterpret_cast<unsigned*>(pivots + n);
     row_of_step = step_of_row + n;
-    rest = row_of_step + n;
+    free_rows = row_of_step + n;
   }
 
   // All threads must call it, of a block of at least two warps.
@@ -48,7 +48,7 @@ struct WarpElimination {
       const unsigned count = n - first < kPanel ? n - first : kPanel;
       if (threadIdx.x < 32) eliminate_panel(first, count);
       __syncthreads();
-      eliminate_beside(first, count, only_log_det);
+      eliminate_other_columns(first, count, only_log_det);
       __syncthreads();
     }
   }
@@ -70,7 +70,7 @@ struct WarpElimination {
 #pragma unroll
       for (unsigned k = 0; k < kLoads; ++k) {
         const unsigned piece = first + k * warps, i = piece >> two, j = (piece & two) * 32 + lane;
-        if (piece < pieces && j < n) left[i * stride(n) + j] = values[k];
+        if (piece < pieces && j < n) matrix[i * stride(n) + j] = values[k];
       }
     }
   }
@@ -87,7 +87,7 @@ struct WarpElimination {
       free[s] = i < n && step_of_row[i] == n;
 #pragma unroll
       for (unsigned k = 0; k < kPanel; ++k) {
-        rows[s][k] = i < n && k < count ? left[i * stride(n) + first + k] : 0;
+        rows[s][k] = i < n && k < count ? matrix[i * stride(n) + first + k] : 0;
       }
     }
 #pragma unroll 1
@@ -116,14 +116,14 @@ struct WarpElimination {
 #pragma unroll
     for (unsigned s = 0; s < kSlots; ++s) {
       const unsigned i = lane + 32 * s, all_free = __ballot_sync(kWholeWarp, free[s]);
-      if (free[s]) rest[before + __popc(all_free & ((1u << lane) - 1))] = i;
+      if (free[s]) free_rows[before + __popc(all_free & ((1u << lane) - 1))] = i;
       before += __popc(all_free);
       if (i >= n) continue;
 #pragma unroll
       for (unsigned j = 0; j < kPanel; ++j) {
         const unsigned k = (j + count) % kPanel;
         panel[i * kPanelStride + k] = rows[s][j];
-        if (k < count) left[i * stride(n) + first + k] = rows[s][j];
+        if (k < count) matrix[i * stride(n) + first + k] = rows[s][j];
       }
     }
   }
@@ -149,12 +149,12 @@ struct WarpElimination {
       }
     }
     const unsigned high = static_cast<unsigned>(largest >> 32), low = static_cast<unsigned>(largest);
-    const unsigned most_high = __reduce_max_sync(kWholeWarp, high);
+    const unsigned max_high = __reduce_max_sync(kWholeWarp, high);
     const double reciprocal = 1 / pivot;  // overlaps with the choice among the lanes, which takes as long
-    bool chosen = high == most_high;
+    bool chosen = high == max_high;
     if (__popc(__ballot_sync(kWholeWarp, chosen)) > 1) {
-      const unsigned most_low = __reduce_max_sync(kWholeWarp, chosen ? low : 0);
-      chosen = chosen && low == most_low;
+      const unsigned max_low = __reduce_max_sync(kWholeWarp, chosen ? low : 0);
+      chosen = chosen && low == max_low;
       chosen = mine == __reduce_min_sync(kWholeWarp, chosen ? mine : n);
     }
     if (!chosen) return;
@@ -177,7 +177,7 @@ struct WarpElimination {
 
   // Eliminates the pivot rows of the panel from the other columns, of which a determinant needs those to the right, in
   // the rows not yet taken. A warp has 32 columns of some rows.
-  __device__ void eliminate_beside(unsigned first, unsigned count, bool only_log_det) const {
+  __device__ void eliminate_other_columns(unsigned first, unsigned count, bool only_log_det) const {
     constexpr unsigned kRows = 3;  // at a time
     const unsigned begin = only_log_det ? first + count : 0, pieces = (n - begin + 31) / 32;
     const unsigned warp = threadIdx.x / 32, groups = pieces == 2 ? blockDim.x / 64 : blockDim.x / 32;
@@ -187,7 +187,7 @@ struct WarpElimination {
     double pivot_rows[kPanel];
 #pragma unroll
     for (unsigned k = 0; k < kPanel; ++k) {
-      pivot_rows[k] = works && k < count ? left[row_of_step[first + k] * stride(n) + j] : 0;
+      pivot_rows[k] = works && k < count ? matrix[row_of_step[first + k] * stride(n) + j] : 0;
     }
     __syncthreads();  // before others overwrite the pivot rows
     if (!works) return;
@@ -198,9 +198,9 @@ struct WarpElimination {
 #pragma unroll
       for (unsigned r = 0; r < kRows; ++r) {
         const unsigned index = at + r * groups < end ? at + r * groups : at;
-        row[r] = only_log_det ? rest[index] : index;
+        row[r] = only_log_det ? free_rows[index] : index;
         const unsigned step = step_of_row[row[r]];
-        values[r] = step >= first && step < first + count ? 0 : left[row[r] * stride(n) + j];
+        values[r] = step >= first && step < first + count ? 0 : matrix[row[r] * stride(n) + j];
       }
 #pragma unroll
       for (unsigned k = 0; k < kPanel; k += 2) {
@@ -213,7 +213,7 @@ struct WarpElimination {
       }
 #pragma unroll
       for (unsigned r = 0; r < kRows; ++r) {
-        if (at + r * groups < end) left[row[r] * stride(n) + j] = values[r];
+        if (at + r * groups < end) matrix[row[r] * stride(n) + j] = values[r];
       }
     }
   }

@@ -110,17 +110,17 @@ class Block {
   }
 
  private:
-  void go_on(unsigned index);
-  void after(unsigned index);
+  void resume(unsigned index);
+  void release_waiters(unsigned index);
   void finish_exchange(unsigned index);
-  [[noreturn]] void complain() const;
+  [[noreturn]] void report_deadlock() const;
 
   unsigned long seed_ = 0;
   const std::function<void()>& body_;
   size_t shared_bytes_;
   std::vector<Thread> threads_;
   std::vector<unsigned> order_;
-  std::vector<Fibre*> resting_;  // fibres without a thread
+  std::vector<Fibre*> idle_fibres_;  // fibres without a thread
   std::map<const void*, std::unique_ptr<char[]>> shared_;
   unsigned waiting_ = 0, done_ = 0;  // threads at a barrier, and those that have returned
   bool aligned_ = true;              // all copies so far
@@ -134,7 +134,7 @@ float tf32(uint32_t bits) {
   return value;
 }
 
-std::mutex only_one;
+std::mutex launch_mutex;
 Block* running = nullptr;
 std::vector<std::unique_ptr<Fibre>> fibres;
 
@@ -142,8 +142,8 @@ void Block::run(Schedule& schedule) {
   std::fill(threads_.begin(), threads_.end(), Thread{});
   shared_.clear();
   waiting_ = done_ = 0;
-  resting_.clear();
-  for (const auto& fibre : fibres) resting_.push_back(fibre.get());
+  idle_fibres_.clear();
+  for (const auto& fibre : fibres) idle_fibres_.push_back(fibre.get());
   schedule.arrange(order_);
   seed_ = schedule.seed();
   running = this;
@@ -152,25 +152,25 @@ void Block::run(Schedule& schedule) {
     for (const unsigned index : order_) {
       if (threads_[index].state != State::ready) continue;
       progress = true;
-      go_on(index);
+      resume(index);
       if (!aligned_) throw std::runtime_error("a thread copies from or to an address that is not aligned");
-      after(index);
+      release_waiters(index);
     }
-    if (!progress) complain();
+    if (!progress) report_deadlock();
     if (schedule.changes()) schedule.arrange(order_);
   }
 }
 
-void Block::go_on(unsigned index) {
+void Block::resume(unsigned index) {
   Thread& thread = threads_[index];
   threadIdx = {index, 0, 0};
   if (thread.fibre != nullptr) return thread.fibre->resume();
-  if (resting_.empty()) {
+  if (idle_fibres_.empty()) {
     fibres.push_back(std::make_unique<Fibre>());
-    resting_.push_back(fibres.back().get());
+    idle_fibres_.push_back(fibres.back().get());
   }
-  thread.fibre = resting_.back();
-  resting_.pop_back();
+  thread.fibre = idle_fibres_.back();
+  idle_fibres_.pop_back();
   thread.fibre->start(
       [](void* block) {
         auto* self = static_cast<Block*>(block);
@@ -181,17 +181,17 @@ void Block::go_on(unsigned index) {
 }
 
 // If the thread that has just paused was the last that others waited for, makes these ready.
-void Block::after(unsigned index) {
+void Block::release_waiters(unsigned index) {
   const State state = threads_[index].state;
   if (state == State::done) {
-    resting_.push_back(threads_[index].fibre);
+    idle_fibres_.push_back(threads_[index].fibre);
     ++done_;
   } else if (state == State::exchanging) {
     finish_exchange(index);
   } else if (state == State::at_barrier && ++waiting_ == threads_.size()) {
     const Place& first = threads_[0].place;
     for (Thread& thread : threads_) {
-      if (thread.place.line != first.line || thread.place.file != first.file) complain();
+      if (thread.place.line != first.line || thread.place.file != first.file) report_deadlock();
     }
     for (Thread& thread : threads_) thread.state = State::ready;
     waiting_ = 0;
@@ -221,7 +221,7 @@ void Block::finish_exchange(unsigned index) {
   }
 }
 
-void Block::complain() const {
+void Block::report_deadlock() const {
   std::ostringstream text;
   text << "block " << blockIdx.x << " of " << gridDim.x << " in layer " << blockIdx.y
        << " waits for ever (GLOW_KERNELS_SCHEDULE=" << seed_ << "):";
@@ -252,10 +252,10 @@ void launch(unsigned blocks, unsigned layers, unsigned threads, size_t shared_by
   if (threads == 0 || threads % kWarp != 0 || threads > 1024) {
     throw std::runtime_error("a block has 32 to 1024 threads, a multiple of 32, not " + std::to_string(threads));
   }
-  if (shared_bytes > static_cast<size_t>(most_shared_bytes())) {
-    throw std::runtime_error("a block has at most " + std::to_string(most_shared_bytes()) + " bytes of shared memory");
+  if (shared_bytes > static_cast<size_t>(max_shared_bytes())) {
+    throw std::runtime_error("a block has at most " + std::to_string(max_shared_bytes()) + " bytes of shared memory");
   }
-  const std::lock_guard<std::mutex> lock(only_one);
+  const std::lock_guard<std::mutex> lock(launch_mutex);
   Schedule schedule;
   std::vector<unsigned> order(blocks * layers);
   schedule.arrange(order);
@@ -273,7 +273,7 @@ int multiprocessors() {
   return text ? std::atoi(text) : 1;
 }
 
-int most_shared_bytes() {
+int max_shared_bytes() {
   const char* text = std::getenv("GLOW_KERNELS_SHARED_BYTES");
   return text ? std::atoi(text) : 227 * 1024;
 }

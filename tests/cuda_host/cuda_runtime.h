@@ -58,7 +58,7 @@ void launch(unsigned blocks, unsigned layers, unsigned threads, size_t shared_by
 // GLOW_KERNELS_MULTIPROCESSORS, or 1 if that is not set. With 0, which no device has, no tensor counts as small.
 int multiprocessors();
 // GLOW_KERNELS_SHARED_BYTES, or what sm_90 has if that is not set.
-int most_shared_bytes();
+int max_shared_bytes();
 
 // Memory that the threads of a block share: an array of this size for every `key`, which lives until the block ends.
 void* shared_memory(const void* key, size_t bytes);
