@@ -55,7 +55,7 @@ double positions_of(const Tensor& x) { return static_cast<double>(planes_of(x).p
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Work on the matrices that runs concurrently with the work on the data; empty if there is none.
-using Beside = std::function<void()>;
+using ConcurrentWork = std::function<void()>;
 
 // Whether such work, of the order of n^3, is worth a thread of its own.
 bool is_worth_a_thread(int64_t n) { return n >= 64; }
@@ -68,29 +68,29 @@ bool is_finite(const A* values, int64_t size) {
   return zero == A(0);
 }
 
-// Calls `beside`, and `task` with every index below `count`, each on the first thread that is free.
+// Calls `concurrent_work`, and `task` with every index below `count`, each on the first thread that is free.
 template <typename F>
-void for_each_task(const Beside& beside, int64_t count, const F& task) {
-  const int64_t first = beside ? 1 : 0, end = first + count, threads = torch::stable::get_num_threads();
+void for_each_task(const ConcurrentWork& concurrent_work, int64_t count, const F& task) {
+  const int64_t first = concurrent_work ? 1 : 0, end = first + count, threads = torch::stable::get_num_threads();
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, std::min(end, threads), 1, [&](int64_t, int64_t) {
-    for (int64_t index; (index = next++) < end;) index < first ? beside() : task(index - first);
+    for (int64_t index; (index = next++) < end;) index < first ? concurrent_work() : task(index - first);
   });
 }
 
 // z = M x + v.
 template <typename T>
 void run_apply(const Tensor& x, const compute_t<T>* matrix, const compute_t<T>* shift, Tensor& z,
-               const Beside& beside = {}) {
+               const ConcurrentWork& concurrent_work = {}) {
   const auto kernel = kernels<T>().apply;
   const auto source = positions(x, x.const_data_ptr<T>());
   const auto target = positions(z, z.mutable_data_ptr<T>());
   const int64_t total = source.planes.batches * source.planes.positions;
-  if (beside) {
+  if (concurrent_work) {
     // Few tasks, since each one pads the matrix again.
-    constexpr int64_t kTasks = 16, kLeastUnits = 2;
-    const int64_t size = std::max(kLeastUnits * kUnit, divide_up(total, kTasks * kUnit) * kUnit);
-    for_each_task(beside, divide_up(total, size), [&](int64_t index) {
+    constexpr int64_t kTasks = 16, kMinUnits = 2;
+    const int64_t size = std::max(kMinUnits * kUnit, divide_up(total, kTasks * kUnit) * kUnit);
+    for_each_task(concurrent_work, divide_up(total, size), [&](int64_t index) {
       kernel(source, matrix, shift, target, index * size, std::min((index + 1) * size, total));
     });
     return;
@@ -117,10 +117,10 @@ Tensor apply(const Tensor& x_any, const Tensor& matrix_any, const Tensor& shift_
 // Adds in double, some elements of all parts at a time.
 template <typename A>
 void add_parts(const std::vector<A>& parts, int64_t count, int64_t size, A* target) {
-  constexpr int64_t kAtOnce = 64;
-  for (int64_t first = 0; first < size; first += kAtOnce) {
-    const int64_t width = std::min(kAtOnce, size - first);
-    double totals[kAtOnce] = {};
+  constexpr int64_t kBlockSize = 64;
+  for (int64_t first = 0; first < size; first += kBlockSize) {
+    const int64_t width = std::min(kBlockSize, size - first);
+    double totals[kBlockSize] = {};
     for (int64_t part = 0; part < count; ++part) {
       const A* values = parts.data() + part * size + first;
 #pragma omp simd
@@ -142,14 +142,14 @@ int64_t part_size(int64_t channels, int64_t total) {
 // Runs the kernel over all positions and writes the sums.
 template <typename T>
 void run_backward(const LinearBackward<T>& arguments, compute_t<T>* grad_matrix, compute_t<T>* grad_shift,
-                  const Beside& beside = {}) {
+                  const ConcurrentWork& concurrent_work = {}) {
   using A = compute_t<T>;
   const auto kernel = kernels<T>().backward;
   const Planes& planes = arguments.grad.planes;
   const int64_t channels = planes.channels, total = planes.batches * planes.positions;
   const int64_t size = part_size(channels, total), parts = divide_up(total, size);
   std::vector<A> matrices(parts * channels * channels), shifts(parts * channels);
-  for_each_task(beside, parts, [&](int64_t part) {
+  for_each_task(concurrent_work, parts, [&](int64_t part) {
     kernel(arguments, part * size, std::min((part + 1) * size, total), matrices.data() + part * channels * channels,
            shifts.data() + part * channels);
   });
@@ -225,20 +225,20 @@ std::tuple<Tensor, Tensor> transform(const Tensor& x_any, const Tensor& log_scal
     const FoldKernels<A> folding = fold_kernels<A>();
     const FoldedStep<A> folded(n);
     double log_det;
-    const auto find_log_det = [&] { log_det = folding.fold_log_det(n, parameters.step()); };
-    Beside beside;
+    const auto compute_log_det = [&] { log_det = folding.fold_log_det(n, parameters.step()); };
+    ConcurrentWork concurrent_work;
     if constexpr (is_inverse) {
       log_det = folding.fold_inverse(n, parameters.step(), folded.map);
       check_invertible(!std::isnan(*folded.map.matrix), n);
     } else {
       folding.fold(n, parameters.step(), folded.map);
       if (is_worth_a_thread(n) && !weight_log_det) {
-        beside = find_log_det;
+        concurrent_work = compute_log_det;
       } else {
-        find_log_det();
+        compute_log_det();
       }
     }
-    run_apply<T>(x, folded.map.matrix, folded.map.shift, z, beside);
+    run_apply<T>(x, folded.map.matrix, folded.map.shift, z, concurrent_work);
     Tensor log_dets = empty_vector(batches, kScalarType<A>, x);
     std::fill_n(log_dets.mutable_data_ptr<A>(), batches, static_cast<A>(log_det) * positions_of(x));
     return {z, log_dets};
@@ -272,7 +272,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> transform_backward(
     const FoldKernels<A> folding = fold_kernels<A>();
     const FoldedStep<A> folded(n);
     const A* inverse = nullptr;
-    Beside beside;
+    ConcurrentWork concurrent_work;
     if constexpr (is_inverse) {
       folding.fold_inverse(n, parameters.step(), folded.map);
       inverse = folded.map.matrix;
@@ -280,7 +280,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> transform_backward(
       folding.fold(n, parameters.step(), folded.map);
       if (is_worth_a_thread(n) && !weight_log_det) {
         inverse = folded.inverse.matrix;
-        beside = [&] { folding.fold_inverse(n, parameters.step(), folded.inverse); };
+        concurrent_work = [&] { folding.fold_inverse(n, parameters.step(), folded.inverse); };
       }
     }
     LinearBackward<T> arguments{};
@@ -288,9 +288,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> transform_backward(
     arguments.data = positions(x, x.const_data_ptr<T>());
     arguments.matrix = folded.map.matrix;
     if (needs_grad_x) arguments.grad_x = positions(grad_x, grad_x.mutable_data_ptr<T>());
-    run_backward(arguments, folded.sums.matrix, folded.sums.shift, beside);
+    run_backward(arguments, folded.sums.matrix, folded.sums.shift, concurrent_work);
     // M^-1 may be out of the range of A even if W^-1 is not.
-    if (beside && !is_finite(inverse, n * n)) inverse = nullptr;
+    if (concurrent_work && !is_finite(inverse, n * n)) inverse = nullptr;
     const auto kernel = is_inverse ? folding.fold_inverse_backward : folding.fold_backward;
     kernel(n, {folded.sums.matrix, folded.sums.shift}, total_gradient<A>(grad_log_det, x), parameters.step(), inverse,
            grads.step<A>());

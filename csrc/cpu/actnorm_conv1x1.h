@@ -9,10 +9,10 @@ namespace glow_kernels {
 
 // Positions per tile: by default, and at most. A longer tile pays because reducing its accumulators takes as long as
 // summing over a hundred positions.
-constexpr int64_t kPositions = 256, kMostSummed = 1024;
+constexpr int64_t kPositions = 256, kMaxSummedPositions = 1024;
 
 // With few channels even the longer tile stays in the second-level cache from the sums to the product.
-constexpr int64_t summed_positions(int64_t channels) { return channels <= 48 ? kMostSummed : kPositions; }
+constexpr int64_t summed_positions(int64_t channels) { return channels <= 48 ? kMaxSummedPositions : kPositions; }
 
 // A tensor (B, C, *spatial) as C rows of B * P positions; `data` is null if there is no tensor.
 template <typename T>

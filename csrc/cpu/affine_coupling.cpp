@@ -48,7 +48,7 @@ std::vector<double> run(const Arguments& arguments, typename CouplingKernels<T, 
   Plane<const A> gain{};
   if (arguments.gain) gain = {arguments.gain->const_data_ptr<A>(), {0, channels, 1, 0, arguments.gain->stride(0), 0}};
 
-  const bool streamed = data.planes.batches * channels * data.planes.positions * int64_t{sizeof(T)} > kCached;
+  const bool streamed = data.planes.batches * channels * data.planes.positions * int64_t{sizeof(T)} > kCacheBytes;
   std::vector<double> returned(tiling.size()), gain_sums(tiling.size() * per_tile);
   torch::stable::parallel_for(0, tiling.size(), kTilesPerThread, [&](int64_t begin, int64_t end) {
     A contributions[kTile];

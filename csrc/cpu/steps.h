@@ -67,18 +67,18 @@ class ParameterGradients {
         weight_log_det(weight_log_det_like ? empty_contiguous(*weight_log_det_like)
                                            : empty_vector(0, weight_like.scalar_type(), weight_like)),
         n_(weight_like.size(-1)),
-        has_log_det_(weight_log_det_like.has_value()) {}
+        has_weight_log_det_(weight_log_det_like.has_value()) {}
 
   template <typename A>
   StepParameters<A> step(int64_t k = 0) {
     return {log_scale.mutable_data_ptr<A>() + k * n_, bias.mutable_data_ptr<A>() + k * n_,
             weight.mutable_data_ptr<A>() + k * n_ * n_,
-            has_log_det_ ? weight_log_det.mutable_data_ptr<A>() + k : nullptr};
+            has_weight_log_det_ ? weight_log_det.mutable_data_ptr<A>() + k : nullptr};
   }
 
  private:
   int64_t n_;
-  bool has_log_det_;
+  bool has_weight_log_det_;
 };
 
 inline void check_invertible(bool is_invertible, int64_t n) {

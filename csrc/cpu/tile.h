@@ -12,7 +12,7 @@ namespace glow_kernels {
 constexpr int64_t kTile = 1024;
 
 // Tensors larger than this, in bytes, are evicted from the caches before anything reads them.
-constexpr int64_t kCached = int64_t{16} << 20;
+constexpr int64_t kCacheBytes = int64_t{16} << 20;
 
 // A matrix in memory; strides are in elements.
 template <typename T>

@@ -21,11 +21,11 @@ void apply_as(Positions<const T> x, const compute_t<T>* matrix, const compute_t<
   const int64_t channels = x.planes.channels;
   static thread_local KeptBuffer<A> buffers[3];
   const PaddedMatrix<A> map(buffers[0], Rows<const A>{matrix, channels}, true, shift, channels);
-  const int64_t most = summed_positions(channels);
-  PositionsBuffer<A> x_buffer(buffers[1], channels, most), z_buffer(buffers[2], channels, most);
+  const int64_t tile_positions = summed_positions(channels);
+  PositionsBuffer<A> x_buffer(buffers[1], channels, tile_positions), z_buffer(buffers[2], channels, tile_positions);
   const bool streamed = is_streamed(z);
-  for (int64_t start = begin; start < end; start += most) {
-    const int64_t stop = std::min(start + most, end);
+  for (int64_t start = begin; start < end; start += tile_positions) {
+    const int64_t stop = std::min(start + tile_positions, end);
     const auto inputs = Layout::template load<Read::factors>(x, start, stop, x_buffer);
     const auto outputs = Layout::destination(z, start, stop, z_buffer);
     with_stores(streamed && outputs.data != z_buffer.values, [&](auto stores) {
@@ -53,12 +53,12 @@ void backward_as(const LinearBackward<T>& arguments, int64_t begin, int64_t end,
   if (arguments.inverse) {
     inverse.emplace(buffers[1], Rows<const A>{arguments.inverse, channels}, true, arguments.inverse_shift, channels);
   }
-  const int64_t most = summed_positions(channels);
-  PositionsBuffer<A> g_buffer(buffers[2], channels, most), data_buffer(buffers[3], channels, most),
-      result_buffer(buffers[4], channels, most);
+  const int64_t tile_positions = summed_positions(channels);
+  PositionsBuffer<A> g_buffer(buffers[2], channels, tile_positions), data_buffer(buffers[3], channels, tile_positions),
+      result_buffer(buffers[4], channels, tile_positions);
   const bool streamed = is_streamed(arguments.grad_x);
-  for (int64_t start = begin; start < end; start += most) {
-    const int64_t stop = std::min(start + most, end), count = stop - start;
+  for (int64_t start = begin; start < end; start += tile_positions) {
+    const int64_t stop = std::min(start + tile_positions, end), count = stop - start;
     const auto g = Layout::template load<Read::vectors>(arguments.grad, start, stop, g_buffer);
     auto x = Layout::template load<Read::vectors>(arguments.data, start, stop, data_buffer);
     if (inverse) {

@@ -96,14 +96,14 @@ template <typename A>
 void fold_backward(int64_t n, const Folded<const A>& grad, double grad_log_det, const StepParameters<const A>& step,
                    const A* inverse, const StepParameters<A>& result) {
   const Scale s(n, step.log_scale, 1);
-  double in_log_scale[kMaxChannels], in_bias[kMaxChannels], none[kMaxChannels];
+  double in_log_scale[kMaxChannels], in_bias[kMaxChannels], zero_row[kMaxChannels];
   std::fill_n(in_log_scale, n, grad_log_det);
   std::fill_n(in_bias, n, 0.0);
   // The gradient of log|det W| with respect to W, W^-T, and its factor.
   const double in_log_det = step.weight_log_det ? 0.0 : grad_log_det;
-  Rows<double> of_log_det{none, 0};
+  Rows<double> of_log_det{zero_row, 0};
   if (step.weight_log_det) {
-    std::fill_n(none, n, 0.0);
+    std::fill_n(zero_row, n, 0.0);
   } else {
     of_log_det = inverse_of(n, step.weight, inverse, s, true).rows();
   }

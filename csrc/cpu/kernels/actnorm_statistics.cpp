@@ -11,7 +11,7 @@ namespace {
 
 // As many elements as a vector of doubles has lanes, converted to double.
 template <typename A>
-inline Vector<double> wide_at(const A* values) {
+inline Vector<double> doubles_at(const A* values) {
   typedef A Narrow __attribute__((vector_size(kLanes<double> * sizeof(A)), aligned(alignof(A)), may_alias));
   return __builtin_convertvector(*reinterpret_cast<const Narrow*>(values), Vector<double>);
 }
@@ -33,7 +33,7 @@ inline void statistics_of_rows(const A* values, int64_t columns, double* means, 
   for (; i + kLanes<double> <= columns; i += kLanes<double>) {
     for (int r = 0; r < rows; ++r) {
       const A* row = values + r * columns;
-      const Vector<double> d = wide_at(row + i) - static_cast<double>(*row);
+      const Vector<double> d = doubles_at(row + i) - static_cast<double>(*row);
       sums[r] += d;
       squares[r] += d * d;
     }

@@ -191,7 +191,7 @@ class SigmoidCoupling {
   }
 
   // Computes a tail of less than a vector. Returns w, with 1 in the lanes that have no element.
-  inline __attribute__((always_inline)) Vector<A> compute_rest(const Run<A>& run, int64_t count) const {
+  inline __attribute__((always_inline)) Vector<A> compute_tail(const Run<A>& run, int64_t count) const {
     constexpr int64_t lanes = kLanes<A>;
     A from[4][lanes] = {}, to[4][lanes];
     const A* sources[] = {run.data, run.u, run.t, run.g};
@@ -218,10 +218,10 @@ SigmoidSums<A> compute_sigmoid(const ScaleParameters<double>& map, Runs<A> runs)
   constexpr int64_t lanes = kLanes<A>;
 #if defined(__SANITIZE_ADDRESS__)
   // More, with every access checked, would take minutes to compile.
-  constexpr int in_step = is_gradient(direction) ? 1 : 2;
+  constexpr int vectors_at_once = is_gradient(direction) ? 1 : 2;
 #else
   // As many interleaved vectors as fit into the registers.
-  constexpr int in_step = is_gradient(direction) ? 2 : 4;
+  constexpr int vectors_at_once = is_gradient(direction) ? 2 : 4;
 #endif
   const SigmoidCoupling<direction, order, stores, A> coupling(map);
   // The vector type may alias anything, so only objects whose address does not escape stay in registers. That is why a
@@ -243,15 +243,15 @@ SigmoidSums<A> compute_sigmoid(const ScaleParameters<double>& map, Runs<A> runs)
   }
   runs.for_each([&](Run<A> run) __attribute__((always_inline)) {
     int64_t vectors = runs.count / lanes;
-    for (; vectors >= in_step; vectors -= in_step) {
-      add(coupling.template compute<in_step>(run, step));
-      run.advance(step, in_step);
+    for (; vectors >= vectors_at_once; vectors -= vectors_at_once) {
+      add(coupling.template compute<vectors_at_once>(run, step));
+      run.advance(step, vectors_at_once);
     }
     for (; vectors > 0; --vectors) {
       add(coupling.template compute<1>(run, step));
       run.advance(step);
     }
-    if (runs.count % lanes > 0) add(coupling.compute_rest(run, runs.count % lanes));
+    if (runs.count % lanes > 0) add(coupling.compute_tail(run, runs.count % lanes));
   });
   const SigmoidSums<A> returned = sums;
   return returned;

@@ -106,8 +106,8 @@ class TileRuns {
 
   // Whether all results are written in place, by aligned vectors.
   bool is_aligned() const {
-    return (by_row_ || tile_.columns % kLanes<A> == 0) && fits(result_, 4) && fits(grad_data_, 6) && fits(grad_u_, 7) &&
-           fits(grad_t_, 8);
+    return (by_row_ || tile_.columns % kLanes<A> == 0) && is_aligned_in_place(result_, 4) &&
+           is_aligned_in_place(grad_data_, 6) && is_aligned_in_place(grad_u_, 7) && is_aligned_in_place(grad_t_, 8);
   }
 
   void store() {
@@ -127,15 +127,15 @@ class TileRuns {
   };
 
   template <typename S>
-  bool lies_in_place(const Strided<S>& matrix) const {
+  bool is_in_place(const Strided<S>& matrix) const {
     return by_row_ ? std::is_same_v<std::remove_const_t<S>, A> && matrix.column_stride == 1
-                   : lies_as_tile<A>(matrix, tile_.rows, tile_.columns);
+                   : is_contiguous_tile<A>(matrix, tile_.rows, tile_.columns);
   }
 
   template <typename S>
   Part<const A> source(const Strided<const S>& matrix, TileBuffer<A>& buffer) const {
     if constexpr (std::is_same_v<A, S>) {
-      if (lies_in_place(matrix)) return {matrix.data, matrix.row_stride};
+      if (is_in_place(matrix)) return {matrix.data, matrix.row_stride};
     }
     return {load(matrix, tile_.rows, tile_.columns, buffer.values), tile_.columns};
   }
@@ -143,7 +143,7 @@ class TileRuns {
   template <typename S>
   Part<A> target(const Strided<S>& matrix, TileBuffer<A>& buffer) const {
     if constexpr (std::is_same_v<A, S>) {
-      if (lies_in_place(matrix)) return {matrix.data, matrix.row_stride};
+      if (is_in_place(matrix)) return {matrix.data, matrix.row_stride};
     }
     return {buffer.values, tile_.columns};
   }
@@ -155,7 +155,7 @@ class TileRuns {
     }
   }
 
-  bool fits(const Part<A>& part, int buffer) const {
+  bool is_aligned_in_place(const Part<A>& part, int buffer) const {
     return part.values == nullptr || (part.values != buffers_[buffer].values && part.stride % kLanes<A> == 0 &&
                                       reinterpret_cast<intptr_t>(part.values) % kVectorBytes == 0);
   }

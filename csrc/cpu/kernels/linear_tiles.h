@@ -17,7 +17,7 @@ template <typename A>
 struct PositionsBuffer {
   A* values;
   int64_t stride;  // not a power of 2, whose multiples would map to few cache sets
-  int64_t offsets[kMostSummed / kLanes<A>];
+  int64_t offsets[kMaxSummedPositions / kLanes<A>];
 
   PositionsBuffer(KeptBuffer<A>& buffer, int64_t channels, int64_t positions)
       : values(buffer.reserve(padded(channels, kLanes<A>) * (positions + kLanes<A>))), stride(positions + kLanes<A>) {}
@@ -42,7 +42,7 @@ template <typename T>
 bool is_streamed(const Positions<T>& z) {
   const Planes& p = z.planes;
   const auto is_aligned = [](int64_t bytes) { return bytes % kVectorBytes == 0; };
-  return p.batches * p.channels * p.positions * int64_t{sizeof(T)} > kCached &&
+  return p.batches * p.channels * p.positions * int64_t{sizeof(T)} > kCacheBytes &&
          is_aligned(reinterpret_cast<intptr_t>(z.data)) && is_aligned(p.batch_stride * sizeof(T)) &&
          is_aligned(std::max(p.channel_stride, p.position_stride) * sizeof(T)) && is_aligned(p.positions * sizeof(T));
 }

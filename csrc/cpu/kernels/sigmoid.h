@@ -49,9 +49,10 @@ inline __attribute__((always_inline)) V exp_of_minus(const V& v) {
   return each([](const Vector<A>& p, const Vector<A>& k) __attribute__((always_inline)) { return scaled(p, k); }, p, k);
 #else
   // NaN fails the comparisons and so propagates.
-  constexpr A kLeast = -kLimit<A> - A(1);
-  const V bounded =
-      each([](const Vector<A>& v) __attribute__((always_inline)) { return v < kLeast ? Vector<A>{} + kLeast : v; }, v);
+  constexpr A kLowerBound = -kLimit<A> - A(1);
+  const V bounded = each([](const Vector<A>& v)
+                             __attribute__((always_inline)) { return v < kLowerBound ? Vector<A>{} + kLowerBound : v; },
+                         v);
   const V shifted = bounded * -F::kLog2E + F::kRounder, k = shifted - F::kRounder;
   const V p = detail::exp_polynomial<A>((-bounded - k * F::kLn2High) - k * F::kLn2Low);
   return each(
@@ -90,7 +91,7 @@ class SigmoidSums {
     const Vector<Bits> bits = bits_as<Bits>(w);
     mantissas_ *= mantissas_of(bits);
     exponents_ += bits >> F::kMantissaBits;
-    if (++factors_ % kMostFactors == 0) normalize();
+    if (++factors_ % kMaxFactors == 0) normalize();
   }
 
   // Adds the product. If it is in range so are its factors, since each is at least 1.
@@ -130,7 +131,7 @@ class SigmoidSums {
   }
 
  private:
-  static constexpr int64_t kMostFactors = 64;  // each below 2, so that an A holds their product
+  static constexpr int64_t kMaxFactors = 64;  // each below 2, so that an A holds their product
 
   static inline __attribute__((always_inline)) Vector<A> mantissas_of(Vector<Bits> bits) {
     constexpr Bits kOne = F::kBias << F::kMantissaBits, kMantissa = (Bits{1} << F::kMantissaBits) - 1;

@@ -35,15 +35,15 @@ struct Elimination {
 };
 
 // The index of the largest magnitude in values[begin, end), the first if there are several.
-inline int64_t largest(const double* values, int64_t begin, int64_t end) {
-  double most = 0;
-#pragma omp simd reduction(max : most)
+inline int64_t index_of_largest(const double* values, int64_t begin, int64_t end) {
+  double max_magnitude = 0;
+#pragma omp simd reduction(max : max_magnitude)
   for (int64_t i = begin; i < end; ++i) {
     const double magnitude = std::fabs(values[i]);
-    most = magnitude > most ? magnitude : most;
+    max_magnitude = magnitude > max_magnitude ? magnitude : max_magnitude;
   }
   for (int64_t i = begin; i < end; ++i) {
-    if (std::fabs(values[i]) == most) return i;
+    if (std::fabs(values[i]) == max_magnitude) return i;
   }
   return begin;  // all are NaN
 }
@@ -57,7 +57,7 @@ inline void factor_panel(int64_t n, int64_t first, int64_t count, int64_t from, 
     for (int64_t k = 0; k < count; ++k) column(k)[i] = a.data[i * a.stride + first + k];
   }
   for (int64_t k = 0; k < count; ++k) {
-    const int64_t row = first + k, pivot = largest(column(k), row, n);
+    const int64_t row = first + k, pivot = index_of_largest(column(k), row, n);
     work.swaps[row] = pivot;
     if (pivot != row) {
       for (int64_t j = 0; j < count; ++j) std::swap(column(j)[row], column(j)[pivot]);

@@ -83,7 +83,7 @@ struct alignas(64) TileBuffer {
 };
 
 template <typename A, typename T>
-inline bool lies_as_tile(const Strided<T>& matrix, int64_t rows, int64_t columns) {
+inline bool is_contiguous_tile(const Strided<T>& matrix, int64_t rows, int64_t columns) {
   return std::is_same_v<std::remove_const_t<T>, A> && matrix.column_stride == 1 &&
          (rows == 1 || matrix.row_stride == columns);
 }
@@ -92,7 +92,7 @@ inline bool lies_as_tile(const Strided<T>& matrix, int64_t rows, int64_t columns
 template <typename A, typename T>
 inline const A* load(const Strided<const T>& source, int64_t rows, int64_t columns, A* buffer) {
   if constexpr (std::is_same_v<A, T>) {
-    if (lies_as_tile<A>(source, rows, columns)) return source.data;
+    if (is_contiguous_tile<A>(source, rows, columns)) return source.data;
   }
   for (int64_t row = 0; row < rows; ++row) {
     copy_row(source.data + row * source.row_stride, source.column_stride, buffer + row * columns, 1, columns);
@@ -104,7 +104,7 @@ inline const A* load(const Strided<const T>& source, int64_t rows, int64_t colum
 template <typename A, typename T>
 inline A* destination(const Strided<T>& target, int64_t rows, int64_t columns, A* buffer) {
   if constexpr (std::is_same_v<A, T>) {
-    if (lies_as_tile<A>(target, rows, columns)) return target.data;
+    if (is_contiguous_tile<A>(target, rows, columns)) return target.data;
   }
   return buffer;
 }
