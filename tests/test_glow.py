@@ -387,6 +387,8 @@ def test_an_uninitialised_model_says_what_to_do(call):
 
 
 def test_training_has_the_same_losses_on_every_backend(backend):
+    if backend == "reference":
+        pytest.skip("it is what the others are compared with")
     batches = [torch.rand(4, 1, 8, 8) - 0.5 for _ in range(30)]
     start = Glow(1, 8, steps=2, levels=2, hidden_channels=8)
     start.train().initialize(batches[0])
