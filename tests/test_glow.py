@@ -236,8 +236,8 @@ def test_deep_model_reconstructs_photographs_after_training():
     model = Glow(3, 8, steps=32, levels=3, hidden_channels=32)
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
     losses = []
-    # For convolutions this small, oneDNN's set-up takes longer than the computation.
-    with torch.backends.mkldnn.flags(enabled=False, allow_tf32=None):
+    # For convolutions this small oneDNN's set-up takes longer than the work, and so do NNPACK's transforms.
+    with torch.backends.mkldnn.flags(enabled=False, allow_tf32=None), torch.backends.nnpack.flags(enabled=False):
         model.initialize(model.dequantize(photographs.train[:64]))
         for step in range(200):
             optimizer.param_groups[0]["lr"] = 1e-3 * min(1.0, (step + 1) / 30)
