@@ -283,8 +283,8 @@ def alone(folder: Path) -> dict[str, dict[str, Any]]:
                 trainer = new_trainer(folder / f"{wrapper} chain")
                 before_step(trainer, send(signal.SIGTERM, at=4))
                 assert not trainer.train()
-    dataset = f"array:{save_images(folder / 'images.npz')}"
-    assert cli("train", "--run", folder / "tiny", "--dataset", dataset, *TINY) == 0
+        dataset = f"array:{save_images(folder / 'images.npz')}"
+        assert cli("train", "--run", folder / "tiny", "--dataset", dataset, *TINY) == 0
     (folder / "exists").mkdir()
     (folder / "exists" / "config.json").write_text("{}")
     return results
