@@ -357,6 +357,17 @@ def test_tiles_and_parts_of_any_number_of_samples(backend, case, shape):
     check_gradients(case, inputs)
 
 
+# Many parts of several tiles; and work beside the data, which a known determinant spares.
+@pytest.mark.parametrize("case", ALL_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("shape", [(3, 3, 173, 150), (1, 80, 9, 16)], ids=str)
+def test_native_sums_of_many_parts_and_known_determinants_of_many_channels(case, shape):
+    TestProperties().require_native()
+    inputs = case.draw(shape)
+    with gk.use_backend("native"):
+        check_results(case, inputs)
+        check_gradients(case, inputs)
+
+
 @DIRECTIONS
 def test_parameters_may_lie_anywhere_in_memory(backend, case):
     data, log_scale, bias, weight = case.draw((3, 4, 5, 2))
