@@ -368,6 +368,24 @@ def test_native_sums_of_many_parts_and_known_determinants_of_many_channels(case,
         check_gradients(case, inputs)
 
 
+# More than the caches hold is written past them, where rows begin at whole vectors.
+@DIRECTIONS
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("size", [(3, 8, 300, 300), (3, 8, 299, 301)], ids=str)
+def test_native_data_beyond_the_caches_is_what_its_samples_are(case, size, layout):
+    TestProperties().require_native()
+    data, *parameters = in_layout(case.draw(size, DTYPES["float64"]), layout)
+
+    def results(part):
+        leaf = part.clone().requires_grad_()
+        result = case.operator(leaf, *parameters)[0]
+        return result.detach(), *torch.autograd.grad(result, leaf, part)
+
+    with gk.use_backend("native"):
+        for whole, *parts in zip(results(data), *map(results, data.chunk(2)), strict=True):
+            torch.testing.assert_close(whole, torch.cat(parts))
+
+
 @DIRECTIONS
 def test_parameters_may_lie_anywhere_in_memory(backend, case):
     data, log_scale, bias, weight = case.draw((3, 4, 5, 2))

@@ -347,6 +347,28 @@ def test_rows_of_one_vector(backend, positions, offset):
             check_gradients(case, inputs)
 
 
+# More than the caches hold is written past them, where rows begin at whole vectors: rows of a tile, parts of one.
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("size", [(2100, 16, 8, 8), (3, 8, 300, 300), (3, 8, 299, 301)], ids=str)
+def test_native_data_beyond_the_caches_is_what_its_samples_are(size, layout):
+    TestProperties().require_native()
+    options = (MAPS["glow"], "chunk_scale_shift", "scale_shift")
+    for case in (affine_case("forward", *options), reversible_case(*options)):
+        inputs = in_layout(case.draw(size, DTYPES["float64"]), *[layout] * 3)
+
+        def results(*parts, case=case):
+            if case.undo is None:
+                return case.operator(*parts)
+            leaves = [part.clone().requires_grad_() for part in parts]
+            y, log_det = case.operator(*leaves)
+            return y.detach(), log_det.detach(), *torch.autograd.grad((y, log_det), leaves, (parts[0], log_det))
+
+        with gk.use_backend("native"):
+            halves = map(results, *(tensor.chunk(2) for tensor in inputs))
+            for whole, *parts in zip(results(*inputs), *halves, strict=True):
+                torch.testing.assert_close(whole, torch.cat(parts))
+
+
 @pytest.mark.parametrize("learned_gain", [False, True])
 def test_a_scale_that_overflows_is_more_than_any_floor(backend, learned_gain):
     scale_map = ScaleMap("exp", floor=0.1)
