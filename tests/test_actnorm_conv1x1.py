@@ -386,6 +386,17 @@ def test_native_data_beyond_the_caches_is_what_its_samples_are(case, size, layou
             torch.testing.assert_close(whole, torch.cat(parts))
 
 
+# As of channels-last images without their first and last rows.
+@DIRECTIONS
+@pytest.mark.parametrize("size", [6, 16])
+def test_samples_apart_from_each_other_whose_channels_lie_together(backend, case, size):
+    data, *parameters = case.draw((3, size, 5, 7))
+    room = torch.full((3, size, 9, 7), torch.nan).to(memory_format=torch.channels_last)
+    inputs = [room[:, :, 2:7].copy_(data), *parameters]
+    check_results(case, inputs)
+    check_gradients(case, inputs)
+
+
 @DIRECTIONS
 def test_parameters_may_lie_anywhere_in_memory(backend, case):
     data, log_scale, bias, weight = case.draw((3, 4, 5, 2))
