@@ -38,7 +38,7 @@ from torch import Tensor
 
 import glow_kernels as gk
 from glow_kernels.backends.numerics import compute_dtype
-from glow_kernels.ops.folding import invertible
+from glow_kernels.ops.folding import fold_inverse, invertible
 
 # Around the sizes of the tiles in the interpreter.
 CHANNELS = [1, 2, 3, 6, 15, 16, 17, 31, 33, 48, 64, 65] if INTERPRETED else list(range(1, 51))
@@ -558,6 +558,39 @@ def test_singular_weight_has_no_log_det_and_no_inverse(backend, weight, dtype):
         gk.actnorm_conv1x1_inverse(data, log_scale, bias, weight)
     message = "weight must be invertible, got a singular (3, 3) matrix, or parameters that are not finite"
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weight_that_is_not_finite_has_no_inverse(backend, value):
+    data, weight = torch.randn(2, 3, 4), torch.eye(3)
+    weight[2, 1] = value
+    if backend != "reference" and data.is_cuda:
+        return
+    with pytest.raises(ValueError, match="or parameters that are not finite"):
+        gk.actnorm_conv1x1_inverse(data, torch.zeros(3), torch.zeros(3), weight)
+
+
+def test_reversible_backward_of_a_singular_weight(backend):
+    data, zeros = torch.randn(2, 3, 4), torch.zeros(3)
+    if backend != "reference" and data.is_cuda:
+        return
+    with pytest.raises(ValueError, match="weight must be invertible"):
+        gk.ops.actnorm_conv1x1_reversible_backward(data, zeros[:2], data, zeros, zeros, torch.ones(3, 3))
+
+
+def test_one_singular_weight_among_many(backend):
+    weights, zeros = torch.eye(3).repeat(4, 1, 1), torch.zeros(4, 3)
+    weights[2] = 1.0
+    if backend != "reference" and weights.is_cuda:
+        return
+    with pytest.raises(ValueError, match="weight must be invertible"):
+        fold_inverse(zeros, zeros, weights, None)
+
+
+def test_a_pivot_may_be_negative(backend):
+    case = conv_case("inverse")
+    data, log_scale, bias, _ = case.draw((3, 2, 5), DTYPES["float64"])
+    check_results(case, [data, log_scale, bias, torch.tensor([[1e-18, 1.0], [-1.0, 1.0]], dtype=torch.float64)])
 
 
 def test_other_errors_than_a_singular_weight_stay_what_they_are():
