@@ -397,6 +397,17 @@ def test_samples_apart_from_each_other_whose_channels_lie_together(backend, case
     check_gradients(case, inputs)
 
 
+@pytest.mark.parametrize("registered_apply", registered_operators("actnorm_conv1x1_apply"))
+def test_the_matrix_of_a_map_may_lie_anywhere_in_memory(registered_apply):
+    operator, arguments = TestProperties().sample(registered_apply, (3, 4, 5), Tensor.contiguous)
+    apart = [
+        arg.repeat_interleave(2, -1)[..., ::2] if isinstance(arg, Tensor) and arg.dim() < 3 else arg
+        for arg in arguments
+    ]
+    for one, other in zip(evaluate(operator, apart), evaluate(operator, arguments), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 @DIRECTIONS
 def test_parameters_may_lie_anywhere_in_memory(backend, case):
     data, log_scale, bias, weight = case.draw((3, 4, 5, 2))

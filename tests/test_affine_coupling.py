@@ -603,6 +603,15 @@ def test_learned_gain_has_one_value_per_channel(backend):
     torch.testing.assert_close(log_det, torch.tensor([-2.0]))
 
 
+@pytest.mark.parametrize("shape", [(3, 5), (3, 5, 4, 2)], ids=str)
+def test_learned_gain_may_lie_anywhere_in_memory(backend, shape):
+    case = affine_case("forward", MAPS["tanh"], "chunk_scale_shift", "scale_shift", learned_gain=True)
+    x, h, gain = case.draw(shape)
+    for laid_out in (gain.repeat_interleave(2)[::2], gain[:1].expand(5)):
+        check_results(case, [x, h, laid_out])
+        check_gradients(case, [x, h, laid_out])
+
+
 def test_names_of_scale_maps_and_the_default_options(backend):
     x, h = torch.randn(2, 3, 5), torch.randn(2, 6, 5)
     named = {"sigmoid": ScaleMap("sigmoid", offset=2.0), "exp": ScaleMap("exp"), "tanh": ScaleMap("tanh")}

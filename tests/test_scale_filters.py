@@ -158,6 +158,13 @@ def test_gradients_of_every_memory_layout(backend, layout, of_grad):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
+def test_vectors_may_lie_anywhere_in_memory(backend):
+    weight, *vectors = CASES[1].draw((5, 4, 3))
+    apart = [weight, *(vector.repeat_interleave(2)[::2] for vector in vectors)]
+    check_results(CASES[1], apart)
+    check_gradients(CASES[1], apart, [torch.randn(5, 4, 3), torch.randn(5, 2)[:, 0]])
+
+
 @given(data=st.data(), shape=any_shape())
 @PROPERTY
 def test_any_shape_layout_and_type(backend, data, shape):
