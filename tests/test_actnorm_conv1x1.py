@@ -729,6 +729,22 @@ def test_the_native_library_itself_refuses_what_it_has_no_kernels_for(channels):
             operator(*data, *parameters)
 
 
+@pytest.mark.parametrize(
+    ("function", "arguments", "message"),
+    [
+        ("apply", (X, torch.eye(4), C), "matrix must be"),
+        ("forward", (X, torch.zeros(4), C, W, None), "do not agree"),
+        ("forward", (X, C.double(), C, W, None), "do not agree"),
+        ("backward", (X, torch.zeros(3), X, C, C, W, None, True), "grad_log_det must be"),
+        ("fold", (C, C, torch.zeros(3, 4), None), "weight must be"),
+    ],
+)
+def test_the_native_library_itself_refuses_what_does_not_go_together(function, arguments, message):
+    TestProperties().require_native()
+    with pytest.raises(RuntimeError, match=message):
+        getattr(torch.ops.glow_kernels, f"actnorm_conv1x1_{function}_native")(*arguments)
+
+
 @pytest.mark.parametrize(("direction", "name"), [("forward", "x"), ("inverse", "z")])
 @pytest.mark.parametrize("bad", BAD_ARGUMENTS)
 def test_bad_arguments_are_named(direction, name, bad):

@@ -191,7 +191,25 @@ def test_bad_arguments(arguments, message):
         scale_filters(*arguments)
 
 
-# One convolution, three of a network whose last has large filters, and seven with vectors, empty and odd sizes.
+@pytest.mark.parametrize(
+    ("function", "arguments", "message"),
+    [
+        ("forward_all", lambda w, v: ([w], [v], [v], [1.0], w.dtype, [4, 8]), "filters get no zeros"),
+        ("forward", lambda w, v: (w, v, v, 1.0, torch.float64), "dtype must be that of weight"),
+        ("forward", lambda w, v: (w.mT, v, v, 1.0, w.dtype), "weight must .* be contiguous or channels last"),
+        ("backward", lambda w, v: (w.mT, v, w, v, v, 1.0), "grad_weight must .* be contiguous or channels last"),
+        ("backward", lambda w, v: (w, v[1:], w, v, v, 1.0), "grad_bias must .* a number for every filter"),
+    ],
+)
+def test_the_native_library_itself_refuses_what_it_has_no_kernels_for(function, arguments, message):
+    TestProperties().require_native()
+    with pytest.raises(RuntimeError, match=message):
+        getattr(torch.ops.glow_kernels, f"scale_filters_{function}_native")(
+            *arguments(torch.zeros(4, 4, 3, 3), torch.zeros(4))
+        )
+
+
+# One convolution, the three of a network whose last has large filters, and seven: vectors, nothing, odd sizes.
 SEVERAL = {
     "one": [(7, 5, 3, 3)],
     "network": [(16, 6, 3, 3), (16, 64, 1, 1), (3, 512, 3, 3)],
