@@ -46,6 +46,7 @@ from glow_kernels.ops.affine_coupling import LAYOUTS as CHANNEL_LAYOUTS
 
 MAPS = {kind: ScaleMap(kind) for kind in KINDS}
 MAPS["glow"] = ScaleMap("sigmoid", offset=2.0)
+MAPS["sigmoid_with_gain"] = ScaleMap("sigmoid", slope=0.7, gain=1.5)
 MAPS |= {f"{kind}_with_everything": ScaleMap(kind, 0.7, -0.3, 1.5, 0.1, low=-0.6, high=0.9) for kind in KINDS}
 
 
@@ -571,6 +572,37 @@ def test_saturated_sigmoid_keeps_log_det_and_its_gradient(backend, u, dtype):
     (grad,) = torch.autograd.grad(log_det.sum(), h)
     assert ((grad[:, :3].double() - float(u < 0)).abs() <= math.exp(-98.0)).all()
     assert (grad[:, 3:] == 0).all()
+
+
+@pytest.mark.parametrize("place", range(0, 64, 7))
+def test_one_scale_out_of_range_among_many(backend, place):
+    case = affine_case("forward", MAPS["glow"], "chunk_scale_shift", "shift_scale")
+    x, h = case.draw((1, 1, 64))
+    h[0, 0, place] = -95.0
+    check_results(case, [x, h])
+    check_gradients(case, [x, h])
+
+
+def test_a_product_of_hundreds_of_mantissas_near_two(backend):
+    # 1 + exp(-v) is 1.9 everywhere; 1.9 to the power of 255 is beyond float32.
+    case = affine_case("forward", ScaleMap("sigmoid"), "chunk_scale_shift", "shift_scale")
+    x, h = case.draw((2, 90, 12))
+    h[:, :90] = -math.log(0.9)
+    check_results(case, [x, h])
+
+
+def test_bfloat16_is_rounded_to_even(backend):
+    x = (1 + torch.arange(128) / 128).bfloat16()[None]
+    h = torch.cat((torch.zeros_like(x), torch.full_like(x, 2**-8)), dim=1)
+    y, _ = gk.affine_coupling(x, h, "exp", "chunk_scale_shift")
+    assert torch.equal(y, (x.float() + 2**-8).bfloat16())
+
+
+def test_nan_of_any_bits_stays_nan_in_bfloat16(backend):
+    x, h = torch.randn(1, 2), torch.zeros(1, 4, dtype=torch.bfloat16, requires_grad=True)
+    nan = torch.full((1, 2), -1, dtype=torch.int32).view(torch.float32)
+    (grad,) = torch.autograd.grad(gk.affine_coupling(x, h, "exp", "chunk_scale_shift")[0], h, nan)
+    assert grad.isnan().all()
 
 
 @pytest.mark.parametrize("kind", ["tanh", "atan", "softsign", "clip"])
