@@ -62,6 +62,12 @@ def test_every_number_of_channels(backend, size):
     check_results(CASE, CASE.draw((2, size, 3, 5)))
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_means_that_move_along_the_positions(backend, layout):
+    (x,) = CASE.draw((2, 3, 5000))
+    check_results(CASE, in_layout([x + torch.arange(5000) * 1e-3], layout))
+
+
 @pytest.mark.parametrize("first", [1e4, -1e7], ids=["like_the_others", "far_away"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_a_mean_of_a_million_standard_deviations_does_not_cancel(backend, layout, first):

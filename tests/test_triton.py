@@ -220,7 +220,28 @@ def test_elementary_functions_let_nan_and_infinity_through(name):
     torch.testing.assert_close(probes.elementary(x, name), getattr(torch, name)(x), equal_nan=True)
 
 
-# Sizes, positions and strides (B, C, P) whose products exceed 32 bits.
+@INTERPRETED
+@pytest.mark.parametrize(("sizes", "dimension"), [((3, 300), 1), ((300, 70), 0), ((7, 70), 0)])
+def test_sums_of_many_partial_results(sizes, dimension):
+    from glow_kernels.backends.triton.sums import sum_partial
+
+    partial = torch.randn(sizes, dtype=torch.float64)
+    torch.testing.assert_close(sum_partial(partial, dimension), partial.sum(dimension))
+
+
+@INTERPRETED
+def test_statistics_where_more_programs_find_room_than_are_combined(monkeypatch):
+    from glow_kernels.backends.triton import actnorm_statistics, launch
+
+    monkeypatch.setattr(actnorm_statistics, "_MAX_CHUNKS", 4)
+    monkeypatch.setitem(launch.MEASURED, "statistics", {"elements": 64})
+    x = torch.randn(1, 2, 300)
+    mean, variance = actnorm_statistics.forward(x)
+    torch.testing.assert_close(mean, x.mean((0, 2)))
+    torch.testing.assert_close(variance, x.var((0, 2), correction=0))
+
+
+# Positions, channels and strides (B, C, P) whose products leave 32 bits.
 WIDE = [
     ((8, 1, 70_000), (7, 0, 65_536), (70_000 * 65_536, 1, 65_536)),
     ((2, 5, 3), (0, 1, 2), (3 * 2**31, 2**31 + 16, 16)),
