@@ -22,7 +22,7 @@ from glow_kernels.interop.openai import (
     matrix,
     signature_calls,
 )
-from glow_kernels.interop.patch import Call, Patch, has_hooks, is_as_found, options_of, own
+from glow_kernels.interop.patch import Call, Patch, has_hooks, is_unchanged, options_of, original_class
 from glow_kernels.interop.probe import Coupling
 from glow_kernels.interop.steps import Linear, Parts
 from glow_kernels.interop.workshop import Workshop
@@ -70,7 +70,7 @@ class AffineCoupling(Patch):
         """``y`` and the new log-determinant."""
         log_det, reverse, known = arguments(self, args, options)
         if not known:
-            return own(self).forward(self, x, *args, **options)
+            return original_class(self).forward(self, x, *args, **options)
         initialize(self, "forward", x, *args, **options)
         y, change = steps.inverse(AffineCoupling.parts(self), x) if reverse else run(self, x)
         return y, added(log_det, change)
@@ -106,8 +106,8 @@ class FlowStep(Patch):
         log_det, reverse, known = arguments(self, args, options)
         initialize(self, "forward", x, *args, **options)
         layers = (self.norm, self.conv, self.coup)
-        if not known or has_hooks(*layers) or not is_as_found(*layers) or not is_initialized(self.norm):
-            return own(self).forward(self, x, *args, **options)
+        if not known or has_hooks(*layers) or not is_unchanged(*layers) or not is_initialized(self.norm):
+            return original_class(self).forward(self, x, *args, **options)
         y, change = steps.inverse(FlowStep.parts(self), x) if reverse else run(self, x)
         return y, added(log_det, change)
 

@@ -47,7 +47,7 @@ class Constants:
         self._versions: list[tuple[Tensor, int]] = []
         self._count, self._hold = -1, True
 
-    def hold(self, module: nn.Module) -> bool:
+    def unchanged_in(self, module: nn.Module) -> bool:
         """Whether ``module`` still has these constants."""
         attributes = module.__dict__
         try:
@@ -63,7 +63,7 @@ class Constants:
                 return self._compare(module)
         return self._hold
 
-    def exchange(self, name: str, value: Any) -> None:
+    def replace(self, name: str, value: Any) -> None:
         """Make ``value``, which is equivalent, the constant value of the attribute ``name``."""
         if name in self._attributes:
             self._attributes[name] = value

@@ -16,7 +16,16 @@ from torch import Tensor, nn
 
 from glow_kernels.interop.copies import faithful_copy
 from glow_kernels.interop.openai import ActNorm2d, is_initialized
-from glow_kernels.interop.patch import Call, Mismatch, Patch, has_hooks, is_as_found, options_of, own, patch_of
+from glow_kernels.interop.patch import (
+    Call,
+    Mismatch,
+    Patch,
+    has_hooks,
+    is_unchanged,
+    options_of,
+    original_class,
+    patch_of,
+)
 from glow_kernels.interop.scale_map import round_number
 from glow_kernels.interop.stand_ins import SPATIAL
 from glow_kernels.interop.workshop import Workshop
@@ -97,7 +106,7 @@ class ScaledConv2d(Patch):
         """(B, in_channels, H, W) to (B, out_channels, H, W)."""
         convolution, scaling = _convolution(self), options_of(self)
         if convolution is not self and has_hooks(convolution):
-            result: Tensor = own(self).forward(self, x)
+            result: Tensor = original_class(self).forward(self, x)
             return result
         scale = (scaling.factor * getattr(self, scaling.name).flatten()).exp()
         if not scaling.border:
@@ -139,8 +148,8 @@ class ActNormConv2d(Patch):
         """(B, in_channels, H, W) to (B, out_channels, H, W)."""
         convolution, actnorm = _convolution(self), self.actnorm
         watched = has_hooks(actnorm, *([convolution] if convolution is not self else []))
-        if watched or not is_as_found(actnorm) or not is_initialized(actnorm):
-            result: Tensor = own(self).forward(self, x)
+        if watched or not is_unchanged(actnorm) or not is_initialized(actnorm):
+            result: Tensor = original_class(self).forward(self, x)
             return result
         shift = actnorm.bias.flatten()
         if convolution.bias is not None:
@@ -233,7 +242,7 @@ def _is_alone(layer: nn.Module, *patches: type[Patch]) -> bool:
     if patch_of(layer) not in patches:
         return _is_plain(layer) and not has_hooks(layer)
     parts = (layer, *layer.children())
-    return is_as_found(*parts) and not has_hooks(*parts)
+    return is_unchanged(*parts) and not has_hooks(*parts)
 
 
 def _scaled(convolution: Any, x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ def faithful_copy(module: Any, copies: dict[int, Any] | None = None) -> Any:
                 layer.__dict__[name] = rebound = _rebind(value, copies)
                 # Otherwise a patched copy would see a changed constant and fall back to the original's code.
                 if CONSTANTS in layer.__dict__:
-                    layer.__dict__[CONSTANTS].exchange(name, rebound)
+                    layer.__dict__[CONSTANTS].replace(name, rebound)
     return copied
 
 

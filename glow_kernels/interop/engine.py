@@ -34,8 +34,8 @@ from glow_kernels.interop.patch import (
     Mismatch,
     Patch,
     apply,
-    consists_as_found,
-    is_as_found,
+    has_same_submodules,
+    is_unchanged,
     is_uninitialised,
     memory_of,
     options_of,
@@ -320,10 +320,10 @@ def _is_outdated(module: nn.Module, memory: Memory | None) -> bool:
     if patch is None:
         return False
     if current is not None:
-        if not consists_as_found(module):
+        if not has_same_submodules(module):
             return True
         current = dataclasses.replace(current, restores_buffers=False)
-    return (patch.has_network and current != memory) or not is_as_found(module, *patch.inner(module))
+    return (patch.has_network and current != memory) or not is_unchanged(module, *patch.inner(module))
 
 
 @functools.cache

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from glow_kernels.interop import steps
 from glow_kernels.interop.claims import NO_SYNC
 from glow_kernels.interop.memory import initialize, run, run_alone
-from glow_kernels.interop.patch import Call, Mismatch, Patch, is_set, once, options_of, own
+from glow_kernels.interop.patch import Call, Mismatch, Patch, is_set, options_of, original_class, shared_log_det
 from glow_kernels.interop.probe import Coupling
 from glow_kernels.interop.stand_ins import SPATIAL, VOLUME
 from glow_kernels.interop.steps import Parts
@@ -72,7 +72,7 @@ class ActNorm(Patch):
     def forward(self: Any, x: Any, rev: bool = False, jac: bool = True) -> Result:
         """``[y]`` and J (B,)."""
         if self.init_on_next_batch:
-            result: Result = own(self).forward(self, x, rev=rev, jac=jac)
+            result: Result = original_class(self).forward(self, x, rev=rev, jac=jac)
             return result
         log_det = (self.scale.sum() * math.prod(self.dims_in[1:])).repeat(x[0].shape[0])
         if rev:
@@ -99,7 +99,7 @@ class LaterActNorm(Patch):
     def forward(self: Any, x_or_z: Any, c: Any = None, rev: bool = False, jac: bool = True) -> Result:
         """``(y,)`` and J (1,)."""
         if not is_set(self, self.is_initialized):
-            result: Result = own(self).forward(self, x_or_z, c, rev=rev, jac=jac)
+            result: Result = original_class(self).forward(self, x_or_z, c, rev=rev, jac=jac)
             return result
         x = x_or_z[0]
         log_det = x.shape[2:].numel() * self.log_scale.sum().view(1)
@@ -127,7 +127,7 @@ class Fixed1x1Conv(Patch):
         matrix, log_det = (self.M_inv, -self.logDetM) if rev else (self.M, self.logDetM)
         zeros = matrix.new_zeros(matrix.shape[0])
         y, total = actnorm_conv1x1(x[0], zeros, zeros, matrix[:, :, 0, 0], log_det)
-        return (y,), once(total)
+        return (y,), shared_log_det(total)
 
 
 class AffineCouplingOneSided(Patch):
@@ -219,7 +219,7 @@ class AllInOneBlock(Patch):
 
     dialect, kind = "FrEIA", "AllInOneBlock"
     has_network = True
-    live = ("w_perm", "w_perm_inv")
+    mutable_attributes = ("w_perm", "w_perm_inv")
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from glow_kernels.interop.copies import faithful_copy
 from glow_kernels.interop.memory import initialize, run_alone
-from glow_kernels.interop.patch import Call, Mismatch, Patch, Results, once, options_of, own
+from glow_kernels.interop.patch import Call, Mismatch, Patch, Results, options_of, original_class, shared_log_det
 from glow_kernels.interop.probe import Coupling
-from glow_kernels.interop.stand_ins import UNTOUCHABLE
+from glow_kernels.interop.stand_ins import OPAQUE_CONTEXT
 from glow_kernels.interop.workshop import Workshop
 from glow_kernels.ops import actnorm_conv1x1, actnorm_conv1x1_inverse
 
@@ -36,14 +36,14 @@ def _calls(channels: int, speaker: int = 0) -> list[Call]:
     def masked(module: Any, x: Tensor, reverse: bool) -> Any:
         return module(x * mask(x), mask(x), reverse=reverse)
 
-    def spoken(module: Any, x: Tensor, g: Any = UNTOUCHABLE) -> Any:
+    def spoken(module: Any, x: Tensor, g: Any = OPAQUE_CONTEXT) -> Any:
         return module(x * mask(x), mask(x), g=g)
 
     return [
         Call("forward", lambda module, x: masked(module, x, False), (shape,)),
         Call("reverse", lambda module, x: masked(module, x, True), (shape,)),
         Call("without mask", lambda module, x: module(x), (shape,), optional=True),
-        Call("with g", spoken, (shape, *speakers), optional=True, untouchable=not speaker),
+        Call("with g", spoken, (shape, *speakers), optional=True, opaque_context=not speaker),
     ]
 
 
@@ -78,7 +78,7 @@ class InvConvNear(Patch):
     def forward(self: Any, x: Tensor, x_mask: Any = None, reverse: bool = False, g: Any = None) -> Any:
         """``z`` and ``logdet`` (B,), or None in reverse."""
         if getattr(self, "weight_inv", None) is not None:
-            return own(self).forward(self, x, x_mask, reverse=reverse)
+            return original_class(self).forward(self, x, x_mask, reverse=reverse)
         batch, channels, length = x.shape
         split = len(self.weight)
         groups, half = channels // split, split // 2
@@ -89,7 +89,7 @@ class InvConvNear(Patch):
         z = z.view(batch, 2, half, groups, length).transpose(2, 3).reshape(batch, channels, length)
         if x_mask is not None:
             # Counted for every position that the mask keeps; one mask may serve all samples.
-            z, log_det = z * x_mask, once(log_det) * (x_mask.sum([1, 2]) / length)
+            z, log_det = z * x_mask, shared_log_det(log_det) * (x_mask.sum([1, 2]) / length)
         return z, None if reverse and not options_of(self).has_log_det else log_det
 
 

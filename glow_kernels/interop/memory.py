@@ -24,7 +24,14 @@ from torch.utils.checkpoint import checkpoint
 
 from glow_kernels.interop import steps
 from glow_kernels.interop.constants import PLAIN
-from glow_kernels.interop.patch import any_hooks, consists_as_found, is_uninitialised, memory_of, own, patch_of
+from glow_kernels.interop.patch import (
+    any_hooks,
+    has_same_submodules,
+    is_uninitialised,
+    memory_of,
+    original_class,
+    patch_of,
+)
 from glow_kernels.reversible import guards, recompute
 from glow_kernels.reversible.anatomy import SUBSTITUTION, Anatomy, in_modes
 from glow_kernels.reversible.randomness import RandomState
@@ -208,7 +215,7 @@ def initialize(module: nn.Module, method: str, *arguments: Any, **options: Any) 
     others = [layer for layer in module.modules() if not is_uninitialised(layer)]
     with torch.no_grad(), RandomState(device).replayed(), _buffers_restored(others):
         arguments, options = pytree.tree_map_only(Tensor, Tensor.clone, (arguments, options))
-        getattr(own(module), method)(module, *arguments, **options)
+        getattr(original_class(module), method)(module, *arguments, **options)
 
 
 def _apply(
@@ -316,7 +323,7 @@ def _active(module: nn.Module, x: Tensor | None = None, context: Sequence[Any] =
     if any_hooks(_harmless, *Anatomy.of(module).modules[1:]):
         return None
     # It is not known whether a new network may be evaluated twice; one with spectral_norm, for example, may not.
-    if not _is_replica(module) and not consists_as_found(module):
+    if not _is_replica(module) and not has_same_submodules(module):
         return None
     leaves = pytree.tree_leaves(context)
     if not all(isinstance(leaf, (Tensor, *PLAIN)) for leaf in leaves):

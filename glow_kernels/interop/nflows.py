@@ -15,8 +15,17 @@ from glow_kernels.backends.numerics import wide_dtype
 from glow_kernels.interop import steps
 from glow_kernels.interop.claims import NO_SYNC
 from glow_kernels.interop.memory import initialize, run
-from glow_kernels.interop.patch import Call, Mismatch, Patch, has_hooks, is_as_found, is_set, options_of, own
-from glow_kernels.interop.stand_ins import SPATIAL, UNTOUCHABLE, spatial_of
+from glow_kernels.interop.patch import (
+    Call,
+    Mismatch,
+    Patch,
+    has_hooks,
+    is_set,
+    is_unchanged,
+    options_of,
+    original_class,
+)
+from glow_kernels.interop.stand_ins import OPAQUE_CONTEXT, SPATIAL, spatial_of
 from glow_kernels.interop.steps import Parts
 from glow_kernels.interop.workshop import Workshop
 from glow_kernels.ops import actnorm_conv1x1, actnorm_conv1x1_inverse
@@ -24,21 +33,21 @@ from glow_kernels.ops import actnorm_conv1x1, actnorm_conv1x1_inverse
 Result = tuple[Tensor, Tensor]
 
 
-def _calls(channels: int, *spatials: tuple[int, ...], untouchable: bool = False) -> list[Call]:
+def _calls(channels: int, *spatials: tuple[int, ...], opaque_context: bool = False) -> list[Call]:
     calls = []
     for spatial in spatials:
         shape = (2, channels, *spatial)
-        calls += _both_directions(shape, shape, "" if spatial else " of vectors", untouchable)
+        calls += _both_directions(shape, shape, "" if spatial else " of vectors", opaque_context)
     return calls
 
 
 def _both_directions(
-    before: tuple[int, ...], after: tuple[int, ...], suffix: str = "", untouchable: bool = False
+    before: tuple[int, ...], after: tuple[int, ...], suffix: str = "", opaque_context: bool = False
 ) -> list[Call]:
-    context = UNTOUCHABLE if untouchable else None
+    context = OPAQUE_CONTEXT if opaque_context else None
     return [
-        Call("forward" + suffix, lambda module, x: module(x, context), (before,), untouchable=untouchable),
-        Call("inverse" + suffix, lambda module, z: module.inverse(z, context), (after,), untouchable=untouchable),
+        Call("forward" + suffix, lambda module, x: module(x, context), (before,), opaque_context=opaque_context),
+        Call("inverse" + suffix, lambda module, z: module.inverse(z, context), (after,), opaque_context=opaque_context),
     ]
 
 
@@ -55,12 +64,12 @@ class ActNorm(Patch):
 
     @classmethod
     def calls(cls, module: Any, options: Any) -> list[Call]:
-        return _calls(len(module.shift), SPATIAL, (), untouchable=True)
+        return _calls(len(module.shift), SPATIAL, (), opaque_context=True)
 
     def forward(self: Any, inputs: Tensor, context: Any = None) -> Result:
         """``outputs`` and ``logabsdet`` (B,)."""
         if (self.training and not is_set(self, self.initialized)) or inputs.dim() not in (2, 4):
-            result: Result = own(self).forward(self, inputs, context)
+            result: Result = original_class(self).forward(self, inputs, context)
             return result
         shape = (1, -1, *(1,) * (inputs.dim() - 2))
         outputs = self.log_scale.exp().view(shape) * inputs + self.shift.view(shape)
@@ -82,12 +91,12 @@ class OneByOneConvolution(Patch):
 
     @classmethod
     def calls(cls, module: Any, options: Any) -> list[Call]:
-        return _calls(len(module.bias), SPATIAL, untouchable=True)
+        return _calls(len(module.bias), SPATIAL, opaque_context=True)
 
     def forward(self: Any, inputs: Tensor, context: Any = None) -> Result:
         """``outputs`` and ``logabsdet`` (B,)."""
         if not _can_fuse_convolution(self, inputs):
-            result: Result = own(self).forward(self, inputs, context)
+            result: Result = original_class(self).forward(self, inputs, context)
             return result
         weight, weight_log_det = _matrix(self)
         zeros = weight.new_zeros(weight.shape[0])
@@ -97,7 +106,7 @@ class OneByOneConvolution(Patch):
     def inverse(self: Any, inputs: Tensor, context: Any = None) -> Result:
         """``inputs`` and ``logabsdet`` (B,)."""
         if not _can_fuse_convolution(self, inputs):
-            result: Result = own(self).inverse(self, inputs, context)
+            result: Result = original_class(self).inverse(self, inputs, context)
             return result
         weight, weight_log_det = _matrix(self, to_invert=True)
         zeros = weight.new_zeros(weight.shape[0])
@@ -140,7 +149,7 @@ class AffineCouplingTransform(Patch):
     @classmethod
     def calls(cls, module: Any, options: Any) -> list[Call]:
         sizes = options.channels, spatial_of(module.transform_net)
-        return [*_calls(*sizes), *_calls(*sizes, untouchable=True)[:1]]
+        return [*_calls(*sizes), *_calls(*sizes, opaque_context=True)[:1]]
 
     @classmethod
     def parts(cls, module: Any) -> Parts:
@@ -149,7 +158,7 @@ class AffineCouplingTransform(Patch):
     def forward(self: Any, inputs: Tensor, context: Any = None) -> Result:
         """``outputs`` and ``logabsdet`` (B,)."""
         if inputs.dim() not in (2, 4) or inputs.shape[1] != options_of(self).channels:
-            result: Result = own(self).forward(self, inputs, context)
+            result: Result = original_class(self).forward(self, inputs, context)
             return result
         initialize(self, "forward", inputs, context)
         return run(self, inputs, context)
@@ -157,7 +166,7 @@ class AffineCouplingTransform(Patch):
     def inverse(self: Any, inputs: Tensor, context: Any = None) -> Result:
         """``inputs`` and ``logabsdet`` (B,)."""
         if inputs.dim() not in (2, 4) or inputs.shape[1] != options_of(self).channels:
-            result: Result = own(self).inverse(self, inputs, context)
+            result: Result = original_class(self).inverse(self, inputs, context)
             return result
         return steps.inverse(AffineCouplingTransform.parts(self), inputs, context)
 
@@ -194,12 +203,12 @@ class CompositeTransform(Patch):
 
     def forward(self: Any, inputs: Tensor, context: Any = None) -> Result:
         """``outputs`` and ``logabsdet`` (B,)."""
-        return own(self)._cascade(inputs, _fused(list(self._transforms), inputs), context)  # type: ignore[no-any-return]
+        return original_class(self)._cascade(inputs, _fused(list(self._transforms), inputs), context)  # type: ignore[no-any-return]
 
     def inverse(self: Any, inputs: Tensor, context: Any = None) -> Result:
         """``inputs`` and ``logabsdet`` (B,)."""
         steps = _fused(list(self._transforms), inputs)
-        return own(self)._cascade(inputs, [step.inverse for step in reversed(steps)], context)  # type: ignore[no-any-return]
+        return original_class(self)._cascade(inputs, [step.inverse for step in reversed(steps)], context)  # type: ignore[no-any-return]
 
 
 class _Pair:
@@ -247,14 +256,14 @@ def _is_pair(first: Any, second: Any) -> bool:
 
 def _can_fuse(actnorm: Any, convolution: Any, inputs: Tensor) -> bool:
     ready = not actnorm.training or is_set(actnorm, actnorm.initialized)
-    fits = is_as_found(actnorm) and _can_fuse_convolution(convolution, inputs)
+    fits = is_unchanged(actnorm) and _can_fuse_convolution(convolution, inputs)
     return ready and fits and not has_hooks(actnorm, convolution)
 
 
 def _can_fuse_convolution(convolution: Any, inputs: Tensor) -> bool:
     cached = convolution.using_cache and not convolution.training
     free = not cached and not has_hooks(convolution.permutation)
-    return inputs.dim() == 4 and free and is_as_found(convolution)
+    return inputs.dim() == 4 and free and is_unchanged(convolution)
 
 
 def _matrix(convolution: Any, to_invert: bool = False) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,17 @@ from glow_kernels.interop import steps
 from glow_kernels.interop.claims import DOUBLE, NO_SYNC, STABLE
 from glow_kernels.interop.copies import faithful_copy
 from glow_kernels.interop.memory import initialize, run
-from glow_kernels.interop.patch import Call, Mismatch, Patch, has_hooks, is_as_found, is_set, once, options_of, own
+from glow_kernels.interop.patch import (
+    Call,
+    Mismatch,
+    Patch,
+    has_hooks,
+    is_set,
+    is_unchanged,
+    options_of,
+    original_class,
+    shared_log_det,
+)
 from glow_kernels.interop.stand_ins import SPATIAL, spatial_of
 from glow_kernels.interop.steps import Linear, Parts
 from glow_kernels.interop.workshop import Workshop
@@ -51,14 +61,14 @@ class ActNorm(Patch):
     def forward(self: Any, z: Tensor) -> tuple[Tensor, Tensor]:
         """``x`` and ``log_det`` ()."""
         if not is_set(self, self.data_dep_init_done):
-            result: tuple[Tensor, Tensor] = own(self).forward(self, z)
+            result: tuple[Tensor, Tensor] = original_class(self).forward(self, z)
             return result
         return z * self.s.exp() + self.t, _repetitions(self, z) * self.s.sum()
 
     def inverse(self: Any, z: Tensor) -> tuple[Tensor, Tensor]:
         """``z`` and ``log_det`` ()."""
         if not is_set(self, self.data_dep_init_done):
-            result: tuple[Tensor, Tensor] = own(self).inverse(self, z)
+            result: tuple[Tensor, Tensor] = original_class(self).inverse(self, z)
             return result
         return (z - self.t) * (-self.s).exp(), -_repetitions(self, z) * self.s.sum()
 
@@ -68,7 +78,7 @@ class Invertible1x1Conv(Patch):
 
     dialect, kind = "normflows", "Invertible1x1Conv"
     methods = ("forward", "inverse")
-    live = ("P", "sign_S")
+    mutable_attributes = ("P", "sign_S")
 
     @classmethod
     def improvements(cls, module: Any, options: Any) -> tuple[str, ...]:
@@ -96,14 +106,14 @@ class Invertible1x1Conv(Patch):
         weight, weight_log_det = _matrix(self, to_invert=True)
         zeros = weight.new_zeros(weight.shape[0])
         x, log_det = actnorm_conv1x1_inverse(z, zeros, zeros, weight, weight_log_det)
-        return x, once(log_det)
+        return x, shared_log_det(log_det)
 
     def inverse(self: Any, z: Tensor) -> tuple[Tensor, Tensor]:
         """``z`` and ``log_det`` ()."""
         weight, weight_log_det = _matrix(self)
         zeros = weight.new_zeros(weight.shape[0])
         z, log_det = actnorm_conv1x1(z, zeros, zeros, weight, weight_log_det)
-        return z, once(log_det)
+        return z, shared_log_det(log_det)
 
 
 class AffineCouplingBlock(Patch):
@@ -144,7 +154,7 @@ class AffineCouplingBlock(Patch):
     def forward(self: Any, z: Tensor) -> tuple[Tensor, Tensor]:
         """``x`` and ``log_det`` (B,)."""
         if has_hooks(*self.flows):
-            result: tuple[Tensor, Tensor] = own(self).forward(self, z)
+            result: tuple[Tensor, Tensor] = original_class(self).forward(self, z)
             return result
         return steps.inverse(AffineCouplingBlock.parts(self), z)
 
@@ -183,7 +193,7 @@ class GlowBlock(Patch):
     def forward(self: Any, z: Tensor) -> tuple[Tensor, Tensor]:
         """``x`` and ``log_det`` (B,)."""
         if not _can_fuse(self) or has_hooks(*self.flows, *self.flows[0].flows):
-            result: tuple[Tensor, Tensor] = own(self).forward(self, z)
+            result: tuple[Tensor, Tensor] = original_class(self).forward(self, z)
             return result
         return steps.inverse(GlowBlock.parts(self), z)
 
@@ -191,7 +201,7 @@ class GlowBlock(Patch):
         """``z`` and ``log_det`` (B,)."""
         initialize(self, "inverse", z)
         if not _can_fuse(self):
-            result: tuple[Tensor, Tensor] = own(self).inverse(self, z)
+            result: tuple[Tensor, Tensor] = original_class(self).inverse(self, z)
             return result
         return run(self, z)
 
@@ -217,7 +227,7 @@ def _matrix(convolution: Any, to_invert: bool = False) -> tuple[Tensor, Tensor |
 
 def _can_fuse(block: Any) -> bool:
     coupling, _, actnorm = flows = block.flows
-    found = is_as_found(*flows) and is_as_found(*coupling.flows)
+    found = is_unchanged(*flows) and is_unchanged(*coupling.flows)
     return found and actnorm.s.dim() == 4 and is_set(actnorm, actnorm.data_dep_init_done)
 
 

@@ -21,12 +21,12 @@ from glow_kernels.interop.patch import (
     Mismatch,
     Patch,
     has_hooks,
-    is_as_found,
     is_set,
-    once,
+    is_unchanged,
     options_of,
-    own,
+    original_class,
     patch_of,
+    shared_log_det,
 )
 from glow_kernels.interop.stand_ins import SPATIAL
 from glow_kernels.interop.steps import Linear, Parts
@@ -61,7 +61,7 @@ def added(log_det: Any, change: Tensor) -> Any:
 
 def arguments(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, bool, bool]:
     """The log-determinant and the direction that a layer was called with, and whether there is nothing else."""
-    names, defaults = _signature(own(module))
+    names, defaults = _signature(original_class(module))
     given = dict(zip(names, args, strict=False)) | options
     log_det, reverse = (given.pop(name, default) for name, default in zip(names[:2], defaults, strict=False))
     known = len(args) <= len(names) and all(value is None for value in given.values())
@@ -116,7 +116,7 @@ class ActNorm2d(Patch):
         logdet, reverse, known = arguments(self, args, options)
         fits = x.dim() == 4 and x.shape[1] == self.bias.shape[1]  # most originals refuse to broadcast
         if not known or not fits or not is_initialized(self):
-            return own(self).forward(self, x, *args, **options)
+            return original_class(self).forward(self, x, *args, **options)
         change = x.shape[2] * x.shape[3] * self.logs.sum()
         if reverse:
             return x * (-self.logs).exp() - self.bias, added(logdet, -change)
@@ -127,7 +127,7 @@ class InvertibleConv1x1(Patch):
     """``W x``, with W a parameter (C, C) or ``P L (U + diag(s))``."""
 
     dialect, kind = "openai", "InvertibleConv1x1"
-    live = ("p", "sign_s", "l_mask", "eye")
+    mutable_attributes = ("p", "sign_s", "l_mask", "eye")
 
     @classmethod
     def improvements(cls, module: Any, options: Any) -> tuple[str, ...]:
@@ -158,12 +158,12 @@ class InvertibleConv1x1(Patch):
         """``y`` and the new log-determinant."""
         logdet, reverse, known = arguments(self, args, options)
         if not known or x.dim() != 4:  # some originals multiply vectors from the other side
-            return own(self).forward(self, x, *args, **options)
+            return original_class(self).forward(self, x, *args, **options)
         weight, weight_log_det = matrix(self, to_invert=reverse)
         zeros = weight.new_zeros(weight.shape[0])
         operator = actnorm_conv1x1_inverse if reverse else actnorm_conv1x1
         y, change = operator(x, zeros, zeros, weight, weight_log_det)
-        return y, added(logdet, once(change))
+        return y, added(logdet, shared_log_det(change))
 
 
 class FlowStep(Patch):
@@ -216,9 +216,9 @@ class FlowStep(Patch):
         logdet, reverse, known = arguments(self, args, options)
         initialize(self, "forward", x, *args, **options)
         if not known or logdet is None or not _can_fuse(self):
-            return own(self).forward(self, x, *args, **options)
+            return original_class(self).forward(self, x, *args, **options)
         y, change = steps.inverse(FlowStep.parts(self), x) if reverse else run(self, x)
-        return y, logdet + (once(change) if options_of(self).scale_map is None else change)
+        return y, logdet + (shared_log_det(change) if options_of(self).scale_map is None else change)
 
 
 class Split2d(Patch):
@@ -241,7 +241,7 @@ class Split2d(Patch):
         """The kept half, and ``logdet`` plus the log-density of the other."""
         logdet, reverse, known = arguments(self, args, options)
         if reverse or not known:
-            return own(self).forward(self, x, *args, **options)
+            return original_class(self).forward(self, x, *args, **options)
         kept, dropped = x.chunk(2, 1)
         return kept, gaussian_log_prob(dropped, self.conv(kept), "interleaved_mean_log_sd") + logdet
 
@@ -270,7 +270,7 @@ def matrix(convolution: Any, to_invert: bool = False) -> tuple[Tensor, Tensor | 
 def _can_fuse(step: Any) -> bool:
     layers = step.actnorm, _child(step, PERMUTATIONS)
     learned = layers if hasattr(step, "invconv") else layers[:1]
-    return is_as_found(*learned) and is_initialized(step.actnorm) and not has_hooks(*layers)
+    return is_unchanged(*learned) and is_initialized(step.actnorm) and not has_hooks(*layers)
 
 
 def _linear(step: Any, to_invert: bool) -> Linear:

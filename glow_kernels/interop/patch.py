@@ -63,14 +63,14 @@ class Call:
         run: calls the module with random inputs.
         shapes: of these inputs.
         optional: the original layer may refuse this call; then it is not compared.
-        untouchable: it passes a context that can be neither used nor kept for backward.
+        opaque_context: it passes a context that can be neither used nor kept for backward.
     """
 
     name: str
     run: Callable[..., Any]
     shapes: tuple[tuple[int, ...], ...]
     optional: bool = False
-    untouchable: bool = False
+    opaque_context: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,8 @@ class Results:
 class Patch:
     """How to recognise a layer, and the methods that replace its own; never instantiated.
 
-    The functions named in ``methods`` become methods of the layer: their ``self`` is the layer, and ``own(self)`` is
-    its original class, to be called in cases that the patch does not compute.
+    The functions named in ``methods`` become methods of the layer: their ``self`` is the layer. In cases that the patch
+    does not compute, they call the method of ``original_class(self)``.
 
     Attributes:
         dialect, kind: what the layer is recognised as.
@@ -100,7 +100,8 @@ class Patch:
         note: what part of the layer is not patched, and why, for the report.
         methods: names of the methods that replace those of the layer. They are called only while the layer's attributes
             and buffers are as they were found, and only with arguments that they take; else the original is called.
-        live: names of attributes and buffers that these methods read at every call, and that may therefore change.
+        mutable_attributes: names of attributes and buffers that these methods read at every call, and that may
+            therefore change.
         has_network: it runs a network through :func:`glow_kernels.interop.memory.run` or ``run_alone``, so that its
             activations need not be kept.
     """
@@ -110,7 +111,7 @@ class Patch:
     better: ClassVar[tuple[str, ...]] = ()
     note: ClassVar[str] = ""
     methods: ClassVar[tuple[str, ...]] = ("forward",)
-    live: ClassVar[tuple[str, ...]] = ()
+    mutable_attributes: ClassVar[tuple[str, ...]] = ()
     has_network: ClassVar[bool] = False
 
     @classmethod
@@ -158,7 +159,7 @@ def options_of(module: nn.Module) -> Any:
     return module.__dict__[_OPTIONS]
 
 
-def own(module: nn.Module) -> Any:
+def original_class(module: nn.Module) -> Any:
     """The original class of the patched ``module``."""
     return getattr(type(module), _ORIGINAL)
 
@@ -171,12 +172,12 @@ def apply(module: nn.Module, patch: type[Patch], options: Any = None, memory: Me
     if memory is not None:
         module.__dict__[MEMORY] = memory
         module.__dict__[_MODULES] = Anatomy.of(module).modules[1:]
-    ignored = (*INITIALIZED, *patch.live, _OPTIONS, CONSTANTS, FLAG, MEMORY, _MODULES)
+    ignored = (*INITIALIZED, *patch.mutable_attributes, _OPTIONS, CONSTANTS, FLAG, MEMORY, _MODULES)
     for layer in (module, *patch.inner(module)):
         layer.__dict__[CONSTANTS] = Constants(layer, ignored)
 
 
-def _asked_once(question: Callable[[nn.Module], bool]) -> Callable[[nn.Module], bool]:
+def _compile_time_constant(question: Callable[[nn.Module], bool]) -> Callable[[nn.Module], bool]:
     """``question``, which ``torch.compile`` asks while it compiles, taking the answer for a constant.
 
     The module is passed by its address, since before PyTorch 2.12 no module can be a constant.
@@ -195,15 +196,15 @@ def _asked_once(question: Callable[[nn.Module], bool]) -> Callable[[nn.Module], 
     return ask
 
 
-def is_as_found(*modules: nn.Module) -> bool:
+def is_unchanged(*modules: nn.Module) -> bool:
     """Whether all ``modules`` are patched, or inner modules of a patched one, and have not changed since."""
-    return all(map(_is_as_found, modules))
+    return all(map(_is_unchanged, modules))
 
 
-@_asked_once
-def _is_as_found(module: nn.Module) -> bool:
+@_compile_time_constant
+def _is_unchanged(module: nn.Module) -> bool:
     constants = module.__dict__.get(CONSTANTS)
-    return constants is not None and constants.hold(module)
+    return constants is not None and constants.unchanged_in(module)
 
 
 def memory_of(module: nn.Module) -> Memory | None:
@@ -211,8 +212,8 @@ def memory_of(module: nn.Module) -> Memory | None:
     return module.__dict__.get(MEMORY)
 
 
-@_asked_once
-def consists_as_found(module: nn.Module) -> bool:
+@_compile_time_constant
+def has_same_submodules(module: nn.Module) -> bool:
     """Whether a ``module`` that recomputes activations still has the submodules that it had when it was patched."""
     return module.__dict__.get(_MODULES) == Anatomy.of(module).modules[1:]
 
@@ -281,7 +282,7 @@ def is_set(module: nn.Module, flag: Any) -> bool:
     return False
 
 
-@_asked_once
+@_compile_time_constant
 def _is_still_set(module: nn.Module) -> bool:
     flag, version = module.__dict__[FLAG]
     places = (*module._buffers.values(), *module.__dict__.values())
@@ -314,7 +315,7 @@ def any_hooks(harmless: Callable[[Any], bool] | None, *modules: nn.Module) -> bo
     return False
 
 
-def once(log_det: Tensor) -> Tensor:
+def shared_log_det(log_det: Tensor) -> Tensor:
     """The log-determinant () of a layer whose log-determinants of all samples (B,) are equal."""
     return log_det[0] if log_det.shape[0] else log_det.sum()
 
@@ -370,7 +371,7 @@ def _method(ours: Callable[..., Any], theirs: Callable[..., Any], patch: type[Pa
     def method(self: Any, *args: Any, **options: Any) -> Any:
         # Forward-mode derivatives and torch.func need plain PyTorch, as in the operators.
         transformed = _are_functorch_transforms_active() or forward_ad._current_level >= 0
-        if transformed or not is_as_found(self) or (has_inner and not is_as_found(*patch.inner(self))):
+        if transformed or not is_unchanged(self) or (has_inner and not is_unchanged(*patch.inner(self))):
             return theirs(self, *args, **options)
         if not args and first in options:
             args, options = (options[first],), {name: value for name, value in options.items() if name != first}
@@ -387,7 +388,7 @@ def _method(ours: Callable[..., Any], theirs: Callable[..., Any], patch: type[Pa
 def _reduce(module: nn.Module, protocol: Any) -> Any:
     # pickle cannot find a generated class by its name, but can generate it again.
     _, _, *state = tuple(object.__reduce_ex__(module, protocol))
-    return (_rebuild, (getattr(type(module), _PATCH), own(module)), *state)
+    return (_rebuild, (getattr(type(module), _PATCH), original_class(module)), *state)
 
 
 def _rebuild(patch: type[Patch], original: type[nn.Module]) -> nn.Module:

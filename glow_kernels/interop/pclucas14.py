@@ -17,7 +17,7 @@ from glow_kernels.interop import steps
 from glow_kernels.interop.claims import DOUBLE, DOUBLE_INVERSE, STABLE
 from glow_kernels.interop.copies import faithful_copy
 from glow_kernels.interop.memory import initialize, run
-from glow_kernels.interop.patch import Call, Mismatch, Patch, options_of, own
+from glow_kernels.interop.patch import Call, Mismatch, Patch, options_of, original_class
 from glow_kernels.interop.probe import Coupling
 from glow_kernels.interop.scale_map import round_number
 from glow_kernels.interop.stand_ins import SPATIAL
@@ -87,7 +87,7 @@ class ActNorm(_Layer):
     def forward_(self: Any, x: Tensor, objective: Any) -> Result:
         """``y`` and the new objective."""
         if not self.initialized:
-            result: Result = own(self).forward_(self, x, objective)
+            result: Result = original_class(self).forward_(self, x, objective)
             return result
         bias, log_scale = _of_images(self, x)
         return (x + bias) * log_scale.exp(), objective + x.shape[2:].numel() * log_scale.sum()
@@ -95,7 +95,7 @@ class ActNorm(_Layer):
     def reverse_(self: Any, y: Tensor, objective: Any) -> Result:
         """``x`` and the new objective."""
         if not self.initialized:
-            result: Result = own(self).reverse_(self, y, objective)
+            result: Result = original_class(self).reverse_(self, y, objective)
             return result
         bias, log_scale = _of_images(self, y)
         return y * (-log_scale).exp() - bias, objective - y.shape[2:].numel() * log_scale.sum()

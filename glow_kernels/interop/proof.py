@@ -118,7 +118,7 @@ def prove(
     before, after = workshop.replica(module), workshop.patched_replica(module, patch, options, memory)
     moved = _moved(before, after)
     agreement = Agreement()
-    calls = [call for call in patch.calls(module, options) if memory is None or not call.untouchable]
+    calls = [call for call in patch.calls(module, options) if memory is None or not call.opaque_context]
     for call in calls:
         for training in (True, False):
             compared = _same_formula(call, moved, training, agreement)
@@ -238,7 +238,7 @@ def _rounding(
 
 
 def _does_nothing_else(call: Call, run: _Run, before: Any, patch: type[Patch]) -> None:
-    stored = [name for name in run.stored if name not in patch.live]
+    stored = [name for name in run.stored if name not in patch.mutable_attributes]
     if stored:
         raise Mismatch(f"it stores its {stored[0]}")
     if run.changed:

@@ -25,11 +25,11 @@ from glow_kernels.interop.patch import (
     Patch,
     Results,
     has_hooks,
-    is_as_found,
     is_set,
-    once,
+    is_unchanged,
     options_of,
-    own,
+    original_class,
+    shared_log_det,
 )
 from glow_kernels.interop.stand_ins import SPATIAL, spatial_of
 from glow_kernels.interop.steps import Linear, Parts
@@ -88,7 +88,7 @@ class ActNorm(Patch):
     def forward(self: Any, x: Tensor) -> Any:
         """``y`` and, if the layer returns one, ``log_det`` ()."""
         if not is_set(self, self.initialized) or x.dim() != 4:  # some copies take vectors too
-            return own(self).forward(self, x)
+            return original_class(self).forward(self, x)
         y = self.scale * (x + self.loc)
         if not options_of(self).has_log_det:
             return y
@@ -122,7 +122,7 @@ class InvConv2d(Patch):
         weight, weight_log_det = _matrix(self)
         zeros = weight.new_zeros(weight.shape[0])
         y, log_det = actnorm_conv1x1(x, zeros, zeros, weight, weight_log_det)
-        return (y, once(log_det)) if options_of(self).has_log_det else y
+        return (y, shared_log_det(log_det)) if options_of(self).has_log_det else y
 
     def reverse(self: Any, y: Tensor) -> Tensor:
         """``x``."""
@@ -135,7 +135,7 @@ class InvConv2dLU(InvConv2d):
     """``W x`` with ``W = P L (U + diag(s))``."""
 
     kind = "InvConv2dLU"
-    live = ("w_p", "s_sign", "l_mask", "u_mask", "l_eye")
+    mutable_attributes = ("w_p", "s_sign", "l_mask", "u_mask", "l_eye")
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
@@ -222,16 +222,16 @@ class Flow(Patch):
         """``y`` and, if the layers return one, ``log_det`` (B,); () with an additive coupling."""
         initialize(self, "forward", x)
         if not _can_fuse(self):
-            return own(self).forward(self, x)
+            return original_class(self).forward(self, x)
         y, log_det = run(self, x)
         if not options_of(self.coupling).forward_has_log_det:
             return y
-        return y, once(log_det) if options_of(self.coupling).scale_map is None else log_det
+        return y, shared_log_det(log_det) if options_of(self.coupling).scale_map is None else log_det
 
     def reverse(self: Any, y: Tensor) -> Tensor:
         """``x``."""
         if not _can_fuse(self):
-            result: Tensor = own(self).reverse(self, y)
+            result: Tensor = original_class(self).reverse(self, y)
             return result
         return steps.inverse(Flow.parts(self), y)[0]
 
@@ -294,7 +294,7 @@ def _matrix(convolution: Any, to_invert: bool = False) -> tuple[Tensor, Tensor |
 
 def _can_fuse(step: Any) -> bool:
     layers = (step.actnorm, step.invconv, step.coupling)
-    return is_as_found(*layers) and is_set(step.actnorm, step.actnorm.initialized) and not has_hooks(*layers)
+    return is_unchanged(*layers) and is_set(step.actnorm, step.actnorm.initialized) and not has_hooks(*layers)
 
 
 def _linear(step: Any, to_invert: bool) -> Linear:

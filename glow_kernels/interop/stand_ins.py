@@ -18,7 +18,7 @@ SPATIAL = (4, 6)
 VOLUME = (2, 3, 4)
 
 
-class Untouchable(Tensor):
+class OpaqueContext(Tensor):
     """A context that a layer may pass to its network or ignore, but not use itself.
 
     It is a tensor, for layers that check this; checking for another class or reading an attribute counts as use.
@@ -36,7 +36,7 @@ class Untouchable(Tensor):
         raise Mismatch("it uses its context itself")
 
 
-UNTOUCHABLE = Untouchable()
+OPAQUE_CONTEXT = OpaqueContext()
 
 
 class StandIn(nn.Module):
@@ -79,7 +79,7 @@ class StandIn(nn.Module):
             Mismatch: the layer passes other arguments too, which a patch would not pass.
         """
         contexts = [value for value in (*args, *options.values()) if value is not None]
-        if not all(isinstance(value, Untouchable) for value in contexts):
+        if not all(isinstance(value, OpaqueContext) for value in contexts):
             raise Mismatch("its network is given more than some of the channels")
         self.seen = x
         self.calls += 1

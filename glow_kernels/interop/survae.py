@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from glow_kernels.interop import steps
 from glow_kernels.interop.claims import DOUBLE_INVERSE, NO_SYNC
 from glow_kernels.interop.memory import initialize, run
-from glow_kernels.interop.patch import Call, Patch, is_set, options_of, own
+from glow_kernels.interop.patch import Call, Patch, is_set, options_of, original_class
 from glow_kernels.interop.probe import Coupling
 from glow_kernels.interop.stand_ins import SPATIAL, VOLUME, spatial_of
 from glow_kernels.interop.steps import Parts
@@ -58,7 +58,7 @@ class ActNorm(Patch):
     def forward(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         """``z`` and ``ldj`` (B,)."""
         if self.training and not is_set(self, self.initialized):
-            result: tuple[Tensor, Tensor] = own(self).forward(self, x)
+            result: tuple[Tensor, Tensor] = original_class(self).forward(self, x)
             return result
         log_det = -x.shape[2:].numel() * self.log_scale.sum()
         return (x - self.shift) * (-self.log_scale).exp(), log_det.repeat(x.shape[0])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from glow_kernels.backends.reference.affine_coupling import split
 from glow_kernels.interop.copies import faithful_copy
 from glow_kernels.interop.memory import run_alone
-from glow_kernels.interop.patch import Call, Mismatch, Patch, has_hooks, options_of, own
+from glow_kernels.interop.patch import Call, Mismatch, Patch, has_hooks, options_of, original_class
 from glow_kernels.interop.probe import Coupling
 from glow_kernels.interop.stand_ins import StandIn
 from glow_kernels.interop.workshop import Workshop
@@ -51,7 +51,7 @@ class Invertible1x1Conv(Patch):
         "the inverse of the 1x1 convolution follows its weight, instead of the one at the first inverse call",
         "log|det W| is finite for a negative determinant too",
     )
-    live = ("W_inverse",)
+    mutable_attributes = ("W_inverse",)
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
@@ -83,7 +83,7 @@ class Invertible1x1Conv(Patch):
     def forward(self: Any, z: Tensor, reverse: bool = False) -> Any:
         """``z`` and ``log_det`` () of all samples; in reverse ``z`` alone."""
         if has_hooks(self.conv):
-            return own(self).forward(self, z, reverse)
+            return original_class(self).forward(self, z, reverse)
         weight = self.conv.weight[:, :, 0]
         zeros = weight.new_zeros(weight.shape[0])
         if reverse:
@@ -124,7 +124,7 @@ class WN(Patch):
 
     def forward(self: Any, forward_input: Any) -> Any:
         """(B, outputs, T)."""
-        plain = own(self).forward
+        plain = original_class(self).forward
 
         def function(x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
             output = plain(self, (x, condition))
@@ -177,7 +177,7 @@ class WaveGlow(Patch):
         spectrogram, audio = forward_input
         condition = self.upsample(spectrogram)
         if condition.shape[2] < audio.shape[1]:  # the original raises its own error
-            result: tuple[Tensor, list[Tensor], list[Tensor]] = own(self).forward(self, forward_input)
+            result: tuple[Tensor, list[Tensor], list[Tensor]] = original_class(self).forward(self, forward_input)
             return result
         condition = condition[:, :, : audio.shape[1]].unfold(2, self.n_group, self.n_group)
         condition = condition.transpose(2, 3).flatten(1, 2)
