@@ -64,7 +64,7 @@ class Memory:
         return anchor or self.policy == "checkpoint"
 
 
-class _Packing:
+class _ContextStructure:
     """The structure of a context, which may be nested, without its tensors, which autograd must be given directly."""
 
     def __init__(self, context: Sequence[Any]) -> None:
@@ -88,24 +88,27 @@ class _Packing:
         return result
 
 
-class _Unit(nn.Module):
+class _StepModule(nn.Module):
     """A step of existing code in the form that the engine takes; its computation stays even if the step is restored."""
 
     def __init__(
-        self, module: nn.Module, computation: steps.Parts | Callable[..., Any], packing: _Packing | None = None
+        self,
+        module: nn.Module,
+        computation: steps.Parts | Callable[..., Any],
+        context_structure: _ContextStructure | None = None,
     ) -> None:
         super().__init__()
         self.module = module
 
-        def unpacking(function: Callable[..., Any]) -> Callable[..., Any]:
-            return function if packing is None else functools.partial(packing.call, function)
+        def with_context(function: Callable[..., Any]) -> Callable[..., Any]:
+            return function if context_structure is None else functools.partial(context_structure.call, function)
 
         if isinstance(computation, steps.Parts):
-            parts = computation._replace(network=unpacking(computation.network))
+            parts = computation._replace(network=with_context(computation.network))
             self.function: Callable[..., Any] = functools.partial(steps.forward, parts)
             self.backward_from_output = functools.partial(steps.backward_from_output, parts)
         else:
-            self.function = unpacking(computation)
+            self.function = with_context(computation)
 
     def forward(self, x: Tensor, *context: Any) -> Any:
         return self.function(x, *context)
@@ -150,7 +153,7 @@ class _Link:
         """Pickled as None: a tensor that is saved has left the chain."""
         return type(None), ()
 
-    def follows(self, x: Tensor) -> bool:
+    def is_valid_for(self, x: Tensor) -> bool:
         """Whether ``x`` is what the step returned, unchanged, and no other step follows."""
         return not self.taken and x.grad_fn is self.node and x._version == self.version
 
@@ -166,16 +169,16 @@ def run(module: nn.Module, x: Tensor, *context: Any) -> tuple[Tensor, Tensor]:
 
     ``context``, tensors or structures of them, is passed to the network.
     """
-    memory, patch = _active(module, x, context), cast(Any, patch_of(module))
+    memory, patch = _memory_of_call(module, x, context), cast(Any, patch_of(module))
     parts = patch.parts(module)
     if memory is None:
         return steps.forward(parts, x, *context)
-    if _is_foreign(module):
-        return checkpoint(_Unit(module, parts), x, *context, use_reentrant=False)  # type: ignore[no-any-return]
+    if _hides_parameters(module):
+        return checkpoint(_StepModule(module, parts), x, *context, use_reentrant=False)  # type: ignore[no-any-return]
     link = getattr(x, _LINK, None)
     # Hooks on saved tensors must get the input: torch.utils.checkpoint runs a step again, outside of its chain.
     is_hooked = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-    if link is None or memory.policy == "checkpoint" or is_hooked or not link.follows(x):
+    if link is None or memory.policy == "checkpoint" or is_hooked or not link.is_valid_for(x):
         link = None
     position = 0 if link is None else link.position + 1
     keeps_input = is_hooked or memory.keeps_input(position)
@@ -191,11 +194,11 @@ def run(module: nn.Module, x: Tensor, *context: Any) -> tuple[Tensor, Tensor]:
 def run_alone(module: nn.Module, function: Callable[..., Any], x: Tensor, *context: Any) -> Any:
     """``function(x, *context)`` of a patched layer that has no :class:`~glow_kernels.interop.steps.Parts`; it returns a
     pair of tensors (B, ...), and keeps only its inputs."""
-    memory = _active(module, x, context)
+    memory = _memory_of_call(module, x, context)
     if memory is None:
         return function(x, *context)
-    if _is_foreign(module):
-        return checkpoint(_Unit(module, function), x, *context, use_reentrant=False)
+    if _hides_parameters(module):
+        return checkpoint(_StepModule(module, function), x, *context, use_reentrant=False)
     z, log_det, _ = _apply(module, function, memory, True, _Output(), x, None, context)
     return z, log_det
 
@@ -205,7 +208,7 @@ def initialize(module: nn.Module, method: str, *arguments: Any, **options: Any) 
 
     The original gets copies of tensors, to which it may add in place.
     """
-    if torch.compiler.is_compiling() or _active(module) is None:
+    if torch.compiler.is_compiling() or _memory_of_call(module) is None:
         return
     if not any(is_uninitialised(layer) for layer in Anatomy.of(module).modules):
         return
@@ -231,13 +234,13 @@ def _apply(
     mode = Mode.current(x.device, memory.micro_batches)
     tensors = [leaf for leaf in pytree.tree_leaves(context) if isinstance(leaf, Tensor)]
     with SUBSTITUTION:
-        anatomy = Anatomy.of(_Unit(module, computation, _Packing(context)))
+        anatomy = Anatomy.of(_StepModule(module, computation, _ContextStructure(context)))
         modes = [(module, module.training) for module in anatomy.modules]
-        place = _Place(anatomy, memory, mode, modes, keeps_input, output, len(tensors))
-        return _Node.apply(place, x, ghost, *tensors, *anatomy.parameters)  # type: ignore[no-untyped-call]
+        arguments = _NodeArguments(anatomy, memory, mode, modes, keeps_input, output, len(tensors))
+        return _Node.apply(arguments, x, ghost, *tensors, *anatomy.parameters)  # type: ignore[no-untyped-call]
 
 
-class _Place(NamedTuple):
+class _NodeArguments(NamedTuple):
     """What a node needs besides tensors."""
 
     anatomy: Anatomy
@@ -254,16 +257,20 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, place: _Place, x: Tensor, ghost: Tensor | None, *tensors: Any
+        ctx: Any, arguments: _NodeArguments, x: Tensor, ghost: Tensor | None, *tensors: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.place = place
-        watched = nullcontext() if place.memory.restores_buffers else guards.unchanged(place.anatomy, x, "forward")
+        ctx.arguments = arguments
+        watched = (
+            nullcontext() if arguments.memory.restores_buffers else guards.unchanged(arguments.anatomy, x, "forward")
+        )
         with watched:
-            z, log_det, ctx.draws = recompute.forward(place.anatomy, x, tensors[: place.contexts], place.mode)
-        ctx.save_for_backward(x if place.keeps_input else None, *tensors)
-        if not place.keeps_input:
-            place.output.keep(z.detach())
+            z, log_det, ctx.draws = recompute.forward(
+                arguments.anatomy, x, tensors[: arguments.contexts], arguments.mode
+            )
+        ctx.save_for_backward(x if arguments.keeps_input else None, *tensors)
+        if not arguments.keeps_input:
+            arguments.output.keep(z.detach())
         return z, log_det, z.new_zeros(()).expand(z.shape)
 
     @staticmethod
@@ -273,25 +280,25 @@ class _Node(torch.autograd.Function):
                 "the backward of a step that keeps no activations cannot be differentiated again: compute second "
                 "derivatives with memory='store' and glow_kernels.use_backend('reference')"
             )
-        place: _Place = ctx.place
+        arguments: _NodeArguments = ctx.arguments
         grad_z, grad_log_det, reconstructed = grads
         x, *tensors = ctx.saved_tensors
         z = None
         if x is None:
-            z = place.output.kept() if reconstructed is None else reconstructed
+            z = arguments.output.kept() if reconstructed is None else reconstructed
         if not torch._C._autograd._get_current_graph_task_keep_graph():
-            place.output.keep(None)  # as PyTorch frees saved tensors, even if the user keeps the loss
-        changing = place.anatomy.modules if place.memory.restores_buffers else []
-        with in_modes(place.modes), _buffers_restored(changing):
+            arguments.output.keep(None)  # as PyTorch frees saved tensors, even if the user keeps the loss
+        changing = arguments.anatomy.modules if arguments.memory.restores_buffers else []
+        with in_modes(arguments.modes), _buffers_restored(changing):
             result = recompute.backward(
-                place.anatomy,
+                arguments.anatomy,
                 x,
                 z,
                 (grad_z, grad_log_det),
-                tensors[: place.contexts],
-                tensors[place.contexts :],
+                tensors[: arguments.contexts],
+                tensors[arguments.contexts :],
                 ctx.needs_input_grad[3:],
-                place.mode,
+                arguments.mode,
                 ctx.draws,
                 closed=False,
             )
@@ -312,7 +319,7 @@ def _buffers_restored(modules: Sequence[nn.Module]) -> Iterator[None]:
                 buffer.data.copy_(values)
 
 
-def _active(module: nn.Module, x: Tensor | None = None, context: Sequence[Any] = ()) -> Memory | None:
+def _memory_of_call(module: nn.Module, x: Tensor | None = None, context: Sequence[Any] = ()) -> Memory | None:
     """What ``module`` keeps in the current call; None for everything, as PyTorch does."""
     memory = memory_of(module)
     if memory is None or not torch.is_grad_enabled():
@@ -337,7 +344,7 @@ def _harmless(hook: Any) -> bool:
     return isinstance(hook, WeightNorm)
 
 
-def _is_foreign(module: nn.Module) -> bool:
+def _hides_parameters(module: nn.Module) -> bool:
     """Whether the module cannot name its parameters: it is a replica of DataParallel, or is being compiled."""
     return torch.compiler.is_compiling() or _is_replica(module)
 
