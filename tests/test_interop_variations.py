@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import glow_kernels as gk
-from glow_kernels.interop import workshop
+from glow_kernels.interop import examiner
 from glow_kernels.interop.patch import Call, Mismatch, options_of
 from glow_kernels.interop.probe import Coupling
 from glow_kernels.interop.proof import Agreement, _as_accurate
@@ -240,8 +240,8 @@ def test_planted_wrong_options_are_refused(what, monkeypatch):
     def wrong(*args: Any) -> Coupling:
         return WRONG[what](find(*args))
 
-    find = workshop.find_coupling
-    monkeypatch.setattr(workshop, "find_coupling", wrong)
+    find = examiner.find_coupling
+    monkeypatch.setattr(examiner, "find_coupling", wrong)
     layer = rosinality.AffineCoupling(6, 4)
     with torch.no_grad():
         before = layer(torch.ones(1, 6, 2, 2))
@@ -254,8 +254,8 @@ def test_planted_wrong_options_are_refused(what, monkeypatch):
 
 def test_without_verify_a_planted_wrong_patch_is_not_noticed(monkeypatch):
     # So it is the proof that refuses it in the test above, and nothing before the proof.
-    find = workshop.find_coupling
-    monkeypatch.setattr(workshop, "find_coupling", lambda *args: WRONG["offset"](find(*args)))
+    find = examiner.find_coupling
+    monkeypatch.setattr(examiner, "find_coupling", lambda *args: WRONG["offset"](find(*args)))
     layer = rosinality.AffineCoupling(6, 4)
     assert [row.kind for row in gk.accelerate(layer, verify=False).patched].count("AffineCoupling") == 1
 

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from glow_kernels.interop import steps
+from glow_kernels.interop.examiner import Examiner
 from glow_kernels.interop.memory import initialize, run
 from glow_kernels.interop.openai import (
     ActNorm2d,
@@ -25,7 +26,6 @@ from glow_kernels.interop.openai import (
 from glow_kernels.interop.patch import Call, Patch, has_hooks, is_unchanged, options_of, original_class
 from glow_kernels.interop.probe import Coupling
 from glow_kernels.interop.steps import Linear, Parts
-from glow_kernels.interop.workshop import Workshop
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,12 @@ class AffineCoupling(Patch):
         return shapes == {"scale": 3} and set(dict(module.named_children())) == {"nn"}
 
     @classmethod
-    def examine(cls, module: Any, workshop: Workshop) -> GainCoupling:
+    def examine(cls, module: Any, examiner: Examiner) -> GainCoupling:
         def run(copied: Any, x: Tensor) -> Tensor:
             y: Tensor = copied(x, x.new_zeros(x.shape[0]))[0]
             return y
 
-        found = workshop.find_coupling(module, module.nn, run, log_scale_gain=lambda copied: copied.scale)
+        found = examiner.find_coupling(module, module.nn, run, log_scale_gain=lambda copied: copied.scale)
         fields = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
         return GainCoupling(**fields).require_halves()  # type: ignore[return-value]
 
@@ -87,8 +87,8 @@ class FlowStep(Patch):
         return set(dict(module.named_children())) == {"norm", "conv", "coup"}
 
     @classmethod
-    def examine(cls, module: Any, workshop: Workshop) -> None:
-        workshop.require((module.norm, ActNorm2d), (module.conv, InvertibleConv1x1), (module.coup, AffineCoupling))
+    def examine(cls, module: Any, examiner: Examiner) -> None:
+        examiner.require((module.norm, ActNorm2d), (module.conv, InvertibleConv1x1), (module.coup, AffineCoupling))
 
     @classmethod
     def calls(cls, module: Any, options: Any) -> list[Call]:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glow_kernels.interop.copies import faithful_copy
+from glow_kernels.interop.examiner import Examiner
 from glow_kernels.interop.openai import ActNorm2d, is_initialized
 from glow_kernels.interop.patch import (
     Call,
@@ -28,7 +29,6 @@ from glow_kernels.interop.patch import (
 )
 from glow_kernels.interop.scale_map import round_number
 from glow_kernels.interop.stand_ins import SPATIAL
-from glow_kernels.interop.workshop import Workshop
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class ScaledConv2d(Patch):
         return convolution is not None and _scale_name(module, convolution) is not None
 
     @classmethod
-    def examine(cls, module: Any, workshop: Workshop) -> Scaling:
+    def examine(cls, module: Any, examiner: Examiner) -> Scaling:
         convolution = _convolution(module)
         if convolution.padding_mode != "zeros" or isinstance(convolution.padding, str):
             raise Mismatch("its padding is not zeros")
@@ -131,8 +131,8 @@ class ActNormConv2d(Patch):
         return convolution is not None and isinstance(actnorm, nn.Module) and ActNorm2d.matches(actnorm)
 
     @classmethod
-    def examine(cls, module: Any, workshop: Workshop) -> None:
-        workshop.require((module.actnorm, ActNorm2d))
+    def examine(cls, module: Any, examiner: Examiner) -> None:
+        examiner.require((module.actnorm, ActNorm2d))
         if _convolution(module).padding_mode != "zeros":
             raise Mismatch("its padding is not zeros")
 

@@ -29,6 +29,7 @@ from glow_kernels.interop import (
     survae,
     waveglow,
 )
+from glow_kernels.interop.examiner import Examiner
 from glow_kernels.interop.memory import Memory
 from glow_kernels.interop.patch import (
     Mismatch,
@@ -45,7 +46,6 @@ from glow_kernels.interop.patch import (
 )
 from glow_kernels.interop.proof import Agreement, prove, prove_chain
 from glow_kernels.interop.report import LayerReport, Report
-from glow_kernels.interop.workshop import Workshop
 from glow_kernels.ops._checks import check_choice, check_module, check_whole
 from glow_kernels.progress import with_progress
 from glow_kernels.reversible import POLICIES
@@ -99,26 +99,26 @@ def accelerate(
         ValueError: an unknown policy, a number below 1, or ``micro_batches`` above 1 with ``"store"``.
     """
     check_module("model", model)
-    workshop = Workshop(_memory(memory, anchor_every, micro_batches))
-    if any(_is_outdated(module, workshop.memory) for module in model.modules()):
+    examiner = Examiner(_memory(memory, anchor_every, micro_batches))
+    if any(_is_outdated(module, examiner.memory) for module in model.modules()):
         restore(model)
     paths = dict(reversed([(module, name) for name, module in model.named_modules()]))
     with _undisturbed(model):
         for module, path in with_progress(paths.items(), "accelerate", "layers"):  # the deepest first
-            _look_at(module, path, _patches(), workshop, verify)
-        for module in list(workshop.decisions):
-            for layer in (layer for network in workshop.networks.get(module, ()) for layer in network.modules()):
-                _look_at(layer, paths[layer], convolutions.NETWORK_PATCHES, workshop, verify)
+            _decide(module, path, _patches(), examiner, verify)
+        for module in list(examiner.decisions):
+            for layer in (layer for network in examiner.networks.get(module, ()) for layer in network.modules()):
+                _decide(layer, paths[layer], convolutions.NETWORK_PATCHES, examiner, verify)
         if verify:
-            _prove_chains(model, workshop)
-    for module, (patch, options) in workshop.decisions.items():
+            _prove_chains(model, examiner)
+    for module, (patch, options) in examiner.decisions.items():
         if patch_of(module) is None:
-            apply(module, patch, options, workshop.memories[module])
+            apply(module, patch, options, examiner.memories[module])
         is_uninitialised(module)  # remembers a flag that is set, which compilers cannot read
-    ordered = tuple(workshop.rows[module] for module in model.modules() if module in workshop.rows)
+    ordered = tuple(examiner.rows[module] for module in model.modules() if module in examiner.rows)
     if not ordered:
         return Report(note=_why_nothing(model))
-    applies = workshop.memory is None or any(row.memory for row in ordered)
+    applies = examiner.memory is None or any(row.memory for row in ordered)
     return Report(ordered, "" if applies else f"no step was found that memory={memory!r} applies to")
 
 
@@ -199,17 +199,17 @@ def _without_global_hooks() -> Iterator[None]:
             registry.update(before)
 
 
-def _look_at(
+def _decide(
     module: nn.Module,
     path: str,
     patches: Iterable[type[Patch]],
-    workshop: Workshop,
+    examiner: Examiner,
     verify: bool,
 ) -> None:
     """Decide on ``module``, unless that has been done, and add a row to the report if it is a flow layer."""
     patch, reason, options, agreement = patch_of(module), "", None, None
     memory, memory_reason = memory_of(module), ""
-    if module in workshop.rows:
+    if module in examiner.rows:
         return
     if patch is not None:
         options = options_of(module)
@@ -218,9 +218,9 @@ def _look_at(
         if patch is None:
             return
         try:
-            options, agreement = _examine(module, patch, workshop, verify)
+            options, agreement = _examine(module, patch, examiner, verify)
             if patch.has_network:
-                memory, memory_reason = _memory_of_step(module, patch, options, workshop, verify)
+                memory, memory_reason = _memory_of_step(module, patch, options, examiner, verify)
         except Mismatch as mismatch:
             reason = _first_line(mismatch)
         except Exception as error:  # foreign code may fail in any way; then the layer is not patched
@@ -228,12 +228,12 @@ def _look_at(
     name, patched = type(module).__name__, not reason
     row = LayerReport(path, name, patch.dialect, patch.kind, patched, agreement=agreement, reason=reason)
     if patched:
-        workshop.decisions[module], workshop.memories[module] = (patch, options), memory
+        examiner.decisions[module], examiner.memories[module] = (patch, options), memory
         kept = "" if not patch.has_network else "store" if memory is None else memory.policy
         better = patch.improvements(module, options)
         described = "; ".join(filter(None, (options.describe() if options else "", patch.note)))
         row = dataclasses.replace(row, options=described, memory=kept, memory_reason=memory_reason, better=better)
-    workshop.rows[module] = row
+    examiner.rows[module] = row
 
 
 def _matches(patch: type[Patch], module: nn.Module) -> bool:
@@ -245,7 +245,7 @@ def _matches(patch: type[Patch], module: nn.Module) -> bool:
         return False
 
 
-def _examine(module: nn.Module, patch: type[Patch], workshop: Workshop, verify: bool) -> tuple[Any, Agreement | None]:
+def _examine(module: nn.Module, patch: type[Patch], examiner: Examiner, verify: bool) -> tuple[Any, Agreement | None]:
     """Options and agreement.
 
     Raises:
@@ -254,30 +254,30 @@ def _examine(module: nn.Module, patch: type[Patch], workshop: Workshop, verify: 
     reason = why_not_patchable(module, patch.methods)
     if reason is not None:
         raise Mismatch(reason)
-    options = patch.examine(module, workshop)
-    return options, prove(module, patch, options, workshop) if verify else None
+    options = patch.examine(module, examiner)
+    return options, prove(module, patch, options, examiner) if verify else None
 
 
 def _memory_of_step(
-    module: nn.Module, patch: type[Patch], options: Any, workshop: Workshop, verify: bool
+    module: nn.Module, patch: type[Patch], options: Any, examiner: Examiner, verify: bool
 ) -> tuple[Memory | None, str]:
     """What a step keeps for backward, and the reason if that is everything although less was asked for."""
     try:
-        memory = workshop.memory_for(module)
+        memory = examiner.memory_for(module)
         if memory is not None and verify:
-            prove(module, patch, options, workshop, memory)
+            prove(module, patch, options, examiner, memory)
     except Exception as error:  # foreign code may fail in any way; then the step keeps everything
         return None, _first_line(error)
     return memory, ""
 
 
-def _prove_chains(model: nn.Module, workshop: Workshop) -> None:
+def _prove_chains(model: nn.Module, examiner: Examiner) -> None:
     """Prove chains of consecutive steps that recompute their activations; where one disagrees, its steps store them."""
 
     def kind(module: nn.Module) -> Any:
-        if workshop.memories.get(module) is None or patch_of(module) is not None:
+        if examiner.memories.get(module) is None or patch_of(module) is not None:
             return None
-        patch, options = workshop.decisions[module]
+        patch, options = examiner.decisions[module]
         if patch.parts.__func__ is Patch.parts.__func__:  # type: ignore[attr-defined]
             return None  # it forms no chain
         return patch, patch.calls(module, options)[0].shapes
@@ -288,13 +288,13 @@ def _prove_chains(model: nn.Module, workshop: Workshop) -> None:
             if key is None or len(chain) < 2:
                 continue
             try:
-                prove_chain(chain, workshop)
+                prove_chain(chain, examiner)
             except Exception as error:
                 for module in chain:
-                    workshop.memories[module] = None
+                    examiner.memories[module] = None
                     reason = _first_line(error)
-                    row = dataclasses.replace(workshop.rows[module], memory="store", memory_reason=reason)
-                    workshop.rows[module] = row
+                    row = dataclasses.replace(examiner.rows[module], memory="store", memory_reason=reason)
+                    examiner.rows[module] = row
 
 
 def _why_nothing(model: nn.Module) -> str:

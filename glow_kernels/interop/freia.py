@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glow_kernels.interop import steps
-from glow_kernels.interop.claims import NO_SYNC
+from glow_kernels.interop.examiner import Examiner
+from glow_kernels.interop.improvements import NO_SYNC
 from glow_kernels.interop.memory import initialize, run, run_alone
 from glow_kernels.interop.patch import Call, Mismatch, Patch, is_set, options_of, original_class, shared_log_det
 from glow_kernels.interop.probe import Coupling
 from glow_kernels.interop.stand_ins import SPATIAL, VOLUME
 from glow_kernels.interop.steps import Parts
-from glow_kernels.interop.workshop import Workshop
 from glow_kernels.ops import actnorm_conv1x1
 
 Result = tuple[Any, Any]
@@ -142,8 +142,8 @@ class AffineCouplingOneSided(Patch):
         return children == {"subnet"} and hasattr(module, "split_len1") and hasattr(module, "dims_in")
 
     @classmethod
-    def examine(cls, module: Any, workshop: Workshop) -> Coupling:
-        return _find(module, module.subnet, workshop)
+    def examine(cls, module: Any, examiner: Examiner) -> Coupling:
+        return _find(module, module.subnet, examiner)
 
     @classmethod
     def calls(cls, module: Any, options: Any) -> list[Call]:
@@ -195,9 +195,9 @@ class GLOWCouplingBlock(Patch):
         return children == {"subnet1", "subnet2"} and hasattr(module, "split_len1") and hasattr(module, "dims_in")
 
     @classmethod
-    def examine(cls, module: Any, workshop: Workshop) -> Halves:
-        first = _find(module, module.subnet2, workshop, silenced=module.subnet1)
-        second = _find(module, module.subnet1, workshop, silenced=module.subnet2)
+    def examine(cls, module: Any, examiner: Examiner) -> Halves:
+        first = _find(module, module.subnet2, examiner, zeroed=module.subnet1)
+        second = _find(module, module.subnet1, examiner, zeroed=module.subnet2)
         if first.reads_first or not second.reads_first:
             raise Mismatch("its networks read the halves in another order")
         return Halves(first, second)
@@ -227,7 +227,7 @@ class AllInOneBlock(Patch):
         return {"global_scale", "global_offset"} <= names and isinstance(getattr(module, "subnet", None), nn.Module)
 
     @classmethod
-    def examine(cls, module: Any, workshop: Workshop) -> Coupling:
+    def examine(cls, module: Any, examiner: Examiner) -> Coupling:
         if getattr(module, "GIN", False):
             raise Mismatch("its coupling keeps the volume (GIN)")
         if getattr(module, "householder", 0):
@@ -237,7 +237,7 @@ class AllInOneBlock(Patch):
             copied._permute = lambda x, rev=False: (x, 0.0)
             copied._pre_permute = lambda x, rev=False: x
 
-        return _find(module, module.subnet, workshop, prepare=neutral)
+        return _find(module, module.subnet, examiner, prepare=neutral)
 
     @classmethod
     def calls(cls, module: Any, options: Any) -> list[Call]:
@@ -252,7 +252,7 @@ class AllInOneBlock(Patch):
 
 
 def _find(
-    module: Any, network: nn.Module, workshop: Workshop, *, silenced: nn.Module | None = None, prepare: Any = None
+    module: Any, network: nn.Module, examiner: Examiner, *, zeroed: nn.Module | None = None, prepare: Any = None
 ) -> Coupling:
     conditions, spatial = _conditions(module), _spatial(module)
 
@@ -264,8 +264,8 @@ def _find(
         return y
 
     channels = module.dims_in[0][0]
-    found = workshop.find_coupling(
-        module, network, run, channels=channels, spatial=spatial, silenced=[silenced] if silenced else []
+    found = examiner.find_coupling(
+        module, network, run, channels=channels, spatial=spatial, zeroed=[zeroed] if zeroed else []
     )
     return found.require_halves()
 

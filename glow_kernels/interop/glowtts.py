@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from glow_kernels.interop.copies import faithful_copy
+from glow_kernels.interop.examiner import Examiner
 from glow_kernels.interop.memory import initialize, run_alone
 from glow_kernels.interop.patch import Call, Mismatch, Patch, Results, options_of, original_class, shared_log_det
 from glow_kernels.interop.probe import Coupling
 from glow_kernels.interop.stand_ins import OPAQUE_CONTEXT
-from glow_kernels.interop.workshop import Workshop
 from glow_kernels.ops import actnorm_conv1x1, actnorm_conv1x1_inverse
 
 LENGTH = 8
@@ -66,7 +66,7 @@ class InvConvNear(Patch):
         return shapes == {"weight": (split, split)} and hasattr(module, "channels")
 
     @classmethod
-    def examine(cls, module: Any, workshop: Workshop) -> Results:
+    def examine(cls, module: Any, examiner: Examiner) -> Results:
         if getattr(module, "no_jacobian", False):
             raise Mismatch("it leaves its log-determinant out")
         return Results(_has_inverse_log_det(module, module.channels))
@@ -104,14 +104,14 @@ class CouplingBlock(Patch):
         return set(dict(module.named_children())) == {"start", "wn", "end"}
 
     @classmethod
-    def examine(cls, module: Any, workshop: Workshop) -> Coupling:
+    def examine(cls, module: Any, examiner: Examiner) -> Coupling:
         def run(copied: Any, x: Tensor) -> Tensor:
             y: Tensor = copied(x, torch.ones_like(x[:, :1]))[0]
             return y
 
         network, skipped = module.end, {module.start: False, module.wn: False}
         channels = 2 * module.start.in_channels
-        found = workshop.find_coupling(
+        found = examiner.find_coupling(
             module, network, run, channels=channels, spatial=(LENGTH,), skipped=skipped
         ).require_halves()
         if found.scale_map is None or found.scale_map.kind != "exp" or found.scale_map.offset or found.scale_map.floor:

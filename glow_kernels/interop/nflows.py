@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from glow_kernels.backends.numerics import wide_dtype
 from glow_kernels.interop import steps
-from glow_kernels.interop.claims import NO_SYNC
+from glow_kernels.interop.examiner import Examiner
+from glow_kernels.interop.improvements import NO_SYNC
 from glow_kernels.interop.memory import initialize, run
 from glow_kernels.interop.patch import (
     Call,
@@ -27,7 +28,6 @@ from glow_kernels.interop.patch import (
 )
 from glow_kernels.interop.stand_ins import OPAQUE_CONTEXT, SPATIAL, spatial_of
 from glow_kernels.interop.steps import Parts
-from glow_kernels.interop.workshop import Workshop
 from glow_kernels.ops import actnorm_conv1x1, actnorm_conv1x1_inverse
 
 Result = tuple[Tensor, Tensor]
@@ -127,13 +127,13 @@ class AffineCouplingTransform(Patch):
         return network and buffers == {"identity_features", "transform_features"} and hasattr(module, "inverse")
 
     @classmethod
-    def examine(cls, module: Any, workshop: Workshop) -> Any:
+    def examine(cls, module: Any, examiner: Examiner) -> Any:
         if getattr(module, "unconditional_transform", None) is not None:
             raise Mismatch("the channels that the network reads are transformed too")
         network = module.transform_net
         # By either name, the networks of nflows itself tell how many context channels they take.
         contexts = (getattr(network, name, None) for name in ("context_features", "context_channels"))
-        found = workshop.find_coupling(
+        found = examiner.find_coupling(
             module,
             network,
             lambda copied, x: copied(x)[0],
@@ -184,10 +184,10 @@ class CompositeTransform(Patch):
         return chain and any(_is_pair(*pair) for pair in itertools.pairwise(transforms))  # type: ignore[arg-type]
 
     @classmethod
-    def examine(cls, module: Any, workshop: Workshop) -> None:
+    def examine(cls, module: Any, examiner: Examiner) -> None:
         for actnorm, convolution in zip(module._transforms, module._transforms[1:], strict=False):
             if _is_pair(actnorm, convolution):
-                workshop.require((actnorm, ActNorm), (convolution, OneByOneConvolution))
+                examiner.require((actnorm, ActNorm), (convolution, OneByOneConvolution))
 
     @classmethod
     def calls(cls, module: Any, options: Any) -> list[Call]:

@@ -13,8 +13,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from glow_kernels.interop import steps
-from glow_kernels.interop.claims import DOUBLE, NO_SYNC, STABLE
 from glow_kernels.interop.copies import faithful_copy
+from glow_kernels.interop.examiner import Examiner
+from glow_kernels.interop.improvements import DOUBLE, NO_SYNC, STABLE
 from glow_kernels.interop.memory import initialize, run
 from glow_kernels.interop.patch import (
     Call,
@@ -29,7 +30,6 @@ from glow_kernels.interop.patch import (
 )
 from glow_kernels.interop.stand_ins import SPATIAL, spatial_of
 from glow_kernels.interop.steps import Linear, Parts
-from glow_kernels.interop.workshop import Workshop
 from glow_kernels.ops import actnorm_conv1x1, actnorm_conv1x1_inverse, lu_weight
 
 
@@ -90,7 +90,7 @@ class Invertible1x1Conv(Patch):
         return names in ({"W"}, {"L", "U", "log_S"}) and hasattr(module, "use_lu") and hasattr(module, "inverse")
 
     @classmethod
-    def examine(cls, module: Any, workshop: Workshop) -> None:
+    def examine(cls, module: Any, examiner: Examiner) -> None:
         like = next(module.parameters())
         try:
             faithful_copy(module).inverse(like.new_zeros(1, module.num_channels, 1, 1))
@@ -129,10 +129,10 @@ class AffineCouplingBlock(Patch):
         return len(flows) == 3 and hasattr(flows[1], "param_map") and not list(flows[0].parameters())
 
     @classmethod
-    def examine(cls, module: Any, workshop: Workshop) -> Any:
+    def examine(cls, module: Any, examiner: Examiner) -> Any:
         network = module.flows[1].param_map
         spatial = spatial_of(network)
-        found = workshop.find_coupling(module, network, lambda copied, x: copied.inverse(x)[0], spatial=spatial)
+        found = examiner.find_coupling(module, network, lambda copied, x: copied.inverse(x)[0], spatial=spatial)
         return found.require_halves()
 
     @classmethod
@@ -177,9 +177,9 @@ class GlowBlock(Patch):
         return len(flows) == 3 and Invertible1x1Conv.matches(flows[1]) and ActNorm.matches(flows[2])
 
     @classmethod
-    def examine(cls, module: Any, workshop: Workshop) -> None:
+    def examine(cls, module: Any, examiner: Examiner) -> None:
         coupling, convolution, actnorm = module.flows
-        workshop.require((coupling, AffineCouplingBlock), (convolution, Invertible1x1Conv), (actnorm, ActNorm))
+        examiner.require((coupling, AffineCouplingBlock), (convolution, Invertible1x1Conv), (actnorm, ActNorm))
 
     @classmethod
     def calls(cls, module: Any, options: Any) -> list[Call]:

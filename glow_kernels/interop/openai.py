@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from glow_kernels.interop import steps
-from glow_kernels.interop.claims import DOUBLE, DOUBLE_INVERSE, NO_SYNC, STABLE
+from glow_kernels.interop.examiner import Examiner
+from glow_kernels.interop.improvements import DOUBLE, DOUBLE_INVERSE, NO_SYNC, STABLE
 from glow_kernels.interop.memory import initialize, run
 from glow_kernels.interop.patch import (
     Call,
@@ -30,7 +31,6 @@ from glow_kernels.interop.patch import (
 )
 from glow_kernels.interop.stand_ins import SPATIAL
 from glow_kernels.interop.steps import Linear, Parts
-from glow_kernels.interop.workshop import Workshop
 from glow_kernels.ops import actnorm_conv1x1, actnorm_conv1x1_inverse, gaussian_log_prob, lu_weight
 
 COPIES = "deep copies of a step use their own 1x1 convolution, also where a closure kept the original's"
@@ -102,7 +102,7 @@ class ActNorm2d(Patch):
         return set(shapes) == {"bias", "logs"} and per_channel and shapes["logs"] == shape and bool(_flag(module))
 
     @classmethod
-    def examine(cls, module: Any, workshop: Workshop) -> None:
+    def examine(cls, module: Any, examiner: Examiner) -> None:
         if not getattr(module, "return_ldj", True):
             raise Mismatch("it returns no log-determinant, as chrischute's in networks")
         _require_signature(module)
@@ -146,7 +146,7 @@ class InvertibleConv1x1(Patch):
         return factors and all(isinstance(getattr(module, name, None), Tensor) for name in ("p", "sign_s"))
 
     @classmethod
-    def examine(cls, module: Any, workshop: Workshop) -> None:
+    def examine(cls, module: Any, examiner: Examiner) -> None:
         _require_signature(module)
 
     @classmethod
@@ -184,18 +184,18 @@ class FlowStep(Patch):
         return "actnorm" in children and len(networks) == len(permutations) == 1 and len(children) == 3
 
     @classmethod
-    def examine(cls, module: Any, workshop: Workshop) -> Any:
+    def examine(cls, module: Any, examiner: Examiner) -> Any:
         if _holds_others(module):
             raise Mismatch("a function of its own uses another step's layers, as in a deep copy: accelerate, then copy")
         permutation = _child(module, PERMUTATIONS)
         learned = isinstance(getattr(module, "invconv", None), nn.Module)
-        workshop.require((module.actnorm, ActNorm2d), *([(permutation, InvertibleConv1x1)] if learned else []))
+        examiner.require((module.actnorm, ActNorm2d), *([(permutation, InvertibleConv1x1)] if learned else []))
 
         def run(copied: Any, x: Tensor) -> Tensor:
             y: Tensor = copied(x, x.new_zeros(x.shape[0]))[0]
             return y
 
-        return workshop.find_coupling(
+        return examiner.find_coupling(
             module,
             _child(module, NETWORKS),
             run,

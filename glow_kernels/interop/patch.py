@@ -25,9 +25,9 @@ from glow_kernels.ops._checks import has_data
 from glow_kernels.reversible.anatomy import Anatomy
 
 if TYPE_CHECKING:
+    from glow_kernels.interop.examiner import Examiner
     from glow_kernels.interop.memory import Memory
     from glow_kernels.interop.steps import Parts
-    from glow_kernels.interop.workshop import Workshop
 
 # Attributes that a patch stores on the instance: the options found by probing, the constants that they depend on, the
 # initialisation flag last read as true, what a step keeps for backward, and the submodules for which it may keep that.
@@ -120,7 +120,7 @@ class Patch:
         raise NotImplementedError
 
     @classmethod
-    def examine(cls, module: Any, workshop: Workshop) -> Any:
+    def examine(cls, module: Any, examiner: Examiner) -> Any:
         """Options found by probing copies of ``module``.
 
         Raises:

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from glow_kernels.interop import steps
-from glow_kernels.interop.claims import DOUBLE, DOUBLE_INVERSE, STABLE
 from glow_kernels.interop.copies import faithful_copy
+from glow_kernels.interop.examiner import Examiner
+from glow_kernels.interop.improvements import DOUBLE, DOUBLE_INVERSE, STABLE
 from glow_kernels.interop.memory import initialize, run
 from glow_kernels.interop.patch import Call, Mismatch, Patch, options_of, original_class
 from glow_kernels.interop.probe import Coupling
 from glow_kernels.interop.scale_map import round_number
 from glow_kernels.interop.stand_ins import SPATIAL
 from glow_kernels.interop.steps import Parts
-from glow_kernels.interop.workshop import Workshop
 from glow_kernels.ops import actnorm_conv1x1, actnorm_conv1x1_inverse, gaussian_log_prob
 
 UNDERFLOW = "log|det W| is finite where det W underflows"
@@ -71,7 +71,7 @@ class ActNorm(_Layer):
 
     @classmethod
     @torch.no_grad()
-    def examine(cls, module: Any, workshop: Workshop) -> Factor:
+    def examine(cls, module: Any, examiner: Examiner) -> Factor:
         copied = faithful_copy(module).double().cpu()
         copied.initialized = True
         copied.b.zero_()
@@ -142,12 +142,12 @@ class CouplingLayer(_Layer):
         return cls.has_parts(module, {"NN"})
 
     @classmethod
-    def examine(cls, module: Any, workshop: Workshop) -> Coupling:
+    def examine(cls, module: Any, examiner: Examiner) -> Coupling:
         def run(copied: Any, x: Tensor) -> Tensor:
             y: Tensor = copied.forward_(x, x.new_zeros(len(x)))[0]
             return y
 
-        return workshop.find_coupling(module, module.NN, run).require_halves()
+        return examiner.find_coupling(module, module.NN, run).require_halves()
 
     @classmethod
     def improvements(cls, module: Any, options: Any) -> tuple[str, ...]:

@@ -30,10 +30,10 @@ from torch.utils import _pytree as pytree
 
 from glow_kernels.interop.constants import plain_attributes
 from glow_kernels.interop.copies import faithful_copy, randomised, with_flags
+from glow_kernels.interop.examiner import Examiner
 from glow_kernels.interop.patch import INITIALIZED, Call, Mismatch, Patch
 from glow_kernels.interop.probe import far_out
 from glow_kernels.interop.stand_ins import StandIn
-from glow_kernels.interop.workshop import Workshop
 from glow_kernels.reversible.randomness import seed_generators
 
 if TYPE_CHECKING:
@@ -108,14 +108,14 @@ class _Unrounded(TorchFunctionMode):
 
 
 def prove(
-    module: nn.Module, patch: type[Patch], options: Any, workshop: Workshop, memory: Memory | None = None
+    module: nn.Module, patch: type[Patch], options: Any, examiner: Examiner, memory: Memory | None = None
 ) -> Agreement:
     """Compare ``module`` with a copy patched by ``patch``, which keeps what ``memory`` says, or everything.
 
     Raises:
         Mismatch: they differ; the message says how.
     """
-    before, after = workshop.replica(module), workshop.patched_replica(module, patch, options, memory)
+    before, after = examiner.replica(module), examiner.patched_replica(module, patch, options, memory)
     moved = _moved(before, after)
     agreement = Agreement()
     calls = [call for call in patch.calls(module, options) if memory is None or not call.opaque_context]
@@ -133,17 +133,17 @@ def prove(
     return agreement
 
 
-def prove_chain(modules: Sequence[nn.Module], workshop: Workshop) -> None:
+def prove_chain(modules: Sequence[nn.Module], examiner: Examiner) -> None:
     """Compare a chain of steps, patched to keep what was decided for each, with the originals.
 
     Raises:
         Mismatch: they differ.
     """
-    patch, options = workshop.decisions[modules[0]]
+    patch, options = examiner.decisions[modules[0]]
     first = patch.calls(modules[0], options)[0]
-    before = nn.ModuleList(workshop.replica(module) for module in modules)
+    before = nn.ModuleList(examiner.replica(module) for module in modules)
     after = nn.ModuleList(
-        workshop.patched_replica(module, *workshop.decisions[module], workshop.memories[module]) for module in modules
+        examiner.patched_replica(module, *examiner.decisions[module], examiner.memories[module]) for module in modules
     )
 
     def run(steps: Any, x: Tensor, *others: Tensor) -> list[Any]:

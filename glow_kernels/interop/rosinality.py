@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from glow_kernels.backends.numerics import wide_dtype
 from glow_kernels.interop import steps
-from glow_kernels.interop.claims import DOUBLE_INVERSE, NO_SYNC, STABLE
 from glow_kernels.interop.copies import faithful_copy, with_flags
+from glow_kernels.interop.examiner import Examiner
+from glow_kernels.interop.improvements import DOUBLE_INVERSE, NO_SYNC, STABLE
 from glow_kernels.interop.memory import initialize, run
 from glow_kernels.interop.patch import (
     Call,
@@ -33,7 +34,6 @@ from glow_kernels.interop.patch import (
 )
 from glow_kernels.interop.stand_ins import SPATIAL, spatial_of
 from glow_kernels.interop.steps import Linear, Parts
-from glow_kernels.interop.workshop import Workshop
 from glow_kernels.ops import actnorm_conv1x1, actnorm_conv1x1_inverse, gaussian_log_prob, lu_weight
 from glow_kernels.ops.folding import fold
 
@@ -78,7 +78,7 @@ class ActNorm(Patch):
         )
 
     @classmethod
-    def examine(cls, module: Any, workshop: Workshop) -> Results:
+    def examine(cls, module: Any, examiner: Examiner) -> Results:
         return _results(module, module.loc.shape[1])
 
     @classmethod
@@ -110,7 +110,7 @@ class InvConv2d(Patch):
         return set(names) == {"weight"} and square and hasattr(module, "reverse")
 
     @classmethod
-    def examine(cls, module: Any, workshop: Workshop) -> Results:
+    def examine(cls, module: Any, examiner: Examiner) -> Results:
         return _results(module, next(module.parameters()).shape[0])
 
     @classmethod
@@ -160,7 +160,7 @@ class AffineCoupling(Patch):
         return set(dict(module.named_children())) == {"net"} and hasattr(module, "reverse")
 
     @classmethod
-    def examine(cls, module: Any, workshop: Workshop) -> Any:
+    def examine(cls, module: Any, examiner: Examiner) -> Any:
         has_log_det = True
 
         def run(copied: Any, x: Tensor) -> Tensor:
@@ -170,7 +170,7 @@ class AffineCoupling(Patch):
             y: Tensor = results[0] if has_log_det else results
             return y
 
-        found = workshop.find_coupling(module, module.net, run, spatial=_spatial(module)).require_halves()
+        found = examiner.find_coupling(module, module.net, run, spatial=_spatial(module)).require_halves()
         return dataclasses.replace(found, forward_has_log_det=has_log_det)
 
     @classmethod
@@ -207,8 +207,8 @@ class Flow(Patch):
         return children == {"actnorm", "invconv", "coupling"} and hasattr(module, "reverse")
 
     @classmethod
-    def examine(cls, module: Any, workshop: Workshop) -> None:
-        workshop.require((module.actnorm, ActNorm), (module.invconv, InvConv2d), (module.coupling, AffineCoupling))
+    def examine(cls, module: Any, examiner: Examiner) -> None:
+        examiner.require((module.actnorm, ActNorm), (module.invconv, InvConv2d), (module.coupling, AffineCoupling))
 
     @classmethod
     def calls(cls, module: Any, options: Any) -> list[Call]:
@@ -247,8 +247,8 @@ class Block(Patch):
         return children == {"flows", "prior"} and hasattr(module, "split") and hasattr(module, "reverse")
 
     @classmethod
-    def examine(cls, module: Any, workshop: Workshop) -> None:
-        workshop.require(*((flow, Flow) for flow in module.flows))
+    def examine(cls, module: Any, examiner: Examiner) -> None:
+        examiner.require(*((flow, Flow) for flow in module.flows))
 
     @classmethod
     def calls(cls, module: Any, options: Any) -> list[Call]:

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from glow_kernels.interop import steps
-from glow_kernels.interop.claims import DOUBLE_INVERSE, NO_SYNC
+from glow_kernels.interop.examiner import Examiner
+from glow_kernels.interop.improvements import DOUBLE_INVERSE, NO_SYNC
 from glow_kernels.interop.memory import initialize, run
 from glow_kernels.interop.patch import Call, Patch, is_set, options_of, original_class
 from glow_kernels.interop.probe import Coupling
 from glow_kernels.interop.stand_ins import SPATIAL, VOLUME, spatial_of
 from glow_kernels.interop.steps import Parts
-from glow_kernels.interop.workshop import Workshop
 from glow_kernels.ops import actnorm_conv1x1, actnorm_conv1x1_inverse
 
 DEVICE = "log|det W| is computed in float64 on the device of the data, not on the CPU"
@@ -105,13 +105,13 @@ class CouplingBijection(Patch):
         return set(dict(module.named_children())) >= {"coupling_net"} and hasattr(module, "inverse")
 
     @classmethod
-    def examine(cls, module: Any, workshop: Workshop) -> Coupling:
+    def examine(cls, module: Any, examiner: Examiner) -> Coupling:
         network, spatial = module.coupling_net, spatial_of(module.coupling_net)
-        found = workshop.find_coupling(
+        found = examiner.find_coupling(
             module, network, lambda copied, x: copied(x)[0], spatial=spatial
         ).require_halves()
         z = torch.randn(2, found.channels, *spatial, dtype=torch.float64, requires_grad=True)
-        has_graph = workshop.replica(module).double().cpu().inverse(z).requires_grad
+        has_graph = examiner.replica(module).double().cpu().inverse(z).requires_grad
         return dataclasses.replace(found, inverse_has_graph=has_graph)
 
     @classmethod

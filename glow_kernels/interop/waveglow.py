@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from glow_kernels.backends.reference.affine_coupling import split
 from glow_kernels.interop.copies import faithful_copy
+from glow_kernels.interop.examiner import Examiner
 from glow_kernels.interop.memory import run_alone
 from glow_kernels.interop.patch import Call, Mismatch, Patch, has_hooks, options_of, original_class
 from glow_kernels.interop.probe import Coupling
 from glow_kernels.interop.stand_ins import StandIn
-from glow_kernels.interop.workshop import Workshop
 from glow_kernels.ops import ScaleMap, actnorm_conv1x1, actnorm_conv1x1_inverse
 
 # Length of the sequences to run layers on.
@@ -63,7 +63,7 @@ class Invertible1x1Conv(Patch):
         return kernel == [size, 1]
 
     @classmethod
-    def examine(cls, module: Any, workshop: Workshop) -> Inverse:
+    def examine(cls, module: Any, examiner: Examiner) -> Inverse:
         copied = faithful_copy(module).requires_grad_()
         z = torch.zeros_like(copied.conv.weight)  # (C, C, 1), a batch of sequences
         return Inverse(_fresh_inverse(copied, z).requires_grad)
@@ -110,8 +110,8 @@ class WN(Patch):
         )
 
     @classmethod
-    def examine(cls, module: Any, workshop: Workshop) -> None:
-        if workshop.memory is None:
+    def examine(cls, module: Any, examiner: Examiner) -> None:
+        if examiner.memory is None:
             raise Mismatch("only another memory than 'store' changes it")
 
     @classmethod
@@ -144,13 +144,13 @@ class WaveGlow(Patch):
         return {"WN", "convinv"} <= set(dict(module.named_children())) and hasattr(module, "n_early_every")
 
     @classmethod
-    def examine(cls, module: Any, workshop: Workshop) -> Coupling:
+    def examine(cls, module: Any, examiner: Examiner) -> Coupling:
         if not isinstance(getattr(module, "upsample", None), nn.ConvTranspose1d):
             raise Mismatch("its spectrogram is not upsampled by a transposed convolution")
-        workshop.require(*((convolution, Invertible1x1Conv) for convolution in module.convinv))
+        examiner.require(*((convolution, Invertible1x1Conv) for convolution in module.convinv))
         for network in module.WN:
             outputs = network.end.out_channels
-            workshop.stand_ins[network] = _PairStandIn(network.start.in_channels, outputs, (LENGTH,))
+            examiner.stand_ins[network] = _PairStandIn(network.start.in_channels, outputs, (LENGTH,))
 
         def run(copied: Any, x: Tensor) -> Tensor:
             copied.n_flows = 1
@@ -160,7 +160,7 @@ class WaveGlow(Patch):
             return y
 
         channels, first = module.n_group, {module.convinv[0]: True}
-        found = workshop.find_coupling(
+        found = examiner.find_coupling(
             module, module.WN[0], run, channels=channels, spatial=(LENGTH,), skipped=first
         ).require_halves()
         if found.scale_map != ScaleMap("exp") or found.inverted:

@@ -1,4 +1,4 @@
-"""Where a model is examined: copies of its layers, with stand-ins for their networks, are probed and compared.
+"""Examines a model: copies of its layers, with stand-ins for their networks, are probed and compared.
 
 The live model is never run, moved or changed for this.
 """
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from glow_kernels.interop.report import LayerReport
 
 
-class Workshop:
-    """What is known about a model while it is examined, and the means to find out more on copies of its layers.
+class Examiner:
+    """Records what is known about a model while it is examined, and finds out more on copies of its layers.
 
     Args:
         memory: what steps are to keep for backward; None for everything.
@@ -78,7 +78,7 @@ class Workshop:
         context: int = 0,
         spatial: tuple[int, ...] = SPATIAL,
         skipped: Mapping[nn.Module, bool] | None = None,
-        silenced: Sequence[nn.Module] = (),
+        zeroed: Sequence[nn.Module] = (),
         log_scale_gain: Callable[[Any], Tensor] | None = None,
     ) -> Coupling:
         """Find out what the coupling in ``module`` computes.
@@ -92,7 +92,7 @@ class Workshop:
             context: channels of the network's context, 0 for none.
             spatial: sizes to probe with.
             skipped: submodules to replace by the identity, and whether they return a log-determinant.
-            silenced: other networks, to be replaced by zeros.
+            zeroed: other networks, to be replaced by zeros.
             log_scale_gain: reads the learned gain of each channel's log-scale from a copy, if there is one.
 
         Raises:
@@ -104,10 +104,10 @@ class Workshop:
         options.sort(key=lambda option: option != 2 * inputs)  # halves first: if all fail, their reason is reported
         replaced: dict[nn.Module, nn.Module] = {network: stand_in}
         replaced |= {other: PassThrough(with_log_det) for other, with_log_det in (skipped or {}).items()}
-        for other in silenced:
-            silent = self._stand_in(other, input_channels(other), spatial)
-            silent.answer = torch.zeros(())
-            replaced[other] = silent
+        for other in zeroed:
+            zero_network = self._stand_in(other, input_channels(other), spatial)
+            zero_network.answer = torch.zeros(())
+            replaced[other] = zero_network
         reasons = []
         for option in options:
             copied = randomised(self.replica(module, replaced).double().cpu())
@@ -128,7 +128,7 @@ class Workshop:
                 reasons.append(f"it does not run with chosen network outputs{guess}: {error}")
             finally:
                 stand_in.answer = stand_in.seen = None
-                for other in silenced:
+                for other in zeroed:
                     self.stand_ins[other].answer = None
         raise Mismatch(reasons[0])
 
