@@ -73,11 +73,11 @@ def randomised(module: Any) -> Any:
                 # A matrix keeps the sign of its determinant, however small that is: some layers take its logarithm.
                 change = (parameter.flatten(1) @ change.flatten(1)).view_as(parameter)
             parameter.add_(change)
-    return with_flags(module, True)
+    return set_initialized(module, True)
 
 
 @torch.no_grad()
-def with_flags(module: Any, initialized: bool) -> Any:
+def set_initialized(module: Any, initialized: bool) -> Any:
     """Set the flags of the ActNorms in ``module``, a copy, to initialised or not initialised."""
     for layer in module.modules():
         layer.__dict__.pop(FLAG, None)

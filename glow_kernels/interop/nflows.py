@@ -218,7 +218,7 @@ class _Pair:
         self.actnorm, self.convolution = actnorm, convolution
 
     def __call__(self, inputs: Tensor, context: Any = None) -> Result:
-        outputs, log_det = steps.mapped(inputs, self._linear())
+        outputs, log_det = steps.apply_linear(inputs, self._linear())
         return outputs.add_(self.convolution.bias[:, None, None]), log_det
 
     def inverse(self, inputs: Tensor, context: Any = None) -> Result:

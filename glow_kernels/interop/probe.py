@@ -63,7 +63,7 @@ class Coupling:
     @property
     def has_halves(self) -> bool:
         """Whether the channels read and those transformed are one contiguous block each."""
-        return _adjacent(self.read) and _adjacent(self.transformed)
+        return _is_contiguous(self.read) and _is_contiguous(self.transformed)
 
     @property
     def is_sigmoid(self) -> bool:
@@ -117,7 +117,7 @@ class Coupling:
         """The inverse of :meth:`forward`, and ``log_det`` of that direction."""
         return self._run(y, h, log_scale_gain, not self.inverted)
 
-    def undo(
+    def backward_from_output(
         self, grad: Tensor, grad_log_det: Tensor, y: Tensor, h: Tensor, log_scale_gain: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """The input from which :meth:`forward` computed ``y``, and the gradients of this input, ``h`` and the gain.
@@ -143,7 +143,7 @@ class Coupling:
     def describe(self) -> str:
         """For the report."""
         half = "first" if self.reads_first else "second"
-        part = f"net reads the {half} half" if _adjacent(self.read) else "net reads chosen channels"
+        part = f"net reads the {half} half" if _is_contiguous(self.read) else "net reads chosen channels"
         if self.scale_map is None:
             return f"additive, {part}"
         inverted = ", inverted" if self.inverted else ""
@@ -241,7 +241,7 @@ class _Probe:
 
     def additive(self, read: tuple[int, ...], transformed: tuple[int, ...]) -> Coupling:
         """``y = x + factor * h``."""
-        x, h = self._normal(self.channels), far_out(self._normal(self.outputs))
+        x, h = self._normal(self.channels), extreme_values(self._normal(self.outputs))
         shift = _take(self.layer(x, h)[1] - x, transformed)
         factor = round_number(_ratio(shift, h), 1e-9)
         if not _close(shift, factor * h):
@@ -281,7 +281,7 @@ class _Probe:
         """Order of scaling and shifting, and the factor of the shift."""
         h = self._normal(self.outputs)
         slope, (raw, shift) = self._slope(transformed, h), split(h, layout)
-        shift = far_out(shift)
+        shift = extreme_values(shift)
         x = torch.zeros(self.batch, self.channels, *self.spatial, dtype=torch.float64)
         offset = _take(self.layer(x, merge(raw, shift, layout))[1], transformed)
         candidates = {"shift_scale": shift * slope, "scale_shift": shift, "unshift_scale": -shift * slope}
@@ -303,7 +303,7 @@ class _Probe:
         return torch.randn(shape, generator=self.generator, dtype=torch.float64)
 
 
-def far_out(normal: Tensor) -> Tensor:
+def extreme_values(normal: Tensor) -> Tensor:
     """Map normal random numbers to very small and very large ones of either sign, which reveal bounds."""
     return normal.sign() * (6 * normal.abs()).exp()
 
@@ -318,7 +318,7 @@ def _scale_map(raw: Tensor, scale: Tensor) -> tuple[ScaleMap, bool]:
     raise Mismatch("its scale is not a known function of the network's output")
 
 
-def _adjacent(channels: tuple[int, ...]) -> bool:
+def _is_contiguous(channels: tuple[int, ...]) -> bool:
     return channels[-1] - channels[0] + 1 == len(channels)
 
 

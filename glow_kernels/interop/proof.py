@@ -29,10 +29,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from glow_kernels.interop.constants import plain_attributes
-from glow_kernels.interop.copies import faithful_copy, randomised, with_flags
+from glow_kernels.interop.copies import faithful_copy, randomised, set_initialized
 from glow_kernels.interop.examiner import Examiner
 from glow_kernels.interop.patch import INITIALIZED, Call, Mismatch, Patch
-from glow_kernels.interop.probe import far_out
+from glow_kernels.interop.probe import extreme_values
 from glow_kernels.interop.stand_ins import StandIn
 from glow_kernels.reversible.randomness import seed_generators
 
@@ -47,9 +47,9 @@ _ULPS = 32
 # many tensors of a long chain of steps may be three times as far off by chance.
 _DRAWS = 8
 # Parameters per channel that reveal bounds.
-_FAR = (6.0, -6.0, 1e-4, -1e-4)
+_EXTREME_PARAMETERS = (6.0, -6.0, 1e-4, -1e-4)
 # The largest network output that reveals them, yet leaves the data comparable.
-_REACH = 8.0
+_LARGE_OUTPUT = 8.0
 
 
 @dataclass
@@ -116,18 +116,18 @@ def prove(
         Mismatch: they differ; the message says how.
     """
     before, after = examiner.replica(module), examiner.patched_replica(module, patch, options, memory)
-    moved = _moved(before, after)
+    randomised_copies = _randomised_copies(before, after)
     agreement = Agreement()
     calls = [call for call in patch.calls(module, options) if memory is None or not call.opaque_context]
     for call in calls:
         for training in (True, False):
-            compared = _same_formula(call, moved, training, agreement)
+            compared = _same_formula(call, randomised_copies, training, agreement)
             if compared is not None and memory is None:
                 _does_nothing_else(call, *compared[:2], patch)
         _as_accurate(call, before, after, agreement)
         if compared is not None:
-            _same_bounds(call, *compared, far_parameters=call is calls[0])
-    _same_start(calls[0], before, after)
+            _same_bounds(call, *compared, extreme_parameters=call is calls[0])
+    _same_initialization(calls[0], before, after)
     if not agreement.values:
         raise Mismatch("none of its calls could be compared")
     return agreement
@@ -153,19 +153,19 @@ def prove_chain(modules: Sequence[nn.Module], examiner: Examiner) -> None:
             results.append(more)
         return [x, results]
 
-    _same_formula(Call("the chain of steps", run, first.shapes), _moved(before, after), True, Agreement())
+    _same_formula(Call("the chain of steps", run, first.shapes), _randomised_copies(before, after), True, Agreement())
 
 
-def _moved(*modules: Any) -> list[Any]:
+def _randomised_copies(*modules: Any) -> list[Any]:
     return [randomised(faithful_copy(module)) for module in modules]
 
 
 def _same_formula(
-    call: Call, moved: Sequence[Any], training: bool, agreement: Agreement
+    call: Call, randomised_copies: Sequence[Any], training: bool, agreement: Agreement
 ) -> tuple[_Run, Any, Any] | None:
     """Compare one call; returns the original's run and both copies, or None if the original refuses the call."""
     try:
-        expected, dtype, pair = _first_run(call, [module.train(training) for module in moved], seed=0)
+        expected, dtype, pair = _first_run(call, [module.train(training) for module in randomised_copies], seed=0)
     except Exception as error:
         if call.optional and not isinstance(error, Mismatch):
             return None
@@ -192,8 +192,8 @@ def _as_accurate(call: Call, before: Any, after: Any, agreement: Agreement) -> N
     dtype = _precision(before)
     if dtype == torch.float64 or call.name not in agreement.values:
         return
-    own, ours = (with_flags(faithful_copy(module).train(), True) for module in (before, after))
-    truth = with_flags(faithful_copy(before).train().double(), True)
+    own, ours = (set_initialized(faithful_copy(module).train(), True) for module in (before, after))
+    truth = set_initialized(faithful_copy(before).train().double(), True)
     sums: dict[str, tuple[float, float]] = {}
     for seed in range(_DRAWS):
         try:
@@ -263,40 +263,40 @@ def _does_nothing_else(call: Call, run: _Run, before: Any, patch: type[Patch]) -
 
 
 @torch.no_grad()
-def _same_bounds(call: Call, run: _Run, before: Any, after: Any, far_parameters: bool) -> None:
+def _same_bounds(call: Call, run: _Run, before: Any, after: Any, extreme_parameters: bool) -> None:
     """Compare results for extreme data, and for a single sample with a single position.
 
     Args:
-        far_parameters: whether to use extreme parameters per channel too; not where they would make an inverse
+        extreme_parameters: whether to use extreme parameters per channel too; not where they would make an inverse
             ill-conditioned.
     """
     dtype, channels = run.tensors[0].dtype, call.shapes[0][1]
     if dtype != torch.float64:
         return
-    for module in (before, after) if far_parameters else ():
+    for module in (before, after) if extreme_parameters else ():
         for parameter in module.parameters():
             if parameter.is_floating_point() and parameter.numel() <= channels:
-                values = torch.tensor(_FAR, dtype=dtype).repeat(channels)
+                values = torch.tensor(_EXTREME_PARAMETERS, dtype=dtype).repeat(channels)
                 parameter.copy_(values[: parameter.numel()].view_as(parameter))
     name = f"{call.name} with large numbers"
-    _same_results(name, *(_far_results(call, module, dtype) for module in (before, after)))
+    _same_results(name, *(_extreme_results(call, module, dtype) for module in (before, after)))
     for network in (*_stand_ins(before), *_stand_ins(after)):
-        network.reach = _REACH
+        network.max_output = _LARGE_OUTPUT
     if _stand_ins(before):
         name = f"{call.name} with large network outputs"
         inputs = _inputs(call, before, dtype, torch.Generator().manual_seed(0))
         _same_results(name, *(_tensors(_results(call, module, inputs)) for module in (before, after)))
     single = dataclasses.replace(call, shapes=tuple((1, *shape[1:2], *(1,) * len(shape[2:])) for shape in call.shapes))
     try:
-        expected = _far_results(single, before, dtype)
+        expected = _extreme_results(single, before, dtype)
     except Exception:  # such as layers that squeeze neighbours into channels
         return
-    _same_results(f"{call.name} of one position", expected, _far_results(single, after, dtype))
+    _same_results(f"{call.name} of one position", expected, _extreme_results(single, after, dtype))
 
 
-def _far_results(call: Call, module: Any, dtype: torch.dtype) -> list[Tensor]:
+def _extreme_results(call: Call, module: Any, dtype: torch.dtype) -> list[Tensor]:
     inputs = _inputs(call, module, dtype, torch.Generator().manual_seed(0))
-    inputs[0] = far_out(inputs[0])
+    inputs[0] = extreme_values(inputs[0])
     return _tensors(_results(call, module, inputs))
 
 
@@ -311,10 +311,10 @@ def _same_results(name: str, expected: list[Tensor], actual: list[Tensor]) -> No
             _difference(f"{name}: result {index}", one, other, _ROUNDED)
 
 
-def _same_start(call: Call, before: Any, after: Any) -> None:
+def _same_initialization(call: Call, before: Any, after: Any) -> None:
     """Compare the first two batches of layers that initialise themselves."""
     try:
-        prepared = [with_flags(faithful_copy(module).train(), False) for module in (before, after)]
+        prepared = [set_initialized(faithful_copy(module).train(), False) for module in (before, after)]
         expected, dtype, pair = _first_run(call, prepared, seed=1)
     except Exception:
         return

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from glow_kernels.backends.numerics import wide_dtype
 from glow_kernels.interop import steps
-from glow_kernels.interop.copies import faithful_copy, with_flags
+from glow_kernels.interop.copies import faithful_copy, set_initialized
 from glow_kernels.interop.examiner import Examiner
 from glow_kernels.interop.improvements import DOUBLE_INVERSE, NO_SYNC, STABLE
 from glow_kernels.interop.memory import initialize, run
@@ -50,7 +50,7 @@ def _results(module: nn.Module, channels: int) -> Results:
     x = torch.randn_like(next(module.parameters()).new_empty(2, channels, *SPATIAL))
     try:
         with torch.no_grad():
-            return Results(not isinstance(with_flags(faithful_copy(module), True)(x), Tensor))
+            return Results(not isinstance(set_initialized(faithful_copy(module), True)(x), Tensor))
     except Exception as error:
         cause = str(error) or type(error).__name__
         raise Mismatch(f"forward fails when it is called as such layers are: {cause}") from error

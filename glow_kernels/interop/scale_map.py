@@ -66,8 +66,8 @@ def _line(raw: Tensor, values: Tensor, usable: Tensor) -> tuple[float, float]:
     return slope, offset
 
 
-def _bounded(kind: str, bound: float, undo: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], ScaleMap]:
-    """A fit of ``s = exp(gain * b(slope * u + offset)) + floor``, where b, with inverse ``undo``, is within ±bound."""
+def _bounded(kind: str, bound: float, inverse: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], ScaleMap]:
+    """A fit of ``s = exp(gain * b(slope * u + offset)) + floor``, where b, whose inverse is given, is within ±bound."""
 
     def fit(raw: Tensor, scale: Tensor) -> ScaleMap:
         left, right = _limits(raw, scale)
@@ -75,7 +75,7 @@ def _bounded(kind: str, bound: float, undo: Callable[[Tensor], Tensor]) -> Calla
         floor = _not_negative(min(left, right) - math.exp(-gain * bound))
         inner = torch.log(scale - floor) / gain
         usable = (inner.abs() < 0.9 * bound) & (raw.abs() <= 12)
-        slope, offset = _line(raw, undo(inner), usable)
+        slope, offset = _line(raw, inverse(inner), usable)
         return ScaleMap(kind, slope=slope, offset=offset, gain=gain, floor=floor)  # type: ignore[arg-type]
 
     return fit

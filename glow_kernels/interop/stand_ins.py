@@ -70,7 +70,7 @@ class StandIn(nn.Module):
         self.answer: Tensor | None = None
         self.seen: Tensor | None = None
         self.calls, self.had_autocast = 0, False
-        self.reach = 1.5  # the largest output
+        self.max_output = 1.5  # in absolute value
 
     def forward(self, x: Any, *args: Any, **options: Any) -> Tensor:
         """(B, inputs, *spatial) to (B, outputs, *spatial).
@@ -89,7 +89,7 @@ class StandIn(nn.Module):
                 raise Mismatch("its network reads some of the positions, as of a checkerboard, not of the channels")
             h = self.answer.to(x.dtype).expand(x.shape[0], self.outputs, *x.shape[2:]).clone()
         else:
-            h = self.reach * torch.tanh(torch.einsum("oc,bc...->bo...", self.mixing.to(x), x).contiguous())
+            h = self.max_output * torch.tanh(torch.einsum("oc,bc...->bo...", self.mixing.to(x), x).contiguous())
             h = h + len(contexts)  # reveals whether the layer passes its context on
         return torch.stack(h.chunk(2, 1), -1) if self.pairs else h
 

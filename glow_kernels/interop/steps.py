@@ -42,14 +42,14 @@ def forward(parts: Parts, x: Tensor, *context: Tensor | None) -> tuple[Tensor, T
     """``x`` (B, C, *spatial) to ``z`` and ``log_det`` (B,); ``context`` goes to the network."""
     coupling, linear_log_det = parts.coupling, None
     if parts.linear is not None:
-        x, linear_log_det = mapped(x, parts.linear(False))
+        x, linear_log_det = apply_linear(x, parts.linear(False))
     read, transformed = coupling.split(x)
     h = coupling.predict(parts.network, read, *context)
     y, log_det = coupling.forward(transformed, h, _gain(parts))
     return coupling.join(read, y), log_det if linear_log_det is None else linear_log_det + log_det
 
 
-def mapped(x: Tensor, linear: Linear) -> tuple[Tensor, Tensor]:
+def apply_linear(x: Tensor, linear: Linear) -> tuple[Tensor, Tensor]:
     """``x`` after ActNorm and convolution, and ``log_det`` (B,), with ActNorm's type promotion."""
     return actnorm_conv1x1(x.to(torch.promote_types(x.dtype, linear[1].dtype)), *linear)
 
@@ -98,7 +98,7 @@ def backward_from_output(
         h = coupling.predict(parts.network, read, *context)
         gain = _gain(parts)
     constant_gain = None if gain is None else gain.detach()
-    transformed, grad_transformed, grad_h, grad_gain = coupling.undo(
+    transformed, grad_transformed, grad_h, grad_gain = coupling.backward_from_output(
         grad_transformed, grad_log_det, transformed, h.detach(), constant_gain
     )
     leaves = [read, *tensors, *parameters]
