@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from glow_kernels.interop.state_dicts import DIALECTS
-from glow_kernels.interop.weights import Keys, State, Weights
+from glow_kernels.interop.weights import State, StateReader, Weights
 from glow_kernels.ops._checks import check_choice
 
 
@@ -65,9 +65,9 @@ def convert(state_dict: Mapping[str, Tensor], *, source: str, target: str, lu: b
     check_choice("target", target, tuple(DIALECTS))
     if lu and target == "openai":
         raise ValueError("lu must not be True for target='openai', whose 1x1 convolutions are matrices")
-    keys, inexact = Keys(state_dict), list[str]()
+    reader, inexact = StateReader(state_dict), list[str]()
     try:
-        weights = DIALECTS[source].read(keys, inexact)
+        weights = DIALECTS[source].read(reader, inexact)
     except KeyError as error:
         raise ValueError(f"state_dict must be that of a Glow of {source}: it has no {error.args[0]}") from None
     if not weights.levels:
@@ -78,7 +78,7 @@ def convert(state_dict: Mapping[str, Tensor], *, source: str, target: str, lu: b
         lu = weights.levels[0][0].mixing.factors is not None
     written = DIALECTS[target].write(weights, lu, inexact)
     contiguous = {name: tensor.detach().clone().contiguous() for name, tensor in written.items()}
-    return Conversion(contiguous, tuple(inexact), tuple(keys.unread()))
+    return Conversion(contiguous, tuple(inexact), tuple(reader.unread()))
 
 
 def _check_complete(weights: Weights, source: str) -> None:

@@ -33,7 +33,7 @@ class Convolution:
     border: float = 0.0
 
     @property
-    def notices_border(self) -> bool:
+    def depends_on_padding(self) -> bool:
         """Whether the value of the padding makes a difference."""
         return self.weight.shape[-1] > 1 and bool(self.weight.any())
 
@@ -66,7 +66,7 @@ class Mixing:
     weight: Tensor | None = None
     factors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None
 
-    def plain(self) -> Tensor:
+    def matrix(self) -> Tensor:
         """W."""
         if self.weight is not None:
             return self.weight
@@ -146,8 +146,8 @@ class Weights:
 
 
 @dataclass
-class Keys:
-    """A ``state_dict`` that records which tensors have been read."""
+class StateReader:
+    """Reads a ``state_dict`` and records which of its tensors have been read."""
 
     tensors: Mapping[str, Tensor]
     seen: set[str] = field(default_factory=set)
@@ -236,24 +236,24 @@ def negated_shift(step: Step) -> Step:
     return step.with_last(last.with_sign(sign))
 
 
-def constant(values: Tensor, log_scale: Tensor) -> Convolution:
+def constant_convolution(values: Tensor, log_scale: Tensor) -> Convolution:
     """A convolution that ignores its input."""
     return Convolution(values.new_zeros(len(values), len(values) // 2, 3, 3), values, log_scale)
 
 
-def read_mixing(keys: Keys, weight: str, factors: list[str]) -> Mixing:
+def read_mixing(reader: StateReader, weight: str, factors: list[str]) -> Mixing:
     """Read W from the name ``weight``, or P, L, U, log|s| and the signs of s from the names ``factors``."""
-    if keys.has(weight):
-        matrix = keys(weight)
+    if reader.has(weight):
+        matrix = reader(weight)
         return Mixing(matrix.reshape(matrix.shape[0], matrix.shape[0]))
-    permutation, lower, upper, log_diagonal, sign = (keys(name) for name in factors)
+    permutation, lower, upper, log_diagonal, sign = (reader(name) for name in factors)
     return Mixing(factors=(permutation, lower, upper, log_diagonal, sign))
 
 
 def write_mixing(state: State, mixing: Mixing, lu: bool, weight: str, factors: list[str]) -> None:
     """Write W under the name ``weight``, or L, U, log|s|, P and the signs of s under the names ``factors``."""
     if not lu:
-        state[weight] = mixing.plain()
+        state[weight] = mixing.matrix()
         return
     permutation, lower, upper, log_diagonal, sign = mixing.decomposed()
     state.update(zip(factors, (lower, upper, log_diagonal, permutation, sign), strict=True))

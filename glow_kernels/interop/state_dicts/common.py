@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from glow_kernels.interop.weights import Convolution, Keys, State, Weights, constant
+from glow_kernels.interop.weights import Convolution, State, StateReader, Weights, constant_convolution
 
 # Lines that say what the target cannot express; each begins with the name concerned.
 Inexact = list[str]
@@ -15,7 +15,7 @@ Inexact = list[str]
 class Dialect(Protocol):
     """Names and conventions of one implementation."""
 
-    def read(self, keys: Keys, inexact: Inexact) -> Weights:
+    def read(self, reader: StateReader, inexact: Inexact) -> Weights:
         """The model's weights; a KeyError names what is missing."""
         ...
 
@@ -30,27 +30,27 @@ def top_of(weights: Weights) -> Convolution:
         return weights.top
     channels = len(weights.levels[-1][0].bias)
     zeros = weights.levels[-1][0].bias.new_zeros(2 * channels)
-    return constant(zeros, zeros)
+    return constant_convolution(zeros, zeros)
 
 
 def without_border(name: str, top: Convolution, inexact: Inexact) -> Convolution:
     """``top`` made the same at every position, with a note if it was not."""
-    if top.border and top.notices_border:
+    if top.border and top.depends_on_padding:
         inexact.append(f"{name}: the source's prior differs at the border, which it pads with {top.border:g}")
-    return constant(top.bias, top.log_scale)
+    return constant_convolution(top.bias, top.log_scale)
 
 
 def note_border(name: str, convolution: Convolution, border: float, inexact: Inexact) -> None:
-    if convolution.border != border and convolution.notices_border:
+    if convolution.border != border and convolution.depends_on_padding:
         inexact.append(f"{name}: pads its input with {border:g}, the source with {convolution.border:g}")
 
 
-def note_classes(keys: Keys, prefixes: tuple[str, ...], inexact: Inexact) -> None:
+def note_classes(reader: StateReader, prefixes: tuple[str, ...], inexact: Inexact) -> None:
     """Note that priors depend on classes, which is left out, if unread tensors under ``prefixes`` are not zero."""
     inexact += [
         f"{name}: what the source's prior makes of classes is left out"
-        for name in keys.unread()
-        if name.removeprefix("module.").startswith(prefixes) and bool(keys.tensors[name].any())
+        for name in reader.unread()
+        if name.removeprefix("module.").startswith(prefixes) and bool(reader.tensors[name].any())
     ]
 
 

@@ -15,13 +15,13 @@ from glow_kernels.interop.state_dicts.common import (
 )
 from glow_kernels.interop.weights import (
     Convolution,
-    Keys,
     State,
+    StateReader,
     Step,
     Weights,
     affine_halves,
     affine_interleaved,
-    constant,
+    constant_convolution,
     negated_shift,
     read_mixing,
     write_mixing,
@@ -31,13 +31,13 @@ from glow_kernels.interop.weights import (
 class Normflows:
     """``MultiscaleFlow`` of ``GlowBlock`` and ``Squeeze``, with levels and steps in sampling order: deepest first."""
 
-    def read(self, keys: Keys, inexact: Inexact) -> Weights:
+    def read(self, reader: StateReader, inexact: Inexact) -> Weights:
         levels, densities = [], []
-        for level in reversed(keys.numbers("flows.")):
-            blocks = reversed(keys.numbers(f"flows.{level}."))
-            levels.append([self._read_step(keys, f"flows.{level}.{block}.") for block in blocks])
-            densities.append(self._read_density(keys, f"q0.{level}.", inexact))
-            note_classes(keys, (f"q0.{level}.loc_cc", f"q0.{level}.log_scale_cc"), inexact)
+        for level in reversed(reader.numbers("flows.")):
+            blocks = reversed(reader.numbers(f"flows.{level}."))
+            levels.append([self._read_step(reader, f"flows.{level}.{block}.") for block in blocks])
+            densities.append(self._read_density(reader, f"q0.{level}.", inexact))
+            note_classes(reader, (f"q0.{level}.loc_cc", f"q0.{level}.log_scale_cc"), inexact)
         return Weights(levels, densities[:-1], densities[-1] if densities else None)
 
     def write(self, weights: Weights, lu: bool, inexact: Inexact) -> State:
@@ -47,36 +47,36 @@ class Normflows:
                 self._write_step(state, f"flows.{level}.{block}.", step.without_signs(), lu, inexact)
         self._write_density(state, "q0.0.", without_border("q0.0", top_of(weights), inexact))
         for level, split in enumerate(reversed(weights.splits), start=1):
-            if split.notices_border:
+            if split.depends_on_padding:
                 inexact.append(f"q0.{level}: the source's prior depends on the channels that are kept")
             self._write_density(state, f"q0.{level}.", split)
         return state
 
-    def _read_step(self, keys: Keys, name: str) -> Step:
+    def _read_step(self, reader: StateReader, name: str) -> Step:
         net, mixing = f"{name}flows.0.flows.1.param_map.net.", f"{name}flows.1."
-        with_actnorm = keys.has(f"{net}1.actNorm.s")
+        with_actnorm = reader.has(f"{net}1.actNorm.s")
         convolutions = []
         for layer in (0, 3, 6) if with_actnorm else (0, 2, 4):
-            weight = keys(f"{net}{layer}.weight")
+            weight = reader(f"{net}{layer}.weight")
             if with_actnorm and layer != 6:
                 actnorm = f"{net}{layer + 1}.actNorm."
-                shift, log_scale = (keys(actnorm + part).flatten() for part in ("t", "s"))
-                keys(actnorm + "data_dep_init_done")
+                shift, log_scale = (reader(actnorm + part).flatten() for part in ("t", "s"))
+                reader(actnorm + "data_dep_init_done")
                 convolutions.append(_sampling_actnorm(weight, shift, log_scale))
             else:
-                bias = keys(f"{net}{layer}.bias")
+                bias = reader(f"{net}{layer}.bias")
                 convolutions.append(Convolution(weight, bias, torch.zeros_like(bias)))
         first, second, last = convolutions
         factors = [mixing + factor for factor in ("P", "L", "U", "log_S", "sign_S")]
         step = Step(
-            -keys(f"{name}flows.2.s").flatten(),
-            -keys(f"{name}flows.2.t").flatten(),
-            read_mixing(keys, mixing + "W", factors),
+            -reader(f"{name}flows.2.s").flatten(),
+            -reader(f"{name}flows.2.t").flatten(),
+            read_mixing(reader, mixing + "W", factors),
             (first, second, last),
-            initialized=bool(keys(f"{name}flows.2.data_dep_init_done")),
+            initialized=bool(reader(f"{name}flows.2.data_dep_init_done")),
         )
-        if keys.has(mixing + "eye"):
-            keys(mixing + "eye")
+        if reader.has(mixing + "eye"):
+            reader(mixing + "eye")
         return negated_shift(affine_halves(step))
 
     def _write_step(self, state: State, name: str, step: Step, lu: bool, inexact: Inexact) -> None:
@@ -94,11 +94,11 @@ class Normflows:
         state |= {f"{name}flows.2.s": per_channel(-step.log_scale), f"{name}flows.2.t": per_channel(-step.bias)}
         state[f"{name}flows.2.data_dep_init_done"] = torch.tensor(float(step.initialized))
 
-    def _read_density(self, keys: Keys, name: str, inexact: Inexact) -> Convolution:
-        mean, log_sd = keys(f"{name}loc"), keys(f"{name}log_scale")
-        if keys.has(f"{name}loc_logs"):
-            log_scales = [3 * keys(f"{name}{part}").flatten() for part in ("loc_logs", "log_scale_logs")]
-            return constant(torch.cat((mean.flatten(), log_sd.flatten())), torch.cat(log_scales))
+    def _read_density(self, reader: StateReader, name: str, inexact: Inexact) -> Convolution:
+        mean, log_sd = reader(f"{name}loc"), reader(f"{name}log_scale")
+        if reader.has(f"{name}loc_logs"):
+            log_scales = [3 * reader(f"{name}{part}").flatten() for part in ("loc_logs", "log_scale_logs")]
+            return constant_convolution(torch.cat((mean.flatten(), log_sd.flatten())), torch.cat(log_scales))
         if len(mean) != 1:  # (C, H, W, classes) of ClassCondDiagGaussian
             mean, log_sd = mean.movedim(-1, 0), log_sd.movedim(-1, 0)
         per_channel = torch.cat([tensor.mean((0, 2, 3)) for tensor in (mean, log_sd)])
@@ -106,7 +106,7 @@ class Normflows:
             inexact.append(
                 f"{name}loc, {name}log_scale: differ between positions or classes, of which the mean is taken"
             )
-        return constant(per_channel, torch.zeros_like(per_channel))
+        return constant_convolution(per_channel, torch.zeros_like(per_channel))
 
     def _write_density(self, state: State, name: str, density: Convolution) -> None:
         parts = zip(("loc", "log_scale"), density.bias.chunk(2), density.log_scale.chunk(2), strict=True)

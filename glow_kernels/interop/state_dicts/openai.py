@@ -7,13 +7,13 @@ import dataclasses
 from glow_kernels.interop.state_dicts.common import Inexact, note_border, note_classes, per_channel, without_border
 from glow_kernels.interop.weights import (
     Convolution,
-    Keys,
     State,
+    StateReader,
     Step,
     Weights,
     affine_halves,
     affine_interleaved,
-    constant,
+    constant_convolution,
     halves,
     interleaved,
     read_mixing,
@@ -27,26 +27,26 @@ class OpenAI:
     def __init__(self, network: str, inner: str, triangles: tuple[str, str], top: str) -> None:
         self.network, self.inner, self.triangles, self.top = network, inner, triangles, top
 
-    def read(self, keys: Keys, inexact: Inexact) -> Weights:
+    def read(self, reader: StateReader, inexact: Inexact) -> Weights:
         levels: list[list[Step]] = [[]]
         splits = []
         expected = 1  # after the squeeze, which has no tensors
-        for layer in keys.sparse_numbers("flow.layers."):
+        for layer in reader.sparse_numbers("flow.layers."):
             if layer != expected:
                 raise KeyError(f"flow.layers.{expected}")
             name = f"flow.layers.{layer}."
-            if keys.has(f"{name}actnorm.bias"):
-                levels[-1].append(self._read_step(keys, name))
+            if reader.has(f"{name}actnorm.bias"):
+                levels[-1].append(self._read_step(reader, name))
                 expected = layer + 1
             else:
-                splits.append(halves(self._read_zeros(keys, f"{name}conv.")))
+                splits.append(halves(self._read_zeros(reader, f"{name}conv.")))
                 levels.append([])
                 expected = layer + 2
-        note_classes(keys, ("project_ycond.",), inexact)
+        note_classes(reader, ("project_ycond.",), inexact)
         top = None
-        if keys.has(f"{self.top}.logs"):
-            convolution = self._read_zeros(keys, f"{self.top}.")
-            top = constant(convolution.bias, convolution.log_scale)
+        if reader.has(f"{self.top}.logs"):
+            convolution = self._read_zeros(reader, f"{self.top}.")
+            top = constant_convolution(convolution.bias, convolution.log_scale)
         return Weights(levels if levels[0] else [], splits, top)
 
     def write(self, weights: Weights, lu: bool, inexact: Inexact) -> State:
@@ -67,23 +67,23 @@ class OpenAI:
             self._write_zeros(state, f"{self.top}.", dataclasses.replace(top, weight=weight), inexact)
         return state
 
-    def _read_step(self, keys: Keys, name: str) -> Step:
+    def _read_step(self, reader: StateReader, name: str) -> Step:
         mixing, net = f"{name}invconv.", f"{name}{self.network}."
         factors = ("p", *self.triangles, "log_s", "sign_s")
         hidden = [
             Convolution(
-                keys(f"{net}{layer}.{self.inner}weight"),
-                keys(f"{net}{layer}.actnorm.bias").flatten(),
-                keys(f"{net}{layer}.actnorm.logs").flatten(),
+                reader(f"{net}{layer}.{self.inner}weight"),
+                reader(f"{net}{layer}.actnorm.bias").flatten(),
+                reader(f"{net}{layer}.actnorm.logs").flatten(),
             )
             for layer in (0, 2)
         ]
         return affine_halves(
             Step(
-                keys(f"{name}actnorm.logs").flatten(),
-                keys(f"{name}actnorm.bias").flatten(),
-                read_mixing(keys, mixing + "weight", [mixing + factor for factor in factors]),
-                (hidden[0], hidden[1], self._read_zeros(keys, f"{net}4.")),
+                reader(f"{name}actnorm.logs").flatten(),
+                reader(f"{name}actnorm.bias").flatten(),
+                read_mixing(reader, mixing + "weight", [mixing + factor for factor in factors]),
+                (hidden[0], hidden[1], self._read_zeros(reader, f"{net}4.")),
             )
         )
 
@@ -100,9 +100,9 @@ class OpenAI:
             state[f"{net}{layer}.actnorm.logs"] = per_channel(convolution.log_scale)
         self._write_zeros(state, f"{net}4.", step.network[2], inexact)
 
-    def _read_zeros(self, keys: Keys, name: str) -> Convolution:
-        logs = 3 * keys(f"{name}logs").flatten()
-        return Convolution(keys(f"{name}{self.inner}weight"), keys(f"{name}{self.inner}bias"), logs)
+    def _read_zeros(self, reader: StateReader, name: str) -> Convolution:
+        logs = 3 * reader(f"{name}logs").flatten()
+        return Convolution(reader(f"{name}{self.inner}weight"), reader(f"{name}{self.inner}bias"), logs)
 
     def _write_zeros(self, state: State, name: str, convolution: Convolution, inexact: Inexact) -> None:
         note_border(name, convolution, 0.0, inexact)

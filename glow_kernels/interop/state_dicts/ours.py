@@ -7,13 +7,13 @@ import torch
 from glow_kernels.interop.state_dicts.common import Inexact, note_border, note_classes, top_of, without_border
 from glow_kernels.interop.weights import (
     Convolution,
-    Keys,
     State,
+    StateReader,
     Step,
     Weights,
     affine_halves,
     affine_interleaved,
-    constant,
+    constant_convolution,
     halves,
     interleaved,
     read_mixing,
@@ -24,17 +24,17 @@ from glow_kernels.interop.weights import (
 class Ours:
     """:class:`glow_kernels.models.Glow`."""
 
-    def read(self, keys: Keys, inexact: Inexact) -> Weights:
+    def read(self, reader: StateReader, inexact: Inexact) -> Weights:
         levels, splits = [], []
-        for level in keys.numbers("levels."):
-            numbers = keys.numbers(f"levels.{level}.steps.")
-            levels.append([self._read_step(keys, f"levels.{level}.steps.{number}.") for number in numbers])
-            if keys.has(f"levels.{level}.split.prior.weight"):
-                splits.append(halves(self._read_zeros(keys, f"levels.{level}.split.prior.")))
+        for level in reader.numbers("levels."):
+            numbers = reader.numbers(f"levels.{level}.steps.")
+            levels.append([self._read_step(reader, f"levels.{level}.steps.{number}.") for number in numbers])
+            if reader.has(f"levels.{level}.split.prior.weight"):
+                splits.append(halves(self._read_zeros(reader, f"levels.{level}.split.prior.")))
         top = None
-        if keys.has("top_prior.common"):
-            top = constant(keys("top_prior.common"), 3 * keys("top_prior.common_log_scale"))
-        note_classes(keys, ("top_prior.per_class",), inexact)
+        if reader.has("top_prior.common"):
+            top = constant_convolution(reader("top_prior.common"), 3 * reader("top_prior.common_log_scale"))
+        note_classes(reader, ("top_prior.per_class",), inexact)
         return Weights(levels, splits, top)
 
     def write(self, weights: Weights, lu: bool, inexact: Inexact) -> State:
@@ -48,28 +48,28 @@ class Ours:
         state |= {"top_prior.common": top.bias, "top_prior.common_log_scale": top.log_scale / 3}
         return state
 
-    def _read_step(self, keys: Keys, name: str) -> Step:
+    def _read_step(self, reader: StateReader, name: str) -> Step:
         mixing = f"{name}mixing."
         factors = ("permutation", "lower", "upper", "log_diagonal", "diagonal_sign")
         network = f"{name}coupling.network."
         hidden = [
             Convolution(
-                keys(f"{network}{part}.weight"),
-                keys(f"{network}{part}.actnorm.bias"),
-                keys(f"{network}{part}.actnorm.log_scale"),
+                reader(f"{network}{part}.weight"),
+                reader(f"{network}{part}.actnorm.bias"),
+                reader(f"{network}{part}.actnorm.log_scale"),
             )
             for part in ("first", "second")
         ]
-        last = self._read_zeros(keys, f"{network}last.")
+        last = self._read_zeros(reader, f"{network}last.")
         for part in ("first", "second"):
-            keys(f"{network}{part}.actnorm.initialized")
+            reader(f"{network}{part}.actnorm.initialized")
         return affine_halves(
             Step(
-                keys(f"{name}actnorm.log_scale"),
-                keys(f"{name}actnorm.bias"),
-                read_mixing(keys, mixing + "weight", [mixing + factor for factor in factors]),
+                reader(f"{name}actnorm.log_scale"),
+                reader(f"{name}actnorm.bias"),
+                read_mixing(reader, mixing + "weight", [mixing + factor for factor in factors]),
                 (hidden[0], hidden[1], last),
-                initialized=bool(keys(f"{name}actnorm.initialized")),
+                initialized=bool(reader(f"{name}actnorm.initialized")),
             )
         )
 
@@ -87,8 +87,8 @@ class Ours:
             state[f"{network}{part}.actnorm.initialized"] = flag
         self._write_zeros(state, f"{network}last.", step.network[2], inexact)
 
-    def _read_zeros(self, keys: Keys, name: str) -> Convolution:
-        return Convolution(keys(f"{name}weight"), keys(f"{name}bias"), 3 * keys(f"{name}log_scale"))
+    def _read_zeros(self, reader: StateReader, name: str) -> Convolution:
+        return Convolution(reader(f"{name}weight"), reader(f"{name}bias"), 3 * reader(f"{name}log_scale"))
 
     def _write_zeros(self, state: State, name: str, convolution: Convolution, inexact: Inexact) -> None:
         note_border(name, convolution, 0.0, inexact)

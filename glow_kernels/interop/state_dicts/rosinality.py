@@ -5,19 +5,28 @@ from __future__ import annotations
 import torch
 
 from glow_kernels.interop.state_dicts.common import Inexact, note_border, per_channel, top_of
-from glow_kernels.interop.weights import Convolution, Keys, State, Step, Weights, read_mixing, swapped, write_mixing
+from glow_kernels.interop.weights import (
+    Convolution,
+    State,
+    StateReader,
+    Step,
+    Weights,
+    read_mixing,
+    swapped,
+    write_mixing,
+)
 
 
 class Rosinality:
     """``Glow`` of rosinality/glow-pytorch."""
 
-    def read(self, keys: Keys, inexact: Inexact) -> Weights:
-        blocks = keys.numbers("blocks.")
+    def read(self, reader: StateReader, inexact: Inexact) -> Weights:
+        blocks = reader.numbers("blocks.")
         levels, priors = [], []
         for block in blocks:
-            numbers = keys.numbers(f"blocks.{block}.flows.")
-            levels.append([self._read_step(keys, f"blocks.{block}.flows.{number}.") for number in numbers])
-            priors.append(self._read_zeros(keys, f"blocks.{block}.prior."))
+            numbers = reader.numbers(f"blocks.{block}.flows.")
+            levels.append([self._read_step(reader, f"blocks.{block}.flows.{number}.") for number in numbers])
+            priors.append(self._read_zeros(reader, f"blocks.{block}.prior."))
         return Weights(levels, priors[:-1], priors[-1] if priors else None)
 
     def write(self, weights: Weights, lu: bool, inexact: Inexact) -> State:
@@ -31,25 +40,25 @@ class Rosinality:
             self._write_zeros(state, f"blocks.{block}.prior.", prior, inexact)
         return state
 
-    def _read_step(self, keys: Keys, name: str) -> Step:
+    def _read_step(self, reader: StateReader, name: str) -> Step:
         net, mixing = f"{name}coupling.net.", f"{name}invconv."
         hidden = []
         for layer in (0, 2):
-            bias = keys(f"{net}{layer}.bias")
-            hidden.append(Convolution(keys(f"{net}{layer}.weight"), bias, torch.zeros_like(bias)))
-        scale = keys(f"{name}actnorm.scale").flatten()
+            bias = reader(f"{net}{layer}.bias")
+            hidden.append(Convolution(reader(f"{net}{layer}.weight"), bias, torch.zeros_like(bias)))
+        scale = reader(f"{name}actnorm.scale").flatten()
         factors = [mixing + factor for factor in ("w_p", "w_l", "w_u", "w_s", "s_sign")]
         found = Step(
             scale.abs().log(),
-            keys(f"{name}actnorm.loc").flatten(),
-            read_mixing(keys, mixing + "weight", factors),
-            (hidden[0], hidden[1], self._read_zeros(keys, f"{net}4.")),
+            reader(f"{name}actnorm.loc").flatten(),
+            read_mixing(reader, mixing + "weight", factors),
+            (hidden[0], hidden[1], self._read_zeros(reader, f"{net}4.")),
             sign=scale.sign(),
-            initialized=bool(keys(f"{name}actnorm.initialized")),
+            initialized=bool(reader(f"{name}actnorm.initialized")),
         )
         for mask in ("u_mask", "l_mask", "l_eye"):
-            if keys.has(mixing + mask):
-                keys(mixing + mask)
+            if reader.has(mixing + mask):
+                reader(mixing + mask)
         return found.with_last(swapped(found.network[2])) if found.is_affine else found
 
     def _write_step(self, state: State, name: str, step: Step, lu: bool, inexact: Inexact) -> None:
@@ -73,9 +82,9 @@ class Rosinality:
             state |= {f"{net}{layer}.weight": folded.weight, f"{net}{layer}.bias": folded.bias}
         self._write_zeros(state, f"{net}4.", step.network[2], inexact)
 
-    def _read_zeros(self, keys: Keys, name: str) -> Convolution:
-        weight, bias = keys(f"{name}conv.weight"), keys(f"{name}conv.bias")
-        return Convolution(weight, bias, 3 * keys(f"{name}scale").flatten(), border=1.0)
+    def _read_zeros(self, reader: StateReader, name: str) -> Convolution:
+        weight, bias = reader(f"{name}conv.weight"), reader(f"{name}conv.bias")
+        return Convolution(weight, bias, 3 * reader(f"{name}scale").flatten(), border=1.0)
 
     def _write_zeros(self, state: State, name: str, convolution: Convolution, inexact: Inexact) -> None:
         note_border(name, convolution, 1.0, inexact)

@@ -12,14 +12,14 @@ from torch import Tensor
 from glow_kernels.interop.state_dicts.common import Inexact, note_classes, top_of
 from glow_kernels.interop.weights import (
     Convolution,
-    Keys,
     Mixing,
     State,
+    StateReader,
     Step,
     Weights,
     affine_halves,
     affine_interleaved,
-    constant,
+    constant_convolution,
     halves,
     interleaved,
 )
@@ -28,18 +28,18 @@ from glow_kernels.interop.weights import (
 class TensorFlow:
     """``model`` of openai/glow with invertible 1x1 convolutions."""
 
-    def read(self, keys: Keys, inexact: Inexact) -> Weights:
+    def read(self, reader: StateReader, inexact: Inexact) -> Weights:
         levels, splits = [], []
-        for level in keys.numbers("model/"):
-            numbers = keys.numbers(f"model/{level}/")
-            levels.append([self._read_step(keys, f"model/{level}/{number}/", inexact) for number in numbers])
-            if keys.has(f"model/pool{level}/conv/W"):
-                splits.append(halves(self._read_zeros(keys, f"model/pool{level}/conv/", inexact)))
+        for level in reader.numbers("model/"):
+            numbers = reader.numbers(f"model/{level}/")
+            levels.append([self._read_step(reader, f"model/{level}/{number}/", inexact) for number in numbers])
+            if reader.has(f"model/pool{level}/conv/W"):
+                splits.append(halves(self._read_zeros(reader, f"model/pool{level}/conv/", inexact)))
         top = None
-        if keys.has("model/prior/p/b"):
-            convolution = self._read_zeros(keys, "model/prior/p/", inexact)
-            top = constant(convolution.bias, convolution.log_scale)
-        note_classes(keys, ("model/prior/y_emb/",), inexact)
+        if reader.has("model/prior/p/b"):
+            convolution = self._read_zeros(reader, "model/prior/p/", inexact)
+            top = constant_convolution(convolution.bias, convolution.log_scale)
+        note_classes(reader, ("model/prior/y_emb/",), inexact)
         return Weights(levels, splits, top)
 
     def write(self, weights: Weights, lu: bool, inexact: Inexact) -> State:
@@ -57,37 +57,37 @@ class TensorFlow:
         state["model/prior/p/W"] = torch.cat((edge.new_zeros(3, 3, channels, channels), edge), 2)
         return state
 
-    def _read_step(self, keys: Keys, name: str, inexact: Inexact) -> Step:
+    def _read_step(self, reader: StateReader, name: str, inexact: Inexact) -> Step:
         hidden = []
         for layer in ("l_1", "l_2"):
             prefix = f"{name}f1/{layer}/"
-            bias, log_scale = _read_actnorm(keys, f"{prefix}actnorm")
-            hidden.append(Convolution(_read_kernel(keys, f"{prefix}W", inexact), bias, log_scale))
-        bias, log_scale = _read_actnorm(keys, f"{name}actnorm")
-        last = self._read_zeros(keys, f"{name}f1/l_last/", inexact)
-        return affine_halves(Step(log_scale, bias, Mixing(keys(f"{name}invconv/W").T), (hidden[0], hidden[1], last)))
+            bias, log_scale = _read_actnorm(reader, f"{prefix}actnorm")
+            hidden.append(Convolution(_read_kernel(reader, f"{prefix}W", inexact), bias, log_scale))
+        bias, log_scale = _read_actnorm(reader, f"{name}actnorm")
+        last = self._read_zeros(reader, f"{name}f1/l_last/", inexact)
+        return affine_halves(Step(log_scale, bias, Mixing(reader(f"{name}invconv/W").T), (hidden[0], hidden[1], last)))
 
     def _write_step(self, state: State, name: str, step: Step) -> None:
         step = affine_interleaved(step)
         _write_actnorm(state, f"{name}actnorm", step.bias, step.log_scale)
-        state[f"{name}invconv/W"] = step.mixing.plain().T
+        state[f"{name}invconv/W"] = step.mixing.matrix().T
         for layer, convolution in zip(("l_1", "l_2"), step.network, strict=False):
             prefix = f"{name}f1/{layer}/"
             state[f"{prefix}W"] = _kernel(convolution)
             _write_actnorm(state, f"{prefix}actnorm", convolution.bias, convolution.log_scale)
         self._write_zeros(state, f"{name}f1/l_last/", step.network[2])
 
-    def _read_zeros(self, keys: Keys, name: str, inexact: Inexact) -> Convolution:
-        bias, log_scale = keys(f"{name}b").flatten(), 3 * keys(f"{name}logs").flatten()
-        return Convolution(_read_kernel(keys, f"{name}W", inexact), bias, log_scale)
+    def _read_zeros(self, reader: StateReader, name: str, inexact: Inexact) -> Convolution:
+        bias, log_scale = reader(f"{name}b").flatten(), 3 * reader(f"{name}logs").flatten()
+        return Convolution(_read_kernel(reader, f"{name}W", inexact), bias, log_scale)
 
     def _write_zeros(self, state: State, name: str, convolution: Convolution) -> None:
         state[f"{name}W"] = _kernel(convolution)
         state |= {f"{name}b": convolution.bias[None, None, None], f"{name}logs": convolution.log_scale[None] / 3}
 
 
-def _read_actnorm(keys: Keys, name: str) -> tuple[Tensor, Tensor]:
-    return keys(f"{name}_center/b").flatten(), 3 * keys(f"{name}_scale/logs").flatten()
+def _read_actnorm(reader: StateReader, name: str) -> tuple[Tensor, Tensor]:
+    return reader(f"{name}_center/b").flatten(), 3 * reader(f"{name}_scale/logs").flatten()
 
 
 def _write_actnorm(state: State, name: str, bias: Tensor, log_scale: Tensor) -> None:
@@ -95,8 +95,8 @@ def _write_actnorm(state: State, name: str, bias: Tensor, log_scale: Tensor) -> 
     state[f"{name}_scale/logs"] = log_scale[None, None, None] / 3
 
 
-def _read_kernel(keys: Keys, name: str, inexact: Inexact) -> Tensor:
-    weight = keys(name).permute(3, 2, 0, 1)
+def _read_kernel(reader: StateReader, name: str, inexact: Inexact) -> Tensor:
+    weight = reader(name).permute(3, 2, 0, 1)
     if weight.shape[-1] == 1:
         return weight
     if bool(weight[:, -1].any()):
