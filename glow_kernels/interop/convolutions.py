@@ -157,7 +157,7 @@ class ActNormConv2d(Patch):
         return _scaled(convolution, x, actnorm.logs.flatten().exp(), shift)
 
 
-class _Overwriting(torch.autograd.Function):
+class _InPlaceLeakyReLU(torch.autograd.Function):
     """Leaky ReLU that overwrites its input and, in backward, its gradient; nothing else may use either."""
 
     @staticmethod
@@ -195,7 +195,8 @@ class InPlaceSequential(Patch):
         plain = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
         pairs = itertools.pairwise(module.children())
         return plain and any(
-            (_is_plain(before) or ActNormConv2d.matches(before)) and _is_activation(layer) for before, layer in pairs
+            (_is_plain_convolution(before) or ActNormConv2d.matches(before)) and _is_activation(layer)
+            for before, layer in pairs
         )
 
     @classmethod
@@ -209,13 +210,15 @@ class InPlaceSequential(Patch):
         is_traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
         plain = is_traced or torch._C._are_functorch_transforms_active()
         for before, layer, after in zip([None, *layers], layers, [*layers[1:], None], strict=False):
-            may_overwrite = before is not None and _is_alone(before, ActNormConv2d)
+            may_overwrite = before is not None and _is_unhooked_convolution(before, ActNormConv2d)
             if not may_overwrite or not _is_activation(layer) or has_hooks(layer):
                 x = layer(x)
                 continue
             slope = getattr(layer, "negative_slope", 0.0)
-            alone = after is not None and _is_alone(after, ActNormConv2d, ScaledConv2d)
-            overwrite: Any = _activated if plain or not alone or not x.requires_grad else _Overwriting.apply
+            between_convolutions = after is not None and _is_unhooked_convolution(after, ActNormConv2d, ScaledConv2d)
+            overwrite: Any = (
+                _activated if plain or not between_convolutions or not x.requires_grad else _InPlaceLeakyReLU.apply
+            )
             x = overwrite(x, slope)
         return x
 
@@ -232,15 +235,15 @@ def _is_activation(layer: nn.Module) -> bool:
     return known and "forward" not in vars(layer)
 
 
-def _is_plain(layer: nn.Module) -> bool:
+def _is_plain_convolution(layer: nn.Module) -> bool:
     return type(layer).forward is nn.Conv2d.forward and "forward" not in vars(layer)
 
 
-def _is_alone(layer: nn.Module, *patches: type[Patch]) -> bool:
+def _is_unhooked_convolution(layer: nn.Module, *patches: type[Patch]) -> bool:
     """Whether ``layer`` is a convolution, plain or in a layer with one of ``patches``, and no hook gets its result or
     its gradient."""
     if patch_of(layer) not in patches:
-        return _is_plain(layer) and not has_hooks(layer)
+        return _is_plain_convolution(layer) and not has_hooks(layer)
     parts = (layer, *layer.children())
     return is_unchanged(*parts) and not has_hooks(*parts)
 

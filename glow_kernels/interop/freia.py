@@ -50,7 +50,7 @@ def _conditions(module: Any) -> tuple[int, ...]:
     return tuple(dims[0] for dims in module.dims_c)
 
 
-def _read(module: Any, c: Any) -> Any:
+def _used_conditions(module: Any, c: Any) -> Any:
     """The conditions ``c`` that ``module`` reads: a block made without conditions ignores those that it is given."""
     return c if module.dims_c else ()
 
@@ -152,10 +152,10 @@ class AffineCouplingOneSided(Patch):
     def forward(self: Any, x: Any, c: Any = (), rev: bool = False, jac: bool = True) -> Result:
         """``(y,)`` and J (B,)."""
         if rev:
-            y, log_det = steps.inverse(AffineCouplingOneSided.parts(self), x[0], *_read(self, c))
+            y, log_det = steps.inverse(AffineCouplingOneSided.parts(self), x[0], *_used_conditions(self, c))
         else:
             initialize(self, "forward", x, c=c, rev=rev, jac=jac)
-            y, log_det = run(self, x[0], *_read(self, c))
+            y, log_det = run(self, x[0], *_used_conditions(self, c))
         return (y,), log_det
 
     @classmethod
@@ -210,7 +210,7 @@ class GLOWCouplingBlock(Patch):
         """``(y,)`` and J (B,)."""
         initialize(self, "forward", x, c=c, rev=rev, jac=jac)
         couple = functools.partial(_couple_halves, self, options_of(self), rev)
-        y, log_det = run_alone(self, couple, x[0], *_read(self, c))
+        y, log_det = run_alone(self, couple, x[0], *_used_conditions(self, c))
         return (y,), log_det
 
 
@@ -247,7 +247,7 @@ class AllInOneBlock(Patch):
         """``(y,)`` and J (B,)."""
         initialize(self, "forward", x, c=c, rev=rev, jac=jac)
         compute = functools.partial(_all_in_one, self, options_of(self), rev)
-        y, log_det = run_alone(self, compute, x[0], *_read(self, c))
+        y, log_det = run_alone(self, compute, x[0], *_used_conditions(self, c))
         return (y,), log_det
 
 

@@ -36,14 +36,14 @@ def _calls(channels: int, speaker: int = 0) -> list[Call]:
     def masked(module: Any, x: Tensor, reverse: bool) -> Any:
         return module(x * mask(x), mask(x), reverse=reverse)
 
-    def spoken(module: Any, x: Tensor, g: Any = OPAQUE_CONTEXT) -> Any:
+    def with_speaker(module: Any, x: Tensor, g: Any = OPAQUE_CONTEXT) -> Any:
         return module(x * mask(x), mask(x), g=g)
 
     return [
         Call("forward", lambda module, x: masked(module, x, False), (shape,)),
         Call("reverse", lambda module, x: masked(module, x, True), (shape,)),
         Call("without mask", lambda module, x: module(x), (shape,), optional=True),
-        Call("with g", spoken, (shape, *speakers), optional=True, opaque_context=not speaker),
+        Call("with g", with_speaker, (shape, *speakers), optional=True, opaque_context=not speaker),
     ]
 
 

@@ -185,7 +185,7 @@ class FlowStep(Patch):
 
     @classmethod
     def examine(cls, module: Any, examiner: Examiner) -> Any:
-        if _holds_others(module):
+        if _references_other_modules(module):
             raise Mismatch("a function of its own uses another step's layers, as in a deep copy: accelerate, then copy")
         permutation = _child(module, PERMUTATIONS)
         learned = isinstance(getattr(module, "invconv", None), nn.Module)
@@ -283,7 +283,7 @@ def _linear(step: Any, to_invert: bool) -> Linear:
     return log_scale, bias, mixing(units, False)[:, :, 0, 0].T.contiguous(), bias.new_zeros(())
 
 
-def _holds_others(step: nn.Module) -> bool:
+def _references_other_modules(step: nn.Module) -> bool:
     """Whether a function stored on ``step`` has a module in its closure that is not part of ``step``."""
     closures = (getattr(value, "__closure__", None) or () for value in vars(step).values())
     held = [cell.cell_contents for closure in closures for cell in closure]
