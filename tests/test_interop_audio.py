@@ -48,7 +48,7 @@ class Halved(nn.Conv1d):
         return 0.5 * super().forward(x)
 
 
-def test_another_convolution_inside_of_waveglows_has_its_effect():
+def test_replacing_the_convolution_inside_waveglows_layer_takes_effect():
     original, x = audio.Invertible1x1Conv(4), torch.randn(3, 4, 8)
     accelerated = copy.deepcopy(original)
     assert not gk.accelerate(accelerated, verify=False).left_alone
@@ -141,7 +141,7 @@ class SpreadWaveGlow(audio.WaveGlow):
         (SpreadWaveGlow, "it does not run with chosen network outputs"),
     ],
 )
-def test_waveglow_is_matched_by_what_it_computes_or_left_alone(model, expected):
+def test_variants_of_waveglow_are_matched_exactly_or_not_patched(model, expected):
     torch.manual_seed(0)
     changed = model()
     batch = waveglow_batch()
@@ -152,7 +152,7 @@ def test_waveglow_is_matched_by_what_it_computes_or_left_alone(model, expected):
     torch.testing.assert_close(actual, wanted, rtol=1e-3, atol=1e-5)
 
 
-def test_waveglow_synthesises_and_refuses_as_before_and_its_layers_are_still_called():
+def test_waveglow_synthesises_and_raises_as_before_and_its_layers_are_still_called():
     torch.manual_seed(0)
     model = audio.WaveGlow()
     spectrogram, sound = waveglow_batch()
@@ -172,7 +172,7 @@ def test_waveglow_synthesises_and_refuses_as_before_and_its_layers_are_still_cal
         model((spectrogram[:, :, :4], sound))
 
 
-def test_networks_that_are_given_something_else_than_those_of_waveglow_are_not_taken_for_them():
+def test_networks_that_take_other_arguments_are_not_recognised_as_waveglows():
     network = audio.WaveNet(2, 3, n_layers=1, n_channels=4)
     del network.cond_layer  # like RAD-TTS's, which concatenates data and conditions
     assert not gk.accelerate(network, memory="checkpoint").layers
@@ -202,7 +202,7 @@ def test_networks_of_waveglow_keep_no_activations():
     assert kept[1] < kept[0] / 5
 
 
-def test_stale_inverse_of_waveglow_is_not_imitated():
+def test_stale_inverse_of_waveglow_is_not_reproduced():
     layer = audio.Invertible1x1Conv(8)
     z = torch.randn(2, 8, 10)
     layer(layer(z)[0], reverse=True)
@@ -311,14 +311,14 @@ def test_inverse_that_glow_tts_has_stored_is_used(make):
     assert torch.equal(layer(x, reverse=True)[0], own)
 
 
-def test_a_weight_that_is_normalised_is_of_the_type_that_is_compared():
+def test_normalised_weights_are_compared_in_their_own_dtype():
     coupling = audio.CouplingBlock(8, 6)
     nn.utils.weight_norm(coupling.start)
     (row,) = gk.accelerate(coupling.double()).layers
     assert row.patched, row.reason
 
 
-def test_coupling_whose_scale_is_not_one_under_the_mask_is_left_alone():
+def test_coupling_whose_scale_is_not_one_under_the_mask_is_not_patched():
     report = gk.accelerate(nn.ModuleList([audio.CouplingBlock(8, 6, sigmoid_scale=True)]))
     assert [row.reason for row in report.left_alone] == ["its scale is not one where the mask is zero"]
 
@@ -376,7 +376,7 @@ def networks_speaker(channels):
         (lambda channels: SpeakerCoupling(channels, "pitch"), "pitch", True),
     ],
 )
-def test_what_glow_tts_layers_make_of_a_speaker_is_not_lost(make, name, patched):
+def test_glow_tts_layers_still_use_the_speaker(make, name, patched):
     layer = make(8).double()
     accelerated = copy.deepcopy(layer)
     (row,) = gk.accelerate(accelerated, memory="checkpoint").layers

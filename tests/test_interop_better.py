@@ -54,7 +54,7 @@ CLAIMS = {
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_claims_are_true_of_the_dialect_and_only_originals_read_flags(name, monkeypatch):
+def test_claimed_improvements_are_those_of_the_dialect_and_only_originals_read_flags(name, monkeypatch):
     example = EXAMPLES[name]
     original, accelerated = make(example), make(example)
     lines = [line for line in str(gk.accelerate(accelerated, verify=False)).splitlines() if line.startswith("better: ")]
@@ -172,7 +172,7 @@ INVERSES = {
 
 
 @pytest.mark.parametrize("name", INVERSES)
-def test_inverses_lead_back_more_accurately(name):
+def test_inverses_are_more_accurate(name):
     make_layer, change, round_trip = INVERSES[name]
     original, accelerated = pair(make_layer, change)
     x = torch.randn(16, 32, 8, 8)

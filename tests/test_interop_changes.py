@@ -88,7 +88,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("copied", [False, True], ids=["itself", "copy"])
-def test_what_changes_later_has_its_effect(change, copied):
+def test_later_changes_take_effect(change, copied):
     original = flow()
     accelerated = copy.deepcopy(original)
     assert not gk.accelerate(accelerated, verify=False).left_alone
@@ -106,7 +106,7 @@ def test_what_changes_later_has_its_effect(change, copied):
         assert_same(accelerated, original)
 
 
-def test_masks_of_a_checkpoint_count():
+def test_masks_loaded_from_a_checkpoint_take_effect():
     def make(mask):
         return AffineCouplingTransform(torch.tensor(mask), lambda inputs, outputs: ResidualNet(inputs, outputs, 8))
 
@@ -278,7 +278,7 @@ class OtherInEvaluation(rosinality.ActNorm):
         (lambda: OtherInEvaluation(4), "forward: result 0 differs"),
     ],
 )
-def test_what_a_patch_would_leave_out_is_left_alone(make, reason):
+def test_layers_that_do_more_than_their_patch_are_not_patched(make, reason):
     row = gk.accelerate(make()).layers[0]
     assert not row.patched
     assert row.reason.startswith(reason)
@@ -316,7 +316,7 @@ class SquareCoupling(AffineCouplingTransform):
     ],
     ids=["rosinality", "openai", "nflows"],
 )
-def test_layers_that_take_images_for_square_are_left_alone(make):
+def test_layers_that_assume_square_images_are_not_patched(make):
     layer = make()
     row = next(row for row in gk.accelerate(layer).layers if row.path == "")
     assert row.reason.startswith("forward: result 1 differs by")
@@ -369,7 +369,7 @@ def ignoring_context(inputs: int, outputs: int) -> nn.Module:
     ],
     ids=["actnorm", "coupling", "coupling of tensors", "actnorm of dictionaries", "coupling of names", "without"],
 )
-def test_layers_that_do_something_else_with_a_context_are_left_alone(layer, reason):
+def test_layers_that_use_a_context_otherwise_are_not_patched(layer, reason):
     (row,) = gk.accelerate(layer).layers
     assert reason in row.reason
 
@@ -399,7 +399,7 @@ class DirectedConv1x1(nn.Module):
 
 
 @pytest.mark.parametrize("verify", [True, False])
-def test_layers_with_a_square_matrix_that_are_called_otherwise_are_not_taken_for_others(verify):
+def test_layers_with_a_square_matrix_but_another_signature_are_not_recognised(verify):
     assert not gk.accelerate(DirectedConv1x1(), verify=verify).layers
 
 
@@ -418,7 +418,7 @@ def test_steps_that_hold_closures_are_compared_too(style):
 
 
 @pytest.mark.parametrize("permutation", ["invconv", "shuffle"])
-def test_deep_copies_of_steps_that_use_layers_of_the_original_are_left_alone_with_that_reason(permutation):
+def test_reason_for_deep_copies_of_steps_is_that_they_use_layers_of_the_original(permutation):
     original = openai.FlowStep(4, 8, permutation, style="y0ast")
     report = gk.accelerate(copy.deepcopy(original))
     (row,) = (row for row in report.layers if row.kind == "FlowStep")
@@ -426,7 +426,7 @@ def test_deep_copies_of_steps_that_use_layers_of_the_original_are_left_alone_wit
     assert "FlowStep" in {row.kind for row in gk.accelerate(original).layers if row.patched}
 
 
-def test_global_hooks_see_no_copies_and_do_not_keep_layers_from_being_compared():
+def test_global_hooks_see_no_copies_and_do_not_prevent_comparison():
     step = HalfTheLogDet(4, 8)
     seen = []
     handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module), always_call=True)
@@ -462,7 +462,7 @@ class Unknown(nn.Module):
         (lambda: rosinality.ActNorm(4), "its ActNorm is rosinality's ActNorm"),
     ],
 )
-def test_a_step_says_why_a_layer_of_it_was_left_alone(make, reason):
+def test_reason_for_a_step_names_the_layer_that_was_not_patched(make, reason):
     (row,) = (row for row in gk.accelerate(flow(make())).layers if row.kind == "Flow")
     assert not row.patched
     assert row.reason.startswith(reason)
@@ -505,7 +505,7 @@ class Logging(AffineCouplingOneSided):
 
 
 @pytest.mark.parametrize("verify", [True, False])
-def test_arguments_without_names_are_not_lost(verify):
+def test_positional_arguments_are_not_lost(verify):
     layer = Logging([(4, 4, 6)], subnet_constructor=lambda inputs, outputs: nn.Conv2d(inputs, outputs, 1))
     x = torch.randn(2, 4, 4, 6)
     (expected,), _ = layer((x,), (), True)
@@ -520,7 +520,7 @@ class WithFactor(rosinality.ActNorm):
         return options.get("factor", 1) * y, log_det
 
 
-def test_options_without_names_have_their_effect():
+def test_arbitrary_keyword_arguments_take_effect():
     original = WithFactor(4)
     original(X)
     accelerated = copy.deepcopy(original)
@@ -545,7 +545,7 @@ def put_closure(layer: nn.Module) -> None:
 @pytest.mark.parametrize(
     "step", [rosinality.Flow(4, filter_size=8), openai.FlowStep(4, 8)], ids=["rosinality", "openai"]
 )
-def test_layers_with_a_forward_of_their_own_are_left_alone_and_never_run(step, put):
+def test_layers_with_a_forward_of_their_own_are_not_patched_and_never_run(step, put):
     step = copy.deepcopy(step)
     put(step.actnorm)
     put(step)
@@ -610,7 +610,7 @@ def test_parametrizations_of_accelerated_layers_survive_restore(make):
 
 @pytest.mark.parametrize("verify", [True, False])
 @pytest.mark.parametrize("norm", [parametrizations.weight_norm, parametrizations.spectral_norm])
-def test_scaled_convolutions_whose_weight_is_computed_are_left_alone(norm, verify):
+def test_scaled_convolutions_whose_weight_is_computed_are_not_patched(norm, verify):
     layer = rosinality.ZeroConv2d(4, 6)
     nn.init.normal_(layer.conv.weight)
     norm(layer.conv)
@@ -644,7 +644,7 @@ INNER = {
     [rosinality.ZeroConv2d, openai.InnerConv2dZeros, functools.partial(openai.InnerConv2d, kernel_size=3)],
     ids=["rosinality", "zeros", "actnorm"],
 )
-def test_another_convolution_inside_of_a_layer_has_its_effect(make, change):
+def test_replacing_the_convolution_inside_a_layer_takes_effect(make, change):
     layer = make(4, 6)
     nn.init.normal_(layer.conv.weight)
     layer(X)
@@ -692,7 +692,7 @@ WATCHED = {
 
 
 @pytest.mark.parametrize("watched", WATCHED)
-def test_what_is_watched_inside_of_a_network_is_not_overwritten(watched):
+def test_tensors_that_are_observed_inside_a_network_are_not_overwritten(watched):
     make, watch = WATCHED[watched]
     original = rosinality.AffineCoupling(4, 8)
     original.net = nn.Sequential(make(2, 8, 3), nn.ReLU(), make(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1))
@@ -708,7 +708,7 @@ def test_what_is_watched_inside_of_a_network_is_not_overwritten(watched):
 
 
 @pytest.mark.parametrize("with_graph", [False, True])
-def test_what_overflowed_below_zero_is_cut_off_by_a_relu(with_graph):
+def test_relu_of_minus_infinity_is_zero(with_graph):
     coupling = rosinality.AffineCoupling(4, 8)
     with torch.no_grad():
         coupling.net[0].bias.fill_(-torch.inf)
@@ -717,7 +717,7 @@ def test_what_overflowed_below_zero_is_cut_off_by_a_relu(with_graph):
         assert coupling(X)[0].isfinite().all()
 
 
-def test_another_forward_of_an_activation_has_its_effect():
+def test_replacing_the_forward_of_an_activation_takes_effect():
     original = rosinality.AffineCoupling(4, 8)
     nn.init.normal_(original.net[-1].conv.weight, 0, 0.1)
     accelerated = copy.deepcopy(original)
@@ -796,7 +796,7 @@ def low_precision(request):
 
 
 @pytest.mark.usefixtures("low_precision")
-def test_layers_are_compared_in_float32_whatever_products_are_in():
+def test_layers_are_compared_in_full_float32_whatever_the_matmul_precision():
     seen = []
 
     class Convolution(rosinality.InvConv2d):
@@ -858,7 +858,7 @@ def with_another_option(step: nn.Module) -> None:
 
 @pytest.mark.parametrize("memory", ["checkpoint", "invert"])
 @pytest.mark.parametrize("between", [gk.restore, with_another_option])
-def test_what_is_made_of_a_step_after_its_forward_has_no_effect_on_its_backward(between, memory):
+def test_patching_or_restoring_a_step_after_its_forward_does_not_affect_its_backward(between, memory):
     original = flow()
     accelerated = copy.deepcopy(original)
     gk.accelerate(accelerated, memory=memory, verify=False)
@@ -899,6 +899,6 @@ def test_states_of_a_chain_can_be_saved():
     assert torch.equal(torch.load(file, weights_only=False), state)
 
 
-def test_of_models_without_such_steps_it_says_that_memory_has_no_effect():
+def test_note_for_models_without_steps_says_that_memory_has_no_effect():
     report = gk.accelerate(rosinality.ActNorm(4), memory="anchor")
     assert report.note == "no step was found that memory='anchor' applies to"

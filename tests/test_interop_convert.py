@@ -137,7 +137,7 @@ def test_hidden_actnorms_of_normflows_go_into_convolutions(target):
 
 
 @pytest.mark.parametrize("lu", [True, False], ids=["lu", "plain"])
-def test_rosinality_comes_back_as_it_was_and_negative_scales_survive(lu):
+def test_rosinality_round_trip_is_exact_and_negative_scales_survive(lu):
     model = trained("rosinality", lu)
     with torch.no_grad():
         for block in model.blocks:
@@ -190,7 +190,7 @@ def test_the_tensorflow_original_expresses_the_others(source):
 
 
 @pytest.mark.parametrize("target", EXACT)
-def test_the_tensorflow_original_is_read_but_for_its_border(target):
+def test_the_tensorflow_original_is_read_except_for_its_border(target):
     model = trained("openai")
     lossy = convert(model.state_dict(), source="openai", target=target)
     marked = [name for name, parameter in model.named_parameters() if parameter.shape[:2] == (3, 3)]
@@ -242,7 +242,7 @@ def test_additive_couplings():
     torch.testing.assert_close(other(x)[0], ours)
 
 
-def test_what_is_no_such_model_is_refused():
+def test_other_state_dicts_and_unknown_dialects_are_refused():
     state = Glow(3, 8, 1, 1, 4).state_dict()
     with pytest.raises(TypeError, match=r"state_dict must be a mapping of names to tensors, got Linear"):
         convert(torch.nn.Linear(2, 2), source="rosinality", target="openai")

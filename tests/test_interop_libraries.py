@@ -158,7 +158,7 @@ def test_layers_whose_factors_are_ill_conditioned_are_accelerated(library):
 
 @pytest.mark.parametrize("verify", [True, False])
 @pytest.mark.parametrize("use_lu", [True, False])
-def test_matrices_of_normflows_that_multiply_vectors_are_no_convolutions(use_lu, verify):
+def test_matrices_of_normflows_that_multiply_vectors_are_not_patched(use_lu, verify):
     layer, x = normflows.flows.mixing.InvertibleAffine(4, use_lu), torch.randn(2, 4)
     expected = layer.inverse(x)
     (row,) = gk.accelerate(layer, verify=verify).layers
@@ -176,7 +176,7 @@ def test_additive_couplings_of_an_odd_number_of_channels(channels):
 
 @pytest.mark.parametrize("memory", ["store", "checkpoint"])
 @pytest.mark.parametrize("name", ["AffineCouplingOneSided", "GLOWCouplingBlock", "AllInOneBlock"])
-def test_blocks_of_freia_without_conditions_ignore_those_that_they_are_given(name, memory):
+def test_blocks_of_freia_made_without_conditions_ignore_given_ones(name, memory):
     block = getattr(FrEIA.modules, name)([(4, 2, 2)], subnet_constructor=lambda *sizes: nn.Conv2d(*sizes, 1))
     x, condition = torch.randn(2, 4, 2, 2), torch.randn(2, 3, 2, 2)
     calls = [{"c": c, "rev": rev} for c in (None, [condition]) for rev in (False, True)]

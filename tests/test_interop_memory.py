@@ -170,7 +170,7 @@ def rosinality_glow(steps: int = 8) -> nn.Module:
 
 @pytest.mark.parametrize("memory", ["store", "anchor"])
 @pytest.mark.parametrize("name", ["rosinality", "chaiyujin", "normflows", "nflows", "chrischute"])
-def test_data_of_another_type_become_what_actnorm_makes_of_them(name, memory):
+def test_data_of_another_dtype_are_promoted_as_by_actnorm(name, memory):
     example = EXAMPLES[name]
     model = prepared(example)
     original = twin(example, model).double()
@@ -317,7 +317,7 @@ def test_a_state_that_is_modified_without_a_graph_before_the_next_step_is_an_err
         weighted(chain[1](y)).backward()
 
 
-def test_state_that_does_not_arrive_is_an_error_and_not_a_wrong_gradient():
+def test_a_missing_state_is_an_error_and_not_a_wrong_gradient():
     chain = flows(2)
     gk.accelerate(chain, memory="invert", verify=False)
     y, log_det = chain[0](torch.randn(4, 4, 6, 6))
@@ -485,7 +485,7 @@ def test_networks_are_evaluated_again_on_data_that_they_have_run_on():
 
 
 @pytest.mark.parametrize("layer", [nn.BatchNorm2d(4), nn.ReLU()])
-def test_networks_that_are_normalised_later_keep_their_activations_until_they_are_looked_at(layer):
+def test_networks_that_are_normalised_later_keep_their_activations_until_they_are_examined(layer):
     original = flows(2)
     for flow in original:
         flow.coupling.net = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), copy.deepcopy(layer), nn.Conv2d(4, 4, 1))
@@ -528,7 +528,7 @@ def test_networks_with_normalised_weights_keep_little_if_they_compute_the_same_t
     assert_equal(parameter_gradients(accelerated, x), parameter_gradients(original, x))
 
 
-def test_a_weight_that_is_no_parameter_any_more_is_an_error_and_not_a_missing_gradient():
+def test_a_weight_that_is_no_longer_a_parameter_is_an_error_and_not_a_missing_gradient():
     (flow,) = chain = flows(1)
     gk.accelerate(chain, memory="invert", verify=False)
     convolution = flow.coupling.net[0]
@@ -557,7 +557,7 @@ def test_a_wrong_backward_is_not_used(monkeypatch, wrong):
     assert "gradient of" in row.memory_reason
 
 
-def test_a_chain_whose_states_arrive_wrong_is_not_used(monkeypatch):
+def test_a_chain_with_wrong_states_is_not_used(monkeypatch):
     right = steps.backward_from_output
 
     def planted(*args):

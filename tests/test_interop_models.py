@@ -45,26 +45,26 @@ def test_model_without_flow_layers_is_left_as_it_was():
     assert str(report).splitlines()[0] == report.note
 
 
-def test_of_a_model_of_this_package_it_says_where_its_memory_is_chosen():
+def test_note_for_a_model_of_this_package_says_where_to_choose_its_memory():
     report = gk.accelerate(nn.Sequential(gk.nn.FlowStep(4, 4)), memory="anchor")
     assert not report.layers
     assert report.note.startswith("the model is made of layers of glow_kernels")
 
 
-def test_something_else_than_a_module_is_refused():
+def test_only_modules_are_accepted():
     for function in (gk.accelerate, gk.restore):
         with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got dict"):
             function({})
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_half_precision_weights_are_left_alone(dtype):
+def test_half_precision_weights_are_not_patched(dtype):
     report = gk.accelerate(step().to(dtype))
     assert not report.patched
     assert {row.reason.partition(":")[0] for row in report.left_alone} >= {"it has half-precision weights"}
 
 
-def test_of_a_checkerboard_it_says_that_positions_are_split():
+def test_reason_for_a_checkerboard_is_that_positions_are_split():
     report = gk.accelerate(normflows_glow(1, 1, split_mode="checkerboard"))
     reasons = {row.kind: row.reason for row in report.left_alone}
     split = "its network reads some of the positions, as of a checkerboard, not of the channels"
@@ -72,7 +72,7 @@ def test_of_a_checkerboard_it_says_that_positions_are_split():
     assert reasons == {"AffineCouplingBlock": split, "GlowBlock": block + split}
 
 
-def test_parameters_on_several_devices_are_left_alone():
+def test_parameters_on_several_devices_are_not_patched():
     flow = step()
     flow.coupling.to("meta")
     report = gk.accelerate(flow)
@@ -88,13 +88,13 @@ def test_parameters_on_several_devices_are_left_alone():
     assert reasons["Flow"] == "its parameters are on several devices"
 
 
-def test_layers_of_fake_tensors_are_left_alone():
+def test_layers_of_fake_tensors_are_not_patched():
     with FakeTensorMode():
         layer = openai.ActNorm2d(4)
     assert [row.reason for row in gk.accelerate(layer).left_alone] == ["its parameters have no data yet"]
 
 
-def test_compiled_layers_are_left_alone():
+def test_compiled_layers_are_not_patched():
     flow = step()
     flow.coupling.compile(backend="eager")
     report = gk.accelerate(flow)
@@ -103,14 +103,14 @@ def test_compiled_layers_are_left_alone():
     ]
 
 
-def test_layers_that_pytorch_refuses_to_differentiate_are_left_alone():
+def test_layers_that_pytorch_refuses_to_differentiate_are_not_patched():
     (row,) = gk.accelerate(nn.ModuleList([pclucas14.AffineCoupling(4, 4, in_place=True)])).layers[:1]
     assert (row.kind, row.patched) == ("Coupling", False)
     assert row.reason.startswith("forward_ fails when it is called as such layers are: ")
     assert "modified inplace" in row.reason
 
 
-def test_steps_that_overwrite_views_of_their_input_are_left_alone():
+def test_steps_that_overwrite_views_of_their_input_are_not_patched():
     class InPlaceStep(openai.FlowStep):
         def overwrite(self, z, inverse):
             h = self.f(z[:, :2])
@@ -129,7 +129,7 @@ def test_steps_that_overwrite_views_of_their_input_are_left_alone():
     assert "is being used in an in-place operation" in row.reason
 
 
-def test_factors_beside_plain_attributes_are_those_of_chaiyujin():
+def test_factors_with_plain_attributes_are_recognised_as_chaiyujins():
     convolution = openai.InvertibleConv1x1(4, LU_decomposed=True)
     for name in ("p", "sign_s"):
         setattr(convolution, name, convolution._buffers.pop(name))
@@ -151,7 +151,7 @@ class ActNormOfVectors(rosinality.ActNorm):
         return y[:, :, 0, 0], log_det
 
 
-def test_vectors_are_none_of_the_images_that_actnorm_takes():
+def test_actnorm_that_takes_vectors_too_still_does():
     layer = ActNormOfVectors(4)
     x = torch.randn(8, 4)
     layer(x)
@@ -169,7 +169,7 @@ class SqueezedActNorm(rosinality.ActNorm):
         return y.squeeze(), log_det
 
 
-def test_layers_that_drop_sides_of_one_are_left_alone():
+def test_layers_that_squeeze_their_output_are_not_patched():
     (row,) = gk.accelerate(SqueezedActNorm(4)).layers
     assert row.reason == "forward of one position: result 0 is (4,), where that of such a layer would be (1, 4, 1, 1)"
 
@@ -285,7 +285,7 @@ class CachedConvolutionOfOpenAI(CachedWeight, openai.InvertibleConv1x1):
 
 
 @pytest.mark.parametrize("make", [CachedConvolution, lambda width: CachedConvolutionOfOpenAI(width, True)])
-def test_factors_beside_a_weight_that_is_calculated_for_sampling(make):
+def test_factors_with_a_weight_computed_for_sampling_are_used(make):
     layer, x = make(4), torch.randn(2, 4, 6, 6)
     expected, double = layer(x), 2 * torch.eye(4)[:, :, None, None]
     (row,) = gk.accelerate(layer).layers
@@ -317,7 +317,7 @@ class ActNormWithoutLogDet(openai.ActNorm2d):
 
 @pytest.mark.parametrize("verify", [True, False])
 @pytest.mark.parametrize("make", [ActNormDirectionFirst, ConvolutionDirectionFirst, ActNormWithoutLogDet])
-def test_the_direction_is_not_taken_for_a_log_determinant(make, verify):
+def test_the_direction_is_not_mistaken_for_a_log_determinant(make, verify):
     layer, x = make(4), torch.randn(2, 4, 6, 6)
     layer(x)
     expected = layer(x, True)
@@ -334,7 +334,7 @@ class ConditionalConvolution(openai.InvertibleConv1x1):
 
 
 @pytest.mark.parametrize("verify", [True, False])
-def test_a_condition_is_not_taken_for_a_log_determinant(verify):
+def test_a_condition_is_not_mistaken_for_a_log_determinant(verify):
     layer, x, log_det = ConditionalConvolution(4), torch.randn(2, 4, 6, 6), torch.zeros(2)
     (row,) = gk.accelerate(layer, verify=verify).layers
     assert row.reason == "its arguments are not the data, a log-determinant and the direction"
@@ -396,7 +396,7 @@ def test_couplings_with_rosinalitys_methods_are_accelerated_on_sequences_too(mem
     torch.testing.assert_close((*coupling(x), coupling.reverse(x)), expected)
 
 
-def test_couplings_that_halve_the_last_dimension_are_not_taken_for_couplings_of_vectors():
+def test_couplings_that_halve_the_last_dimension_are_not_mistaken_for_couplings_of_vectors():
     class LastHalved(rosinality.AffineCoupling):
         def forward(self, x):
             y, log_det = super().forward(x.movedim(-1, 1))
@@ -410,14 +410,14 @@ def test_couplings_that_halve_the_last_dimension_are_not_taken_for_couplings_of_
     assert not gk.accelerate(coupling).patched
 
 
-def test_of_networks_that_read_a_condition_too_it_is_said_which_channels_were_tried():
+def test_reason_for_networks_that_also_read_a_condition_names_the_channels_tried():
     coupling = coupling_with(nn.Conv2d(2 + 3, 4, 3, padding=1))  # a condition of three channels
     (row,) = gk.accelerate(coupling).layers
     assert "on 7 channels, as its network suggests" in row.reason
 
 
 @pytest.mark.parametrize("verify", [True, False])
-def test_padded_convolutions_whose_kernel_is_no_square_are_left_alone(verify):
+def test_padded_convolutions_whose_kernel_is_not_square_are_not_patched(verify):
     class ZeroConvolutionInTime(rosinality.ZeroConv2d):
         def __init__(self):
             super().__init__(2, 4)
@@ -486,7 +486,7 @@ def test_convolutions_without_a_log_determinant_may_be_singular():
     torch.testing.assert_close(convolution.weight.grad, original.weight.grad)
 
 
-def test_of_additive_couplings_that_are_left_alone_the_reason_is_that_of_halves():
+def test_reason_for_additive_couplings_is_the_one_found_for_halves():
     class Multiplied(rosinality.AffineCoupling):
         def forward(self, x):
             first, second = x.chunk(2, 1)
@@ -505,7 +505,7 @@ def test_images_that_actnorm_refuses_are_not_broadcast():
             actnorm(torch.randn(shape))
 
 
-def test_actnorm_with_offsets_as_in_srflow_is_computed_by_the_original_where_it_gets_them():
+def test_actnorm_with_offsets_as_in_srflow_calls_the_original_when_they_are_given():
     class ActNormWithOffset(openai.ActNorm2d):
         def forward(self, x, logdet=None, reverse=False, offset_mask=None, bias_offset=None):
             y, logdet = super().forward(x, logdet, reverse)
@@ -759,7 +759,7 @@ def test_network_with_dropout_keeps_its_random_numbers():
     torch.testing.assert_close(flow(x)[0], expected)
 
 
-def test_class_with_its_own_way_to_be_copied_is_left_alone():
+def test_classes_that_define_how_they_are_copied_are_not_patched():
     class Special(rosinality.AffineCoupling):
         def __reduce__(self):
             return (Special, (4, 4))

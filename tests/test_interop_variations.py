@@ -157,7 +157,7 @@ def measured(layer: nn.Module, x: Tensor) -> list[Tensor]:
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(options=OPTIONS, trained=st.booleans())
-def test_any_options_are_matched_exactly_or_left_alone(options, trained):
+def test_any_options_are_matched_exactly_or_not_patched(options, trained):
     torch.manual_seed(0)
     layer = VariedCoupling(options).double()
     if trained:
@@ -177,7 +177,7 @@ def test_any_options_are_matched_exactly_or_left_alone(options, trained):
 
 
 @pytest.mark.parametrize("order", ["(x - t) / s", "x / s + t"])
-def test_couplings_that_run_the_other_way_are_undone_in_backward(order):
+def test_inverted_couplings_are_inverted_in_backward(order):
     torch.manual_seed(0)
     options = Options("tanh", order, "scale first", True, 1.0, 0.5, 0.7, 0.1, channels=4, log_det_factor=1.0)
     steps = nn.ModuleList(VariedCoupling(options) for _ in range(3)).double()
@@ -216,7 +216,7 @@ class TakesOnesToo(rosinality.AffineCoupling):
         return torch.cat([first, second / torch.sigmoid(u + 2) - t], 1)
 
 
-def test_a_coupling_whose_network_takes_more_than_one_half_is_left_alone():
+def test_a_coupling_whose_network_takes_more_than_one_half_is_not_patched():
     # It was once proven for 7 channels, with a first half of 4, and then failed when called with its own 6.
     layer = TakesOnesToo()
     report = gk.accelerate(layer)
@@ -284,7 +284,7 @@ def test_accuracy_is_judged_by_more_than_one_draw_of_inputs():
 
 
 @pytest.mark.parametrize(("layer", "channels"), [(rosinality.InvConv2dLU, 96), (openai.InvertibleConv1x1, 192)])
-def test_wide_rotations_are_accelerated_whose_log_determinant_is_what_rounding_leaves_of_a_sum(layer, channels):
+def test_wide_rotations_whose_log_determinant_is_only_rounding_error_are_accelerated(layer, channels):
     torch.manual_seed(1)
     assert not gk.accelerate(layer(channels)).left_alone
 
@@ -320,7 +320,7 @@ def test_steps_of_rosinality_whose_convolution_is_nearly_singular_are_accelerate
     assert not gk.accelerate(step).left_alone
 
 
-def test_a_step_whose_order_of_layers_was_changed_is_left_alone():
+def test_a_step_whose_order_of_layers_was_changed_is_not_patched():
     class Reordered(rosinality.Flow):
         def forward(self, x):
             out, conv_log_det = self.invconv(x)
@@ -379,7 +379,7 @@ def test_options_name_what_was_found():
     assert options_of(layer).read == (3, 4)
 
 
-def test_blocks_of_so_many_steps_that_random_numbers_overflow():
+def test_blocks_whose_many_steps_overflow_on_random_numbers_are_accelerated():
     block = rosinality.Block(1, 6, split=False, conv_lu=False, filter_size=4)
     block(torch.randn(2, 1, 6, 10))
     with torch.no_grad():
