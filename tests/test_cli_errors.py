@@ -539,7 +539,7 @@ def test_a_checkpoint_without_a_configuration_is_not_overwritten_unasked(runs: P
 @pytest.mark.parametrize("options", ["--resume", "--overwrite --dataset array:images.npz --levels 1"])
 def test_a_run_folder_in_which_another_training_is_going_on(options: str, runs: Path, fails: Failing) -> None:
     before = bytes_of(runs)
-    with run_folder.held(runs / "plain"):
+    with run_folder.locked(runs / "plain"):
         fails(2, "plain is in use by another training: wait for it, or stop it", f"train --run plain {options}")
     assert bytes_of(runs) == before
     assert cli("train", "--resume", "--run", "plain", "--iterations", "7") == 0

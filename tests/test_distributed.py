@@ -33,7 +33,7 @@ from torch.distributed.tensor import DTensor
 from glow_kernels.errors import DataError, GlowKernelsError, UsageError
 from glow_kernels.training import checkpoint, distributed, gallery, metrics
 from glow_kernels.training.config import TrainingConfig
-from glow_kernels.training.distributed import ALONE, Ranks, joined, local_device, whole
+from glow_kernels.training.distributed import SINGLE_PROCESS, Ranks, connected, full_tensor, local_device
 from glow_kernels.training.run_folder import BEST, LAST
 from glow_kernels.training.trainer import MAX_NON_FINITE, Trainer
 
@@ -57,7 +57,7 @@ IMPORTED_LATE = (
 )
 
 
-def new_trainer(folder: Path, ranks: Ranks = ALONE, *, resume: bool = False, **changes: Any) -> Trainer:
+def new_trainer(folder: Path, ranks: Ranks = SINGLE_PROCESS, *, resume: bool = False, **changes: Any) -> Trainer:
     config = make_config(**{**LONG, **changes})
     return Trainer(config, make_data(), folder, resume=resume, show_progress=False, ranks=ranks)
 
@@ -66,7 +66,9 @@ def weights_of(trainer: Trainer) -> dict[str, Tensor]:
     """Copies of all weights and averaged weights, unsharded."""
     models = {"model": trainer.model, "average": trainer.average.model}
     return {
-        f"{kind}.{name}": whole(value).clone() for kind, m in models.items() for name, value in m.state_dict().items()
+        f"{kind}.{name}": full_tensor(value).clone()
+        for kind, m in models.items()
+        for name, value in m.state_dict().items()
     }
 
 
@@ -223,7 +225,7 @@ def run_rank(name: str, folder: Path, rank: int, port: int) -> None:
 
 def run_scenario(name: str, path: Path) -> Any:
     try:
-        with joined(name.startswith("fsdp")) as ranks:
+        with connected(name.startswith("fsdp")) as ranks:
             return SCENARIOS[name](path, ranks)
     except (Exception, SystemExit) as error:
         return {"kind": type(error).__name__, "message": str(error), "exit_code": getattr(error, "exit_code", None)}
@@ -275,10 +277,10 @@ def alone(folder: Path) -> dict[str, dict[str, Any]]:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("draw_samples", "draw_reconstruction", "draw_curve"):
             patch.setattr(gallery, name, lambda *_, **__: 0.0)
-        results = {"float32": train(folder / "alone float32", ALONE)}
+        results = {"float32": train(folder / "alone float32", SINGLE_PROCESS)}
         with in_float64():
             for kind, changes in KINDS.items():
-                results[kind] = train(folder / f"alone {kind}", ALONE, **changes)
+                results[kind] = train(folder / f"alone {kind}", SINGLE_PROCESS, **changes)
             for wrapper in WRAPPERS:
                 trainer = new_trainer(folder / f"{wrapper} chain")
                 before_step(trainer, send(signal.SIGTERM, at=4))
@@ -503,7 +505,7 @@ def test_a_rank_that_cannot_connect_leaves_the_word_to_one_that_has_failed(
     monkeypatch.setattr(distributed, "rendezvous", lambda *_, **__: iter([(store, 1, RANKS)]))
     monkeypatch.setattr(dist, "init_process_group", mock.Mock(side_effect=RuntimeError("Gloo: closed by peer")))
     monkeypatch.setattr(signal, "signal", mock.Mock())
-    with pytest.raises(SystemExit if failed else GlowKernelsError) as caught, joined():
+    with pytest.raises(SystemExit if failed else GlowKernelsError) as caught, connected():
         pass
     assert str(caught.value) == ("2" if failed else "rank 1: cannot reach the other ranks: Gloo: closed by peer")
 

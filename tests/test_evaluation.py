@@ -15,10 +15,10 @@ from glow_kernels.models import Glow
 from glow_kernels.training import gallery
 from glow_kernels.training.evaluation import (
     BitsPerDim,
+    batch_size_for,
+    check_reconstruction,
     draws_for,
-    drift,
     evaluate,
-    images_at_a_time,
     interpolate,
     reconstruct,
 )
@@ -69,7 +69,7 @@ def test_bits_per_dim_is_the_mean_over_images_and_draws(draws: int, num_classes:
     ("size", "count"), [((8, 8), 256), ((64, 64), 256), ((128, 64), 128), ((256, 256), 16), ((2048, 2048), 1)]
 )
 def test_fewer_large_images_are_taken_at_a_time(size: tuple[int, int], count: int) -> None:
-    assert images_at_a_time(size) == count
+    assert batch_size_for(size) == count
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 10, 99])
@@ -155,7 +155,7 @@ def test_a_singular_matrix_has_an_infinite_error() -> None:
     model = make_model()
     with torch.no_grad():
         model.levels[0].steps[0].mixing.log_diagonal[0] = -math.inf
-    assert drift(model, random_images(5, 1, 4, 4), None) == (math.inf, "")
+    assert check_reconstruction(model, random_images(5, 1, 4, 4), None) == (math.inf, "")
 
 
 def flat_latents(model: Glow, x: Tensor, labels: Tensor | None = None) -> Tensor:

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import glow_kernels as gk
 from glow_kernels.models import Glow
 from glow_kernels.training.config import TrainingConfig
-from glow_kernels.training.distributed import ALONE, Ranks
+from glow_kernels.training.distributed import SINGLE_PROCESS, Ranks
 from glow_kernels.training.ema import MovingAverage
 from glow_kernels.training.objective import Objective
 from glow_kernels.training.update import Update
@@ -26,7 +26,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graph
 SMALL: dict[str, Any] = {"flow_steps": 3, "levels": 2, "hidden_channels": 8, "weight_decay": 0.1, "ema": 0.9}
 
 
-def make_update(model: Glow, *, capture: bool, ranks: Ranks = ALONE, **changes: Any) -> Update:
+def make_update(model: Glow, *, capture: bool, ranks: Ranks = SINGLE_PROCESS, **changes: Any) -> Update:
     config = TrainingConfig(**{**SMALL, **changes})
     return Update(Objective(model, config), model, MovingAverage(model, config.ema), config, ranks, capture)
 
@@ -82,7 +82,7 @@ def test_device_decides_as_the_host_does(memory: str, device: str) -> None:
 )
 def test_what_has_to_wait_for_the_host_says_so(changes: dict[str, Any], reason: str) -> None:
     update = make_update(make_model(), capture=True, **changes)
-    assert (update.waits, update.is_settled, update.reason) == (True, True, reason)
+    assert (update.decides_on_host, update.is_settled, update.reason) == (True, True, reason)
 
 
 class NoWaiting(TorchDispatchMode):

@@ -190,7 +190,7 @@ def test_a_checkpoint_written_beside_training_is_of_when_it_was_due(
 
     config, expected = uninterrupted
     save = checkpoint.save
-    monkeypatch.setattr(Trainer, "_trains_beside", True)
+    monkeypatch.setattr(Trainer, "_saves_in_background", True)
     monkeypatch.setattr(checkpoint, "save", late)
     # Writing a checkpoint waits for the previous one, which here waits for later steps.
     monkeypatch.setattr(Trainer, "_save_best", lambda self, result: None)
@@ -211,7 +211,7 @@ def test_a_checkpoint_that_cannot_be_written_beside_training_ends_it(
     def fail(*_: Any) -> None:
         raise CheckpointError("cannot write: no space left")
 
-    monkeypatch.setattr(Trainer, "_trains_beside", True)
+    monkeypatch.setattr(Trainer, "_saves_in_background", True)
     monkeypatch.setattr(checkpoint, "save", fail)
     trainer = make_trainer(tmp_path, make_config())
     with pytest.raises(CheckpointError, match="no space left"):
@@ -225,7 +225,7 @@ def test_a_checkpoint_that_is_asked_for_is_there_afterwards(tmp_path: Path, monk
         save(*arguments)
 
     save = checkpoint.save
-    monkeypatch.setattr(Trainer, "_trains_beside", True)
+    monkeypatch.setattr(Trainer, "_saves_in_background", True)
     monkeypatch.setattr(checkpoint, "save", late)
     make_trainer(tmp_path).save()
     assert (tmp_path / LAST).exists()
@@ -654,8 +654,8 @@ def test_all_training_images_are_used(tmp_path: Path) -> None:
 def test_no_more_large_images_are_taken_at_a_time_than_fit(
     batch_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluation, "MOST_AT_A_TIME", 64)
-    monkeypatch.setattr(evaluation, "LARGEST_OF_MOST", 1)  # makes 4x4 count as large
+    monkeypatch.setattr(evaluation, "MAX_BATCH", 64)
+    monkeypatch.setattr(evaluation, "MAX_BATCH_IMAGE_SIDE", 1)  # makes 4x4 count as large
     seen: list[int] = []
     dequantize, sample = Glow.dequantize, Glow.sample
 

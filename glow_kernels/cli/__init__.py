@@ -97,7 +97,7 @@ def _refuse_ranks(arguments: argparse.Namespace) -> None:
     """Refuse several ranks except for train and evaluate: every rank would do all the work and write the same files."""
     if arguments.run in (train.run, evaluate.run) or os.environ.get("WORLD_SIZE", "1") == "1":
         return
-    with distributed.joined() as ranks:
+    with distributed.connected() as ranks:
         if ranks.size > 1:
             raise UsageError(f"{arguments.name} runs in one process: start it without torchrun")
 

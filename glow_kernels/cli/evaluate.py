@@ -38,7 +38,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print bits per dimension and the reconstruction error; processes started by torchrun share the images."""
-    with distributed.joined() as ranks:
+    with distributed.connected() as ranks:
         _evaluate(arguments, ranks)
 
 
@@ -47,7 +47,7 @@ def _evaluate(arguments: argparse.Namespace, ranks: distributed.Ranks) -> None:
     data = common.load_data(arguments.dataset, config, model, document)
     levels = getattr(data, arguments.split)
     labels = getattr(data, f"{arguments.split}_labels") if config.conditional else None
-    batch_size = arguments.batch_size or evaluation.images_at_a_time(data.image_size)
+    batch_size = arguments.batch_size or evaluation.batch_size_for(data.image_size)
     result = evaluation.evaluate(
         model,
         levels,

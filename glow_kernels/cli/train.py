@@ -16,7 +16,7 @@ from glow_kernels.errors import UsageError
 from glow_kernels.training import data as datasets
 from glow_kernels.training import distributed, gallery, run_folder
 from glow_kernels.training.config import TrainingConfig
-from glow_kernels.training.evaluation import draws_for, evaluate, images_at_a_time
+from glow_kernels.training.evaluation import batch_size_for, draws_for, evaluate
 from glow_kernels.training.trainer import Trainer
 
 TYPES = {"int": int, "int | None": int, "float": float, "str": str}
@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Train, then evaluate the best weights on the test split and draw the pictures."""
     settings = {option.name: getattr(arguments, option.name) for option in fields(TrainingConfig)}
     given = {name: value for name, value in settings.items() if value is not None}
-    with distributed.joined(arguments.fsdp) as ranks, ExitStack() as resources:
+    with distributed.connected(arguments.fsdp) as ranks, ExitStack() as resources:
         _train(arguments, given, ranks, resources)
 
 
@@ -90,7 +90,7 @@ def _train(
             run_folder.prepare(folder, overwrite=arguments.overwrite)
     if ranks.is_writer:
         # Two trainings in one folder would overwrite and resume from each other's checkpoints.
-        resources.enter_context(run_folder.held(folder))
+        resources.enter_context(run_folder.locked(folder))
     trainer = Trainer(
         config,
         data,
@@ -165,7 +165,7 @@ def _report(trainer: Trainer, data: datasets.ImageData, folder: Path, device: to
     pictures = {name: folder / name if ranks.is_writer else None for name in run_folder.PICTURES}
     gallery.draw_samples(model, pictures["samples.png"])
     error = gallery.draw_reconstruction(model, data.test, labels, pictures["reconstruction.png"])
-    pairs = min(8, images_at_a_time(data.image_size), max(1, len(data.test) // 2))
+    pairs = min(8, batch_size_for(data.image_size), max(1, len(data.test) // 2))
     ends = None if labels is None else (labels[:pairs], labels[-pairs:])
     gallery.draw_interpolation(model, data.test[:pairs], data.test[-pairs:], ends, pictures["interpolation.png"])
     if not ranks.is_writer:

@@ -235,7 +235,7 @@ def _unflatten(optimizer: Optimizer, tensors: Mapping[str, Tensor], document: Ma
         _, index, name = key.split(".", 2)
         # Most optimizers keep "step" on the host: on a GPU every step would wait for it. load_state_dict moves it to
         # the device for a fused or capturable optimizer, but never back.
-        value = tensor.cpu() if name == "step" else _lying_as(parameters, int(index), tensor)
+        value = tensor.cpu() if name == "step" else _with_parameter_strides(parameters, int(index), tensor)
         state[int(index)][name] = value
     groups = [dict(group) for group in document["param_groups"]]
     # Not strict: load_state_dict itself refuses another number of groups.
@@ -250,7 +250,7 @@ def _unflatten(optimizer: Optimizer, tensors: Mapping[str, Tensor], document: Ma
     return {"state": state, "param_groups": groups}
 
 
-def _lying_as(parameters: Sequence[Tensor], index: int, tensor: Tensor) -> Tensor:
+def _with_parameter_strides(parameters: Sequence[Tensor], index: int, tensor: Tensor) -> Tensor:
     """``tensor`` with the strides of its parameter, as fused optimizers assume."""
     parameter = parameters[index] if index < len(parameters) else tensor
     if tensor.shape != parameter.shape or tensor.stride() == parameter.stride():

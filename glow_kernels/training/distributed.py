@@ -80,7 +80,7 @@ class Ranks:
             )
 
     @torch.no_grad()
-    def equalize(self, model: nn.Module) -> None:
+    def broadcast_weights(self, model: nn.Module) -> None:
         """Give every rank the weights of rank 0: the same seed may give slightly different ones on other hardware."""
         if self.size == 1:
             return
@@ -121,10 +121,10 @@ class Ranks:
         return module
 
 
-ALONE = Ranks()
+SINGLE_PROCESS = Ranks()
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The full tensor; if ``tensor`` is sharded, every rank must call this."""
     from torch.distributed.tensor import DTensor
 
@@ -146,7 +146,7 @@ def sharded_like(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
 
 
 @contextmanager
-def one_unit_at_a_time(model: Glow, device: torch.device) -> Iterator[None]:
+def streamed_to_device(model: Glow, device: torch.device) -> Iterator[None]:
     """Run ``model``, which is on the host, on ``device``, moving the weights of only one step there at a time."""
     handles = []
     for unit in model.modules():
@@ -191,7 +191,7 @@ def local_device(name: str) -> str:
 
 
 @contextmanager
-def joined(fsdp: bool = False) -> Iterator[Ranks]:
+def connected(fsdp: bool = False) -> Iterator[Ranks]:
     """The ranks that were launched together, connected; or this process alone.
 
     An error in the body ends every rank: the first to fail raises it with its rank in the message, the others exit
@@ -205,13 +205,13 @@ def joined(fsdp: bool = False) -> Iterator[Ranks]:
     if not is_launched():
         if fsdp:
             raise UsageError(f"--fsdp shards a model over several processes: start them with {LAUNCH} --fsdp ...")
-        yield ALONE
+        yield SINGLE_PROCESS
         return
     store, rank, size = _connect()
     try:
         yield Ranks(rank, size, fsdp)
     except Exception as error:
-        raise _joint(error, store, rank) from error
+        raise _joint_error(error, store, rank) from error
     dist.destroy_process_group()
 
 
@@ -231,11 +231,11 @@ def _connect() -> tuple[Any, int, int]:
         dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", store=store, rank=rank, world_size=size)
     except (dist.DistError, RuntimeError, ValueError) as error:
         # Another rank may have connected, failed and exited already; then its error is the one to report.
-        raise _joint(TrainingError(f"cannot reach the other ranks: {error}"), store, rank) from error
+        raise _joint_error(TrainingError(f"cannot reach the other ranks: {error}"), store, rank) from error
     return store, rank, size
 
 
-def _joint(error: Exception, store: Any, rank: int) -> BaseException:
+def _joint_error(error: Exception, store: Any, rank: int) -> BaseException:
     """The exception to raise for ``error`` on this rank, given what other ranks have raised."""
     # The launcher sends SIGTERM to all ranks once one has exited, but the rank with the message must live to print it.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

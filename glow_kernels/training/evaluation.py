@@ -12,10 +12,10 @@ from glow_kernels.models import Glow
 from glow_kernels.ops._checks import check_whole
 from glow_kernels.progress import with_progress
 from glow_kernels.reversible import reconstruction_error
-from glow_kernels.training.distributed import ALONE, Ranks
+from glow_kernels.training.distributed import SINGLE_PROCESS, Ranks
 
-DRIFT_BATCH = 16
-MOST_AT_A_TIME, LARGEST_OF_MOST = 256, 64
+RECONSTRUCTION_BATCH = 16
+MAX_BATCH, MAX_BATCH_IMAGE_SIDE = 256, 64
 CONDITION_LIMIT = 1e4
 
 
@@ -42,13 +42,13 @@ def draws_for(levels: Tensor, images: int) -> int:
     return max(1, min(images, images * 64 // levels[0].numel()) // len(levels))
 
 
-def images_at_a_time(image_size: tuple[int, int]) -> int:
+def batch_size_for(image_size: tuple[int, int]) -> int:
     """How many images of this size to process at once without gradients: 256, or fewer if larger than 64x64 pixels.
 
     This bounds the working memory of the networks, so that evaluation needs little more than reversible training.
     """
     height, width = image_size
-    return max(1, min(MOST_AT_A_TIME, MOST_AT_A_TIME * LARGEST_OF_MOST**2 // (height * width)))
+    return max(1, min(MAX_BATCH, MAX_BATCH * MAX_BATCH_IMAGE_SIDE**2 // (height * width)))
 
 
 @torch.no_grad()
@@ -60,7 +60,7 @@ def evaluate(
     draws: int = 1,
     batch_size: int | None = None,
     seed: int = 0,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
     show_progress: bool = False,
 ) -> BitsPerDim:
     """Bits per dimension of images, averaged over ``draws`` of the dequantisation noise.
@@ -70,7 +70,7 @@ def evaluate(
         levels: ``(N, C, H, W)`` integer pixel levels, N at least 1.
         labels: ``(N,)`` classes for a model that has classes.
         draws: noise draws per image; more make the estimate of the bound less noisy.
-        batch_size: images per call of the model; :func:`images_at_a_time` by default.
+        batch_size: images per call of the model; :func:`batch_size_for` by default.
         seed: seed of the noise.
         ranks: the processes that share the work; all call this with equal arguments and get the same result.
         show_progress: show a progress bar if standard error is a terminal.
@@ -80,7 +80,7 @@ def evaluate(
             input.
     """
     check_whole("draws", draws, 1)
-    batch_size = images_at_a_time(model.image_size) if batch_size is None else batch_size
+    batch_size = batch_size_for(model.image_size) if batch_size is None else batch_size
     check_whole("batch_size", batch_size, 1)
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
@@ -106,13 +106,15 @@ def reconstruct(model: Glow, x: Tensor, labels: Tensor | None = None) -> tuple[T
     return reconstructed, (reconstructed - x).abs().max().item()
 
 
-def drift(model: Glow, levels: Tensor, labels: Tensor | None, ranks: Ranks = ALONE) -> tuple[float, str]:
+def check_reconstruction(
+    model: Glow, levels: Tensor, labels: Tensor | None, ranks: Ranks = SINGLE_PROCESS
+) -> tuple[float, str]:
     """Reconstruction error on the first few images, and a warning that names nearly singular matrices.
 
     The error is infinite if a matrix is singular. ``levels`` and ``labels`` are as in :func:`evaluate`.
     """
     device = next(model.parameters()).device
-    few = slice(min(DRIFT_BATCH, images_at_a_time(model.image_size)))
+    few = slice(min(RECONSTRUCTION_BATCH, batch_size_for(model.image_size)))
     x = model.dequantize(levels[few].to(device), torch.Generator(device).manual_seed(0))
     inputs = (x,) if labels is None else (x, labels[few].to(device))
     # Condition numbers need whole matrices, and sharded ones are whole only while their step runs.
@@ -151,7 +153,7 @@ def interpolate(
     # The ends are the images themselves: rounding in the model could move a pixel to the next level.
     images = [start]
     for position in torch.linspace(0.0, 1.0, count).tolist()[1:-1]:
-        latents = [_on_arc(a, b, angle, position) for a, b in zip(first, last, strict=True)]
+        latents = [_slerp(a, b, angle, position) for a, b in zip(first, last, strict=True)]
         images.append(model.decode(latents, first_labels if position < 0.5 else last_labels))
     return torch.stack([*images, end], dim=1)
 
@@ -160,9 +162,9 @@ def _angle(first: list[Tensor], last: list[Tensor]) -> Tensor:
     a = torch.cat([latent.flatten(1) for latent in first], dim=1)
     b = torch.cat([latent.flatten(1) for latent in last], dim=1)
     cosine = torch.nn.functional.cosine_similarity(a, b)
-    # Clamped away from 0 and pi, where the weights in _on_arc would not be finite; near 0 an arc is a straight line.
+    # Clamped away from 0 and pi, where the weights in _slerp would not be finite; near 0 an arc is a straight line.
     return cosine.clamp(-0.9999, 0.9999).acos()[:, None, None, None]
 
 
-def _on_arc(a: Tensor, b: Tensor, angle: Tensor, position: float) -> Tensor:
+def _slerp(a: Tensor, b: Tensor, angle: Tensor, position: float) -> Tensor:
     return (((1.0 - position) * angle).sin() * a + (position * angle).sin() * b) / angle.sin()

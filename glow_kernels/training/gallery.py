@@ -10,7 +10,7 @@ from torch import Tensor
 from glow_kernels.models import Glow
 from glow_kernels.progress import with_progress
 from glow_kernels.training import metrics, pictures
-from glow_kernels.training.evaluation import images_at_a_time, interpolate, reconstruct
+from glow_kernels.training.evaluation import batch_size_for, interpolate, reconstruct
 
 RECONSTRUCTED = 8
 
@@ -32,7 +32,7 @@ def draw_samples(
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     parts = []
-    batch_size = images_at_a_time(model.image_size)
+    batch_size = batch_size_for(model.image_size)
     for start in with_progress(range(0, count, batch_size), "sampling", "batches", is_shown=show_progress):
         numbers = torch.arange(start, min(start + batch_size, count), device=device)
         labels = None
@@ -49,7 +49,7 @@ def draw_reconstruction(model: Glow, levels: Tensor, labels: Tensor | None, path
     As in :func:`draw_samples`, ``path`` may be None. Returns the largest absolute difference.
     """
     device = next(model.parameters()).device
-    few = slice(min(RECONSTRUCTED, images_at_a_time(model.image_size)))
+    few = slice(min(RECONSTRUCTED, batch_size_for(model.image_size)))
     x = model.dequantize(levels[few].to(device), torch.Generator(device).manual_seed(0))
     part_labels = None if labels is None else labels[few].to(device)
     reconstructed, error = reconstruct(model, x, part_labels)

@@ -49,7 +49,7 @@ def prepare(folder: Path, *, overwrite: bool) -> None:
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Lock ``folder`` against other trainings; the system releases the lock however this process ends.
 
     Raises:
@@ -193,10 +193,10 @@ def load_model(
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} does not describe a model of this version: {error!r}") from error
     model = config.build_model(*shape).to(device)
-    checkpoint.load_weights(model, take(tensors, "average."), path)
+    checkpoint.load_weights(model, strip_prefix(tensors, "average."), path)
     return model.eval(), config, document
 
 
-def take(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+def strip_prefix(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     """The tensors whose names start with ``prefix``, which is removed from the names."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

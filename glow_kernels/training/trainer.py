@@ -18,9 +18,16 @@ from glow_kernels.errors import CheckpointError, MissingDependencyError, Trainin
 from glow_kernels.training import checkpoint, gallery, metrics, run_folder
 from glow_kernels.training.config import TrainingConfig
 from glow_kernels.training.data import BatchSampler, ImageData
-from glow_kernels.training.distributed import ALONE, Ranks, one_unit_at_a_time, sharded_like, whole
+from glow_kernels.training.distributed import SINGLE_PROCESS, Ranks, full_tensor, sharded_like, streamed_to_device
 from glow_kernels.training.ema import MovingAverage
-from glow_kernels.training.evaluation import MOST_AT_A_TIME, BitsPerDim, draws_for, drift, evaluate, images_at_a_time
+from glow_kernels.training.evaluation import (
+    MAX_BATCH,
+    BitsPerDim,
+    batch_size_for,
+    check_reconstruction,
+    draws_for,
+    evaluate,
+)
 from glow_kernels.training.interruption import Interruption
 from glow_kernels.training.objective import Objective
 from glow_kernels.training.update import Outcome, Update
@@ -79,7 +86,7 @@ class Trainer:
         device: str | torch.device = "cpu",
         resume: bool = False,
         show_progress: bool = True,
-        ranks: Ranks = ALONE,
+        ranks: Ranks = SINGLE_PROCESS,
         cuda_graph: bool = False,
     ) -> None:
         self.config = config
@@ -99,19 +106,19 @@ class Trainer:
         torch.manual_seed(config.seed)
         # A model that will be sharded may not fit on one device, so it is built on the host.
         self.model = config.build_model_for(data).to("cpu" if ranks.fsdp else self.device)
-        if _likes_channels_last(config, self.device) and not ranks.fsdp:
+        if _prefers_channels_last(config, self.device) and not ranks.fsdp:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.sampler = BatchSampler(len(data.train), config.batch_size, config.seed)
         self.noise = torch.Generator(self.device).manual_seed(config.seed)
         path = folder / run_folder.LAST
         tensors, document = checkpoint.load(path) if resume else ({}, {})
         if resume:
-            checkpoint.load_weights(self.model, run_folder.take(tensors, "model."), path)
+            checkpoint.load_weights(self.model, run_folder.strip_prefix(tensors, "model."), path)
         else:
             self._initialize()
         self.average = MovingAverage(self.model, config.ema)
         if resume:
-            checkpoint.load_weights(self.average.model, run_folder.take(tensors, "average."), path)
+            checkpoint.load_weights(self.average.model, run_folder.strip_prefix(tensors, "average."), path)
         objective = ranks.wrap(Objective(self.model, config), self.device)
         ranks.shard(self.average.model, self.device)
         self.update = Update(objective, self.model, self.average, config, ranks, cuda_graph)
@@ -120,7 +127,7 @@ class Trainer:
             self._restore(path, tensors, document)
             run_folder.check_data(document, data, "resume with the data that the run began with")
         self._logged = self.progress.iteration, self.progress.seconds
-        self._told = not cuda_graph
+        self._graph_reported = not cuda_graph
 
     def train(self) -> bool:
         """Train until the last iteration, an early stop, SIGINT, SIGTERM or SIGHUP.
@@ -158,7 +165,7 @@ class Trainer:
                     self._save()
                     return False
                 self._step(writer)
-                self._tell_of_graph(bar)
+                self._report_graph(bar)
                 bar.set_postfix_str(self._summary(), refresh=False)
                 bar.update()
                 if self._is_due(self.config.validate_every):
@@ -178,8 +185,8 @@ class Trainer:
         self.update(x, labels, learning_rate, len(x) / len(indices))
         progress.iteration += 1
         is_logged = self._is_due(self.config.log_every)
-        if self.update.waits or is_logged or self._is_due(self.config.validate_every):
-            self._take_in(self.update.outcomes())
+        if self.update.decides_on_host or is_logged or self._is_due(self.config.validate_every):
+            self._record_outcomes(self.update.outcomes())
         seconds = time.perf_counter() - started
         progress.seconds += seconds
         if writer is not None and is_logged:
@@ -195,14 +202,14 @@ class Trainer:
                 skipped_steps=progress.skipped,
             )
 
-    def _tell_of_graph(self, bar: Any) -> None:
-        if self._told or not self.update.is_settled:
+    def _report_graph(self, bar: Any) -> None:
+        if self._graph_reported or not self.update.is_settled:
             return
-        self._told = True
+        self._graph_reported = True
         if self.update.reason and self.ranks.is_writer:
             bar.write(f"training without a CUDA graph: {self.update.reason}")
 
-    def _take_in(self, outcomes: list[Outcome]) -> None:
+    def _record_outcomes(self, outcomes: list[Outcome]) -> None:
         """Update the counters with the outcomes of the latest steps.
 
         Raises:
@@ -230,18 +237,20 @@ class Trainer:
         return x, labels[indices][mine].to(self.device)
 
     def _initialize(self) -> None:
-        self.ranks.equalize(self.model)
+        self.ranks.broadcast_weights(self.model)
         # More images than one batch give better initial statistics, but of large images no more than a batch may fit.
-        count = max(images_at_a_time(self.data.image_size), min(MOST_AT_A_TIME, self.config.batch_size))
+        count = max(batch_size_for(self.data.image_size), min(MAX_BATCH, self.config.batch_size))
         x, labels = self._batch(torch.arange(min(count, len(self.data.train))))
-        with one_unit_at_a_time(self.model, self.device) if self.ranks.fsdp else nullcontext():
+        with streamed_to_device(self.model, self.device) if self.ranks.fsdp else nullcontext():
             self.model.initialize(x, labels)
 
     def _validate(self, writer: metrics.MetricsWriter | None) -> str:
         progress = self.progress
         result = self.evaluate_split("validation")
         progress.validation = result.mean
-        error, warning = drift(self.average.model, self.data.validation, self._labels("validation"), self.ranks)
+        error, warning = check_reconstruction(
+            self.average.model, self.data.validation, self._labels("validation"), self.ranks
+        )
         if writer is not None:
             writer.write(progress.iteration, validation_bits_per_dim=result.mean, reconstruction_error=error)
         if result.mean < progress.best:
@@ -252,7 +261,7 @@ class Trainer:
         try:
             self._draw()
         except ValueError as error:
-            raise TrainingError(self._nonsense_report(str(error))) from error
+            raise TrainingError(self._unusable_weights_report(str(error))) from error
         return f"iteration {progress.iteration}: validation {result} bits/dim (best {progress.best:.4f}){warning}"
 
     def evaluate_split(self, split: str) -> BitsPerDim:
@@ -300,14 +309,14 @@ class Trainer:
             f"{self.folder / run_folder.LAST}. {REMEDY}"
         )
 
-    def _nonsense_report(self, why: str) -> str:
+    def _unusable_weights_report(self, why: str) -> str:
         return (
             f"the weights are unusable at iteration {self.progress.iteration}: {why}; the last good "
             f"checkpoint is {self.folder / run_folder.LAST}. {REMEDY}"
         )
 
     def _save(self) -> None:
-        self._take_in(self.update.outcomes())
+        self._record_outcomes(self.update.outcomes())
         optimizer_tensors, optimizer_document = checkpoint.flatten_optimizer(self.optimizer)
         sampler = self.sampler.state_dict()
         tensors = {
@@ -338,25 +347,25 @@ class Trainer:
     def _write(self, name: str, tensors: dict[str, Tensor], document: dict[str, Any]) -> None:
         gathered = {}
         for key, tensor in tensors.items():
-            value = whole(tensor)
+            value = full_tensor(tensor)
             if self.ranks.is_writer:
                 # Moved to the host one by one: together, the gathered tensors may not fit on one device.
-                gathered[key] = value.to("cpu", copy=self._trains_beside)
+                gathered[key] = value.to("cpu", copy=self._saves_in_background)
         if self.ranks.is_writer:
-            save = self._saver.start if self._trains_beside else checkpoint.save
+            save = self._saver.start if self._saves_in_background else checkpoint.save
             save(self.folder / name, gathered, document)
 
     @property
-    def _trains_beside(self) -> bool:
+    def _saves_in_background(self) -> bool:
         """Whether training goes on while a checkpoint is written: on a GPU the host is free to write it."""
         return self.device.type != "cpu"
 
     def _restore(self, path: Path, tensors: dict[str, Tensor], document: Mapping[str, Any]) -> None:
         try:
-            state = sharded_like(self.optimizer, run_folder.take(tensors, "optimizer."))
+            state = sharded_like(self.optimizer, run_folder.strip_prefix(tensors, "optimizer."))
             checkpoint.restore_optimizer(self.optimizer, state, document["optimizer"])
             sampler = document["sampler"]
-            self.sampler.load_state_dict({**sampler, **run_folder.take(tensors, "sampler.")})
+            self.sampler.load_state_dict({**sampler, **run_folder.strip_prefix(tensors, "sampler.")})
             noise = tensors["noise"]
             # CPU and GPU generators have states of different sizes; after a change of device the noise starts afresh.
             if noise.shape == self.noise.get_state().shape:
@@ -388,7 +397,7 @@ class Trainer:
         )
 
 
-def _likes_channels_last(config: TrainingConfig, device: torch.device) -> bool:
+def _prefers_channels_last(config: TrainingConfig, device: torch.device) -> bool:
     # On a CPU it makes the networks up to 1.7 times faster; on a GPU, bfloat16 needs it to use the tensor cores.
     return device.type == "cpu" or config.precision == "bfloat16"
 

@@ -16,7 +16,7 @@ from glow_kernels.graphs import CapturedStep
 from glow_kernels.models import Glow
 from glow_kernels.nn import CouplingNetwork
 from glow_kernels.training.config import TrainingConfig
-from glow_kernels.training.distributed import Ranks, whole
+from glow_kernels.training.distributed import Ranks, full_tensor
 from glow_kernels.training.ema import MovingAverage
 
 
@@ -56,9 +56,9 @@ class Update:
         capture: bool = False,
     ) -> None:
         self.objective, self.model, self.average, self.config, self.ranks = objective, model, average, config, ranks
-        self._refusal = self._reason_against() if capture else "not asked for"
-        self.waits = bool(self._refusal)
-        self.optimizer = _build_optimizer(model, config, capturable=not self.waits)
+        self._refusal = self._capture_refusal() if capture else "not asked for"
+        self.decides_on_host = bool(self._refusal)
+        self.optimizer = _build_optimizer(model, config, capturable=not self.decides_on_host)
         self._decayed = _convolution_weights(model)
         self._pending: list[Tensor] = []
         device = next(model.parameters()).device
@@ -88,7 +88,7 @@ class Update:
             learning_rate: the learning rate of this step.
             share: this rank's fraction of the joint batch.
         """
-        if self.waits:
+        if self.decides_on_host:
             self._host_decides(x, labels, learning_rate, share)
             return
         self._learning_rate.fill_(learning_rate)
@@ -132,10 +132,10 @@ class Update:
         loss, bits_per_dim = self.objective(x, labels)
         # Weights each rank by its number of images; times the number of ranks, since their gradients are averaged.
         (loss * (share * self.ranks.size)).backward()
-        norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip))
+        norm = full_tensor(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip))
         return torch.stack((loss.detach() * share, bits_per_dim * share, norm / self.ranks.size))
 
-    def _reason_against(self) -> str:
+    def _capture_refusal(self) -> str:
         if self.ranks.size > 1 or self.ranks.fsdp:
             return "several processes have to agree on every step"
         if self.config.optimizer != "adam":
