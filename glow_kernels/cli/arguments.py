@@ -57,12 +57,12 @@ def positive(text: str) -> int:
     return _whole_number(text, 1)
 
 
-def not_negative(text: str) -> int:
+def non_negative(text: str) -> int:
     """A whole number from 0 to the largest seed."""
     return _whole_number(text, 0)
 
 
-def run_to_make(text: str) -> Path:
+def new_run_folder(text: str) -> Path:
     """A folder whose name can be encoded, as TensorBoard requires."""
     # An empty name, left by an unset shell variable, would mean the current folder and replace files there.
     if not text:

@@ -27,7 +27,7 @@ QUICK_DIRECTIONS = ("forward", "inverse", "backward", "reversible_backward")
 # Planned seconds of a run; below the goals of 3 and 20 minutes, since large cases and noise take more than planned.
 QUICK_LIMIT, FULL_LIMIT = 140.0, 950.0
 # For each small case with several threads, whose times vary more than those of one thread.
-SECONDS_OF_THREADS = 1.0
+MULTITHREADED_SECONDS = 1.0
 PAGE, DOCUMENT = Path("runs/report"), Path("docs/performance.md")
 
 
@@ -226,7 +226,7 @@ def _with_two_threads(arguments: argparse.Namespace, selection: Selection) -> Se
         threads=[2],
         operators=[name for name in selection.operators if arguments.operator or name != "folded_conv1x1"],
         directions=arguments.direction or [name for name in selection.directions if name != "forward_backward"],
-        seconds=arguments.seconds or SECONDS_OF_THREADS,
+        seconds=arguments.seconds or MULTITHREADED_SECONDS,
     )
 
 

@@ -26,13 +26,13 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--pair",
         nargs=2,
-        type=common.not_negative,
+        type=common.non_negative,
         metavar=("FROM", "TO"),
         help="numbers of two test images (default: random pairs)",
     )
     parser.add_argument("--rows", type=common.positive, default=8, help="random pairs to draw (default: 8)")
     parser.add_argument("--count", type=common.positive, default=9, help="images per row, ends included (default: 9)")
-    parser.add_argument("--seed", type=common.not_negative, default=0, help="seed of the random pairs (default: 0)")
+    parser.add_argument("--seed", type=common.non_negative, default=0, help="seed of the random pairs (default: 0)")
     parser.add_argument(
         "--output", type=common.picture, help="picture to write (default: interpolation.png in the run folder)"
     )

@@ -24,8 +24,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         default=0.7,
         help="1 samples the density; less gives likelier, less varied images (default: 0.7)",
     )
-    parser.add_argument("--class", dest="label", type=common.not_negative, help="draw this class only")
-    parser.add_argument("--seed", type=common.not_negative, default=0, help="seed of the noise (default: 0)")
+    parser.add_argument("--class", dest="label", type=common.non_negative, help="draw this class only")
+    parser.add_argument("--seed", type=common.non_negative, default=0, help="seed of the noise (default: 0)")
     parser.add_argument(
         "--output", type=common.picture, help="picture to write (default: samples.png in the run folder)"
     )

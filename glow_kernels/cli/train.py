@@ -38,7 +38,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "--run",
         "--run-folder",
         dest="folder",
-        type=common.run_to_make,
+        type=common.new_run_folder,
         help="run folder to make or resume (default: runs/DATASET); with torchrun write --run-folder",
     )
     parser.add_argument("--resume", action="store_true", help="continue the run in the run folder")
