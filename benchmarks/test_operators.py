@@ -13,7 +13,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = [
     Case(name, direction, shape, device=DEVICE)
     for name, direction, shape in itertools.product(OPERATORS, DIRECTIONS, QUICK_SHAPES)
-    if direction in OPERATORS[name].moved
+    if direction in OPERATORS[name].traffic
 ]
 
 

@@ -46,7 +46,7 @@ SHAPE = (2, 4, 3, 5)
 CASES = [
     Case(name, direction, SHAPE)
     for name, direction in itertools.product(OPERATORS, DIRECTIONS)
-    if direction in OPERATORS[name].moved
+    if direction in OPERATORS[name].traffic
 ]
 
 
@@ -66,7 +66,7 @@ def built(case, functions=None):
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_textbook_and_ours_compute_the_same(case):
     _, _, ours = built(case)
-    _, _, plain = built(case, OPERATORS[case.operator].plain)
+    _, _, plain = built(case, OPERATORS[case.operator].textbook)
     pairs = zip(operators.tensors(ours()), operators.tensors(plain()), strict=True)
     for actual, expected in pairs:
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
@@ -184,7 +184,12 @@ def test_wrong_results_are_not_timed(monkeypatch):
 
     operator = OPERATORS["affine_coupling"]
     broken = operators.Operator(
-        operator.name, Functions(slightly_off), operator.plain, operator.arguments, operator.moved, operator.products
+        operator.name,
+        Functions(slightly_off),
+        operator.textbook,
+        operator.arguments,
+        operator.traffic,
+        operator.products,
     )
     monkeypatch.setitem(OPERATORS, "affine_coupling", broken)
     row = Session(with_compile=False).measure(Case("affine_coupling", "no_grad", SHAPE), 0.01)
@@ -237,8 +242,8 @@ def test_ratios_are_those_of_undisturbed_rounds():
     assert times.ratio("slow", "fast") == (2.0, 1.8, 6.0)
     assert Times({"one": [float(value) for value in range(20, 0, -1)]}).fastest("one") == 2.5  # the mean of four rounds
     later = Times({"slow": [2.0], "fast": [0.7]})
-    joined = times.joined(later)
-    assert (joined.rounds["fast"][-1], joined.fastest("fast")) == (0.7, pytest.approx(0.9))
+    merged = times.merged(later)
+    assert (merged.rounds["fast"][-1], merged.fastest("fast")) == (0.7, pytest.approx(0.9))
     assert Times({"slow": [4.0], "fast": [1.0]}).ratio("slow", "fast") == (4.0, 4.0, 4.0)
     assert Spread.of([float(value) for value in range(11)]) == Spread(5.0, 2.0, 8.0)
 
@@ -413,11 +418,11 @@ def test_cases_measured_again_are_of_every_shape_and_operator(tmp_path):
     writer = results.Writer(tmp_path / "r.jsonl", {"kind": "environment", "run": "a"})
     names = ["actnorm_conv1x1", "folded_conv1x1", "affine_coupling", "gaussian_log_prob"]
     selection = Selection(operators=names, directions=QUICK_DIRECTIONS, shapes=[SHAPE, (2, 6, 4, 4)])
-    assert len(list(selection.cases())) > suite._FEWEST_AGAIN
+    assert len(list(selection.cases())) > suite._MIN_REPEATED
     tasks = Suite(writer, lambda line: None, with_compile=False).tasks([selection])
     counts = Counter(task.name for task in tasks if task.seconds > 0)
     again = [name.split() for name, count in counts.items() if count > suite._VISITS]
-    assert len(again) == suite._FEWEST_AGAIN
+    assert len(again) == suite._MIN_REPEATED
     assert {name for name, _, _ in again} == set(names)
     assert {shape for _, _, shape in again} == {"2x4x3x5", "2x6x4x4"}
 
@@ -462,7 +467,7 @@ def _small_convolutions():
 
 @pytest.mark.usefixtures("_small_convolutions")
 def test_models_become_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr(timing, "_FEWEST_ROUNDS", 1)
+    monkeypatch.setattr(timing, "_MIN_ROUNDS", 1)
     monkeypatch.setattr(models, "QUICK_CURVES", {"steps": (2,)})
     monkeypatch.setattr(chains, "available", lambda: ["glow_kernels", "checkpoint"])
     sizes = {"steps": 1, "levels": 1, "hidden": 4, "image_size": 4, "batch": 2}

@@ -586,7 +586,7 @@ def test_stages_beside_each_other_share_their_time(tmp_path, monkeypatch, capsys
 @pytest.mark.filterwarnings("ignore")  # warnings of other packages and of the compiler
 def test_what_the_gpu_stages_measure_runs_on_a_cpu(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_stages.models, "compiled", lambda model, x: model)  # compiling takes half a minute
-    monkeypatch.setattr(timing, "_FEWEST_ROUNDS", 1)
+    monkeypatch.setattr(timing, "_MIN_ROUNDS", 1)
     path = tmp_path / "r.jsonl"
     # For convolutions this small, oneDNN's set-up takes longer than the computation.
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)

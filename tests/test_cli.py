@@ -595,7 +595,7 @@ def test_ctrl_c_that_another_thread_gets_waits_until_the_workers_have_started() 
     thread.start()
 
     def start_workers() -> None:
-        with compilation._interrupts_held_back():
+        with compilation._sigint_blocked():
             assert thread.ident is not None
             signal.pthread_kill(thread.ident, signal.SIGINT)
             time.sleep(0.05)

@@ -25,7 +25,7 @@ _COUPLING = {
     "backward": 3,
     "reversible_backward": 3,
 }
-_OF_ONE_THREAD = ("no_grad", "forward_backward")
+_SINGLE_THREAD_ONLY = ("no_grad", "forward_backward")
 _PER_COMPILE = {"actnorm_conv1x1": 2, "affine_coupling": 1.5}
 
 
@@ -105,7 +105,7 @@ def _operators(rows: Sequence[Row]) -> Iterator[Check]:
             # With the default allocator only the largest shapes are measured, too few for means.
             if allocator == "tuned":
                 for direction, goal in goals.items():
-                    if threads > 1 and direction in _OF_ONE_THREAD:
+                    if threads > 1 and direction in _SINGLE_THREAD_ONLY:
                         continue
                     yield from _faster(group, operator, direction, goal, of_operator)
                 yield _large(group, operator, of_operator)

@@ -9,7 +9,7 @@ from glow_kernels.bench import results
 from glow_kernels.bench.results import Row
 
 # A smaller change counts as noise, whatever the ranges.
-LEAST_CHANGE = 0.1
+MIN_CHANGE = 0.1
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Change:
     @property
     def regression(self) -> bool:
         """Whether it is slower by more than the noise."""
-        return self.certain and self.factor > 1.0 + LEAST_CHANGE
+        return self.certain and self.factor > 1.0 + MIN_CHANGE
 
 
 def by_device(before: list[Row], after: list[Row]) -> tuple[list[Change], list[str]]:

@@ -31,10 +31,12 @@ class Compiler:
 
     def functions(self, case: Case) -> Functions:
         """The textbook's functions for this case, compiled when they are first called."""
-        plain = operators.operator(case.operator).plain
+        textbook = operators.operator(case.operator).textbook
         direction = "no_grad" if case.direction == "no_grad" else "forward_backward"
-        forward = self._function(plain.forward, replace(case, direction=direction))
-        return Functions(forward, plain.inverse and self._function(plain.inverse, replace(case, direction="inverse")))
+        forward = self._function(textbook.forward, replace(case, direction=direction))
+        return Functions(
+            forward, textbook.inverse and self._function(textbook.inverse, replace(case, direction="inverse"))
+        )
 
     def _function(self, function: Function, case: Case) -> Function:
         key = replace(case, allocator="tuned")
@@ -55,7 +57,7 @@ def warm_up(cases: Sequence[Case]) -> None:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(os.cpu_count(), context, initializer=_start_worker) as pool:
         try:
-            with _interrupts_held_back():  # the workers inherit this: a terminal sends Ctrl-C to all processes
+            with _sigint_blocked():  # the workers inherit this: a terminal sends Ctrl-C to all processes
                 futures = [pool.submit(_compile, one) for one in units]
             # A function that cannot be compiled fails again when it is measured, and is reported then.
             for future in futures:
@@ -67,21 +69,21 @@ def warm_up(cases: Sequence[Case]) -> None:
 
 
 @contextmanager
-def _interrupts_held_back() -> Iterator[None]:
+def _sigint_blocked() -> Iterator[None]:
     """Delay Ctrl-C to the end, and block it in processes started inside, on systems that support it."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
     # Child processes inherit the mask. The handler is for a signal that reaches another thread: Python runs it here.
-    held_back: list[int] = []
-    handler = signal.signal(signal.SIGINT, lambda number, _: held_back.append(number))
+    pending: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: pending.append(number))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         signal.signal(signal.SIGINT, handler)
-        if held_back:
+        if pending:
             signal.raise_signal(signal.SIGINT)
 
 

@@ -73,7 +73,7 @@ class Session:
                 return row
             times = timing.measure(candidates, seconds, device)
             if (case, series) in self._times:
-                times = self._times[case, series].joined(times)
+                times = self._times[case, series].merged(times)
             self._times[case, series] = times
             row["bytes"] = operators.moved_bytes(case)
             if device.type == "cuda":
@@ -91,7 +91,7 @@ class Session:
         backends: Sequence[str],
     ) -> dict[str, list[Call]]:
         """The calls of eager and compiled code and of our backends, on the same inputs."""
-        functions = {"eager": operator.plain}
+        functions = {"eager": operator.textbook}
         if self._compiler is not None:
             functions["compile"] = self._compiler.functions(case)
         calls = {name: _prepared(function, case, copies, grads) for name, function in functions.items()}
@@ -247,11 +247,11 @@ def _wrong(
     """What is wrong with the results of our backends, compared with the textbook in float64; empty if nothing is."""
     with threads(os.cpu_count() or 1):  # for speed only: the truth does not depend on it
         wide, wide_grads = [argument.double() for argument in arguments], [grad.double() for grad in grads]
-        truth = operators.tensors(operators.call(operator.plain, case.direction, wide, wide_grads)())
+        truth = operators.tensors(operators.call(operator.textbook, case.direction, wide, wide_grads)())
         eager = results["eager"]
         if case.dtype == "float64" and operator.products:
             # Eager PyTorch is the truth itself here; summing in reverse order shows how large its rounding errors are.
-            reverse = operators.call(operator.plain, case.direction, _reversed(wide), _reversed(wide_grads))
+            reverse = operators.call(operator.textbook, case.direction, _reversed(wide), _reversed(wide_grads))
             eager = _reversed(operators.tensors(reverse()))
     problems = {name: inaccuracy(results[name], truth, eager) for name in backends if name in results}
     return {name: problem for name, problem in problems.items() if problem}

@@ -79,8 +79,8 @@ class Operator:
     """An operator: our and the textbook's implementation, and random arguments, of which the first is the data.
 
     Attributes:
-        moved: for every direction, the bytes read and written, in units of the data's bytes; the limit copies as many.
-            Parameters of C and C x C elements do not count.
+        traffic: for every direction, the bytes read and written, in units of the data's bytes; the limit copies as
+            many. Parameters of C and C x C elements do not count.
         products: for every direction, the number of matrix products of the data's size.
         is_fast: for an operator that models call only if a backend other than the reference takes the arguments:
             whether one does. Otherwise the case is not measured.
@@ -88,9 +88,9 @@ class Operator:
 
     name: str
     ours: Functions
-    plain: Functions
+    textbook: Functions
     arguments: Callable[[Case], list[Tensor]]
-    moved: dict[str, float]
+    traffic: dict[str, float]
     products: dict[str, int]
     is_fast: Callable[..., bool] | None = None
 
@@ -141,7 +141,7 @@ OPERATORS = {
             Functions(ops.actnorm_conv1x1, ops.actnorm_conv1x1_inverse, ops.actnorm_conv1x1_reversible_backward),
             Functions(textbook.actnorm_conv1x1, textbook.actnorm_conv1x1_inverse),
             _linear_arguments,
-            moved={
+            traffic={
                 "forward": 2,
                 "no_grad": 2,
                 "inverse": 2,
@@ -163,7 +163,7 @@ OPERATORS = {
             Functions(apply_folded),
             Functions(textbook.folded_conv1x1),
             _folded_arguments,
-            moved={"forward": 2, "no_grad": 2, "backward": 3, "forward_backward": 5},
+            traffic={"forward": 2, "no_grad": 2, "backward": 3, "forward_backward": 5},
             products={"forward": 1, "no_grad": 1, "backward": 2, "forward_backward": 3},
         ),
         # For the coupling and the density, the data is half a tensor and counts 1/2; h counts 1.
@@ -172,7 +172,7 @@ OPERATORS = {
             Functions(ops.affine_coupling, ops.affine_coupling_inverse, ops.affine_coupling_reversible_backward),
             Functions(textbook.affine_coupling, textbook.affine_coupling_inverse),
             _half_arguments,
-            moved={
+            traffic={
                 "forward": 2,  # x, h; y
                 "no_grad": 2,
                 "inverse": 2,
@@ -187,7 +187,7 @@ OPERATORS = {
             Functions(_coupling_conv1x1),
             Functions(textbook.coupling_conv1x1),
             _across_steps_arguments,
-            moved={
+            traffic={
                 "forward": 3,  # z, h; next z
                 "no_grad": 3,
                 "backward": 5,  # z, h, dz of the next; dz, dh
@@ -201,7 +201,7 @@ OPERATORS = {
             Functions(ops.gaussian_log_prob, ops.gaussian_sample),
             Functions(textbook.gaussian_log_prob, textbook.gaussian_sample),
             _half_arguments,
-            moved={"forward": 1.5, "no_grad": 1.5, "inverse": 2, "backward": 3, "forward_backward": 4.5},
+            traffic={"forward": 1.5, "no_grad": 1.5, "inverse": 2, "backward": 3, "forward_backward": 4.5},
             products={},
         ),
         Operator(
@@ -209,7 +209,7 @@ OPERATORS = {
             Functions(ops.actnorm_statistics),
             Functions(textbook.actnorm_statistics),
             lambda case: [_random(case.shape, case)],
-            moved={"no_grad": 1},
+            traffic={"no_grad": 1},
             products={},
         ),
     )
@@ -230,8 +230,8 @@ def operator(name: str) -> Operator:
 def is_measured(case: Case) -> bool:
     """Whether the operator has this direction, and a backend that a model would use for it."""
     operator = OPERATORS[case.operator]
-    if operator.is_fast is None or case.direction not in operator.moved:
-        return case.direction in operator.moved
+    if operator.is_fast is None or case.direction not in operator.traffic:
+        return case.direction in operator.traffic
     # Only the device, the dtype and the number of channels matter.
     return operator.is_fast(*operator.arguments(replace(case, shape=(1, case.shape[1], 1, 1))))
 
@@ -262,14 +262,14 @@ def backends_on(device: torch.device) -> tuple[str, ...]:
 
 
 def moved_bytes(case: Case) -> int:
-    """Bytes that the operator must read and write, from :attr:`Operator.moved`."""
-    return round(operator(case.operator).moved[case.direction] * case.data_bytes)
+    """Bytes that the operator must read and write, from :attr:`Operator.traffic`."""
+    return round(operator(case.operator).traffic[case.direction] * case.data_bytes)
 
 
 def upstream(operator: Operator, case: Case, arguments: Sequence[Tensor]) -> list[Tensor]:
     """A random gradient for every result of the forward."""
     with torch.no_grad():  # on meta tensors, since only the shapes of the results are needed
-        results = _as_list(operator.plain.forward(*(argument.to("meta", torch.float64) for argument in arguments)))
+        results = _as_list(operator.textbook.forward(*(argument.to("meta", torch.float64) for argument in arguments)))
     dtypes = [arguments[0].dtype if result.dim() == 4 else _log_det_dtype(case) for result in results]
     return [
         torch.randn(result.shape, device=case.device).to(dtype) for result, dtype in zip(results, dtypes, strict=True)

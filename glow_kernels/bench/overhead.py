@@ -40,7 +40,7 @@ def _measure(case: Case, seconds: float, device: torch.device) -> Row:
     x = torch.randn(SHAPE, device=device)
     candidates: dict[str, list[operators.Function]] = {
         "elementwise": [lambda: x + 1.0],
-        "eager": [operators.without_graph(operator.plain, case.direction, arguments)],
+        "eager": [operators.without_graph(operator.textbook, case.direction, arguments)],
         "ours": [operators.without_graph(operator.ours, case.direction, arguments)],
     }
     tune_allocator()

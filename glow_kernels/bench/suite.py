@@ -23,9 +23,9 @@ ALLOCATORS = ("default", "tuned")
 # rounds give reproducible ratios, and four visits of twelve rounds do not. Tensors larger than every cache take seconds
 # per visit and vary least, so they are visited less often.
 _VISITS, _VISITS_OF_LARGE, _VISITS_ON_GPU = 8, 2, 1
-# One case in _ONE_AGAIN_OF, and at least _FEWEST_AGAIN, is measured a second time independently, to prove that ratios
+# One case in _REPEAT_EVERY, and at least _MIN_REPEATED, is measured a second time independently, to prove that ratios
 # are reproducible.
-_ONE_AGAIN_OF, _FEWEST_AGAIN, _AGAIN_ON_GPU = 6, 16, 6
+_REPEAT_EVERY, _MIN_REPEATED, _REPEATED_ON_GPU = 6, 16, 6
 _COMPILE_SECONDS = 3.2
 _CHECK_SECONDS = 0.05
 # The bandwidth of the slowest candidates; used only for planning.
@@ -103,7 +103,7 @@ class Suite:
         if self._with_compile and len(units) > 8:
             duration = 20.0 + _COMPILE_SECONDS * len(units) / (os.cpu_count() or 1)
             tasks.append(Task("torch.compile of all cases", duration, lambda _: self._compile(cases)))
-        again = _spread_out(cases)
+        again = _cases_to_repeat(cases)
         # Cases with the default allocator cannot be visited again after tuning, so each allocator has its own visits.
         for _, group in itertools.groupby(cases, key=lambda case: case.allocator):
             grouped = list(group)
@@ -167,10 +167,10 @@ def _visits(case: Case) -> int:
     return _VISITS_OF_LARGE if case.data_bytes > ROTATED_BYTES else _VISITS
 
 
-def _spread_out(cases: Sequence[Case]) -> set[Case]:
+def _cases_to_repeat(cases: Sequence[Case]) -> set[Case]:
     """The cases to measure a second time, evenly spread, but not so evenly that all have the same shape."""
     on_cpu = bool(cases) and cases[0].device == "cpu"
-    count = max(_FEWEST_AGAIN, len(cases) // _ONE_AGAIN_OF) if on_cpu else _AGAIN_ON_GPU
+    count = max(_MIN_REPEATED, len(cases) // _REPEAT_EVERY) if on_cpu else _REPEATED_ON_GPU
     count = min(count, len(cases))
     return {cases[index * len(cases) // count] for index in range(count)}
 

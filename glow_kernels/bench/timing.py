@@ -27,13 +27,13 @@ Call = Callable[[], object]
 _SHORTEST_SAMPLE = 2e-3
 # If the first calls take longer than this, warm or not, one call is a sample, and no second call is needed to know.
 _LONG_CALL = 5e-2
-_FEWEST_ROUNDS = 3
-_MOST_ROUNDS = 1000
+_MIN_ROUNDS = 3
+_MAX_ROUNDS = 1000
 # Fewer rounds suffice on a GPU, whose times hardly vary.
-_FEWEST_CUDA_ROUNDS, _MOST_CUDA_ROUNDS = 5, 20
+_MIN_CUDA_ROUNDS, _MAX_CUDA_ROUNDS = 5, 20
 # The fraction of all rounds that count as the fastest, and their least number. With fewer, they could all be from the
 # one visit in which the addresses of a candidate's tensors happened to be best.
-_FASTEST, _FEWEST_FASTEST = 0.2, 3
+_FASTEST_FRACTION, _MIN_FASTEST = 0.2, 3
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Times:
     def __init__(self, rounds: Mapping[str, Sequence[float]]) -> None:
         self.rounds = rounds
 
-    def joined(self, others: Times) -> Times:
+    def merged(self, others: Times) -> Times:
         """These times and those of another measurement of the same candidates."""
         return Times({name: [*values, *others.rounds[name]] for name, values in self.rounds.items()})
 
@@ -73,7 +73,7 @@ class Times:
     def fastest(self, name: str) -> float:
         """Undisturbed seconds of one candidate: the mean of the fastest fifth of its rounds, at least three."""
         rounds = sorted(self.rounds[name])
-        return statistics.fmean(rounds[: max(_FEWEST_FASTEST, round(_FASTEST * len(rounds)))])
+        return statistics.fmean(rounds[: max(_MIN_FASTEST, round(_FASTEST_FRACTION * len(rounds)))])
 
     def ratio(self, slow: str, fast: str) -> tuple[float, float, float]:
         """How many times longer ``slow`` takes than ``fast``, from their fastest rounds, and a range for this ratio.
@@ -104,10 +104,10 @@ def _measure_cpu(candidates: Mapping[str, Sequence[Call]], seconds: float) -> Ti
     repeats = {name: _repeats(calls) for name, calls in candidates.items()}
     rounds: dict[str, list[float]] = {name: [] for name in candidates}
     start = time.perf_counter()
-    for index in range(_MOST_ROUNDS):
+    for index in range(_MAX_ROUNDS):
         for name, calls in candidates.items():
             rounds[name].append(_sample(calls, index, repeats[name]))
-        if index + 1 >= _FEWEST_ROUNDS and time.perf_counter() - start > seconds:
+        if index + 1 >= _MIN_ROUNDS and time.perf_counter() - start > seconds:
             break
     return Times(rounds)
 
@@ -161,7 +161,7 @@ def _measure_cuda(candidates: Mapping[str, Sequence[Call]], seconds: float, devi
             for call in rotated:  # compiles, tunes, fills the allocator's cache
                 call()
         one_round = min(_round(candidates, flush) for _ in range(2))
-        count = min(_MOST_CUDA_ROUNDS, max(_FEWEST_CUDA_ROUNDS, int(seconds / one_round)))
+        count = min(_MAX_CUDA_ROUNDS, max(_MIN_CUDA_ROUNDS, int(seconds / one_round)))
         events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in candidates}
         for index in range(count):
             for name, rotated in candidates.items():

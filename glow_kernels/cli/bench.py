@@ -202,7 +202,7 @@ def _selections(arguments: argparse.Namespace, device: torch.device) -> list[Sel
     if not arguments.direction:
         # Without an autograd graph the same kernels run, so few shapes suffice, except for operators with only no_grad.
         main = [dataclasses.replace(usual, directions=[name for name in usual.directions if name != "no_grad"])]
-        alone = [name for name in usual.operators if set(operators.OPERATORS[name].moved) == {"no_grad"}]
+        alone = [name for name in usual.operators if set(operators.OPERATORS[name].traffic) == {"no_grad"}]
         main.append(dataclasses.replace(usual, directions=["no_grad"], operators=alone))
         others.append(
             dataclasses.replace(
