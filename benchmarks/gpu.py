@@ -45,14 +45,14 @@ LAUNCH_SHAPES = "64x12x16x16,64x48x4x4"
 class Stage:
     """A command with its own limit in seconds; if ``skip`` is not empty, the reason why it is left out.
 
-    Consecutive stages with ``beside``, which measure no times, run in parallel.
+    Consecutive stages with ``parallel``, which measure no times, run in parallel.
     """
 
     name: str
     command: list[str]
     limit: int
     skip: str = ""
-    beside: bool = False
+    parallel: bool = False
     environment: dict[str, str] = field(default_factory=dict)
 
 
@@ -74,8 +74,8 @@ def stages(results: Path, dry_run: bool = False) -> list[Stage]:
     # These tests choose themselves what to put on the GPU.
     model_tests = [*pytest, *_workers(4), *MODEL_TESTS]
     # Only the shape with 13 channels and the cases with kernels of their own: all tests take ten minutes under a tool.
-    telling = "(of_every_shape and 13 or every_number_of_channels and 48 or many_steps and 70)"
-    sanitized = [*pytest, "-k", f"native and {telling} {plain}", "-x", *OPERATOR_TESTS]
+    selected = "(of_every_shape and 13 or every_number_of_channels and 48 or many_steps and 70)"
+    sanitized = [*pytest, "-k", f"native and {selected} {plain}", "-x", *OPERATOR_TESTS]
     bandwidth = ["--shape", BANDWIDTH_SHAPES, "--dtype", "float32", "--minutes", "0.85"]
     bandwidth += ["--direction", "forward,inverse,backward,reversible_backward"]
     no_gpu = "it needs a GPU" if dry_run else ""
@@ -90,14 +90,14 @@ def stages(results: Path, dry_run: bool = False) -> list[Stage]:
     return [
         Stage("build", [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], 70, environment=build),
         Stage("info", [*python, "glow_kernels", "info"], 8),
-        Stage("cuda tests", cuda_tests, checks, untested or no_library, beside=True),
-        Stage("triton tests", triton_tests, checks, untested, beside=True),
+        Stage("cuda tests", cuda_tests, checks, untested or no_library, parallel=True),
+        Stage("triton tests", triton_tests, checks, untested, parallel=True),
         Stage(
             "model tests",
             model_tests,
             checks,
             untested,
-            beside=True,
+            parallel=True,
             environment={"GLOW_KERNELS_TEST_DEVICE": "cpu"},
         ),
         *(
@@ -107,12 +107,12 @@ def stages(results: Path, dry_run: bool = False) -> list[Stage]:
                 _sanitizer(tool, sanitized),
                 checks,
                 untested or no_library or _no_sanitizer(),
-                beside=True,
+                parallel=True,
                 environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
             )
             for tool in SANITIZERS
         ),
-        Stage("compile", [*measure, "compile", *options], checks, beside=True),
+        Stage("compile", [*measure, "compile", *options], checks, parallel=True),
         Stage("training", [*measure, "training", *options], 108),
         Stage("bandwidth", [*bench, *(small if dry_run else bandwidth)], 48),
         Stage("kernels", [*bench, *(small if dry_run else launches)], 20),
@@ -125,11 +125,11 @@ def stages(results: Path, dry_run: bool = False) -> list[Stage]:
 
 def grouped(stages: list[Stage]) -> list[list[Stage]]:
     """The stages in groups that run in parallel, in the same order."""
-    groups = itertools.groupby(enumerate(stages), lambda place: -1 if place[1].beside else place[0])
+    groups = itertools.groupby(enumerate(stages), lambda place: -1 if place[1].parallel else place[0])
     return [[stage for _, stage in group] for _, group in groups]
 
 
-def why_not() -> str | None:
+def unsupported_reason() -> str | None:
     """The reason why this machine cannot run the stages; None if it can."""
     try:
         import torch
@@ -219,7 +219,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="names of stages, with commas between")
     parser.add_argument("--dry-run", action="store_true", help="on a CPU, at toy sizes: does every stage run?")
     arguments = parser.parse_args(argv)
-    if not arguments.dry_run and (problem := why_not()):
+    if not arguments.dry_run and (problem := unsupported_reason()):
         print(f"error: {problem}", file=sys.stderr)
         return 1
     output = arguments.output.resolve()

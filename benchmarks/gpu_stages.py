@@ -41,9 +41,9 @@ OURS = "glow_kernels"
 # Steps, levels, width, image size and batch; the first are those of the goals.
 TRAINING = ((32, 3, 512, 32, 64), (32, 3, 512, 32, 256), (32, 4, 512, 64, 32), (32, 6, 512, 256, 4))
 COMPILED = "reference compiled"
-# Implementations measured at the other sizes: first TELLING at all of them, then OTHERS.
-TELLING = (f"{OURS} bfloat16, graph", "floor: bare convolutions, bfloat16, graph")
-OTHERS = ("reference", "normflows")
+# Implementations measured at the other sizes: first KEY_IMPLEMENTATIONS at all of them, then OTHER_IMPLEMENTATIONS.
+KEY_IMPLEMENTATIONS = (f"{OURS} bfloat16, graph", "floor: bare convolutions, bfloat16, graph")
+OTHER_IMPLEMENTATIONS = ("reference", "normflows")
 # InvertibleNetworks.jl, JOSS 9(99), 2024: figure 2 by depth at 256 x 256, figure 1 by image size at 16 steps.
 # The depth of the goal is first.
 DEPTHS, SIZES, MEMORY_BATCH, MEMORY_HIDDEN = (80, 4, 16, 48), (512, 1024), 8, 256
@@ -88,17 +88,17 @@ class Stages:
     def training(self) -> None:
         """A training step and its lower bound: all implementations at the first size, a few at the others."""
         sizes = self._training_sizes()
-        for some, names in ((sizes[:1], None), (sizes[1:], TELLING), (sizes[1:], OTHERS)):
+        for some, names in ((sizes[:1], None), (sizes[1:], KEY_IMPLEMENTATIONS), (sizes[1:], OTHER_IMPLEMENTATIONS)):
             for size in some:
                 case, x = self._training_case(*size)
-                for name, build in self._trained(case, x).items():
+                for name, build in self._training_builds(case, x).items():
                     if names is None or name in names:
                         self._measure("training_step", case, name, build, case["batch"])
 
     def compile(self) -> None:
         """Fill the compiler's cache while the tests run: compiling takes as long as all the training steps together."""
         case, x = self._training_case(*self._training_sizes()[0])
-        self._trained(case, x)[COMPILED]()
+        self._training_builds(case, x)[COMPILED]()
 
     def memory(self) -> None:
         """Peak memory and time of a step by depth and by image size, at the sizes of the published benchmark."""
@@ -153,7 +153,7 @@ class Stages:
         case = {"steps": steps, "levels": levels, "hidden": hidden, "image_size": size, "batch": batch}
         return case, torch.rand(batch, 3, size, size, device=self.device) - 0.5
 
-    def _trained(self, case: dict[str, int], x: Tensor) -> dict[str, Build]:
+    def _training_builds(self, case: dict[str, int], x: Tensor) -> dict[str, Build]:
         """Functions that build a step, by name; the most informative first, since the stage may be stopped."""
         reference = functools.partial(on, "reference")
 

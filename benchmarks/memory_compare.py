@@ -68,7 +68,7 @@ class Checkpointed(nn.Module):
         return x, total
 
 
-class OfMemcnn(nn.Module):
+class MemcnnChain(nn.Module):
     """ActNorm and 1x1 convolution of this package, wrapped as memcnn layers, with memcnn's additive coupling."""
 
     def __init__(self, steps: nn.Sequential) -> None:
@@ -109,7 +109,7 @@ class OfMemcnn(nn.Module):
         return x, log_det
 
 
-class OfNormflows(nn.Module):
+class NormflowsChain(nn.Module):
     def __init__(self, count: int, coupling: str) -> None:
         super().__init__()
         import normflows
@@ -138,10 +138,10 @@ def models(count: int, coupling: str) -> dict[str, nn.Module]:
         "invert": ReversibleSequential(steps, "invert"),
         "checkpoint": ReversibleSequential(steps, "checkpoint"),
         "torch.utils.checkpoint per step": Checkpointed(steps),
-        "normflows": OfNormflows(count, coupling),
+        "normflows": NormflowsChain(count, coupling),
     }
     if coupling == "additive":
-        result["memcnn"] = OfMemcnn(steps)
+        result["memcnn"] = MemcnnChain(steps)
     return result
 
 

@@ -568,7 +568,10 @@ def test_stages_beside_each_other_share_their_time(tmp_path, monkeypatch, capsys
     paths = [str(tmp_path / name) for name in ("first", "second")]
     found = [
         gpu.Stage(
-            f"check {own}", [sys.executable, "-c", wait.format(own, other) + f"\nprint('said {own}')"], 30, beside=True
+            f"check {own}",
+            [sys.executable, "-c", wait.format(own, other) + f"\nprint('said {own}')"],
+            30,
+            parallel=True,
         )
         for own, other in (paths, paths[::-1])
     ]
@@ -607,7 +610,7 @@ def test_what_the_gpu_stages_measure_runs_on_a_cpu(tmp_path, monkeypatch):
     document.write([path], tmp_path / "performance.md")
     assert "glow_kernels bfloat16, graph" in (tmp_path / "performance.md").read_text()
     trained = [row["case"]["implementation"] for row in rows if row["case"]["part"] == "training_step"]
-    assert {*gpu_stages.TELLING, *gpu_stages.OTHERS} <= set(trained)
+    assert {*gpu_stages.KEY_IMPLEMENTATIONS, *gpu_stages.OTHER_IMPLEMENTATIONS} <= set(trained)
 
 
 def test_a_model_that_does_not_fit_is_noted_and_the_others_go_on(tmp_path):
