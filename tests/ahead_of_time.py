@@ -72,7 +72,7 @@ class _Driver:
 
 
 @contextlib.contextmanager
-def pretending(target: str, launched: Callable[..., None]) -> Iterator[None]:
+def fake_gpu(target: str, launched: Callable[..., None]) -> Iterator[None]:
     """Pretend that the GPU is ``target``; ``launched(kernel, *args, **options)`` is called instead of every launch."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -99,7 +99,7 @@ def variants(calls: Iterable[Callable[[], Any]], target: str = "sm_90") -> dict[
     def launched(kernel: Any, *args: Any, **options: Any) -> None:
         found[variant(kernel, args, options)] = kernel
 
-    with pretending(target, launched):
+    with fake_gpu(target, launched):
         for call in calls:
             call()
     return found
@@ -117,7 +117,7 @@ def compile_for(target: str, samples: Sequence[Sample], wanted: Iterable[Variant
             left.remove(key)
             kernels.append(_read(target, operator, run(kernel, *args, **{**options, "warmup": True})))
 
-    with pretending(target, launched):
+    with fake_gpu(target, launched):
         for operator, call in samples:  # noqa: B007
             call()
     return kernels

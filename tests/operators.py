@@ -423,7 +423,7 @@ class ResultProperties:
     def test_results_of_spread_parameters(self, backend, case):
         check_results(case, spread_parameters(case, case.draw((3, 4, 2, 5))))
 
-    def test_arguments_are_left_alone_and_results_are_new(self, backend, case):
+    def test_arguments_are_not_modified_and_results_are_new(self, backend, case):
         inputs = case.draw((2, 3, 4, 5), DTYPES["float64"])
         before = [tensor.clone() for tensor in inputs]
         results = evaluate(case.operator, inputs)

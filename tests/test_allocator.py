@@ -37,13 +37,13 @@ def test_tuning_keeps_freed_memory():
 
 
 @pytest.mark.parametrize("name", ["darwin", "win32"])
-def test_other_platforms_are_left_alone(monkeypatch, name):
+def test_other_platforms_are_not_tuned(monkeypatch, name):
     monkeypatch.setattr(sys, "platform", name)
     monkeypatch.delattr(ctypes, "CDLL")
     assert gk.tune_allocator() is False
 
 
-def test_a_c_library_without_mallopt_is_left_alone(monkeypatch):
+def test_a_c_library_without_mallopt_is_not_tuned(monkeypatch):
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace())
     assert gk.tune_allocator() is False

@@ -102,7 +102,7 @@ def test_a_case_becomes_a_row(case):
 
 
 @pytest.fixture
-def taking(monkeypatch):
+def call_taking(monkeypatch):
     """Makes calls that take so many seconds of a clock that nothing else moves."""
     now = 0.0
 
@@ -115,9 +115,9 @@ def taking(monkeypatch):
     return lambda seconds: lambda: call(seconds)
 
 
-def test_on_a_gpu_the_figures_are_of_replays_where_they_can_be_captured(monkeypatch, taking):
-    calls = {"copy": [taking(2e-3)], "eager": [taking(9e-3)], "ours": [taking(8e-3)]}
-    replays = {"copy": [taking(2e-3)], "ours": [taking(3e-3)]}
+def test_on_a_gpu_the_figures_are_of_replays_where_they_can_be_captured(monkeypatch, call_taking):
+    calls = {"copy": [call_taking(2e-3)], "eager": [call_taking(9e-3)], "ours": [call_taking(8e-3)]}
+    replays = {"copy": [call_taking(2e-3)], "ours": [call_taking(3e-3)]}
     monkeypatch.setattr(timing, "as_graphs", lambda candidates: dict(replays))
     device = torch.device("cpu")
     times = timing.measure(calls, 0.05, device)
@@ -216,11 +216,11 @@ def test_candidates_take_turns():
     assert turns[0][0] not in (turns[2][0], turns[0][1]), "copies of the inputs rotate"
 
 
-def test_what_a_candidate_finds_in_the_caches_does_not_count(taking):
+def test_what_a_candidate_finds_in_the_caches_does_not_count(call_taking):
     warm = []
 
     def call():
-        taking(1e-4 if warm else 1e-2)()
+        call_taking(1e-4 if warm else 1e-2)()
         warm.append(True)
 
     times = timing.measure({"a": [call], "b": [lambda: call() or warm.clear()]}, 0.1, torch.device("cpu"))

@@ -563,7 +563,7 @@ def test_gpu_script_stays_within_its_time(tmp_path):
     assert sum(max(stage.limit for stage in group) for group in groups) <= 480
 
 
-def test_stages_beside_each_other_share_their_time(tmp_path, monkeypatch, capsys):
+def test_parallel_stages_share_their_time(tmp_path, monkeypatch, capsys):
     wait = "import pathlib, time; pathlib.Path({!r}).touch()\nwhile not pathlib.Path({!r}).exists(): time.sleep(0.01)"
     paths = [str(tmp_path / name) for name in ("first", "second")]
     found = [

@@ -209,7 +209,7 @@ def interrupt_steps(monkeypatch: pytest.MonkeyPatch, *steps: int, number: int = 
 
 @pytest.mark.usefixtures("_no_curve")
 @pytest.mark.parametrize("extended", [False, True])
-def test_the_command_that_an_interrupted_run_prints_goes_on_with_it(
+def test_the_command_that_an_interrupted_run_prints_resumes_it(
     extended: bool, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "my run"

@@ -106,7 +106,7 @@ def test_zero_is_allowed_where_it_switches_something_off(name: str, value: float
     assert getattr(TrainingConfig(**{name: value}), name) == value
 
 
-def test_presets_give_way_to_what_is_asked_for() -> None:
+def test_given_settings_override_presets() -> None:
     preset = TrainingConfig.for_dataset("digits", flow_steps=None, levels=1)
     assert preset.flow_steps == PRESETS["digits"]["flow_steps"]
     assert preset.levels == 1
@@ -146,7 +146,7 @@ def test_damaged_setting_is_named_with_its_file(name: str, value: Any) -> None:
         TrainingConfig.from_json({name: value}, "here.json")
 
 
-def test_whole_numbers_are_good_floats() -> None:
+def test_integers_are_accepted_as_floats() -> None:
     """Other programs may write 1.0 as 1 in JSON."""
     assert TrainingConfig.from_json({"clip": 1, "learning_rate": 1}, "here.json").clip == 1
 

@@ -54,7 +54,7 @@ def test_kernels_are_as_recorded(built):
 
 
 @pytest.mark.parametrize("target", RECORDED)
-def test_of_no_target_uses_a_kernel_local_memory(target):
+def test_no_kernel_uses_local_memory(target):
     assert (RECORDED[target]["stack"], RECORDED[target]["local"]) == ("0", "0")
 
 

@@ -318,7 +318,7 @@ def outcome(tree: Tree, program: str, fault: str) -> str:
 
 
 @pytest.mark.parametrize("operator", FAULTS)
-def test_planted_faults_come_out(tree, operator):
+def test_planted_faults_are_found(tree, operator):
     build(tree, with_faults(operator))
     program = ASK.format(samples=SAMPLES[operator])
     assert outcome(tree, program, "") == "none"

@@ -418,7 +418,7 @@ def test_only_the_first_rank_shows_a_bar(ranks_say: Any) -> None:
         ("ddp bug", "RuntimeError", "rank 1: ZeroDivisionError: oops", None),
     ],
 )
-def test_error_on_one_rank_is_named_there_and_ends_the_other_without_a_word(
+def test_error_on_one_rank_is_named_there_and_ends_the_other_silently(
     scenario: str, kind: str, message: str, exit_code: int | None, ranks_say: Any
 ) -> None:
     first, second = ranks_say(scenario)
@@ -440,7 +440,7 @@ def test_a_rank_that_is_killed_ends_the_other_with_a_message(folder: Path, ranks
         ("ddp few images", r"rank \d: a batch of 1 images cannot be split over 2 ranks: use a larger --batch-size", 2),
     ],
 )
-def test_error_on_all_ranks_is_told_once(scenario: str, pattern: str, exit_code: int, ranks_say: Any) -> None:
+def test_error_on_all_ranks_is_reported_once(scenario: str, pattern: str, exit_code: int, ranks_say: Any) -> None:
     told, silent = sorted(ranks_say(scenario), key=lambda result: result["kind"])
     assert (told["kind"], told["exit_code"]) == ("GlowKernelsError", exit_code)
     assert re.match(pattern, told["message"])
@@ -467,7 +467,7 @@ def test_bad_run_ends_all_ranks_with_one_line_and_its_exit_code(
     assert re.match(pattern, lines[0])
 
 
-def test_ranks_share_the_evaluation_and_one_of_them_tells(
+def test_ranks_share_the_evaluation_and_one_of_them_prints_it(
     folder: Path, ranks_say: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     told, silent = ranks_say("evaluate")
@@ -493,7 +493,7 @@ def test_launcher_that_does_not_say_how_to_connect_is_named(
 
 
 @pytest.mark.parametrize("failed", [True, False])
-def test_a_rank_that_cannot_connect_leaves_the_word_to_one_that_has_failed(
+def test_a_rank_that_cannot_connect_leaves_the_message_to_one_that_has_failed(
     failed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The first rank may connect, fail and exit before the second has opened all of its sockets.

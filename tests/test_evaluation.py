@@ -68,7 +68,7 @@ def test_bits_per_dim_is_the_mean_over_images_and_draws(draws: int, num_classes:
 @pytest.mark.parametrize(
     ("size", "count"), [((8, 8), 256), ((64, 64), 256), ((128, 64), 128), ((256, 256), 16), ((2048, 2048), 1)]
 )
-def test_fewer_large_images_are_taken_at_a_time(size: tuple[int, int], count: int) -> None:
+def test_large_images_have_smaller_batches(size: tuple[int, int], count: int) -> None:
     assert batch_size_for(size) == count
 
 

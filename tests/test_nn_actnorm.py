@@ -326,7 +326,9 @@ def test_nothing_is_written_to_weights_that_fsdp_gives_up(memory: str, per_step:
 @pytest.mark.filterwarnings("ignore:FSDP")
 @pytest.mark.parametrize("use_orig_params", [False, True])
 @pytest.mark.parametrize("grad", [False, True])
-def test_nothing_is_written_to_those_of_the_older_fsdp(use_orig_params: bool, grad: bool, process_group: None) -> None:
+def test_nothing_is_written_to_weights_of_the_older_fsdp(
+    use_orig_params: bool, grad: bool, process_group: None
+) -> None:
     model = gk.models.Glow(1, 4, steps=1, levels=1, hidden_channels=4)
     sharded = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=use_orig_params)
     with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match=r"^ActNorm of 4 channels .* or sharded$"):

@@ -136,7 +136,7 @@ def test_frozen_parameters_get_no_gradient(fast_backend, frozen):
 
 @pytest.mark.usefixtures("taken")
 @pytest.mark.parametrize("memory", ["store", "checkpoint", "anchor", "invert"])
-def test_without_gradients_every_policy_takes_them(backend, nodes, memory):
+def test_without_gradients_every_policy_has_nodes(backend, nodes, memory):
     model, x = chain(memory=memory)
     with torch.no_grad():
         actual = model(x)
@@ -232,7 +232,7 @@ ALTERATIONS = (_hooked_coupling, _hooked_network, _replaced, _of_a_subclass, _of
 
 @pytest.mark.usefixtures("taken")
 @pytest.mark.parametrize("alter", ALTERATIONS, ids=lambda alter: alter.__name__.strip("_"))
-def test_a_coupling_that_somebody_may_look_at_is_called(fast_backend, nodes, alter):
+def test_an_altered_coupling_is_called(fast_backend, nodes, alter):
     model, x = chain()
     alter(model[1])
     actual = differentiated(model, x)
@@ -245,7 +245,7 @@ def test_a_coupling_that_somebody_may_look_at_is_called(fast_backend, nodes, alt
 
 
 @pytest.mark.usefixtures("taken")
-def test_steps_that_somebody_may_look_at_are_called(nodes):
+def test_hooked_steps_are_called(nodes):
     model, x = chain()
     _hooked(model[1])
     model(x)

@@ -209,7 +209,7 @@ ALTERATIONS = (
 
 
 @pytest.mark.parametrize("alter", ALTERATIONS, ids=lambda alter: alter.__name__.strip("_"))
-def test_parts_compute_where_somebody_may_look(nodes, alter):
+def test_an_altered_coupling_runs_its_parts(nodes, alter):
     module = ready("affine", 6)
     alter(module)
     y, _ = module(torch.randn(3, 6, 4, 6, dtype=torch.float64))
@@ -290,7 +290,7 @@ CHAIN_ALTERATIONS = (*ALTERATIONS, _hooked_itself, _on_the_other_half)
 
 
 @pytest.mark.parametrize("alter", CHAIN_ALTERATIONS, ids=lambda alter: alter.__name__.strip("_"))
-def test_a_chain_notices_who_may_look(fast_backend, nodes_of_chains, alter):
+def test_a_chain_notices_an_altered_coupling(fast_backend, nodes_of_chains, alter):
     chain, x = ready_chain()
     chain(x)
     nodes_of_chains.clear()

@@ -129,7 +129,7 @@ def _derived(model: nn.Module) -> None:
 
 @pytest.mark.parametrize("memory", ["store", "invert"])
 @pytest.mark.parametrize("change", [_hooked, _parametrized, _patched, _mixed, _derived])
-def test_steps_that_are_not_alike_fold_for_themselves(change, memory):
+def test_steps_that_differ_are_folded_one_by_one(change, memory):
     model, x = chain(memory)
     change(model)
     assert_equal_to_single_steps(model, x)

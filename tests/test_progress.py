@@ -39,7 +39,7 @@ def three(seconds: float, clock: list[float]) -> Iterator[int]:
         pytest.param(io.StringIO, 0.6, True, False, id="into a file"),
     ],
 )
-def test_a_bar_is_where_somebody_waits(
+def test_a_bar_is_shown_for_slow_work_on_a_terminal(
     monkeypatch: pytest.MonkeyPatch,
     clock: list[float],
     stream: type[io.StringIO],

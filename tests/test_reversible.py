@@ -31,7 +31,7 @@ from glow_kernels.reversible.offload import Shelf
 from glow_kernels.reversible.plain_step import PlainStep
 from glow_kernels.training.ema import MovingAverage
 
-FORGETFUL = ["checkpoint", "anchor", "invert"]
+RECOMPUTING = ["checkpoint", "anchor", "invert"]
 CONTIGUOUS = torch.contiguous_format
 
 
@@ -78,7 +78,7 @@ def chain(steps: list[nn.Module], x: Tensor, *context: Tensor) -> ReversibleSequ
     return ready(ReversibleSequential(steps, "store"), x, *context)
 
 
-def forgetting(plain: ReversibleSequential, memory: str, **options) -> ReversibleSequential:
+def recomputing(plain: ReversibleSequential, memory: str, **options) -> ReversibleSequential:
     """The same steps in a chain that recomputes states."""
     return ReversibleSequential(list(plain), memory, **options).train(plain.training)
 
@@ -117,25 +117,25 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("memory", FORGETFUL)
+@pytest.mark.parametrize("memory", RECOMPUTING)
 @pytest.mark.parametrize("coupling", ["affine", "additive"])
 @pytest.mark.parametrize("count", [1, 4, 33])
 def test_gradients_are_those_of_autograd(backend, count, coupling, memory):
     x = torch.randn(3, 6, 4, 5, dtype=torch.float64)
     plain = chain(flow_steps(count, coupling=coupling), x)
-    assert_same(gradients(forgetting(plain, memory), x), gradients(plain, x), 1e-9)
+    assert_same(gradients(recomputing(plain, memory), x), gradients(plain, x), 1e-9)
 
 
-@pytest.mark.parametrize("memory", FORGETFUL)
+@pytest.mark.parametrize("memory", RECOMPUTING)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("use", ["both", "z", "log_det"])
 def test_layouts_of_the_input_and_parts_of_the_output(use, layout, memory):
     x = LAYOUTS[layout](torch.randn(5, 4, 3, 6, dtype=torch.float64))
     plain = chain([*flow_steps(3, x.shape[1]), Scaling(x.shape[1]), *flow_steps(2, x.shape[1], mixing="plain")], x)
-    assert_same(gradients(forgetting(plain, memory), x, use=use), gradients(plain, x, use=use), 1e-9)
+    assert_same(gradients(recomputing(plain, memory), x, use=use), gradients(plain, x, use=use), 1e-9)
 
 
-@pytest.mark.parametrize("memory", FORGETFUL)
+@pytest.mark.parametrize("memory", RECOMPUTING)
 @pytest.mark.parametrize("coupling", ["affine", "additive"])
 @pytest.mark.parametrize("steps", [1, 4, 9])
 def test_glow_of_three_levels(steps, coupling, memory):
@@ -153,7 +153,7 @@ def test_glow_of_three_levels(steps, coupling, memory):
     assert_same(*results, 1e-9)
 
 
-@pytest.mark.parametrize("memory", FORGETFUL)
+@pytest.mark.parametrize("memory", RECOMPUTING)
 def test_a_level_whose_latent_is_not_used(memory):
     x = torch.rand(3, 1, 8, 8, dtype=torch.float64) - 0.5
     plain = ready(gk.models.Glow(1, 8, steps=3, levels=2, hidden_channels=4), x)
@@ -167,13 +167,13 @@ def test_a_level_whose_latent_is_not_used(memory):
 
 
 @pytest.mark.parametrize("micro_batches", [2, 3, 5, 8])
-@pytest.mark.parametrize("memory", FORGETFUL)
+@pytest.mark.parametrize("memory", RECOMPUTING)
 @pytest.mark.parametrize("check", ["off", "replay"])
 def test_micro_batches(memory, micro_batches, check):
     x, context = torch.randn(5, 6, 4, 4, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
     steps = [FlowStep(6, network=Conditioned(3, 6, context=3)) for _ in range(6)]
     plain = chain(steps, x, context)
-    model = forgetting(plain, memory, micro_batches=micro_batches, check=check)
+    model = recomputing(plain, memory, micro_batches=micro_batches, check=check)
     assert_same(gradients(model, x, context), gradients(plain, x, context), 1e-9)
 
 
@@ -192,18 +192,18 @@ class Shifting(Scaling):
         return super().inverse(z - (self.shifts[0] + self.shifts[1]))
 
 
-@pytest.mark.parametrize("memory", FORGETFUL)
+@pytest.mark.parametrize("memory", RECOMPUTING)
 def test_parts_of_gradients_that_are_one_tensor(memory):
     x = torch.randn(4, 6, 4, 5, dtype=torch.float64)
     plain = chain([Shifting(6), Shifting(6)], x)
-    assert_same(gradients(forgetting(plain, memory, micro_batches=2), x), gradients(plain, x), 1e-9)
+    assert_same(gradients(recomputing(plain, memory, micro_batches=2), x), gradients(plain, x), 1e-9)
 
 
-@pytest.mark.parametrize("memory", FORGETFUL)
+@pytest.mark.parametrize("memory", RECOMPUTING)
 @pytest.mark.parametrize("check", CHECKS)
 def test_an_empty_batch(memory, check):
     x = torch.randn(3, 6, 4, 4)
-    model = forgetting(chain(flow_steps(5), x), memory, check=check, anchor_every=2)
+    model = recomputing(chain(flow_steps(5), x), memory, check=check, anchor_every=2)
     z, log_det = model(x[:0].requires_grad_())
     assert z.shape == (0, 6, 4, 4)
     assert log_det.shape == (0,)
@@ -225,39 +225,39 @@ class Scalar(nn.Module):
         return z * (-self.log_scale).exp(), -self.log_scale.expand(len(z))
 
 
-@pytest.mark.parametrize("memory", FORGETFUL)
+@pytest.mark.parametrize("memory", RECOMPUTING)
 @pytest.mark.parametrize("check", CHECKS)
 def test_states_that_are_numbers(memory, check):
     x = torch.randn(5, dtype=torch.float64)
     plain = chain([Scalar() for _ in range(4)], x)
-    model = forgetting(plain, memory, check=check, anchor_every=2)
+    model = recomputing(plain, memory, check=check, anchor_every=2)
     assert_same(gradients(model, x), gradients(plain, x), 1e-9)
     assert all(error < 1e-12 for error in model.drift().values())
 
 
-@pytest.mark.parametrize("memory", FORGETFUL)
+@pytest.mark.parametrize("memory", RECOMPUTING)
 def test_squeeze_in_a_chain(memory):
     x = torch.randn(3, 2, 8, 4, dtype=torch.float64)
     plain = chain([*flow_steps(2, 2), Squeeze(), *flow_steps(5, 8), Squeeze(), *flow_steps(1, 32)], x)
-    assert_same(gradients(forgetting(plain, memory), x), gradients(plain, x), 1e-9)
+    assert_same(gradients(recomputing(plain, memory), x), gradients(plain, x), 1e-9)
 
 
 def test_checkpointed_steps_give_the_same_bits():
     x = torch.randn(3, 6, 4, 5)
     plain = chain(flow_steps(9), x)
-    pairs = zip(gradients(forgetting(plain, "checkpoint"), x), gradients(plain, x), strict=True)
+    pairs = zip(gradients(recomputing(plain, "checkpoint"), x), gradients(plain, x), strict=True)
     assert all(torch.equal(one, other) for one, other in pairs)
 
 
-@pytest.mark.parametrize("memory", FORGETFUL)
+@pytest.mark.parametrize("memory", RECOMPUTING)
 def test_images_need_no_gradient(memory):
     x = torch.randn(3, 6, 4, 5, dtype=torch.float64)
     plain = chain(flow_steps(5), x)
-    assert_same(gradients(forgetting(plain, memory), x, wrt="rest"), gradients(plain, x, wrt="rest"), 1e-9)
+    assert_same(gradients(recomputing(plain, memory), x, wrt="rest"), gradients(plain, x, wrt="rest"), 1e-9)
 
 
 @pytest.mark.parametrize("frozen", ["network", "mixing", "actnorm", "first", "last"])
-@pytest.mark.parametrize("memory", FORGETFUL)
+@pytest.mark.parametrize("memory", RECOMPUTING)
 def test_frozen_parameters(memory, frozen):
     x = torch.randn(3, 6, 4, 5, dtype=torch.float64)
     plain = chain(flow_steps(5), x)
@@ -267,27 +267,27 @@ def test_frozen_parameters(memory, frozen):
         if f".{frozen}." in name:
             parameter.requires_grad_(False)
     for wrt in ("all", "rest"):
-        assert_same(gradients(forgetting(plain, memory), x, wrt=wrt), gradients(plain, x, wrt=wrt), 1e-9)
+        assert_same(gradients(recomputing(plain, memory), x, wrt=wrt), gradients(plain, x, wrt=wrt), 1e-9)
 
 
-@pytest.mark.parametrize("memory", FORGETFUL)
+@pytest.mark.parametrize("memory", RECOMPUTING)
 def test_tied_steps_and_networks(memory):
     x = torch.randn(3, 6, 4, 5, dtype=torch.float64)
     step, network = FlowStep(6, 8), CouplingNetwork(3, 6, 8)
     steps = [step, FlowStep(6, network=network), step, FlowStep(6, network=network), FlowStep(6, 8), step]
     plain = chain(steps, x)
-    assert_same(gradients(forgetting(plain, memory), x), gradients(plain, x), 1e-9)
+    assert_same(gradients(recomputing(plain, memory), x), gradients(plain, x), 1e-9)
 
 
-@pytest.mark.parametrize("memory", FORGETFUL)
+@pytest.mark.parametrize("memory", RECOMPUTING)
 def test_context_gets_its_gradient(memory):
     x, context = torch.randn(3, 6, 4, 5, dtype=torch.float64), torch.randn(3, 3, dtype=torch.float64)
     plain = chain([FlowStep(6, network=Conditioned(3, 6, context=3)) for _ in range(5)], x, context)
-    assert_same(gradients(forgetting(plain, memory), x, context), gradients(plain, x, context), 1e-9)
-    z, log_det = forgetting(plain, memory)(x, context)
+    assert_same(gradients(recomputing(plain, memory), x, context), gradients(plain, x, context), 1e-9)
+    z, log_det = recomputing(plain, memory)(x, context)
     back, inverse_log_det = plain.inverse(z, context)
     assert_same([back, -inverse_log_det], [x, log_det], 1e-9)
-    assert_same(gradients(forgetting(plain, memory), x), gradients(plain, x), 1e-9)  # networks that can do without
+    assert_same(gradients(recomputing(plain, memory), x), gradients(plain, x), 1e-9)  # networks that can do without
 
 
 class Outer(nn.Module):
@@ -304,13 +304,13 @@ class Outer(nn.Module):
         return self.inner.inverse(z)
 
 
-@pytest.mark.parametrize("memory", FORGETFUL)
+@pytest.mark.parametrize("memory", RECOMPUTING)
 def test_operations_can_be_counted(memory):
     # The counter puts hooks on the inputs of modules, including the context.
     x, context = torch.randn(4, 6, 4, 5, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
     first, last = (FlowStep(6, network=Conditioned(3, 6, context=3)) for _ in range(2))
     plain = chain([first, Outer(6), last], x, context)
-    model = forgetting(plain, memory, micro_batches=2)
+    model = recomputing(plain, memory, micro_batches=2)
     expected = gradients(plain, x, context)[2:]
     leaves = [x.requires_grad_(), context.requires_grad_(), *model.parameters()]
     with FlopCounterMode(display=False) as counter:
@@ -319,14 +319,14 @@ def test_operations_can_be_counted(memory):
     assert counter.get_total_flops() > 0
 
 
-@pytest.mark.parametrize("memory", FORGETFUL)
+@pytest.mark.parametrize("memory", RECOMPUTING)
 def test_anomaly_detection_finds_nothing(memory):
     x = torch.randn(3, 6, 4, 5, dtype=torch.float64)
     plain = chain([FlowStep(6, network=Conditioned(3, 6)) for _ in range(3)], x)
     torch.use_deterministic_algorithms(True)  # fills uninitialised memory with NaN
     try:
         with torch.autograd.set_detect_anomaly(True):
-            actual = gradients(forgetting(plain, memory), x)
+            actual = gradients(recomputing(plain, memory), x)
     finally:
         torch.use_deterministic_algorithms(False)
     assert_same(actual, gradients(plain, x), 1e-9)
@@ -354,17 +354,17 @@ class Recurrent(nn.Module):
     ],
     ids=["recurrent", "weight-norm", "batch-norm-in-evaluation", "group-norm"],
 )
-@pytest.mark.parametrize("memory", FORGETFUL)
+@pytest.mark.parametrize("memory", RECOMPUTING)
 def test_networks_of_users(memory, network):
     x = torch.randn(3, 6, 4, 5, dtype=torch.float64)
     plain = chain([FlowStep(6, network=network()) for _ in range(5)], x)
     for module in plain.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
-    assert_same(gradients(forgetting(plain, memory), x), gradients(plain, x), 1e-9)
+    assert_same(gradients(recomputing(plain, memory), x), gradients(plain, x), 1e-9)
 
 
-@pytest.mark.parametrize("memory", FORGETFUL)
+@pytest.mark.parametrize("memory", RECOMPUTING)
 @pytest.mark.parametrize("count", [1, 2])  # a single step folds by itself
 def test_layers_of_a_network_may_share_parameters(memory, count):
     x = torch.randn(3, 6, 4, 5, dtype=torch.float64)
@@ -372,20 +372,20 @@ def test_layers_of_a_network_may_share_parameters(memory, count):
     for step in steps:
         step.coupling.network.second.actnorm = step.coupling.network.first.actnorm
     plain = chain(steps, x)
-    assert_same(gradients(forgetting(plain, memory), x), gradients(plain, x), 1e-9)
+    assert_same(gradients(recomputing(plain, memory), x), gradients(plain, x), 1e-9)
 
 
-@pytest.mark.parametrize("memory", FORGETFUL)
+@pytest.mark.parametrize("memory", RECOMPUTING)
 def test_weights_that_parametrizations_cache_have_gradients(memory):
     x = torch.randn(3, 6, 4, 5, dtype=torch.float64)
     network = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 6, 3, padding=1))
     plain = chain(flow_steps(5, network=network), x)
     with parametrize.cached():
-        actual = gradients(forgetting(plain, memory), x)
+        actual = gradients(recomputing(plain, memory), x)
     assert_same(actual, gradients(plain, x), 1e-9)
 
 
-@pytest.mark.parametrize("memory", FORGETFUL)
+@pytest.mark.parametrize("memory", RECOMPUTING)
 @pytest.mark.parametrize("draw", [random.random, np.random.random], ids=["python", "numpy"])
 def test_numbers_of_other_generators_are_repeated(memory, draw):
     x = torch.randn(4, 6, 4, 5, dtype=torch.float64)
@@ -394,7 +394,7 @@ def test_numbers_of_other_generators_are_repeated(memory, draw):
     for step in steps:
         step.coupling.network.register_forward_hook(lambda module, args, h: draw() * h)
     results = []
-    for one in (plain, forgetting(plain, memory)):
+    for one in (plain, recomputing(plain, memory)):
         one(x)  # tried out
         random.seed(5)
         np.random.seed(5)
@@ -413,25 +413,25 @@ class Differentiating(Scaling):
         return z, diagonal.log().flatten(1).sum(1)
 
 
-@pytest.mark.parametrize("memory", FORGETFUL)
+@pytest.mark.parametrize("memory", RECOMPUTING)
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_steps_that_differentiate_themselves(memory, micro_batches):
     x = torch.randn(3, 6, 4, 4, dtype=torch.float64)
     plain = chain([FlowStep(6, 8), Differentiating(6), Differentiating(6)], x)
-    model = forgetting(plain, memory, micro_batches=micro_batches)
+    model = recomputing(plain, memory, micro_batches=micro_batches)
     assert_same(gradients(model, x), gradients(plain, x), 1e-9)
 
 
-@pytest.mark.parametrize("memory", FORGETFUL)
+@pytest.mark.parametrize("memory", RECOMPUTING)
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_dropout_is_repeated(memory, micro_batches):
     x = torch.randn(4, 6, 4, 5, dtype=torch.float64)
     plain = chain([FlowStep(6, network=Conditioned(3, 6, dropout=0.5)) for _ in range(5)], x)
-    model = forgetting(plain, memory, micro_batches=micro_batches)
+    model = recomputing(plain, memory, micro_batches=micro_batches)
     model(x)  # tried out
     parameters = list(plain.parameters())
     results = []
-    for one in (plain, model) if micro_batches == 1 else (forgetting(plain, "checkpoint", micro_batches=2), model):
+    for one in (plain, model) if micro_batches == 1 else (recomputing(plain, "checkpoint", micro_batches=2), model):
         one.train()(x)
         torch.manual_seed(5)
         loss = weighted(one(x))
@@ -450,17 +450,17 @@ class Relaid(FlowStep):
         return x.contiguous(memory_format=CONTIGUOUS if x.stride(1) == 1 else torch.channels_last), log_det
 
 
-@pytest.mark.parametrize("memory", FORGETFUL)
+@pytest.mark.parametrize("memory", RECOMPUTING)
 @pytest.mark.parametrize("micro_batches", [1, 2])
 @pytest.mark.parametrize("format_", [CONTIGUOUS, torch.channels_last])
-def test_dropout_is_repeated_for_states_that_lie_otherwise_in_memory(format_, micro_batches, memory):
+def test_dropout_is_repeated_for_states_in_another_memory_format(format_, micro_batches, memory):
     # Dropout assigns random numbers to elements in memory order.
     x = torch.randn(5, 6, 4, 5, dtype=torch.float64).contiguous(memory_format=format_)
     # Step 0 keeps its input, and step 2 draws nothing, so nothing fixes the format of the state it restores for step 1.
     plain = chain([Relaid(6, network=Conditioned(3, 6, dropout=dropout)) for dropout in (0.5, 0.5, 0.0, 0.5)], x)
     results = []
     for policy in ("checkpoint", memory):
-        one = forgetting(plain, policy, micro_batches=micro_batches, check="flag")
+        one = recomputing(plain, policy, micro_batches=micro_batches, check="flag")
         one.train()(x.requires_grad_())  # tried out
         torch.manual_seed(5)
         results.append(list(torch.autograd.grad(weighted(one(x)), [x, *plain.parameters()])))
@@ -473,7 +473,7 @@ def test_dropout_is_repeated_where_states_are_computed_again_from_an_anchor():
     plain = chain([FlowStep(6, network=Conditioned(3, 6, dropout=0.5)) for _ in range(3)], x)
     results = []
     for options in ({}, {"check": "replay", "drift_limit": 0.0}):
-        one = forgetting(plain, "anchor", **options)
+        one = recomputing(plain, "anchor", **options)
         one.train()(x)  # tried out
         torch.manual_seed(5)
         results.append(list(torch.autograd.grad(weighted(one(x)), list(plain.parameters()))))
@@ -482,18 +482,18 @@ def test_dropout_is_repeated_where_states_are_computed_again_from_an_anchor():
 
 def test_one_leaf_is_differentiated_without_touching_others():
     x = torch.randn(3, 6, 4, 5)
-    model = forgetting(chain(flow_steps(5), x), "anchor")
+    model = recomputing(chain(flow_steps(5), x), "anchor")
     leaf = model[2].coupling.network.last.weight
     (grad,) = torch.autograd.grad(weighted(model(x)), [leaf])
     assert grad.abs().max() > 0
     assert all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize("memory", FORGETFUL)
+@pytest.mark.parametrize("memory", RECOMPUTING)
 def test_backward_twice_and_forward_twice(memory):
     x, other = torch.randn(2, 3, 6, 4, 5, dtype=torch.float64)
     plain = chain(flow_steps(5), x)
-    model = forgetting(plain, memory)
+    model = recomputing(plain, memory)
     loss = weighted(model(x))
     parameters = list(model.parameters())
     first = torch.autograd.grad(loss, parameters, retain_graph=True)
@@ -507,7 +507,7 @@ def test_backward_twice_and_forward_twice(memory):
     assert_same([p.grad for p in parameters], list(expected), 1e-9)
 
 
-@pytest.mark.parametrize("memory", FORGETFUL)
+@pytest.mark.parametrize("memory", RECOMPUTING)
 @pytest.mark.parametrize("coupling", ["affine", "additive"])
 @pytest.mark.parametrize("own_network", [True, False])
 @pytest.mark.parametrize("micro_batches", [1, 2])
@@ -519,7 +519,7 @@ def test_backward_overwrites_only_its_own(memory, coupling, own_network, micro_b
         for step in steps:
             step.coupling.network = nn.Conv2d(3, 6 if coupling == "affine" else 3, 3, padding=1)
     plain = chain(steps, x)
-    model = forgetting(plain, memory, micro_batches=micro_batches)
+    model = recomputing(plain, memory, micro_batches=micro_batches)
     z, log_det = model(x)
     grads = [torch.randn_like(z), torch.randn_like(log_det)]
     theirs = [tensor.detach().clone() for tensor in (x, z, *grads)]
@@ -531,10 +531,10 @@ def test_backward_overwrites_only_its_own(memory, coupling, own_network, micro_b
         assert all(map(torch.equal, (x, z, *grads), theirs))
 
 
-@pytest.mark.parametrize("memory", FORGETFUL)
-def test_the_input_is_left_alone(memory):
+@pytest.mark.parametrize("memory", RECOMPUTING)
+def test_the_input_is_not_modified(memory):
     x = torch.randn(3, 6, 4, 5)
-    model = forgetting(chain(flow_steps(5), x), memory)
+    model = recomputing(chain(flow_steps(5), x), memory)
     leaf = torch.tanh(x.clone().requires_grad_())  # the backward of tanh needs its output
     z, log_det = model(leaf)
     kept = leaf.detach().clone()
@@ -546,14 +546,14 @@ def test_the_input_is_left_alone(memory):
     assert x.isfinite().all()
 
 
-@pytest.mark.parametrize("memory", FORGETFUL)
+@pytest.mark.parametrize("memory", RECOMPUTING)
 def test_without_gradients_nothing_is_linked(memory):
     x = torch.randn(3, 6, 4, 5)
     plain = chain(flow_steps(3), x)
     with torch.no_grad():
-        assert all(torch.equal(a, b) for a, b in zip(forgetting(plain, memory)(x), plain(x), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(recomputing(plain, memory)(x), plain(x), strict=True))
     plain.requires_grad_(False)
-    z, log_det = forgetting(plain, memory)(x)
+    z, log_det = recomputing(plain, memory)(x)
     assert not z.requires_grad
     assert not log_det.requires_grad
 
@@ -561,7 +561,7 @@ def test_without_gradients_nothing_is_linked(memory):
 def test_hooks_run_once_and_see_the_gradient():
     x = torch.randn(3, 6, 4, 5, dtype=torch.float64)
     plain = chain(flow_steps(5), x)
-    model = forgetting(plain, "anchor")
+    model = recomputing(plain, "anchor")
     calls: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         parameter.register_hook(lambda grad, name=name: calls.update({name: calls.get(name, 0) + 1}) or 2.0 * grad)
@@ -576,7 +576,7 @@ def test_hooks_run_once_and_see_the_gradient():
 def test_hooks_of_steps_run():
     x = torch.randn(3, 6, 4, 5, dtype=torch.float64)
     plain = chain(flow_steps(5), x)
-    model = forgetting(plain, "anchor")
+    model = recomputing(plain, "anchor")
     expected = gradients(plain, x)
     seen = []
     for step in model:
@@ -593,7 +593,7 @@ def test_hooks_of_steps_run():
 
 def test_a_forward_of_a_step_s_own_is_there_again_after_its_hooks():
     x = torch.randn(3, 6, 4, 5, dtype=torch.float64)
-    model = forgetting(chain(flow_steps(2), x), "anchor")
+    model = recomputing(chain(flow_steps(2), x), "anchor")
     own = model[1].forward = functools.partial(model[1].forward)
     model[1].register_forward_hook(lambda *_: None)
     assert_same(gradients(model, x), gradients(model, x), 1e-9)
@@ -602,7 +602,7 @@ def test_a_forward_of_a_step_s_own_is_there_again_after_its_hooks():
 
 def test_a_hook_that_fails_changes_no_later_call():
     x = torch.randn(3, 6, 4, 5, dtype=torch.float64)
-    model = forgetting(chain(flow_steps(2), x), "anchor")
+    model = recomputing(chain(flow_steps(2), x), "anchor")
     expected = gradients(model, x)
     handle = model[1].register_forward_pre_hook(lambda *_: {}["missing"])
     with pytest.raises(KeyError):
@@ -624,7 +624,7 @@ HOOKS = {
 }
 
 
-@pytest.mark.parametrize("memory", FORGETFUL)
+@pytest.mark.parametrize("memory", RECOMPUTING)
 @pytest.mark.parametrize("hook", HOOKS)
 def test_hooks_that_change_something(memory, hook):
     if memory == "checkpoint" and "in place" in hook:
@@ -634,7 +634,7 @@ def test_hooks_that_change_something(memory, hook):
     if hook == "cast":  # as FSDP does
         plain[0].register_forward_hook(lambda _, args, output: (output[0].float(), output[1]))
     HOOKS[hook](plain[1])
-    model = forgetting(plain, memory)
+    model = recomputing(plain, memory)
     if memory == "checkpoint" or hook in ("log_det", "cast"):
         assert_same(gradients(model, x), gradients(plain, x), 1e-6 if hook == "cast" else 1e-9)
     else:
@@ -642,7 +642,7 @@ def test_hooks_that_change_something(memory, hook):
             model(x)
 
 
-@pytest.mark.parametrize("memory", FORGETFUL)
+@pytest.mark.parametrize("memory", RECOMPUTING)
 @pytest.mark.parametrize("network", [None, Conditioned])
 def test_backward_computes_with_the_backend_of_forward(backend, monkeypatch, memory, network):
     asked = []
@@ -655,18 +655,18 @@ def test_backward_computes_with_the_backend_of_forward(backend, monkeypatch, mem
 
     x = torch.randn(3, 6, 4, 5)
     options = {"network": network(3, 6)} if network else {}
-    z, log_det = forgetting(chain(flow_steps(3, **options), x), memory)(x)
+    z, log_det = recomputing(chain(flow_steps(3, **options), x), memory)(x)
     monkeypatch.setattr(owner, name, watched)
     with gk.use_backend("reference" if backend != "reference" else gk.available_backends()[0]):
         weighted((z, log_det)).backward()
     assert set(asked) == {backend}
 
 
-@pytest.mark.parametrize("memory", FORGETFUL)
+@pytest.mark.parametrize("memory", RECOMPUTING)
 def test_modules_changed_between_forward_and_backward_do_not_matter(memory):
     x = torch.randn(3, 6, 4, 5, dtype=torch.float64)
     plain = chain(flow_steps(5), x)
-    model = forgetting(plain, memory)
+    model = recomputing(plain, memory)
     parameters = list(model.parameters())
     expected = torch.autograd.grad(weighted(plain(x)), parameters)
     loss = weighted(model(x))
@@ -678,7 +678,7 @@ def test_modules_changed_between_forward_and_backward_do_not_matter(memory):
 
 def test_a_dropped_output_is_freed_at_once():
     x = torch.randn(3, 6, 4, 5)
-    model = forgetting(chain(flow_steps(5), x), "checkpoint")
+    model = recomputing(chain(flow_steps(5), x), "checkpoint")
     gc.collect()
     gc.disable()
     try:
@@ -692,7 +692,7 @@ def test_a_dropped_output_is_freed_at_once():
 
 def test_copies_and_pickles_are_chains_of_their_own(tmp_path):
     x = torch.randn(3, 6, 4, 5, dtype=torch.float64)
-    model = forgetting(chain(flow_steps(5), x), "anchor")
+    model = recomputing(chain(flow_steps(5), x), "anchor")
     expected = gradients(model, x)
     twin = copy.deepcopy(model)
     torch.save(model, tmp_path / "chain.pt")
@@ -709,7 +709,7 @@ def test_parts_and_sums_are_chains_with_the_same_options():
     x = torch.randn(3, 6, 4, 5, dtype=torch.float64)
     plain = chain([*flow_steps(3), Scaling(6)], x)
     options = {"anchor_every": 2, "micro_batches": 2, "check": "flag", "offload_anchors": True, "drift_limit": 0.5}
-    model = forgetting(plain, "anchor", **options)
+    model = recomputing(plain, "anchor", **options)
     parts = [model[:2], model[:1] + model[1:], model * 2, 2 * model, model[:0:-1]]
     for part, indices in zip(parts, ([0, 1], range(4), [*range(4)] * 2, [*range(4)] * 2, [3, 2, 1]), strict=True):
         assert list(part) == [model[index] for index in indices]
@@ -724,7 +724,7 @@ def test_parts_and_sums_are_chains_with_the_same_options():
     assert_same(gradients(grown, x), gradients(ReversibleSequential(list(grown), "store"), x), 1e-9)
 
 
-@pytest.mark.parametrize("memory", FORGETFUL)
+@pytest.mark.parametrize("memory", RECOMPUTING)
 def test_the_first_training_forward_initialises(memory):
     x = 2.0 + 3.0 * torch.randn(8, 6, 4, 5)
     plain = ReversibleSequential(flow_steps(5), "store")
@@ -735,7 +735,7 @@ def test_the_first_training_forward_initialises(memory):
     assert_same([p.grad for p in model.parameters()], [p.grad for p in plain.parameters()], 1e-5)
 
 
-@pytest.mark.parametrize("memory", FORGETFUL)
+@pytest.mark.parametrize("memory", RECOMPUTING)
 def test_a_budget_initialises_from_the_whole_batch(memory):
     x = 2.0 + 3.0 * torch.randn(8, 6, 4, 5)
     plain = ReversibleSequential(flow_steps(2), "store")
@@ -745,11 +745,11 @@ def test_a_budget_initialises_from_the_whole_batch(memory):
 
 
 @pytest.mark.parametrize("backward_inside", [True, False])
-@pytest.mark.parametrize("memory", FORGETFUL)
+@pytest.mark.parametrize("memory", RECOMPUTING)
 def test_autocast_is_repeated_in_backward(memory, backward_inside):
     x = torch.randn(4, 6, 8, 8)
     plain = chain(flow_steps(6), x)
-    model = forgetting(plain, memory)
+    model = recomputing(plain, memory)
 
     def run(module: nn.Module) -> list[Tensor]:
         leaf = x.clone().requires_grad_()
@@ -767,10 +767,10 @@ def test_autocast_is_repeated_in_backward(memory, backward_inside):
     assert any((one - other).norm() > 1e-3 * other.norm() for one, other in zip(expected, exact, strict=True))
 
 
-@pytest.mark.parametrize("memory", FORGETFUL)
+@pytest.mark.parametrize("memory", RECOMPUTING)
 def test_autocast_around_backward_alone_changes_nothing(memory):
     x = torch.randn(4, 6, 8, 8, requires_grad=True)
-    model = forgetting(chain(flow_steps(6), x), memory)
+    model = recomputing(chain(flow_steps(6), x), memory)
     loss = weighted(model(x))
     with torch.autocast("cpu", torch.bfloat16):
         actual = torch.autograd.grad(loss, [x, *model.parameters()])
@@ -780,14 +780,14 @@ def test_autocast_around_backward_alone_changes_nothing(memory):
 def test_gradient_scaler():
     x = torch.randn(4, 6, 8, 8)
     plain = chain(flow_steps(5), x)
-    model = forgetting(plain, "anchor")
+    model = recomputing(plain, "anchor")
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     scaler.scale(weighted(model(x))).backward()
     expected = gradients(plain, x, wrt="rest")[2:]
     assert_same([p.grad / 1024.0 for p in model.parameters()], expected, 1e-5)
 
 
-@pytest.mark.parametrize("memory", FORGETFUL)
+@pytest.mark.parametrize("memory", RECOMPUTING)
 def test_accumulated_steps_and_their_moving_average(memory):
     x = torch.rand(4, 2, 8, 8, dtype=torch.float64) - 0.5
     start = ready(gk.models.Glow(2, 8, steps=3, levels=2, hidden_channels=4), x)
@@ -814,8 +814,8 @@ def test_offloaded_anchors_give_the_same_bits(options, micro_batches):
     x = torch.randn(3, 6, 4, 5)
     plain = chain([*flow_steps(9), Scaling(6), *flow_steps(3)], x)
     options = {"memory": "anchor", "micro_batches": micro_batches, **options}
-    expected = gradients(forgetting(plain, **options), x)
-    actual = gradients(forgetting(plain, **options, offload_anchors=True), x)
+    expected = gradients(recomputing(plain, **options), x)
+    actual = gradients(recomputing(plain, **options, offload_anchors=True), x)
     assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
 
 
@@ -835,7 +835,7 @@ def test_nothing_but_anchors_is_offloaded(monkeypatch):
 
     monkeypatch.setattr(Shelf, "put", watched_put)
     monkeypatch.setattr(Shelf, "_fetch", watched_fetch)
-    model = forgetting(chain(flow_steps(13), x), "anchor", offload_anchors=True)
+    model = recomputing(chain(flow_steps(13), x), "anchor", offload_anchors=True)
     states = [x]
     with torch.no_grad():
         for step in model:
@@ -867,7 +867,7 @@ def test_offloaded_anchors_leave_the_gpu():
     plain = chain(flow_steps(41), x.cpu()[:2].double()).float().cuda()
     kept, grads = [], []
     for offload in (False, True):
-        model = forgetting(plain, "anchor", offload_anchors=offload)
+        model = recomputing(plain, "anchor", offload_anchors=offload)
         before = torch.cuda.memory_allocated()
         z, log_det = model(x)
         torch.cuda.synchronize()

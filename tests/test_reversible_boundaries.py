@@ -10,7 +10,7 @@ import pytest
 import torch
 from operators import count_calls
 from test_nn_boundary_node import ALTERATIONS, chain, differentiated, operators_per_step
-from test_reversible import forgetting
+from test_reversible import recomputing
 
 import glow_kernels as gk
 from glow_kernels.bench.live_storages import training_step_bytes
@@ -43,7 +43,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize(("mixing", "channels"), [("lu", 6), ("plain", 5), ("reverse", 2)])
 def test_gradients_are_those_of_autograd(fast_backend, taken, policy, mixing, channels):
     plain, x = chain(channels, 6, mixing=mixing)
-    model = forgetting(plain, **POLICIES[policy])
+    model = recomputing(plain, **POLICIES[policy])
     actual = differentiated(model, x)
     assert len(taken) >= 5
     if POLICIES[policy].get("check") == "flag":
@@ -59,7 +59,7 @@ def test_gradients_are_those_of_autograd(fast_backend, taken, policy, mixing, ch
 @pytest.mark.parametrize("policy", ["checkpoint", "anchor", "invert"])
 def test_one_result_alone_may_be_used(fast_backend, taken, policy, used):
     plain, x = chain()
-    actual = differentiated(forgetting(plain, **POLICIES[policy]), x, used)
+    actual = differentiated(recomputing(plain, **POLICIES[policy]), x, used)
     with gk.use_backend("reference"):
         expected = differentiated(plain, x, used)
     for one, other in zip(actual, expected, strict=True):
@@ -67,10 +67,10 @@ def test_one_result_alone_may_be_used(fast_backend, taken, policy, used):
 
 
 @pytest.mark.parametrize("alter", ALTERATIONS, ids=lambda alter: alter.__name__.strip("_"))
-def test_a_chain_that_somebody_may_look_into_stays_apart(fast_backend, taken, alter):
+def test_an_altered_step_is_not_joined_with_its_neighbours(fast_backend, taken, alter):
     plain, x = chain()
     alter(plain[1])
-    actual = differentiated(forgetting(plain, "anchor", anchor_every=2), x)
+    actual = differentiated(recomputing(plain, "anchor", anchor_every=2), x)
     assert not taken
     with gk.use_backend("reference"):
         expected = differentiated(plain, x)
@@ -81,7 +81,7 @@ def test_a_chain_that_somebody_may_look_into_stays_apart(fast_backend, taken, al
 @pytest.mark.parametrize("memory", ["anchor", "invert"])
 def test_gradients_may_be_asked_for_twice(fast_backend, taken, memory):
     plain, x = chain()
-    z, log_det = forgetting(plain, memory, anchor_every=2)(x.requires_grad_())
+    z, log_det = recomputing(plain, memory, anchor_every=2)(x.requires_grad_())
     kept = z.detach().clone()
     first, second = (torch.autograd.grad(z.sum() + log_det.sum(), x, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second)
@@ -92,9 +92,9 @@ def test_inverted_weights_that_are_singular_are_named(fast_backend, taken):
     plain, x = chain(mixing="plain")
     with torch.no_grad():
         plain[2].mixing.weight[0] = 0.0
-    z, _ = forgetting(plain, "checkpoint")(x)
+    z, _ = recomputing(plain, "checkpoint")(x)
     z.sum().backward()  # checkpointing inverts nothing
-    z, _ = forgetting(plain, "anchor", anchor_every=2)(x)
+    z, _ = recomputing(plain, "anchor", anchor_every=2)(x)
     with pytest.raises(ValueError, match=r"^step 2 \(FlowStep\): weight must be invertible"):
         z.sum().backward()
 

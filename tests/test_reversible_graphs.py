@@ -76,7 +76,7 @@ def test_a_training_step_never_waits(policy, monkeypatch):
 
 
 @pytest.mark.parametrize("check", ["raise", "replay"])
-def test_checks_that_decide_do_wait(check):
+def test_checks_that_raise_or_replay_wait_for_the_device(check):
     x = torch.rand(4, 3, 8, 8) - 0.5
     model, optimizer = prepared(x, memory="invert", check=check)
     with pytest.raises(AssertionError, match="waits for the device"), NeverWaiting():

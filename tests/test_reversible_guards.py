@@ -12,14 +12,14 @@ import pytest
 import torch
 from test_nn import ready
 from test_reversible import (
-    FORGETFUL,
+    RECOMPUTING,
     Conditioned,
     Scaling,
     assert_same,
     chain,
     flow_steps,
-    forgetting,
     gradients,
+    recomputing,
     weighted,
 )
 from torch import nn
@@ -174,21 +174,21 @@ def test_a_tensor_alone_is_not_taken_apart_into_two_samples():
         ReversibleSequential([Scaling(6), OneInverse(6)]).inverse(x)
 
 
-@pytest.mark.parametrize("memory", FORGETFUL)
+@pytest.mark.parametrize("memory", RECOMPUTING)
 def test_numbers_and_weights_may_be_stored(memory):
     x = torch.randn(4, 6, 4, 4, dtype=torch.float64)
     with pytest.warns(FutureWarning):  # the older weight_norm, which stores a weight with an autograd graph
         network = nn.utils.weight_norm(nn.Conv2d(3, 6, 1))
     plain = chain([StoringNumbers(6), FlowStep(6, network=network)], x)
-    assert_same(gradients(forgetting(plain, memory), x), gradients(plain, x), 1e-9)
+    assert_same(gradients(recomputing(plain, memory), x), gradients(plain, x), 1e-9)
 
 
-@pytest.mark.parametrize("memory", FORGETFUL)
-def test_what_worked_is_looked_at_again(memory):
+@pytest.mark.parametrize("memory", RECOMPUTING)
+def test_a_layer_that_worked_is_checked_again(memory):
     x = torch.randn(4, 6, 4, 4, dtype=torch.float64)
     layer = Borrowing(6)
     layer.borrowed[0].requires_grad_(False)
-    model = forgetting(chain([layer, Scaling(6)], x), memory)
+    model = recomputing(chain([layer, Scaling(6)], x), memory)
     weighted(model(x)).backward()
     layer.borrowed[0].requires_grad_(True)
     with pytest.raises(RuntimeError, match=rf"^step 0 \(Borrowing\): {REFUSED[Borrowing]}"):
@@ -198,11 +198,11 @@ def test_what_worked_is_looked_at_again(memory):
         model(x)
 
 
-@pytest.mark.parametrize("memory", FORGETFUL)
+@pytest.mark.parametrize("memory", RECOMPUTING)
 @pytest.mark.parametrize("path", ["coupling.network.last", "mixing", "actnorm"])
 def test_a_weight_in_place_of_a_parameter_is_an_error_and_not_a_missing_gradient(path, memory):
     x = torch.randn(4, 6, 4, 4, dtype=torch.float64)
-    model = forgetting(chain([FlowStep(6, 8)], x), memory)
+    model = recomputing(chain([FlowStep(6, 8)], x), memory)
     module = model[0].get_submodule(path)
     name, weight = next(module.named_parameters())
     delattr(module, name)
@@ -235,47 +235,47 @@ def test_steps_that_are_replayed_together_have_no_hooks():
         model(x)
 
 
-@pytest.mark.parametrize("memory", FORGETFUL)
+@pytest.mark.parametrize("memory", RECOMPUTING)
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_parts_of_a_batch_need_steps_that_mix_no_samples(dropout, memory):
     x = torch.randn(5, 6, 4, 4, dtype=torch.float64)
     norms = [nn.GroupNorm(1, 3), nn.BatchNorm2d(3, track_running_stats=False)]
     steps = [FlowStep(6, network=nn.Sequential(norm, nn.Dropout(dropout), nn.Conv2d(3, 6, 1))) for norm in norms]
     plain = chain(steps, x).train()
-    divided = forgetting(plain, memory, micro_batches=2)
+    divided = recomputing(plain, memory, micro_batches=2)
     divided(x[:1])  # which has no parts
     with pytest.raises(
         RuntimeError, match=r"^step 1 .* result for a sample depends on the others .* use micro_batches=1$"
     ):
         divided(x)
-    weighted(forgetting(plain, memory)(x)).backward()
-    weighted(forgetting(plain[:1], memory, micro_batches=2)(x)).backward()
+    weighted(recomputing(plain, memory)(x)).backward()
+    weighted(recomputing(plain[:1], memory, micro_batches=2)(x)).backward()
 
 
 def test_checkpointed_layers_need_no_right_inverse():
     x = torch.randn(4, 6, 4, 4, dtype=torch.float64)
     plain = chain([WrongInverse(6), FlowStep(6, 8)], x)
-    model = forgetting(plain, "checkpoint")
+    model = recomputing(plain, "checkpoint")
     assert_same(gradients(model, x), gradients(plain, x), 1e-9)
     model.memory = "invert"
     with pytest.raises(RuntimeError, match=REFUSED[WrongInverse]):
         model(x)
 
 
-@pytest.mark.parametrize("memory", FORGETFUL)
+@pytest.mark.parametrize("memory", RECOMPUTING)
 def test_batch_norm_in_training_is_refused(memory):
     x = torch.randn(4, 6, 4, 4)
     steps = [FlowStep(6, network=nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 6, 1))) for _ in range(2)]
     plain = chain(steps, x).train()
     message = r"^step 0 \(FlowStep\): it modifies coupling.network.0.num_batches_tracked in place in forward"
     with pytest.raises(RuntimeError, match=message):
-        forgetting(plain, memory)(x)
+        recomputing(plain, memory)(x)
 
 
-@pytest.mark.parametrize("memory", FORGETFUL)
+@pytest.mark.parametrize("memory", RECOMPUTING)
 def test_parameters_changed_before_backward(memory):
     x = torch.randn(4, 6, 4, 4)
-    model = forgetting(chain(flow_steps(5), x), memory)
+    model = recomputing(chain(flow_steps(5), x), memory)
     loss = weighted(model(x))
     with torch.no_grad():
         model[3].coupling.network.last.bias += 1.0
@@ -286,7 +286,7 @@ def test_parameters_changed_before_backward(memory):
 @pytest.mark.parametrize("memory", ["anchor", "invert"])
 def test_output_modified_before_backward(memory):
     x = torch.randn(4, 6, 4, 4)
-    model = forgetting(chain(flow_steps(3), x), memory)
+    model = recomputing(chain(flow_steps(3), x), memory)
     z, log_det = model(x)
     loss = z.sum() + log_det.sum()
     z.detach().add_(1.0)
@@ -294,7 +294,7 @@ def test_output_modified_before_backward(memory):
         loss.backward()
 
 
-@pytest.mark.parametrize("memory", FORGETFUL)
+@pytest.mark.parametrize("memory", RECOMPUTING)
 def test_an_uninitialised_actnorm_in_evaluation(memory):
     model = ReversibleSequential(flow_steps(2), memory).eval()
     with pytest.raises(RuntimeError, match=r"^step 0 \(FlowStep\): ActNorm of 6 channels is not initialised"):
@@ -304,24 +304,24 @@ def test_an_uninitialised_actnorm_in_evaluation(memory):
 @pytest.mark.parametrize("memory", ["anchor", "invert"])
 def test_a_singular_matrix_is_named(memory):
     x = torch.randn(4, 6, 4, 4)
-    model = forgetting(chain(flow_steps(3, mixing="plain"), x), memory)
+    model = recomputing(chain(flow_steps(3, mixing="plain"), x), memory)
     with torch.no_grad():
         model[1].mixing.weight[0] = 0.0
     with pytest.raises(ValueError, match=r"^step 1 \(FlowStep\): weight must be invertible, got a singular \(6, 6\)"):
         weighted(model(x)).backward()
 
 
-@pytest.mark.parametrize("memory", FORGETFUL)
+@pytest.mark.parametrize("memory", RECOMPUTING)
 def test_second_derivatives_are_refused(memory):
     x = torch.randn(4, 6, 4, 4)
-    model = forgetting(chain(flow_steps(3), x), memory)
+    model = recomputing(chain(flow_steps(3), x), memory)
     with pytest.raises(RuntimeError, match=r"^step 2 .* second derivatives with memory='store'"):
         torch.autograd.grad(weighted(model(x)), list(model.parameters()), create_graph=True)
 
 
 def test_torch_func_is_refused():
     x = torch.randn(4, 6, 4, 4)
-    model = forgetting(chain(flow_steps(3), x), "anchor")
+    model = recomputing(chain(flow_steps(3), x), "anchor")
     with pytest.raises(RuntimeError, match=r"use memory='store'$"):
         torch.func.grad(lambda x: weighted(model(x)))(x)
 
@@ -342,11 +342,11 @@ def test_data_parallel_needs_memory_store_and_initialised_layers():
     leaves = list(model.parameters())
     expected = torch.autograd.grad(weighted(model(x)), leaves)
     assert_same(torch.autograd.grad(weighted(replica(model)(x)), leaves), expected, 0.0)
-    forgetful = replica(forgetting(model, "anchor"))
+    replicated = replica(recomputing(model, "anchor"))
     with pytest.raises(RuntimeError, match=r"^memory='anchor' cannot train in DataParallel: .* or memory='store'$"):
-        forgetful(x)
+        replicated(x)
     with torch.no_grad():
-        assert_same(forgetful(x), model(x), 0.0)
+        assert_same(replicated(x), model(x), 0.0)
     with pytest.raises(RuntimeError, match=r"^ActNorm .* cannot be initialised under DataParallel .*initialize"):
         replica(FlowStep(6, 4))(x)
 
@@ -409,7 +409,7 @@ def test_only_steps_can_be_added():
 
 def test_context_needs_the_batch():
     x = torch.randn(4, 6, 4, 4)
-    model = forgetting(chain([FlowStep(6, network=Conditioned(3, 6, context=3))], x, torch.randn(4, 3)), "anchor")
+    model = recomputing(chain([FlowStep(6, network=Conditioned(3, 6, context=3))], x, torch.randn(4, 3)), "anchor")
     with pytest.raises(
         ValueError, match=r"^context 0 must be a tensor whose first dimension is the batch of x, 4, got \(1, 3\)$"
     ):

@@ -13,7 +13,7 @@ import shutil
 
 import pytest
 import torch
-from test_reversible import FORGETFUL, Conditioned, Scaling, chain, forgetting, weighted
+from test_reversible import RECOMPUTING, Conditioned, Scaling, chain, recomputing, weighted
 from torch._dynamo.backends.common import aot_autograd
 
 import glow_kernels as gk
@@ -149,12 +149,12 @@ COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     "backend",
     ["aot_eager", pytest.param("inductor", marks=pytest.mark.skipif(not COMPILER, reason="needs a C++ compiler"))],
 )
-@pytest.mark.parametrize("memory", FORGETFUL)
+@pytest.mark.parametrize("memory", RECOMPUTING)
 def test_compiled_chains_keep_no_more(memory, backend):
     x = torch.randn(4, 6, 16, 16)
     plain = ReversibleSequential([FlowStep(6, 16), FlowStep(6, 16), Scaling(6), FlowStep(6, 16)], "store")
     plain(x)
-    model = forgetting(plain, memory, anchor_every=2)
+    model = recomputing(plain, memory, anchor_every=2)
     parameters = {parameter.data_ptr() for parameter in model.parameters()}
 
     def saved_bytes(function) -> int:
@@ -189,7 +189,7 @@ def test_a_compiled_chain_computes_with_the_parameters_that_its_graph_has(check)
     x = torch.randn(2, 4, 4, 4)
     plain = ReversibleSequential([FlowStep(4, 4) for _ in range(3)], "store")
     plain(x)
-    model = forgetting(plain, "anchor", anchor_every=2, check=check, drift_limit=0.0)
+    model = recomputing(plain, "anchor", anchor_every=2, check=check, drift_limit=0.0)
     given = {name: (p.detach() + 0.1).requires_grad_() for name, p in model.named_parameters()}
 
     def evaluate(module, parameters, x):
@@ -234,7 +234,7 @@ def test_a_compiled_chain_takes_batches_of_any_size():
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_compiled_chain_may_be_given_no_context():
     x, context = torch.randn(3, 6, 4, 4), torch.randn(3, 3, requires_grad=True)
-    model = forgetting(chain([FlowStep(6, network=Conditioned(3, 6, context=3)) for _ in range(2)], x), "anchor")
+    model = recomputing(chain([FlowStep(6, network=Conditioned(3, 6, context=3)) for _ in range(2)], x), "anchor")
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for given in (None, context):

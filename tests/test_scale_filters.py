@@ -297,7 +297,7 @@ def derivatives(filters, grads, factor, dtype):
     return torch.autograd.grad(plain(*leaves, factor), leaves, [grad.to(dtype) for grad in grads])
 
 
-def test_of_several_the_reference_alone_is_differentiated(backend):
+def test_scale_all_is_differentiable_by_the_reference_only(backend):
     lists = [
         [tensor.float().requires_grad_() for tensor in each]
         for each in zip(*map(inputs, [(3, 4), (2, 5)]), strict=True)
@@ -315,7 +315,7 @@ def test_of_several_the_reference_alone_is_differentiated(backend):
         torch.testing.assert_close(one, other)
 
 
-def test_of_several_all_must_be_as_many(backend):
+def test_scale_all_needs_lists_of_one_length(backend):
     weight, vector = torch.zeros(2, 3), torch.zeros(2)
     for weights, factors in (([], []), ([weight], []), ([weight, weight], [1.0])):
         with pytest.raises(ValueError, match="factors must have one length of at least 1"):

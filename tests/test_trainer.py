@@ -173,7 +173,7 @@ def test_stopped_and_resumed_run_is_bit_for_bit_the_uninterrupted_one(
     assert contents(tmp_path) == expected
 
 
-def test_a_checkpoint_written_beside_training_is_of_when_it_was_due(
+def test_a_checkpoint_written_in_the_background_is_of_when_it_was_due(
     uninterrupted: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     goes_on = threading.Event()
@@ -205,7 +205,7 @@ def test_a_checkpoint_written_beside_training_is_of_when_it_was_due(
     assert contents(tmp_path) == expected
 
 
-def test_a_checkpoint_that_cannot_be_written_beside_training_ends_it(
+def test_a_checkpoint_that_cannot_be_written_in_the_background_ends_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any) -> None:
@@ -219,7 +219,7 @@ def test_a_checkpoint_that_cannot_be_written_beside_training_ends_it(
     assert trainer.progress.iteration == 3  # when the next one was due
 
 
-def test_a_checkpoint_that_is_asked_for_is_there_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_save_returns_after_the_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def late(*arguments: Any) -> None:
         time.sleep(0.1)
         save(*arguments)
@@ -231,7 +231,7 @@ def test_a_checkpoint_that_is_asked_for_is_there_afterwards(tmp_path: Path, monk
     assert (tmp_path / LAST).exists()
 
 
-def test_steps_of_which_the_device_has_not_told_yet_count_in_a_checkpoint(tmp_path: Path) -> None:
+def test_steps_whose_outcomes_are_pending_count_in_a_checkpoint(tmp_path: Path) -> None:
     trainer = Trainer(make_config(), make_data(), tmp_path, show_progress=False, cuda_graph=True)
     before_step(trainer, send(signal.SIGTERM, at=1))
     assert not trainer.train()
@@ -651,7 +651,7 @@ def test_all_training_images_are_used(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("batch_size", [3, 20])
-def test_no_more_large_images_are_taken_at_a_time_than_fit(
+def test_large_images_are_processed_in_smaller_batches(
     batch_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(evaluation, "MAX_BATCH", 64)

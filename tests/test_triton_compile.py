@@ -20,7 +20,7 @@ from unittest import mock
 import kernel_record
 import pytest
 import torch
-from ahead_of_time import TARGETS, Kernel, Variant, compile_all, faults, pretending, variants
+from ahead_of_time import TARGETS, Kernel, Variant, compile_all, fake_gpu, faults, variants
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from operators import LAYOUTS
@@ -234,7 +234,7 @@ def test_filters_of_three_convolutions_take_one_launch():
     from glow_kernels.backends.triton import scale_filters
 
     names: list[str] = []
-    with pretending("sm_90", lambda kernel, *_, **__: names.append(kernel.fn.__name__)):
+    with fake_gpu("sm_90", lambda kernel, *_, **__: names.append(kernel.fn.__name__)):
         for count in (1, 3, 7):
             weights, vectors = [torch.empty(4, 3, 3, 3, device="meta")] * count, [torch.empty(4, device="meta")] * count
             scaled = scale_filters.forward_all(weights, vectors, vectors, [1.0] * count, torch.float32, [4, 3] * count)
