@@ -33,7 +33,7 @@ from glow_kernels.interop.patch import (
     patch_of,
 )
 from glow_kernels.reversible import guards, recompute
-from glow_kernels.reversible.anatomy import SUBSTITUTION, Anatomy, in_modes
+from glow_kernels.reversible.general_step import SUBSTITUTION, GeneralStep, in_modes
 from glow_kernels.reversible.randomness import RandomState
 from glow_kernels.reversible.recompute import Mode
 
@@ -210,7 +210,7 @@ def initialize(module: nn.Module, method: str, *arguments: Any, **options: Any) 
     """
     if torch.compiler.is_compiling() or _memory_of_call(module) is None:
         return
-    if not any(is_uninitialised(layer) for layer in Anatomy.of(module).modules):
+    if not any(is_uninitialised(layer) for layer in GeneralStep.of(module).modules):
         return
     # Not from a parameter: a replica of DataParallel has none.
     device = next(leaf.device for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor))
@@ -234,16 +234,16 @@ def _apply(
     mode = Mode.current(x.device, memory.micro_batches)
     tensors = [leaf for leaf in pytree.tree_leaves(context) if isinstance(leaf, Tensor)]
     with SUBSTITUTION:
-        anatomy = Anatomy.of(_StepModule(module, computation, _ContextStructure(context)))
-        modes = [(module, module.training) for module in anatomy.modules]
-        arguments = _NodeArguments(anatomy, memory, mode, modes, keeps_input, output, len(tensors))
-        return _Node.apply(arguments, x, ghost, *tensors, *anatomy.parameters)  # type: ignore[no-untyped-call]
+        step = GeneralStep.of(_StepModule(module, computation, _ContextStructure(context)))
+        modes = [(module, module.training) for module in step.modules]
+        arguments = _NodeArguments(step, memory, mode, modes, keeps_input, output, len(tensors))
+        return _Node.apply(arguments, x, ghost, *tensors, *step.parameters)  # type: ignore[no-untyped-call]
 
 
 class _NodeArguments(NamedTuple):
     """What a node needs besides tensors."""
 
-    anatomy: Anatomy
+    step: GeneralStep
     memory: Memory
     mode: Mode
     modes: list[tuple[nn.Module, bool]]
@@ -262,11 +262,11 @@ class _Node(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.arguments = arguments
         watched = (
-            nullcontext() if arguments.memory.restores_buffers else guards.unchanged(arguments.anatomy, x, "forward")
+            nullcontext() if arguments.memory.restores_buffers else guards.unchanged(arguments.step, x, "forward")
         )
         with watched:
             z, log_det, ctx.draws = recompute.forward(
-                arguments.anatomy, x, tensors[: arguments.contexts], arguments.mode
+                arguments.step, x, tensors[: arguments.contexts], arguments.mode
             )
         ctx.save_for_backward(x if arguments.keeps_input else None, *tensors)
         if not arguments.keeps_input:
@@ -288,10 +288,10 @@ class _Node(torch.autograd.Function):
             z = arguments.output.kept() if reconstructed is None else reconstructed
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             arguments.output.keep(None)  # as PyTorch frees saved tensors, even if the user keeps the loss
-        changing = arguments.anatomy.modules if arguments.memory.restores_buffers else []
+        changing = arguments.step.modules if arguments.memory.restores_buffers else []
         with in_modes(arguments.modes), _buffers_restored(changing):
             result = recompute.backward(
-                arguments.anatomy,
+                arguments.step,
                 x,
                 z,
                 (grad_z, grad_log_det),
@@ -327,7 +327,7 @@ def _memory_of_call(module: nn.Module, x: Tensor | None = None, context: Sequenc
     if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
         return None
     # Hooks within a step must not see its calls twice.
-    if any_hooks(_harmless, *Anatomy.of(module).modules[1:]):
+    if any_hooks(_harmless, *GeneralStep.of(module).modules[1:]):
         return None
     # It is not known whether a new network may be evaluated twice; one with spectral_norm, for example, may not.
     if not _is_replica(module) and not has_same_submodules(module):

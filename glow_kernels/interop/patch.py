@@ -22,7 +22,7 @@ from torch.autograd import forward_ad
 
 from glow_kernels.interop.constants import Constants
 from glow_kernels.ops._checks import has_data
-from glow_kernels.reversible.anatomy import Anatomy
+from glow_kernels.reversible.general_step import GeneralStep
 
 if TYPE_CHECKING:
     from glow_kernels.interop.examiner import Examiner
@@ -171,7 +171,7 @@ def apply(module: nn.Module, patch: type[Patch], options: Any = None, memory: Me
     module.__dict__[_OPTIONS] = options
     if memory is not None:
         module.__dict__[MEMORY] = memory
-        module.__dict__[_MODULES] = Anatomy.of(module).modules[1:]
+        module.__dict__[_MODULES] = GeneralStep.of(module).modules[1:]
     ignored = (*INITIALIZED, *patch.mutable_attributes, _OPTIONS, CONSTANTS, FLAG, MEMORY, _MODULES)
     for layer in (module, *patch.inner(module)):
         layer.__dict__[CONSTANTS] = Constants(layer, ignored)
@@ -215,7 +215,7 @@ def memory_of(module: nn.Module) -> Memory | None:
 @_compile_time_constant
 def has_same_submodules(module: nn.Module) -> bool:
     """Whether a ``module`` that recomputes activations still has the submodules that it had when it was patched."""
-    return module.__dict__.get(_MODULES) == Anatomy.of(module).modules[1:]
+    return module.__dict__.get(_MODULES) == GeneralStep.of(module).modules[1:]
 
 
 def undo(module: nn.Module) -> bool:

@@ -14,7 +14,7 @@ from glow_kernels.nn import FlowStep, SplitPrior, Squeeze, TopPrior
 from glow_kernels.ops import ScaleMap
 from glow_kernels.ops._checks import check_image, check_labels, check_tensor, check_whole, checked_temperature
 from glow_kernels.reversible import ReversibleSequential
-from glow_kernels.reversible.anatomy import in_modes
+from glow_kernels.reversible.general_step import in_modes
 
 
 class FlowLevel(nn.Module):

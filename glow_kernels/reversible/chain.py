@@ -15,7 +15,7 @@ from glow_kernels.nn.folding import Folded, Stack
 from glow_kernels.nn.step import LinearMap
 from glow_kernels.ops._checks import check_choice, check_number, check_tensor, check_whole
 from glow_kernels.reversible import budget, guards
-from glow_kernels.reversible.anatomy import Anatomy
+from glow_kernels.reversible.general_step import GeneralStep
 from glow_kernels.reversible.linear_maps import LinearMaps
 from glow_kernels.reversible.link import Link, Place, find, register
 from glow_kernels.reversible.offload import Shelf
@@ -267,7 +267,7 @@ class ReversibleSequential(nn.Sequential):
         if key not in self._parts:
             if torch.compiler.is_compiling():
                 raise RuntimeError("micro_batches='auto' needs one training step of these shapes before torch.compile")
-            _initialize(list(self), [Anatomy.of(step) for step in self], x, context)
+            _initialize(list(self), [GeneralStep.of(step) for step in self], x, context)
             self._parts[key] = budget.micro_batches(self, x, context, self.memory_budget)
         return self._parts[key]
 
@@ -326,16 +326,18 @@ def _total(log_dets: Sequence[Tensor], x: Tensor) -> Tensor:
 _Maps = tuple[LinearMap | None, LinearMap | None] | tuple[()]
 
 
-def _taken_apart(step: nn.Module, maps: _Maps, x: Tensor, context: tuple[Tensor | None, ...]) -> Anatomy | PlainStep:
+def _taken_apart(
+    step: nn.Module, maps: _Maps, x: Tensor, context: tuple[Tensor | None, ...]
+) -> GeneralStep | PlainStep:
     if not maps:
-        return Anatomy.of(step)
+        return GeneralStep.of(step)
     plain = None if context else PlainStep.of(step, x, *maps)
-    return Anatomy.of(step, maps[0] or ()) if plain is None else plain
+    return GeneralStep.of(step, maps[0] or ()) if plain is None else plain
 
 
 def _initialize(
     modules: Sequence[nn.Module],
-    steps: Sequence[Anatomy | PlainStep],
+    steps: Sequence[GeneralStep | PlainStep],
     x: Tensor,
     context: tuple[Tensor | None, ...],
 ) -> None:
@@ -357,7 +359,7 @@ def _check_batches(x: Tensor, context: tuple[Tensor | None, ...]) -> None:
 
 
 def _linked(
-    steps: Sequence[Anatomy | PlainStep],
+    steps: Sequence[GeneralStep | PlainStep],
     place: Place,
     mode: Mode,
     maps: LinearMaps | None,
@@ -375,7 +377,7 @@ def _linked(
         # Function.apply would only add support for functorch transforms, which chains refuse.
         return super(torch.autograd.Function, Link).apply(place, mode, steps, *arguments)  # type: ignore[no-untyped-call]
 
-    hooked = [step.step for step in steps if isinstance(step, Anatomy) and _has_hooks(step.step)]
+    hooked = [step.module for step in steps if isinstance(step, GeneralStep) and _has_hooks(step.module)]
     if torch.compiler.is_compiling() or not hooked:
         return link(x, ghost, *context)
     if len(steps) > 1:

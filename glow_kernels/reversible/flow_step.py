@@ -15,21 +15,21 @@ from glow_kernels.nn import network_passes as passes
 from glow_kernels.nn.coupling_node import Private, has_passes, in_place, uncouple
 from glow_kernels.ops import actnorm_conv1x1_reversible_backward, affine_coupling_reversible_backward
 from glow_kernels.ops.actnorm_conv1x1 import apply_reversible_backward
-from glow_kernels.reversible.anatomy import Anatomy
+from glow_kernels.reversible.general_step import GeneralStep
 from glow_kernels.reversible.tensors import Start, differentiate, leaf, passed, sum_of
 
 
-def way_back(anatomy: Anatomy, private: Private) -> Callable[..., Any] | None:
+def way_back(step: GeneralStep, private: Private) -> Callable[..., Any] | None:
     """The ``backward_from_output`` for a flow step, or the step's own method of that name; None if it has none."""
-    if anatomy.is_flow_step:
-        return functools.partial(backward_from_output, anatomy, private)
-    return getattr(anatomy.step, "backward_from_output", None)
+    if step.is_flow_step:
+        return functools.partial(backward_from_output, step, private)
+    return getattr(step.module, "backward_from_output", None)
 
 
 @contextmanager
-def frugal(anatomy: Anatomy) -> Iterator[None]:
+def frugal(step: GeneralStep) -> Iterator[None]:
     """Let this package's networks overwrite hidden gradients in place (one buffer less): nothing else holds them."""
-    networks = [module for module in anatomy.modules if isinstance(module, CouplingNetwork)]
+    networks = [module for module in step.modules if isinstance(module, CouplingNetwork)]
     for network in networks:
         network.frugal = True
     try:
@@ -40,7 +40,7 @@ def frugal(anatomy: Anatomy) -> Iterator[None]:
 
 
 def backward_from_output(
-    anatomy: Anatomy,
+    step: GeneralStep,
     private: Private,
     z: Tensor,
     grad_z: Tensor | None,
@@ -53,21 +53,21 @@ def backward_from_output(
 
     ``z`` and its gradient are overwritten if they are ``private``.
     """
-    step = cast(FlowStep, anatomy.step)
+    module = cast(FlowStep, step.module)
     grad_z = torch.zeros_like(z) if grad_z is None else grad_z
     if grad_log_det is None:
         grad_log_det = z.new_zeros(len(z))
-    coupling = step.coupling
+    coupling = module.coupling
     conditioning, transformed = coupling._split("z", z)
     grad_conditioning, grad_transformed = coupling._split("z", grad_z)
     tensors = [tensor for tensor in context if tensor is not None]
     if (
         not context
-        and anatomy.is_standard
+        and step.is_standard
         and coupling.condition_on == "first"
         and has_passes(z, coupling._kind(), coupling.network)
     ):
-        return _backward_by_passes(anatomy, private, step, z, grad_z, grad_log_det, parameters)
+        return _backward_by_passes(step, private, module, z, grad_z, grad_log_det, parameters)
     with torch.enable_grad():
         conditioning = leaf(conditioning, True)
         h = coupling.network(*passed([conditioning, *context]))
@@ -83,26 +83,26 @@ def backward_from_output(
         grad_conditioning = torch.add(grad_conditioning, grad_extra, out=grad_conditioning if private.grad else None)
     y = z if private.state else coupling._merge(conditioning.detach(), transformed)
     grad_y = grad_z if private.grad else coupling._merge(grad_conditioning, grad_transformed)
-    x, grad_x, linear_grads = _undo_linear_map(anatomy, step, grad_y, grad_log_det, y, parameters)
+    x, grad_x, linear_grads = _undo_linear_map(step, module, grad_y, grad_log_det, y, parameters)
     for number, grad in enumerate(linear_grads, start=len(tensors)):
         grads[number] = sum_of(grads[number], grad)
     return x, grad_x, grads
 
 
 def _backward_by_passes(
-    anatomy: Anatomy,
+    step: GeneralStep,
     private: Private,
-    step: FlowStep,
+    module: FlowStep,
     z: Tensor,
     grad_z: Tensor,
     grad_log_det: Tensor,
     parameters: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     """:func:`backward_from_output` without autograd, for this package's own network."""
-    own = passes.parameters_of(step.coupling.network)
+    own = passes.parameters_of(module.coupling.network)
     needed = any(parameter.requires_grad for parameter in own)
-    y, grad_y, found = uncouple(grad_z, grad_log_det, z, step.coupling._kind(), own, needed, private)
-    x, grad_x, grads = _undo_linear_map(anatomy, step, grad_y, grad_log_det, y, parameters)
+    y, grad_y, found = uncouple(grad_z, grad_log_det, z, module.coupling._kind(), own, needed, private)
+    x, grad_x, grads = _undo_linear_map(step, module, grad_y, grad_log_det, y, parameters)
     of: dict[int, Tensor | None] = {}
     for parameter, grad in zip(own, found, strict=True):
         of[id(parameter)] = sum_of(of.get(id(parameter)), grad)
@@ -111,25 +111,25 @@ def _backward_by_passes(
 
 
 def _undo_linear_map(
-    anatomy: Anatomy, step: FlowStep, grad: Tensor, grad_log_det: Tensor, y: Tensor, parameters: Sequence[Tensor]
+    step: GeneralStep, module: FlowStep, grad: Tensor, grad_log_det: Tensor, y: Tensor, parameters: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    if anatomy.linear:
-        assert anatomy.inverse_map is not None
-        x, grad_x, *found = apply_reversible_backward(grad, y, anatomy.linear["matrix"].detach(), *anatomy.inverse_map)
+    if step.linear:
+        assert step.inverse_map is not None
+        x, grad_x, *found = apply_reversible_backward(grad, y, step.linear["matrix"].detach(), *step.inverse_map)
         return x, grad_x, [*found, *[None] * (len(parameters) - len(found))]
     # A step of this package's own layers needs no graph: ``matrix_gradients`` is the backward of ``matrix``.
-    with torch.set_grad_enabled(not anatomy.is_standard):
-        weight, weight_log_det = step.mixing.matrix()
-    inputs = (step.actnorm.log_scale, step.actnorm.bias, weight, weight_log_det)
+    with torch.set_grad_enabled(not step.is_standard):
+        weight, weight_log_det = module.mixing.matrix()
+    inputs = (module.actnorm.log_scale, module.actnorm.bias, weight, weight_log_det)
     values = [None if tensor is None else tensor.detach() for tensor in inputs]
     results = actnorm_conv1x1_reversible_backward(grad, grad_log_det, y, *values)  # type: ignore[arg-type]
     x, grad_x, grads = results[0], results[1], results[2:]
-    if not anatomy.is_standard:
+    if not step.is_standard:
         pairs = [(tensor, grad) for tensor, grad in zip(inputs, grads, strict=True) if tensor is not None]
         return x, grad_x, differentiate([Start.of(*pair) for pair in pairs], parameters, closed=False)
     of: dict[int, Tensor | None] = {}
     linear_grads = zip(inputs[:2], grads[:2], strict=True)
-    for tensor, grad in (*linear_grads, *step.mixing.matrix_gradients(grads[2], grads[3])):
+    for tensor, grad in (*linear_grads, *module.mixing.matrix_gradients(grads[2], grads[3])):
         of[id(tensor)] = sum_of(of.get(id(tensor)), grad)
     return x, grad_x, [of.get(id(parameter)) if parameter.requires_grad else None for parameter in parameters]
 

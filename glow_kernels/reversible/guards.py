@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from glow_kernels.ops._checks import has_data
-from glow_kernels.reversible.anatomy import Anatomy
+from glow_kernels.reversible.general_step import GeneralStep
 from glow_kernels.reversible.plain_step import PlainStep
 from glow_kernels.reversible.randomness import RandomState
 from glow_kernels.reversible.tensors import leaf, part_of, with_graph
@@ -53,25 +53,25 @@ def versions(tensors: Sequence[Tensor | None]) -> list[int]:
     return [0 if tensor is None or tensor.is_inference() else tensor._version for tensor in tensors]
 
 
-def unchanged(anatomy: Anatomy | PlainStep, state: Tensor, direction: str) -> AbstractContextManager[None]:
+def unchanged(step: GeneralStep | PlainStep, state: Tensor, direction: str) -> AbstractContextManager[None]:
     """Check a call of a step for in-place changes, unless the step is known to have no side effects.
 
     Raises:
         RuntimeError: ``state``, or a parameter or buffer of the step, was modified in place.
     """
-    if isinstance(anatomy, PlainStep) or anatomy.is_standard:
+    if isinstance(step, PlainStep) or step.is_standard:
         return nullcontext()
-    return _watched(anatomy, state, direction)
+    return _watched(step, state, direction)
 
 
 @contextmanager
-def _watched(anatomy: Anatomy, state: Tensor, direction: str) -> Iterator[None]:
-    owned = anatomy.tensors
+def _watched(step: GeneralStep, state: Tensor, direction: str) -> Iterator[None]:
+    owned = step.tensors
     before = versions([state, *owned])
     yield
     after = versions([state, *owned])
     if before != after:
-        named_tensors = (*anatomy.step.named_parameters(), *anatomy.step.named_buffers())
+        named_tensors = (*step.module.named_parameters(), *step.module.named_buffers())
         names = {id(tensor): name for name, tensor in named_tensors}
         changed = [t for t, old, new in zip((state, *owned), before, after, strict=True) if old != new]
         raise RuntimeError(
@@ -119,7 +119,7 @@ def refuse_transforms() -> None:
 def prove(
     chain: ReversibleSequential,
     index: int,
-    anatomy: Anatomy | PlainStep,
+    step: GeneralStep | PlainStep,
     x: Tensor,
     context: Sequence[Tensor | None],
     mode: Mode,
@@ -131,45 +131,47 @@ def prove(
             or FSDP shards it in a way that leaves no weights to recompute it with.
         TypeError: its result is not ``(z, log_det)``.
     """
-    if isinstance(anatomy, PlainStep) or anatomy.is_standard or not has_data(x) or len(x) == 0:
+    if isinstance(step, PlainStep) or step.is_standard or not has_data(x) or len(x) == 0:
         return
     # It gathers weights only for forward(): an inverse would read freed memory. Compared by name because importing it
     # is slow.
-    if type(anatomy.step).__name__ == "FullyShardedDataParallel":
+    if type(step.module).__name__ == "FullyShardedDataParallel":
         raise RuntimeError(
             "its weights are freed before it is recomputed: use fully_shard, or wrap only the whole model"
         )
     needs_inverse, divides = chain._needs_inverse(index), len(mode.parts(len(x))) > 1
-    key = (index, anatomy.step.training, needs_inverse, divides)
-    if chain._proven.get(key) == anatomy.modules:
+    key = (index, step.module.training, needs_inverse, divides)
+    if chain._proven.get(key) == step.modules:
         return
-    if any(hasattr(module, "_get_fsdp_state") for module in anatomy.modules if module is not anatomy.step):
+    if any(hasattr(module, "_get_fsdp_state") for module in step.modules if module is not step.module):
         raise RuntimeError("FSDP shards a part of it, whose weights are freed within it: use fully_shard on the step")
     sample = x[:2].detach().clone()
     sample_context = [None if tensor is None else part_of(tensor, slice(2)) for tensor in context]
     with torch.no_grad(), mode.applied(x.device):
-        _try_out(anatomy, sample, sample_context, needs_inverse, divides)
-    chain._proven[key] = anatomy.modules
+        _try_out(step, sample, sample_context, needs_inverse, divides)
+    chain._proven[key] = step.modules
 
 
-def _try_out(anatomy: Anatomy, x: Tensor, context: Sequence[Tensor | None], needs_inverse: bool, divides: bool) -> None:
+def _try_out(
+    step: GeneralStep, x: Tensor, context: Sequence[Tensor | None], needs_inverse: bool, divides: bool
+) -> None:
     state = RandomState(x.device)
     results = []
     for _ in range(2):
-        with unchanged(anatomy, x, "forward"), state.replayed():
-            result = anatomy.step.forward(x, *context)
+        with unchanged(step, x, "forward"), state.replayed():
+            result = step.module.forward(x, *context)
         if not _is_result(result, len(x)):
             raise TypeError(wrong_result("it must return z", result))
         results.append(result)
     (z, log_det), (z_again, log_det_again) = results
     if difference(z_again, z) > _tolerance(z) or difference(log_det_again, log_det) > _tolerance(z):
         raise RuntimeError("it gives different results for the same input, so it cannot be recomputed")
-    _refuse_stored_results(anatomy, x, context, state)
+    _refuse_stored_results(step, x, context, state)
     if divides:
         # A batch of copies of the first sample: not every network accepts a batch of one.
         beside, *context_beside = (None if t is None else t[:1].expand_as(t).clone() for t in (x, *context))
         with state.replayed():
-            z_beside, log_det_beside = anatomy.step.forward(beside, *context_beside)
+            z_beside, log_det_beside = step.module.forward(beside, *context_beside)
         pairs = ((z_beside, z), (log_det_beside, log_det))
         if any(difference(one[:1], other[:1]) > _tolerance(z) for one, other in pairs):
             raise RuntimeError(
@@ -178,8 +180,8 @@ def _try_out(anatomy: Anatomy, x: Tensor, context: Sequence[Tensor | None], need
             )
     if not needs_inverse:
         return
-    with unchanged(anatomy, z, "inverse"), state.replayed():
-        result = anatomy.inverse(z, *context)
+    with unchanged(step, z, "inverse"), state.replayed():
+        result = step.inverse(z, *context)
     if isinstance(result, Tensor):
         raise TypeError(wrong_result("its inverse must return x", result))
     back, _ = result
@@ -188,16 +190,16 @@ def _try_out(anatomy: Anatomy, x: Tensor, context: Sequence[Tensor | None], need
         raise RuntimeError(f"its inverse does not return its input: {found}; use memory='checkpoint'")
 
 
-def _refuse_stored_results(anatomy: Anatomy, x: Tensor, context: Sequence[Tensor | None], state: RandomState) -> None:
+def _refuse_stored_results(step: GeneralStep, x: Tensor, context: Sequence[Tensor | None], state: RandomState) -> None:
     """Raise if a call stores a result in an attribute: in a chain that result has no graph, so a loss computed from it
     would have no gradients."""
-    before, start = with_graph(anatomy.step), leaf(x, True)
-    leaves = [leaf(parameter, parameter.requires_grad) for parameter in anatomy.parameters]
+    before, start = with_graph(step.module), leaf(x, True)
+    leaves = [leaf(parameter, parameter.requires_grad) for parameter in step.parameters]
     # Saved-tensor hooks around the chain, such as those of torch.utils.checkpoint, must not see what is saved here.
     without_hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
-    with torch.enable_grad(), state.replayed(), anatomy.substituted(leaves), without_hooks:
-        anatomy.step.forward(start.clone(), *context)
-    for key, (name, value) in with_graph(anatomy.step).items():
+    with torch.enable_grad(), state.replayed(), step.substituted(leaves), without_hooks:
+        step.module.forward(start.clone(), *context)
+    for key, (name, value) in with_graph(step.module).items():
         if key in before:
             continue
         # Weights computed from parameters do not depend on the input, and so are not results.

@@ -26,7 +26,7 @@ from glow_kernels.backends.numerics import output_format
 from glow_kernels.nn.actnorm import ActNorm
 from glow_kernels.nn.coupling_node import SHARED, Private
 from glow_kernels.reversible import guards, recompute
-from glow_kernels.reversible.anatomy import Anatomy, in_modes
+from glow_kernels.reversible.general_step import GeneralStep, in_modes
 from glow_kernels.reversible.linear_maps import FoldedMaps, LinearMaps
 from glow_kernels.reversible.offload import Shelf
 from glow_kernels.reversible.plain_step import PlainStep, Span
@@ -72,7 +72,7 @@ class Place(NamedTuple):
         return range(self.number, self.number + self.length)
 
 
-Step = Anatomy | PlainStep
+Step = GeneralStep | PlainStep
 
 
 class Link(torch.autograd.Function):
@@ -314,15 +314,15 @@ def _steps(
     for number, span, (start, end), own in zip(place.numbers, spans, itertools.pairwise(bounds), maps, strict=True):
         if span is None:
             there, back = own[0] if own else ((), None)
-            steps.append(Anatomy.of(chain[number], there, back))
+            steps.append(GeneralStep.of(chain[number], there, back))
         else:
             steps.append(PlainStep(span, tensors[start:end], [back for _, back in own]))
     return steps
 
 
-def _anatomies(place: Place) -> list[Step]:
+def _general_steps(place: Place) -> list[Step]:
     chain = find(place)
-    return [Anatomy.of(chain[number]) for number in place.numbers]
+    return [GeneralStep.of(chain[number]) for number in place.numbers]
 
 
 def _plain(place: Place, mode: Mode) -> tuple[Any, ...]:
@@ -379,7 +379,7 @@ def _given(place: Place, steps: Sequence[Step], tensors: Sequence[Any]) -> Itera
     flags = [norm._is_initialized for norm in norms]
     with ExitStack() as stack:
         for step, (start, end) in zip(steps, itertools.pairwise(_bounds(place, steps)), strict=True):
-            assert isinstance(step, Anatomy)
+            assert isinstance(step, GeneralStep)
             stack.enter_context(step.substituted(tensors[start:end]))
         try:
             for norm in norms:
@@ -392,7 +392,7 @@ def _given(place: Place, steps: Sequence[Step], tensors: Sequence[Any]) -> Itera
 
 def _run_forward(x: Tensor, tensors: Sequence[Tensor | None], *settings: Any) -> tuple[Tensor, ...]:
     place, mode = _split(settings)
-    steps = _anatomies(place)
+    steps = _general_steps(place)
     with _eager(), _given(place, steps, tensors):
         z, log_det, draws = _forward(place, mode, steps, x, tensors)
     drawing = [number for number, drawn in zip(place.numbers, draws, strict=True) if drawn is not None]
@@ -409,7 +409,7 @@ def _fake_forward(x: Tensor, tensors: Sequence[Tensor | None], *settings: Any) -
     allowed = fake_mode.allow_non_fake_inputs
     # The step's own parameters and buffers are real tensors.
     fake_mode.allow_non_fake_inputs = True
-    z, steps = x, _anatomies(place)
+    z, steps = x, _general_steps(place)
     try:
         with _given(place, steps, tensors):
             for step in steps:
@@ -431,7 +431,7 @@ def _run_backward(
     *settings: Any,
 ) -> list[Tensor]:
     place, mode = _split(settings)
-    steps = _anatomies(place)
+    steps = _general_steps(place)
     with _eager(), _given(place, steps, tensors):
         result = _backward(place, mode, steps, x, z, (grad_z, grad_log_det), tensors, needs, None)
     inputs = (x, z, grad_z)

@@ -80,7 +80,7 @@ class PlainStep(NamedTuple):
 
     @property
     def slots(self) -> Sequence[Tensor]:
-        """One entry per parameter. This and the next two properties correspond to those of :class:`Anatomy`."""
+        """One entry per parameter. This and the next two properties correspond to those of :class:`GeneralStep`."""
         return self.parameters
 
     @property

@@ -20,7 +20,7 @@ from glow_kernels import backends
 from glow_kernels.backends.numerics import is_autocast_enabled
 from glow_kernels.nn.coupling_node import SHARED, Private
 from glow_kernels.reversible import flow_step
-from glow_kernels.reversible.anatomy import Anatomy
+from glow_kernels.reversible.general_step import GeneralStep
 from glow_kernels.reversible.plain_step import PlainStep
 from glow_kernels.reversible.randomness import RandomState, refuse_while_capturing
 from glow_kernels.reversible.tensors import (
@@ -109,7 +109,7 @@ class Recomputed(NamedTuple):
 
 
 def forward(
-    anatomy: Anatomy | PlainStep,
+    step: GeneralStep | PlainStep,
     x: Tensor,
     context: Sequence[Tensor | None],
     mode: Mode,
@@ -121,9 +121,9 @@ def forward(
     """
     batch = x.shape[0]
     z, log_det = Joined(batch), Joined(batch)
-    may_draw = not isinstance(x, FakeTensor) and not anatomy.is_standard
+    may_draw = not isinstance(x, FakeTensor) and not step.is_standard
     if may_draw and x.is_cuda:
-        refuse_while_capturing(anatomy.modules, x.device)
+        refuse_while_capturing(step.modules, x.device)
     drawn = []
     drew = False
     with torch.no_grad(), mode.applied(x.device):
@@ -131,7 +131,7 @@ def forward(
             state = RandomState(x.device) if may_draw else None
             part_x = part_of(x, part)
             with _replayed(None if draws is None else draws[number]):
-                part_z, part_log_det = anatomy.forward(part_x, *_parts(context, part))
+                part_z, part_log_det = step.forward(part_x, *_parts(context, part))
             if state is not None:
                 drew = drew or state.has_moved()
                 drawn.append(Drawn(state, dense_strides(part_x), dense_strides(part_z)))
@@ -141,7 +141,7 @@ def forward(
 
 
 def backward(
-    anatomy: Anatomy | PlainStep,
+    step: GeneralStep | PlainStep,
     x: Tensor | None,
     z: Tensor | None,
     grads: tuple[Tensor | None, Tensor | None],
@@ -162,11 +162,11 @@ def backward(
         closed: as for :func:`~glow_kernels.reversible.tensors.differentiate`.
         private: which of ``z`` and its gradient may be overwritten.
     """
-    if isinstance(anatomy, PlainStep):
-        return _backward_of_plain(anatomy, x, z, grads, needs, mode, private)
+    if isinstance(step, PlainStep):
+        return _backward_of_plain(step, x, z, grads, needs, mode, private)
     given = cast(Tensor, z if x is None else x)
     batch = len(given)
-    way_back = flow_step.way_back(anatomy, private) if x is None else None
+    way_back = flow_step.way_back(step, private) if x is None else None
     tensors = [tensor for tensor in context if tensor is not None]
     joined_x, joined_grad = _joined(batch, z, grads[0], private)
     joined_z = Joined(batch)
@@ -174,7 +174,7 @@ def backward(
     totals: list[Tensor | None] = [None] * len(parameters)
     leaves = [leaf(tensor, need) for tensor, need in zip(parameters, needs[len(context) :], strict=True)]
     wanted_context = [need for need, tensor in zip(needs, context, strict=False) if tensor is not None]
-    with anatomy.substituted(leaves), flow_step.frugal(anatomy), mode.applied(given.device):
+    with step.substituted(leaves), flow_step.frugal(step), mode.applied(given.device):
         for number, part in enumerate(mode.parts(batch)):
             parts = iter([leaf(part_of(t, part), need) for t, need in zip(tensors, wanted_context, strict=True)])
             part_context = [None if tensor is None else next(parts) for tensor in context]
@@ -192,12 +192,12 @@ def backward(
                 part_x = part_given
                 if x is None:
                     with torch.no_grad(), _replayed(drawn):
-                        part_x, _ = anatomy.inverse(part_given, *part_context)
+                        part_x, _ = step.inverse(part_given, *part_context)
                     if drawn is not None:
                         part_x = lying(part_x, drawn.before)
                 with torch.enable_grad(), _replayed(drawn):
                     start = leaf(part_x, True)
-                    part_z, part_log_det = anatomy.forward(*passed([start, *part_context]))
+                    part_z, part_log_det = step.forward(*passed([start, *part_context]))
                 if x is not None and z is not None:
                     joined_z.add(part, part_z.detach())
                 every_leaf = [start, *(t for t in part_context if t is not None), *leaves]

@@ -34,13 +34,13 @@ SUBSTITUTION = threading.RLock()
 
 
 @dataclass
-class Anatomy:
+class GeneralStep:
     """The modules and parameters of a step, found in one traversal.
 
     This is done for every step at every call, and the traversals of ``nn.Module`` are slow.
 
     Attributes:
-        step: the step.
+        module: the step.
         modules: the step and all its submodules.
         slots: the places where each parameter is stored; a shared parameter has several.
         linear: the linear map of a flow step if the chain has folded it, by the field names of
@@ -49,15 +49,15 @@ class Anatomy:
         inverse_map: the inverse of the linear map, if backward needs it.
     """
 
-    step: nn.Module
+    module: nn.Module
     modules: list[nn.Module]
     slots: list[list[tuple[dict[str, Any], str]]]
     linear: dict[str, Any]
     inverse_map: LinearMap | None = None
 
     @classmethod
-    def of(cls, step: nn.Module, linear: Sequence[Tensor] = (), inverse: LinearMap | None = None) -> Anatomy:
-        """The anatomy of ``step`` as it is now; ``linear`` is the folded matrix and shift, or empty."""
+    def of(cls, step: nn.Module, linear: Sequence[Tensor] = (), inverse: LinearMap | None = None) -> GeneralStep:
+        """``step`` as it is now; ``linear`` is the folded matrix and shift, or empty."""
         modules = {id(step): step}
         slots: dict[int, list[tuple[dict[str, Any], str]]] = {}
         named = dict(zip(LinearMap._fields, linear, strict=False))
@@ -90,7 +90,7 @@ class Anatomy:
     @property
     def forward(self) -> Callable[..., tuple[Tensor, Tensor]]:
         """The forward of the step, without hooks; its log-determinant leaves out that of :attr:`linear`, if any."""
-        function = self.step.forward
+        function = self.module.forward
         return functools.partial(function, linear=LinearMap(**self.linear)) if self.linear else function
 
     @property
@@ -100,15 +100,15 @@ class Anatomy:
 
     @property
     def _inverse(self) -> Any:
-        inverse: Any = self.step.inverse
-        if "inverse" in self.step.__dict__ and hasattr(self.step, "_get_fsdp_state"):
+        inverse: Any = self.module.inverse
+        if "inverse" in self.module.__dict__ and hasattr(self.module, "_get_fsdp_state"):
             inverse = inverse.__wrapped__
         return inverse
 
     @functools.cached_property
     def is_flow_step(self) -> bool:
         """Whether the step is a :class:`~glow_kernels.nn.FlowStep` whose forward and inverse are not overridden."""
-        step = self.step
+        step = self.module
         if not isinstance(step, FlowStep) or type(step.coupling) not in _COUPLINGS:
             return False
         inverse = getattr(self._inverse, "__func__", None)
@@ -122,7 +122,7 @@ class Anatomy:
     def is_standard(self) -> bool:
         """Whether it consists of this package's own layers only, so has no side effects and draws no random numbers."""
         for module in self.modules:
-            if module is not self.step and (
+            if module is not self.module and (
                 type(module) not in _OWN
                 or "forward" in module.__dict__
                 or module._forward_hooks
