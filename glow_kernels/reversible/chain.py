@@ -17,7 +17,7 @@ from glow_kernels.ops._checks import check_choice, check_number, check_tensor, c
 from glow_kernels.reversible import budget, guards
 from glow_kernels.reversible.general_step import GeneralStep
 from glow_kernels.reversible.linear_maps import LinearMaps
-from glow_kernels.reversible.link import Link, Place, find, register
+from glow_kernels.reversible.link import Link, NodeSpec, chain_of, register
 from glow_kernels.reversible.offload import Shelf
 from glow_kernels.reversible.plain_step import PlainStep, cross_boundaries
 from glow_kernels.reversible.recompute import Mode
@@ -161,7 +161,7 @@ class ReversibleSequential(nn.Sequential):
         for numbers in self._nodes():
             steps = [_taken_apart(modules[number], applied[number], x, context) for number in numbers]
             _initialize([modules[number] for number in numbers], steps, x, context)
-            place = Place(
+            spec = NodeSpec(
                 self._handle,
                 numbers[0],
                 len(numbers),
@@ -170,9 +170,9 @@ class ReversibleSequential(nn.Sequential):
                 numbers[-1] == len(self) - 1,
                 self.check != "off",
             )
-            x, log_det, ghost = _linked(steps, place, mode, maps, shelf, x, ghost, context)
+            x, log_det, ghost = _linked(steps, spec, mode, maps, shelf, x, ghost, context)
             log_dets.append(log_det)
-            if place.keeps_input and not place.compares:
+            if spec.keeps_input and not spec.compares:
                 ghost = None  # the backward of this node needs no reconstructed state from the next node
         return x, _total(log_dets, x)
 
@@ -360,7 +360,7 @@ def _check_batches(x: Tensor, context: tuple[Tensor | None, ...]) -> None:
 
 def _linked(
     steps: Sequence[GeneralStep | PlainStep],
-    place: Place,
+    spec: NodeSpec,
     mode: Mode,
     maps: LinearMaps | None,
     shelf: Shelf | None,
@@ -373,16 +373,16 @@ def _linked(
         parameters = [parameter for step in steps for parameter in step.parameters]
         arguments = (maps, shelf, x, ghost, *context, *parameters)
         if torch.compiler.is_compiling():
-            return Link.apply(place, mode, None, *arguments)  # type: ignore[no-untyped-call]
+            return Link.apply(spec, mode, None, *arguments)  # type: ignore[no-untyped-call]
         # Function.apply would only add support for functorch transforms, which chains refuse.
-        return super(torch.autograd.Function, Link).apply(place, mode, steps, *arguments)  # type: ignore[no-untyped-call]
+        return super(torch.autograd.Function, Link).apply(spec, mode, steps, *arguments)  # type: ignore[no-untyped-call]
 
     hooked = [step.module for step in steps if isinstance(step, GeneralStep) and _has_hooks(step.module)]
     if torch.compiler.is_compiling() or not hooked:
         return link(x, ghost, *context)
     if len(steps) > 1:
         raise RuntimeError("check='replay' runs several steps as one, without their hooks (FSDP): use check='raise'")
-    return _through_hooks(hooked[0], place, link, x, ghost, *context)
+    return _through_hooks(hooked[0], spec, link, x, ghost, *context)
 
 
 def _has_hooks(step: nn.Module) -> bool:
@@ -391,7 +391,7 @@ def _has_hooks(step: nn.Module) -> bool:
 
 
 def _through_hooks(
-    step: nn.Module, place: Place, link: Callable[..., Any], x: Tensor, ghost: Tensor | None, *context: Tensor | None
+    step: nn.Module, spec: NodeSpec, link: Callable[..., Any], x: Tensor, ghost: Tensor | None, *context: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Call ``link`` as if it were the forward of ``step``: FSDP gathers the parameters of a step in its hooks.
 
@@ -420,11 +420,11 @@ def _through_hooks(
     finally:
         restore()
     received, _, result, following = inside  # the second one, z, is there to keep its memory from being reused yet
-    is_awaited = not place.keeps_output and (place.compares or not place.keeps_input)
+    is_awaited = not spec.keeps_output and (spec.compares or not spec.keeps_input)
     if (ghost is not None and _differ(before, received)) or (is_awaited and _differ(result, _identity(z))):
         raise RuntimeError(
-            f"{guards.step_name(find(place), place.number)}: a hook changes its input or its output, which its inverse "
-            "does not undo: do it inside the step, or use memory='store', or memory='checkpoint' with check='off'"
+            f"{guards.step_name(chain_of(spec), spec.number)}: a hook changes its input or its output, which its "
+            "inverse does not undo: do it inside the step, or use memory='store', or memory='checkpoint' with check='off'"
         )
     return z, log_det, following
 

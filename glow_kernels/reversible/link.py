@@ -48,7 +48,7 @@ def register(chain: ReversibleSequential) -> int:
     return handle
 
 
-class Place(NamedTuple):
+class NodeSpec(NamedTuple):
     """The steps that make up a node: which chain they belong to, what is saved, and whether states are compared.
 
     The first ``contexts`` of the node's tensors are the context, which all steps share; the parameters of each step
@@ -76,7 +76,7 @@ Step = GeneralStep | PlainStep
 
 
 class Link(torch.autograd.Function):
-    """``apply(place, mode, steps, maps, shelf, x, ghost, *context, *parameters)``, with the parameters of all steps.
+    """``apply(spec, mode, steps, maps, shelf, x, ghost, *context, *parameters)``, with the parameters of all steps.
 
     Returns ``z``, ``log_det`` and the ghost of ``z``. ``steps`` is None when compiling. With ``maps``, the first
     parameters of every step are its linear maps, which are not saved.
@@ -85,7 +85,7 @@ class Link(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        place: Place,
+        spec: NodeSpec,
         mode: Mode,
         steps: Sequence[Step] | None,
         maps: LinearMaps | None,
@@ -95,64 +95,64 @@ class Link(torch.autograd.Function):
         *tensors: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.place, ctx.mode, ctx.maps, ctx.draws = place, mode, maps, None
+        ctx.spec, ctx.mode, ctx.maps, ctx.draws = spec, mode, maps, None
         remembered: Sequence[Any] = tensors
         if steps is None:
             # Dynamo in PyTorch 2.11 fails if symbolic sizes are read here: only the operators read them.
-            z, log_det, following, like_x = _forward_operator(x, list(tensors), *_plain(place, mode))
+            z, log_det, following, like_x = _forward_operator(x, list(tensors), *_as_settings(spec, mode))
             remembered = (like_x, *tensors)
         else:
-            z, log_det, ctx.draws = _forward(place, mode, steps, x, tensors)
+            z, log_det, ctx.draws = _forward(spec, mode, steps, x, tensors)
             following = _ghost_of(z)
             ctx.spans = [step.span if isinstance(step, PlainStep) else None for step in steps]
             # Dropout and BatchNorm must run in the same mode in backward.
             ctx.modes = [(m, m.training) for step in steps if not step.is_standard for m in step.modules]
-            ctx.bounds = _bounds(place, steps)
-            ctx.of_steps = [_maps_of(*step) for step in zip(place.numbers, ctx.spans, strict=True)]
+            ctx.bounds = _bounds(spec, steps)
+            ctx.of_steps = [_maps_of(*step) for step in zip(spec.numbers, ctx.spans, strict=True)]
         # Backward through a single step needs its input or its output; through several steps it needs both.
-        keeps_output = place.keeps_output and not (place.keeps_input and place.length == 1)
-        ctx.shelf = shelf if place.keeps_input else None
-        kept = x if place.keeps_input and shelf is None else None
+        keeps_output = spec.keeps_output and not (spec.keeps_input and spec.length == 1)
+        ctx.shelf = shelf if spec.keeps_input else None
+        kept = x if spec.keeps_input and shelf is None else None
         if maps is not None:
             remembered = _with_maps(tensors, ctx.bounds, [[(None, None)] * len(own) for own in ctx.of_steps])
         ctx.save_for_backward(kept, z if keeps_output else None, *remembered)
         if ctx.shelf is not None:
             ctx.on_shelf = ctx.shelf.put(x)
         if not torch.compiler.is_compiling():
-            ctx.chain = _chains[place.handle]  # keeps the chain alive until backward
-            ctx.private = _private(ctx.chain, place, maps)
+            ctx.chain = _chains[spec.handle]  # keeps the chain alive until backward
+            ctx.private = _private(ctx.chain, spec, maps)
         return z, log_det, following
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        place, mode = ctx.place, ctx.mode
+        spec, mode = ctx.spec, ctx.mode
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            guards.refuse_second_derivatives(ctx.chain, place.number)
+            guards.refuse_second_derivatives(ctx.chain, spec.number)
         grad_z, grad_log_det, reconstructed = grads
         needs = ctx.needs_input_grad[7:]
         if torch.compiler.is_compiling():
             x, z, like_x, *tensors = ctx.saved_tensors
         else:
-            x, z, *tensors = guards.saved_tensors(ctx, ctx.chain, place.number)
+            x, z, *tensors = guards.saved_tensors(ctx, ctx.chain, spec.number)
             if ctx.shelf is not None:
                 x = ctx.shelf.get(ctx.on_shelf)
         # If the input is saved, the state reconstructed by the next node is needed only for comparison.
-        if z is None and (x is None or place.compares):
+        if z is None and (x is None or spec.compares):
             z = reconstructed
         if torch.compiler.is_compiling():
             arguments = (x, z, grad_z, grad_log_det, tensors, needs, like_x)
-            reached, grad_x, *tensor_grads = _backward_operator(*arguments, *_plain(place, mode))
+            reached, grad_x, *tensor_grads = _backward_operator(*arguments, *_as_settings(spec, mode))
             found = iter(tensor_grads)
             tensor_grads = [next(found) if need else None for need in needs]
         else:
-            maps: list[FoldedMaps] = [[]] * place.length
+            maps: list[FoldedMaps] = [[]] * spec.length
             if ctx.maps is not None:
                 maps = ctx.maps.of(ctx.of_steps)
-                tensors = _with_maps(tensors, ctx.bounds, [[there for there, _ in own] for own in maps])
-            steps = _steps(place, tensors, ctx.spans, ctx.bounds, maps)
+                tensors = _with_maps(tensors, ctx.bounds, [[linear for linear, _ in own] for own in maps])
+            steps = _steps(spec, tensors, ctx.spans, ctx.bounds, maps)
             with in_modes(ctx.modes) if ctx.modes else nullcontext():
                 result = _backward(
-                    place, mode, steps, x, z, (grad_z, grad_log_det), tensors, needs, ctx.draws, ctx.private
+                    spec, mode, steps, x, z, (grad_z, grad_log_det), tensors, needs, ctx.draws, ctx.private
                 )
             reached, grad_x, tensor_grads = result.x, result.grad_x, result.grads
         ghost_grad = (reached if x is None else x) if ctx.needs_input_grad[6] else None
@@ -168,13 +168,13 @@ Draws = list[list[Drawn] | None]
 
 
 def _forward(
-    place: Place, mode: Mode, steps: Sequence[Step], x: Tensor, tensors: Sequence[Any]
+    spec: NodeSpec, mode: Mode, steps: Sequence[Step], x: Tensor, tensors: Sequence[Any]
 ) -> tuple[Tensor, Tensor, Draws]:
-    chain = find(place)
-    context = tensors[: place.contexts]
+    chain = chain_of(spec)
+    context = tensors[: spec.contexts]
     total: Tensor | None = None
     draws: Draws = []
-    for number, step in zip(place.numbers, steps, strict=True):
+    for number, step in zip(spec.numbers, steps, strict=True):
         with guards.named(chain, number):
             guards.prove(chain, number, step, x, context, mode)
             with guards.unchanged(step, x, "forward"):
@@ -186,7 +186,7 @@ def _forward(
 
 
 def _backward(
-    place: Place,
+    spec: NodeSpec,
     mode: Mode,
     steps: Sequence[Step],
     x: Tensor | None,
@@ -197,26 +197,26 @@ def _backward(
     draws: Draws | None,
     private: Private = SHARED,
 ) -> Recomputed:
-    chain = find(place)
-    draws = [None] * place.length if draws is None else draws
-    inputs = [x, *[None] * (place.length - 1)]
-    result, reached = _sweep(place, mode, steps, inputs, z, grads, tensors, needs, draws, private)
+    chain = chain_of(spec)
+    draws = [None] * spec.length if draws is None else draws
+    inputs = [x, *[None] * (spec.length - 1)]
+    result, reached = _sweep(spec, mode, steps, inputs, z, grads, tensors, needs, draws, private)
     if result.z is None or reached is None:
         return result
-    with guards.named(chain, place.number):
-        too_far = guards.compare(chain, place.number, result.z, reached, mode)
+    with guards.named(chain, spec.number):
+        too_far = guards.compare(chain, spec.number, result.z, reached, mode)
     if not too_far:
         return result
     # Differentiate again, with exact states, recomputed from the anchor.
     for index, step in enumerate(steps[:-1]):
         given = inputs[index]
         assert given is not None
-        inputs[index + 1] = recompute.forward(step, given, tensors[: place.contexts], mode, draws[index])[0]
-    return _sweep(place, mode, steps, inputs, None, grads, tensors, needs, draws)[0]
+        inputs[index + 1] = recompute.forward(step, given, tensors[: spec.contexts], mode, draws[index])[0]
+    return _sweep(spec, mode, steps, inputs, None, grads, tensors, needs, draws)[0]
 
 
 def _sweep(
-    place: Place,
+    spec: NodeSpec,
     mode: Mode,
     steps: Sequence[Step],
     inputs: Sequence[Tensor | None],
@@ -231,14 +231,14 @@ def _sweep(
 
     Returns the result of the first step, with the gradients of all tensors, and the output that it was given.
     """
-    chain = find(place)
-    context = tensors[: place.contexts]
+    chain = chain_of(spec)
+    context = tensors[: spec.contexts]
     totals: list[Tensor | None] = [None] * len(tensors)
     state = reached = z
     result: Recomputed | None = None
-    bounds = _bounds(place, steps)
-    for index in reversed(range(place.length)):
-        step, own, number = steps[index], slice(bounds[index], bounds[index + 1]), place.number + index
+    bounds = _bounds(spec, steps)
+    for index in reversed(range(spec.length)):
+        step, own, number = steps[index], slice(bounds[index], bounds[index + 1]), spec.number + index
         reached = state
         given = state if inputs[index] is None else inputs[index]
         assert given is not None
@@ -250,42 +250,42 @@ def _sweep(
                 grads,
                 context,
                 tensors[own],
-                [*needs[: place.contexts], *needs[own]],
+                [*needs[: spec.contexts], *needs[own]],
                 mode,
                 draws[index],
                 step.is_standard,
                 private,
             )
         state, grads = result.x, (result.grad_x, grads[1])
-        totals[own] = result.grads[place.contexts :]
-        for position, grad in enumerate(result.grads[: place.contexts]):
+        totals[own] = result.grads[spec.contexts :]
+        for position, grad in enumerate(result.grads[: spec.contexts]):
             totals[position] = sum_of(totals[position], grad)
     assert result is not None
     return result._replace(grads=totals), reached
 
 
-def _private(chain: ReversibleSequential, place: Place, maps: LinearMaps | None) -> Private:
+def _private(chain: ReversibleSequential, spec: NodeSpec, maps: LinearMaps | None) -> Private:
     """Which of the tensors passed to the backward of a node it may overwrite: those that nothing else holds.
 
     The next node has just made the state and its gradient, and does not keep them; hooks could, but steps whose linear
     maps come from the chain have none. The last step's tensors belong to the caller, and an anchor may be needed again.
     """
-    if maps is None or place.length > 1 or place.keeps_output:
+    if maps is None or spec.length > 1 or spec.keeps_output:
         return SHARED
-    return Private(state=not place.keeps_input and not chain._is_anchor(place.number + 1), grad=not place.keeps_input)
+    return Private(state=not spec.keeps_input and not chain._is_anchor(spec.number + 1), grad=not spec.keeps_input)
 
 
-def find(place: Place) -> ReversibleSequential:
-    """The chain of ``place``."""
-    chain = _chains.get(place.handle)
+def chain_of(spec: NodeSpec) -> ReversibleSequential:
+    """The chain of ``spec``."""
+    chain = _chains.get(spec.handle)
     if chain is None:
         raise RuntimeError("the reversible chain that this was compiled for no longer exists")
     return chain
 
 
-def _bounds(place: Place, steps: Sequence[Step]) -> list[int]:
+def _bounds(spec: NodeSpec, steps: Sequence[Step]) -> list[int]:
     """Index of the first parameter of each step among the tensors, and the end index of the last step's."""
-    return list(itertools.accumulate([len(step.slots) for step in steps], initial=place.contexts))
+    return list(itertools.accumulate([len(step.slots) for step in steps], initial=spec.contexts))
 
 
 def _maps_of(number: int, span: Span | None) -> range:
@@ -302,31 +302,31 @@ def _with_maps(tensors: Sequence[Any], bounds: Sequence[int], maps: Sequence[Seq
 
 
 def _steps(
-    place: Place,
+    spec: NodeSpec,
     tensors: Sequence[Any],
     spans: Sequence[Span | None],
     bounds: Sequence[int],
     maps: Sequence[FoldedMaps],
 ) -> list[Step]:
     """The steps as in forward, with the parameters and linear maps that forward used."""
-    chain = find(place)
+    chain = chain_of(spec)
     steps: list[Step] = []
-    for number, span, (start, end), own in zip(place.numbers, spans, itertools.pairwise(bounds), maps, strict=True):
+    for number, span, (start, end), own in zip(spec.numbers, spans, itertools.pairwise(bounds), maps, strict=True):
         if span is None:
-            there, back = own[0] if own else ((), None)
-            steps.append(GeneralStep.of(chain[number], there, back))
+            linear, inverse = own[0] if own else ((), None)
+            steps.append(GeneralStep.of(chain[number], linear, inverse))
         else:
-            steps.append(PlainStep(span, tensors[start:end], [back for _, back in own]))
+            steps.append(PlainStep(span, tensors[start:end], [inverse for _, inverse in own]))
     return steps
 
 
-def _general_steps(place: Place) -> list[Step]:
-    chain = find(place)
-    return [GeneralStep.of(chain[number]) for number in place.numbers]
+def _general_steps(spec: NodeSpec) -> list[Step]:
+    chain = chain_of(spec)
+    return [GeneralStep.of(chain[number]) for number in spec.numbers]
 
 
-def _plain(place: Place, mode: Mode) -> tuple[Any, ...]:
-    return (*place, *mode)
+def _as_settings(spec: NodeSpec, mode: Mode) -> tuple[Any, ...]:
+    return (*spec, *mode)
 
 
 _SETTINGS = (
@@ -345,9 +345,9 @@ _forward_operator = torch.ops.glow_kernels.reversible_forward.default
 _backward_operator = torch.ops.glow_kernels.reversible_backward.default
 
 
-def _split(settings: Sequence[Any]) -> tuple[Place, Mode]:
-    count = len(Place._fields)
-    return Place(*settings[:count]), Mode(*settings[count:])
+def _from_settings(settings: Sequence[Any]) -> tuple[NodeSpec, Mode]:
+    count = len(NodeSpec._fields)
+    return NodeSpec(*settings[:count]), Mode(*settings[count:])
 
 
 @contextmanager
@@ -360,7 +360,7 @@ def _eager() -> Iterator[None]:
         yield
 
 
-def _own(tensor: Tensor, *inputs: Tensor | None) -> Tensor:
+def _as_declared(tensor: Tensor, *inputs: Tensor | None) -> Tensor:
     """``tensor`` with the strides of its fake, copied if it shares memory with an argument of the operator."""
     tensor = tensor.contiguous(memory_format=output_format(tensor))
     storages = [other.untyped_storage().data_ptr() for other in inputs if other is not None]
@@ -368,7 +368,7 @@ def _own(tensor: Tensor, *inputs: Tensor | None) -> Tensor:
 
 
 @contextmanager
-def _given(place: Place, steps: Sequence[Step], tensors: Sequence[Any]) -> Iterator[None]:
+def _substituted(spec: NodeSpec, steps: Sequence[Step], tensors: Sequence[Any]) -> Iterator[None]:
     """Let ``steps`` compute with the parameters among ``tensors``.
 
     A compiled graph holds its own parameters, and writes what it changes (such as the initial values of ActNorm) to the
@@ -378,7 +378,7 @@ def _given(place: Place, steps: Sequence[Step], tensors: Sequence[Any]) -> Itera
     norms = [module for step in steps for module in step.modules if isinstance(module, ActNorm)]
     flags = [norm._is_initialized for norm in norms]
     with ExitStack() as stack:
-        for step, (start, end) in zip(steps, itertools.pairwise(_bounds(place, steps)), strict=True):
+        for step, (start, end) in zip(steps, itertools.pairwise(_bounds(spec, steps)), strict=True):
             assert isinstance(step, GeneralStep)
             stack.enter_context(step.substituted(tensors[start:end]))
         try:
@@ -391,29 +391,29 @@ def _given(place: Place, steps: Sequence[Step], tensors: Sequence[Any]) -> Itera
 
 
 def _run_forward(x: Tensor, tensors: Sequence[Tensor | None], *settings: Any) -> tuple[Tensor, ...]:
-    place, mode = _split(settings)
-    steps = _general_steps(place)
-    with _eager(), _given(place, steps, tensors):
-        z, log_det, draws = _forward(place, mode, steps, x, tensors)
-    drawing = [number for number, drawn in zip(place.numbers, draws, strict=True) if drawn is not None]
+    spec, mode = _from_settings(settings)
+    steps = _general_steps(spec)
+    with _eager(), _substituted(spec, steps, tensors):
+        z, log_det, draws = _forward(spec, mode, steps, x, tensors)
+    drawing = [number for number, drawn in zip(spec.numbers, draws, strict=True) if drawn is not None]
     if drawing:
-        name = guards.step_name(find(place), drawing[0])
+        name = guards.step_name(chain_of(spec), drawing[0])
         raise RuntimeError(f"{name}: it draws random numbers, which needs memory='store' under torch.compile")
-    return _own(z, x), log_det.contiguous(), _ghost_of(z), _ghost_of(x)
+    return _as_declared(z, x), log_det.contiguous(), _ghost_of(z), _ghost_of(x)
 
 
 def _fake_forward(x: Tensor, tensors: Sequence[Tensor | None], *settings: Any) -> tuple[Tensor, ...]:
-    place, mode = _split(settings)
+    spec, mode = _from_settings(settings)
     fake_mode = detect_fake_mode(x)
     assert fake_mode is not None
     allowed = fake_mode.allow_non_fake_inputs
     # The step's own parameters and buffers are real tensors.
     fake_mode.allow_non_fake_inputs = True
-    z, steps = x, _general_steps(place)
+    z, steps = x, _general_steps(spec)
     try:
-        with _given(place, steps, tensors):
+        with _substituted(spec, steps, tensors):
             for step in steps:
-                z, log_det, _ = recompute.forward(step, z, tensors[: place.contexts], mode)
+                z, log_det, _ = recompute.forward(step, z, tensors[: spec.contexts], mode)
     finally:
         fake_mode.allow_non_fake_inputs = allowed
     result = torch.empty_like(z, memory_format=output_format(z))
@@ -430,17 +430,17 @@ def _run_backward(
     like_x: Tensor,
     *settings: Any,
 ) -> list[Tensor]:
-    place, mode = _split(settings)
-    steps = _general_steps(place)
-    with _eager(), _given(place, steps, tensors):
-        result = _backward(place, mode, steps, x, z, (grad_z, grad_log_det), tensors, needs, None)
+    spec, mode = _from_settings(settings)
+    steps = _general_steps(spec)
+    with _eager(), _substituted(spec, steps, tensors):
+        result = _backward(spec, mode, steps, x, z, (grad_z, grad_log_det), tensors, needs, None)
     inputs = (x, z, grad_z)
     grads = [
         tensor.new_zeros(tensor.shape) if grad is None else grad.clone(memory_format=torch.contiguous_format)
         for grad, tensor, need in zip(result.grads, tensors, needs, strict=True)
         if need and tensor is not None
     ]
-    return [_own(result.x, *inputs), _own(result.grad_x, *inputs), *grads]
+    return [_as_declared(result.x, *inputs), _as_declared(result.grad_x, *inputs), *grads]
 
 
 def _fake_backward(
