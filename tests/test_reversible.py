@@ -27,7 +27,7 @@ from glow_kernels import ReversibleSequential
 from glow_kernels.backends import select
 from glow_kernels.nn import CouplingNetwork, FlowStep, Squeeze
 from glow_kernels.reversible.guards import CHECKS
-from glow_kernels.reversible.offload import Shelf
+from glow_kernels.reversible.offload import OffloadedAnchors
 from glow_kernels.reversible.plain_step import PlainStep
 from glow_kernels.training.ema import MovingAverage
 
@@ -823,18 +823,18 @@ def test_nothing_but_anchors_is_offloaded(monkeypatch):
     x = torch.randn(3, 6, 4, 5)
     moved: list[Tensor] = []
     calls: list[str] = []
-    put, fetch = Shelf.put, Shelf._fetch
+    store, start_fetch = OffloadedAnchors.store, OffloadedAnchors._start_fetch
 
-    def watched_put(self: Shelf, state: Tensor) -> int:
+    def watched_store(self: OffloadedAnchors, state: Tensor) -> int:
         moved.append(state)
-        return put(self, state)
+        return store(self, state)
 
-    def watched_fetch(self: Shelf, number: int):
+    def watched_start_fetch(self: OffloadedAnchors, number: int):
         calls.append(f"fetch {number}")
-        return fetch(self, number)
+        return start_fetch(self, number)
 
-    monkeypatch.setattr(Shelf, "put", watched_put)
-    monkeypatch.setattr(Shelf, "_fetch", watched_fetch)
+    monkeypatch.setattr(OffloadedAnchors, "store", watched_store)
+    monkeypatch.setattr(OffloadedAnchors, "_start_fetch", watched_start_fetch)
     model = recomputing(chain(flow_steps(13), x), "anchor", offload_anchors=True)
     states = [x]
     with torch.no_grad():
@@ -852,13 +852,13 @@ def test_nothing_but_anchors_is_offloaded(monkeypatch):
         torch.autograd.grad(weighted(results), list(model.parameters()), retain_graph=retained)
         assert calls == ["fetch 2", "fetch 1", "fetch 0"]
     calls.clear()
-    shelf = Shelf(x.device)
-    assert [shelf.put(state) for state in states[:3]] == [0, 1, 2]
+    offloaded = OffloadedAnchors(x.device)
+    assert [offloaded.store(state) for state in states[:3]] == [0, 1, 2]
     kept = states[2].clone()
     states[2].zero_()
-    shelf.get(2).zero_()
+    offloaded.fetch(2).zero_()
     assert calls == ["fetch 2", "fetch 1"]  # one ahead
-    assert torch.equal(shelf.get(2), kept)
+    assert torch.equal(offloaded.fetch(2), kept)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

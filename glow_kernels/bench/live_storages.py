@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from glow_kernels.nn import ActNorm
-from glow_kernels.reversible.offload import Shelf
+from glow_kernels.reversible.offload import OffloadedAnchors
 
 
 def training_step_bytes(build: Callable[[], nn.Module], shape: Sequence[int], fake: bool = True) -> tuple[int, int]:
@@ -37,14 +37,14 @@ def training_step_bytes(build: Callable[[], nn.Module], shape: Sequence[int], fa
             parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
                 lambda p: setattr(p, "grad", None)
             )
-        put = Shelf.put
+        store = OffloadedAnchors.store
 
-        def put_away(self: Shelf, state: Tensor) -> int:
-            number = put(self, state)
+        def store_uncounted(self: OffloadedAnchors, state: Tensor) -> int:
+            number = store(self, state)
             storages.ignore(self._anchors[number])
             return number
 
-        with LiveStorages([model]) as storages, patch.object(Shelf, "put", put_away):
+        with LiveStorages([model]) as storages, patch.object(OffloadedAnchors, "store", store_uncounted):
             log_prob = model(torch.rand(shape))
             kept = storages.now
             log_prob.mean().backward()

@@ -18,7 +18,7 @@ from glow_kernels.reversible import budget, guards
 from glow_kernels.reversible.general_step import GeneralStep
 from glow_kernels.reversible.linear_maps import LinearMaps
 from glow_kernels.reversible.link import Link, NodeSpec, chain_of, register
-from glow_kernels.reversible.offload import Shelf
+from glow_kernels.reversible.offload import OffloadedAnchors
 from glow_kernels.reversible.plain_step import PlainStep, cross_boundaries
 from glow_kernels.reversible.recompute import Mode
 
@@ -150,7 +150,7 @@ class ReversibleSequential(nn.Sequential):
             _check_batches(x, context)
         elif self.offload_anchors:
             raise RuntimeError("offload_anchors=True cannot be compiled: compile the networks only, or do not offload")
-        shelf = Shelf(x.device) if self.offload_anchors else None
+        offloaded = OffloadedAnchors(x.device) if self.offload_anchors else None
         mode = Mode.current(x.device, self._micro_batches(x, context))
         ghost: Tensor | None = None
         modules = list(self)
@@ -170,7 +170,7 @@ class ReversibleSequential(nn.Sequential):
                 numbers[-1] == len(self) - 1,
                 self.check != "off",
             )
-            x, log_det, ghost = _linked(steps, spec, mode, maps, shelf, x, ghost, context)
+            x, log_det, ghost = _linked(steps, spec, mode, maps, offloaded, x, ghost, context)
             log_dets.append(log_det)
             if spec.keeps_input and not spec.compares:
                 ghost = None  # the backward of this node needs no reconstructed state from the next node
@@ -363,7 +363,7 @@ def _linked(
     spec: NodeSpec,
     mode: Mode,
     maps: LinearMaps | None,
-    shelf: Shelf | None,
+    offloaded: OffloadedAnchors | None,
     x: Tensor,
     ghost: Tensor | None,
     context: tuple[Tensor | None, ...],
@@ -371,7 +371,7 @@ def _linked(
     def link(x: Tensor, ghost: Tensor | None, *context: Tensor | None) -> Any:
         # Read here, after the pre-forward hooks, in which FSDP gathers them.
         parameters = [parameter for step in steps for parameter in step.parameters]
-        arguments = (maps, shelf, x, ghost, *context, *parameters)
+        arguments = (maps, offloaded, x, ghost, *context, *parameters)
         if torch.compiler.is_compiling():
             return Link.apply(spec, mode, None, *arguments)  # type: ignore[no-untyped-call]
         # Function.apply would only add support for functorch transforms, which chains refuse.
@@ -424,7 +424,8 @@ def _through_hooks(
     if (ghost is not None and _differ(before, received)) or (is_awaited and _differ(result, _identity(z))):
         raise RuntimeError(
             f"{guards.step_name(chain_of(spec), spec.number)}: a hook changes its input or its output, which its "
-            "inverse does not undo: do it inside the step, or use memory='store', or memory='checkpoint' with check='off'"
+            "inverse does not undo: do it inside the step, or use memory='store', or memory='checkpoint' with "
+            "check='off'"
         )
     return z, log_det, following
 

@@ -28,7 +28,7 @@ from glow_kernels.nn.coupling_node import SHARED, Private
 from glow_kernels.reversible import guards, recompute
 from glow_kernels.reversible.general_step import GeneralStep, in_modes
 from glow_kernels.reversible.linear_maps import FoldedMaps, LinearMaps
-from glow_kernels.reversible.offload import Shelf
+from glow_kernels.reversible.offload import OffloadedAnchors
 from glow_kernels.reversible.plain_step import PlainStep, Span
 from glow_kernels.reversible.recompute import Drawn, Mode, Recomputed
 from glow_kernels.reversible.tensors import sum_of
@@ -76,7 +76,7 @@ Step = GeneralStep | PlainStep
 
 
 class Link(torch.autograd.Function):
-    """``apply(spec, mode, steps, maps, shelf, x, ghost, *context, *parameters)``, with the parameters of all steps.
+    """``apply(spec, mode, steps, maps, offloaded, x, ghost, *context, *parameters)``, with the parameters of all steps.
 
     Returns ``z``, ``log_det`` and the ghost of ``z``. ``steps`` is None when compiling. With ``maps``, the first
     parameters of every step are its linear maps, which are not saved.
@@ -89,7 +89,7 @@ class Link(torch.autograd.Function):
         mode: Mode,
         steps: Sequence[Step] | None,
         maps: LinearMaps | None,
-        shelf: Shelf | None,
+        offloaded: OffloadedAnchors | None,
         x: Tensor,
         ghost: Tensor | None,
         *tensors: Any,
@@ -111,13 +111,13 @@ class Link(torch.autograd.Function):
             ctx.of_steps = [_maps_of(*step) for step in zip(spec.numbers, ctx.spans, strict=True)]
         # Backward through a single step needs its input or its output; through several steps it needs both.
         keeps_output = spec.keeps_output and not (spec.keeps_input and spec.length == 1)
-        ctx.shelf = shelf if spec.keeps_input else None
-        kept = x if spec.keeps_input and shelf is None else None
+        ctx.offloaded = offloaded if spec.keeps_input else None
+        kept = x if spec.keeps_input and offloaded is None else None
         if maps is not None:
             remembered = _with_maps(tensors, ctx.bounds, [[(None, None)] * len(own) for own in ctx.of_steps])
         ctx.save_for_backward(kept, z if keeps_output else None, *remembered)
-        if ctx.shelf is not None:
-            ctx.on_shelf = ctx.shelf.put(x)
+        if ctx.offloaded is not None:
+            ctx.anchor_number = ctx.offloaded.store(x)
         if not torch.compiler.is_compiling():
             ctx.chain = _chains[spec.handle]  # keeps the chain alive until backward
             ctx.private = _private(ctx.chain, spec, maps)
@@ -134,8 +134,8 @@ class Link(torch.autograd.Function):
             x, z, like_x, *tensors = ctx.saved_tensors
         else:
             x, z, *tensors = guards.saved_tensors(ctx, ctx.chain, spec.number)
-            if ctx.shelf is not None:
-                x = ctx.shelf.get(ctx.on_shelf)
+            if ctx.offloaded is not None:
+                x = ctx.offloaded.fetch(ctx.anchor_number)
         # If the input is saved, the state reconstructed by the next node is needed only for comparison.
         if z is None and (x is None or spec.compares):
             z = reconstructed

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-class Shelf:
+class OffloadedAnchors:
     """The anchors of one forward, which backward fetches from the last to the first.
 
     On CUDA they are copied on a separate stream, to and from pinned memory, which PyTorch's allocator reuses.
@@ -28,7 +28,7 @@ class Shelf:
         self._anchors: list[Tensor] = []
         self._fetched: dict[int, tuple[Tensor, torch.cuda.Event | None]] = {}
 
-    def put(self, state: Tensor) -> int:
+    def store(self, state: Tensor) -> int:
         """Copy ``state`` to the host, and return the number to fetch it by."""
         if self._stream is None:
             anchor = state.to("cpu", copy=True)
@@ -41,18 +41,18 @@ class Shelf:
         self._anchors.append(anchor)
         return len(self._anchors) - 1
 
-    def get(self, number: int) -> Tensor:
+    def fetch(self, number: int) -> Tensor:
         """The state of that number, on the device; also starts to copy the one before it."""
-        state, arrival = self._fetched.pop(number) if number in self._fetched else self._fetch(number)
+        state, arrival = self._fetched.pop(number) if number in self._fetched else self._start_fetch(number)
         if number:
-            self._fetched[number - 1] = self._fetch(number - 1)
+            self._fetched[number - 1] = self._start_fetch(number - 1)
         if arrival is not None:
             current = torch.cuda.current_stream(self._device)
             current.wait_event(arrival)
             state.record_stream(current)
         return state
 
-    def _fetch(self, number: int) -> tuple[Tensor, torch.cuda.Event | None]:
+    def _start_fetch(self, number: int) -> tuple[Tensor, torch.cuda.Event | None]:
         if self._stream is None:
             return self._anchors[number].to(self._device, copy=True), None
         with torch.cuda.stream(self._stream):
