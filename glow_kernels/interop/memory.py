@@ -300,7 +300,7 @@ class _Node(torch.autograd.Function):
                 ctx.needs_input_grad[3:],
                 arguments.mode,
                 ctx.draws,
-                closed=False,
+                all_leaves_known=False,
             )
         return None, result.grad_x, result.x if ctx.needs_input_grad[2] else None, *result.grads
 

@@ -79,12 +79,12 @@ def backward_from_output(
     grad_log_det: Tensor | None,
     context: Sequence[Tensor | None],
     parameters: Sequence[Tensor],
-    closed: bool,
+    all_leaves_known: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     """The input of the step, its gradient, and those of ``context`` and ``parameters``, with one run of the network.
 
     Args:
-        closed: as for :func:`glow_kernels.reversible.tensors.differentiate`.
+        all_leaves_known: as for :func:`glow_kernels.reversible.tensors.differentiate`.
     """
     coupling = parts.coupling
     grad_z = torch.zeros_like(z) if grad_z is None else grad_z
@@ -104,9 +104,9 @@ def backward_from_output(
     leaves = [read, *tensors, *parameters]
     start = Start.of(h, grad_h)
     del h, grad_h
-    grad_more, *grads = differentiate([start], leaves, closed)
+    grad_more, *grads = differentiate([start], leaves, all_leaves_known)
     if gain is not None:
-        grads = _added(grads, differentiate([Start.of(gain, grad_gain)], leaves[1:], closed=True))
+        grads = _added(grads, differentiate([Start.of(gain, grad_gain)], leaves[1:], all_leaves_known=True))
     if grad_more is not None:
         grad_read = grad_read + grad_more
     x, grad_x = coupling.join(read.detach(), transformed), coupling.join(grad_read, grad_transformed)
@@ -117,7 +117,7 @@ def backward_from_output(
     constants = [tensor.detach() for tensor in linear]
     x, grad_x, *linear_grads = actnorm_conv1x1_reversible_backward(grad_x, grad_log_det, x, *constants)
     starts = [Start.of(*pair) for pair in zip(linear, linear_grads, strict=False)]
-    return x, grad_x, _added(grads, differentiate(starts, leaves[1:], closed=True))
+    return x, grad_x, _added(grads, differentiate(starts, leaves[1:], all_leaves_known=True))
 
 
 def _gain(parts: Parts) -> Tensor | None:

@@ -28,22 +28,22 @@ def micro_batches(chain: ReversibleSequential, x: Tensor, context: Sequence[Tens
         samples = -(-len(x) // parts)
         # Copies: a saved view would count with the memory of the whole tensor.
         some = [None if tensor is None else tensor[:samples].detach().clone() for tensor in context]
-        most = _most(chain, x[:samples].detach().clone(), some)
-        fewer = int(-(-len(x) * most // (samples * budget)))  # the budget may be a float such as 1e9
+        largest = _largest_working_set(chain, x[:samples].detach().clone(), some)
+        fewer = int(-(-len(x) * largest // (samples * budget)))  # the budget may be a float such as 1e9
         if fewer >= parts:
             return parts
         parts = fewer
 
 
-def _most(chain: ReversibleSequential, x: Tensor, context: Sequence[Tensor | None]) -> int:
+def _largest_working_set(chain: ReversibleSequential, x: Tensor, context: Sequence[Tensor | None]) -> int:
     """The largest working set of any step for ``x``, in bytes."""
     mode = Mode.current(x.device, 1)
-    most = 1
+    largest = 1
     for step in chain:
         with torch.enable_grad(), mode.applied(x.device), torch.random.fork_rng(enabled=x.device.type == "cpu"):
             taken, x = _working_set(step, x, context)
-        most = max(most, taken)
-    return most
+        largest = max(largest, taken)
+    return largest
 
 
 def _working_set(step: nn.Module, x: Tensor, context: Sequence[Tensor | None]) -> tuple[int, Tensor]:

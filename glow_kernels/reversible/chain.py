@@ -19,7 +19,7 @@ from glow_kernels.reversible.general_step import GeneralStep
 from glow_kernels.reversible.linear_maps import LinearMaps
 from glow_kernels.reversible.link import Link, NodeSpec, chain_of, register
 from glow_kernels.reversible.offload import OffloadedAnchors
-from glow_kernels.reversible.plain_step import PlainStep, cross_boundaries
+from glow_kernels.reversible.plain_step import PlainStep, can_cross_boundaries
 from glow_kernels.reversible.recompute import Mode
 
 if TYPE_CHECKING:
@@ -156,10 +156,10 @@ class ReversibleSequential(nn.Sequential):
         modules = list(self)
         linear, log_dets, maps = self._folded(x)
         applied: list[_Maps] = [() if own is None else (own, None) for own in linear]
-        if not context and cross_boundaries(modules, linear, x):
+        if not context and can_cross_boundaries(modules, linear, x):
             applied = [(linear[0], linear[1]), *((None, following) for following in [*linear[2:], None])]
         for numbers in self._nodes():
-            steps = [_taken_apart(modules[number], applied[number], x, context) for number in numbers]
+            steps = [_step_of(modules[number], applied[number], x, context) for number in numbers]
             _initialize([modules[number] for number in numbers], steps, x, context)
             spec = NodeSpec(
                 self._handle,
@@ -256,7 +256,7 @@ class ReversibleSequential(nn.Sequential):
         try:
             return stack.fold_inverse(z)
         except ValueError:
-            with guards.named(self, stack.singular()):
+            with guards.errors_name_step(self, stack.singular()):
                 raise
 
     def _micro_batches(self, x: Tensor, context: tuple[Tensor | None, ...]) -> int:
@@ -326,9 +326,7 @@ def _total(log_dets: Sequence[Tensor], x: Tensor) -> Tensor:
 _Maps = tuple[LinearMap | None, LinearMap | None] | tuple[()]
 
 
-def _taken_apart(
-    step: nn.Module, maps: _Maps, x: Tensor, context: tuple[Tensor | None, ...]
-) -> GeneralStep | PlainStep:
+def _step_of(step: nn.Module, maps: _Maps, x: Tensor, context: tuple[Tensor | None, ...]) -> GeneralStep | PlainStep:
     if not maps:
         return GeneralStep.of(step)
     plain = None if context else PlainStep.of(step, x, *maps)

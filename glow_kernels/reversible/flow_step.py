@@ -19,7 +19,7 @@ from glow_kernels.reversible.general_step import GeneralStep
 from glow_kernels.reversible.tensors import Start, differentiate, leaf, passed, sum_of
 
 
-def way_back(step: GeneralStep, private: Private) -> Callable[..., Any] | None:
+def backward_from_output_of(step: GeneralStep, private: Private) -> Callable[..., Any] | None:
     """The ``backward_from_output`` for a flow step, or the step's own method of that name; None if it has none."""
     if step.is_flow_step:
         return functools.partial(backward_from_output, step, private)
@@ -47,7 +47,7 @@ def backward_from_output(
     grad_log_det: Tensor | None,
     context: Sequence[Tensor | None],
     parameters: Sequence[Tensor],
-    closed: bool,
+    all_leaves_known: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     """The input of the step, its gradient, and the gradients of ``context`` and ``parameters``.
 
@@ -78,7 +78,7 @@ def backward_from_output(
     del before, grad_before
     start = Start.of(h, grad_h)
     del h, grad_h
-    grad_extra, *grads = differentiate([start], [conditioning, *tensors, *parameters], closed)
+    grad_extra, *grads = differentiate([start], [conditioning, *tensors, *parameters], all_leaves_known)
     if grad_extra is not None:
         grad_conditioning = torch.add(grad_conditioning, grad_extra, out=grad_conditioning if private.grad else None)
     y = z if private.state else coupling._merge(conditioning.detach(), transformed)
@@ -126,7 +126,7 @@ def _undo_linear_map(
     x, grad_x, grads = results[0], results[1], results[2:]
     if not step.is_standard:
         pairs = [(tensor, grad) for tensor, grad in zip(inputs, grads, strict=True) if tensor is not None]
-        return x, grad_x, differentiate([Start.of(*pair) for pair in pairs], parameters, closed=False)
+        return x, grad_x, differentiate([Start.of(*pair) for pair in pairs], parameters, all_leaves_known=False)
     of: dict[int, Tensor | None] = {}
     linear_grads = zip(inputs[:2], grads[:2], strict=True)
     for tensor, grad in (*linear_grads, *module.mixing.matrix_gradients(grads[2], grads[3])):

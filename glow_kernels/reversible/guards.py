@@ -37,7 +37,7 @@ def step_name(chain: ReversibleSequential, index: int) -> str:
 
 
 @contextmanager
-def named(chain: ReversibleSequential, index: int) -> Iterator[None]:
+def errors_name_step(chain: ReversibleSequential, index: int) -> Iterator[None]:
     """Prefix errors raised inside the ``with`` block with the name of the step; their type stays the same."""
     try:
         yield
@@ -116,7 +116,7 @@ def refuse_transforms() -> None:
         raise RuntimeError("a reversible chain does not support forward-mode differentiation: use memory='store'")
 
 
-def prove(
+def try_out(
     chain: ReversibleSequential,
     index: int,
     step: GeneralStep | PlainStep,
@@ -148,11 +148,11 @@ def prove(
     sample = x[:2].detach().clone()
     sample_context = [None if tensor is None else part_of(tensor, slice(2)) for tensor in context]
     with torch.no_grad(), mode.applied(x.device):
-        _try_out(step, sample, sample_context, needs_inverse, divides)
+        _try_on_samples(step, sample, sample_context, needs_inverse, divides)
     chain._proven[key] = step.modules
 
 
-def _try_out(
+def _try_on_samples(
     step: GeneralStep, x: Tensor, context: Sequence[Tensor | None], needs_inverse: bool, divides: bool
 ) -> None:
     state = RandomState(x.device)
@@ -169,10 +169,10 @@ def _try_out(
     _refuse_stored_results(step, x, context, state)
     if divides:
         # A batch of copies of the first sample: not every network accepts a batch of one.
-        beside, *context_beside = (None if t is None else t[:1].expand_as(t).clone() for t in (x, *context))
+        copies, *context_copies = (None if t is None else t[:1].expand_as(t).clone() for t in (x, *context))
         with state.replayed():
-            z_beside, log_det_beside = step.module.forward(beside, *context_beside)
-        pairs = ((z_beside, z), (log_det_beside, log_det))
+            z_of_copies, log_det_of_copies = step.module.forward(copies, *context_copies)
+        pairs = ((z_of_copies, z), (log_det_of_copies, log_det))
         if any(difference(one[:1], other[:1]) > _tolerance(z) for one, other in pairs):
             raise RuntimeError(
                 "its result for a sample depends on the others in the batch, so it cannot be computed in parts: use "

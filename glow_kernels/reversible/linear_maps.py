@@ -81,14 +81,14 @@ class LinearMaps:
                 results = fold(*stacked)
             self._graph = [leaf for row in rows for leaf in row], results
             matrices, shifts, log_det = (tensor.detach() for tensor in results)
-            there = linear_maps((matrices, shifts, log_det))
+            linear = linear_maps((matrices, shifts, log_det))
             if not self._inverted:
-                return [(each, None) for each in there]
+                return [(each, None) for each in linear]
             try:
                 with torch.no_grad():
-                    return list(zip(there, linear_maps(fold_inverse(*stacked)), strict=True))
+                    return list(zip(linear, linear_maps(fold_inverse(*stacked)), strict=True))
             except ValueError:
-                with guards.named(self._chain, self._stack.singular()):
+                with guards.errors_name_step(self._chain, self._stack.singular()):
                     raise
 
 

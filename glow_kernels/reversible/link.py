@@ -175,8 +175,8 @@ def _forward(
     total: Tensor | None = None
     draws: Draws = []
     for number, step in zip(spec.numbers, steps, strict=True):
-        with guards.named(chain, number):
-            guards.prove(chain, number, step, x, context, mode)
+        with guards.errors_name_step(chain, number):
+            guards.try_out(chain, number, step, x, context, mode)
             with guards.unchanged(step, x, "forward"):
                 x, log_det, drawn = recompute.forward(step, x, context, mode)
         total = log_det if total is None else total + log_det
@@ -203,7 +203,7 @@ def _backward(
     result, reached = _sweep(spec, mode, steps, inputs, z, grads, tensors, needs, draws, private)
     if result.z is None or reached is None:
         return result
-    with guards.named(chain, spec.number):
+    with guards.errors_name_step(chain, spec.number):
         too_far = guards.compare(chain, spec.number, result.z, reached, mode)
     if not too_far:
         return result
@@ -242,7 +242,7 @@ def _sweep(
         reached = state
         given = state if inputs[index] is None else inputs[index]
         assert given is not None
-        with guards.named(chain, number), guards.unchanged(step, given, "backward"):
+        with guards.errors_name_step(chain, number), guards.unchanged(step, given, "backward"):
             result = recompute.backward(
                 step,
                 inputs[index],

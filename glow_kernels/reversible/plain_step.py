@@ -95,7 +95,7 @@ class PlainStep(NamedTuple):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The output, and the log-determinant (B,) of the coupling alone."""
-        before, after, own = self._taken_apart()
+        before, after, own = self._split_parameters()
         y = apply(x, *before) if self.span.begins else x
         if not self.span.ends:
             return couple(y, self.span.kind, own)[:2]
@@ -124,7 +124,7 @@ class PlainStep(NamedTuple):
         grad_z = torch.zeros_like(given) if grad_z is None else grad_z.to(given.dtype)
         if grad_log_det is None:
             grad_log_det = given.new_zeros(given.shape[0], dtype=compute_dtype(given))
-        needed = any(needs[-len(self._taken_apart()[2]) :])
+        needed = any(needs[-len(self._split_parameters()[2]) :])
         evaluated = None
         if x is None:
             x, grad_x, every = self._backward_from_output(given, grad_z, grad_log_det, needed, private)
@@ -135,7 +135,7 @@ class PlainStep(NamedTuple):
     def _backward_from_output(
         self, z: Tensor, grad_z: Tensor, grad_log_det: Tensor, needed: bool, private: Private
     ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-        before, after, own = self._taken_apart()
+        before, after, own = self._split_parameters()
         of_maps: list[Tensor] = []
         y, grad_y = z, grad_z
         if self.span.ends:
@@ -155,7 +155,7 @@ class PlainStep(NamedTuple):
     def _backward_from_input(
         self, x: Tensor, evaluates: bool, grad_z: Tensor, grad_log_det: Tensor, needed: bool
     ) -> tuple[Tensor | None, Tensor, list[Tensor | None]]:
-        before, after, own = self._taken_apart()
+        before, after, own = self._split_parameters()
         kind, of_maps = self.span.kind, []
         z: Tensor | None = None
         y = apply(x, *before) if self.span.begins else x
@@ -177,7 +177,7 @@ class PlainStep(NamedTuple):
             of_maps = [*of_map, *of_maps]
         return z if evaluates else None, grad_y, [*of_maps, *found]
 
-    def _taken_apart(self) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
+    def _split_parameters(self) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
         """Matrix and shift of the linear maps before and after the coupling, and the network's parameters."""
         start = 2 * self.span.begins
         end = start + 2 * self.span.ends
@@ -193,7 +193,7 @@ class PlainStep(NamedTuple):
         return self.span.kind.options[1:]  # without a gain
 
 
-def cross_boundaries(steps: Sequence[nn.Module], maps: Sequence[LinearMap | None], x: Tensor) -> bool:
+def can_cross_boundaries(steps: Sequence[nn.Module], maps: Sequence[LinearMap | None], x: Tensor) -> bool:
     """Whether all ``steps``, with these linear ``maps``, can end with the linear map of the next step."""
     return all(
         linear is not None and is_boundary_node(x, cast(FlowStep, step), linear)

@@ -24,15 +24,15 @@ from glow_kernels.reversible.general_step import GeneralStep
 from glow_kernels.reversible.plain_step import PlainStep
 from glow_kernels.reversible.randomness import RandomState, refuse_while_capturing
 from glow_kernels.reversible.tensors import (
-    Joined,
+    BatchBuffer,
     Start,
     dense_strides,
     differentiate,
     leaf,
-    lying,
     part_of,
     passed,
     sum_of,
+    with_strides,
 )
 
 
@@ -120,7 +120,7 @@ def forward(
     Given the ``draws`` of an earlier call, the step draws the random numbers of that call.
     """
     batch = x.shape[0]
-    z, log_det = Joined(batch), Joined(batch)
+    z, log_det = BatchBuffer(batch), BatchBuffer(batch)
     may_draw = not isinstance(x, FakeTensor) and not step.is_standard
     if may_draw and x.is_cuda:
         refuse_while_capturing(step.modules, x.device)
@@ -131,7 +131,7 @@ def forward(
             state = RandomState(x.device) if may_draw else None
             part_x = part_of(x, part)
             with _replayed(None if draws is None else draws[number]):
-                part_z, part_log_det = step.forward(part_x, *_parts(context, part))
+                part_z, part_log_det = step.forward(part_x, *_parts_of(context, part))
             if state is not None:
                 drew = drew or state.has_moved()
                 drawn.append(Drawn(state, dense_strides(part_x), dense_strides(part_z)))
@@ -150,7 +150,7 @@ def backward(
     needs: Sequence[bool],
     mode: Mode,
     draws: Sequence[Drawn] | None,
-    closed: bool,
+    all_leaves_known: bool,
     private: Private = SHARED,
 ) -> Recomputed:
     """Differentiate a step, given its input ``x`` or its output ``z``; given both, also evaluate its output again.
@@ -159,18 +159,18 @@ def backward(
         grads: gradients of the output and of the log-determinant.
         needs: which of ``context`` and ``parameters`` need a gradient.
         draws: as :func:`forward` returned them.
-        closed: as for :func:`~glow_kernels.reversible.tensors.differentiate`.
+        all_leaves_known: as for :func:`~glow_kernels.reversible.tensors.differentiate`.
         private: which of ``z`` and its gradient may be overwritten.
     """
     if isinstance(step, PlainStep):
         return _backward_of_plain(step, x, z, grads, needs, mode, private)
     given = cast(Tensor, z if x is None else x)
     batch = len(given)
-    way_back = flow_step.way_back(step, private) if x is None else None
+    from_output = flow_step.backward_from_output_of(step, private) if x is None else None
     tensors = [tensor for tensor in context if tensor is not None]
-    joined_x, joined_grad = _joined(batch, z, grads[0], private)
-    joined_z = Joined(batch)
-    joined_context = [Joined(batch) for _ in tensors]
+    x_buffer, grad_buffer = _buffers(batch, z, grads[0], private)
+    z_buffer = BatchBuffer(batch)
+    context_buffers = [BatchBuffer(batch) for _ in tensors]
     totals: list[Tensor | None] = [None] * len(parameters)
     leaves = [leaf(tensor, need) for tensor, need in zip(parameters, needs[len(context) :], strict=True)]
     wanted_context = [need for need, tensor in zip(needs, context, strict=False) if tensor is not None]
@@ -181,12 +181,12 @@ def backward(
             drawn = None if draws is None else draws[number]
             part_given = part_of(given, part)
             if x is None and drawn is not None:
-                part_given = lying(part_given, drawn.after)
+                part_given = with_strides(part_given, drawn.after)
             grad_z, grad_log_det = (None if grad is None else part_of(grad, part) for grad in grads)
-            if way_back is not None:
+            if from_output is not None:
                 with _replayed(drawn):
-                    part_x, grad_x, part_grads = way_back(
-                        part_given, grad_z, grad_log_det, part_context, leaves, closed
+                    part_x, grad_x, part_grads = from_output(
+                        part_given, grad_z, grad_log_det, part_context, leaves, all_leaves_known
                     )
             else:
                 part_x = part_given
@@ -194,28 +194,28 @@ def backward(
                     with torch.no_grad(), _replayed(drawn):
                         part_x, _ = step.inverse(part_given, *part_context)
                     if drawn is not None:
-                        part_x = lying(part_x, drawn.before)
+                        part_x = with_strides(part_x, drawn.before)
                 with torch.enable_grad(), _replayed(drawn):
                     start = leaf(part_x, True)
                     part_z, part_log_det = step.forward(*passed([start, *part_context]))
                 if x is not None and z is not None:
-                    joined_z.add(part, part_z.detach())
+                    z_buffer.add(part, part_z.detach())
                 every_leaf = [start, *(t for t in part_context if t is not None), *leaves]
                 starts = [Start.of(part_z, grad_z), Start.of(part_log_det, grad_log_det)]
                 del part_z, part_log_det
-                grad, *part_grads = differentiate(starts, every_leaf, closed)
+                grad, *part_grads = differentiate(starts, every_leaf, all_leaves_known)
                 grad_x = torch.zeros_like(part_x) if grad is None else grad
             if x is None:
-                joined_x.add(part, part_x)
-            joined_grad.add(part, grad_x)
-            for joined, grad in zip(joined_context, part_grads, strict=False):
+                x_buffer.add(part, part_x)
+            grad_buffer.add(part, grad_x)
+            for buffer, grad in zip(context_buffers, part_grads, strict=False):
                 if grad is not None:
-                    joined.add(part, grad)
+                    buffer.add(part, grad)
             totals = [sum_of(total, grad) for total, grad in zip(totals, part_grads[len(tensors) :], strict=True)]
-    context_grads = iter([joined.tensor_or_none for joined in joined_context])
+    context_grads = iter([buffer.tensor_or_none for buffer in context_buffers])
     every_grad = [None if tensor is None else next(context_grads) for tensor in context]
     return Recomputed(
-        joined_x.tensor if x is None else x, joined_z.tensor_or_none, joined_grad.tensor, [*every_grad, *totals]
+        x_buffer.tensor if x is None else x, z_buffer.tensor_or_none, grad_buffer.tensor, [*every_grad, *totals]
     )
 
 
@@ -230,26 +230,26 @@ def _backward_of_plain(
 ) -> Recomputed:
     given = cast(Tensor, z if x is None else x)
     batch = given.shape[0]
-    joined_x, joined_grad = _joined(batch, z, grads[0], private)
-    joined_z = Joined(batch)
+    x_buffer, grad_buffer = _buffers(batch, z, grads[0], private)
+    z_buffer = BatchBuffer(batch)
     totals: list[Tensor | None] = [None] * len(step.parameters)
     with mode.applied(given.device):
         for part in mode.parts(batch):
             parts = (None if tensor is None else part_of(tensor, part) for tensor in (x, z, *grads))
             *states, found = step.backward(needs, private, *parts)
-            for join, state in zip((joined_x, joined_z, joined_grad), states, strict=True):
+            for buffer, state in zip((x_buffer, z_buffer, grad_buffer), states, strict=True):
                 if state is not None:
-                    join.add(part, state)
+                    buffer.add(part, state)
             totals = [sum_of(total, grad) for total, grad in zip(totals, found, strict=True)]
-    return Recomputed(joined_x.tensor if x is None else x, joined_z.tensor_or_none, joined_grad.tensor, totals)
+    return Recomputed(x_buffer.tensor if x is None else x, z_buffer.tensor_or_none, grad_buffer.tensor, totals)
 
 
-def _joined(batch: int, z: Tensor | None, grad_z: Tensor | None, private: Private) -> tuple[Joined, Joined]:
+def _buffers(batch: int, z: Tensor | None, grad_z: Tensor | None, private: Private) -> tuple[BatchBuffer, BatchBuffer]:
     """Accumulators for the input of a step and its gradient, which reuse the memory of what is private."""
-    return Joined(batch, z if private.state else None), Joined(batch, grad_z if private.grad else None)
+    return BatchBuffer(batch, z if private.state else None), BatchBuffer(batch, grad_z if private.grad else None)
 
 
-def _parts(context: Sequence[Tensor | None], part: slice | None) -> list[Tensor | None]:
+def _parts_of(context: Sequence[Tensor | None], part: slice | None) -> list[Tensor | None]:
     return [None if tensor is None else part_of(tensor, part) for tensor in context]
 
 

@@ -47,7 +47,7 @@ def dense_strides(tensor: Tensor) -> tuple[int, ...]:
     return torch.empty_like(tensor, device="meta").stride()
 
 
-def lying(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
+def with_strides(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
     """The same values with these strides."""
     if tensor.stride() == strides:
         return tensor
@@ -76,11 +76,13 @@ class Start(NamedTuple):
         return cls(get_gradient_edge(start), start.new_zeros(()).expand(start.shape))
 
 
-def differentiate(starts: Sequence[Start | None], leaves: Sequence[Tensor], closed: bool) -> list[Tensor | None]:
+def differentiate(
+    starts: Sequence[Start | None], leaves: Sequence[Tensor], all_leaves_known: bool
+) -> list[Tensor | None]:
     """Gradients of the ``leaves`` that require them; None for the others, and where there is no gradient.
 
     Args:
-        closed: the graph is known to have no other leaves, so do not search it for them.
+        all_leaves_known: the graph is known to have no other leaves, so it is not searched for them.
 
     Raises:
         RuntimeError: a start depends on another leaf that requires a gradient, which would not get one.
@@ -91,8 +93,8 @@ def differentiate(starts: Sequence[Start | None], leaves: Sequence[Tensor], clos
     if not given:
         return results
     edges, grads = zip(*given, strict=True)
-    if not closed:
-        _refuse_strangers([edge.node for edge in edges], leaves)
+    if not all_leaves_known:
+        _refuse_unknown_leaves([edge.node for edge in edges], leaves)
     if wanted:
         found = torch.autograd.grad(edges, [leaves[number] for number in wanted], grads, allow_unused=True)
         for number, grad in zip(wanted, found, strict=True):
@@ -100,7 +102,7 @@ def differentiate(starts: Sequence[Start | None], leaves: Sequence[Tensor], clos
     return results
 
 
-def _refuse_strangers(nodes: Sequence[Node], leaves: Sequence[Tensor]) -> None:
+def _refuse_unknown_leaves(nodes: Sequence[Node], leaves: Sequence[Tensor]) -> None:
     known = {id(tensor) for tensor in leaves}
     seen = set(nodes)
     stack = list(seen)
@@ -126,16 +128,16 @@ def sum_of(total: Tensor | None, grad: Tensor | None) -> Tensor | None:
     return total + grad
 
 
-class Joined:
+class BatchBuffer:
     """A tensor that is assembled from parts of the batch; a single part for the whole batch is not copied.
 
     Args:
-        place: a tensor of the same shape, into whose memory the parts are written, without changing its version.
+        out: a tensor of the same shape, into whose memory the parts are written, without changing its version.
     """
 
-    def __init__(self, batch: int, place: Tensor | None = None) -> None:
+    def __init__(self, batch: int, out: Tensor | None = None) -> None:
         self._batch = batch
-        self._place = place
+        self._out = out
         self._result: Tensor | None = None
 
     def add(self, part: slice | None, tensor: Tensor) -> None:
@@ -143,8 +145,8 @@ class Joined:
         if part is None:
             self._result = tensor
             return
-        if self._result is None and self._place is not None:
-            self._result = self._place.data
+        if self._result is None and self._out is not None:
+            self._result = self._out.data
         if self._result is None:
             format_ = output_format(tensor)
             self._result = torch.zeros_like(tensor[:1].expand(self._batch, *tensor.shape[1:]), memory_format=format_)
