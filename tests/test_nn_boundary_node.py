@@ -73,7 +73,7 @@ def differentiated(model: nn.Module, x: Tensor, used: tuple[int, ...] = (0, 1)) 
     ],
 )
 def test_the_nodes_equal_the_steps(fast_backend, monkeypatch, nodes, coupling, mixing, channels, apart):
-    monkeypatch.setattr(network_module, "is_bias_apart", lambda x: apart)
+    monkeypatch.setattr(network_module, "adds_bias_separately", lambda x: apart)
     model, x = chain(channels, coupling=coupling, mixing=mixing)
     actual = differentiated(model, x)
     assert len(nodes) == (3 if coupling == "affine" else 0)
@@ -298,7 +298,7 @@ class Counts(NamedTuple):
 def operators_per_step(monkeypatch: pytest.MonkeyPatch, channels: int, steps: int = 1, **options: Any) -> Counts:
     """The operators that ``steps`` more flow steps add to a chain, in bfloat16 on matrix units."""
     monkeypatch.setattr(passes_module, "has_tensor_cores", lambda device, dtype: dtype == torch.bfloat16)
-    monkeypatch.setattr(network_module, "is_bias_apart", lambda x: True)
+    monkeypatch.setattr(network_module, "adds_bias_separately", lambda x: True)
     monkeypatch.setattr(backends, "candidates", lambda: ("triton",))
     monkeypatch.setattr(backends, "select", lambda: "triton")
     monkeypatch.setattr(support, "_on_device", lambda *_: True)

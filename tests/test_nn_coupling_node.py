@@ -54,7 +54,7 @@ def differentiated(module: nn.Module, x: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("channels", [2, 5, 12])
 def test_the_node_equals_the_formulas(fast_backend, monkeypatch, nodes, kind, channels, apart):
-    monkeypatch.setattr(network_module, "is_bias_apart", lambda x: apart)
+    monkeypatch.setattr(network_module, "adds_bias_separately", lambda x: apart)
     module = ready(kind, channels)
     x = torch.randn(3, channels, 4, 6, dtype=torch.float64)
     actual = differentiated(module, x)
@@ -77,7 +77,7 @@ def test_a_step_that_divides_its_last_convolution_equals_the_formulas(monkeypatc
         chain(torch.randn(4, 6, 4, 6, dtype=torch.float64))
     expected = differentiated(chain, x)
     assert not divided
-    monkeypatch.setattr(passes_module, "takes_room", lambda x: True)
+    monkeypatch.setattr(passes_module, "needs_workspace", lambda x: True)
     for one, other in zip(differentiated(chain, x), expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
     assert len(divided) == 3
@@ -86,7 +86,7 @@ def test_a_step_that_divides_its_last_convolution_equals_the_formulas(monkeypatc
 @every_coupling
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_the_node_is_as_accurate_as_its_parts_under_autocast(fast_backend, monkeypatch, nodes, kind, memory_format):
-    monkeypatch.setattr(network_module, "is_bias_apart", lambda x: True)
+    monkeypatch.setattr(network_module, "adds_bias_separately", lambda x: True)
     module = ready(kind, 6, dtype=torch.float32).to(memory_format=memory_format)
     x = torch.randn(3, 6, 4, 6)
     with gk.use_backend("reference"):
@@ -110,7 +110,7 @@ def test_padding_and_epilogues_of_matrix_units_change_nothing(
     fast_backend, monkeypatch, nodes, kind, channels, memory_format
 ):
     monkeypatch.setattr(passes_module, "has_tensor_cores", lambda *_: True)
-    monkeypatch.setattr(network_module, "is_bias_apart", lambda x: True)
+    monkeypatch.setattr(network_module, "adds_bias_separately", lambda x: True)
     monkeypatch.setattr(passes_module, "_ELEMENTS", 32)  # to have several parts
     module = ready(kind, channels).to(memory_format=memory_format)
     x = torch.randn(3, channels, 4, 6, dtype=torch.float64)

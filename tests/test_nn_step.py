@@ -119,7 +119,7 @@ def test_only_a_frugal_network_overwrites_the_gradients_that_it_gets(monkeypatch
 
 @pytest.mark.parametrize("frugal", [False, True])
 def test_network_is_the_same_where_bias_and_relu_are_one_pass(backend, monkeypatch, frugal):
-    monkeypatch.setattr(network_module, "is_bias_apart", lambda x: True)
+    monkeypatch.setattr(network_module, "adds_bias_separately", lambda x: True)
     monkeypatch.setattr(network_module, "LARGE_ON_GPU", 0)
     x = torch.randn(3, 4, 5, 3, dtype=torch.float64, requires_grad=True)
     network = ready(CouplingNetwork(4, 6, 16), x.detach())
@@ -134,7 +134,7 @@ def test_network_is_the_same_where_bias_and_relu_are_one_pass(backend, monkeypat
 
 @pytest.mark.parametrize("apart", [False, True])
 def test_autocast_converts_the_folded_weights_only(monkeypatch, apart):
-    monkeypatch.setattr(network_module, "is_bias_apart", lambda x: apart)
+    monkeypatch.setattr(network_module, "adds_bias_separately", lambda x: apart)
     network = ready(CouplingNetwork(4, 6, 16), torch.randn(3, 4, 5, 3))
     expected = network(torch.ones(2, 4, 5, 3))
     with torch.autocast("cpu", dtype=torch.bfloat16), Conversions() as conversions:

@@ -18,7 +18,7 @@ from glow_kernels import backends
 from glow_kernels.nn import network_passes as passes
 from glow_kernels.nn.coupling import AdditiveCoupling, AffineCoupling
 from glow_kernels.nn.coupling_node import Kind, coupling_node, node_parameters
-from glow_kernels.nn.network import type_of_convolution
+from glow_kernels.nn.network import convolution_dtype
 from glow_kernels.nn.step import FlowStep, LinearMap
 from glow_kernels.ops._registry import differentiable_once
 from glow_kernels.ops.actnorm_conv1x1 import apply
@@ -26,7 +26,7 @@ from glow_kernels.ops.coupling_conv1x1 import backward as boundary_backward
 from glow_kernels.ops.coupling_conv1x1 import forward as boundary_forward
 
 
-class Plain(NamedTuple):
+class PlainCoupling(NamedTuple):
     """The coupling of a step that can be a node: its kind, and the parameters of its network."""
 
     kind: Kind
@@ -58,16 +58,16 @@ def in_turn(steps: Sequence[nn.Module], maps: Sequence[LinearMap], x: Tensor) ->
     return x, log_dets
 
 
-def plain_coupling(x: Tensor, step: FlowStep) -> Plain | None:
+def plain_coupling(x: Tensor, step: FlowStep) -> PlainCoupling | None:
     """The coupling of ``step`` for ``x`` (B, C, H, W) if it can be a node and has no hooks; None otherwise."""
     coupling: Any = step._modules["coupling"]
     if type(coupling) not in (AffineCoupling, AdditiveCoupling) or coupling.condition_on != "first":
         return None
-    if passes.is_altered(coupling) or x.size(1) != coupling.channels:
+    if passes.is_overridden_or_hooked(coupling) or x.size(1) != coupling.channels:
         return None
     kind = coupling._kind()
     parameters = node_parameters(x, kind, coupling._modules["network"])
-    return None if parameters is None else Plain(kind, parameters)
+    return None if parameters is None else PlainCoupling(kind, parameters)
 
 
 def is_boundary_node(z: Tensor, step: FlowStep, linear: LinearMap) -> bool:
@@ -80,16 +80,16 @@ def is_boundary_node(z: Tensor, step: FlowStep, linear: LinearMap) -> bool:
     return plain is not None and _has_operator(z, plain, linear)
 
 
-def _has_operator(z: Tensor, plain: Plain, linear: LinearMap) -> bool:
+def _has_operator(z: Tensor, plain: PlainCoupling, linear: LinearMap) -> bool:
     if plain.kind.scale_map is None:
         return False
     # A stand-in for h: only type and device matter, as h has at most as many elements as z.
-    dtype = type_of_convolution(plain.parameters[0])
+    dtype = convolution_dtype(plain.parameters[0])
     h = z if z.dtype == dtype else z.new_empty((0, 0), dtype=dtype)
     return boundary_forward.is_fast(z, h, *linear, *_options(plain.kind))
 
 
-def boundary_node(z: Tensor, plain: Plain, linear: LinearMap) -> tuple[Tensor, Tensor]:
+def boundary_node(z: Tensor, plain: PlainCoupling, linear: LinearMap) -> tuple[Tensor, Tensor]:
     """The next ``z``, after a ``plain`` coupling and the ``linear`` map, and the ``log_det`` (B,) of the former."""
     kind, parameters = plain
     if not torch.is_grad_enabled():

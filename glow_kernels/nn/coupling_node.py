@@ -50,14 +50,14 @@ class Kind(NamedTuple):
         return (channels - self.channels) * (1 if self.scale_map is None else 2)
 
 
-class Private(NamedTuple):
+class Overwritable(NamedTuple):
     """Whether nothing else uses a state, and its gradient, so that results may overwrite them."""
 
     state: bool = False
     grad: bool = False
 
 
-SHARED = Private()
+NOT_OVERWRITABLE = Overwritable()
 
 
 class Coupled(NamedTuple):
@@ -141,14 +141,14 @@ def couple_backward(
     grad: Tensor,
     grad_log_det: Tensor,
     kind: Kind,
-    of: tuple[Tensor, Tensor, passes.Kept],
+    coupled: tuple[Tensor, Tensor, passes.Kept],
     parameters: Sequence[Tensor],
     needs_x: bool,
     needs_parameters: bool,
     frugal: bool = False,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Gradients of :func:`couple` in ``x`` and ``parameters``, None where not needed; ``of`` is its (y, h, kept)."""
-    y, h, kept = of
+    """Gradients of :func:`couple` in ``x`` and ``parameters``, None where not needed; ``coupled`` is (y, h, kept)."""
+    y, h, kept = coupled
     grad_conditioning, grad_transformed = grad[:, : kind.channels], grad[:, kind.channels :]
     if kind.scale_map is None:
         grad_h = grad_transformed.to(h.dtype)
@@ -159,26 +159,26 @@ def couple_backward(
     return None if below is None else torch.cat((grad_conditioning + below, grad_transformed), 1), found
 
 
-def uncouple(
+def couple_reversible_backward(
     grad: Tensor,
     grad_log_det: Tensor,
     y: Tensor,
     kind: Kind,
     parameters: Sequence[Tensor],
     needs_parameters: bool,
-    private: Private = SHARED,
+    overwritable: Overwritable = NOT_OVERWRITABLE,
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     """From the output ``y`` of :func:`couple`: ``x``, its gradient and those of ``parameters``.
 
-    The network is evaluated once. If ``y`` and ``grad`` are ``private``, ``x`` and its gradient overwrite them.
+    The network is evaluated once. If ``y`` and ``grad`` are ``overwritable``, ``x`` and its gradient overwrite them.
     """
     conditioning, transformed = y[:, : kind.channels], y[:, kind.channels :]
     grad_conditioning, grad_transformed = grad[:, : kind.channels], grad[:, kind.channels :]
     h, kept = passes.forward(conditioning, parameters, frugal=True)
     if kind.scale_map is None:
         transformed, grad_h = (transformed - h).to(y.dtype), grad_transformed.to(h.dtype)
-        transformed = in_place(y[:, kind.channels :], transformed, private.state)
-    elif private.state and private.grad and _lie_alike(y, grad):
+        transformed = in_place(y[:, kind.channels :], transformed, overwritable.state)
+    elif overwritable.state and overwritable.grad and _same_memory_format(y, grad):
         # The same as in_place below, without copies.
         own = grad_transformed.data, grad_log_det, transformed.data
         grad_h = affine_in_place_backward(*own, h, *kind.options[1:])
@@ -186,14 +186,14 @@ def uncouple(
         transformed, grad_transformed, grad_h, _ = affine_reversible_backward(
             grad_transformed, grad_log_det, transformed, h, *kind.options
         )
-        transformed = in_place(y[:, kind.channels :], transformed, private.state)
-        grad_transformed = in_place(grad[:, kind.channels :], grad_transformed, private.grad)
+        transformed = in_place(y[:, kind.channels :], transformed, overwritable.state)
+        grad_transformed = in_place(grad[:, kind.channels :], grad_transformed, overwritable.grad)
     del h
     below, found = passes.backward(grad_h, kept, parameters, True, needs_parameters, frugal=True)
     del grad_h, kept
     assert below is not None
-    x = y if private.state else torch.cat((conditioning, transformed), 1)
-    if private.grad:
+    x = y if overwritable.state else torch.cat((conditioning, transformed), 1)
+    if overwritable.grad:
         grad_conditioning += below
     else:
         grad = torch.cat((grad_conditioning + below, grad_transformed), 1)
@@ -208,7 +208,7 @@ def in_place(half: Tensor, values: Tensor, wanted: bool) -> Tensor:
     return half.data.copy_(values) if wanted else values
 
 
-def _lie_alike(x: Tensor, other: Tensor) -> bool:
+def _same_memory_format(x: Tensor, other: Tensor) -> bool:
     """Whether both have the same type and are both contiguous or both channels last, so one operator can write both."""
     formats = (torch.contiguous_format, torch.channels_last)
     return x.dtype == other.dtype and any(
@@ -243,9 +243,9 @@ class _CouplingNode(torch.autograd.Function):
         needs_y = needs_x or needs_matrix or needs_shift
         grad_matrix, grad_shift = None, None
         with backends.restored(ctx.backend):
-            of = (y, h, kept)
+            coupled = (y, h, kept)
             grad, grad_log_det = grads
-            grad_x, found = couple_backward(grad, grad_log_det, ctx.kind, of, parameters, needs_y, any(needs))
+            grad_x, found = couple_backward(grad, grad_log_det, ctx.kind, coupled, parameters, needs_y, any(needs))
             if matrix is not None and grad_x is not None:
                 grad_x, grad_matrix, grad_shift = apply_backward(grad_x, x, matrix, needs_x)
         every = (grad_x, None, grad_matrix, grad_shift, *found)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from glow_kernels.backends.numerics import compute_dtype
 from glow_kernels.nn.actnorm import ActNorm
 from glow_kernels.nn.conv1x1 import ChannelPermutation, InvertibleConv1x1
-from glow_kernels.nn.network_passes import is_altered, parameter_of
+from glow_kernels.nn.network_passes import is_overridden_or_hooked, parameter_of
 from glow_kernels.nn.step import FlowStep, LinearMap
 from glow_kernels.ops import lu_weight
 from glow_kernels.ops._checks import positions
@@ -132,7 +132,7 @@ def _are_alike(steps: Sequence[nn.Module], x: Tensor) -> bool:
     lu, dtype, device = getattr(mixing, "lu", None), like.dtype, like.device
     # A plain loop that reads the modules' dictionaries directly: this runs at every call, for every step.
     for step in steps:
-        if type(step) is not FlowStep or is_altered(step) or "inverse" in step.__dict__:
+        if type(step) is not FlowStep or is_overridden_or_hooked(step) or "inverse" in step.__dict__:
             return False
         actnorm, own = step._modules["actnorm"], step._modules["mixing"]
         if type(actnorm) is not ActNorm or not actnorm._is_initialized:

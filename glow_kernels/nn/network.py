@@ -45,7 +45,7 @@ class HiddenConv2d(nn.Module):
         With ``frugal``, the backward of ReLU overwrites large gradients in place; nothing else may use them.
         """
         weight, bias = self.folded(x)
-        fuses = is_bias_apart(x)
+        fuses = adds_bias_separately(x)
         nbytes = x[:, 0].numel() * len(weight) * weight.itemsize
         overwrites = frugal and nbytes >= (LARGE_ON_GPU if fuses else _LARGE)
         if fuses and not overwrites:
@@ -57,7 +57,7 @@ class HiddenConv2d(nn.Module):
         """Weight and bias of the convolution with ActNorm folded in; ``x`` initialises ActNorm if necessary."""
         if not self.actnorm.is_initialized():
             self.actnorm.prepare(F.conv2d(x, self.weight, padding=self.padding))
-        dtype = type_of_convolution(self.weight)
+        dtype = convolution_dtype(self.weight)
         return scale_filters(self.weight, self.actnorm.bias, self.actnorm.log_scale, dtype=dtype)
 
 
@@ -83,7 +83,7 @@ class ZeroConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) to (B, out_channels, H, W)."""
-        dtype = type_of_convolution(self.weight)
+        dtype = convolution_dtype(self.weight)
         return F.conv2d(x, *scale_filters(self.weight, self.bias, self.log_scale, 3.0, dtype), padding=1)
 
 
@@ -132,7 +132,7 @@ class _FrugalReLU(torch.autograd.Function):
         return grad
 
 
-def type_of_convolution(weight: Tensor) -> torch.dtype:
+def convolution_dtype(weight: Tensor) -> torch.dtype:
     """The type that autocast would convert ``weight`` to at every use; without autocast its own."""
     device = weight.device.type
     if weight.dtype == torch.float64 or not is_autocast_enabled(device):
@@ -140,6 +140,6 @@ def type_of_convolution(weight: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device)
 
 
-def is_bias_apart(x: Tensor) -> bool:
+def adds_bias_separately(x: Tensor) -> bool:
     """Whether a convolution of ``x`` adds its bias in a separate pass: cuDNN does, the CPU does not."""
     return not x.is_cpu

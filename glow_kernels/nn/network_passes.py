@@ -46,7 +46,7 @@ def plain_parameters(network: nn.Module) -> list[Tensor] | None:
 
     It must be this package's own network, initialised, without hooks and with no method overridden.
     """
-    if type(network) is not CouplingNetwork or _has_any_global_hook() or is_altered(network):  # type: ignore[no-untyped-call]
+    if type(network) is not CouplingNetwork or _has_any_global_hook() or is_overridden_or_hooked(network):  # type: ignore[no-untyped-call]
         return None
     layers: dict[str, Any] = network._modules
     first, second, last = layers["first"], layers["second"], layers["last"]
@@ -78,7 +78,7 @@ def parameters_of(network: nn.Module) -> list[Tensor]:
 def forward(x: Tensor, parameters: Sequence[Tensor], frugal: bool = False) -> tuple[Tensor, Kept]:
     """The output of the network for ``x`` (B, C, H, W), and what backward needs; ``frugal`` as for the network."""
     weights, biases, log_scales = parameters[:3], parameters[3:6], parameters[6:]
-    dtype, format_ = networks.type_of_convolution(weights[0]), memory_format_of(weights[0])
+    dtype, format_ = networks.convolution_dtype(weights[0]), memory_format_of(weights[0])
     inner, outputs = x.shape[1], len(weights[2])
     outer = outputs
     if has_tensor_cores(x.device, dtype):
@@ -112,8 +112,8 @@ def backward(
     """
     inputs, scaled = kept
     weights, biases, log_scales = parameters[:3], parameters[3:6], parameters[6:]
-    apart = networks.is_bias_apart(grad)
-    parts = _parts(grad) if apart and needs_parameters else 0
+    apart = networks.adds_bias_separately(grad)
+    parts = _partial_sum_count(grad) if apart and needs_parameters else 0
     grad_bias: Tensor | None = None
     if len(scaled[2]) > grad.shape[1]:
         in_last = memory_format_of(inputs[2]) == torch.channels_last
@@ -125,7 +125,7 @@ def backward(
     for index in (2, 1, 0):
         mask = [needs_x or index > 0, needs_parameters, needs_parameters and grad_bias is None]
         # Memory is at its peak here: only at the last convolution are all hidden layers still there.
-        divides = index == 2 and frugal and takes_room(grad) and _is_large(grad, inputs[index].shape[1])
+        divides = index == 2 and frugal and needs_workspace(grad) and _is_large(grad, inputs[index].shape[1])
         differentiate = _convolve_backward_in_shares if divides else _convolve_backward
         grad, grad_weight, of_bias = differentiate(grad, inputs[index], scaled[index], mask)
         if needs_parameters:
@@ -135,7 +135,7 @@ def backward(
             break
         result, grad_bias = inputs.pop(), None
         if apart and not (frugal and _is_large(result, result.shape[1])):
-            grad, grad_bias = bias_relu_backward(grad, result, _parts(result))
+            grad, grad_bias = bias_relu_backward(grad, result, _partial_sum_count(result))
         else:  # the convolution has just made the gradient, so nothing else uses it
             _threshold_backward_into(grad, result, 0, grad_input=grad)
         del result
@@ -159,7 +159,7 @@ def has_tensor_cores(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
 
 
-def takes_room(x: Tensor) -> bool:
+def needs_workspace(x: Tensor) -> bool:
     """Whether convolutions of data like ``x`` need workspace as large as a hidden layer.
 
     On an H200 cuDNN copies all float32 data to the layout of its tensor cores, whatever layout the data have.
@@ -175,7 +175,7 @@ def aligned(channels: int) -> int:
     return channels if channels % 8 == 0 else -(-channels // 16) * 16
 
 
-def _parts(x: Tensor) -> int:
+def _partial_sum_count(x: Tensor) -> int:
     """The number of partial sums of ``x`` over positions, which :func:`scale_all_backward` then adds up."""
     in_rows = x.is_contiguous(memory_format=torch.channels_last)
     across = -(-x.shape[1] // _CHANNELS) if in_rows else x.shape[1]
@@ -190,7 +190,7 @@ def _hidden(x: Tensor, weight: Tensor, bias: Tensor, frugal: bool) -> Tensor:
         rows = x.permute(0, 2, 3, 1).reshape(-1, channels)
         result: Tensor = torch.ops.aten._addmm_activation(bias, rows, weight.flatten(1).t())
         return result.view(batch, height, width, -1).permute(0, 3, 1, 2)
-    if networks.is_bias_apart(x) and not (frugal and _is_large(x, len(weight))):
+    if networks.adds_bias_separately(x) and not (frugal and _is_large(x, len(weight))):
         hidden: Tensor = bias_relu_forward(_convolve(x, weight, None), bias)
         return hidden
     return torch.relu_(_convolve(x, weight, bias))
@@ -241,7 +241,7 @@ def _geometry(weight: Tensor) -> tuple[Any, ...]:
     return [1, 1], padding, [1, 1], False, [0, 0], 1
 
 
-def is_altered(module: nn.Module) -> bool:
+def is_overridden_or_hooked(module: nn.Module) -> bool:
     """Whether calling ``module`` does something other than the forward of its class, or also runs hooks."""
     own = module.__dict__
     return bool(
@@ -254,7 +254,7 @@ def is_altered(module: nn.Module) -> bool:
 
 
 def _is_plain(module: Any, expected: type[nn.Module]) -> bool:
-    return type(module) is expected and not is_altered(module)
+    return type(module) is expected and not is_overridden_or_hooked(module)
 
 
 def parameter_of(module: Any, name: str) -> Tensor:

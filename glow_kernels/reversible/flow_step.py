@@ -12,17 +12,17 @@ from torch import Tensor
 
 from glow_kernels.nn import AdditiveCoupling, AffineCoupling, CouplingNetwork, FlowStep
 from glow_kernels.nn import network_passes as passes
-from glow_kernels.nn.coupling_node import Private, has_passes, in_place, uncouple
+from glow_kernels.nn.coupling_node import Overwritable, couple_reversible_backward, has_passes, in_place
 from glow_kernels.ops import actnorm_conv1x1_reversible_backward, affine_coupling_reversible_backward
 from glow_kernels.ops.actnorm_conv1x1 import apply_reversible_backward
 from glow_kernels.reversible.general_step import GeneralStep
 from glow_kernels.reversible.tensors import Start, differentiate, leaf, passed, sum_of
 
 
-def backward_from_output_of(step: GeneralStep, private: Private) -> Callable[..., Any] | None:
+def backward_from_output_of(step: GeneralStep, overwritable: Overwritable) -> Callable[..., Any] | None:
     """The ``backward_from_output`` for a flow step, or the step's own method of that name; None if it has none."""
     if step.is_flow_step:
-        return functools.partial(backward_from_output, step, private)
+        return functools.partial(backward_from_output, step, overwritable)
     return getattr(step.module, "backward_from_output", None)
 
 
@@ -41,7 +41,7 @@ def frugal(step: GeneralStep) -> Iterator[None]:
 
 def backward_from_output(
     step: GeneralStep,
-    private: Private,
+    overwritable: Overwritable,
     z: Tensor,
     grad_z: Tensor | None,
     grad_log_det: Tensor | None,
@@ -51,7 +51,7 @@ def backward_from_output(
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     """The input of the step, its gradient, and the gradients of ``context`` and ``parameters``.
 
-    ``z`` and its gradient are overwritten if they are ``private``.
+    ``z`` and its gradient are overwritten if they are ``overwritable``.
     """
     module = cast(FlowStep, step.module)
     grad_z = torch.zeros_like(z) if grad_z is None else grad_z
@@ -67,22 +67,24 @@ def backward_from_output(
         and coupling.condition_on == "first"
         and has_passes(z, coupling._kind(), coupling.network)
     ):
-        return _backward_by_passes(step, private, module, z, grad_z, grad_log_det, parameters)
+        return _backward_by_passes(step, overwritable, module, z, grad_z, grad_log_det, parameters)
     with torch.enable_grad():
         conditioning = leaf(conditioning, True)
         h = coupling.network(*passed([conditioning, *context]))
     before, grad_before, grad_h = _undo_coupling(coupling, grad_transformed, grad_log_det, transformed, h.detach())
-    transformed = in_place(transformed, before, private.state)
+    transformed = in_place(transformed, before, overwritable.state)
     if grad_before is not grad_transformed:
-        grad_transformed = in_place(grad_transformed, grad_before, private.grad)
+        grad_transformed = in_place(grad_transformed, grad_before, overwritable.grad)
     del before, grad_before
     start = Start.of(h, grad_h)
     del h, grad_h
     grad_extra, *grads = differentiate([start], [conditioning, *tensors, *parameters], all_leaves_known)
     if grad_extra is not None:
-        grad_conditioning = torch.add(grad_conditioning, grad_extra, out=grad_conditioning if private.grad else None)
-    y = z if private.state else coupling._merge(conditioning.detach(), transformed)
-    grad_y = grad_z if private.grad else coupling._merge(grad_conditioning, grad_transformed)
+        grad_conditioning = torch.add(
+            grad_conditioning, grad_extra, out=grad_conditioning if overwritable.grad else None
+        )
+    y = z if overwritable.state else coupling._merge(conditioning.detach(), transformed)
+    grad_y = grad_z if overwritable.grad else coupling._merge(grad_conditioning, grad_transformed)
     x, grad_x, linear_grads = _undo_linear_map(step, module, grad_y, grad_log_det, y, parameters)
     for number, grad in enumerate(linear_grads, start=len(tensors)):
         grads[number] = sum_of(grads[number], grad)
@@ -91,7 +93,7 @@ def backward_from_output(
 
 def _backward_by_passes(
     step: GeneralStep,
-    private: Private,
+    overwritable: Overwritable,
     module: FlowStep,
     z: Tensor,
     grad_z: Tensor,
@@ -101,12 +103,16 @@ def _backward_by_passes(
     """:func:`backward_from_output` without autograd, for this package's own network."""
     own = passes.parameters_of(module.coupling.network)
     needed = any(parameter.requires_grad for parameter in own)
-    y, grad_y, found = uncouple(grad_z, grad_log_det, z, module.coupling._kind(), own, needed, private)
+    y, grad_y, found = couple_reversible_backward(
+        grad_z, grad_log_det, z, module.coupling._kind(), own, needed, overwritable
+    )
     x, grad_x, grads = _undo_linear_map(step, module, grad_y, grad_log_det, y, parameters)
-    of: dict[int, Tensor | None] = {}
+    grad_of: dict[int, Tensor | None] = {}
     for parameter, grad in zip(own, found, strict=True):
-        of[id(parameter)] = sum_of(of.get(id(parameter)), grad)
-    both = [sum_of(grad, of.get(id(p))) if p.requires_grad else grad for p, grad in zip(parameters, grads, strict=True)]
+        grad_of[id(parameter)] = sum_of(grad_of.get(id(parameter)), grad)
+    both = [
+        sum_of(grad, grad_of.get(id(p))) if p.requires_grad else grad for p, grad in zip(parameters, grads, strict=True)
+    ]
     return x, grad_x, both
 
 
@@ -127,11 +133,11 @@ def _undo_linear_map(
     if not step.is_standard:
         pairs = [(tensor, grad) for tensor, grad in zip(inputs, grads, strict=True) if tensor is not None]
         return x, grad_x, differentiate([Start.of(*pair) for pair in pairs], parameters, all_leaves_known=False)
-    of: dict[int, Tensor | None] = {}
+    grad_of: dict[int, Tensor | None] = {}
     linear_grads = zip(inputs[:2], grads[:2], strict=True)
     for tensor, grad in (*linear_grads, *module.mixing.matrix_gradients(grads[2], grads[3])):
-        of[id(tensor)] = sum_of(of.get(id(tensor)), grad)
-    return x, grad_x, [of.get(id(parameter)) if parameter.requires_grad else None for parameter in parameters]
+        grad_of[id(tensor)] = sum_of(grad_of.get(id(tensor)), grad)
+    return x, grad_x, [grad_of.get(id(parameter)) if parameter.requires_grad else None for parameter in parameters]
 
 
 def _undo_coupling(

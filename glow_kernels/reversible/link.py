@@ -24,7 +24,7 @@ from torch._guards import detect_fake_mode
 
 from glow_kernels.backends.numerics import output_format
 from glow_kernels.nn.actnorm import ActNorm
-from glow_kernels.nn.coupling_node import SHARED, Private
+from glow_kernels.nn.coupling_node import NOT_OVERWRITABLE, Overwritable
 from glow_kernels.reversible import guards, recompute
 from glow_kernels.reversible.general_step import GeneralStep, in_modes
 from glow_kernels.reversible.linear_maps import FoldedMaps, LinearMaps
@@ -120,7 +120,7 @@ class Link(torch.autograd.Function):
             ctx.anchor_number = ctx.offloaded.store(x)
         if not torch.compiler.is_compiling():
             ctx.chain = _chains[spec.handle]  # keeps the chain alive until backward
-            ctx.private = _private(ctx.chain, spec, maps)
+            ctx.overwritable = _overwritable(ctx.chain, spec, maps)
         return z, log_det, following
 
     @staticmethod
@@ -152,7 +152,7 @@ class Link(torch.autograd.Function):
             steps = _steps(spec, tensors, ctx.spans, ctx.bounds, maps)
             with in_modes(ctx.modes) if ctx.modes else nullcontext():
                 result = _backward(
-                    spec, mode, steps, x, z, (grad_z, grad_log_det), tensors, needs, ctx.draws, ctx.private
+                    spec, mode, steps, x, z, (grad_z, grad_log_det), tensors, needs, ctx.draws, ctx.overwritable
                 )
             reached, grad_x, tensor_grads = result.x, result.grad_x, result.grads
         ghost_grad = (reached if x is None else x) if ctx.needs_input_grad[6] else None
@@ -195,12 +195,12 @@ def _backward(
     tensors: Sequence[Any],
     needs: Sequence[bool],
     draws: Draws | None,
-    private: Private = SHARED,
+    overwritable: Overwritable = NOT_OVERWRITABLE,
 ) -> Recomputed:
     chain = chain_of(spec)
     draws = [None] * spec.length if draws is None else draws
     inputs = [x, *[None] * (spec.length - 1)]
-    result, reached = _sweep(spec, mode, steps, inputs, z, grads, tensors, needs, draws, private)
+    result, reached = _sweep(spec, mode, steps, inputs, z, grads, tensors, needs, draws, overwritable)
     if result.z is None or reached is None:
         return result
     with guards.errors_name_step(chain, spec.number):
@@ -225,7 +225,7 @@ def _sweep(
     tensors: Sequence[Any],
     needs: Sequence[bool],
     draws: Draws,
-    private: Private = SHARED,
+    overwritable: Overwritable = NOT_OVERWRITABLE,
 ) -> tuple[Recomputed, Tensor | None]:
     """Backward through the steps, from the known ``inputs`` or else from ``z``.
 
@@ -254,7 +254,7 @@ def _sweep(
                 mode,
                 draws[index],
                 step.is_standard,
-                private,
+                overwritable,
             )
         state, grads = result.x, (result.grad_x, grads[1])
         totals[own] = result.grads[spec.contexts :]
@@ -264,15 +264,15 @@ def _sweep(
     return result._replace(grads=totals), reached
 
 
-def _private(chain: ReversibleSequential, spec: NodeSpec, maps: LinearMaps | None) -> Private:
+def _overwritable(chain: ReversibleSequential, spec: NodeSpec, maps: LinearMaps | None) -> Overwritable:
     """Which of the tensors passed to the backward of a node it may overwrite: those that nothing else holds.
 
     The next node has just made the state and its gradient, and does not keep them; hooks could, but steps whose linear
     maps come from the chain have none. The last step's tensors belong to the caller, and an anchor may be needed again.
     """
     if maps is None or spec.length > 1 or spec.keeps_output:
-        return SHARED
-    return Private(state=not spec.keeps_input and not chain._is_anchor(spec.number + 1), grad=not spec.keeps_input)
+        return NOT_OVERWRITABLE
+    return Overwritable(state=not spec.keeps_input and not chain._is_anchor(spec.number + 1), grad=not spec.keeps_input)
 
 
 def chain_of(spec: NodeSpec) -> ReversibleSequential:

@@ -20,7 +20,14 @@ from glow_kernels.backends.numerics import compute_dtype
 from glow_kernels.nn import AdditiveCoupling, AffineCoupling, FlowStep
 from glow_kernels.nn import network_passes as passes
 from glow_kernels.nn.boundary_node import is_boundary_node
-from glow_kernels.nn.coupling_node import Kind, Private, couple, couple_backward, own_parameters, uncouple
+from glow_kernels.nn.coupling_node import (
+    Kind,
+    Overwritable,
+    couple,
+    couple_backward,
+    couple_reversible_backward,
+    own_parameters,
+)
 from glow_kernels.nn.step import LinearMap
 from glow_kernels.ops.actnorm_conv1x1 import apply, apply_backward, apply_reversible_backward
 from glow_kernels.ops.coupling_conv1x1 import backward as boundary_backward
@@ -72,7 +79,7 @@ class PlainStep(NamedTuple):
         if type(coupling) not in (AffineCoupling, AdditiveCoupling) or coupling.condition_on != "first":
             return None
         kind = coupling._kind()
-        own = None if passes.is_altered(coupling) else own_parameters(x, kind, coupling.network)
+        own = None if passes.is_overridden_or_hooked(coupling) else own_parameters(x, kind, coupling.network)
         if own is None:
             return None
         span = Span(kind, linear is not None, following is not None)
@@ -106,7 +113,7 @@ class PlainStep(NamedTuple):
     def backward(
         self,
         needs: Sequence[bool],
-        private: Private,
+        overwritable: Overwritable,
         x: Tensor | None,
         z: Tensor | None,
         grad_z: Tensor | None,
@@ -116,7 +123,7 @@ class PlainStep(NamedTuple):
 
         Args:
             needs: which parameters need a gradient; the others get None.
-            private: which of ``z`` and its gradient may be overwritten.
+            overwritable: which of ``z`` and its gradient may be overwritten.
             x, z: input and output; one of them may be None.
         """
         given = z if x is None else x
@@ -127,13 +134,13 @@ class PlainStep(NamedTuple):
         needed = any(needs[-len(self._split_parameters()[2]) :])
         evaluated = None
         if x is None:
-            x, grad_x, every = self._backward_from_output(given, grad_z, grad_log_det, needed, private)
+            x, grad_x, every = self._backward_from_output(given, grad_z, grad_log_det, needed, overwritable)
         else:
             evaluated, grad_x, every = self._backward_from_input(x, z is not None, grad_z, grad_log_det, needed)
         return x, evaluated, grad_x, [grad if need else None for grad, need in zip(every, needs, strict=True)]
 
     def _backward_from_output(
-        self, z: Tensor, grad_z: Tensor, grad_log_det: Tensor, needed: bool, private: Private
+        self, z: Tensor, grad_z: Tensor, grad_log_det: Tensor, needed: bool, overwritable: Overwritable
     ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
         before, after, own = self._split_parameters()
         of_maps: list[Tensor] = []
@@ -141,12 +148,14 @@ class PlainStep(NamedTuple):
         if self.span.ends:
             y, grad_y, *of_maps = apply_reversible_backward(grad_z, z, after[0], *self._inverse(-1))
             # Free the memory of the overwritten z and gradient now, before the network allocates its own.
-            if private.state:
+            if overwritable.state:
                 z.data = y
-            if private.grad:
+            if overwritable.grad:
                 grad_z.data = grad_y
-            private = Private(state=True, grad=True)
-        x, grad_x, found = uncouple(grad_y, grad_log_det, y, self.span.kind, own, needed, private)
+            overwritable = Overwritable(state=True, grad=True)
+        x, grad_x, found = couple_reversible_backward(
+            grad_y, grad_log_det, y, self.span.kind, own, needed, overwritable
+        )
         if self.span.begins:
             x, grad_x, *of_map = apply_reversible_backward(grad_x, x, before[0], *self._inverse(0))
             of_maps = [*of_map, *of_maps]

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 
 from glow_kernels import backends
 from glow_kernels.backends.numerics import is_autocast_enabled
-from glow_kernels.nn.coupling_node import SHARED, Private
+from glow_kernels.nn.coupling_node import NOT_OVERWRITABLE, Overwritable
 from glow_kernels.reversible import flow_step
 from glow_kernels.reversible.general_step import GeneralStep
 from glow_kernels.reversible.plain_step import PlainStep
@@ -151,7 +151,7 @@ def backward(
     mode: Mode,
     draws: Sequence[Drawn] | None,
     all_leaves_known: bool,
-    private: Private = SHARED,
+    overwritable: Overwritable = NOT_OVERWRITABLE,
 ) -> Recomputed:
     """Differentiate a step, given its input ``x`` or its output ``z``; given both, also evaluate its output again.
 
@@ -160,15 +160,15 @@ def backward(
         needs: which of ``context`` and ``parameters`` need a gradient.
         draws: as :func:`forward` returned them.
         all_leaves_known: as for :func:`~glow_kernels.reversible.tensors.differentiate`.
-        private: which of ``z`` and its gradient may be overwritten.
+        overwritable: which of ``z`` and its gradient may be overwritten.
     """
     if isinstance(step, PlainStep):
-        return _backward_of_plain(step, x, z, grads, needs, mode, private)
+        return _backward_of_plain(step, x, z, grads, needs, mode, overwritable)
     given = cast(Tensor, z if x is None else x)
     batch = len(given)
-    from_output = flow_step.backward_from_output_of(step, private) if x is None else None
+    from_output = flow_step.backward_from_output_of(step, overwritable) if x is None else None
     tensors = [tensor for tensor in context if tensor is not None]
-    x_buffer, grad_buffer = _buffers(batch, z, grads[0], private)
+    x_buffer, grad_buffer = _buffers(batch, z, grads[0], overwritable)
     z_buffer = BatchBuffer(batch)
     context_buffers = [BatchBuffer(batch) for _ in tensors]
     totals: list[Tensor | None] = [None] * len(parameters)
@@ -226,17 +226,17 @@ def _backward_of_plain(
     grads: tuple[Tensor | None, Tensor | None],
     needs: Sequence[bool],
     mode: Mode,
-    private: Private,
+    overwritable: Overwritable,
 ) -> Recomputed:
     given = cast(Tensor, z if x is None else x)
     batch = given.shape[0]
-    x_buffer, grad_buffer = _buffers(batch, z, grads[0], private)
+    x_buffer, grad_buffer = _buffers(batch, z, grads[0], overwritable)
     z_buffer = BatchBuffer(batch)
     totals: list[Tensor | None] = [None] * len(step.parameters)
     with mode.applied(given.device):
         for part in mode.parts(batch):
             parts = (None if tensor is None else part_of(tensor, part) for tensor in (x, z, *grads))
-            *states, found = step.backward(needs, private, *parts)
+            *states, found = step.backward(needs, overwritable, *parts)
             for buffer, state in zip((x_buffer, z_buffer, grad_buffer), states, strict=True):
                 if state is not None:
                     buffer.add(part, state)
@@ -244,9 +244,14 @@ def _backward_of_plain(
     return Recomputed(x_buffer.tensor if x is None else x, z_buffer.tensor_or_none, grad_buffer.tensor, totals)
 
 
-def _buffers(batch: int, z: Tensor | None, grad_z: Tensor | None, private: Private) -> tuple[BatchBuffer, BatchBuffer]:
-    """Accumulators for the input of a step and its gradient, which reuse the memory of what is private."""
-    return BatchBuffer(batch, z if private.state else None), BatchBuffer(batch, grad_z if private.grad else None)
+def _buffers(
+    batch: int, z: Tensor | None, grad_z: Tensor | None, overwritable: Overwritable
+) -> tuple[BatchBuffer, BatchBuffer]:
+    """Accumulators for the input of a step and its gradient, which reuse the memory of what is overwritable."""
+    return (
+        BatchBuffer(batch, z if overwritable.state else None),
+        BatchBuffer(batch, grad_z if overwritable.grad else None),
+    )
 
 
 def _parts_of(context: Sequence[Tensor | None], part: slice | None) -> list[Tensor | None]:
