@@ -63,7 +63,7 @@ def _tuned(sample: Sample, table: dict[str, dict[str, int]]) -> Sample:
     from glow_kernels.backends.triton import launch
 
     def call() -> None:
-        with mock.patch.dict(launch.MEASURED, table):
+        with mock.patch.dict(launch.OVERRIDES, table):
             sample.call()
 
     return Sample(sample.name, call)

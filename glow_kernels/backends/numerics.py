@@ -47,7 +47,7 @@ def empty_padded(x: Tensor, channels: int, dtype: torch.dtype, channels_last: bo
     return torch.empty((len(x), channels, *x.shape[2:]), dtype=dtype, device=x.device, memory_format=format_)
 
 
-def filters_of(
+def unpack_scale_filters_args(
     function: str, args: tuple[Any, ...]
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], tuple[torch.dtype, torch.dtype] | None]:
     """The tensors in a call of a function of ``scale_filters``: lists of gradients, weights, biases and log_scales.

@@ -16,7 +16,7 @@ LIBRARY = Library("_C_cuda.so", "cuda", "the native CUDA library", "build-cuda",
 # The oldest GPU and the oldest nvcc that setup.py supports.
 OLDEST_GPU = (8, 0)
 OLDEST_NVCC = "12.8"
-INSTEAD = "Triton or the reference computes on the GPU instead"
+FALLBACK_NOTE = "Triton or the reference computes on the GPU instead"
 
 _log = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ def status() -> BackendStatus:
     try:
         built, stale = _load()
     except UnusableError as error:
-        return BackendStatus("native on CUDA", False, f"{error.reason}; {INSTEAD}", error.remedy)
+        return BackendStatus("native on CUDA", False, f"{error.reason}; {FALLBACK_NOTE}", error.remedy)
     gpus = [_gpu(index, built["archs"]) for index in range(torch.cuda.device_count())]
     reason = f"CUDA C++, built with CUDA {built['nvcc']}; " + ", ".join(gpus)
     if stale:
@@ -52,10 +52,10 @@ def _takes(index: int) -> bool:
     try:
         built, _ = _load()
     except UnusableError as error:
-        _log.info("%s; %s", error.reason, INSTEAD)
+        _log.info("%s; %s", error.reason, FALLBACK_NOTE)
         return False
     if why_not := _unfit(torch.cuda.get_device_capability(index), built["archs"]):
-        _log.warning("%s, %s; %s", torch.cuda.get_device_name(index), why_not, INSTEAD)
+        _log.warning("%s, %s; %s", torch.cuda.get_device_name(index), why_not, FALLBACK_NOTE)
     return not why_not
 
 
@@ -87,7 +87,7 @@ def _other_cuda(built: dict[str, Any]) -> str:
 def _gpu(index: int, archs: list[int]) -> str:
     why_not = _unfit(torch.cuda.get_device_capability(index), archs)
     name = torch.cuda.get_device_name(index)
-    return f"not on {name}, {why_not}; {INSTEAD}" if why_not else f"on {name}"
+    return f"not on {name}, {why_not}; {FALLBACK_NOTE}" if why_not else f"on {name}"
 
 
 def _unfit(capability: tuple[int, int], archs: list[int]) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from glow_kernels.backends.native import cuda, isa
-from glow_kernels.backends.numerics import compute_dtype, filters_of, output_format
+from glow_kernels.backends.numerics import compute_dtype, output_format, unpack_scale_filters_args
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Types of x and of h; in mixed precision x is normally float32 and h in half precision.
@@ -110,7 +110,7 @@ def bias_relu(function: str, *args: Any) -> bool:
 
 def scale_filters(function: str, *args: Any) -> bool:
     """Dense filters with gradients in the same memory format; on the CPU no conversions, padding or partial sums."""
-    grads, weights, biases, log_scales, types = filters_of(function, args)
+    grads, weights, biases, log_scales, types = unpack_scale_filters_args(function, args)
     if not _runs_cuda_code(weights[0]) and (types not in _TYPES_OF_FILTERS or _is_padded(function, args, grads)):
         return False
     if types not in _TYPES_WITH_H:

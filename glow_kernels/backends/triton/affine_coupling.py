@@ -140,7 +140,7 @@ def _map(
     x, conditions, out = planes(data), planes(h), planes(result)
     mixed = mixed_tiles_of((x, out), (conditions,), bool(options["INTERLEAVED"]))
     tiles = mixed or tiles_of((x, out), (conditions,))
-    partial = data.new_empty((tiles.samples, tiles.each), dtype=dtype)
+    partial = data.new_empty((tiles.samples, tiles.per_sample), dtype=dtype)
     launch(
         mixed_map_kernel if mixed else map_kernel,
         tiles.count,

@@ -22,7 +22,7 @@ from glow_kernels.backends.triton.folding_kernels import (
     lu_weight_kernel,
 )
 from glow_kernels.backends.triton.launch import launch, power_of_two, strided
-from glow_kernels.backends.triton.support import MAX_CHANNELS_OF_A_PROGRAM
+from glow_kernels.backends.triton.support import MAX_CHANNELS_PER_PROGRAM
 
 
 def lu_weight(
@@ -69,7 +69,7 @@ def fold_inverse(
     Raises:
         ValueError: a weight on the CPU is singular.
     """
-    if weight.shape[-1] > MAX_CHANNELS_OF_A_PROGRAM:
+    if weight.shape[-1] > MAX_CHANNELS_PER_PROGRAM:
         inverse = torch.linalg.inv_ex(weight.double()).inverse
         matrix, shift, log_det = fold_of_inverse(inverse, log_scale, bias, weight, weight_log_det)
     else:

@@ -33,7 +33,7 @@ def forward(z: Tensor, h: Tensor, layout: str) -> Tensor:
         return z.new_zeros(z.shape[0], dtype=dtype)
     data, conditions = planes(z), planes(h)
     tiles = tiles_of((data,), (conditions,))
-    partial = z.new_empty((tiles.samples, tiles.each), dtype=dtype)
+    partial = z.new_empty((tiles.samples, tiles.per_sample), dtype=dtype)
     launch(
         _log_prob_kernel,
         tiles.count,

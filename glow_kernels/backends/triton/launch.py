@@ -52,8 +52,8 @@ DEFAULTS: dict[str, dict[str, int]] = {
 }
 
 
-# Parameters that are being measured by ``glow-kernels tune``, by family.
-MEASURED: dict[str, dict[str, int]] = {}
+# Parameters that replace all others while ``glow-kernels tune`` measures them, by family.
+OVERRIDES: dict[str, dict[str, int]] = {}
 
 
 @dataclass(frozen=True)
@@ -61,18 +61,18 @@ class Tiles:
     """Consecutive tiles of every sample, and how their elements are addressed.
 
     Attributes:
-        samples, each: number of samples, and of tiles in each sample.
+        samples, per_sample: number of samples, and of tiles in each sample.
         options: compile-time arguments that every kernel over tiles takes.
     """
 
     samples: int
-    each: int
+    per_sample: int
     options: dict[str, Any]
 
     @property
     def count(self) -> int:
         """Number of tiles."""
-        return self.samples * self.each
+        return self.samples * self.per_sample
 
 
 def planes(x: Tensor) -> Tensor:
@@ -263,8 +263,8 @@ def _quiet_arithmetic() -> AbstractContextManager[Any]:
 def tuned(family: str, like: Tensor) -> dict[str, int]:
     """Launch parameters of a family of kernels, for data with the type and device of ``like``."""
     parameters = _parameters(family, like.device)
-    if MEASURED:
-        parameters = parameters | MEASURED.get(family, {})
+    if OVERRIDES:
+        parameters = parameters | OVERRIDES.get(family, {})
     # Wider types take twice the registers per element.
     share = 2 if like.dtype == torch.float64 else 1
     return {**parameters, "elements": parameters["elements"] // share}

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glow_kernels.backends.numerics import compute_dtype, filters_of
+from glow_kernels.backends.numerics import compute_dtype, unpack_scale_filters_args
 from glow_kernels.backends.triton import INTERPRETED, version
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Types of the data and of h: the same, or those of a network under autocast.
 _PAIRS = {(dtype, dtype) for dtype in _TYPES} | {(torch.float32, torch.bfloat16), (torch.float32, torch.float16)}
 # Most channels of a matrix that a program inverts in registers.
-MAX_CHANNELS_OF_A_PROGRAM = 64
+MAX_CHANNELS_PER_PROGRAM = 64
 # Most channels that a program couples, mixes and sums in registers; with more, the products are limited by arithmetic.
 _MAX_CHANNELS_ACROSS_STEPS = 48
 # Most elements of the data for which the operator across steps is faster than two, because it saves launches. On an
@@ -38,7 +38,7 @@ def actnorm_conv1x1(function: str, *args: Any) -> bool:
         return x.shape[1] > 0 and matrix.dtype == compute_dtype(x) and _countable(x)
     # Always take fold_inverse: the reference waits for the device to check for singular matrices.
     channels = tensors[0].shape[-1]
-    return channels > 0 and (function == "fold_inverse" or channels <= MAX_CHANNELS_OF_A_PROGRAM)
+    return channels > 0 and (function == "fold_inverse" or channels <= MAX_CHANNELS_PER_PROGRAM)
 
 
 def affine_coupling(function: str, *args: Any) -> bool:
@@ -90,7 +90,7 @@ def bias_relu(function: str, *args: Any) -> bool:
 
 def scale_filters(function: str, *args: Any) -> bool:
     """Every shape; biases and log_scales must have the type of the weights."""
-    grads, weights, biases, log_scales, types = filters_of(function, args)
+    grads, weights, biases, log_scales, types = unpack_scale_filters_args(function, args)
     return (
         types in _PAIRS
         and _on_device(*grads, *weights, *biases, *log_scales)
