@@ -409,7 +409,7 @@ def test_the_matrix_of_a_map_may_lie_anywhere_in_memory(registered_apply):
 
 
 @DIRECTIONS
-def test_parameters_may_lie_anywhere_in_memory(backend, case):
+def test_parameters_may_have_any_strides(backend, case):
     data, log_scale, bias, weight = case.draw((3, 4, 5, 2))
     column = torch.stack((log_scale, bias), dim=1)
     room = torch.full((5, 9), torch.nan)
@@ -604,7 +604,7 @@ def test_a_pivot_may_be_negative(backend):
     check_results(case, [data, log_scale, bias, torch.tensor([[1e-18, 1.0], [-1.0, 1.0]], dtype=torch.float64)])
 
 
-def test_other_errors_than_a_singular_weight_stay_what_they_are():
+def test_errors_other_than_a_singular_weight_are_not_changed():
     def fail() -> None:
         raise RuntimeError("out of memory")
 

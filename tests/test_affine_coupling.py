@@ -238,7 +238,7 @@ def test_reversible_backward_of_every_map_in_every_layout_and_order(backend, nam
 @pytest.mark.parametrize("of_h", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("dtypes", ["float32", "float32_with_bfloat16", "float64"])
 @pytest.mark.parametrize("shape", [(3, 6, 4, 8), (2, 5, 3, 7), (2, 20, 16, 16)], ids=str)
-def test_in_place_the_half_of_a_tensor_is_what_it_is_apart(backend, shape, dtypes, of_h, memory_format):
+def test_in_place_on_half_of_a_tensor_equals_out_of_place(backend, shape, dtypes, of_h, memory_format):
     """Also if a sigmoid is out of range; neither the other half of the tensor nor h changes."""
     batch, channels, *spatial = shape
     dtype, h_dtype = DTYPES[dtypes]

@@ -96,7 +96,7 @@ def test_gradients_of_every_memory_layout(backend, layout, of_grad):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_gradient_of_the_bias_is_summed_wide(backend, dtype):
+def test_the_gradient_of_the_bias_is_summed_in_float32(backend, dtype):
     x = torch.ones(64, 3, 16, 16, dtype=dtype)
     bias = torch.zeros(3, dtype=torch.float32, requires_grad=True)
     (grad,) = torch.autograd.grad(bias_relu(x, bias).sum(dtype=torch.float32), bias)

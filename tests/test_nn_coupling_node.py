@@ -433,7 +433,7 @@ def test_forward_derivatives_have_parts(fast_backend, nodes, kind):
         )
 
 
-def test_autocast_leaves_float64_alone(backend):
+def test_autocast_does_not_convert_float64(backend):
     module, x = ready("affine", 6), torch.randn(3, 6, 4, 6, dtype=torch.float64)
     expected = module(x)
     with torch.autocast(x.device.type, torch.bfloat16):

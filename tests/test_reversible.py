@@ -511,7 +511,7 @@ def test_backward_twice_and_forward_twice(memory):
 @pytest.mark.parametrize("coupling", ["affine", "additive"])
 @pytest.mark.parametrize("own_network", [True, False])
 @pytest.mark.parametrize("micro_batches", [1, 2])
-def test_backward_overwrites_only_its_own(memory, coupling, own_network, micro_batches):
+def test_backward_overwrites_only_its_own_tensors(memory, coupling, own_network, micro_batches):
     # States and gradients between the steps are overwritten by earlier ones, which must not be observable.
     x = torch.randn(3, 6, 4, 5, dtype=torch.float64)
     steps = flow_steps(9, coupling=coupling)
@@ -591,7 +591,7 @@ def test_hooks_of_steps_run():
     assert not any(step.coupling.network.frugal for step in model)  # the next caller may run backward twice
 
 
-def test_a_forward_of_a_step_s_own_is_there_again_after_its_hooks():
+def test_an_overridden_forward_is_restored_after_hooks():
     x = torch.randn(3, 6, 4, 5, dtype=torch.float64)
     model = recomputing(chain(flow_steps(2), x), "anchor")
     own = model[1].forward = functools.partial(model[1].forward)
@@ -899,7 +899,7 @@ def test_checkpointing_by_pytorch_goes_around_a_chain_that_has_not_been_used_yet
     assert_same(list(actual), list(torch.autograd.grad(weighted(model(x)), list(model.parameters()))), 1e-12)
 
 
-def test_steps_of_others_go_through_a_chain_without_values():
+def test_foreign_steps_run_in_a_chain_on_the_meta_device():
     with torch.device("meta"):
         x = torch.randn(3, 6, 4, 5, requires_grad=True)
         z, log_det = ReversibleSequential([Scaling(6), Scaling(6)], memory="invert")(x)

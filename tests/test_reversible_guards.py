@@ -166,7 +166,7 @@ def test_layers_that_cannot_be_recomputed_are_refused(layer):
     assert all(p.grad is None for p in steps[0].parameters())
 
 
-def test_a_tensor_alone_is_not_taken_apart_into_two_samples():
+def test_a_lone_tensor_is_not_unpacked_into_two_samples():
     x = torch.randn(2, 6, 4, 4)
     with pytest.raises(TypeError, match=r"^step 0: it must return z and log_det .* got a tensor"):
         ReversibleSequential([OneResult(6)], "store")(x)

@@ -112,7 +112,7 @@ def test_every_shipped_table_has_known_families_and_powers_of_two():
             assert all(value & (value - 1) == 0 for value in parameters.values()), path
 
 
-def test_warmup_leaves_the_model_and_random_numbers_alone():
+def test_warmup_changes_neither_the_model_nor_random_numbers():
     model = gk.models.Glow(image_size=8, steps=2, levels=2, hidden_channels=8, num_classes=3)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = torch.get_rng_state()
