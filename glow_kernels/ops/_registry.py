@@ -62,16 +62,22 @@ class Operator:
         self._name, self._function = f"{module}_{function}", function
         self._plain = composed or getattr(backends.implementation("reference", module), function)
         fast = [backend for backend in backends.PREFERENCE if backend != "reference"]
-        self._support = {name: getattr(backends.implementation(name, "support"), module, _nothing) for name in fast}
+        self._support = {
+            name: getattr(backends.implementation(name, "support"), module, _supports_nothing) for name in fast
+        }
         self._implementations: dict[str, _Implementation] = {}
         for backend in backends.PREFERENCE if composed is None else ("native",):
-            if self._support.get(backend) is _nothing:
+            if self._support.get(backend) is _supports_nothing:
                 continue
             if backend == "reference" and plain_reference:
                 continue
             name = f"{module}_{function}_{backend}"
             rule = functools.partial(_refuse, name) if backward is None else functools.partial(backward, backend)
-            python = self._unopened if backend == "native" else functools.partial(_call, backend, module, function)
+            python = (
+                self._call_without_library
+                if backend == "native"
+                else functools.partial(_call, backend, module, function)
+            )
             self._implementations[backend] = _Implementation(
                 name, schema, fake, python, setup_context, rule, self._plain
             )
@@ -89,7 +95,7 @@ class Operator:
         supported = backend == "reference" or self._support[backend](self._function, *args)
         return self._run(backend if supported else "reference", args)
 
-    def _unopened(self, *args: Any) -> Any:
+    def _call_without_library(self, *args: Any) -> Any:
         # Called for the native operator if its library is not loaded yet, or has no kernel for the device: in an
         # exported program.
         return self.on("native" if backends.backend_status("native").available else "reference", *args)
@@ -181,7 +187,7 @@ def _call(backend: str, module: str, function: str, *args: Any) -> Any:
     return getattr(backends.implementation(backend, module), function)(*args)
 
 
-def _nothing(*_: Any) -> bool:
+def _supports_nothing(*_: Any) -> bool:
     return False
 
 
