@@ -234,7 +234,7 @@ def test_statistics_where_more_programs_find_room_than_are_combined(monkeypatch)
     from glow_kernels.backends.triton import actnorm_statistics, launch
 
     monkeypatch.setattr(actnorm_statistics, "_MAX_CHUNKS", 4)
-    monkeypatch.setitem(launch.MEASURED, "statistics", {"elements": 64})
+    monkeypatch.setitem(launch.OVERRIDES, "statistics", {"elements": 64})
     x = torch.randn(1, 2, 300)
     mean, variance = actnorm_statistics.forward(x)
     torch.testing.assert_close(mean, x.mean((0, 2)))

@@ -261,13 +261,9 @@ class _Node(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.arguments = arguments
-        watched = (
-            nullcontext() if arguments.memory.restores_buffers else guards.unchanged(arguments.step, x, "forward")
-        )
+        watched = nullcontext() if arguments.memory.restores_buffers else guards.unchanged(arguments.step, x, "forward")
         with watched:
-            z, log_det, ctx.draws = recompute.forward(
-                arguments.step, x, tensors[: arguments.contexts], arguments.mode
-            )
+            z, log_det, ctx.draws = recompute.forward(arguments.step, x, tensors[: arguments.contexts], arguments.mode)
         ctx.save_for_backward(x if arguments.keeps_input else None, *tensors)
         if not arguments.keeps_input:
             arguments.output.keep(z.detach())
