@@ -53,7 +53,7 @@ def _chunk_kernel(
     x_ptr, x_b, x_c, x_p, partial_ptr, C: tl.int32, P: tl.int32, count: tl.int32, chunks: tl.int32, DTYPE: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Every ``chunks``-th tile of some channels: reads x once."""
+    """Every ``chunks``-th tile of a block of channels: reads x once."""
     C, P, count = row_sizes(C, P, count, CHANNELS_LAST, VECTOR)
     chunk = tl.program_id(0) % chunks
     channels = tl.program_id(0) // chunks * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -69,7 +69,7 @@ def _chunk_kernel(
         x = tl.load(at, mask, other=0.0).to(DTYPE)
 
         n = tl.minimum(count - first, BLOCK_P).to(DTYPE)
-        # By way of the first row, so that a constant channel has exactly its value as mean and no deviation.
+        # Relative to the first row, so that the mean of a constant channel is exact and its deviation zero.
         row = tl.sum(tl.where((rows == first)[:, None], x, 0.0), 0)
         base = tl.where(seen == 0.0, row + tl.sum(tl.where(mask, x - row[None, :], 0.0), 0) / n, base)
         from_base = tl.where(mask, x - base[None, :], 0.0)
@@ -92,7 +92,7 @@ def _chunk_kernel(
 def _combine_kernel(
     partial_ptr, mean_ptr, variance_ptr, C: tl.int32, chunks: tl.int32, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr
 ):
-    """All chunks of some channels, in float64."""
+    """Combine the chunks of a block of channels, in float64."""
     channels = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     chunk = tl.arange(0, BLOCK_N)
     mask = (chunk < chunks)[:, None] & (channels < C)[None, :]
@@ -101,7 +101,7 @@ def _combine_kernel(
     deviations = tl.load(at + chunks * C, mask, other=0.0)
     counts = tl.load(at + 2 * chunks * C, mask, other=0.0)
 
-    # Channels that are not there have none.
+    # Channels beyond C have no elements.
     total = tl.maximum(tl.sum(counts, 0), 1.0)
     first = tl.sum(tl.where((chunk == 0)[:, None], means, 0.0), 0)
     mean = first + tl.sum(counts * tl.where(mask, means - first[None, :], 0.0), 0) / total

@@ -101,7 +101,7 @@ def gradient_kernel(
 
 @triton.jit
 def _tile_of_channels(B, C, P, BLOCK: tl.constexpr, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr):
-    """Like :func:`tile_of_program`, but one channel, or vector of channels, at as many positions of any samples."""
+    """Like :func:`tile_of_program`, but of one channel, or one vector of channels, at positions of all samples."""
     groups = C // VECTOR if CHANNELS_LAST else C
     each = P if CHANNELS_LAST else P // VECTOR
     group = tl.program_id(0) % groups
@@ -115,7 +115,7 @@ def _tile_of_channels(B, C, P, BLOCK: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 
 @triton.jit
 def _store_of_channels(partial_ptr, values, outer, inner, C, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr):
-    """What this program adds to the sums of its channels: (C, programs of a channel)."""
+    """Store this program's part of the sums of its channels, in (C, programs per channel)."""
     groups = C // VECTOR if CHANNELS_LAST else C
     part = tl.program_id(0) // groups
     parts = tl.num_programs(0) // groups
@@ -132,7 +132,7 @@ def _conditions(
     SCALE_MAP: tl.constexpr, HAS_GAIN: tl.constexpr, INTERLEAVED: tl.constexpr, SCALE_FIRST: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """The shift, ``log s``, and its derivatives in the raw scale and in the learned gain."""
+    """The shift, ``log s``, and its derivatives with respect to the raw scale and the learned gain."""
     u, t = load_pair(
         h_ptr, h_strides, sample, outer, inner, mask, C, dtype, INTERLEAVED, SCALE_FIRST, CHANNELS_LAST, VECTOR
     )
@@ -166,7 +166,7 @@ def _undo(y, inverse_scale, shift, ORDER: tl.constexpr):
 
 @triton.jit
 def _forward_gradients(grad, grad_x, y, shift, grad_log_det, ORDER: tl.constexpr):
-    """Gradients in shift and log-scale."""
+    """Gradients with respect to shift and log-scale."""
     if ORDER == _SHIFT_SCALE:
         return grad_x, grad * y + grad_log_det
     elif ORDER == _SCALE_SHIFT:
@@ -177,7 +177,7 @@ def _forward_gradients(grad, grad_x, y, shift, grad_log_det, ORDER: tl.constexpr
 
 @triton.jit
 def _inverse_gradients(grad, grad_y, x, shift, grad_log_det, ORDER: tl.constexpr):
-    """Gradients in shift and log-scale."""
+    """Gradients with respect to shift and log-scale."""
     if ORDER == _SHIFT_SCALE:
         return -grad, -grad * (x + shift) - grad_log_det
     elif ORDER == _SCALE_SHIFT:
@@ -188,7 +188,7 @@ def _inverse_gradients(grad, grad_y, x, shift, grad_log_det, ORDER: tl.constexpr
 
 @triton.jit
 def _scale_map(u, learned, SCALE_MAP: tl.constexpr, HAS_GAIN: tl.constexpr):
-    """``log s`` of the raw scale, and its derivatives in the raw scale and in the learned gain."""
+    """``log s`` of the raw scale, and its derivatives with respect to the raw scale and the learned gain."""
     KIND: tl.constexpr = SCALE_MAP[0]
     SLOPE: tl.constexpr = SCALE_MAP[1]
     OFFSET: tl.constexpr = SCALE_MAP[2]
@@ -198,7 +198,7 @@ def _scale_map(u, learned, SCALE_MAP: tl.constexpr, HAS_GAIN: tl.constexpr):
     LOG_FLOOR: tl.constexpr = SCALE_MAP[6]
     v = SLOPE * u + OFFSET
     if KIND == "sigmoid":
-        # exp(-|v|) never overflows, and log(1 + exp(-|v|)) loses nothing where sigmoid(v) is next to 0 or 1.
+        # exp(-|v|) never overflows, and log(1 + exp(-|v|)) is accurate where sigmoid(v) is close to 0 or 1.
         e = exp(-tl.abs(v))
         log_scale = tl.where(v < 0.0, v, 0.0) - log1p_of_fraction(e) + LOG_GAIN
         of_u = SLOPE * tl.where(v < 0.0, 1.0, e) * reciprocal(1.0 + e)
@@ -212,7 +212,7 @@ def _scale_map(u, learned, SCALE_MAP: tl.constexpr, HAS_GAIN: tl.constexpr):
             log_scale = log_scale * learned
             of_u = of_u * learned
     if HAS_FLOOR:
-        # log(exp(log_scale) + floor), and the share of the first of the two.
+        # log(exp(log_scale) + floor), and the first summand's share of the sum.
         above = log_scale - LOG_FLOOR
         e = exp(-tl.abs(above))
         log_scale = tl.where(above < 0.0, LOG_FLOOR, log_scale) + log1p_of_fraction(e)

@@ -107,7 +107,7 @@ def _bias_relu_kernel(
     x = tl.load(pointers(x_ptr, (x_b, x_c, x_p), sample, outer, inner, CHANNELS_LAST, VECTOR), mask, other=0.0)
     channels = inner + tl.arange(0, VECTOR)[None, :] if CHANNELS_LAST else outer
     total = x.to(DTYPE) + tl.load(bias_ptr + channels, mask, other=0.0).to(DTYPE)
-    # Not the maximum, which would lose NaN.
+    # Not a maximum, which would drop NaN.
     y = tl.where(total < 0.0, 0.0, total)
     store(pointers(y_ptr, (y_b, y_c, y_p), sample, outer, inner, CHANNELS_LAST, VECTOR), y, mask)
 
@@ -118,7 +118,7 @@ def _bias_relu_backward_kernel(
     C: tl.int32, P: tl.int32, count: tl.int32, chunks: tl.int32, DTYPE: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Every ``chunks``-th tile of some channels: reads y and the gradient once, writes dx once."""
+    """Every ``chunks``-th tile of a block of channels: reads y and the gradient once, writes dx once."""
     C, P, count = row_sizes(C, P, count, CHANNELS_LAST, VECTOR)
     chunk = tl.program_id(0) % chunks
     channels = tl.program_id(0) // chunks * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -142,7 +142,7 @@ def _copy_kernel(
     x_ptr, x_b, x_c, x_p, out_ptr, out_b, out_c, out_p, partial_ptr, C: tl.int32, C_OUT: tl.int32, P: tl.int32,
     count: tl.int32, chunks: tl.int32, DTYPE: tl.constexpr, COPIES: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
-    """Every ``chunks``-th tile of some channels: reads x once, writes it with zeros for channels that it has not."""
+    """Every ``chunks``-th tile of a block of channels: reads x once, writes it padded with channels of zeros."""
     chunk = tl.program_id(0) % chunks
     channels = tl.program_id(0) // chunks * BLOCK_C + tl.arange(0, BLOCK_C)
     total = tl.zeros((BLOCK_P, BLOCK_C), DTYPE)

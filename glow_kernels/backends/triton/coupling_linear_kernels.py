@@ -32,7 +32,7 @@ def coupled_apply_kernel(
     x = ()
     log_det = tl.zeros((BLOCK_P,), dtype)
     for block in tl.static_range(BLOCKS):
-        # Triton shares the elements among threads as those loaded last: h, since the product takes others anyway.
+        # z before h: Triton distributes elements over threads as in the last load, and the product rearranges z anyway.
         (z,) = _blocks(z_ptr, (z_b, z_c, z_p), rows, P, count, block, C, 1, dtype, CHANNELS_LAST, VECTOR)
         t, log_scale, _, transformed = _conditions(
             h_ptr, (h_b, h_c, h_p), rows, P, count, block * 16, C, FIRST, dtype,
@@ -62,11 +62,11 @@ def coupled_backward_kernel(
 ):  # fmt: skip
     """A share of the tiles, for one block of 16 channels: reads its z and h and all of g once, writes dz and dh once.
 
-    And leaves its columns of the sums ``dM``. A sample has ``of_sample`` positions, where P may be those of all.
+    Also stores its columns of the sums ``dM``. A sample has ``of_sample`` positions; P may be those of all samples.
     """
     C, P, count = row_sizes(C, P, count, CHANNELS_LAST, VECTOR)
     dtype: tl.constexpr = matrix_ptr.dtype.element_ty
-    # Neighbours share the tile of g, which the others find in the cache.
+    # Neighbouring programs share the tile of g, so that all except the first find it in the cache.
     block = tl.program_id(0) % BLOCKS
     share = tl.program_id(0) // BLOCKS
     channels = block * 16 + tl.arange(0, 16)
@@ -75,7 +75,7 @@ def coupled_backward_kernel(
         rows = tile * BLOCK_P + tl.arange(0, BLOCK_P)
         here = (rows < count)[None, :]
         grad = _blocks(grad_ptr, (grad_b, grad_c, grad_p), rows, P, count, 0, C, BLOCKS, dtype, CHANNELS_LAST, VECTOR)
-        # Triton shares the elements among threads as those loaded last: z, since dz lies as it does.
+        # z after h, since Triton distributes elements over threads as in the last load, and dz is stored like z.
         t, log_scale, of_u, transformed = _conditions(
             h_ptr, (h_b, h_c, h_p), rows, P, count, block * 16, C, FIRST, dtype,
             SCALE_MAP, INTERLEAVED, SCALE_FIRST, H_CHANNELS_LAST, H_VECTOR,
@@ -83,7 +83,7 @@ def coupled_backward_kernel(
         (z,) = _blocks(z_ptr, (z_b, z_c, z_p), rows, P, count, block, C, 1, dtype, CHANNELS_LAST, VECTOR)
         scale = exp(log_scale)
         y = _do(z, scale, t, ORDER)
-        # Outside the data z and g are zero, but a scale may be infinite, and zero times that is NaN.
+        # Outside the data z and g are zero, but a scale may be infinite, and their product NaN.
         x = (tl.where(transformed & here, y, z),)
         grad_matrix, grad_shift = _add_to_sums(grad_matrix, grad_shift, grad, x, PARTS, BLOCKS, 1, PRECISION)
 
@@ -103,9 +103,9 @@ def coupled_backward_kernel(
 
 @triton.jit
 def _store_columns(partial_ptr, share, grad_matrix, grad_shift, channels, C, BLOCKS: tl.constexpr):
-    """These columns of ``dM``, and from the first channels on ``dv``, in the sums of a share."""
+    """Store these columns of ``dM``, and in the first program of a share also ``dv``."""
     at = partial_ptr + share.to(tl.int64) * (C * (C + 1))
-    # All programs of a share have the sums of g.
+    # All programs of a share have the sums of g; one stores them.
     end = tl.where(tl.min(channels, 0) == 0, C, 0)
     for i in tl.static_range(BLOCKS):
         to = i * 16 + tl.arange(0, 16)
@@ -120,9 +120,9 @@ def _conditions(
     SCALE_MAP: tl.constexpr, INTERLEAVED: tl.constexpr, SCALE_FIRST: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Shift, ``log s`` and its derivative in the raw scale, (16, rows), for 16 channels from ``start`` on.
+    """Shift, ``log s`` and its derivative with respect to the raw scale, (16, rows), for 16 channels from ``start`` on.
 
-    And (16, 1) which of them these concern.
+    Also (16, 1), which of these channels the coupling transforms.
     """
     u, t = load_row_pairs(
         h_ptr, h_strides, rows, P, count, start, C, FIRST, dtype, 16, INTERLEAVED, SCALE_FIRST, CHANNELS_LAST, VECTOR
@@ -136,7 +136,7 @@ def _conditions(
 def _transposed_product(
     grad, matrix_ptr, matrix_i, matrix_j, channels, C, BLOCKS: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """These channels of ``M^T g``."""
+    """The given channels of ``M^T g``."""
     result = tl.zeros(grad[0].shape, grad[0].dtype)
     for i in tl.static_range(BLOCKS):
         of = i * 16 + tl.arange(0, 16)

@@ -38,10 +38,10 @@ def kernel(function: Callable[..., Any]) -> Any:
 
 @triton.jit
 def tile_of_program(C, P, BLOCK: tl.constexpr, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr):
-    """Where the vectors of this program are, and which of them are there; BLOCK elements of one sample.
+    """Indices of the vectors of this program and which of them exist; BLOCK elements of one sample.
 
-    They follow each other in memory. Sample, outer index and first inner index of each, and a mask: the inner index
-    counts positions, or channels where those come last.
+    They are consecutive in memory. Sample, outer index and first inner index of each, and a mask: the inner index
+    counts positions, or channels if these are the last dimension in memory.
     """
     inner_size = (C if CHANNELS_LAST else P) // VECTOR
     vectors = inner_size * (P if CHANNELS_LAST else C)
@@ -69,10 +69,10 @@ def pointers(ptr, strides, sample, outer, inner, CHANNELS_LAST: tl.constexpr, VE
 
 @triton.jit
 def store(pointers, values, mask):
-    """Store ``values``, rounded to the nearest value of the type that the pointers point to."""
+    """Store ``values``, rounded to the nearest value of the pointers' element type."""
     dtype: tl.constexpr = pointers.dtype.element_ty
     if _INTERPRETED and dtype == tl.bfloat16 and values.dtype != tl.bfloat16:
-        # The interpreter cuts off what bfloat16 cannot hold.
+        # The interpreter truncates to bfloat16 instead of rounding.
         values = values.to(tl.float32)
         bits = values.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
@@ -85,7 +85,7 @@ def exp(x):
     """``exp(x)`` within 2 ulp; 0 and infinity beyond the range of float32, NaN for NaN."""
     if x.dtype == tl.float64:
         return tl.exp(x)
-    # Comparisons that NaN fails keep x, so that it comes through.
+    # Comparisons are false for NaN, which then passes through.
     n, r = _halvings(tl.where(x < -105.0, -105.0, tl.where(x > 89.0, 89.0, x)))
     # Two factors, since 2^n itself may be subnormal or out of range.
     half = tl.floor(n * 0.5)
@@ -109,7 +109,7 @@ def reciprocal(x):
 
 @triton.jit
 def log1p_of_fraction(x):
-    """``log(1 + x)`` for 0 <= x <= 1: what the sum rounds away is added again."""
+    """``log(1 + x)`` for 0 <= x <= 1, corrected for the rounding error of the sum."""
     w = 1.0 + x
     return tl.log(w) + (x - (w - 1.0)) / w
 
@@ -119,7 +119,7 @@ def tanh(v):
     """``tanh(v)`` and its derivative, from ``e = exp(-2 |v|)`` and ``e - 1`` without cancellation."""
     y = -2.0 * tl.abs(v)
     n, r = _halvings(tl.where(y < -40.0, -40.0, y))
-    # exp(r) - 1 by its Taylor series: what is left out is below 2e-8 and 3e-17 of it.
+    # exp(r) - 1 by its Taylor series: the relative error of leaving out the rest is below 2e-8 and 3e-17.
     TERMS: tl.constexpr = 14 if v.dtype == tl.float64 else 7
     series = tl.full(r.shape, 1.0, r.dtype)
     for k in tl.static_range(TERMS - 1):
@@ -156,7 +156,7 @@ def load_pair(
     h_ptr, h_strides, sample, outer, inner, mask, C, dtype: tl.constexpr,
     INTERLEAVED: tl.constexpr, IN_ORDER: tl.constexpr, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """The two values of ``h`` (B, 2 C, P) of every element; IN_ORDER as they lie, else reversed."""
+    """The two values of ``h`` (B, 2 C, P) of every element; IN_ORDER in their order in memory, else reversed."""
     if INTERLEAVED and CHANNELS_LAST and VECTOR > 1:
         both = tl.load(pointers(h_ptr, h_strides, sample, outer, 2 * inner, True, 2 * VECTOR), mask, other=0.0)
         first, second = tl.split(tl.reshape(both, (both.shape[0], VECTOR, 2)))
@@ -214,13 +214,13 @@ def _pair_pointers(
 
 @triton.jit
 def multiple(n, VECTOR: tl.constexpr):
-    """``n``, which VECTOR divides, in a form that shows it to the compiler."""
+    """``n``, a multiple of VECTOR, in a form that tells the compiler so."""
     return n // VECTOR * VECTOR
 
 
 @triton.jit
 def row_sizes(C, P, count, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr):
-    """Channels, positions and rows, in a form that shows that no vector lies across an end."""
+    """Channels, positions and rows, in a form that tells the compiler that no vector crosses an end."""
     if CHANNELS_LAST:
         return multiple(C, VECTOR), P, count
     else:
@@ -231,7 +231,7 @@ def row_sizes(C, P, count, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr):
 def row_pointers(
     ptr, strides, rows, P, channels, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr, TRANSPOSED: tl.constexpr = False
 ):
-    """Addresses (rows, channels) or TRANSPOSED in (B, C, P), where rows count the positions of all samples."""
+    """Addresses (rows, channels), if TRANSPOSED (channels, rows), in (B, C, P); a row is a position of any sample."""
     samples = rows // P
     positions = (rows - samples * P).to(tl.int64)
     channels = channels.to(tl.int64)

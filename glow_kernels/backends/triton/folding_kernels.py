@@ -16,33 +16,33 @@ from glow_kernels.backends.triton.device_functions import kernel, store
 
 @triton.jit
 def _vector(ptr, strides, i, C):
-    """Vector of this program, in float64; what is beyond C is zero."""
+    """The vector of this program, in float64, padded with zeros beyond C."""
     at = ptr + tl.program_id(0).to(tl.int64) * strides[0] + i * strides[1]
     return tl.load(at, i < C, other=0.0).to(tl.float64)
 
 
 @triton.jit
 def _matrix(ptr, strides, rows, columns, C):
-    """Elements of the matrix of this program, in float64; what is beyond C is zero."""
+    """Elements of the matrix of this program, in float64, padded with zeros beyond C."""
     at = ptr + tl.program_id(0).to(tl.int64) * strides[0] + (rows[:, None] * strides[1] + columns[None, :] * strides[2])
     return tl.load(at, (rows < C)[:, None] & (columns < C)[None, :], other=0.0).to(tl.float64)
 
 
 @triton.jit
 def _number(ptr, stride):
-    """Number of this program, in float64."""
+    """The number of this program, in float64."""
     return tl.load(ptr + tl.program_id(0).to(tl.int64) * stride).to(tl.float64)
 
 
 @triton.jit
 def _store_vector(ptr, i, values, C):
-    """To a contiguous (*K, C)."""
+    """Store a vector in a contiguous (*K, C)."""
     store(ptr + tl.program_id(0).to(tl.int64) * C + i, values, i < C)
 
 
 @triton.jit
 def _store_matrix(ptr, rows, columns, values, C):
-    """To elements of a contiguous (*K, C, C)."""
+    """Store elements of a matrix in a contiguous (*K, C, C)."""
     at = ptr + tl.program_id(0).to(tl.int64) * (C * C) + (rows[:, None] * C + columns[None, :])
     store(at, values, (rows < C)[:, None] & (columns < C)[None, :])
 
@@ -54,7 +54,7 @@ def _store_number(ptr, value):
 
 @triton.jit
 def _eliminate(left, C, BLOCK: tl.constexpr):
-    """What is left of a matrix, step_of_row, row_of_step (beyond C where there are none) and log|det|."""
+    """The eliminated matrix, step_of_row and row_of_step (indices beyond C if there are none), and log|det|."""
     i = tl.arange(0, BLOCK)
     step_of_row = tl.full((BLOCK,), BLOCK, tl.int32)
     row_of_step = tl.full((BLOCK,), BLOCK, tl.int32)
@@ -73,7 +73,7 @@ def _eliminate(left, C, BLOCK: tl.constexpr):
         left = tl.where(in_row, scaled[None, :], left)
         step_of_row = tl.where(i == row, k, step_of_row)
         row_of_step = tl.where(i == k, row, row_of_step)
-    # A pivot of zero is the whole determinant, whatever the infinities that follow say.
+    # A pivot of zero makes the determinant zero, even if infinities follow.
     singular = tl.max((pivots == 0.0).to(tl.int32), 0) > 0
     log_det = tl.where(singular, float("-inf"), tl.sum(tl.log(tl.abs(pivots)), 0))
     return left, step_of_row, row_of_step, log_det
@@ -81,7 +81,7 @@ def _eliminate(left, C, BLOCK: tl.constexpr):
 
 @triton.jit
 def _product(a, b, C, TRANSPOSE_A: tl.constexpr, TRANSPOSE_B: tl.constexpr):
-    """Product of two matrices, either of them transposed: the sum of a column times a row."""
+    """Product of two matrices, either of which may be transposed, as a sum of outer products."""
     i = tl.arange(0, a.shape[0])
     out = tl.zeros(a.shape, tl.float64)
     for k in range(C):
@@ -146,7 +146,7 @@ def fold_backward_kernel(
     _store_vector(grad_log_scale_ptr, i, scale * tl.sum(weight * total, 0) + grad_log_det, C)
     _store_vector(grad_bias_ptr, i, scale * tl.sum(weight * grad_shift[:, None], 0), C)
     if INVERT:
-        # Element (i, k) of what is left belongs to element (row_of_step[k], step_of_row[i]) of the transposed inverse.
+        # Element (i, k) of the eliminated matrix is element (row_of_step[k], step_of_row[i]) of the transposed inverse.
         inverse, step_of_row, row_of_step, _ = _eliminate(weight, C, BLOCK)
         grad_shift = _vector(grad_shift_ptr, grad_shift_strides, row_of_step, C)
         bias = _vector(bias_ptr, bias_strides, step_of_row, C)
@@ -173,12 +173,12 @@ def fold_inverse_backward_kernel(
     grad_log_scale_ptr, grad_bias_ptr, grad_weight_ptr, grad_known_ptr, inverse_ptr, C: tl.int32,
     INVERT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """``dW = -(W^-T diag(exp(-log_scale)) dN + dlog_det) W^-T``, two products of columns and rows."""
+    """``dW = -(W^-T diag(exp(-log_scale)) dN + dlog_det) W^-T``, as two sums of outer products."""
     i = tl.arange(0, BLOCK)
     weight = _matrix(weight_ptr, (weight_k, weight_i, weight_j), i, i, C)
     left, step_of_row, row_of_step, _ = _eliminate(weight, C, BLOCK)
     _store_matrix(inverse_ptr, step_of_row, row_of_step, left, C)
-    # What a thread wrote others read.
+    # Other threads read what this one has written.
     tl.debug_barrier()
     inverse = _matrix(inverse_ptr, (C.to(tl.int64) * C, C, 1), i, i, C)
     grad_log_det = _number(grad_log_det_ptr, grad_log_det_k)
@@ -210,7 +210,7 @@ def lu_weight_kernel(
         lower_ptr, (lower_k, lower_i, lower_j), upper_ptr, (upper_k, upper_i, upper_j), log_diagonal, sign, i, C
     )
     weight = _product(lower, upper, C, False, False)
-    # Only now, since the registers hold three matrices and no more.
+    # Loaded only now: the registers hold no more than three matrices.
     permutation = _matrix(permutation_ptr, (permutation_k, permutation_i, permutation_j), i, i, C)
     _store_matrix(weight_ptr, i, i, _product(permutation, weight, C, False, False), C)
     _store_number(log_det_ptr, tl.sum(log_diagonal))
@@ -244,7 +244,7 @@ def lu_weight_backward_kernel(
 
 @triton.jit
 def _triangles(lower_ptr, lower_strides, upper_ptr, upper_strides, log_diagonal, sign, i, C):
-    """L with its diagonal of ones, and U with the diagonal s, without what lies outside the triangles."""
+    """L with a diagonal of ones and U with the diagonal s; values outside the triangles are ignored."""
     lower = _matrix(lower_ptr, lower_strides, i, i, C)
     lower = tl.where(i[:, None] > i[None, :], lower, tl.where(i[:, None] == i[None, :], 1.0, 0.0))
     diagonal = sign * tl.exp(log_diagonal)

@@ -199,7 +199,7 @@ def _load(
     x_ptr, x_strides, h_ptr, h_strides, sample, outer, inner, mask, C, dtype: tl.constexpr,
     INTERLEAVED: tl.constexpr, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Elements of x, and their means and log-deviations."""
+    """Elements of x, with their means and logarithms of standard deviations."""
     at = pointers(x_ptr, x_strides, sample, outer, inner, CHANNELS_LAST, VECTOR)
     mean, log_sd = load_pair(
         h_ptr, h_strides, sample, outer, inner, mask, C, dtype, INTERLEAVED, True, CHANNELS_LAST, VECTOR

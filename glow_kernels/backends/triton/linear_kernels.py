@@ -37,10 +37,10 @@ def sums_kernel(
     PRECISION: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCKS: tl.constexpr, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """A share of the tiles of positions, for ROWS blocks of channels of g: reads these and x once."""
+    """A share of the tiles of positions, for ROWS blocks of channels of g: reads those and x once."""
     C, P, count = row_sizes(C, P, count, CHANNELS_LAST, VECTOR)
     dtype: tl.constexpr = partial_ptr.dtype.element_ty
-    # Neighbours share the tile of x, which the second finds in the cache.
+    # Neighbouring programs share the tile of x, so that the second finds it in the cache.
     first = tl.program_id(0) % (BLOCKS // ROWS) * ROWS
     share = tl.program_id(0) // (BLOCKS // ROWS)
     grad_matrix, grad_shift = _zero_sums(dtype, PARTS, ROWS, BLOCKS)
@@ -61,7 +61,7 @@ def backward_kernel(
     UNDO: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCKS: tl.constexpr, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """The same, and writes dx once; with UNDO reads z instead of x, and writes x too."""
+    """The same, and writes dx once; with UNDO reads z instead of x, and also writes x."""
     C, P, count = row_sizes(C, P, count, CHANNELS_LAST, VECTOR)
     data_strides = (data_b, data_c, data_p)
     grad_strides = (grad_b, grad_c, grad_p)
@@ -73,7 +73,7 @@ def backward_kernel(
         grad = _blocks(grad_ptr, grad_strides, rows, P, count, 0, C, BLOCKS, dtype, CHANNELS_LAST, VECTOR)
         x = _blocks(data_ptr, data_strides, rows, P, count, 0, C, BLOCKS, dtype, CHANNELS_LAST, VECTOR)
         if UNDO:
-            # Outside the data, where this is the shift, the gradient is zero.
+            # Outside the data this is the shift, but the gradient there is zero.
             x = _products(
                 x, inverse_ptr, inverse_i, inverse_j, inverse_shift_ptr, inverse_shift_i, True,
                 undone_ptr, out_strides, rows, P, count, C, BLOCKS, CHANNELS_LAST, VECTOR, PRECISION,
@@ -91,7 +91,7 @@ def _blocks(
     ptr, strides, rows, P, count, first, C,
     BLOCKS: tl.constexpr, dtype: tl.constexpr, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Blocks of channels from the first on at these rows, as a tuple of tiles (16 channels, rows)."""
+    """BLOCKS blocks of 16 channels from block ``first`` on, at these rows, as a tuple of tiles (16, rows)."""
     tiles = ()
     for block in tl.static_range(BLOCKS):
         channels = (first + block) * 16 + tl.arange(0, 16)
@@ -106,7 +106,7 @@ def _products(
     out_ptr, out_strides, rows, P, count, C,
     BLOCKS: tl.constexpr, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Store ``M x + v`` of tiles (16 channels, rows), and return it."""
+    """Store ``M x + v`` for x in tiles (16 channels, rows), and return it."""
     results = ()
     for i in tl.static_range(BLOCKS):
         to = i * 16 + tl.arange(0, 16)
@@ -125,7 +125,7 @@ def _products(
 
 @triton.jit
 def _zero_sums(dtype: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr):
-    """Of ``sum g x^T`` for every pair of blocks, a part for each warp, and of ``sum g`` for every block of g."""
+    """Accumulators of ``sum g x^T`` for every pair of blocks and each warp, and of ``sum g`` for every block of g."""
     grad_matrix = ()
     grad_shift = ()
     for _ in tl.static_range(ROWS * BLOCKS):
@@ -140,14 +140,14 @@ def _add_to_sums(
     grad_matrix, grad_shift, grad, x,
     PARTS: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The sums with those of one tile."""
+    """The accumulators plus the sums of one tile."""
     matrix_sums = ()
     shift_sums = ()
     for i in tl.static_range(ROWS):
         part = _parts(grad[i], PARTS)
         for j in tl.static_range(BLOCKS):
             x_part = tl.permute(_parts(x[j], PARTS), (0, 2, 1))
-            # Added here, and so rounded to the nearest: matrix units round a sum towards zero, step by step.
+            # Added here, to round to the nearest: tensor cores round every partial sum towards zero.
             of_tile = _dot(part, x_part, tl.zeros((PARTS, 16, 16), grad[i].dtype), PRECISION)
             matrix_sums += (grad_matrix[i * BLOCKS + j] + of_tile,)
         shift_sums += (grad_shift[i] + tl.sum(grad[i], 1),)
@@ -156,7 +156,7 @@ def _add_to_sums(
 
 @triton.jit
 def _store_sums(partial_ptr, share, grad_matrix, grad_shift, first, C, ROWS: tl.constexpr, BLOCKS: tl.constexpr):
-    """``dM``, then ``dv``, of a share; its blocks from the first on."""
+    """Store ``dM``, then ``dv``, of a share, block by block."""
     at = partial_ptr + share.to(tl.int64) * (C * (C + 1))
     for i in tl.static_range(ROWS):
         to = (first + i) * 16 + tl.arange(0, 16)
@@ -169,15 +169,15 @@ def _store_sums(partial_ptr, share, grad_matrix, grad_shift, first, C, ROWS: tl.
 
 @triton.jit
 def _parts(tile, PARTS: tl.constexpr):
-    """A tile (16, rows) as a batch of tiles, one for each warp, which so has no work in common with another."""
+    """A tile (16, rows) as a batch of tiles, one for each warp, so that warps work independently."""
     return tl.permute(tl.reshape(tile, (16, PARTS, tile.shape[1] // PARTS)), (1, 0, 2))
 
 
 @triton.jit
 def _dot(a, b, out, PRECISION: tl.constexpr):
-    """``out + a b``; Triton's own TF32 in three passes splits with three times the instructions, for infinities.
+    """``out + a b`` in three passes of TF32; Triton's own takes three times the instructions, to handle infinities.
 
-    They become NaN here. What the matrix units cut off the low parts has either sign.
+    Infinities become NaN here. Tensor cores truncate the low parts, which have either sign, so errors do not add up.
     """
     if PRECISION == "tf32x3":
         a_high = _high(a)

@@ -96,7 +96,7 @@ def mixed_gradient_kernel(
 
 @triton.jit
 def _tile(C, P, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, VECTOR: tl.constexpr):
-    """The sample of this program, its first channel, its positions; and P in a form that shows no vector across it."""
+    """Sample, first channel and positions of this program; P in a form that tells that no vector crosses its end."""
     across = tl.cdiv(C, BLOCK_C)
     each = across * tl.cdiv(P, BLOCK_P)
     sample = tl.program_id(0) // each
@@ -107,7 +107,7 @@ def _tile(C, P, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, VECTOR: tl.constex
 
 @triton.jit
 def _pointers(ptr, stride_c, stride_p, rows, P, start, C, BLOCK_C: tl.constexpr, VECTOR: tl.constexpr):
-    """Addresses in a sample (C, P) of the channels from ``start`` on, and their mask, (BLOCK_C, rows)."""
+    """Addresses in a sample (C, P) of the channels from ``start`` on, with their mask, (BLOCK_C, rows)."""
     channels = start + tl.arange(0, BLOCK_C)
     at = row_pointers(ptr, (0, stride_c, stride_p), rows, _ONE_SAMPLE, channels, False, VECTOR, True)
     return at, (channels < C)[:, None] & (rows < P)[None, :]
@@ -119,7 +119,7 @@ def _conditions(
     SCALE_MAP: tl.constexpr, HAS_GAIN: tl.constexpr, BLOCK_C: tl.constexpr, INTERLEAVED: tl.constexpr,
     SCALE_FIRST: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """The shift, ``log s``, and its derivatives in the raw scale and in the learned gain."""
+    """The shift, ``log s``, and its derivatives with respect to the raw scale and the learned gain."""
     u, t = load_row_pairs(
         h_ptr, (0, h_c, h_p), rows, _ONE_SAMPLE, P, start, C, 0, dtype, BLOCK_C, INTERLEAVED, SCALE_FIRST, True, VECTOR
     )

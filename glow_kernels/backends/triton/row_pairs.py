@@ -19,7 +19,7 @@ def load_row_pairs(
     h_ptr, h_strides, rows, P, count, start, C, FIRST, dtype: tl.constexpr, BLOCK_C: tl.constexpr,
     INTERLEAVED: tl.constexpr, IN_ORDER: tl.constexpr, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Both values of the channels of z from ``start`` on, or zero; IN_ORDER as they lie, else reversed."""
+    """Both values of the channels of z from ``start`` on, or zero; IN_ORDER in their order in memory, else reversed."""
     if INTERLEAVED and CHANNELS_LAST and VECTOR > 1:
         at, there = _pointers_of_both(h_ptr, h_strides, rows, P, count, start, C, FIRST, BLOCK_C, VECTOR)
         both = tl.load(at, there, other=0.0)
@@ -60,7 +60,7 @@ def store_row_pairs(
 
 @triton.jit
 def _pointers_of_both(h_ptr, h_strides, rows, P, count, start, C, FIRST, BLOCK_C: tl.constexpr, VECTOR: tl.constexpr):
-    """Addresses and mask (rows, 2 BLOCK_C) of the channels of ``h``, two for each of z."""
+    """Addresses and mask (rows, 2 BLOCK_C) of the channels of ``h``, two for each channel of z."""
     channels = 2 * start + tl.arange(0, 2 * BLOCK_C) - multiple(2 * FIRST, VECTOR)
     there = (channels >= 0) & (channels < multiple(2 * (C - FIRST), VECTOR))
     at = _pointers(h_ptr, h_strides, rows, P, channels, True, VECTOR, False)
@@ -72,7 +72,7 @@ def _pointers_of_each(
     h_ptr, h_strides, rows, P, count, start, C, FIRST, BLOCK_C: tl.constexpr,
     INTERLEAVED: tl.constexpr, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Addresses of the first values and of the second, and their mask, (BLOCK_C channels of z, rows) each."""
+    """Addresses of the first and of the second values, and their mask, each (BLOCK_C channels of z, rows)."""
     pairs = C - FIRST
     if CHANNELS_LAST:
         FIRST = multiple(FIRST, VECTOR)
@@ -89,7 +89,7 @@ def _pointers_of_each(
 def _pointers(
     h_ptr, h_strides, rows, P, channels, CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr, TRANSPOSED: tl.constexpr
 ):
-    """:func:`row_pointers` for vectors of channels that may have less than 16 bytes."""
+    """:func:`row_pointers` for vectors of channels, which may be shorter than 16 bytes."""
     if CHANNELS_LAST and VECTOR > 1:
         at = row_pointers(h_ptr, (h_strides[0], 1, h_strides[2]), rows, P, channels, True, 1, TRANSPOSED)
         BYTES: tl.constexpr = VECTOR * h_ptr.dtype.element_ty.primitive_bitwidth // 8

@@ -120,7 +120,7 @@ def _scale(
     program, weight_ptr, bias_ptr, log_scale_ptr, scaled_ptr, scaled_bias_ptr, count, padded_count, size, row,
     padded_size, padded_row, factor, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK elements of all results one after the other, and as many biases."""
+    """BLOCK elements of the concatenated results, and as many biases."""
     factor = tl.full((), factor, DTYPE)
     start = program.to(tl.int64) * BLOCK
     lane = tl.arange(0, BLOCK)
@@ -128,7 +128,7 @@ def _scale(
     bias = tl.load(bias_ptr + at, at < count, other=0.0).to(DTYPE)
     log_scale = tl.load(log_scale_ptr + at, at < count, other=0.0).to(DTYPE)
     store(scaled_bias_ptr + at, bias * exp(log_scale * factor), at < padded_count)
-    # 64 bits for the first filter and 32 for those after it, since all elements divide.
+    # 64 bits only for the first filter: every element divides, which is slow in 64 bits.
     width = tl.maximum(padded_size, 1)
     first = start // width
     in_filters = (start - first * width).to(tl.int32) + lane
@@ -149,7 +149,7 @@ def _sum(
     result_log_scale_ptr, parts, padded_count, count, size, row, padded_size, padded_row, factor, DTYPE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS filters: reads them and their gradients once, writes the gradients once."""
+    """Sums over ROWS filters: reads them and their gradients once, writes the gradients once."""
     factor = tl.full((), factor, DTYPE)
     rows = program * ROWS + tl.arange(0, ROWS)
     inside = rows < count
@@ -166,7 +166,7 @@ def _sum(
         columns = first + tl.arange(0, COLUMNS)
         mask = inside[:, None] & (columns < size)[None, :]
         at = rows.to(tl.int64)[:, None] * size + columns[None, :]
-        # The gradients have rows of their own length.
+        # The rows of the gradients may have another length.
         in_filter = columns + columns // tl.maximum(row, 1) * (padded_row - row)
         grad_at = rows.to(tl.int64)[:, None] * padded_size + in_filter[None, :]
         grad = tl.load(grad_ptr + grad_at, mask, other=0.0).to(DTYPE) * scale[:, None]
@@ -182,7 +182,7 @@ def _scale_backward(
     program, grad_ptr, grad_bias_ptr, weight_ptr, bias_ptr, log_scale_ptr, result_ptr, result_bias_ptr,
     result_log_scale_ptr, parts, padded_count, count, size, row, padded_size, padded_row, factor, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """FILTERS small filters or a large one."""
+    """Backward of FILTERS small filters, or of one large filter."""
     if size <= NARROW:
         _sum(
             program, grad_ptr, grad_bias_ptr, weight_ptr, bias_ptr, log_scale_ptr, result_ptr, result_bias_ptr,
@@ -223,7 +223,7 @@ def _scale_three_kernel(
     padded_size_2: tl.int32, padded_row_2: tl.int32, factor_2: tl.float64,
     DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Three, one after the other."""
+    """Three convolutions."""
     program = tl.program_id(0)
     if program < programs_0:
         _scale(
@@ -274,7 +274,7 @@ def _scale_backward_three_kernel(
     padded_size_2: tl.int32, padded_row_2: tl.int32, factor_2: tl.float64,
     DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Three, one after the other."""
+    """Three convolutions."""
     program = tl.program_id(0)
     if program < programs_0:
         _scale_backward(

@@ -22,7 +22,7 @@ def wide_apply_kernel(
     """One tile of positions and of channels of z: reads all channels of x once, writes z once."""
     C, P, count = row_sizes(C, P, count, CHANNELS_LAST, VECTOR)
     tiles_c = tl.cdiv(C, BLOCK_C)
-    # Neighbours share the tile of x, which the second finds in the cache.
+    # Neighbouring programs share the tile of x, so that the second finds it in the cache.
     rows = tl.program_id(0) // tiles_c * BLOCK_P + tl.arange(0, BLOCK_P)
     channels = tl.program_id(0) % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
     shift = tl.zeros((BLOCK_C,), matrix_ptr.dtype.element_ty)
@@ -77,10 +77,10 @@ def _product(
     x_ptr, x_strides, rows, P, count, matrix_ptr, matrix_i, matrix_j, shift, channels, C,
     CHANNELS_LAST: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``sum_j M[channels, j] x[j] + shift``, read 16 channels of x at a time, the way round in which they lie.
+    """``sum_j M[channels, j] x[j] + shift``, reading 16 channels of x at a time, transposed if they are contiguous.
 
-    So a dot product on the arithmetic units has room in the registers, and one on the matrix units, which cut off what
-    does not fit, rounds its sum of 16 terms to the nearest.
+    So a dot product without tensor cores fits into the registers, and one on tensor cores, which truncate partial sums,
+    has its sums of 16 terms rounded to the nearest.
     """
     if CHANNELS_LAST:
         out = tl.zeros((rows.shape[0], channels.shape[0]), shift.dtype) + shift[None, :]
@@ -95,7 +95,7 @@ def _product(
             x = tl.load(x_at, (rows < count)[:, None] & (some < C)[None, :], other=0.0).to(out.dtype)
             out = tl.dot(x, columns, out, input_precision=PRECISION, out_dtype=out.dtype)
         else:
-            # Otherwise the matrix units of compute capability 8 would have x copied 4 bytes at a time.
+            # Otherwise, for tensor cores of compute capability 8, Triton would copy x 4 bytes at a time.
             x = tl.load(x_at, (rows < count)[None, :] & (some < C)[:, None], other=0.0).to(out.dtype)
             out = tl.dot(tl.trans(columns), x, out, input_precision=PRECISION, out_dtype=out.dtype)
     return out if CHANNELS_LAST else tl.trans(out)
@@ -103,10 +103,10 @@ def _product(
 
 @triton.jit
 def _store_partial(partial_ptr, part, grad_matrix, grad_shift, grad_channels, x_channels, C):
-    """A block of ``dM``, then ``dv``, in the sums of one part."""
+    """Store a block of ``dM``, then ``dv``, in the sums of one part."""
     at = partial_ptr + part.to(tl.int64) * (C * (C + 1))
     block = (grad_channels < C)[:, None] & (x_channels < C)[None, :]
     tl.store(at + grad_channels[:, None] * C + x_channels[None, :], grad_matrix, block)
-    # The first of a row of blocks writes the sums of g, which all of them have.
+    # All programs of a row of blocks have the sums of g; the first one stores them.
     end = tl.where(tl.min(x_channels, 0) == 0, C, 0)
     tl.store(at + C * C + grad_channels, grad_shift, grad_channels < end)
