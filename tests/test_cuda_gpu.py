@@ -74,7 +74,7 @@ def test_tensors_of_another_gpu_are_computed_there():
     assert torch.cuda.current_device() == 0
 
 
-# Shapes that the matrix units compute, some of which do not fill their tiles.
+# Shapes that the tensor cores compute, some of which do not fill their tiles.
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("shape", [(16, 48, 64, 64), (40, 25, 37, 41), (16, 64, 64, 64)], ids=str)
 def test_many_channels_of_a_large_tensor(shape, memory_format):

@@ -2,7 +2,7 @@
 
 A barrier taken away shows as a wrong result, a thread that misses one and a copy that is not aligned as errors with
 text, an access out of bounds as AddressSanitizer's. One library has all faults of an operator, and an environment
-variable chooses one. The product that stands in for the matrix units is held against their documentation. The operator
+variable chooses one. The product that stands in for the tensor cores is held against their documentation. The operator
 tests themselves run on the shim by ``make test-cuda-host``.
 """
 
@@ -87,7 +87,7 @@ def compute(multiprocessors, z, h, matrix, shift, grad, grad_log_det):
 sizes = ((3, 6, 420), (3, 6, 420), (6, 6), (6,), (3, 6, 420), (3,))
 samples = [(count, *map(torch.randn, sizes)) for count in "10"]
 """,
-    # Likewise, with the elimination in a separate block or not, and on the matrix units.
+    # Likewise, with the elimination in a separate block or not, and on the tensor cores.
     "actnorm_conv1x1": """\
 import importlib
 whole = importlib.import_module("glow_kernels.ops.actnorm_conv1x1")

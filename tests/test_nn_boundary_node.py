@@ -296,7 +296,7 @@ class Counts(NamedTuple):
 
 
 def operators_per_step(monkeypatch: pytest.MonkeyPatch, channels: int, steps: int = 1, **options: Any) -> Counts:
-    """The operators that ``steps`` more flow steps add to a chain, in bfloat16 on matrix units."""
+    """The operators that ``steps`` more flow steps add to a chain, in bfloat16 on tensor cores."""
     monkeypatch.setattr(passes_module, "has_tensor_cores", lambda device, dtype: dtype == torch.bfloat16)
     monkeypatch.setattr(network_module, "adds_bias_separately", lambda x: True)
     monkeypatch.setattr(backends, "candidates", lambda: ("triton",))
