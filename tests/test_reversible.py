@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import glow_kernels as gk
 from glow_kernels import ReversibleSequential
 from glow_kernels.backends import select
+from glow_kernels.bench.live_storages import LiveStorages
 from glow_kernels.nn import CouplingNetwork, FlowStep, Squeeze
 from glow_kernels.reversible.guards import CHECKS
 from glow_kernels.reversible.offload import OffloadedAnchors
@@ -859,6 +860,20 @@ def test_nothing_but_anchors_is_offloaded(monkeypatch):
     offloaded.fetch(2).zero_()
     assert calls == ["fetch 2", "fetch 1"]  # one ahead
     assert torch.equal(offloaded.fetch(2), kept)
+
+
+@pytest.mark.parametrize("memory", ["store", *RECOMPUTING])
+@pytest.mark.parametrize("own_network", [True, False])
+def test_a_loss_that_is_kept_keeps_no_states_after_backward(memory, own_network):
+    # In a training loop it lives until the next forward has ended.
+    options = {} if own_network else {"network": Conditioned(3, 6)}
+    plain = chain(flow_steps(5, **options), torch.randn(3, 6, 4, 5))
+    model = recomputing(plain, memory, anchor_every=2)
+    with LiveStorages([model]) as storages:
+        x = torch.randn(3, 6, 4, 5)
+        loss = weighted(model(x))
+        torch.autograd.grad(loss, list(model.parameters()))
+    assert storages.now == x.nbytes + loss.nbytes
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

@@ -195,20 +195,29 @@ def _refuse_stored_results(step: GeneralStep, x: Tensor, context: Sequence[Tenso
     would have no gradients."""
     before, start = with_graph(step.module), leaf(x, True)
     leaves = [leaf(parameter, parameter.requires_grad) for parameter in step.parameters]
+    saved: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> int:
+        saved.append(tensor)
+        return len(saved) - 1
+
     # Saved-tensor hooks around the chain, such as those of torch.utils.checkpoint, must not see what is saved here.
-    without_hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
-    with torch.enable_grad(), state.replayed(), step.substituted(leaves), without_hooks:
-        step.module.forward(start.clone(), *context)
-    for key, (name, value) in with_graph(step.module).items():
-        if key in before:
-            continue
-        # Weights computed from parameters do not depend on the input, and so are not results.
-        (grad,) = torch.autograd.grad(value, start, torch.ones_like(value), allow_unused=True)
-        if grad is not None:
-            raise RuntimeError(
-                f"it stores a result, {name}, which has no gradients when it is recomputed: detach it, or use "
-                "memory='store'"
-            )
+    own_hooks = torch.autograd.graph.saved_tensors_hooks(pack, saved.__getitem__)
+    try:
+        with torch.enable_grad(), state.replayed(), step.substituted(leaves), own_hooks:
+            step.module.forward(start.clone(), *context)
+        for key, (name, value) in with_graph(step.module).items():
+            if key in before:
+                continue
+            # Weights computed from parameters do not depend on the input, and so are not results.
+            (grad,) = torch.autograd.grad(value, start, torch.ones_like(value), allow_unused=True)
+            if grad is not None:
+                raise RuntimeError(
+                    f"it stores a result, {name}, which has no gradients when it is recomputed: detach it, or use "
+                    "memory='store'"
+                )
+    finally:
+        saved.clear()  # a saved output is part of a reference cycle, which nothing else would ever free
 
 
 def wrong_result(wanted: str, result: object) -> str:
