@@ -868,12 +868,13 @@ def test_a_loss_that_is_kept_keeps_no_states_after_backward(memory, own_network)
     # In a training loop it lives until the next forward has ended.
     options = {} if own_network else {"network": Conditioned(3, 6)}
     plain = chain(flow_steps(5, **options), torch.randn(3, 6, 4, 5))
-    model = recomputing(plain, memory, anchor_every=2)
-    with LiveStorages([model]) as storages:
-        x = torch.randn(3, 6, 4, 5)
-        loss = weighted(model(x))
-        torch.autograd.grad(loss, list(model.parameters()))
-    assert storages.now == x.nbytes + loss.nbytes
+    for offload in {False, memory in ("checkpoint", "anchor")}:
+        model = recomputing(plain, memory, anchor_every=2, offload_anchors=offload)
+        with LiveStorages([model]) as storages:
+            x = torch.randn(3, 6, 4, 5)
+            loss = weighted(model(x))
+            torch.autograd.grad(loss, list(model.parameters()))
+        assert storages.now == x.nbytes + loss.nbytes
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

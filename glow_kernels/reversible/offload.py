@@ -25,7 +25,7 @@ class OffloadedAnchors:
             if torch.cuda.is_current_stream_capturing():
                 raise RuntimeError("offload_anchors=True cannot be captured in a CUDA graph")
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._anchors: list[Tensor] = []
+        self._anchors: list[Tensor | None] = []
         self._fetched: dict[int, tuple[Tensor, torch.cuda.Event | None]] = {}
 
     def store(self, state: Tensor) -> int:
@@ -42,8 +42,13 @@ class OffloadedAnchors:
         return len(self._anchors) - 1
 
     def fetch(self, number: int) -> Tensor:
-        """The state of that number, on the device; also starts to copy the one before it."""
+        """The state of that number, on the device; also starts to copy the one before it.
+
+        It is dropped, unless backward retains the graph.
+        """
         state, arrival = self._fetched.pop(number) if number in self._fetched else self._start_fetch(number)
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            self._anchors[number] = None
         if number:
             self._fetched[number - 1] = self._start_fetch(number - 1)
         if arrival is not None:
@@ -53,8 +58,10 @@ class OffloadedAnchors:
         return state
 
     def _start_fetch(self, number: int) -> tuple[Tensor, torch.cuda.Event | None]:
+        anchor = self._anchors[number]
+        assert anchor is not None
         if self._stream is None:
-            return self._anchors[number].to(self._device, copy=True), None
+            return anchor.to(self._device, copy=True), None
         with torch.cuda.stream(self._stream):
-            state = self._anchors[number].to(self._device, non_blocking=True)
+            state = anchor.to(self._device, non_blocking=True)
             return state, self._stream.record_event()
