@@ -613,6 +613,35 @@ def test_a_hook_that_fails_changes_no_later_call():
     assert_same(gradients(model, x), expected, 1e-9)
 
 
+class Failing(nn.Module):
+    fails = False
+
+    def forward(self, h: Tensor) -> Tensor:
+        if self.fails:
+            raise RuntimeError("out of memory")
+        return h
+
+
+@pytest.mark.parametrize("memory", RECOMPUTING)
+def test_a_backward_that_fails_leaves_everything_as_it_was(memory):
+    """Training may go on, with a smaller batch."""
+    network = nn.Sequential(CouplingNetwork(3, 6, 8), Failing(), nn.Dropout(0.5))
+    x = torch.randn(3, 6, 4, 5)
+    model = recomputing(chain(flow_steps(2, network=network), x), memory).train()
+
+    def state() -> tuple:
+        modules = [(module.training, *map(id, module._parameters.values())) for module in model.modules()]
+        return modules, network[0].frugal, parametrize._cache_enabled, torch.get_rng_state().tolist()
+
+    loss = weighted(model(x))
+    model.eval()
+    network[1].fails = True
+    before = state()
+    with pytest.raises(RuntimeError, match=r"^step 1 \(FlowStep\): out of memory$"), parametrize.cached():
+        loss.backward()
+    assert state() == before
+
+
 HOOKS = {
     "input": lambda step: step.register_forward_pre_hook(lambda _, args: 2.0 * args[0]),
     "input in place": lambda step: step.register_forward_pre_hook(lambda _, args: (args[0].mul_(2.0),)),
