@@ -204,6 +204,16 @@ def test_content_is_synced_before_it_replaces_the_old(tmp_path: Path, monkeypatc
     assert calls == ["fsync", "replace", "fsync"]
 
 
+def test_files_and_folders_are_closed(tmp_path: Path) -> None:
+    opened = Path("/proc/self/fd")
+    if not opened.exists():
+        pytest.skip("no /proc on this system")
+    before = len(list(opened.iterdir()))
+    checkpoint.save(tmp_path / "a", TENSORS, {})
+    checkpoint.load(tmp_path / "a")
+    assert len(list(opened.iterdir())) == before
+
+
 def test_document_that_is_not_json_keeps_the_previous_checkpoint(tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "a", TENSORS, {})
     with pytest.raises(TypeError):
