@@ -13,13 +13,13 @@ import shutil
 
 import pytest
 import torch
-from test_reversible import RECOMPUTING, Conditioned, Scaling, chain, recomputing, weighted
+from test_reversible import RECOMPUTING, Conditioned, Scaling, chain, flow_steps, recomputing, weighted
 from torch._dynamo.backends.common import aot_autograd
 
 import glow_kernels as gk
 from glow_kernels import ReversibleSequential
 from glow_kernels.bench import chains
-from glow_kernels.bench.live_storages import training_step_bytes
+from glow_kernels.bench.live_storages import LiveStorages, training_step_bytes
 from glow_kernels.bench.memory import peak_extra_bytes
 from glow_kernels.models import Glow
 from glow_kernels.nn import FlowStep
@@ -82,6 +82,20 @@ def test_memory_grows_with_depth_by_the_anchors_only(memory, anchor_every):
     assert deeper_kept - kept == slope * ALL_STATES
     # The peak is in the backward of the first level, after that of the others.
     assert deeper_peak - peak <= 1.02 * slope * FIRST_STATE + 4 * (3 * FIRST_MAP + FIRST_FACTORS)
+
+
+@pytest.mark.parametrize("memory", ["store", "anchor"])
+@pytest.mark.parametrize("alike", [True, False])
+def test_without_gradients_depth_takes_no_memory(memory, alike):
+    x = torch.randn(8, 6, 16, 16)
+    peaks = []
+    for count in (3, 9):
+        model = recomputing(chain([*flow_steps(count), *([] if alike else [Scaling(6)])], x), memory)
+        with torch.no_grad(), LiveStorages([model]) as storages:
+            z = model(x)[0]
+            model.inverse(z)
+        peaks.append(storages.peak)
+    assert peaks[1] - peaks[0] < x.nbytes
 
 
 def test_micro_batches_divide_the_working_set():
