@@ -12,6 +12,7 @@ import functools
 import gc
 import random
 import weakref
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -718,6 +719,27 @@ def test_a_dropped_output_is_freed_at_once():
         assert all(node() is None for node in nodes)
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("memory", RECOMPUTING)
+def test_a_dropped_chain_is_freed(memory):
+    x = torch.randn(3, 6, 4, 5)
+    model = recomputing(chain([*flow_steps(2), Scaling(6)], x), memory)
+    weighted(model(x)).backward()
+    node = weakref.ref(model)
+    del model
+    gc.collect()
+    assert node() is None
+
+
+@pytest.mark.parametrize("options", [{}, {"micro_batches": "auto", "memory_budget": 1e9}])
+def test_only_the_first_call_tries_steps_out(options):
+    x = torch.randn(3, 6, 4, 5)
+    model = recomputing(chain(flow_steps(3, network=Conditioned(3, 6)), x), "anchor", **options)
+    model(x)
+    with patch.object(Conditioned, "forward", autospec=True, side_effect=Conditioned.forward) as calls:
+        model(x)
+    assert calls.call_count == 3
 
 
 def test_copies_and_pickles_are_chains_of_their_own(tmp_path):
