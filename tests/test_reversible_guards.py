@@ -435,6 +435,9 @@ def test_reconstruction_error_names_steps_and_matrices():
     assert 1e4 < report.ill_conditioned["levels.0.steps.1.mixing"] < 1e8
     assert report.steps["levels.0.steps.1"] > 10 * before
     assert "ill-conditioned: levels.0.steps.1.mixing (" in str(report)
+    with pytest.raises(ValueError, match=r"^x must be \(B, C, H, W\)"):
+        gk.reconstruction_error(model, x[:, :2])
+    assert not any(module._forward_pre_hooks for module in model.modules())
     with pytest.raises(ValueError, match=r"^model must have a ReversibleSequential, got one without$"):
         gk.reconstruction_error(nn.Linear(2, 2), x)
     with pytest.raises(TypeError, match=r"^model must be a torch.nn.Module, got int$"):
