@@ -14,6 +14,7 @@ import shutil
 import pytest
 import torch
 from test_reversible import RECOMPUTING, Conditioned, Scaling, chain, flow_steps, recomputing, weighted
+from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
 import glow_kernels as gk
@@ -96,6 +97,25 @@ def test_without_gradients_depth_takes_no_memory(memory, alike):
             model.inverse(z)
         peaks.append(storages.peak)
     assert peaks[1] - peaks[0] < x.nbytes
+
+
+@pytest.mark.parametrize(
+    ("own_network", "memory", "states"),
+    [(True, "checkpoint", 2.5), (True, "invert", -2.0), (False, "checkpoint", 4.5), (False, "invert", 1.2)],
+)
+def test_a_step_in_a_chain_takes_a_few_states_more_or_less_than_by_itself(own_network, memory, states):
+    layers = () if own_network else (nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 6, 3, padding=1))
+    peaks = []
+    for count, policy in ((1, "store"), (5, memory)):
+        steps = [FlowStep(6, 32, network=nn.Sequential(*layers) if layers else None) for _ in range(count)]
+        model = recomputing(chain(steps, torch.randn(8, 6, 16, 16)), policy)
+        with gk.use_backend("reference"):
+            model(torch.randn(8, 6, 16, 16))  # steps are tried out
+            with LiveStorages([model]) as storages:
+                x = torch.randn(8, 6, 16, 16)
+                sum(part.sum() for part in model(x)).backward()
+        peaks.append(storages.peak)
+    assert peaks[1] - peaks[0] < states * x.nbytes
 
 
 def test_micro_batches_divide_the_working_set():
