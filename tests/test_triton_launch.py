@@ -5,6 +5,7 @@ Proven with a stub of Triton's driver that records launches, in comparison with 
 
 from __future__ import annotations
 
+import copy
 import os
 from types import SimpleNamespace
 from unittest import mock
@@ -67,6 +68,17 @@ def test_what_is_compiled_is_started_without_looking_it_up_again(started, monkey
     for one, other in zip(ours, expected, strict=True):
         same = one.shape == other.shape if isinstance(one, torch.Tensor) else one == other
         assert same, (one, other)
+
+
+def test_another_kernel_device_or_option_is_looked_up(started, monkeypatch):
+    from glow_kernels.backends.triton import launch, sums
+
+    monkeypatch.setattr(launch, "_COMPILED", {})
+    kernel, args = sums._sum_kernel, (empty(2, 40), 1, 40, empty(2), 40, 2)
+    variants = [(kernel, "cuda:0", 4), (copy.copy(kernel), "cuda:0", 4), (kernel, "cuda:1", 4), (kernel, "cuda:0", 8)]
+    for one, device, warps in variants * 2:
+        launch._start(one, 1, torch.device(device), args, {"BLOCK_N": 16, "BLOCK_R": 8, "num_warps": warps})
+    assert len(launch._COMPILED) == len(variants)
 
 
 def test_numbers_with_a_fraction_choose_no_variant(started, monkeypatch):
