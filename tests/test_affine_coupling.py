@@ -288,7 +288,7 @@ def test_channels_last_h_of_contiguous_data(backend, channels, before, of, width
         ("chunk_scale_shift", "scale_shift", "float32_with_bfloat16", True),
         ("interleaved_scale_shift", "unshift_scale", "float32", False),
     ):
-        scale_map = MAPS["tanh" if learned_gain else "glow"]
+        scale_map = MAPS["tanh_with_everything" if learned_gain else "glow"]
         options = (scale_map, layout, order, learned_gain)
         for case in (affine_case("forward", *options), affine_case("inverse", *options), reversible_case(*options)):
             inputs = case.draw((3, channels, 10, width), DTYPES[dtypes])
@@ -299,6 +299,12 @@ def test_channels_last_h_of_contiguous_data(backend, channels, before, of, width
             check_results(case, inputs)
             if case.undo is not None:
                 check_gradients(case, inputs)
+
+
+def test_h_of_a_network_over_the_last_dimension(backend):
+    case = reversible_case(MAPS["glow"], "interleaved_shift_scale", "shift_scale")
+    y, grad, h, grad_log_det = case.draw((3, 8, 12))
+    check_results(case, [y, grad, h.mT.contiguous().mT, grad_log_det])
 
 
 # More and fewer channels than a tile has, tiles that end within positions and within vectors, dense and padded h.
