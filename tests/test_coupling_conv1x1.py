@@ -148,7 +148,7 @@ def test_every_number_of_channels(backend, channels):
 
 # h as a channels-last network makes it, perhaps a view of a convolution's output with padded channels: read in vectors
 # of 16 bytes, in shorter ones and in single elements.
-@pytest.mark.parametrize("channels", [6, 12, 24, 48])
+@pytest.mark.parametrize("channels", [6, 9, 12, 24, 48])
 def test_channels_last_h_of_contiguous_data(backend, channels):
     for layout, dtypes, share in (
         ("interleaved_shift_scale", "float32_with_bfloat16", "half"),
