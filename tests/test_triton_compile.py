@@ -280,6 +280,26 @@ def test_a_triton_that_cannot_multiply_float64_is_not_asked_to(installed, takes)
         assert support.actnorm_conv1x1("apply", x.float(), matrix.float(), matrix[0].float())
 
 
+@pytest.mark.parametrize(
+    ("shape", "takes"),
+    [((1, 4, 2**28), False), ((4, 1, 2**28), False), ((4, 4, 2**28), False), ((4, 4, 2**28 - 1), True)],
+    ids=str,
+)
+def test_data_that_32_bits_cannot_count_are_not_taken(shape, takes):
+    with mock.patch.object(support, "_on_device", return_value=True):
+        assert support.actnorm_statistics("forward", torch.empty(shape, device="meta")) == takes
+
+
+@pytest.mark.parametrize(
+    ("channels", "positions", "takes"),
+    [(48, 2**14, True), (49, 2**14, False), (4, 2**18, True), (4, 2**18 + 1, False)],
+)
+def test_steps_are_fused_for_few_channels_and_elements(channels, positions, takes):
+    z, matrix = (torch.empty(1, channels, size, device="meta") for size in (positions, channels))
+    with mock.patch.object(support, "_on_device", return_value=True):
+        assert support.coupling_conv1x1("forward", z, z, matrix[0]) == takes
+
+
 @pytest.mark.parametrize("known", [True, False], ids=["known_log_det", "unknown_log_det"])
 def test_folding_large_matrices_does_not_wait_for_the_device(known):
     from glow_kernels.backends.reference import actnorm_conv1x1 as library
