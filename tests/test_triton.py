@@ -244,7 +244,7 @@ def test_statistics_where_more_programs_find_room_than_are_combined(monkeypatch)
 # Sizes, positions and strides (B, C, P) whose products exceed 32 bits.
 WIDE = [
     ((8, 1, 70_000), (7, 0, 65_536), (70_000 * 65_536, 1, 65_536)),
-    ((2, 5, 3), (0, 1, 2), (3 * 2**31, 2**31 + 16, 16)),
+    ((2, 5, 3), (0, 4, 2), (5 * 2**30, 2**30, 16)),
     ((2**20, 1, 2), (2**20 - 1, 0, 1), (2**13, 2, 1)),
 ]
 
