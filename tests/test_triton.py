@@ -241,6 +241,17 @@ def test_statistics_where_more_programs_find_room_than_are_combined(monkeypatch)
     torch.testing.assert_close(variance, x.var((0, 2), correction=0))
 
 
+@INTERPRETED
+def test_vectors_where_none_may_begin_are_an_error_of_the_interpreter(monkeypatch):
+    from triton.runtime.errors import InterpreterError
+
+    from glow_kernels.backends.triton import bias_relu, launch
+
+    monkeypatch.setattr(launch, "vector", lambda *_: 4)
+    with pytest.raises(InterpreterError, match="no multiples of 16 bytes"):
+        bias_relu.forward(torch.zeros(9)[1:].view(1, 2, 4), torch.zeros(2))
+
+
 # Sizes, positions and strides (B, C, P) whose products exceed 32 bits.
 WIDE = [
     ((8, 1, 70_000), (7, 0, 65_536), (70_000 * 65_536, 1, 65_536)),

@@ -1,4 +1,7 @@
-"""Patches Triton's interpreter to skip the bookkeeping that takes most of its time; importing this module is enough."""
+"""Patches Triton's interpreter; importing this module is enough.
+
+It skips the bookkeeping that takes most of its time, and checks the alignment of vectors that kernels promise.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,12 @@ from typing import Any
 from triton.language.core import block_type
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
-from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
 
 _prepare_and_call, _prepared = InterpretedFunction.__call__, set()
 _broadcast = TritonSemantic.broadcast_impl_value
 _with_element_type = block_type.with_element_ty
+_load, _store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
 _numpy_type = interpreter._get_np_dtype
 _numpy_type_of_scalar = functools.cache(_numpy_type)
 
@@ -41,7 +45,29 @@ def _numpy_type_from_cache(dtype: Any) -> Any:
     return _numpy_type(dtype) if dtype.scalar.is_ptr() else _numpy_type_of_scalar(dtype.scalar)
 
 
+def _check_alignment(pointers: Any, mask: Any) -> None:
+    """See that the addresses which a kernel claims to be multiples of a number are: a GPU relies on it."""
+    for axis, multiple in enumerate(pointers.attr.get("tt.divisibility", ())):
+        if multiple > 1:
+            vector = multiple * 8 // pointers.get_element_ty().primitive_bitwidth
+            firsts = (slice(None),) * axis + (slice(None, None, vector),)
+            misaligned = pointers.data[firsts] % multiple > 0
+            assert not (misaligned & mask.data[firsts]).any(), f"addresses are no multiples of {multiple} bytes"
+
+
+def _load_aligned(builder: Any, pointers: Any, mask: Any, *args: Any) -> Any:
+    _check_alignment(pointers, mask)
+    return _load(builder, pointers, mask, *args)
+
+
+def _store_aligned(builder: Any, pointers: Any, values: Any, mask: Any, *args: Any) -> Any:
+    _check_alignment(pointers, mask)
+    return _store(builder, pointers, values, mask, *args)
+
+
 InterpretedFunction.__call__ = _call
+InterpreterBuilder.create_masked_load = _load_aligned
+InterpreterBuilder.create_masked_store = _store_aligned
 TritonSemantic.broadcast_impl_value = _broadcast_if_shapes_differ
 block_type.with_element_ty = _with_other_element_type
 block_type.to_ir = lambda block, builder: block  # the original builds an equal type
