@@ -153,6 +153,7 @@ UNALIGNED: dict[str, Callable[[Tensor], Tensor]] = {
     "offset": LAYOUTS["offset"],
     "cropped": _cropped,
     "cropped_channels_last": lambda x: _cropped(x.movedim(1, -1)).movedim(-1, 1),
+    "cropped_samples": lambda x: _cropped(x.flatten(1)).unflatten(1, x.shape[1:]),
 }
 
 
