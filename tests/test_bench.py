@@ -427,11 +427,11 @@ def test_cases_measured_again_are_of_every_shape_and_operator(tmp_path):
     assert {shape for _, _, shape in again} == {"2x4x3x5", "2x6x4x4"}
 
 
-def test_a_plan_shares_its_time(taking):
+def test_a_plan_shares_its_time(call_taking):
     shown, allowed = [], {}
     tasks = [
         Task("heading", 0.0, lambda seconds: None),
-        Task("a", 1.0, lambda seconds: allowed.update(a=seconds) or taking(0.125)()),
+        Task("a", 1.0, lambda seconds: allowed.update(a=seconds) or call_taking(0.125)()),
         Task("b", 3.0, lambda seconds: allowed.update(b=seconds)),
     ]
     plan.run(tasks, 1.0, shown.append)
@@ -443,12 +443,12 @@ def test_a_plan_shares_its_time(taking):
     assert plan.duration(150.0) == "2.5 min"
 
 
-def test_a_strict_plan_leaves_out_what_comes_too_late(taking):
+def test_a_strict_plan_leaves_out_what_comes_too_late(call_taking):
     done, shown = [], []
 
     def slow(allowed):
         done.append(allowed)
-        taking(0.02)()
+        call_taking(0.02)()
 
     tasks = [Task(name, 0.01, slow) for name in "abc"]
     plan.run([*tasks[:1], Task("heading", 0.0, slow), *tasks[1:]], 0.01, shown.append, strict=True)

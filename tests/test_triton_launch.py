@@ -77,7 +77,8 @@ def test_another_kernel_device_or_option_is_looked_up(started, monkeypatch):
     kernel, args = sums._sum_kernel, (empty(2, 40), 1, 40, empty(2), 40, 2)
     variants = [(kernel, "cuda:0", 4), (copy.copy(kernel), "cuda:0", 4), (kernel, "cuda:1", 4), (kernel, "cuda:0", 8)]
     for one, device, warps in variants * 2:
-        launch._start(one, 1, torch.device(device), args, {"BLOCK_N": 16, "BLOCK_R": 8, "num_warps": warps})
+        options = {"BLOCK_N": 16, "BLOCK_R": 8, "num_warps": warps, "enable_fp_fusion": True}
+        launch._start(one, 1, torch.device(device), args, options)
     assert len(launch._COMPILED) == len(variants)
 
 
