@@ -3,8 +3,9 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-# The Triton version of tests/triton_kernels.csv, unless torch has installed its own, as it does for NVIDIA GPUs.
-TRITON = $(shell $(BIN)/python -c 'import triton' 2>/dev/null || echo "\"triton==3.9.0; sys_platform == 'linux'\"")
+# The Triton version of tests/triton_kernels.csv, or the newest one for an older Python, unless torch has installed its
+# own, as it does for NVIDIA GPUs.
+TRITON = $(shell $(BIN)/python -c 'import triton' 2>/dev/null || echo "\"triton>=3.4,<=3.9.0; sys_platform == 'linux'\"")
 # All that compiling needs; with --jobs=2 the rest is installed at the same time.
 TORCH_INSTALLED := .venv/.torch
 
