@@ -225,7 +225,8 @@ class Glow(nn.Module):
 
         Raises:
             TypeError: ``latents`` is not a sequence of tensors.
-            ValueError: a latent has the wrong shape, or a 1x1 convolution is singular.
+            ValueError: a latent has the wrong shape, or a 1x1 convolution is singular (on a GPU the result is then
+                not finite instead).
             RuntimeError: ActNorm is not initialised.
         """
         if not isinstance(latents, Sequence):

@@ -42,7 +42,7 @@ class ChannelMixing(nn.Module):
         """``z`` (B, C, *spatial) to ``x`` and ``log_det`` (B,) of the inverse map.
 
         Raises:
-            ValueError: W is singular.
+            ValueError: W is singular (on a GPU the results are then not finite instead).
         """
         check_channels("z", z, self.channels)
         return actnorm_conv1x1_inverse(z, *self._identity_actnorm(z), *self.matrix())

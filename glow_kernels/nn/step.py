@@ -95,7 +95,8 @@ class FlowStep(nn.Module):
         ``context`` and ``linear`` are as for :meth:`forward`, but ``linear`` is the folded inverse map.
 
         Raises:
-            TypeError, ValueError: ``z`` has the wrong type or shape, or the 1x1 convolution is singular.
+            TypeError, ValueError: ``z`` has the wrong type or shape, or the 1x1 convolution is singular (on a GPU
+                the results are then not finite instead).
             RuntimeError: ActNorm is not initialised.
         """
         check_channels("z", z, self.actnorm.channels)

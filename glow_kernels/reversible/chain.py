@@ -183,7 +183,7 @@ class ReversibleSequential(nn.Sequential):
 
         Raises:
             TypeError: ``z`` is not a tensor, or the inverse of a step returns only a tensor.
-            ValueError: a 1x1 convolution is singular.
+            ValueError: a 1x1 convolution is singular (on a GPU the results are then not finite instead).
         """
         check_tensor("z", z)
         stack = Stack.of(list(self), z)
