@@ -46,24 +46,16 @@ inline Vector<A>& vector_at(A* data) {
 // they overwrite; that pays for tensors larger than the caches.
 enum class Stores { cached, streamed };
 
-// The bits of a vector as the type of an intrinsic, which has to be aligned where a Vector need not be.
-template <typename To, typename V>
-inline __attribute__((always_inline)) To aligned_bits(const V& value) {
-  To bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
 template <Stores stores, typename A>
 inline __attribute__((always_inline)) void put(A* data, Vector<A> value) {
 #if defined(__AVX512F__)
   if constexpr (stores == Stores::streamed) {
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(data), aligned_bits<__m512i>(value));
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(data), reinterpret_cast<__m512i>(value));
     return;
   }
 #elif defined(__AVX__)
   if constexpr (stores == Stores::streamed) {
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(data), aligned_bits<__m256i>(value));
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(data), reinterpret_cast<__m256i>(value));
     return;
   }
 #endif
