@@ -36,6 +36,7 @@ from glow_kernels.reversible import guards, recompute
 from glow_kernels.reversible.general_step import SUBSTITUTION, GeneralStep, in_modes
 from glow_kernels.reversible.randomness import RandomState
 from glow_kernels.reversible.recompute import Mode
+from glow_kernels.reversible.tensors import is_graph_retained
 
 _LINK = "_glow_kernels_link"
 # Placeholder for a tensor.
@@ -282,7 +283,7 @@ class _Node(torch.autograd.Function):
         z = None
         if x is None:
             z = arguments.output.kept() if reconstructed is None else reconstructed
-        if not torch._C._autograd._get_current_graph_task_keep_graph():
+        if not is_graph_retained():
             arguments.output.keep(None)  # as PyTorch frees saved tensors, even if the user keeps the loss
         changing = arguments.step.modules if arguments.memory.restores_buffers else []
         with in_modes(arguments.modes), _buffers_restored(changing):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from glow_kernels.reversible.tensors import is_graph_retained
+
 
 class OffloadedAnchors:
     """The anchors of one forward, which backward fetches from the last to the first.
@@ -47,7 +49,7 @@ class OffloadedAnchors:
         It is dropped, unless backward retains the graph.
         """
         state, arrival = self._fetched.pop(number) if number in self._fetched else self._start_fetch(number)
-        if not torch._C._autograd._get_current_graph_task_keep_graph():
+        if not is_graph_retained():
             self._anchors[number] = None
         if number:
             self._fetched[number - 1] = self._start_fetch(number - 1)

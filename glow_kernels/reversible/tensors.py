@@ -13,6 +13,11 @@ from torch.utils import _pytree as pytree
 from glow_kernels.backends.numerics import output_format
 
 
+def is_graph_retained() -> bool:
+    """Whether the running backward retains the graph, so that what it has kept may be needed again."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
 def leaf(tensor: Tensor, requires_grad: bool) -> Tensor:
     """The same values as the leaf of a separate graph, which does not involve the hooks and ``.grad`` of ``tensor``."""
     return tensor.detach().requires_grad_(requires_grad)
